@@ -1,0 +1,1 @@
+"""Files to a checked model, messages to a prompt, headers to a memory plan."""
