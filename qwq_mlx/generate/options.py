@@ -1,0 +1,160 @@
+"""What a run may be told: how ids are drawn (`Sampling`) and where it ends (`Limits`).
+
+A field left at None takes the model's own value (its generation_config.json), and what that does not say takes the
+neutral value below, so every default stands once. Everything is checked when the object is made: an option that cannot
+be honoured is refused before a weight is read.
+
+Does not: read files, hold arrays, or check ids against a vocabulary (the sampler and the reasoner do, they know it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from qwq_mlx.errors import OptionError
+
+__all__ = ["NEUTRAL", "Limits", "Sampling"]
+
+_MAX_SEED = 2**64 - 1  # mlx.random.key takes an unsigned 64-bit number
+_MAX_ID = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next id is drawn. None: the model's own value (`resolve`).
+
+    temperature: 0 is greedy (the most likely id).
+    top_k: keep the k most likely ids; 0 keeps all. top_p: keep the smallest set that holds this share, in (0, 1].
+    min_p: drop ids below this share of the most likely one's probability, in [0, 1].
+    repetition_penalty: as in transformers, over prompt and output; 1 is off. presence_penalty, frequency_penalty: as in
+      vLLM, over the output alone; 0 is off.
+    dry_multiplier: strength of DRY (penalises continuing a repeated sequence); 0 is off. The penalty is
+      multiplier * base ** (n - allowed_length) for a repeat of n ids; dry_range: how many last ids are looked
+      at, 0 all; dry_breakers: texts that a repeat does not cross.
+    logit_bias: id -> number added to its logit (-inf bans it, +inf is refused).
+    order: "hf" is temperature, top-k, top-p, min-p as transformers and vLLM do; "mlx-lm" is mlx-lm's own order.
+    seed: None draws one; the one used stands in the Trace's settings.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_range: int = 0
+    dry_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    order: Literal["hf", "mlx-lm"] = "hf"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _number("temperature", self.temperature, low=0.0, high=100.0)
+        _number("top_p", self.top_p, low=0.0, high=1.0, low_open=True)
+        _whole("top_k", self.top_k, low=0, high=_MAX_ID)
+        _number("min_p", self.min_p, low=0.0, high=1.0)
+        _number("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, low_open=True)
+        _number("presence_penalty", self.presence_penalty, low=-100.0, high=100.0)
+        _number("frequency_penalty", self.frequency_penalty, low=-100.0, high=100.0)
+        _number("dry_multiplier", self.dry_multiplier, low=0.0, high=100.0)
+        _number("dry_base", self.dry_base, low=1.0, high=100.0)
+        _whole("dry_allowed_length", self.dry_allowed_length, low=1, high=_MAX_ID)
+        _whole("dry_range", self.dry_range, low=0, high=_MAX_ID)
+        _texts("dry_breakers", self.dry_breakers)
+        _bias(self.logit_bias)
+        if self.order not in ("hf", "mlx-lm"):
+            raise OptionError(f"order is {self.order!r}, expected 'hf' (transformers, vLLM) or 'mlx-lm'.")
+        _whole("seed", self.seed, low=0, high=_MAX_SEED)
+
+    def resolve(self, model: Sampling) -> Sampling:
+        """Every None filled, from the model's own values first and `NEUTRAL` after. The seed stays as it is."""
+        filled: dict[str, Any] = {}
+        for name in (each.name for each in fields(self) if each.name != "seed"):
+            if getattr(self, name) is None:
+                own = getattr(model, name)
+                filled[name] = getattr(NEUTRAL, name) if own is None else own
+        return replace(self, **filled)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely id is always taken."""
+        return self.temperature == 0.0
+
+
+NEUTRAL = Sampling(
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+)
+"""Values that change nothing: what a field takes when neither the caller nor the model says anything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Where a run ends.
+
+    max_tokens: ids to produce at most; None is the room left in the context.
+    context: positions to use at most, prompt included; None is the model's own (max_position_embeddings).
+    stop: texts that end the run; they are not part of the text.
+    banned: texts that are never written.
+    prefill_step: prompt ids per prefill pass.
+    """
+
+    max_tokens: int | None = None
+    context: int | None = None
+    stop: tuple[str, ...] = ()
+    banned: tuple[str, ...] = ()
+    prefill_step: int = 2048
+
+    def __post_init__(self) -> None:
+        _whole("max_tokens", self.max_tokens, low=1, high=_MAX_ID)
+        _whole("context", self.context, low=2, high=_MAX_ID)
+        _texts("stop", self.stop)
+        _texts("banned", self.banned)
+        _whole("prefill_step", self.prefill_step, low=1, high=_MAX_ID)
+
+
+def _number(name: str, value: Any, *, low: float, high: float, low_open: bool = False) -> None:
+    if value is None:
+        return
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and (low < value if low_open else low <= value) and value <= high:
+        return
+    expected = f"a number {'above' if low_open else 'from'} {low:g} {'up ' if low_open else ''}to {high:g}"
+    raise OptionError(f"{name} is {value!r}, expected {expected}.")
+
+
+def _whole(name: str, value: Any, *, low: int, high: int) -> None:
+    if value is None or (type(value) is int and low <= value <= high):
+        return
+    expected = f"a whole number of at least {low}" if high == _MAX_ID else f"a whole number from {low} to {high}"
+    raise OptionError(f"{name} is {value!r}, expected {expected}.")
+
+
+def _texts(name: str, value: Any) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
+        raise OptionError(f"{name} is {value!r}, expected a tuple of texts, for example ('END',).")
+    if "" in value:
+        raise OptionError(f"{name} holds an empty text, which would match everywhere; leave it out.")
+
+
+def _bias(bias: Any) -> None:
+    if not isinstance(bias, Mapping):
+        raise OptionError(f"logit_bias is {bias!r}, expected a mapping of id to number, for example {{198: -5.0}}.")
+    for token_id, value in bias.items():
+        if type(token_id) is not int or not 0 <= token_id <= _MAX_ID:
+            raise OptionError(f"logit_bias has the key {token_id!r}, expected a token id (a whole number from 0).")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or math.isnan(value) or value == math.inf:
+            raise OptionError(f"logit_bias[{token_id}] is {value!r}, expected a finite number, or -inf to ban the id.")
