@@ -1,1 +1,1 @@
-"""A question becomes a trace: options, sampling, the one-token loop, text; `python -m qwq_mlx.generate` is the command."""
+"""A question becomes a trace: options, sampling, the one-token loop, text; `python -m qwq_mlx.generate` runs it."""

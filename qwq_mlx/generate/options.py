@@ -22,6 +22,41 @@ _MAX_SEED = 2**64 - 1  # mlx.random.key takes an unsigned 64-bit number
 _MAX_ID = 2**31 - 1
 
 
+def _number(name: str, value: Any, *, low: float, high: float, low_open: bool = False) -> None:
+    if value is None:
+        return
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and (low < value if low_open else low <= value) and value <= high:
+        return
+    expected = f"a number {'above' if low_open else 'from'} {low:g} {'up ' if low_open else ''}to {high:g}"
+    raise OptionError(f"{name} is {value!r}, expected {expected}.")
+
+
+def _whole(name: str, value: Any, *, low: int, high: int) -> None:
+    if value is None or (type(value) is int and low <= value <= high):
+        return
+    expected = f"a whole number of at least {low}" if high == _MAX_ID else f"a whole number from {low} to {high}"
+    raise OptionError(f"{name} is {value!r}, expected {expected}.")
+
+
+def _texts(name: str, value: Any) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
+        raise OptionError(f"{name} is {value!r}, expected a tuple of texts, for example ('END',).")
+    if "" in value:
+        raise OptionError(f"{name} holds an empty text, which would match everywhere; leave it out.")
+
+
+def _bias(bias: Any) -> None:
+    if not isinstance(bias, Mapping):
+        raise OptionError(f"logit_bias is {bias!r}, expected a mapping of id to number, for example {{198: -5.0}}.")
+    for token_id, value in bias.items():
+        if type(token_id) is not int or not 0 <= token_id <= _MAX_ID:
+            raise OptionError(f"logit_bias has the key {token_id!r}, expected a token id (a whole number from 0).")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or math.isnan(value) or value == math.inf:
+            raise OptionError(f"logit_bias[{token_id}] is {value!r}, expected a finite number, or -inf to ban the id.")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How the next id is drawn. None: the model's own value (`resolve`).
@@ -123,38 +158,3 @@ class Limits:
         _texts("stop", self.stop)
         _texts("banned", self.banned)
         _whole("prefill_step", self.prefill_step, low=1, high=_MAX_ID)
-
-
-def _number(name: str, value: Any, *, low: float, high: float, low_open: bool = False) -> None:
-    if value is None:
-        return
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if is_number and (low < value if low_open else low <= value) and value <= high:
-        return
-    expected = f"a number {'above' if low_open else 'from'} {low:g} {'up ' if low_open else ''}to {high:g}"
-    raise OptionError(f"{name} is {value!r}, expected {expected}.")
-
-
-def _whole(name: str, value: Any, *, low: int, high: int) -> None:
-    if value is None or (type(value) is int and low <= value <= high):
-        return
-    expected = f"a whole number of at least {low}" if high == _MAX_ID else f"a whole number from {low} to {high}"
-    raise OptionError(f"{name} is {value!r}, expected {expected}.")
-
-
-def _texts(name: str, value: Any) -> None:
-    if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
-        raise OptionError(f"{name} is {value!r}, expected a tuple of texts, for example ('END',).")
-    if "" in value:
-        raise OptionError(f"{name} holds an empty text, which would match everywhere; leave it out.")
-
-
-def _bias(bias: Any) -> None:
-    if not isinstance(bias, Mapping):
-        raise OptionError(f"logit_bias is {bias!r}, expected a mapping of id to number, for example {{198: -5.0}}.")
-    for token_id, value in bias.items():
-        if type(token_id) is not int or not 0 <= token_id <= _MAX_ID:
-            raise OptionError(f"logit_bias has the key {token_id!r}, expected a token id (a whole number from 0).")
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or math.isnan(value) or value == math.inf:
-            raise OptionError(f"logit_bias[{token_id}] is {value!r}, expected a finite number, or -inf to ban the id.")
