@@ -1,0 +1,1 @@
+"""How the pocket model is made: traces (data), vocabulary, network, training, export, evaluation."""
