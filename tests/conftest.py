@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import write_tiny_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _LOOPBACK = ("127.", "::1", "localhost")
@@ -42,3 +43,9 @@ def shared() -> Path:
     if not (folder / "qwq" / "FACTS.md").is_file():
         pytest.skip("needs the optional material in ../shared beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Qwen2 checkpoint in two shards, shared by all tests: read it, never write to it."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
