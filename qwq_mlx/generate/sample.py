@@ -35,8 +35,8 @@ class Memory(NamedTuple):
     seen: (n_ids,) bool, ids of prompt or output. counts: (n_ids,) float32, how often each id came in the output.
     """
 
-    seen: Any | None = None
-    counts: Any | None = None
+    seen: Any = None
+    counts: Any = None
     past: Past | None = None
 
 
@@ -107,7 +107,7 @@ class Sampler:
         if frequency != 0.0:
             logits = logits - frequency * memory.counts
         if presence != 0.0:
-            logits = logits - presence * (memory.counts > 0).astype(mx.float32)  # type: ignore[operator]
+            logits = logits - presence * (memory.counts > 0).astype(mx.float32)
         if self._dry is not None and memory.past is not None:
             logits = logits - self._dry.penalty(memory.past)
         return logits if self._bias is None else logits + self._bias
