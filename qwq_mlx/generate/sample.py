@@ -39,6 +39,11 @@ class Memory(NamedTuple):
     counts: Any = None
     past: Past | None = None
 
+    def arrays(self) -> list[Any]:
+        """All arrays in it. They are evaluated with each step: a graph that nobody asks for would grow for ever."""
+        past = () if self.past is None else (self.past.record, self.past.runs)
+        return [array for array in (self.seen, self.counts, *past) if array is not None]
+
 
 class Sampler:
     """Draws ids by one resolved `Sampling`. It has no state but a base key: memory goes in and comes out.

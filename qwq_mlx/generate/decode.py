@@ -1,0 +1,167 @@
+"""The one-token loop: the next step is under way before the last id is read.
+
+A step feeds the ids that are not in the cache yet, draws an id from the last logits, and works out its log-probability
+and the entropy, all as one graph that nobody waits for. `next` starts the step after (fed with the drawn, still unread
+id) and only then reads, so Python's work hides behind the device's. Injecting ids, or going back, drops what is under
+way; the cache holds exactly the ids that were read, so nothing has to be computed twice.
+
+The prompt is fed as mlx-lm does it (chunks of all but the last id, then the last), so greedy ids are mlx-lm's.
+
+Does not: decide when to stop, know texts, or accept a logit that is not finite (one NaN would become id 0 for ever).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from qwq_mlx.errors import GenerationError, OptionError
+from qwq_mlx.generate.sample import Memory, Sampler
+from qwq_mlx.model.load import import_mlx_lm
+
+__all__ = ["Decoder", "Token", "new_cache"]
+
+_CLEAR_EVERY = 256  # steps between two returns of unused buffers to the system, as in mlx-lm
+
+
+class Token(NamedTuple):
+    """One id that was drawn. logprob, entropy: natural logarithms, over the model's own distribution (temperature 1, no
+    penalties) of the ids its tokenizer has."""
+
+    id: int
+    logprob: float
+    entropy: float
+
+
+class _Pending(NamedTuple):
+    """A step under way: id (), stats (2,) = logprob and entropy, memory as it will be once the id is out."""
+
+    id: Any
+    stats: Any
+    memory: Memory
+
+
+def new_cache(module: Any) -> list[Any]:
+    """An empty KV cache for every layer of the model."""
+    cache: list[Any] = import_mlx_lm("mlx_lm.models.cache").make_prompt_cache(module)
+    return cache
+
+
+class Decoder:
+    """Runs one sequence: `prefill`, then `next` for each id.
+
+    module: mlx_lm's Qwen2. n_ids: ids the tokenizer has; rows of the embedding beyond are never drawn.
+    cache: where to go on from; `ids` are then those it holds.
+    """
+
+    def __init__(self, module: Any, sampler: Sampler, *, n_ids: int, cache: list[Any] | None = None) -> None:
+        self.module = module
+        self.sampler = sampler
+        self.n_ids = n_ids
+        self.cache = new_cache(module) if cache is None else cache
+        self.ids: list[int] = []
+        self.n_prompt = 0
+        self._unfed: list[int] = []
+        self._pending: _Pending | None = None
+        self._memory = Memory()
+
+    @property
+    def n_output(self) -> int:
+        """Ids after the prompt, drawn or injected."""
+        return len(self.ids) - self.n_prompt
+
+    def prefill(self, ids: Sequence[int], *, step: int, n_cached: int = 0) -> Iterator[int]:
+        """Feed a prompt in chunks; yields how many of its ids are in the cache after each. Exhaust it before `next`.
+
+        n_cached: how many leading ids the cache holds already. Raises OptionError for ids beyond the vocabulary.
+        """
+        self._check(ids)
+        if not 0 <= n_cached < len(ids):
+            raise OptionError(f"n_cached is {n_cached}, expected from 0 to {len(ids) - 1}, the prompt's last place.")
+        last = len(ids) - 1
+        done = n_cached
+        while done < last:
+            n_now = min(step, last - done)
+            self.module(mx.array([list(ids[done : done + n_now])]), cache=self.cache)
+            mx.eval([layer.state for layer in self.cache])
+            mx.clear_cache()
+            done += n_now
+            yield done
+        self.ids = list(ids)
+        self.n_prompt = len(ids)
+        self._unfed = [ids[last]]
+        self._memory = self.sampler.start(ids)
+
+    def next(self, *, is_last: bool = False) -> Token:
+        """Draw the next id. is_last: start no step after it.
+
+        Raises GenerationError naming the step where a logit is NaN or infinite.
+        """
+        current = self._pending
+        if current is None:
+            current = self._launch(mx.array([self._unfed]), self._memory, self.n_output)
+        self._unfed = []
+        self._pending = None
+        if not is_last:
+            self._pending = self._launch(current.id.reshape(1, 1), current.memory, self.n_output + 1)
+        logprob, entropy = current.stats.tolist()
+        if not (math.isfinite(entropy) and math.isfinite(logprob)):
+            self._pending = None
+            raise GenerationError(
+                f"Step {self.n_output:,}: the model's logits hold NaN or infinity, so the ids from here on would mean "
+                "nothing. Check the weights (python -m qwq_mlx.verify FOLDER), or convert the source again."
+            )
+        token = Token(int(current.id.item()), logprob, entropy)
+        self.ids.append(token.id)
+        self._memory = current.memory
+        if is_last:
+            self._unfed = [token.id]
+        if self.n_output % _CLEAR_EVERY == 0:
+            mx.clear_cache()
+        return token
+
+    def force(self, ids: Sequence[int]) -> None:
+        """Append ids that were not drawn; the next draw follows them. What is under way is dropped."""
+        self._check(ids)
+        self._pending = None
+        for token_id in ids:
+            self._memory = self.sampler.push(self._memory, mx.array(token_id, mx.uint32))
+        self._unfed += ids
+        self.ids += ids
+
+    def rewind(self, n_output: int, sampler: Sampler | None = None) -> None:
+        """Go back to the first n_output ids of the output, and draw on with another sampler if given."""
+        if not 0 <= n_output <= self.n_output:
+            raise OptionError(f"Cannot go back to output id {n_output}; there are {self.n_output}.")
+        self._pending = None
+        self.sampler = sampler or self.sampler
+        del self.ids[self.n_prompt + n_output :]
+        n_kept = len(self.ids) - 1
+        for layer in self.cache:
+            layer.trim(max(0, layer.offset - n_kept))
+        self._unfed = self.ids[self.cache[0].offset :]
+        self._memory = self.sampler.start(self.ids[: self.n_prompt], self.ids[self.n_prompt :])
+
+    def _launch(self, ids: Any, memory: Memory, index: int) -> _Pending:
+        """Build and start one step. ids: (1, n), perhaps unread; index: of the output id that it draws."""
+        logits = self.module(ids, cache=self.cache)[0, -1, : self.n_ids].astype(mx.float32)
+        drawn = self.sampler.draw(logits, memory, index)
+        log_total = mx.logsumexp(logits)
+        # a logit of -inf gives 0 * -inf = NaN here, so one number shows every logit that is not finite
+        entropy = log_total - (mx.exp(logits - log_total) * logits).sum()
+        pending = _Pending(drawn, mx.stack([logits[drawn] - log_total, entropy]), self.sampler.push(memory, drawn))
+        mx.async_eval(pending.id, pending.stats, *pending.memory.arrays())  # type: ignore[no-untyped-call]
+        return pending
+
+    def _check(self, ids: Sequence[int]) -> None:
+        """An id beyond the embedding reads foreign memory on the CPU and on Metal."""
+        if not ids:
+            raise OptionError("There are no ids, expected at least one.")
+        for place, token_id in enumerate(ids):
+            if type(token_id) is not int or not 0 <= token_id < self.n_ids:
+                raise OptionError(
+                    f"Place {place:,} holds the id {token_id!r}, expected a whole number from 0 to {self.n_ids - 1:,}."
+                )

@@ -1,0 +1,181 @@
+"""The result of a run: a `Step` per token while it goes, a frozen `Trace` of everything at the end.
+
+A Trace is plain data (texts, numbers, tuples), so it goes to JSON and comes back equal. The file says which schema it
+has; an unknown one is refused by name instead of being half read.
+
+Does not: hold arrays or a model, or work anything out that the run did not see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from qwq_mlx.errors import SourceError
+from qwq_mlx.files.atomic import write_file
+
+__all__ = ["SCHEMA_VERSION", "FinishReason", "Injection", "Step", "Timings", "Trace"]
+
+SCHEMA_VERSION = 1
+
+FinishReason = Literal["stop", "answered", "length", "budget", "loop", "context_full", "interrupted"]
+Segment = Literal["thinking", "answer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One token of a running generation.
+
+    index: place in the output, from 0. text: what this token completed; "" while a character or a possible stop text is
+    unfinished. logprob, entropy: in nats over the model's own distribution; None for an injected token.
+    segment: the part the text belongs to as far as can be told yet. is_injected: put there by a budget or a guard.
+    """
+
+    index: int
+    id: int
+    text: str
+    logprob: float | None
+    entropy: float | None
+    segment: Segment
+    is_injected: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Injection:
+    """Ids that the run put into the output: places start to end (end not included), their text, and why."""
+
+    start: int
+    end: int
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Where the time went. Rates are None where nothing was measured; a decode rate counts intervals between tokens."""
+
+    n_prefilled: int
+    prefill_s: float
+    n_intervals: int
+    decode_s: float
+
+    @property
+    def prefill_tok_s(self) -> float | None:
+        """Prompt ids per second."""
+        return self.n_prefilled / self.prefill_s if self.prefill_s > 0 and self.n_prefilled else None
+
+    @property
+    def decode_tok_s(self) -> float | None:
+        """Output ids per second, over the n - 1 intervals between n ids."""
+        return self.n_intervals / self.decode_s if self.decode_s > 0 and self.n_intervals else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """All of a finished run.
+
+    ids: what came out, with the id that ended it if one did; `text` is without that id, and without the stop text.
+    logprobs, entropies: one per id, None where injected. thinking, conclusion: the two parts of the text; answer: what
+    was extracted from the conclusion, None where there is none; confidence: how sure the split is, 0 to 1.
+    thinking_span, conclusion_span: (start, end) in ids. finish_reason: see `describe`. settings: sampling, limits and
+    seed as used. model: folder, weights, compute type. peak_bytes: device memory at most.
+    """
+
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    text: str
+    thinking: str
+    conclusion: str
+    answer: str | None
+    confidence: float
+    thinking_span: tuple[int, int]
+    conclusion_span: tuple[int, int] | None
+    finish_reason: FinishReason
+    detail: str
+    logprobs: tuple[float | None, ...]
+    entropies: tuple[float | None, ...]
+    injections: tuple[Injection, ...]
+    timings: Timings
+    peak_bytes: int
+    settings: Mapping[str, Any]
+    model: Mapping[str, Any]
+    events: tuple[Mapping[str, Any], ...] = field(default=())
+
+    def describe(self) -> str:
+        """Why the run ended, in words, with how to continue where that makes sense."""
+        return _DESCRIPTIONS[self.finish_reason] + (f" ({self.detail})" if self.detail else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, the schema's version first."""
+        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write one JSON file; it appears whole or not at all."""
+        write_file(Path(path), (json.dumps(self.to_json(), ensure_ascii=False) + "\n").encode())
+
+    @classmethod
+    def from_json(cls, value: Any, *, where: str) -> Trace:
+        """The Trace again. Raises SourceError for another schema, and for fields missing, unknown or of a wrong kind."""
+        if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
+            found = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
+            raise SourceError(
+                f"{where}: schema_version is {found!r}, expected {SCHEMA_VERSION}. "
+                "Read the trace with the version of qwq_mlx that wrote it."
+            )
+        names = {each.name for each in dataclasses.fields(cls)}
+        differing = sorted((value.keys() - {"schema_version"}) ^ names)
+        if differing:
+            raise SourceError(
+                f"{where}: the field {differing[0]!r} is {'unknown' if differing[0] in value else 'missing'}. "
+                "The file is damaged or edited; save the trace again."
+            )
+        if value["finish_reason"] not in get_args(FinishReason):
+            raise SourceError(
+                f"{where}: finish_reason is {value['finish_reason']!r}, expected one of "
+                f"{', '.join(get_args(FinishReason))}. The file is damaged or edited; save the trace again."
+            )
+        try:
+            return cls(**{name: _read(name, value[name]) for name in names})
+        except (TypeError, ValueError) as error:
+            raise SourceError(
+                f"{where}: is no trace ({error}). The file is damaged or edited; save it again."
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read what `save` wrote. Raises SourceError naming the file and the fault."""
+        try:
+            value = json.loads(Path(path).read_bytes())
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read ({error.strerror}). Give the file that save() wrote.") from error
+        except ValueError as error:
+            raise SourceError(f"{path}: not JSON ({error}). The file is damaged; save the trace again.") from error
+        return cls.from_json(value, where=str(path))
+
+
+_DESCRIPTIONS: dict[str, str] = {
+    "stop": "the model ended its text",
+    "answered": "the answer was complete",
+    "length": "--max-tokens was reached",
+    "budget": "the thinking budget was spent and the answer asked for",
+    "loop": "the text went round in a loop",
+    "context_full": "the context is full",
+    "interrupted": "interrupted",
+}
+
+
+def _read(name: str, value: Any) -> Any:
+    """JSON has lists for tuples and objects for dataclasses."""
+    if name == "injections":
+        return tuple(Injection(**each) for each in value)
+    if name == "timings":
+        return Timings(**value)
+    if name == "events":
+        return tuple(dict(each) for each in value)
+    if isinstance(value, list):
+        return tuple(value)
+    return value
