@@ -1,0 +1,122 @@
+"""How a matrix is packed: mode, bits, group, and the order of the bits in memory.
+
+A row's codes are one little-endian bit stream: weight j of the row stands in bits [j * bits, (j + 1) * bits). Eight
+codes always fill `bits` whole bytes, so any width can be packed and unpacked eight codes at a time. This is the order
+of mx.quantize, for every width that MLX has.
+
+Does not: choose codes (`fit` does) or hold files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwq_mlx.errors import OptionError
+
+__all__ = ["DTYPES", "FITS", "MODES", "Packing", "float_values", "pack_codes", "round_to", "unpack_codes"]
+
+MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "nvfp4": ((4,), (16,)),
+    "mxfp8": ((8,), (32,)),
+}
+"""Mode -> the bits and the group sizes that MLX has for it (affine has 1 bit too, which no model survives)."""
+
+FITS = ("min-max",)
+"""Ways to choose scale, bias and codes (qwq_mlx.quant.fit); a recipe names one."""
+
+DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+"""Weight dtypes, in safetensors spelling -> the numpy dtype that holds them; bfloat16 travels as its 16 bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """How one matrix is packed.
+
+    mode: a key of MODES. bits: per weight. group_size: neighbours along the input axis that share a scale.
+    Raises OptionError for a combination that MLX does not have.
+    """
+
+    mode: str = "affine"
+    bits: int = 4
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise OptionError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}.")
+        all_bits, groups = MODES[self.mode]
+        for name, value, allowed in (("bits", self.bits, all_bits), ("group_size", self.group_size, groups)):
+            if type(value) is not int or value not in allowed:
+                listed = ", ".join(map(str, allowed))
+                raise OptionError(f"{name} is {value!r}, expected {listed} in mode {self.mode!r}.")
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether weight = scale * code + bias; the other modes have 8-bit scales and no bias."""
+        return self.mode == "affine"
+
+
+def float_values(raw: NDArray[Any], dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Weights as float32, exactly. raw: any shape, DTYPES[dtype]; out: a float32 array of that shape to fill."""
+    if out is None:
+        out = np.empty(raw.shape, np.float32)
+    if dtype == "BF16":
+        np.left_shift(raw, 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
+    else:
+        np.copyto(out, raw)
+    return out
+
+
+def round_to(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """float32 to the nearest value of another dtype, ties to even, as bits in DTYPES[dtype]. Finite values only."""
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+    return values.astype(DTYPES[dtype])
+
+
+def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
+    """Codes (rows, columns) below 2**bits to (rows, columns * bits / 32) uint32; columns a multiple of 32."""
+    rows, columns = codes.shape
+    if bits == 8:
+        packed = np.ascontiguousarray(codes)
+    elif bits == 4:
+        packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    else:
+        eights = codes.reshape(rows, columns // 8, 8).astype(np.uint64)
+        stream = np.zeros(eights.shape[:2], "<u8")
+        for place in range(8):
+            stream |= eights[:, :, place] << np.uint64(place * bits)
+        packed = stream.view(np.uint8).reshape(rows, columns // 8, 8)[:, :, :bits]
+    return np.ascontiguousarray(packed).reshape(rows, columns * bits // 8).view("<u4")
+
+
+_PER_BYTE = {2: 4, 4: 2}
+
+
+def unpack_codes(packed: NDArray[np.uint32], bits: int) -> NDArray[np.float32]:
+    """The codes behind `packed` (rows, columns * bits / 32) as float32 (rows, columns)."""
+    rows = packed.shape[0]
+    stream = np.ascontiguousarray(packed).view(np.uint8)
+    if bits == 8:
+        return stream.astype(np.float32)
+    if bits in _PER_BYTE:
+        return np.take(_table(bits), stream, axis=0).reshape(rows, -1)
+    eights = np.zeros((rows, stream.shape[1] // bits, 8), np.uint8)
+    eights[:, :, :bits] = stream.reshape(rows, -1, bits)
+    words = eights.view("<u8")  # (rows, columns / 8, 1)
+    places = np.arange(8, dtype=np.uint64) * np.uint64(bits)
+    codes = (words >> places) & np.uint64((1 << bits) - 1)
+    return codes.astype(np.float32).reshape(rows, -1)
+
+
+def _table(bits: int) -> NDArray[np.float32]:
+    """(256, codes per byte): what one byte holds. A look-up is about twice as fast as shifts and masks."""
+    places = np.arange(_PER_BYTE[bits], dtype=np.uint8) * np.uint8(bits)
+    values = (np.arange(256, dtype=np.uint8)[:, None] >> places) & np.uint8((1 << bits) - 1)
+    return values.astype(np.float32)
