@@ -62,10 +62,9 @@ def min_max(raw: NDArray[Any], dtype: str, packing: Packing, *, stream: mx.Strea
     weights = mx.array(np.ascontiguousarray(raw))
     if dtype == "BF16":
         weights = weights.view(mx.bfloat16, stream=stream)
-    arrays = mx.quantize(weights, packing.group_size, packing.bits, packing.mode, stream=stream)
+    arrays = list(mx.quantize(weights, packing.group_size, packing.bits, packing.mode, stream=stream))
     if packing.is_affine and dtype == "BF16":
-        codes, *floats = arrays
-        arrays = (codes, *(each.view(mx.uint16, stream=stream) for each in floats))
+        arrays[1:] = [each.view(mx.uint16, stream=stream) for each in arrays[1:]]
     mx.eval(*arrays)
     held = [np.array(each) for each in arrays]
     return Packed(held[0], held[1], held[2] if packing.is_affine else None)

@@ -76,17 +76,19 @@ def round_to(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     """float32 to the nearest value of another dtype, ties to even, as bits in DTYPES[dtype]. Finite values only."""
     if dtype == "BF16":
         bits = np.ascontiguousarray(values).view(np.uint32)
-        return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+        rounded: NDArray[Any] = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+        return rounded
     return values.astype(DTYPES[dtype])
 
 
 def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     """Codes (rows, columns) below 2**bits to (rows, columns * bits / 32) uint32; columns a multiple of 32."""
     rows, columns = codes.shape
+    packed: NDArray[np.uint8]
     if bits == 8:
         packed = np.ascontiguousarray(codes)
     elif bits == 4:
-        packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        packed = codes[:, 0::2] | np.left_shift(codes[:, 1::2], 4, dtype=np.uint8)
     else:
         eights = codes.reshape(rows, columns // 8, 8).astype(np.uint64)
         stream = np.zeros(eights.shape[:2], "<u8")
@@ -106,13 +108,14 @@ def unpack_codes(packed: NDArray[np.uint32], bits: int) -> NDArray[np.float32]:
     if bits == 8:
         return stream.astype(np.float32)
     if bits in _PER_BYTE:
-        return np.take(_table(bits), stream, axis=0).reshape(rows, -1)
+        values: NDArray[np.float32] = np.take(_table(bits), stream, axis=0).reshape(rows, -1)
+        return values
     eights = np.zeros((rows, stream.shape[1] // bits, 8), np.uint8)
     eights[:, :, :bits] = stream.reshape(rows, -1, bits)
     words = eights.view("<u8")  # (rows, columns / 8, 1)
     places = np.arange(8, dtype=np.uint64) * np.uint64(bits)
-    codes = (words >> places) & np.uint64((1 << bits) - 1)
-    return codes.astype(np.float32).reshape(rows, -1)
+    codes: NDArray[np.uint64] = (words >> places) & np.uint64((1 << bits) - 1)
+    return codes.reshape(rows, -1).astype(np.float32)
 
 
 def _table(bits: int) -> NDArray[np.float32]:

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
 import mlx.core as mx
 import numpy as np
 import pytest
+from rows import PACKINGS, awkward_rows
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.quant.fit import fit_block, min_max, open_stream
-from qwq_mlx.quant.packing import MODES, Packing, round_to
+from qwq_mlx.quant.packing import Packing, round_to
 
-PACKINGS = [
-    Packing(mode=mode, bits=bits, group_size=group)
-    for mode, (all_bits, groups) in MODES.items()
-    for bits, group in itertools.product(all_bits, groups)
-]
 MX = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
-
-
-def awkward_rows(seed: int = 0) -> np.ndarray:
-    """Rows (12, 256): normal, shifted, one sign, outliers, constants, zeros, tiny and huge values."""
-    random = np.random.default_rng(seed)
-    rows = 0.02 * random.standard_normal((12, 256)).astype(np.float32)
-    rows[1] += 0.5
-    rows[2] = np.abs(rows[2])
-    rows[3] = -np.abs(rows[3])
-    rows[4, ::37] *= 80
-    rows[5] = 0.25
-    rows[6] = 0.0
-    rows[7] = -0.0
-    rows[8] *= 1e-6
-    rows[9] *= 1e4
-    rows[10, :128] = 0.0
-    rows[11] = np.round(rows[11] * 400) / 400  # many exact ties
-    return rows
 
 
 @pytest.mark.parametrize("dtype", MX)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from rows import PACKINGS, awkward_rows
 
 from qwq_mlx.quant.fit import Packed, min_max, open_stream
 from qwq_mlx.quant.measure import PAGE_BYTES, block_error, count_zero_pages, first_non_finite, unpack
 from qwq_mlx.quant.packing import DTYPES, Packing, float_values, round_to
-from tests.quant.test_fit import PACKINGS, awkward_rows
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: f"{p.mode}-{p.bits}-g{p.group_size}")
