@@ -64,7 +64,7 @@ class Qwen2Config:
         if config.get("model_type") != "qwen2":
             raise LoadError(
                 f"{where}: model_type is {config.get('model_type')!r}, expected 'qwen2'. "
-                "qwq_mlx converts and runs Qwen2 checkpoints (QwQ-32B-Preview, QwQ-32B, Qwen2.5); use mlx-lm for others."
+                "qwq_mlx converts and runs Qwen2 (QwQ-32B-Preview, QwQ-32B, Qwen2.5); use mlx-lm for others."
             )
         _refuse_unsupported(config, where)
         sizes = {name: _whole_number(config, name, where, limit) for name, limit in _LIMITS.items()}
@@ -76,7 +76,8 @@ class Qwen2Config:
             if value % divisor:
                 other = "num_attention_heads" if name == "hidden_size" else "num_key_value_heads"
                 raise LoadError(
-                    f"{where}: {name} {value} is not a multiple of {other} {divisor}. Take config.json from the source again."
+                    f"{where}: {name} {value} is not a multiple of {other} {divisor}. "
+                    "Take config.json from the source again."
                 )
         if sizes["hidden_size"] // heads % 2:
             raise LoadError(
@@ -105,7 +106,7 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
         )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise LoadError(f"{where}: hidden_act is {activation!r}, expected 'silu', the only one Qwen2 was published with.")
+        raise LoadError(f"{where}: hidden_act is {activation!r}, expected 'silu', the only one Qwen2 has.")
     if config.get("head_dim") is not None and config.get("num_attention_heads"):
         expected = _whole_number(config, "hidden_size", where, _LIMITS["hidden_size"]) // _whole_number(
             config, "num_attention_heads", where, _LIMITS["num_attention_heads"]
@@ -131,14 +132,18 @@ def _whole_number(config: Mapping[str, Any], name: str, where: str, limit: int) 
 def _positive(config: Mapping[str, Any], name: str, where: str, *, default: float) -> float:
     value = config.get(name, default)
     if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-        raise LoadError(f"{where}: {name} is {value!r}, expected a positive number. Take config.json from the source again.")
+        raise LoadError(
+            f"{where}: {name} is {value!r}, expected a positive number. Take config.json from the source again."
+        )
     return float(value)
 
 
 def _flag(config: Mapping[str, Any], name: str, where: str) -> bool:
     value = config.get(name, False)
     if not isinstance(value, bool):
-        raise LoadError(f"{where}: {name} is {value!r}, expected true or false. Take config.json from the source again.")
+        raise LoadError(
+            f"{where}: {name} is {value!r}, expected true or false. Take config.json from the source again."
+        )
     return value
 
 

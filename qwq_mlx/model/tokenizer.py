@@ -1,0 +1,187 @@
+"""The tokenizer of a model folder, from tokenizer.json alone, checked against the embedding.
+
+transformers builds an empty tokenizer where tokenizer.json is missing, and picks a class by what the folder's
+tokenizer_config.json names. Neither can happen here: the bytes of tokenizer.json go into one fixed class, and an id
+beyond the model's embedding (which reads foreign memory or crashes) is refused before the model is loaded.
+
+Does not: run code of the folder, touch the network, or render chat templates (`model.prompt` does).
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwq_mlx.errors import LoadError
+
+__all__ = ["LoadedTokenizer", "load_tokenizer", "read_json"]
+
+_MAX_TOKENIZER_BYTES = 256 << 20  # Qwen2's is 7 MB
+_MAX_JSON_BYTES = 16 << 20
+_MAX_TEMPLATE_BYTES = 1 << 20
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedTokenizer:
+    """A tokenizer and what prompts and decoding need to know of it.
+
+    hf: transformers' fast tokenizer. n_ids: 1 + the largest id it has; ids from there on are padding of the embedding.
+    added: text -> id of every added token (`<|im_end|>`, `<tool_call>`): only a template may write these.
+    special: the texts among them that never belong to a message (`<|im_end|>`, but not `<think>`).
+    plain: the same tokenizer without any added token, for text that must stay text.
+    eos_id: the id that tokenizer_config.json names as end of a turn. chat_template: jinja text, or None.
+    """
+
+    hf: Any
+    n_ids: int
+    added: Mapping[str, int]
+    special: frozenset[str]
+    plain: Any
+    eos_id: int | None
+    chat_template: str | None
+
+
+def load_tokenizer(folder: Path, *, vocab_size: int) -> LoadedTokenizer:
+    """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of a folder.
+
+    vocab_size: rows of the embedding; every id must be below it.
+    Raises LoadError: file missing, damaged, empty, or of another model.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise LoadError(
+            f"{path}: there is no such file, so text cannot become ids. "
+            "Copy tokenizer.json and tokenizer_config.json from the model's source into this folder."
+        )
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    backend = _backend(path)
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if not vocabulary:
+        raise LoadError(f"{path}: the vocabulary is empty. Copy tokenizer.json from the model's source again.")
+    n_ids = 1 + max(vocabulary.values())
+    if n_ids > vocab_size:
+        raise LoadError(
+            f"{path}: the largest id is {n_ids - 1:,}, the model's embedding has {vocab_size:,} rows. "
+            "This is the tokenizer of another model; copy tokenizer.json from this model's source."
+        )
+    _check_added(folder / "tokenizer_config.json", settings, vocabulary)
+    added = backend.get_added_tokens_decoder()
+    named = {name: _token_text(settings.get(name)) for name in _SPECIAL_NAMES}
+    eos = named["eos_token"]
+    if eos is not None and eos not in vocabulary:
+        raise LoadError(
+            f"{folder / 'tokenizer_config.json'}: eos_token is {eos!r}, which tokenizer.json does not have. "
+            "Copy both files from the model's source again."
+        )
+    return LoadedTokenizer(
+        hf=_fast(backend, {name: text for name, text in named.items() if text in vocabulary}),
+        n_ids=n_ids,
+        added={token.content: token_id for token_id, token in added.items()},
+        special=frozenset(token.content for token in added.values() if token.special),
+        plain=_plain(backend),
+        eos_id=None if eos is None else vocabulary[eos],
+        chat_template=_chat_template(folder, settings),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a small JSON file that holds one object. Raises LoadError naming the file and the fault."""
+    try:
+        value = json.loads(_read(path, _MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{path}: not JSON ({error}). Copy the file from the model's source again.") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path}: holds {type(value).__name__}, expected an object. Copy it from the source again.")
+    return value
+
+
+def _read(path: Path, limit_bytes: int) -> str:
+    """A regular file's text; a FIFO would hang and a device would never end."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise LoadError(f"{path}: is not a regular file. Copy it from the model's source.")
+        if status.st_size > limit_bytes:
+            raise LoadError(f"{path}: has {status.st_size:,} bytes, expected at most {limit_bytes:,}.")
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise LoadError(f"{path}: cannot be read ({error.strerror}). Check the folder and its permissions.") from error
+    except UnicodeDecodeError as error:
+        raise LoadError(f"{path}: is not UTF-8 (byte {error.start:,}). Copy it from the source again.") from error
+
+
+def _backend(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    text = _read(path, _MAX_TOKENIZER_BYTES)
+    try:
+        backend = Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception for every fault of the file
+        reason = str(error)[:200]
+        raise LoadError(
+            f"{path}: not a tokenizer that this version of tokenizers can read ({reason}). "
+            "Copy tokenizer.json from the model's source again."
+        ) from error
+    backend.no_truncation()  # a file may ask for both, which would shorten or lengthen prompts in silence
+    backend.no_padding()
+    return backend
+
+
+def _plain(backend: Any) -> Any:
+    """A tokenizer that shares everything but the added tokens, so text cannot become one of them."""
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        plain.pre_tokenizer = backend.pre_tokenizer
+    return plain
+
+
+def _check_added(path: Path, settings: Mapping[str, Any], vocabulary: Mapping[str, int]) -> None:
+    """tokenizer_config.json repeats the added tokens; where it disagrees, one of the two files is of another model."""
+    entries = settings.get("added_tokens_decoder")
+    for token_id, entry in (entries if isinstance(entries, Mapping) else {}).items():
+        text = _token_text(entry)
+        found = vocabulary.get(text) if text is not None else None
+        if str(found) != token_id:
+            raise LoadError(
+                f"{path}: the added token {text!r} has the id {token_id}, tokenizer.json says {found}. "
+                "Copy both files from the model's source again."
+            )
+
+
+def _fast(backend: Any, special: Mapping[str, str | None]) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token stands in tokenizer_config.json as a text or as an object with its content."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja wins over tokenizer_config.json, as in transformers."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return _read(file, _MAX_TEMPLATE_BYTES)
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        template = by_name.get("default")
+    if template is not None and not isinstance(template, str):
+        raise LoadError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is {type(template).__name__}, expected a text. "
+            "Copy the file from the model's source again."
+        )
+    return template

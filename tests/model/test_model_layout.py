@@ -1,0 +1,103 @@
+"""What each file tensor must look like, once whole and once packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_qwen2_config import parse
+
+from qwq_mlx.errors import LoadError
+from qwq_mlx.model.architecture import tensor_shapes
+from qwq_mlx.model.layout import Packing, check_layout, packings
+
+CONFIG = parse(hidden_size=128, intermediate_size=192, num_attention_heads=4, vocab_size=320, num_hidden_layers=1)
+MATRICES = [name.removesuffix(".weight") for name, shape in tensor_shapes(CONFIG).items() if len(shape) == 2]
+DOWN = "model.layers.0.mlp.down_proj"
+GLOBAL = {"bits": 4, "group_size": 64, "mode": "affine"}
+
+Found = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def whole(dtype: str = "BF16") -> Found:
+    return {name: (dtype, shape) for name, shape in tensor_shapes(CONFIG).items()}
+
+
+def packed(bits: dict[str, int], group_size: int = 64) -> Found:
+    """A conversion's tensors. bits: matrix path -> bits per weight."""
+    found = whole()
+    for path, n_bits in bits.items():
+        rows, columns = tensor_shapes(CONFIG)[f"{path}.weight"]
+        found[f"{path}.weight"] = ("U32", (rows, columns * n_bits // 32))
+        for name in ("scales", "biases"):
+            found[f"{path}.{name}"] = ("BF16", (rows, columns // group_size))
+    return found
+
+
+def check(settings: Any, found: Found) -> dict[str, Packing]:
+    config_json = {} if settings is None else {"quantization": settings}
+    result = packings(config_json, CONFIG, found, where="m/config.json")
+    check_layout(CONFIG, result, found, where="m")
+    return result
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_a_checkpoint_of_floats_has_no_packing(dtype: str) -> None:
+    assert check(None, whole(dtype)) == {}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_a_conversion_of_any_affine_width_passes(bits: int) -> None:
+    found = packed(dict.fromkeys(MATRICES, bits))
+    assert check({**GLOBAL, "bits": bits}, found) == dict.fromkeys(MATRICES, Packing(bits=bits, group_size=64))
+
+
+def test_entries_by_name_win_over_the_entry_for_all() -> None:
+    bits = dict.fromkeys(MATRICES, 4) | {DOWN: 8}
+    result = check({**GLOBAL, DOWN: {"bits": 8, "group_size": 64}}, packed(bits))
+    assert result[DOWN].bits == 8
+    assert {packing.bits for path, packing in result.items() if path != DOWN} == {4}
+
+
+def test_a_matrix_without_scales_stays_whole_as_mlx_lm_reads_it() -> None:
+    bits = {path: 4 for path in MATRICES if path != "lm_head"}
+    assert "lm_head" not in check(GLOBAL, packed(bits))
+    assert "lm_head" not in check({**GLOBAL, "lm_head": False}, packed(bits))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (4, r"m/config\.json: quantization is 4, expected an object"),
+        (
+            {**GLOBAL, "model.layers.9.mlp.down_proj": GLOBAL},
+            "names 'model.layers.9.mlp.down_proj', which is no matrix",
+        ),
+        ({**GLOBAL, DOWN: True}, f"quantization of {DOWN} is True, expected an object or false"),
+        ({**GLOBAL, "mode": "mxfp4"}, "quantization mode of quantization is 'mxfp4', expected 'affine'"),
+        ({**GLOBAL, "bits": 7}, "bits of quantization is 7, expected one of"),
+        ({**GLOBAL, DOWN: {"bits": "4", "group_size": 64}}, f"bits of {DOWN} is '4', expected one of"),
+        ({**GLOBAL, "group_size": 16}, "group_size of quantization is 16, expected one of"),
+        ({"bits": 4}, "group_size of quantization is None, expected one of"),
+    ],
+)
+def test_settings_that_mlx_does_not_have_are_refused(settings: Any, text: str) -> None:
+    with pytest.raises(LoadError, match=text):
+        check(settings, packed(dict.fromkeys(MATRICES, 4)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "text"),
+    [
+        (None, packed(dict.fromkeys(MATRICES, 4)), "18 unknown: lm_head.biases, lm_head.scales"),
+        (GLOBAL, packed(dict.fromkeys(MATRICES, 8)), r"lm_head.weight \(320, 32\), expected \(320, 16\)"),
+        ({**GLOBAL, "lm_head": False}, packed(dict.fromkeys(MATRICES, 4)), "2 unknown: lm_head.biases, lm_head.scales"),
+        ({**GLOBAL, "group_size": 128}, packed({DOWN: 4}), f"{DOWN}.weight has 192 columns, which groups of 128 at 4"),
+        (GLOBAL, packed({DOWN: 4}) | {f"{DOWN}.weight": ("F32", (128, 24))}, f"{DOWN}.weight F32, expected U32"),
+        (None, whole() | {"lm_head.weight": ("I8", (320, 128))}, "lm_head.weight I8, expected BF16 or F16 or F32"),
+        (None, whole("F64"), r"15 of another type: .*"),
+    ],
+)
+def test_tensors_that_the_settings_do_not_describe_are_named(settings: Any, found: Found, text: str) -> None:
+    with pytest.raises(LoadError, match=text):
+        check(settings, found)
