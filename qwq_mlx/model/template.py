@@ -1,0 +1,91 @@
+"""Chat templates: the known ones as Python, any other as jinja in a child process with limits.
+
+A checkpoint's template is a program from a stranger: it can loop for years or build gigabytes, and jinja's sandbox does
+not stop either. The template of QwQ-32B-Preview is therefore known by its sha256 and written out here as a function; an
+unknown one is rendered by `template_child.py` with 2 s of CPU, 4 s of wall time, 256 MB of memory and 64 MB of output.
+
+Does not: tokenize, or decide what a user's text may become (`model.prompt` does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from qwq_mlx.errors import PromptError
+
+__all__ = ["KNOWN_TEMPLATES", "is_known", "render", "template_digest"]
+
+CHILD_CPU_S = 2
+CHILD_WALL_S = 4.0
+CHILD_MEMORY_BYTES = 256 << 20
+CHILD_OUTPUT_BYTES = 64 << 20
+
+_PREVIEW_SYSTEM = (
+    "You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step."
+)
+
+
+def _qwq_preview(messages: Sequence[Mapping[str, str]]) -> str:
+    """The template of QwQ-32B-Preview without tools, with the generation prompt."""
+    parts = []
+    if messages[0]["role"] != "system":
+        parts.append(f"<|im_start|>system\n{_PREVIEW_SYSTEM}<|im_end|>\n")
+    parts += [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
+    parts.append("<|im_start|>assistant\n")
+    return "".join(parts)
+
+
+KNOWN_TEMPLATES: Mapping[str, Callable[[Sequence[Mapping[str, str]]], str]] = {
+    # chat_template of Qwen/QwQ-32B-Preview's tokenizer_config.json; the pocket model carries the same text
+    "8523238ee7675c71ff297fb3bf4c48da234104b209663a3f63e7eeeef4ca7685": _qwq_preview,
+}
+
+
+def template_digest(template: str) -> str:
+    """sha256 of the template's text, by which it is known; a final newline does not count (editors add and drop it)."""
+    return hashlib.sha256(template.removesuffix("\n").encode("utf-8", "surrogatepass") + b"\n").hexdigest()
+
+
+def is_known(template: str) -> bool:
+    """Whether the template is rendered by this package's own code."""
+    return template_digest(template) in KNOWN_TEMPLATES
+
+
+def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str]) -> str:
+    """The conversation as one text that ends where the assistant begins.
+
+    messages: role and content, checked by `model.prompt`. tokens: bos_token, eos_token ... for unknown templates.
+    Raises PromptError when an unknown template fails, refuses the messages, or exceeds its limits.
+    """
+    known = KNOWN_TEMPLATES.get(template_digest(template))
+    return known(messages) if known is not None else _render_in_child(template, messages, tokens)
+
+
+def _render_in_child(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str]) -> str:
+    label = f"chat template (sha256 {template_digest(template)[:12]}…)"
+    limits = {"cpu_s": CHILD_CPU_S, "memory_bytes": CHILD_MEMORY_BYTES, "output_bytes": CHILD_OUTPUT_BYTES}
+    request = json.dumps({"template": template, "messages": list(messages), "tokens": dict(tokens), **limits})
+    child = str(Path(__file__).with_name("template_child.py"))
+    advice = "Take the chat template from the model's source again, or use a conversion of QwQ-32B-Preview."
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", child],
+            input=request.encode(),
+            capture_output=True,
+            timeout=CHILD_WALL_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PromptError(f"{label}: did not finish within {CHILD_WALL_S:g} s. {advice}") from error
+    if done.returncode == 0:
+        return done.stdout.decode()
+    if done.returncode == 1 and done.stderr.strip():
+        reason = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1][:300]
+        raise PromptError(f"{label}: failed with {reason}. {advice}")
+    limit = f"{CHILD_CPU_S} s of CPU and {CHILD_MEMORY_BYTES >> 20} MiB"
+    raise PromptError(f"{label}: was ended by its limits ({limit}; exit status {done.returncode}). {advice}")
