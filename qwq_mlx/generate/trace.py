@@ -80,7 +80,8 @@ class Trace:
 
     ids: what came out, with the id that ended it if one did; `text` is without that id, and without the stop text.
     logprobs, entropies: one per id, None where injected. thinking, conclusion: the two parts of the text; answer: what
-    was extracted from the conclusion, None where there is none; confidence: how sure the split is, 0 to 1.
+    was extracted from the conclusion, None where there is none; answer_kind: what it was told by ("heading", "box",
+    "tag", "sentence" ...); is_revised: the text doubts it later; confidence: how sure the split is, 0 to 1.
     thinking_span, conclusion_span: (start, end) in ids. finish_reason: see `describe`. settings: sampling, limits and
     seed as used. model: folder, weights, compute type. peak_bytes: device memory at most.
     """
@@ -91,6 +92,8 @@ class Trace:
     thinking: str
     conclusion: str
     answer: str | None
+    answer_kind: str
+    is_revised: bool
     confidence: float
     thinking_span: tuple[int, int]
     conclusion_span: tuple[int, int] | None
@@ -119,7 +122,7 @@ class Trace:
 
     @classmethod
     def from_json(cls, value: Any, *, where: str) -> Trace:
-        """The Trace again. Raises SourceError for another schema, and for fields missing, unknown or of a wrong kind."""
+        """The Trace again. Raises SourceError for another schema, and fields missing, unknown or of a wrong kind."""
         if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
             found = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
             raise SourceError(

@@ -1,0 +1,311 @@
+"""`python -m qwq_mlx.generate`: a question in, the model's text out on stdout, everything else on stderr.
+
+Arguments are read and checked before anything heavy is imported, so --help and a wrong option answer at once.
+
+Does not: hold a conversation (`qwq_mlx.chat` does), or rewrite the prompt in any way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
+from qwq_mlx.generate.options import Limits, Sampling
+
+if TYPE_CHECKING:
+    from qwq_mlx.generate.reasoner import Reasoner
+    from qwq_mlx.generate.run import Run
+    from qwq_mlx.generate.trace import Trace
+
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+# A model can write escape sequences; on a terminal they are shown as symbols instead of being obeyed.
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_FLAGS = {"temperature": "--temp"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")  # type: ignore[union-attr]
+    interruption = _Interruption()
+    try:
+        sampling, limits = _sampling(options), _limits(options)
+        prompt = _prompt(options)
+        return _generate(options, prompt, sampling, limits, interruption)
+    except OptionError as error:
+        return _complain(_with_flag(str(error)), 2)
+    except QwqError as error:
+        return _complain(str(error), 1)
+    except BrokenPipeError:
+        return _without_stdout()
+    except KeyboardInterrupt:
+        return _complain("interrupted before anything was generated", interruption.exit_code or 130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qwq_mlx.generate",
+        description="Answer one question. The model's text goes to stdout, everything else to stderr.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C), 143 terminated.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    own = "the model's own"
+    add("-p", "--prompt", metavar="TEXT", help="the question; '-' reads stdin, as does no --prompt with piped stdin")
+    add("--system-prompt", metavar="TEXT", help="replaces the chat template's default system prompt")
+    add(
+        "--model",
+        metavar="FOLDER",
+        help="a conversion or checkpoint (default: $QWQ_MLX_MODEL, conversions/, the pocket)",
+    )
+    add("--max-tokens", type=int, metavar="N", help="tokens to produce at most (default: the room left in the context)")
+    add("--context", type=int, metavar="N", help=f"positions to use at most, prompt included (default: {own})")
+    add("--temp", type=float, metavar="T", dest="temperature", help=f"temperature, 0 is greedy (default: {own})")
+    add("--top-p", type=float, metavar="P", help=f"keep the likeliest ids that hold P together (default: {own})")
+    add("--top-k", type=int, metavar="K", help=f"keep the K likeliest ids, 0 keeps all (default: {own})")
+    add("--min-p", type=float, metavar="P", help=f"drop ids below P times the likeliest's probability (default: {own})")
+    add("--repetition-penalty", type=float, metavar="X", help=f"over prompt and output, 1 is off (default: {own})")
+    add("--presence-penalty", type=float, metavar="X", help="over the output, 0 is off (default: 0)")
+    add("--frequency-penalty", type=float, metavar="X", help="over the output, 0 is off (default: 0)")
+    add(
+        "--dry-multiplier",
+        type=float,
+        metavar="X",
+        help=f"strength of DRY, 0 is off (default: {_default('dry_multiplier')})",
+    )
+    add("--dry-base", type=float, metavar="X", help=f"growth of DRY per id (default: {_default('dry_base')})")
+    add(
+        "--dry-allowed-length",
+        type=int,
+        metavar="N",
+        help=f"repeat DRY allows (default: {_default('dry_allowed_length')})",
+    )
+    add("--logit-bias", action="append", metavar="ID=X", help="add X to the logit of an id, -inf bans it; repeatable")
+    add("--order", choices=("hf", "mlx-lm"), help=f"order of the sampling steps (default: {_default('order')})")
+    add("--seed", type=int, metavar="N", help="of the draws (default: drawn, and shown)")
+    add("--stop", action="append", metavar="TEXT", help="end where this text comes, without it; repeatable")
+    add("--json", action="store_true", help="print the whole trace as one line of JSON instead of the text")
+    add(
+        "--quiet",
+        action="store_true",
+        help="on stderr only errors, and why it stopped if the model did not end by itself",
+    )
+    return parser
+
+
+def _default(name: str) -> Any:
+    return next(each.default for each in fields(Sampling) if each.name == name)
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    """Only what was given; everything else keeps the one default that stands in `Sampling`."""
+    names = {each.name for each in fields(Sampling)} - {"logit_bias"}
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    return Sampling(**given, logit_bias=dict(_bias_of(text) for text in options.logit_bias or ()))
+
+
+def _bias_of(text: str) -> tuple[int, float]:
+    token_id, _, value = text.partition("=")
+    try:
+        return int(token_id), float(value)
+    except ValueError as error:
+        raise OptionError(f"--logit-bias is {text!r}, expected ID=NUMBER, for example 198=-5 or 198=-inf.") from error
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    return Limits(max_tokens=options.max_tokens, context=options.context, stop=tuple(options.stop or ()))
+
+
+def _with_flag(message: str) -> str:
+    """The flag's name instead of the field's, where the message begins with it."""
+    name, _, rest = message.partition(" ")
+    known = {each.name for each in (*fields(Sampling), *fields(Limits))}
+    return f"{_FLAGS.get(name, '--' + name.replace('_', '-'))} {rest}" if name in known else message
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    """The question as it was given; checked for emptiness here, so that no model is loaded for nothing."""
+    text: str | None = options.prompt
+    if text == "-" or (text is None and not sys.stdin.isatty()):
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise PromptError(
+                f"stdin: byte {error.start:,} is not UTF-8, expected UTF-8 text. Convert it first (iconv)."
+            ) from error
+    if text is None:
+        raise OptionError("There is no prompt. Give one with --prompt TEXT, or pipe it in.")
+    if not text.strip():
+        raise OptionError("The prompt is empty. Give a question, for example --prompt 'How many r in strawberry?'.")
+    return text
+
+
+def _generate(
+    options: argparse.Namespace, prompt: str, sampling: Sampling, limits: Limits, interruption: _Interruption
+) -> int:
+    from qwq_mlx.model.prompt import conversation
+
+    conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
+    reasoner = _load(options)
+    progress = _prefill_progress() if sys.stderr.isatty() and not options.quiet else None
+    run = reasoner.stream(
+        prompt, system_prompt=options.system_prompt, sampling=sampling, limits=limits, progress=progress
+    )
+    if not options.quiet:
+        _note(_settings(run))
+    interruption.run = run
+    try:
+        _show(run, options)
+    except GenerationError as error:
+        return _complain(str(error), 1)
+    finally:
+        interruption.run = None
+    trace = run.trace()
+    if options.json:
+        sys.stdout.write(json.dumps(trace.to_json(), ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+    if not options.quiet or trace.finish_reason not in ("stop", "answered"):
+        _note(_summary(trace))
+    return interruption.exit_code if trace.finish_reason == "interrupted" else 0
+
+
+def _load(options: argparse.Namespace) -> Reasoner:
+    from qwq_mlx.generate.default_model import choose_model
+
+    choice = choose_model(options.model)
+    if choice.note and not options.quiet:
+        _note(choice.note)
+    if choice.source is not None:
+        _convert_pocket(choice.source, choice.folder, quiet=options.quiet)
+    from qwq_mlx.generate.reasoner import load
+
+    return load(choice.folder)
+
+
+def _convert_pocket(source: Any, folder: Any, *, quiet: bool) -> None:
+    """Make the pocket's 4-bit conversion, once. Two commands at once: the second uses what the first made."""
+    from qwq_mlx.convert import convert_checkpoint
+    from qwq_mlx.errors import ConversionError
+
+    if not quiet:
+        _note(f"converting the pocket model to 4 bits, once: {folder}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        convert_checkpoint(source, folder)
+    except ConversionError:
+        if not (folder / "config.json").is_file():
+            raise
+
+
+def _show(run: Run, options: argparse.Namespace) -> None:
+    """Write the text as it comes; on a terminal the thinking is dimmed."""
+    is_terminal = sys.stdout.isatty()
+    is_styled = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    is_dim, last = False, ""
+    try:
+        for step in run:
+            if options.json or not step.text:
+                continue
+            text = step.text.translate(_VISIBLE) if is_terminal else step.text
+            if is_styled and is_dim != (step.segment == "thinking"):
+                is_dim = not is_dim
+                text = (_DIM if is_dim else _PLAIN) + text
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            last = text
+    finally:
+        if is_dim:
+            sys.stdout.write(_PLAIN)
+        if is_terminal and last and not last.endswith("\n"):
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def _settings(run: Run) -> str:
+    """One line with everything that decides the text."""
+    sampling, limits = run.sampling, run.limits
+    parts = [
+        "greedy" if sampling.is_greedy else f"temperature {sampling.temperature:g}",
+        f"top-p {sampling.top_p:g}",
+        f"top-k {sampling.top_k}",
+        f"min-p {sampling.min_p:g}",
+        f"seed {sampling.seed}",
+    ]
+    parts = [parts[0], *([] if sampling.is_greedy else parts[1:])]
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "dry_multiplier"):
+        value = getattr(sampling, name)
+        if value != (1.0 if name == "repetition_penalty" else 0.0):
+            parts.append(f"{name.replace('_', '-')} {value:g}")
+    if sampling.logit_bias:
+        parts.append(f"{len(sampling.logit_bias)} logit biases")
+    if sampling.order != "hf" and not sampling.is_greedy:
+        parts.append(f"order {sampling.order}")
+    parts.append(f"at most {limits.max_tokens:,} tokens")
+    return f"{run.model_name} ({run.weights}): {', '.join(parts)}"
+
+
+def _summary(trace: Trace) -> str:
+    """The last line: why it stopped, tokens, rates, peak memory."""
+    timings = trace.timings
+    prefill = f" at {timings.prefill_tok_s:,.1f} tok/s" if timings.prefill_tok_s else ""
+    decode = f" at {timings.decode_tok_s:,.1f} tok/s" if timings.decode_tok_s else ""
+    return (
+        f"{trace.finish_reason}: {trace.describe()}; prompt {len(trace.prompt_ids):,} tokens{prefill}, "
+        f"output {len(trace.ids):,} tokens{decode}, peak memory {trace.peak_bytes / 1e9:.2f} GB"
+    )
+
+
+def _prefill_progress() -> Any:
+    def show(n_done: int, n_total: int) -> None:
+        if n_total > 1024:
+            text = "" if n_done >= n_total else f"prefill {n_done:,} of {n_total:,} tokens"
+            sys.stderr.write(f"\r\x1b[K{text}")
+            sys.stderr.flush()
+
+    return show
+
+
+class _Interruption:
+    """Ctrl-C and SIGTERM: the first ends the run after the token under way, the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self.exit_code = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        is_second = self.exit_code != 0
+        self.exit_code = 128 + number
+        if is_second or self.run is None:
+            raise KeyboardInterrupt
+        self.run.stop()
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _complain(message: str, code: int) -> int:
+    _note(f"error: {message}" if code in (1, 2) else message)
+    return code
+
+
+def _without_stdout() -> int:
+    """Whoever read our output has left, which is their right; keep Python from complaining at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Which model a command runs when none is named.
+
+In order: --model, $QWQ_MLX_MODEL, the first finished conversion of a QwQ-32B under conversions/ (of the current folder,
+then of the checkout this package lies in), else the pocket model that ships with the package. The pocket's 4-bit
+conversion is made once in the user's cache folder; its folder is named after the checkpoint's digest, so another
+checkpoint gets another conversion.
+
+Does not: convert, load, or download. A command that gets `needs_conversion` converts `source` to `folder` first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwq_mlx.errors import LoadError
+from qwq_mlx.facts import MODELS
+
+__all__ = ["Choice", "choose_model", "pocket_checkpoint", "user_cache_folder"]
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_VARIABLE = "QWQ_MLX_MODEL"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """folder: the model to load. note: one line for a person, "" where they named the model themselves.
+
+    source: where `folder` must be converted from first, None if it is there.
+    """
+
+    folder: Path
+    note: str = ""
+    source: Path | None = None
+
+
+def choose_model(named: str | None, environment: Mapping[str, str] | None = None) -> Choice:
+    """The model folder for a command. named: the value of --model, or None.
+
+    Raises LoadError where nothing is named and the package has no pocket checkpoint.
+    """
+    environment = os.environ if environment is None else environment
+    if named is not None:
+        return Choice(folder=Path(named))
+    from_environment = environment.get(_VARIABLE)
+    if from_environment:
+        return Choice(folder=Path(from_environment), note=f"model: {from_environment} (from ${_VARIABLE})")
+    for folder in _conversions((Path.cwd() / "conversions", _PACKAGE.parent / "conversions")):
+        return Choice(folder=folder, note=f"model: {folder}")
+    return _pocket(environment)
+
+
+def _pocket(environment: Mapping[str, str]) -> Choice:
+    source = pocket_checkpoint()
+    if not (source / "config.json").is_file():
+        raise LoadError(
+            f"{source}: the pocket model is not there, and no other model is named. "
+            f"Give --model FOLDER or set {_VARIABLE}; python -m qwq_mlx.convert makes a folder from a checkpoint."
+        )
+    folder = user_cache_folder(environment) / f"pocket-4bit-{_digest(source)[:16]}"
+    note = (
+        "model: the bundled pocket model, which knows only small puzzles. For QwQ-32B-Preview: "
+        "python -m qwq_mlx.convert, then --model FOLDER"
+    )
+    return Choice(folder=folder, note=note, source=None if (folder / "config.json").is_file() else source)
+
+
+def pocket_checkpoint() -> Path:
+    """Where the bundled bfloat16 checkpoint lies."""
+    return _PACKAGE / "pocket" / "checkpoint"
+
+
+def user_cache_folder(environment: Mapping[str, str]) -> Path:
+    """This user's cache folder for the package: $XDG_CACHE_HOME, ~/Library/Caches on macOS, ~/.cache elsewhere."""
+    base = environment.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "qwq-mlx"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "qwq-mlx"
+
+
+def _conversions(places: Iterable[Path]) -> Iterable[Path]:
+    """Finished conversions of a QwQ-32B, by name. A folder under its final name is finished: it came by one rename."""
+    for place in places:
+        for folder in sorted(place.iterdir()) if place.is_dir() else ():
+            if folder.suffix != ".partial" and _is_big(folder / "config.json"):
+                yield folder
+
+
+def _is_big(config: Path) -> bool:
+    try:
+        found = json.loads(config.read_bytes())
+    except (OSError, ValueError):  # no model folder, or a damaged one: not a candidate
+        return False
+    if not isinstance(found, dict) or "quantization" not in found:
+        return False
+    names = ("hidden_size", "num_hidden_layers", "vocab_size")
+    return any(
+        model.repository is not None and all(found.get(name) == getattr(model, name) for name in names)
+        for model in MODELS
+    )
+
+
+def _digest(folder: Path) -> str:
+    """sha256 over names and bytes of the pocket checkpoint's files (24 MB at most, 20 ms)."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        total.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()

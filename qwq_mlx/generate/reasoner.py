@@ -1,0 +1,118 @@
+"""A loaded model that answers questions: `load(folder)` gives a `Reasoner`, `.generate(question)` a `Trace`.
+
+What a caller leaves open is filled here, once: sampling from the model's generation_config.json, a seed drawn and
+written down, `max_tokens` as the room that the context leaves. Then `run.Run` takes over.
+
+Does not: choose a model (`default_model` does), keep a conversation's cache, or print.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+from pathlib import Path
+
+from qwq_mlx.errors import OptionError
+from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
+from qwq_mlx.generate.options import Limits, Sampling
+from qwq_mlx.generate.run import Progress, Run
+from qwq_mlx.generate.text import Pieces, decode
+from qwq_mlx.generate.trace import Trace
+from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
+from qwq_mlx.model.prompt import Messages, prompt_ids
+from qwq_mlx.reasoning.profile import Profile, find_profile
+
+__all__ = ["Reasoner", "load"]
+
+
+def load(folder: str | Path, *, compute_type: ComputeType | None = None) -> Reasoner:
+    """Check a model folder (a checkpoint or a conversion), load its weights, and return what answers questions.
+
+    compute_type: "float32" or "bfloat16"; None picks by backend. Raises LoadError, SourceError or BackendError.
+    """
+    return Reasoner(load_model(folder, compute_type=compute_type))
+
+
+class Reasoner:
+    """One model, ready for any number of questions, each on its own.
+
+    profile: how it separates thinking from answer; None takes the tagged one where the tokenizer has `<think>`.
+    """
+
+    def __init__(self, model: LoadedModel, *, profile: Profile | None = None) -> None:
+        self.model = model
+        self.pieces = Pieces(model.tokenizer)
+        tagged = "<think>" in model.tokenizer.added
+        self.profile = profile or find_profile((QWQ_32B if tagged else QWQ_32B_PREVIEW).profile)
+
+    def generate(
+        self,
+        messages: Messages,
+        *,
+        system_prompt: str | None = None,
+        sampling: Sampling | None = None,
+        limits: Limits | None = None,
+        progress: Progress | None = None,
+    ) -> Trace:
+        """Answer a question, or continue messages of {"role", "content"}, to the end.
+
+        sampling, limits: None leaves every value to the model. progress: called in prefill.
+        Raises PromptError, OptionError before any work; GenerationError (its `.trace` has what was produced).
+        """
+        run = self.stream(messages, system_prompt=system_prompt, sampling=sampling, limits=limits, progress=progress)
+        for _ in run:
+            pass
+        return run.trace()
+
+    def stream(
+        self,
+        messages: Messages,
+        *,
+        system_prompt: str | None = None,
+        sampling: Sampling | None = None,
+        limits: Limits | None = None,
+        progress: Progress | None = None,
+    ) -> Run:
+        """As `generate`, one Step at a time: `for step in run: ...`, then `run.trace()`."""
+        limits = limits or Limits()
+        context = self._context(limits)
+        ids = prompt_ids(self.model.tokenizer, messages, system_prompt=system_prompt, context=context)
+        return Run(
+            self.model,
+            self.pieces,
+            self.profile,
+            ids,
+            prompt_text=self.decode(ids),
+            sampling=self.resolved(sampling or Sampling()),
+            limits=replace(limits, context=context, max_tokens=_room(limits, context, len(ids))),
+            progress=progress,
+        )
+
+    def resolved(self, sampling: Sampling) -> Sampling:
+        """The sampling with every open value filled from the model's generation_config.json, and a seed."""
+        own = self.model.defaults
+        filled = sampling.resolve(
+            Sampling(
+                temperature=own.temperature,
+                top_p=own.top_p,
+                top_k=own.top_k,
+                min_p=own.min_p,
+                repetition_penalty=own.repetition_penalty,
+            )
+        )
+        return filled if filled.seed is not None else replace(filled, seed=secrets.randbits(32))
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, control tokens included."""
+        return decode(self.pieces, ids)
+
+    def _context(self, limits: Limits) -> int:
+        own = self.model.config.max_position_embeddings
+        if limits.context is not None and limits.context > own:
+            raise OptionError(f"context is {limits.context:,}, expected at most {own:,}, which is what the model has.")
+        return limits.context or own
+
+
+def _room(limits: Limits, context: int, n_prompt: int) -> int:
+    room = context - n_prompt
+    return room if limits.max_tokens is None else min(limits.max_tokens, room)
