@@ -16,14 +16,23 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.header_json import DTYPE_BYTES, MAX_HEADER_BYTES, METADATA, TensorEntry, parse_header
 
-__all__ = ["DTYPE_BYTES", "Header", "TensorEntry", "encode_header", "place_tensors", "read_header"]
+__all__ = [
+    "DTYPE_BYTES",
+    "Header",
+    "TensorEntry",
+    "encode_header",
+    "place_tensors",
+    "read_header",
+    "read_header_by",
+    "recognise",
+]
 
 _AGAIN = "Fetch the file again."
 
@@ -49,16 +58,24 @@ def read_header(path: Path) -> Header:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise SourceError(f"{path}: is {_kind(status.st_mode)}, expected a safetensors file. {_AGAIN}")
-        size_bytes = status.st_size
-        raw = _read_raw(fd, path, size_bytes)
+        return read_header_by(lambda start, n_bytes: os.pread(fd, n_bytes, start), path, status.st_size)
     finally:
         os.close(fd)
-    tensors, metadata = parse_header(raw, where=str(path), data_start=8 + len(raw))
+
+
+def read_header_by(read: Callable[[int, int], bytes], path: Path, size_bytes: int) -> Header:
+    """The same for a file that is elsewhere: read(start, n_bytes) gives its bytes, size_bytes is its full size.
+
+    path: where the file is or will be, for messages. At most 100 MB are asked for, and only if the file has them.
+    """
+    raw = _read_raw(read, path, size_bytes)
+    data_start = 8 + len(raw)
+    tensors, metadata = parse_header(raw, where=str(path), data_start=data_start)
     return Header(
         path=path,
         size_bytes=size_bytes,
-        data_start=8 + len(raw),
-        tensors=_in_order(tensors, path, data_start=8 + len(raw), size_bytes=size_bytes),
+        data_start=data_start,
+        tensors=_in_order(tensors, path, data_start=data_start, size_bytes=size_bytes),
         metadata=metadata,
     )
 
@@ -117,10 +134,10 @@ def _kind(mode: int) -> str:
     return next((name for test, name in kinds if test(mode)), "a device")
 
 
-def _read_raw(fd: int, path: Path, size_bytes: int) -> bytes:
+def _read_raw(read: Callable[[int, int], bytes], path: Path, size_bytes: int) -> bytes:
     """The JSON bytes, after checks that cost nothing."""
-    first = os.pread(fd, 512, 0)
-    if wrong := _recognised(first):
+    first = read(0, min(512, size_bytes))
+    if wrong := recognise(first):
         raise SourceError(f"{path}: is {wrong} ({size_bytes:,} bytes), expected a safetensors file. {_AGAIN}")
     if len(first) < 8:
         raise SourceError(f"{path}: has {size_bytes:,} bytes, expected at least 8 of a safetensors file. {_AGAIN}")
@@ -134,7 +151,7 @@ def _read_raw(fd: int, path: Path, size_bytes: int) -> bytes:
         raise SourceError(
             f"{path}: the header has {n_bytes:,} bytes, but the file ends after {size_bytes - 8:,} of them. {_AGAIN}"
         )
-    raw = os.pread(fd, n_bytes, 8)
+    raw = read(8, n_bytes)
     if len(raw) != n_bytes:
         raise SourceError(
             f"{path}: read {len(raw):,} of {n_bytes:,} header bytes; the file changed meanwhile. {_AGAIN}"
@@ -142,8 +159,8 @@ def _read_raw(fd: int, path: Path, size_bytes: int) -> bytes:
     return raw
 
 
-def _recognised(first: bytes) -> str | None:
-    """What a file is that often stands where a shard should."""
+def recognise(first: bytes) -> str | None:
+    """What a file is, by its first bytes, if it is one of those that often stand in another's place."""
     text = first.lstrip(b" \t\r\n\xef\xbb\xbf").lower()
     signatures = (
         (b"version https://git-lfs", "a git-lfs pointer, not the file it points to"),

@@ -1,0 +1,69 @@
+"""Small JSON files that hold one object: read with a size limit, strictly, and never from a FIFO.
+
+Does not: read safetensors headers (`header_json`) or check what the object means.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qwq_mlx.errors import SourceError
+from qwq_mlx.files.header import recognise
+
+__all__ = ["read_json_object"]
+
+
+def read_json_object(path: Path, *, limit_bytes: int, advice: str) -> dict[str, Any]:
+    """Parse a UTF-8 JSON file that holds one object; NaN, Infinity and a key that stands twice are refused.
+
+    advice: what the user should do next, the last sentence of every message.
+    Raises SourceError naming the file, what was found and what was expected.
+    """
+    raw = _read(path, limit_bytes, advice)
+    if wrong := recognise(raw[:512]):
+        raise SourceError(f"{path}: is {wrong} ({len(raw):,} bytes), expected JSON. {advice}")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: is not UTF-8 at byte {error.start:,}, expected JSON. {advice}") from error
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: is not JSON ({str(error)[:200]}). {advice}") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path}: holds a JSON {type(value).__name__}, expected an object. {advice}")
+    return value
+
+
+def _read(path: Path, limit_bytes: int, advice: str) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise SourceError(f"{path}: there is no such file. {advice}") from error
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be opened ({error.strerror}). {advice}") from error
+    with open(fd, "rb", closefd=True) as file:  # noqa: PTH123 - a descriptor, opened so that a FIFO does not block
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceError(f"{path}: is not a regular file, expected JSON. {advice}")
+        raw = file.read(limit_bytes + 1)
+    if len(raw) > limit_bytes:
+        raise SourceError(f"{path}: has {status.st_size:,} bytes, expected at most {limit_bytes:,}. {advice}")
+    return raw
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice[:80]!r} stands twice")
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
