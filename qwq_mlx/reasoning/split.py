@@ -1,0 +1,315 @@
+"""Thinking and answer apart, while the text is written and without needing tags.
+
+A model of profile "qwq-preview" ends with one of: a heading ("**Final Answer**"), a box, a tag that the prompt asked
+for, or a sentence that states the answer. The last strong mark wins, because boxes in the thinking get revised; a
+stated answer wins only where no strong mark stands, or where the text took the strong mark back first ("Wait, ...").
+A model of profile "qwq-tagged" closes its thinking itself, and the same marks are then looked for behind the tag.
+
+Spans are token indices and partition the output: thinking is [0, k), the conclusion [k, n). Each token costs constant
+work and memory; the result is the same however the text is cut into tokens.
+
+Does not: know ids, stop anything, or judge whether an answer is right. A text that quotes "**Final Answer**" at the
+beginning of a line and says something else after it is split there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qwq_mlx.reasoning.profile import Profile
+from qwq_mlx.reasoning.scan import Mark, Scanner
+from qwq_mlx.reasoning.statement import announces, requested_tags, revises, stated, unmarked
+
+__all__ = ["Kind", "Segment", "Split", "Splitter"]
+
+Segment = Literal["thinking", "answer"]
+Kind = Literal["heading", "tag", "box", "closed", "sentence", "paragraph", "none"]
+
+_PIECE = 1024  # characters scanned at once
+_CAPTURED = 16_384  # characters of a conclusion that are kept to find a value without a box in it
+_FAR = 1_500  # characters after a mark from which on it is less likely to be the last word
+_SHORT = 200  # characters of a line that can be an answer by itself
+_BESIDE = 24  # characters between two boxes that belong together: \boxed{2} and \boxed{3}
+_SURE: dict[Kind, float] = {
+    "heading": 0.98,
+    "tag": 0.95,
+    "box": 0.9,
+    "closed": 0.9,
+    "sentence": 0.6,
+    "paragraph": 0.2,
+    "none": 0.0,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Where the answer is.
+
+    thinking, conclusion: (start, end) in token indices, end not included; conclusion is None where the text never
+    concludes. thinking_chars, conclusion_chars: the same in characters, without the thinking's own tags.
+    answer: the extracted value as written (a box's or tag's content, a stated value), None where there is none.
+    confidence: 0 to 1, how sure it is that this is the model's last word. kind: what it was told by.
+    is_revised: the text went on to doubt the answer without giving another.
+    """
+
+    thinking: tuple[int, int]
+    conclusion: tuple[int, int] | None
+    thinking_chars: tuple[int, int]
+    conclusion_chars: tuple[int, int] | None
+    answer: str | None
+    confidence: float
+    kind: Kind
+    is_revised: bool = False
+
+
+@dataclass(slots=True)
+class _Place:
+    """A character and the token that holds it; token is None until that character arrives."""
+
+    char: int
+    token: int | None
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """What may be the answer: where its conclusion starts, its value, and the end of its last mark."""
+
+    kind: Kind
+    place: _Place
+    end: int
+    value: str | None = None
+    text: list[str] = field(default_factory=list)
+    n_captured: int = 0
+    is_revised: bool = False
+
+    def capture(self, text: str) -> None:
+        """Keep the beginning of what follows: the answer may stand there without a box."""
+        if self.n_captured < _CAPTURED:
+            self.text.append(text)
+            self.n_captured += len(text)
+
+    @property
+    def captured(self) -> str:
+        """What follows, cut to the same length however it arrived."""
+        return "".join(self.text)[:_CAPTURED]
+
+
+class Splitter:
+    """Splits one output. `prompt` is the whole templated prompt's text, or the question's; None where it is unknown.
+
+    It says which answer tags were asked for, and whether the thinking is already open when the output begins.
+    """
+
+    def __init__(self, profile: Profile, *, prompt: str | None = None) -> None:
+        self._profile = profile
+        self._scanner = Scanner(
+            open_tag=profile.open_tag, close_tag=profile.close_tag, answer_tags=requested_tags(prompt or "")
+        )
+        self._n_tokens = 0
+        self._token_start = 0  # character at which the current token's text begins
+        self._pending: list[_Place] = []
+        start = self._place(0)
+        self._line = self._previous = self._sentence = start
+        self._strong: _Candidate | None = None
+        self._weak: _Candidate | None = None
+        self._is_announced = False
+        self._thinking_chars = [0, 0]
+        # With tags: what follows the thinking. A prompt that does not open the thinking gets an answer at once.
+        self._reply: _Candidate | None = None
+        self._is_closed = False
+        if profile.has_tags and prompt is not None and not prompt.rstrip().endswith(profile.open_tag or ""):
+            self._reply = _Candidate("closed", start, 0)
+
+    def feed(self, text: str) -> Segment:
+        """Take the text that one token released ("" if none yet); returns the part it belongs to as far as known."""
+        if text:
+            self._token_start = self._scanner.n_chars
+        for at in range(0, len(text), _PIECE):
+            self._feed_piece(text[at : at + _PIECE])
+        self._n_tokens += 1
+        return self.segment
+
+    @property
+    def segment(self) -> Segment:
+        """The part that the next token belongs to, as far as known."""
+        if self._profile.has_tags:
+            return "thinking" if self._reply is None else "answer"
+        return "answer" if self._strong is not None and not self._strong.is_revised else "thinking"
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the answer part holds a closed box or tag, so that nothing more is needed."""
+        strong = self._strong
+        return strong is not None and strong.value is not None and not strong.is_revised
+
+    def finish(self, *, is_ended: bool = True) -> Split:
+        """The final split; feed nothing after it.
+
+        is_ended: the model ended its text itself. Of a text that was cut nothing is guessed from where it stops.
+        """
+        if self._scanner.line.strip():
+            self._take_line(self._scanner.line, self._scanner.n_chars)
+        self._take_open_tag()
+        for place in self._pending:
+            place.token = self._n_tokens
+        self._pending.clear()
+        best = self._best(is_ended)
+        concluding = self._reply or best
+        start = concluding.place if concluding else None
+        n_chars = self._scanner.n_chars
+        if best is None or start is None or start.token is None or start.token >= self._n_tokens:
+            return Split(
+                thinking=(0, self._n_tokens),
+                conclusion=None,
+                thinking_chars=(self._thinking_chars[0], self._thinking_chars[1] if self._is_closed else n_chars),
+                conclusion_chars=None,
+                answer=None,
+                confidence=0.0,
+                kind="none",
+            )
+        return Split(
+            thinking=(0, start.token),
+            conclusion=(start.token, self._n_tokens),
+            thinking_chars=(self._thinking_chars[0], self._thinking_chars[1] if self._is_closed else start.char),
+            conclusion_chars=(start.char, n_chars),
+            answer=best.value,
+            confidence=self._confidence(best),
+            kind=best.kind,
+            is_revised=best.is_revised,
+        )
+
+    def _feed_piece(self, text: str) -> None:
+        for place in self._pending:
+            place.token = self._n_tokens
+        self._pending.clear()
+        for candidate in (self._strong, self._reply):
+            if candidate is not None:
+                candidate.capture(text)
+        for mark in self._scanner.feed(text):
+            self._take(mark)
+
+    def _place(self, char: int) -> _Place:
+        is_here = self._token_start <= char < self._scanner.n_chars
+        place = _Place(char, self._n_tokens if is_here else None)
+        if not is_here:
+            self._pending.append(place)
+        return place
+
+    def _take(self, mark: Mark) -> None:
+        if mark.kind == "line":
+            self._take_line(mark.value, mark.end)
+            if mark.value.strip():
+                self._previous = self._line
+            self._line = self._sentence = self._place(mark.end)
+        elif mark.kind == "sentence":
+            self._sentence = self._place(mark.end)
+        elif mark.kind == "open":
+            self._open(mark)
+        elif mark.kind == "close":
+            self._close(mark)
+        elif self._profile.has_tags and self._reply is None:
+            pass  # a box in a thinking that is not closed yet
+        elif mark.kind == "heading":
+            self._strong, self._weak = _Candidate("heading", self._line, mark.end), None
+            self._strong.capture(self._scanner.tail(mark.end))
+        elif mark.kind in ("box", "tag"):
+            self._take_value("box" if mark.kind == "box" else "tag", mark)
+
+    def _open(self, mark: Mark) -> None:
+        """The thinking opens; behind an answer only at the beginning of a line, or it is a quotation."""
+        if self._reply is not None and self._line.char != mark.start:
+            return
+        if mark.start < _PIECE and not self._scanner.tail(0)[: mark.start].strip():
+            self._thinking_chars[0] = mark.end
+        self._strong = self._weak = self._reply = None
+        self._is_closed = False
+
+    def _close(self, mark: Mark) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._thinking_chars[1] = mark.start
+        self._line = self._previous = self._sentence = self._place(mark.end)
+        self._strong = self._weak = None
+        self._reply = _Candidate("closed", self._line, mark.end)
+        self._reply.capture(self._scanner.tail(mark.end))
+
+    def _take_line(self, line: str, end: int) -> None:
+        """A line is complete: it may take the answer back, state one, or be the answer that the last one announced."""
+        strong = self._strong
+        if strong and strong.end <= self._line.char and revises(line, strictly=strong.value is None):
+            strong.is_revised = True
+        if strong is None or strong.is_revised:
+            value, start = stated(line), self._line
+            if value is None and self._is_announced and line.strip() and len(line) <= _SHORT:
+                value, start = unmarked(line), self._previous
+            if value is not None:
+                self._weak = _Candidate("sentence", start, end, value)
+        if line.strip():
+            self._is_announced = announces(line)
+
+    def _take_value(self, kind: Kind, mark: Mark) -> None:
+        value = mark.value.strip()
+        if not value.strip(" .…?_"):
+            return  # a placeholder: \boxed{...}
+        strong = self._strong
+        if strong and not strong.is_revised and (strong.kind == "heading" or strong.end > self._line.char):
+            strong.value = self._joined(strong, value, mark)
+            strong.end = mark.end
+            return
+        start = self._previous if self._is_announced else self._sentence
+        self._strong, self._weak = _Candidate(kind, start, mark.end, value), None
+
+    def _joined(self, strong: _Candidate, value: str, mark: Mark) -> str:
+        """Boxes side by side in one line are one answer, unless they are equal; otherwise the last box counts."""
+        gap = mark.start - strong.end
+        is_beside = strong.value is not None and strong.end > self._line.char and 0 <= gap <= _BESIDE
+        if not is_beside or value == strong.value or "\\boxed" not in self._scanner.tail(mark.start):
+            return value
+        between = self._scanner.tail(strong.end)[:gap].strip(" $")
+        return value if between.startswith(("=", "\\approx", "or")) else f"{strong.value}, {value}"
+
+    def _take_open_tag(self) -> None:
+        """An answer tag that the text, or a stop string, ended before it was closed: "<answer>5"."""
+        text = self._scanner.open_tag_text.strip()
+        if text and len(text) <= _SHORT and "\n" not in text and not text.lower().startswith("tag"):
+            end = self._scanner.n_chars
+            self._strong, self._weak = _Candidate("tag", self._sentence, end, text), None
+
+    def _best(self, is_ended: bool) -> _Candidate | None:
+        """The candidate that is the model's last word, its value filled in."""
+        strong, weak = self._strong, self._weak
+        if self._profile.has_tags and self._reply is None:
+            return None
+        if strong is not None and strong.value is None:
+            strong.value = unmarked(strong.captured)
+        if strong is not None and strong.is_revised and weak is not None:
+            if weak.value == strong.value:
+                strong.is_revised = False
+                return strong
+            return weak
+        if strong is not None:
+            return strong
+        if weak is not None and (is_ended or not self._is_far(weak)):
+            return weak
+        if self._reply is not None:
+            self._reply.value = unmarked(self._reply.captured)
+            return self._reply
+        if is_ended and self._scanner.n_chars:
+            last = self._line if self._scanner.line.strip() else self._previous
+            return _Candidate("paragraph", last, self._scanner.n_chars)
+        return None
+
+    def _confidence(self, best: _Candidate) -> float:
+        sure = _SURE[best.kind]
+        if best.value is None:
+            sure *= 0.5
+        if best.is_revised:
+            sure *= 0.5
+        if best.kind != "heading" and self._is_far(best):
+            sure *= 0.3 if best.kind == "sentence" else 0.7
+        return round(sure, 3)
+
+    def _is_far(self, candidate: _Candidate) -> bool:
+        return self._scanner.n_chars - candidate.end > _FAR
