@@ -1,0 +1,93 @@
+"""Files and folders that appear whole or not at all, and stay after a power cut.
+
+Bytes go to a temporary name, reach the disk (fsync), and get their name by one rename, which the folder's own fsync
+makes last. macOS's fsync stops at the drive's cache, so there F_FULLFSYNC asks the drive as well.
+
+Does not: lock (`lock` does), or make a rename between two file systems atomic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from qwq_mlx.errors import ConversionError
+
+__all__ = ["fsync_file", "fsync_folder", "publish", "replaced_path", "write_file"]
+
+
+def fsync_file(fd: int) -> None:
+    """Return when the file's bytes are on the disk itself. Raises OSError."""
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):  # network and FAT volumes have no F_FULLFSYNC; fsync is the best they offer
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Return when the names in the folder are on the disk. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fsync_file(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole file: after a crash at any moment path holds the old bytes, or all of the new ones.
+
+    Raises OSError (disk full, no permission); the temporary file is then removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            fsync_file(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def replaced_path(final: Path) -> Path:
+    """Where publish keeps the folder that it replaces until the new one is in place."""
+    return final.with_name(f"{final.name}.replaced")
+
+
+def publish(partial: Path, final: Path, *, replace: bool) -> None:
+    """Give a finished folder its final name by one rename.
+
+    partial: its files are complete and fsynced. final: must not exist, unless replace is true; then the old folder
+    moves to `replaced_path(final)` first and is removed last, so final is at every moment absent or complete, and a
+    second call after a crash finishes what the first began.
+    Raises ConversionError when final exists and replace is false; OSError.
+    """
+    old = replaced_path(final)
+    if os.path.lexists(final):
+        if not replace:
+            raise ConversionError(
+                f"{final}: exists already. The finished conversion waits in {partial}; "
+                "remove the old folder or pass --force to replace it."
+            )
+        if os.path.lexists(old):
+            _remove(old)
+        final.rename(old)
+    fsync_folder(partial)
+    partial.rename(final)
+    fsync_folder(final.parent)
+    if replace and os.path.lexists(old):
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -1,0 +1,104 @@
+"""sha256 of files, and of a shard's header and tensors in the same pass.
+
+Does not: compare digests with anything (`manifest` does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwq_mlx.errors import SourceError
+from qwq_mlx.files.header import Header
+
+__all__ = ["Progress", "ShardDigest", "sha256_file", "sha256_header", "sha256_shard"]
+
+Progress = Callable[[int], object]  # called with the number of bytes done since the last call
+
+_BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardDigest:
+    """sha256 (hex) of a whole shard, of its first bytes up to the data, and of each tensor's bytes by name."""
+
+    file: str
+    header: str
+    tensors: Mapping[str, str]
+
+
+def sha256_file(path: Path, progress: Progress | None = None) -> str:
+    """sha256 of a file's bytes, as 64 hex digits. Raises SourceError when it cannot be read."""
+    digest = hashlib.sha256()
+    with _Reader(path) as reader:
+        while block := reader.read(_BLOCK_BYTES):
+            digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return digest.hexdigest()
+
+
+def sha256_header(header: Header) -> str:
+    """sha256 of a shard's length and header JSON. Raises SourceError when the file cannot be read."""
+    with _Reader(header.path) as reader:
+        return hashlib.sha256(reader.read(header.data_start)).hexdigest()
+
+
+def sha256_shard(header: Header, progress: Progress | None = None) -> ShardDigest:
+    """Digests of a shard, its header and each tensor, reading the file once.
+
+    Raises SourceError when it cannot be read or ends before its header says.
+    """
+    whole = hashlib.sha256()
+    tensors = {}
+    with _Reader(header.path) as reader:
+        first = reader.read(header.data_start)
+        whole.update(first)
+        if progress is not None:
+            progress(len(first))
+        for name, entry in header.tensors.items():
+            one = hashlib.sha256()
+            left = entry.end - entry.start
+            while left:
+                block = reader.read(min(left, _BLOCK_BYTES))
+                if not block:
+                    raise SourceError(f"{header.path}: ended inside tensor {name} while it was read. Make it again.")
+                whole.update(block)
+                one.update(block)
+                left -= len(block)
+                if progress is not None:
+                    progress(len(block))
+            tensors[name] = one.hexdigest()
+    return ShardDigest(file=whole.hexdigest(), header=hashlib.sha256(first).hexdigest(), tensors=tensors)
+
+
+class _Reader:
+    """A file read in order, with the operating system's errors turned into ours."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+
+    def __enter__(self) -> _Reader:
+        try:
+            self._fd = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceError(f"{self._path}: cannot be opened ({error.strerror}). Check the folder.") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def read(self, n_bytes: int) -> bytes:
+        """The next n_bytes, fewer only at the end of the file."""
+        parts: list[bytes] = []
+        try:
+            while n_bytes and (part := os.read(self._fd, n_bytes)):
+                parts.append(part)
+                n_bytes -= len(part)
+        except OSError as error:
+            raise SourceError(f"{self._path}: cannot be read ({error.strerror}). Check the disk.") from error
+        return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,0 +1,278 @@
+"""manifest.json: what a conversion was made of, how, and the digest of everything in it.
+
+The file proves the folder, and itself: it holds a digest of its own content, and its bytes must be exactly those that
+this module writes for that content, so an edit or a flipped bit anywhere is seen. At every load `check_sizes` compares
+all sizes, the digests of small files and of the shards' headers (milliseconds); `verify_full` reads every byte.
+
+Schema 1, the keys of the JSON object:
+    schema      1
+    digest      sha256 of the file's own bytes with this text empty
+    source      repository and commit (null for a folder that names none), files: name -> size_bytes, sha256
+    recipe      the recipe in full, as its TOML file parses; fit: how scales were chosen ("min-max")
+    versions    program -> version (qwq_mlx, mlx, python ...)
+    files       name -> size_bytes, sha256, header_sha256 (null unless a shard), for every file but the manifest
+    tensors     name -> shard, dtype, shape, sha256, relative_error (null where nothing was rounded)
+    run         figures of the run: wall_s, peak_memory_bytes ...
+
+Does not: sign anything. Who can write the folder can write a manifest to match; compare its source digests with the
+Hub's to know where the weights came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwq_mlx.errors import SourceError
+from qwq_mlx.files.atomic import write_file
+from qwq_mlx.files.digest import Progress, ShardDigest, sha256_file, sha256_header, sha256_shard
+from qwq_mlx.files.header import read_header
+from qwq_mlx.files.json_object import read_json_object
+from qwq_mlx.files.source import SUFFIX
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA",
+    "FileRecord",
+    "Manifest",
+    "SourceRecord",
+    "TensorRecord",
+    "check_sizes",
+    "read_manifest",
+    "record_file",
+    "verify_full",
+    "write_manifest",
+]
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA = 1
+
+_MAX_MANIFEST_BYTES = 64 << 20
+_MAX_NAMES = 10
+_SMALL_BYTES = 64 << 20  # hashed at every load: a tokenizer.json has 7 MB, which takes 5 ms
+_READ_AT_LOAD = (SUFFIX, ".json", ".jinja")  # an extra file of these kinds would change what a load gives
+_ADVICE = "Convert the source again, or copy the folder again from where it was whole."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """One file: size, sha256 (hex) of its bytes, and for a shard the sha256 of its length and header."""
+
+    size_bytes: int
+    sha256: str
+    header_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRecord:
+    """One tensor of the conversion.
+
+    relative_error: ||dequantized - source|| / ||source|| of the matrix, on its codes; None where nothing was rounded.
+    """
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+    relative_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRecord:
+    """Where the weights came from. repository, commit: None for a local folder that does not say."""
+
+    repository: str | None
+    commit: str | None
+    files: Mapping[str, FileRecord]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything that manifest.json says; see the module's text for each field."""
+
+    source: SourceRecord
+    recipe: Mapping[str, Any]
+    fit: str
+    versions: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+    tensors: Mapping[str, TensorRecord]
+    run: Mapping[str, float]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json into a folder, whole and durable. The same manifest gives the same bytes. Raises OSError."""
+    write_file(folder / MANIFEST_NAME, _encode(asdict(manifest)))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read manifest.json and check it against its own digest.
+
+    Raises SourceError when it is missing, damaged, edited, or of another schema.
+    """
+    path = folder / MANIFEST_NAME
+    value = read_json_object(path, limit_bytes=_MAX_MANIFEST_BYTES, advice=_ADVICE)
+    schema = value.pop("schema", None)
+    if schema != SCHEMA:
+        raise SourceError(
+            f"{path}: schema is {schema!r}, expected {SCHEMA}. Use the qwq_mlx that made it, or convert again."
+        )
+    digest = value.pop("digest", None)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror}). Check the disk.") from error
+    if _encode(value) != raw:
+        raise SourceError(f"{path}: its digest is {str(digest)[:80]!r}, which its content does not have. {_ADVICE}")
+    try:
+        return _decode(value)
+    except (KeyError, TypeError, AttributeError) as error:  # only a forged digest leads here
+        raise SourceError(f"{path}: lacks a field of schema {SCHEMA} ({error}). {_ADVICE}") from error
+
+
+def check_sizes(folder: Path) -> Manifest:
+    """The cheap check of every load: every size, the digests of small files and of shard headers.
+
+    Raises SourceError listing what is missing, has another size or other bytes, and files beside the listed ones that a
+    load would read.
+    """
+    return _check(folder, is_extra=lambda name: name.endswith(_READ_AT_LOAD))
+
+
+def verify_full(folder: Path, progress: Progress | None = None, *, n_threads: int = 4) -> Manifest:
+    """Read every byte of the folder and compare it with the manifest; any file not listed is refused.
+
+    progress: called with bytes done, from several threads. Hidden files (.DS_Store) do not count.
+    Raises SourceError naming every file, and in shards every tensor, whose bytes are others.
+    """
+    manifest = _check(folder, is_extra=lambda name: True)
+    wrong: list[str] = []
+    with ThreadPoolExecutor(n_threads) as pool:
+        jobs = [
+            pool.submit(_differences, folder / name, record, manifest, progress) for name, record in _files(manifest)
+        ]
+        for job in jobs:
+            wrong += job.result()
+    if wrong:
+        raise SourceError(_report(folder, {"of other bytes than the manifest's": wrong}))
+    return manifest
+
+
+def record_file(path: Path, progress: Progress | None = None) -> tuple[FileRecord, ShardDigest | None]:
+    """Size and digests of one file as the manifest has them; for a shard also the digest of each tensor, in one pass.
+
+    Raises SourceError when it cannot be read or is no shard though its name says so.
+    """
+    if path.suffix != SUFFIX:
+        return FileRecord(size_bytes=_size(path), sha256=sha256_file(path, progress)), None
+    header = read_header(path)
+    digest = sha256_shard(header, progress)
+    return FileRecord(size_bytes=header.size_bytes, sha256=digest.file, header_sha256=digest.header), digest
+
+
+def _files(manifest: Manifest) -> list[tuple[str, FileRecord]]:
+    """Largest first, so that threads end together."""
+    return sorted(manifest.files.items(), key=lambda item: -item[1].size_bytes)
+
+
+def _check(folder: Path, *, is_extra: Callable[[str], bool]) -> Manifest:
+    manifest = read_manifest(folder)
+    missing, sizes, changed = [], [], []
+    for name, record in sorted(manifest.files.items()):
+        path = folder / name
+        if not _is_plain_name(name) or not path.is_file():
+            missing.append(name)
+        elif (found := _size(path)) != record.size_bytes:
+            sizes.append(f"{name} ({found:,} bytes, expected {record.size_bytes:,})")
+        elif not _has_cheap_digest(path, record):
+            changed.append(name)
+    extra = [
+        name
+        for name in sorted(os.listdir(folder))  # noqa: PTH208 - names are wanted
+        if name not in manifest.files and name != MANIFEST_NAME and not name.startswith(".") and is_extra(name)
+    ]
+    faults = {
+        "missing": missing,
+        "of another size": sizes,
+        "of other bytes than the manifest's": changed,
+        "that the manifest does not list": extra,
+    }
+    if any(faults.values()):
+        raise SourceError(_report(folder, faults))
+    return manifest
+
+
+def _has_cheap_digest(path: Path, record: FileRecord) -> bool:
+    """Whether a small file, or a shard's header, has the bytes that the manifest says."""
+    if record.header_sha256 is not None:
+        return sha256_header(read_header(path)) == record.header_sha256
+    return record.size_bytes > _SMALL_BYTES or sha256_file(path) == record.sha256
+
+
+def _differences(path: Path, record: FileRecord, manifest: Manifest, progress: Progress | None) -> list[str]:
+    found, digest = record_file(path, progress)
+    if found == record:
+        return []
+    tensors = {} if digest is None else digest.tensors
+    wrong = [
+        name for name, sha256 in tensors.items() if name in manifest.tensors and manifest.tensors[name].sha256 != sha256
+    ]
+    return [f"{path.name}: {name}" for name in wrong] or [path.name]
+
+
+def _report(folder: Path, faults: Mapping[str, list[str]]) -> str:
+    lines = [f"{folder}: is not the folder that its {MANIFEST_NAME} describes."]
+    for what, names in faults.items():
+        if names:
+            more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
+            shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:_MAX_NAMES])
+            lines.append(f"{len(names):,} {what}: {shown}{more}.")
+    return "\n".join([*lines, _ADVICE])
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror}). Check the folder.") from error
+
+
+def _is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and Path(name).name == name
+
+
+def _encode(content: Mapping[str, Any]) -> bytes:
+    """The bytes of manifest.json: keys sorted, the digest over these bytes with an empty digest."""
+
+    def spoken(digest: str) -> bytes:
+        value = {"schema": SCHEMA, "digest": digest, **content}
+        return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+    return spoken(hashlib.sha256(spoken("")).hexdigest())
+
+
+def _decode(value: Mapping[str, Any]) -> Manifest:
+    source = value["source"]
+    return Manifest(
+        source=SourceRecord(
+            repository=source["repository"], commit=source["commit"], files=_file_records(source["files"])
+        ),
+        recipe=value["recipe"],
+        fit=value["fit"],
+        versions=value["versions"],
+        files=_file_records(value["files"]),
+        tensors={
+            name: TensorRecord(**{**record, "shape": tuple(record["shape"])})
+            for name, record in value["tensors"].items()
+        },
+        run=value["run"],
+    )
+
+
+def _file_records(records: Mapping[str, Mapping[str, Any]]) -> dict[str, FileRecord]:
+    return {name: FileRecord(**record) for name, record in records.items()}

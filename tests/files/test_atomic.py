@@ -1,0 +1,121 @@
+"""Whole files and folders under their final names, whatever step fails."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qwq_mlx.errors import ConversionError
+from qwq_mlx.files import atomic
+from qwq_mlx.files.atomic import fsync_folder, publish, replaced_path, write_file
+
+
+class Stop(BaseException):
+    """Stands for the moment at which a process dies."""
+
+
+def test_a_file_is_written_whole_and_durable_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen_at_fsync: list[bytes] = []
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    fsync = os.fsync
+
+    def recorded(fd: int) -> None:
+        seen_at_fsync.append(path.read_bytes())
+        fsync(fd)
+
+    monkeypatch.setattr(atomic, "fsync_file", recorded)
+    write_file(path, b"new")
+    assert seen_at_fsync == [b"old", b"new"]  # the data before the rename, the folder after it
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("step", ["fsync_file", "rename"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    if step == "rename":
+        monkeypatch.setattr(Path, "replace", fail)
+    else:
+        monkeypatch.setattr(atomic, "fsync_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def make(folder: Path, content: str) -> Path:
+    folder.mkdir()
+    (folder / "f").write_text(content)
+    return folder
+
+
+def test_publishing_is_one_rename(tmp_path: Path) -> None:
+    partial, final = make(tmp_path / "out.partial", "new"), tmp_path / "out"
+    publish(partial, final, replace=False)
+    assert (final / "f").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [final]
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "broken link"])
+def test_an_existing_output_is_never_overwritten_unasked(tmp_path: Path, kind: str) -> None:
+    partial, final = make(tmp_path / "out.partial", "new"), tmp_path / "out"
+    if kind == "folder":
+        make(final, "old")
+    elif kind == "empty folder":
+        final.mkdir()
+    elif kind == "file":
+        final.write_text("old")
+    else:
+        final.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(
+        ConversionError, match=r"out: exists already.*out\.partial.*remove the old folder or pass --force"
+    ):
+        publish(partial, final, replace=False)
+    assert (partial / "f").read_text() == "new"
+    publish(partial, final, replace=True)
+    assert (final / "f").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [final]
+
+
+@pytest.mark.parametrize("died_at", range(6))
+def test_dying_at_any_step_of_a_replacement_leaves_the_name_free_or_whole_and_a_second_call_finishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, died_at: int
+) -> None:
+    partial, final = make(tmp_path / "out.partial", "new"), make(tmp_path / "out", "old")
+    steps = iter(range(100))
+
+    def dying(step):
+        def run(*args: object) -> object:
+            if next(steps) == died_at:
+                raise Stop
+            return step(*args)
+
+        return run
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", dying(Path.rename))
+        patched.setattr(atomic, "fsync_folder", dying(fsync_folder))
+        patched.setattr(atomic, "_remove", dying(atomic._remove))
+        try:
+            publish(partial, final, replace=True)
+        except Stop:
+            assert died_at < 5
+        else:
+            assert died_at == 5
+    assert not final.exists() or (final / "f").read_text() in ("old", "new")
+    assert any(path.exists() and (path / "f").read_text() == "new" for path in (partial, final))
+    if not final.exists():
+        assert (replaced_path(final) / "f").read_text() == "old"
+    if partial.exists():
+        publish(partial, final, replace=True)
+    assert (final / "f").read_text() == "new"
