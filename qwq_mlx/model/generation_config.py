@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from qwq_mlx.errors import LoadError
-from qwq_mlx.model.tokenizer import read_json
+from qwq_mlx.files.json_object import read_json_object
 
 __all__ = ["GenerationDefaults", "read_generation_defaults"]
+
+_MAX_BYTES = 1 << 20
+_AGAIN = "Copy generation_config.json from the model's source again."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +38,12 @@ class GenerationDefaults:
 def read_generation_defaults(folder: Path, *, vocab_size: int) -> GenerationDefaults:
     """Read generation_config.json; a folder without it has no defaults.
 
-    Raises LoadError for a file that is no JSON object, values that cannot be, or end ids beyond the vocabulary.
+    Raises SourceError for a file that is no JSON object; LoadError for values that cannot be, or end ids too large.
     """
     path = folder / "generation_config.json"
     if not path.exists():
         return GenerationDefaults()
-    found = read_json(path)
+    found = read_json_object(path, limit_bytes=_MAX_BYTES, advice=_AGAIN)
     if found.get("do_sample") not in (None, True, False):
         raise _fault(path, "do_sample", found["do_sample"], "true or false")
     temperature = _number(found, "temperature", path, low=0.0, high=100.0)
@@ -80,6 +83,4 @@ def _eos(found: dict[str, Any], path: Path, vocab_size: int) -> tuple[int, ...]:
 
 
 def _fault(path: Path, name: str, value: Any, expected: str) -> LoadError:
-    return LoadError(
-        f"{path}: {name} is {value!r}, expected {expected}. Copy generation_config.json from the model's source again."
-    )
+    return LoadError(f"{path}: {name} is {value!r}, expected {expected}. {_AGAIN}")

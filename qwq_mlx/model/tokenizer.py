@@ -9,7 +9,6 @@ Does not: run code of the folder, touch the network, or render chat templates (`
 
 from __future__ import annotations
 
-import json
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from qwq_mlx.errors import LoadError
+from qwq_mlx.files.json_object import read_json_object
 
-__all__ = ["LoadedTokenizer", "load_tokenizer", "read_json"]
+__all__ = ["LoadedTokenizer", "load_tokenizer"]
 
 _MAX_TOKENIZER_BYTES = 256 << 20  # Qwen2's is 7 MB
-_MAX_JSON_BYTES = 16 << 20
+_MAX_SETTINGS_BYTES = 16 << 20
 _MAX_TEMPLATE_BYTES = 1 << 20
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -50,7 +50,7 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> LoadedTokenizer:
     """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of a folder.
 
     vocab_size: rows of the embedding; every id must be below it.
-    Raises LoadError: file missing, damaged, empty, or of another model.
+    Raises LoadError or SourceError: file missing, damaged, empty, or of another model.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -58,7 +58,11 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> LoadedTokenizer:
             f"{path}: there is no such file, so text cannot become ids. "
             "Copy tokenizer.json and tokenizer_config.json from the model's source into this folder."
         )
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    settings_path = folder / "tokenizer_config.json"
+    settings: dict[str, Any] = {}
+    if settings_path.exists():
+        advice = "Copy it from the model's source again."
+        settings = read_json_object(settings_path, limit_bytes=_MAX_SETTINGS_BYTES, advice=advice)
     backend = _backend(path)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     if not vocabulary:
@@ -69,13 +73,13 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> LoadedTokenizer:
             f"{path}: the largest id is {n_ids - 1:,}, the model's embedding has {vocab_size:,} rows. "
             "This is the tokenizer of another model; copy tokenizer.json from this model's source."
         )
-    _check_added(folder / "tokenizer_config.json", settings, vocabulary)
+    _check_added(settings_path, settings, vocabulary)
     added = backend.get_added_tokens_decoder()
     named = {name: _token_text(settings.get(name)) for name in _SPECIAL_NAMES}
     eos = named["eos_token"]
     if eos is not None and eos not in vocabulary:
         raise LoadError(
-            f"{folder / 'tokenizer_config.json'}: eos_token is {eos!r}, which tokenizer.json does not have. "
+            f"{settings_path}: eos_token is {eos!r}, which tokenizer.json does not have. "
             "Copy both files from the model's source again."
         )
     return LoadedTokenizer(
@@ -87,17 +91,6 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> LoadedTokenizer:
         eos_id=None if eos is None else vocabulary[eos],
         chat_template=_chat_template(folder, settings),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a small JSON file that holds one object. Raises LoadError naming the file and the fault."""
-    try:
-        value = json.loads(_read(path, _MAX_JSON_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise LoadError(f"{path}: not JSON ({error}). Copy the file from the model's source again.") from error
-    if not isinstance(value, dict):
-        raise LoadError(f"{path}: holds {type(value).__name__}, expected an object. Copy it from the source again.")
-    return value
 
 
 def _read(path: Path, limit_bytes: int) -> str:

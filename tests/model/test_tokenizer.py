@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from qwq_mlx.errors import LoadError
-from qwq_mlx.model.tokenizer import load_tokenizer, read_json
+from qwq_mlx.errors import LoadError, SourceError
+from qwq_mlx.model.tokenizer import load_tokenizer
 
 TEXTS = (
     "",
@@ -162,37 +162,35 @@ def test_a_template_that_is_no_text_is_refused(folder: Path) -> None:
         load_tokenizer(folder, vocab_size=320)
 
 
-def test_json_that_is_no_object_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("[1]")
-    with pytest.raises(LoadError, match=r"x\.json: holds list, expected an object"):
-        read_json(tmp_path / "x.json")
+def test_damaged_settings_are_refused_by_name(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(SourceError, match=r"tokenizer_config\.json: holds a JSON list, expected an object\. Copy it"):
+        load_tokenizer(folder, vocab_size=320)
 
 
-def test_json_nested_too_deep_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("[" * 100_000)
-    with pytest.raises(LoadError, match=r"x\.json: not JSON"):
-        read_json(tmp_path / "x.json")
+def test_a_template_that_is_not_utf8_is_refused(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"{{ a }}\xff")
+    with pytest.raises(LoadError, match=r"chat_template\.jinja: is not UTF-8 \(byte 7\)"):
+        load_tokenizer(folder, vocab_size=320)
 
 
-def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(LoadError, match=r"x\.json: is not UTF-8 \(byte 7\)"):
-        read_json(tmp_path / "x.json")
+def test_a_template_that_is_a_fifo_does_not_hang(folder: Path) -> None:
+    os.mkfifo(folder / "chat_template.jinja")
+    with pytest.raises(LoadError, match=r"chat_template\.jinja: is not a regular file"):
+        load_tokenizer(folder, vocab_size=320)
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match=r"x\.json: cannot be read \(No such file or directory\)"):
-        read_json(tmp_path / "x.json")
+def test_a_template_too_large_is_refused_before_it_is_read(folder: Path) -> None:
+    with (folder / "chat_template.jinja").open("wb") as file:
+        file.truncate(2 << 20)
+    with pytest.raises(LoadError, match=r"chat_template\.jinja: has 2,097,152 bytes, expected at most 1,048,576"):
+        load_tokenizer(folder, vocab_size=320)
 
 
-def test_a_fifo_does_not_hang(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "x.json")
-    with pytest.raises(LoadError, match=r"x\.json: is not a regular file"):
-        read_json(tmp_path / "x.json")
+def test_a_template_that_cannot_be_read_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
 
-
-def test_a_file_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    with (tmp_path / "x.json").open("wb") as file:
-        file.truncate(17 << 20)
-    with pytest.raises(LoadError, match=r"x\.json: has 17,825,792 bytes, expected at most 16,777,216"):
-        read_json(tmp_path / "x.json")
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(LoadError, match=r"tokenizer\.json: cannot be read \(Permission denied\)\. Check the folder"):
+        load_tokenizer(folder, vocab_size=320)

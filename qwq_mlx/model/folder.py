@@ -1,0 +1,69 @@
+"""A model folder, checked from its headers alone: config, tensors, packing, and nothing allocated.
+
+This is the first half of loading, and all that a memory plan needs, so it runs on machines without MLX.
+
+Does not: read a weight, import MLX, or look at the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwq_mlx.errors import LoadError
+from qwq_mlx.files.manifest import MANIFEST_NAME, check_sizes
+from qwq_mlx.files.source import CONFIG_NAME, Checkpoint, open_checkpoint
+from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.layout import Packing, check_layout, packings
+
+__all__ = ["ModelFolder", "open_model_folder"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFolder:
+    """A folder whose config and tensors agree. packed: matrix path -> its packing; empty for a checkpoint of floats."""
+
+    path: Path
+    checkpoint: Checkpoint
+    config: Qwen2Config
+    packed: Mapping[str, Packing]
+
+    @property
+    def weights(self) -> str:
+        """The weights in words, for people: "4-bit weights, group 64"."""
+        if not self.packed:
+            dtypes = sorted({entry.dtype.lower() for _, entry in self.checkpoint.tensors.values()})
+            return f"{'/'.join(dtypes)} weights"
+        bits = sorted({packing.bits for packing in self.packed.values()})
+        groups = sorted({packing.group_size for packing in self.packed.values()})
+        return f"{'/'.join(map(str, bits))}-bit weights, group {'/'.join(map(str, groups))}"
+
+
+def open_model_folder(folder: str | Path) -> ModelFolder:
+    """Check a checkpoint or a conversion: file sizes against the manifest, headers, config, every tensor.
+
+    Raises LoadError or SourceError naming the file or tensor, what was found and what was expected.
+    """
+    path = Path(folder)
+    _check_is_folder(path)
+    if (path / MANIFEST_NAME).exists():
+        check_sizes(path)
+    checkpoint = open_checkpoint(path)
+    where = str(path / CONFIG_NAME)
+    config = Qwen2Config.from_json(checkpoint.config, where=where)
+    packed = packings(checkpoint.config, config, checkpoint.tensors, where=where)
+    found = {name: (entry.dtype, tuple(entry.shape)) for name, (_, entry) in checkpoint.tensors.items()}
+    check_layout(config, packed, found, where=str(path))
+    return ModelFolder(path=path, checkpoint=checkpoint, config=config, packed=packed)
+
+
+def _check_is_folder(path: Path) -> None:
+    if path.is_dir():
+        return
+    if path.exists():
+        raise LoadError(f"{path}: is a file, expected a model folder (config.json, *.safetensors, tokenizer.json).")
+    raise LoadError(
+        f"{path}: there is no such folder. Give a model folder with --model; "
+        "python -m qwq_mlx.convert makes one from a checkpoint."
+    )

@@ -1,0 +1,205 @@
+"""A model folder becomes a model in memory, or every reason why it cannot.
+
+All checks come before the first weight: file sizes against the manifest, safetensors headers, config against the Qwen2
+table, every tensor's name, shape and type, the tokenizer's ids, the generation defaults. Only then does MLX read the
+weights, layer by layer. This is the one place that imports mlx_lm, which lowers the limit of open files for the whole
+process and sets an environment variable when it is imported; both are put back.
+
+The compute type follows the backend: float32 on the CPU, where MLX 0.32.4 runs 4-bit weights about 8 times faster with
+float32 activations, scales and biases than with bfloat16; bfloat16 on a GPU (not measured on Metal).
+
+Does not: download, convert, run code of the folder, or open any file but JSON, the template and checked safetensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, cast, get_args
+
+from qwq_mlx.errors import BackendError, LoadError, OptionError
+from qwq_mlx.files.header import Header
+from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.folder import ModelFolder, open_model_folder
+from qwq_mlx.model.generation_config import GenerationDefaults, read_generation_defaults
+from qwq_mlx.model.layout import Packing
+from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
+
+__all__ = [
+    "ComputeType",
+    "LoadedModel",
+    "build_module",
+    "default_compute_type",
+    "import_mlx",
+    "import_mlx_lm",
+    "load_model",
+]
+
+ComputeType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A checked model, its weights in memory.
+
+    module: mlx_lm's Qwen2 (called with ids (1, n) and a cache, returns logits (1, n, vocab)).
+    stop_ids: ids that end a text, from generation_config.json, config.json and the tokenizer together.
+    compute_type: what activations, scales and biases are computed in. weights: in words, for people.
+    weights_bytes: of the folder's tensors on disk.
+    """
+
+    folder: Path
+    module: Any
+    config: Qwen2Config
+    tokenizer: LoadedTokenizer
+    defaults: GenerationDefaults
+    stop_ids: frozenset[int]
+    compute_type: ComputeType
+    weights: str
+    weights_bytes: int
+
+
+def import_mlx() -> ModuleType:
+    """mlx.core, or BackendError where MLX is not installed or has no backend."""
+    try:
+        return importlib.import_module("mlx.core")
+    except ImportError as error:
+        raise BackendError(
+            f"MLX cannot start on this machine ({error}). On a Mac with Apple silicon: pip install mlx. "
+            "On Linux MLX needs a backend: pip install 'mlx[cpu]', or 'mlx[cuda13]' with an NVIDIA GPU."
+        ) from error
+
+
+def import_mlx_lm(name: str) -> Any:
+    """Import a module of mlx_lm and put back what that changes: RLIMIT_NOFILE and the environment."""
+    import resource
+
+    import_mlx()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    environment = dict(os.environ)
+    real = resource.setrlimit
+    try:
+        # Importing lowers the hard limit to 4096 (mlx-lm#1589), and an ordinary process cannot raise it again, so the
+        # call itself must not happen. Only this name is exchanged, and only while the import runs.
+        resource.setrlimit = _keep_limit
+        return importlib.import_module(name)
+    finally:
+        resource.setrlimit = real
+        if resource.getrlimit(resource.RLIMIT_NOFILE) != limit:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        for added in os.environ.keys() - environment.keys():
+            del os.environ[added]
+        os.environ.update(environment)
+
+
+def _keep_limit(resource: int, limits: tuple[int, int], /) -> None:
+    """Stand-in for resource.setrlimit while mlx_lm is imported."""
+
+
+def default_compute_type() -> ComputeType:
+    """float32 on the CPU backend, bfloat16 on a GPU. Raises BackendError where MLX cannot run."""
+    mx = import_mlx()
+    return "float32" if mx.default_device().type == mx.cpu else "bfloat16"
+
+
+def load_model(folder: str | Path, *, compute_type: ComputeType | None = None) -> LoadedModel:
+    """Check a folder and load its weights.
+
+    folder: a checkpoint of floats or a conversion. compute_type: None picks by backend.
+    Raises OptionError; LoadError or SourceError naming file, found and expected; BackendError where MLX cannot run.
+    """
+    if compute_type not in (None, *get_args(ComputeType)):
+        raise OptionError(f"compute_type is {compute_type!r}, expected 'float32', 'bfloat16' or None.")
+    files = open_model_folder(folder)
+    config = files.config
+    defaults = read_generation_defaults(files.path, vocab_size=config.vocab_size)
+    tokenizer = load_tokenizer(files.path, vocab_size=config.vocab_size)
+    stop_ids = _stop_ids(files.path, config, defaults, tokenizer)
+    chosen = compute_type or default_compute_type()
+    return LoadedModel(
+        folder=files.path,
+        module=_load_weights(files, chosen),
+        config=config,
+        tokenizer=tokenizer,
+        defaults=defaults,
+        stop_ids=stop_ids,
+        compute_type=chosen,
+        weights=files.weights,
+        weights_bytes=files.checkpoint.tensor_bytes,
+    )
+
+
+def _stop_ids(
+    folder: Path, config: Qwen2Config, defaults: GenerationDefaults, tokenizer: LoadedTokenizer
+) -> frozenset[int]:
+    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    stop_ids = frozenset((*defaults.eos_token_ids, *config.eos_token_ids, *own))
+    if not stop_ids:
+        raise LoadError(
+            f"{folder}: neither generation_config.json nor config.json nor tokenizer_config.json says which id ends a "
+            "text, so generation would never stop. Copy generation_config.json from the model's source."
+        )
+    return stop_ids
+
+
+def build_module(config: Qwen2Config, packed: Mapping[str, Packing]) -> Any:
+    """mlx_lm's Qwen2 of this shape with packed layers where asked; its weights are placeholders, never evaluated."""
+    qwen2 = import_mlx_lm("mlx_lm.models.qwen2")
+    import mlx.nn as nn
+
+    module = qwen2.Model(
+        qwen2.ModelArgs(
+            model_type="qwen2",
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            intermediate_size=config.intermediate_size,
+            num_attention_heads=config.num_attention_heads,
+            rms_norm_eps=config.rms_norm_eps,
+            vocab_size=config.vocab_size,
+            num_key_value_heads=config.num_key_value_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_theta=config.rope_theta,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+    )
+
+    def packing_of(path: str, _: Any) -> bool | dict[str, int]:
+        packing = packed.get(path)
+        return False if packing is None else {"group_size": packing.group_size, "bits": packing.bits}
+
+    if packed:
+        nn.quantize(module, class_predicate=packing_of)
+    return module
+
+
+def _load_weights(files: ModelFolder, compute_type: ComputeType) -> Any:
+    """Map the checked tensors into the module and read them, one layer at a time."""
+    mx = import_mlx()
+    module = build_module(files.config, files.packed)
+    weights: dict[str, Any] = {}
+    for shard in files.checkpoint.shards:
+        weights.update(_map_shard(shard, compute_type))
+    module.load_weights(list(weights.items()), strict=True)
+    weights.clear()  # from here on only the module holds them, so each layer's source bytes go when it is cast
+    module.eval()
+    for layer in module.layers:
+        mx.eval(layer.parameters())
+    mx.eval(module.parameters())
+    return module
+
+
+def _map_shard(shard: Header, compute_type: ComputeType) -> dict[str, Any]:
+    """Lazy arrays of the tensors that the checked header names, floats cast to the compute type."""
+    mx = import_mlx()
+    try:
+        arrays = cast("dict[str, Any]", mx.load(str(shard.path)))
+    except (RuntimeError, ValueError) as error:
+        raise LoadError(f"{shard.path}: MLX cannot read it ({error}). Convert or fetch the model again.") from error
+    dtype = getattr(mx, compute_type)
+    return {
+        name: arrays[name] if arrays[name].dtype == mx.uint32 else arrays[name].astype(dtype) for name in shard.tensors
+    }
