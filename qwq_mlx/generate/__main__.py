@@ -36,19 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")  # type: ignore[union-attr]
-    interruption = _Interruption()
-    try:
-        sampling, limits = _sampling(options), _limits(options)
-        prompt = _prompt(options)
-        return _generate(options, prompt, sampling, limits, interruption)
-    except OptionError as error:
-        return _complain(_with_flag(str(error)), 2)
-    except QwqError as error:
-        return _complain(str(error), 1)
-    except BrokenPipeError:
-        return _without_stdout()
-    except KeyboardInterrupt:
-        return _complain("interrupted before anything was generated", interruption.exit_code or 130)
+    with _Interruption() as interruption:
+        try:
+            sampling, limits = _sampling(options), _limits(options)
+            return _generate(options, _prompt(options), sampling, limits, interruption)
+        except OptionError as error:
+            return _complain(_with_flag(str(error)), 2)
+        except QwqError as error:
+            return _complain(str(error), 1)
+        except BrokenPipeError:
+            return _without_stdout()
+        except KeyboardInterrupt:
+            return _complain("interrupted: at once, what was not shown is lost", interruption.exit_code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -275,13 +274,21 @@ def _prefill_progress() -> Any:
 
 
 class _Interruption:
-    """Ctrl-C and SIGTERM: the first ends the run after the token under way, the second ends the process at once."""
+    """Ctrl-C and SIGTERM: the first ends the run after the token under way, the second ends the command at once."""
 
     def __init__(self) -> None:
         self.run: Run | None = None
         self.exit_code = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interruption:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: object) -> None:
         is_second = self.exit_code != 0

@@ -202,7 +202,7 @@ class Run:
                 decode_s=latest - first,
             ),
             peak_bytes=self._peak_bytes or mx.get_peak_memory(),
-            settings={"sampling": _plain(self.sampling), "limits": asdict(self.limits)},
+            settings={"sampling": _plain(self.sampling), "limits": _plain(self.limits)},
             model={
                 "name": self.model_name,
                 "weights": self._model.weights,
@@ -222,11 +222,12 @@ class Run:
         return splitter.finish(is_ended=False)
 
 
-def _plain(sampling: Sampling) -> dict[str, Any]:
-    """The sampling as JSON values; JSON knows no integer keys and no infinity."""
-    values = asdict(sampling)
-    values["logit_bias"] = {str(token_id): str(value) for token_id, value in sampling.logit_bias.items()}
-    return values
+def _plain(options: Sampling | Limits) -> dict[str, Any]:
+    """Options as JSON values, which know no tuples, no integer keys and no infinity."""
+    values = asdict(options)
+    if isinstance(options, Sampling):
+        values["logit_bias"] = {str(token_id): str(value) for token_id, value in options.logit_bias.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _given(value: int | None) -> int:

@@ -84,7 +84,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"cannot be read \(No such file"):
         Trace.load(tmp_path / "none.json")
     (tmp_path / "half.json").write_text('{"schema_')
-    with pytest.raises(SourceError, match="half.json: not JSON"):
+    with pytest.raises(SourceError, match=r"half\.json: not JSON"):
         Trace.load(tmp_path / "half.json")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(SourceError, match="schema_version is 'list'"):

@@ -1,0 +1,342 @@
+"""The generate command as a user meets it: text on stdout, the rest on stderr, each fault one message and a code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from checkpoints import write_json
+
+from qwq_mlx.generate import __main__ as command
+from qwq_mlx.generate.options import Limits, Sampling
+from qwq_mlx.generate.reasoner import load
+from qwq_mlx.generate.trace import Trace
+
+pytestmark = pytest.mark.tiny
+
+Done = subprocess.CompletedProcess[bytes]
+SUMMARY = re.compile(
+    r"(\w+): .+; prompt \d+ tokens at [\d,.]+ tok/s, output \d+ tokens( at [\d,.]+ tok/s)?, peak memory \d+\.\d\d GB"
+)
+
+
+def arguments(*given: str) -> list[str]:
+    return [sys.executable, "-W", "error", "-m", "qwq_mlx.generate", *given]
+
+
+def run(*given: str, stdin: bytes | None = None, cwd: Path | None = None, **environment: str) -> Done:
+    """The command in a process of its own, with stdin closed unless it is given."""
+    return subprocess.run(
+        arguments(*given),
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True,
+        timeout=120,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_text_goes_to_stdout_and_the_last_line_of_stderr_says_why_it_stopped(tiny_checkpoint: Path) -> None:
+    done = run("--prompt", "Hé <|im_end|>", "--model", str(tiny_checkpoint), "--max-tokens", "12", "--seed", "5")
+    reasoner = load(tiny_checkpoint)
+    trace = reasoner.generate("Hé <|im_end|>", sampling=Sampling(seed=5), limits=Limits(max_tokens=12))
+    assert done.returncode == 0
+    assert done.stdout.decode() == trace.text
+    lines = done.stderr.decode().splitlines()
+    assert "temperature 0.7, top-p 0.8, top-k 20, min-p 0, seed 5" in lines[0]
+    found = SUMMARY.fullmatch(lines[-1])
+    assert found and found[1] == trace.finish_reason
+    assert f"prompt {len(trace.prompt_ids)} tokens" in lines[-1] and f"output {len(trace.ids)} tokens" in lines[-1]
+
+
+def test_json_prints_the_whole_trace_as_one_line(tiny_checkpoint: Path) -> None:
+    done = run(
+        "-p",
+        "-",
+        "--model",
+        str(tiny_checkpoint),
+        "--max-tokens",
+        "4",
+        "--json",
+        "--quiet",
+        stdin=b"hi \xf0\x9f\xa7\xae\n",
+    )
+    assert done.stdout.count(b"\n") == 1
+    trace = Trace.from_json(json.loads(done.stdout), where="stdout")
+    assert len(trace.ids) == 4 and trace.finish_reason == "length"
+    expected = load(tiny_checkpoint).stream("hi 🧮\n").trace().prompt_ids
+    assert trace.prompt_ids == expected, "the prompt is never rewritten"
+    assert SUMMARY.fullmatch(done.stderr.decode().strip()), "a run cut short says so even with --quiet"
+
+
+def test_piped_stdin_is_the_prompt_when_none_is_given(tiny_checkpoint: Path) -> None:
+    done = run("--model", str(tiny_checkpoint), "--max-tokens", "2", "--json", stdin=b"one\\n two")
+    trace = json.loads(done.stdout)
+    assert tuple(trace["prompt_ids"]) == load(tiny_checkpoint).stream("one\\n two").trace().prompt_ids
+
+
+USAGE: list[tuple[Sequence[str], str]] = [
+    (["-p", "x", "--temp", "-1"], r"error: --temp is -1\.0, expected a number from 0 to 100\."),
+    (["-p", "x", "--top-p", "2"], r"error: --top-p is 2\.0, expected a number above 0 up to 1\."),
+    (["-p", "x", "--top-k", "-1"], "error: --top-k is -1, expected a whole number of at least 0"),
+    (["-p", "x", "--min-p", "nan"], "error: --min-p is nan"),
+    (["-p", "x", "--max-tokens", "0"], "error: --max-tokens is 0, expected a whole number of at least 1"),
+    (["-p", "x", "--context", "1"], "error: --context is 1"),
+    (["-p", "x", "--seed", "-3"], "error: --seed is -3"),
+    (["-p", "x", "--stop", ""], "error: --stop holds an empty text"),
+    (["-p", "x", "--logit-bias", "5"], "error: --logit-bias is '5', expected ID=NUMBER"),
+    (["-p", "x", "--logit-bias", "5=nan"], r"error: logit_bias\[5\] is nan"),
+    (["-p", ""], r"error: The prompt is empty\. Give a question"),
+    (["-p", " \n"], "error: The prompt is empty"),
+    (["-p", "-"], "error: The prompt is empty"),
+    ([], "error: The prompt is empty"),
+    (["-p", "x", "--temp", "warm"], "argument --temp: invalid float value: 'warm'"),
+    (["-p", "x", "--temperature", "1"], "unrecognized arguments: --temperature 1"),
+    (["-p", "x", "--max", "5"], "unrecognized arguments: --max 5"),
+    (["-p", "x", "--order", "vllm"], "argument --order: invalid choice: 'vllm'"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), USAGE)
+def test_wrong_usage_is_one_message_and_code_2(given: Sequence[str], message: str, tmp_path: Path) -> None:
+    done = run(*given, cwd=tmp_path)
+    text = done.stderr.decode()
+    assert done.returncode == 2, text
+    assert re.search(message, text) and "Traceback" not in text
+    assert done.stdout == b"" and list(tmp_path.iterdir()) == []
+
+
+def damaged(name: str, source: Path, folder: Path) -> Path:
+    """A copy of the checkpoint with one fault; the name of the fault is the test's parameter."""
+    if name == "missing":
+        return folder
+    if name == "file":
+        folder.write_text("x")
+        return folder
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    shard = folder / "model-00001-of-00002.safetensors"
+    if name == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif name == "truncated shard":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif name == "other config":
+        write_json(folder / "config.json", config | {"intermediate_size": 256})
+    elif name == "absurd config":
+        write_json(folder / "config.json", config | {"num_hidden_layers": 10_000_000})
+    elif name == "no config":
+        (folder / "config.json").unlink()
+    elif name == "garbage generation config":
+        (folder / "generation_config.json").write_text("{")
+    elif name == "empty folder":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    return folder
+
+
+FOLDERS = [
+    ("missing", "there is no such folder"),
+    ("file", "is a file, expected a model folder"),
+    ("empty folder", "config.json"),
+    ("no config", "config.json"),
+    ("no tokenizer", "tokenizer.json: there is no such file"),
+    ("truncated shard", r"model-00001-of-00002\.safetensors"),
+    ("other config", "the tensors are not those that config.json describes"),
+    ("absurd config", "num_hidden_layers is 10000000"),
+    ("garbage generation config", "generation_config.json"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), FOLDERS)
+def test_a_wrong_model_folder_is_one_message_and_code_1(
+    name: str, message: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = damaged(name, tiny_checkpoint, tmp_path / "model")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    done = run("-p", "x", "--model", str(folder), cwd=tmp_path)
+    text = done.stderr.decode()
+    assert done.returncode == 1, text
+    assert text.startswith(f"error: {folder}") and re.search(message, text)
+    assert "Traceback" not in text and done.stdout == b""
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "stdin", "message", "code"),
+    [
+        (["-p", "word " * 600], None, r"error: The prompt is [\d,]+ tokens, the context is 512", 1),
+        (["-p", "x", "--context", "5000"], None, "error: --context is 5,000, expected at most 512", 2),
+        (["-p", "-"], b"\xff\xfe", r"error: stdin: byte 0 is not UTF-8, expected UTF-8 text", 1),
+        (["-p", os.fsdecode(b"a\xff")], None, r"error: Message 0: character 1 is the lone surrogate U\+DCFF", 1),
+        (["-p", "x", "--logit-bias", "100000=1"], None, "error: --logit-bias has the id 100,000", 2),
+    ],
+)
+def test_what_this_model_cannot_do_is_one_message(
+    given: Sequence[str], stdin: bytes | None, message: str, code: int, tiny_checkpoint: Path
+) -> None:
+    done = run(*given, "--model", str(tiny_checkpoint), stdin=stdin)
+    text = done.stderr.decode()
+    assert (done.returncode, done.stdout) == (code, b""), text
+    assert re.search(message, text) and "Traceback" not in text
+
+
+def test_no_model_at_all_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run("-p", "x", QWQ_MLX_MODEL=str(tmp_path / "none"))
+    assert done.returncode == 1
+    lines = done.stderr.decode().splitlines()
+    assert lines[0] == f"model: {tmp_path / 'none'} (from $QWQ_MLX_MODEL)"
+    assert lines[-1].startswith(f"error: {tmp_path / 'none'}: there is no such folder")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_cleanly_with_what_was_produced(number: signal.Signals, tiny_checkpoint: Path) -> None:
+    bans = [f"--logit-bias={i}=-inf" for i in load(tiny_checkpoint).model.stop_ids]
+    with subprocess.Popen(
+        arguments("-p", "x", "--model", str(tiny_checkpoint), "--temp", "0", "--json", *bans),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stderr is not None and process.stdout is not None
+        settings = process.stderr.readline()  # printed when the run begins
+        assert b"greedy" in settings
+        time.sleep(0.15)
+        process.send_signal(number)
+        stdout, stderr = process.stdout.read(), process.stderr.read()
+        code = process.wait(timeout=60)
+    trace = json.loads(stdout)
+    assert b"Traceback" not in stderr
+    assert SUMMARY.fullmatch(stderr.decode().strip().splitlines()[-1])
+    if trace["finish_reason"] == "context_full":  # a very fast machine was done before the signal
+        pytest.skip("the run ended before the signal came")
+    assert trace["finish_reason"] == "interrupted" and code == 128 + number
+
+
+def test_a_closed_stdout_ends_the_command_without_a_word(tiny_checkpoint: Path) -> None:
+    with subprocess.Popen(
+        arguments("-p", "x", "--model", str(tiny_checkpoint), "--quiet"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stderr is not None and process.stdout is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(timeout=60)) == (b"", 0)
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
+def test_on_a_terminal_the_thinking_is_dimmed_and_escapes_are_shown_not_obeyed(
+    environment: dict[str, str], tiny_checkpoint: Path
+) -> None:
+    leader, follower = pty.openpty()
+    with subprocess.Popen(
+        # the id of the byte ESC is drawn again and again
+        arguments(
+            "-p",
+            "x",
+            "--model",
+            str(tiny_checkpoint),
+            "--temp",
+            "0",
+            "--max-tokens",
+            "3",
+            _bias_to("\x1b", tiny_checkpoint),
+        ),
+        stdin=subprocess.DEVNULL,
+        stdout=follower,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "xterm", **environment},
+    ) as process:
+        assert process.wait(timeout=60) == 0
+    os.close(follower)
+    shown = os.read(leader, 10_000).decode()
+    os.close(leader)
+    text = "\u241b\u241b\u241b"
+    assert shown == (f"{text}\r\n" if environment else f"\x1b[2m{text}\x1b[0m\r\n")
+
+
+def _bias_to(character: str, folder: Path) -> str:
+    pieces = load(folder).pieces
+    token_id = next(i for i in range(pieces.n_ids) if pieces[i] == character.encode())
+    return f"--logit-bias={token_id}=1000"
+
+
+FLAGS: list[tuple[list[str], str, Any]] = [
+    (["--temp", "0.5"], "temperature", 0.5),
+    (["--top-p", "0.5"], "top_p", 0.5),
+    (["--top-k", "7"], "top_k", 7),
+    (["--min-p", "0.1"], "min_p", 0.1),
+    (["--repetition-penalty", "1.1"], "repetition_penalty", 1.1),
+    (["--presence-penalty", "0.2"], "presence_penalty", 0.2),
+    (["--frequency-penalty", "0.3"], "frequency_penalty", 0.3),
+    (["--dry-multiplier", "0.8"], "dry_multiplier", 0.8),
+    (["--dry-base", "2"], "dry_base", 2.0),
+    (["--dry-allowed-length", "4"], "dry_allowed_length", 4),
+    (["--logit-bias", "3=-1", "--logit-bias", "4=-inf"], "logit_bias", {3: -1.0, 4: float("-inf")}),
+    (["--order", "mlx-lm"], "order", "mlx-lm"),
+    (["--seed", "9"], "seed", 9),
+    (["--max-tokens", "11"], "max_tokens", 11),
+    (["--context", "99"], "context", 99),
+    (["--stop", "END", "--stop", "FIN"], "stop", ("END", "FIN")),
+    (["--system-prompt", "Be brief."], "system_prompt", "Be brief."),
+    (["-p", "What?"], "messages", "What?"),
+    (["--model", "/somewhere"], "folder", Path("/somewhere")),
+]
+
+
+class _ReachedError(Exception):
+    """Carries what the command handed to the reasoner."""
+
+
+@pytest.mark.parametrize(("flag", "name", "expected"), FLAGS)
+def test_every_flag_reaches_the_code_it_names(
+    flag: list[str], name: str, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake_load(folder: Path) -> Any:
+        def stream(messages: str, *, system_prompt: Any, sampling: Sampling, limits: Limits, progress: Any) -> None:
+            values = {each: getattr(sampling, each) for each in Sampling.__slots__}
+            values |= {each: getattr(limits, each) for each in Limits.__slots__}
+            raise _ReachedError(values | {"messages": messages, "system_prompt": system_prompt, "folder": folder})
+
+        return SimpleNamespace(stream=stream)
+
+    monkeypatch.setattr("qwq_mlx.generate.reasoner.load", fake_load)
+    given = ["-p", "x", "--model", "m", *flag]
+    with pytest.raises(_ReachedError) as reached:
+        command.main(given)
+    values = reached.value.args[0]
+    assert values.pop(name) == expected
+    with pytest.raises(_ReachedError) as untouched:
+        command.main(["-p", "x", "--model", "m"])
+    others = untouched.value.args[0]
+    assert others.pop(name) != expected
+    assert values == others, "a flag changes only what it names"
+
+
+def test_help_names_every_flag_and_answers_before_anything_heavy_is_imported() -> None:
+    code = (
+        "import sys, qwq_mlx.generate.__main__ as m\n"
+        "try:\n    m.main(['--help'])\nexcept SystemExit as e:\n    assert e.code == 0\n"
+        "heavy = {'mlx', 'mlx.core', 'mlx_lm', 'transformers', 'tokenizers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    for flags, *_ in FLAGS:
+        assert flags[0] in done.stdout
+    for flag in ("--json", "--quiet"):
+        assert flag in done.stdout
