@@ -104,7 +104,7 @@ _PER_BYTE = {2: 4, 4: 2}
 def unpack_codes(packed: NDArray[np.uint32], bits: int) -> NDArray[np.float32]:
     """The codes behind `packed` (rows, columns * bits / 32) as float32 (rows, columns)."""
     rows = packed.shape[0]
-    stream = np.ascontiguousarray(packed).view(np.uint8)
+    stream: NDArray[np.uint8] = np.ascontiguousarray(packed).view(np.uint8)
     if bits == 8:
         return stream.astype(np.float32)
     if bits in _PER_BYTE:
@@ -121,5 +121,5 @@ def unpack_codes(packed: NDArray[np.uint32], bits: int) -> NDArray[np.float32]:
 def _table(bits: int) -> NDArray[np.float32]:
     """(256, codes per byte): what one byte holds. A look-up is about twice as fast as shifts and masks."""
     places = np.arange(_PER_BYTE[bits], dtype=np.uint8) * np.uint8(bits)
-    values = (np.arange(256, dtype=np.uint8)[:, None] >> places) & np.uint8((1 << bits) - 1)
+    values: NDArray[np.uint8] = (np.arange(256, dtype=np.uint8)[:, None] >> places) & np.uint8((1 << bits) - 1)
     return values.astype(np.float32)

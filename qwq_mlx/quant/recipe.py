@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from qwq_mlx.errors import OptionError, RecipeError
+from qwq_mlx.quant import DEFAULT_RECIPE
 from qwq_mlx.quant.packing import FITS, Packing
 
 if sys.version_info >= (3, 11):
@@ -38,7 +39,6 @@ else:
 
 __all__ = ["DEFAULT_RECIPE", "Override", "Recipe", "load_recipe", "recipe_names"]
 
-DEFAULT_RECIPE = "qwq-32b-preview-4bit"
 _FOLDER = Path(__file__).resolve().parent / "recipes"  # conversions/ of the checkout, and its copy in an installation
 _MAX_BYTES = 1 << 20
 _PACKING_KEYS = ("mode", "bits", "group_size")
@@ -83,6 +83,10 @@ class Recipe:
             if override.applies(path, n_layers):
                 found = override.packing
         return found
+
+    def as_mapping(self) -> dict[str, Any]:
+        """The file as it parses, with its name: what the manifest keeps."""
+        return {"name": self.name, **tomllib.loads(self.text)}
 
     def check_matches(self, paths: Iterable[str], *, n_layers: int) -> None:
         """Raise RecipeError for an override that no matrix of the model matches."""

@@ -1,0 +1,81 @@
+"""One block of rows to the bytes that go to disk: the work that runs on every core at once.
+
+Each worker is a thread of one pool with its own MLX stream; MLX and numpy let go of the interpreter while they compute,
+so threads are enough, and blocks are handed over without a copy.
+
+Does not: read or write files, or know about blocks before and after.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from qwq_mlx.convert.read import Block
+from qwq_mlx.errors import ConversionError
+from qwq_mlx.quant.fit import fit_block, open_stream
+from qwq_mlx.quant.measure import block_error, count_zero_pages, first_non_finite
+from qwq_mlx.quant.packing import DTYPES
+
+__all__ = ["PackedBlock", "pack_block", "workers"]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBlock:
+    """A block ready to write. outputs: bytes per output tensor, in the plan's order. error2, weight2: see `Done`."""
+
+    block: Block
+    outputs: tuple[NDArray[np.uint8], ...]
+    error2: float
+    weight2: float
+    zero_pages: int
+
+
+_local = threading.local()
+
+
+@functools.cache
+def workers(n: int) -> ThreadPoolExecutor:
+    """The pool of n workers, one per process: MLX keeps a stream's thread for ever, so streams are not opened anew."""
+    return ThreadPoolExecutor(n, thread_name_prefix="qwq-mlx-pack")
+
+
+def _stream() -> mx.Stream:
+    if not hasattr(_local, "stream"):
+        _local.stream = open_stream()
+    stream: mx.Stream = _local.stream
+    return stream
+
+
+def pack_block(block: Block, *, fit: str, shard: Path) -> PackedBlock:
+    """Check a block, fit and measure it. shard: for messages.
+
+    Raises ConversionError naming shard, tensor, row and column of a weight that is NaN or infinite.
+    """
+    tensor, source = block.tensor, block.tensor.source
+    raw: NDArray[Any] = block.data.view(DTYPES[source.dtype]).reshape(block.n_rows, -1)
+    if (index := first_non_finite(raw, source.dtype)) is not None:
+        row, column = divmod(index, raw.shape[1])
+        where = (
+            f"row {block.first_row + row:,}, column {column:,}" if len(source.shape) == 2 else f"position {column:,}"
+        )
+        raise ConversionError(
+            f"{shard}: tensor {source.name}: the weight at {where} is NaN or infinite, expected finite numbers. "
+            "The checkpoint is damaged or training failed; fetch the shard again."
+        )
+    zero_pages = count_zero_pages(block.data)
+    if tensor.packing is None:
+        return PackedBlock(block, (block.data,), 0.0, 0.0, zero_pages)
+    packed = fit_block(raw, source.dtype, tensor.packing, fit=fit, stream=_stream())
+    error = block_error(raw, source.dtype, packed, tensor.packing, stream=_stream())
+    arrays = [packed.codes, packed.scales, *([] if packed.biases is None else [packed.biases])]
+    outputs = tuple(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)
+    return PackedBlock(block, outputs, error.error2, error.weight2, zero_pages)

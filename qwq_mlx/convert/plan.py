@@ -1,0 +1,255 @@
+"""All that the headers tell about a conversion: every output tensor's place and every size, before a weight is read.
+
+Tensors are taken in the order of the source's shards, so each source byte is read once and in order. The outputs of one
+tensor (codes, scales, biases) share a shard; within a shard they are ordered by the width of their dtype, widest first,
+which keeps each aligned without holes. Shards are filled up to mlx-lm's 5 GiB.
+
+Does not: read weights, check the disk or the output folder (`check` does), or choose packings (the recipe does).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qwq_mlx.files.header import DTYPE_BYTES, TensorEntry, place_tensors
+from qwq_mlx.files.json_object import read_json_object
+from qwq_mlx.files.source import Checkpoint
+from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.quant.packing import Packing
+from qwq_mlx.quant.recipe import Recipe
+
+__all__ = ["BLOCK_BYTES", "Output", "OutputShard", "Plan", "PlannedTensor", "make_plan"]
+
+BLOCK_BYTES = 8 << 20
+"""Bytes of source rows read, packed and written at a time. Part of a result: sums of errors are made by block."""
+
+COPIED = frozenset(
+    (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "generation_config.json",
+        "LICENSE",
+        "NOTICE",
+    )
+)
+"""Files of a checkpoint that a conversion keeps byte for byte. Nothing else is taken over, code least of all."""
+
+SHARD_BYTES = 5 << 30  # as mlx-lm's shards
+_SCALE_DTYPES = {"mxfp4": "U8", "nvfp4": "U8", "mxfp8": "U8"}  # affine scales have the weight's dtype
+_BASE_BYTES = 220_000_000  # Python, numpy and MLX, measured as the peak of a conversion of a few kB (Linux x86, 0.32.4)
+_BYTES_PER_BLOCK = 4.5  # source, MLX's copy, codes twice, float32 tiles; times the block's bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of the conversion and where its bytes go. shard: index into Plan.shards."""
+
+    entry: TensorEntry
+    shard: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedTensor:
+    """One source tensor and what becomes of it.
+
+    shard: index of the source shard. packing: None copies it as it is.
+    outputs: codes, scales and (affine) biases in this order; or the tensor itself.
+    """
+
+    source: TensorEntry
+    shard: int
+    packing: Packing | None
+    outputs: tuple[Output, ...]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that a block is cut from; a vector is one row."""
+        return self.source.shape[0] if len(self.source.shape) == 2 else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a source row."""
+        return (self.source.end - self.source.start) // self.n_rows
+
+    @property
+    def block_rows(self) -> int:
+        """Rows in every block but the last."""
+        return max(1, BLOCK_BYTES // self.row_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputShard:
+    """One file of the conversion. head: its first bytes (length and header)."""
+
+    name: str
+    head: bytes
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A conversion, worked out. Sizes in bytes; n_weights counts the source's numbers.
+
+    copied: names of the files that are copied byte for byte. config_json, index_json: the bytes of those output files.
+    peak_memory_bytes is an estimate for n_workers, the rest is exact.
+    """
+
+    checkpoint: Checkpoint
+    config: Qwen2Config
+    recipe: Recipe
+    tensors: tuple[PlannedTensor, ...]
+    shards: tuple[OutputShard, ...]
+    copied: tuple[str, ...]
+    config_json: bytes
+    index_json: bytes
+    n_weights: int
+    source_bytes: int
+    output_bytes: int
+    n_workers: int
+    peak_memory_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all output tensors over all weights, scales and biases included; mlx-lm's figure."""
+        tensors = sum(output.entry.end - output.entry.start for each in self.tensors for output in each.outputs)
+        return 8 * tensors / self.n_weights
+
+
+def make_plan(checkpoint: Checkpoint, config: Qwen2Config, recipe: Recipe, *, n_workers: int) -> Plan:
+    """Place every output tensor. `checkpoint` has been checked against `config` and `recipe`; this cannot fail."""
+    sources = [(index, entry) for index, shard in enumerate(checkpoint.shards) for entry in shard.tensors.values()]
+    packings = {
+        entry.name: recipe.packing_of(entry.name.removesuffix(".weight"), n_layers=config.num_hidden_layers)
+        for _, entry in sources
+        if len(entry.shape) == 2
+    }
+    groups = [_outputs(entry, packings.get(entry.name)) for _, entry in sources]
+    shards, places = _fill_shards(groups)
+    copied = tuple(name for name in checkpoint.extra_files if name in COPIED)
+    tensors = tuple(
+        PlannedTensor(
+            source=entry,
+            shard=index,
+            packing=packings.get(entry.name),
+            outputs=tuple(places[name] for name, _, _ in group),
+        )
+        for (index, entry), group in zip(sources, groups, strict=True)
+    )
+    n_weights = sum(math.prod(entry.shape) for _, entry in sources)
+    config_json = _config_json(checkpoint, copied, packings, recipe)
+    index_json = _index_json(shards, places.values(), n_weights)
+    copied_bytes = sum((checkpoint.folder / name).stat().st_size for name in copied)
+    return Plan(
+        checkpoint=checkpoint,
+        config=config,
+        recipe=recipe,
+        tensors=tensors,
+        shards=shards,
+        copied=copied,
+        config_json=config_json,
+        index_json=index_json,
+        n_weights=n_weights,
+        source_bytes=sum(shard.size_bytes for shard in checkpoint.shards),
+        output_bytes=sum(shard.size_bytes for shard in shards) + len(config_json) + len(index_json) + copied_bytes,
+        n_workers=n_workers,
+        peak_memory_bytes=_peak_memory(tensors, n_workers),
+    )
+
+
+def n_blocks_in_flight(n_workers: int) -> int:
+    """Blocks that exist at once: one per worker, one being read, one being written, one waiting."""
+    return n_workers + 3
+
+
+def _outputs(entry: TensorEntry, packing: Packing | None) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of what a tensor becomes."""
+    if packing is None:
+        return [(entry.name, entry.dtype, entry.shape)]
+    rows, columns = entry.shape
+    path = entry.name.removesuffix(".weight")
+    scale_dtype = entry.dtype if packing.is_affine else _SCALE_DTYPES[packing.mode]
+    per_group = (rows, columns // packing.group_size)
+    outputs: list[tuple[str, str, tuple[int, ...]]] = [
+        (f"{path}.weight", "U32", (rows, columns * packing.bits // 32)),
+        (f"{path}.scales", scale_dtype, per_group),
+    ]
+    return [*outputs, (f"{path}.biases", scale_dtype, per_group)] if packing.is_affine else outputs
+
+
+def _fill_shards(
+    groups: Iterable[list[tuple[str, str, tuple[int, ...]]]],
+) -> tuple[tuple[OutputShard, ...], dict[str, Output]]:
+    contents: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for group in groups:
+        size = sum(math.prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in group)
+        if filled and filled + size > SHARD_BYTES:
+            contents.append([])
+            filled = 0
+        contents[-1].extend(group)
+        filled += size
+    shards, places = [], {}
+    for index, content in enumerate(contents):
+        content.sort(key=lambda output: -DTYPE_BYTES[output[1]])  # stable: the source's order within a width
+        head, entries = place_tensors(content, {"format": "mlx"})
+        name = f"model-{index + 1:05d}-of-{len(contents):05d}.safetensors"
+        shards.append(OutputShard(name=name, head=head, size_bytes=entries[-1].end))
+        places.update({entry.name: Output(entry, index) for entry in entries})
+    return tuple(shards), places
+
+
+def _config_json(
+    checkpoint: Checkpoint, copied: Iterable[str], packings: Mapping[str, Packing | None], recipe: Recipe
+) -> bytes:
+    """The source's config.json with what mlx-lm's converter adds and drops, in its form: sorted, 4 spaces.
+
+    Keys that name code of the repository are dropped too: that code is never copied, so nothing may point to it.
+    packings: of every matrix, by tensor name.
+    """
+    dropped = ("_name_or_path", "vision_config", "auto_map", "model_file")
+    config: dict[str, Any] = {key: value for key, value in checkpoint.config.items() if key not in dropped}
+    if "generation_config.json" in copied:
+        generation = read_json_object(
+            checkpoint.folder / "generation_config.json", limit_bytes=1 << 20, advice="Fetch the file again."
+        )
+        if generation.get("eos_token_id") is not None:
+            config["eos_token_id"] = generation["eos_token_id"]
+    quantization: dict[str, Any] = _packing_json(recipe.packing)
+    for name, packing in packings.items():
+        if packing != recipe.packing:
+            quantization[name.removesuffix(".weight")] = False if packing is None else _packing_json(packing)
+    config["quantization"] = config["quantization_config"] = quantization
+    return json.dumps(dict(sorted(config.items())), indent=4).encode()
+
+
+def _packing_json(packing: Packing) -> dict[str, Any]:
+    return {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
+
+
+def _index_json(shards: tuple[OutputShard, ...], outputs: Iterable[Output], n_weights: int) -> bytes:
+    outputs = list(outputs)
+    index = {
+        "metadata": {
+            "total_size": sum(output.entry.end - output.entry.start for output in outputs),
+            "total_parameters": n_weights,
+        },
+        "weight_map": {
+            each.entry.name: shards[each.shard].name for each in sorted(outputs, key=lambda o: o.entry.name)
+        },
+    }
+    return json.dumps(index, indent=4).encode()
+
+
+def _peak_memory(tensors: Iterable[PlannedTensor], n_workers: int) -> int:
+    block = max(each.block_rows * each.row_bytes for each in tensors)
+    return _BASE_BYTES + int(n_blocks_in_flight(n_workers) * _BYTES_PER_BLOCK * block)

@@ -1,0 +1,185 @@
+"""Source shards to blocks of rows, each byte read once, in order, by one thread, and hashed on its way.
+
+A block is read with pread into a buffer of a fixed set; the reader waits for a free one, so what is in memory does not
+grow with the tensor, the shard or the model. The running sha256 of a shard is noted at the end of every tensor.
+
+Does not: parse anything (headers were checked before), or change a byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwq_mlx.convert.journal import Done
+from qwq_mlx.convert.plan import Plan, PlannedTensor
+from qwq_mlx.errors import ConversionError, SourceError
+from qwq_mlx.files.header import Header
+
+__all__ = ["Block", "Buffers", "Stopped", "read_blocks"]
+
+_HASH_BYTES = 1 << 20
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The reader was told to stop; never leaves this package."""
+
+
+class Buffers:
+    """A fixed number of equal buffers that go round between reader, workers and writer."""
+
+    def __init__(self, n: int, n_bytes: int) -> None:
+        self._free: queue.SimpleQueue[NDArray[np.uint8] | None] = queue.SimpleQueue()
+        for _ in range(n):
+            self._free.put(np.empty(n_bytes, np.uint8))
+
+    def take(self) -> NDArray[np.uint8]:
+        """Wait for a free buffer. Raises Stopped after `stop`."""
+        buffer = self._free.get()
+        if buffer is None:
+            self._free.put(None)
+            raise Stopped
+        return buffer
+
+    def give_back(self, buffer: NDArray[np.uint8]) -> None:
+        """Free a buffer."""
+        self._free.put(buffer)
+
+    def stop(self) -> None:
+        """Make every `take` from now on, and the one that waits, raise Stopped once the free buffers are used up."""
+        while True:
+            try:
+                self._free.get_nowait()
+            except queue.Empty:
+                break
+        self._free.put(None)
+
+
+@dataclass(slots=True, kw_only=True)
+class Block:
+    """Rows of one tensor. data: their bytes, a view of `buffer`.
+
+    source_mtime_ns: the shard's time of change. source_sha256: of the shard up to here, on a tensor's last block.
+    """
+
+    tensor: PlannedTensor
+    first_row: int
+    n_rows: int
+    buffer: NDArray[np.uint8]
+    data: NDArray[np.uint8]
+    source_mtime_ns: int
+    source_sha256: str | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the tensor ends with this block."""
+        return self.first_row + self.n_rows == self.tensor.n_rows
+
+
+def read_blocks(plan: Plan, done: Mapping[str, Done], buffers: Buffers) -> Iterator[Block]:
+    """Every block of every tensor that is not in `done`, in the plan's order.
+
+    A shard that begins with finished tensors is hashed from its start and compared with what the journal noted; one
+    that is finished as a whole is left alone while its time of change is the one the journal noted.
+    Raises SourceError if a shard ends early or changed, ConversionError if it is not the one the journal knows.
+    """
+    for index, shard in enumerate(plan.checkpoint.shards):
+        tensors = [each for each in plan.tensors if each.shard == index]
+        yield from _read_shard(shard, tensors, done, buffers)
+
+
+def _read_shard(
+    shard: Header,
+    tensors: list[PlannedTensor],
+    done: Mapping[str, Done],
+    buffers: Buffers,
+) -> Iterator[Block]:
+    fd = open_shard(shard)
+    try:
+        mtime_ns = os.fstat(fd).st_mtime_ns
+        records = [done.get(each.source.name) for each in tensors]
+        if all(record is not None and record.source_mtime_ns == mtime_ns for record in records):
+            return
+        sha256 = hashlib.sha256()
+        _hash_range(fd, shard, 0, shard.data_start, sha256)
+        for tensor in tensors:
+            source = tensor.source
+            if record := done.get(source.name):
+                _hash_range(fd, shard, source.start, source.end, sha256)
+                _check_prefix(shard, record, sha256.hexdigest())
+                continue
+            for first in range(0, tensor.n_rows, tensor.block_rows):
+                n_rows = min(tensor.block_rows, tensor.n_rows - first)
+                buffer = buffers.take()
+                data = buffer[: n_rows * tensor.row_bytes]
+                _read_into(fd, shard, source.start + first * tensor.row_bytes, data, source.name)
+                sha256.update(data.data)
+                block = Block(
+                    tensor=tensor, first_row=first, n_rows=n_rows, buffer=buffer, data=data, source_mtime_ns=mtime_ns
+                )
+                if block.is_last:
+                    block.source_sha256 = sha256.hexdigest()
+                yield block
+    finally:
+        os.close(fd)
+
+
+def open_shard(shard: Header) -> int:
+    """Open a shard for reading and check that its size is still the one of its header."""
+    try:
+        fd = os.open(shard.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(
+            f"{shard.path}: cannot be opened any more ({error.strerror}). Put it back and run again."
+        ) from error
+    size = os.fstat(fd).st_size
+    if size != shard.size_bytes:
+        os.close(fd)
+        raise SourceError(
+            f"{shard.path}: has {size:,} bytes, had {shard.size_bytes:,} when its header was read. "
+            "The source changed during the conversion; let it settle and run again."
+        )
+    return fd
+
+
+def _read_into(fd: int, shard: Header, position: int, out: NDArray[np.uint8], name: str) -> None:
+    done = 0
+    view = out.data
+    while done < len(out):
+        try:
+            n = os.preadv(fd, [view[done:]], position + done)
+        except OSError as error:
+            raise SourceError(
+                f"{shard.path}: tensor {name}: reading at byte {position + done:,} failed ({error.strerror}). "
+                "Check the disk or fetch the shard again, then run again; finished tensors are kept."
+            ) from error
+        if n == 0:
+            raise SourceError(
+                f"{shard.path}: tensor {name}: the file ends at byte {position + done:,}, it had {shard.size_bytes:,} "
+                "bytes before. The source changed during the conversion; fetch the shard again and run again."
+            )
+        done += n
+
+
+def _hash_range(fd: int, shard: Header, start: int, end: int, sha256: Any) -> None:
+    buffer = np.empty(_HASH_BYTES, np.uint8)
+    for position in range(start, end, _HASH_BYTES):
+        part = buffer[: min(_HASH_BYTES, end - position)]
+        _read_into(fd, shard, position, part, "(finished before)")
+        sha256.update(part.data)
+
+
+def _check_prefix(shard: Header, record: Done, found: str) -> None:
+    if record.source_sha256 != found:
+        raise ConversionError(
+            f"{shard.path}: differs from the shard that the unfinished conversion read: up to the end of "
+            f"{record.name} its sha256 is {found[:12]}…, it was {record.source_sha256[:12]}…. "
+            "Give the same source to finish it, or --restart to throw it away and begin again."
+        )
