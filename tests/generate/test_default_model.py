@@ -1,0 +1,87 @@
+"""Which model runs when none is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checkpoints import write_json
+
+from qwq_mlx.errors import LoadError
+from qwq_mlx.facts import POCKET, QWQ_32B_PREVIEW, ModelFacts
+from qwq_mlx.generate import default_model
+from qwq_mlx.generate.default_model import Choice, choose_model, user_cache_folder
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of its own, with a pocket checkpoint, and a current folder beside it."""
+    package = tmp_path / "checkout" / "qwq_mlx"
+    checkpoint = package / "pocket" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / "config.json", {})
+    monkeypatch.setattr(default_model, "_PACKAGE", package)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return package
+
+
+def conversion(folder: Path, model: ModelFacts, *, is_quantized: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    names = ("hidden_size", "num_hidden_layers", "vocab_size")
+    extra = {"quantization": {"bits": 4}} if is_quantized else {}
+    write_json(folder / "config.json", {name: getattr(model, name) for name in names} | extra)
+    return folder
+
+
+def test_a_named_model_wins_without_a_word(package: Path) -> None:
+    assert choose_model("some/where", {"QWQ_MLX_MODEL": "other"}) == Choice(folder=Path("some/where"))
+
+
+def test_the_environment_comes_next_and_is_said(package: Path) -> None:
+    choice = choose_model(None, {"QWQ_MLX_MODEL": "other"})
+    assert choice == Choice(folder=Path("other"), note="model: other (from $QWQ_MLX_MODEL)")
+
+
+def test_then_the_first_finished_conversion_of_a_32b(package: Path, tmp_path: Path) -> None:
+    checkout = package.parent / "conversions"
+    conversion(checkout / "a-pocket", POCKET)
+    conversion(checkout / "b.partial", QWQ_32B_PREVIEW)
+    conversion(checkout / "c-float", QWQ_32B_PREVIEW, is_quantized=False)
+    (checkout / "d").mkdir()
+    (checkout / "e.toml").write_text("")
+    (checkout / "f").mkdir()
+    (checkout / "f" / "config.json").write_text("[")
+    second = conversion(checkout / "h", QWQ_32B_PREVIEW)
+    first = conversion(checkout / "g", QWQ_32B_PREVIEW)
+    assert choose_model(None, {}) == Choice(folder=first, note=f"model: {first}")
+    assert second.is_dir()
+    own = conversion(tmp_path / "here" / "conversions" / "z", QWQ_32B_PREVIEW)
+    assert choose_model(None, {}).folder == own, "the current folder comes before the checkout"
+
+
+def test_else_the_pocket_with_a_line_that_says_so(package: Path, tmp_path: Path) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    choice = choose_model(None, environment)
+    assert choice.folder.parent == tmp_path / "cache" / "qwq-mlx"
+    assert choice.source == package / "pocket" / "checkpoint"
+    assert "pocket model" in choice.note and "python -m qwq_mlx.convert" in choice.note
+    assert not (tmp_path / "cache").exists(), "choosing writes nothing"
+    conversion(choice.folder, POCKET)
+    assert choose_model(None, environment).source is None
+    (package / "pocket" / "checkpoint" / "config.json").write_text('{"other": 1}')
+    assert choose_model(None, environment).folder != choice.folder, "another checkpoint, another conversion"
+
+
+def test_the_cache_folder_follows_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/u"))
+    monkeypatch.setattr(default_model.sys, "platform", "linux")
+    assert user_cache_folder({}) == Path("/home/u/.cache/qwq-mlx")
+    monkeypatch.setattr(default_model.sys, "platform", "darwin")
+    assert user_cache_folder({}) == Path("/home/u/Library/Caches/qwq-mlx")
+
+
+def test_no_model_at_all_says_what_to_do(package: Path) -> None:
+    (package / "pocket" / "checkpoint" / "config.json").unlink()
+    with pytest.raises(LoadError, match=r"the pocket model is not there.*Give --model FOLDER or set QWQ_MLX_MODEL"):
+        choose_model(None, {})
