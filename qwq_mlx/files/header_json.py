@@ -131,8 +131,8 @@ class _Parser:
             elif field == "data_offsets" and offsets is None:
                 offsets = self._numbers(where, "data_offsets", 2)
             else:
-                twice = "twice" if field in ("dtype", "shape", "data_offsets") else "a field that safetensors lacks"
-                raise SourceError(f"{where}: has {field[:_MAX_NAME]!r} {twice}. {_AGAIN}")
+                fault = " twice" if field in ("dtype", "shape", "data_offsets") else ", a field that safetensors lacks"
+                raise SourceError(f"{where}: has {field[:_MAX_NAME]!r}{fault}. {_AGAIN}")
         if dtype is None or shape is None or offsets is None:
             found = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
             missing = ", ".join(field for field, value in found.items() if value is None)

@@ -46,14 +46,17 @@ def _read(path: Path, limit_bytes: int, advice: str) -> bytes:
         raise SourceError(f"{path}: there is no such file. {advice}") from error
     except OSError as error:
         raise SourceError(f"{path}: cannot be opened ({error.strerror}). {advice}") from error
-    with open(fd, "rb", closefd=True) as file:  # noqa: PTH123 - a descriptor, opened so that a FIFO does not block
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise SourceError(f"{path}: is not a regular file, expected JSON. {advice}")
-        raw = file.read(limit_bytes + 1)
-    if len(raw) > limit_bytes:
-        raise SourceError(f"{path}: has {status.st_size:,} bytes, expected at most {limit_bytes:,}. {advice}")
-    return raw
+        if status.st_size > limit_bytes:
+            raise SourceError(f"{path}: has {status.st_size:,} bytes, expected at most {limit_bytes:,}. {advice}")
+        return os.pread(fd, status.st_size, 0)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror}). {advice}") from error
+    finally:
+        os.close(fd)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
