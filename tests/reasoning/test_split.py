@@ -143,12 +143,42 @@ def test_a_quoted_closing_tag_in_the_answer_does_not_split_again() -> None:
 
 PIECES = st.lists(
     st.sampled_from(
-        ["**Final Answer**", "**answer", "**answer:** B", "\n", "\n\n", BOX, BOX + "{", "{", "}", "\\", "\\{", "5",
-         "x ", "<ANSWER>", "</ANSWER>", "<think>", "</think>", "Wait, ", "So the answer is 3", ". ", "the answer is:", "# ",
-         "## Final Solution", "```py\n", "\n```", "a" * 700, "答案是", "\U0001f600", "e\u0301", " and ", "="]
+        [
+            "**Final Answer**",
+            "**answer",
+            "**answer:** B",
+            "\n",
+            "\n\n",
+            BOX,
+            BOX + "{",
+            "{",
+            "}",
+            "\\",
+            "\\{",
+            "5",
+            "x ",
+            "<ANSWER>",
+            "</ANSWER>",
+            "<think>",
+            "</think>",
+            "Wait, ",
+            "So the answer is 3",
+            ". ",
+            "the answer is:",
+            "# ",
+            "## Final Solution",
+            "```py\n",
+            "\n```",
+            "a" * 700,
+            "答案是",
+            "\U0001f600",
+            "e\u0301",
+            " and ",
+            "=",
+        ]
     ),
     max_size=30,
-).map("".join)  # fmt: skip
+).map("".join)
 
 
 @settings(max_examples=400, deadline=None)
