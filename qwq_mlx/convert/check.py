@@ -86,7 +86,7 @@ def _check_recipe(checkpoint: Checkpoint, config: Qwen2Config, recipe: Recipe) -
     if odd:
         raise ConversionError(
             f"{checkpoint.folder}: {len(odd):,} matrices whose rows the group does not divide: "
-            f"{_listed(odd)} (recipe {recipe.name}). Use a recipe with a smaller group_size, or an override with keep = true for these."
+            f"{_listed(odd)} (recipe {recipe.name}). Use a smaller group_size, or an override with keep."
         )
 
 
