@@ -1,0 +1,91 @@
+"""How long to try again when a server fails, and when to stop.
+
+Patience is measured from the last byte that came, not from the start: a slow fetch of 65 GB may take days, a dead one
+ends within a minute.
+
+Does not: make requests.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qwq_mlx.errors import OptionError, SourceError
+
+__all__ = ["LATER", "Attempts", "Passing", "Patience", "retry_after_s"]
+
+LATER = "What was fetched is kept; run the same command again to go on."
+
+_MAX_WRONG_ANSWERS = 3
+_MAX_WAIT_S = 16.0
+_MAX_ASKED_WAIT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long to try. All in seconds.
+
+    timeout_s: a connection that gives no byte for so long is given up. patience_s: so long after the last byte the
+    fetch fails. wait_s: pause before the first new attempt; it doubles up to 16 s. What a server asks to wait
+    (Retry-After) counts extra, up to 10 minutes.
+    """
+
+    timeout_s: float = 20.0
+    patience_s: float = 60.0
+    wait_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_s", "patience_s", "wait_s"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise OptionError(f"{name} is {value!r}, expected a positive number of seconds.")
+
+
+class Passing(Exception):  # noqa: N818 - not an error yet: the attempt failed, the next may not
+    """An attempt failed in a way that may pass.
+
+    wait_s: what the server asked to wait. is_wrong_answer: it answered, but not with what was asked; three of these end
+    the fetch.
+    """
+
+    def __init__(self, reason: str, *, wait_s: float = 0.0, is_wrong_answer: bool = False) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+        self.is_wrong_answer = is_wrong_answer
+
+
+class Attempts:
+    """Counts failures since the last byte, pauses between attempts, and says when to give up."""
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        self._url, self._patience, self._n_wrong = url, patience, 0
+        self.succeeded()
+
+    def succeeded(self) -> None:
+        """A byte came: patience begins anew."""
+        self._last_byte_s, self._wait_s, self._asked_s = time.monotonic(), self._patience.wait_s, 0.0
+
+    def failed(self, error: Exception) -> None:
+        """Pause before the next attempt. Raises SourceError when there is to be none."""
+        if isinstance(error, Passing):
+            self._n_wrong += error.is_wrong_answer
+        asked_s = error.wait_s if isinstance(error, Passing) else 0.0
+        self._asked_s += asked_s
+        silent_s = time.monotonic() - self._last_byte_s
+        is_over = silent_s - self._asked_s > self._patience.patience_s or self._asked_s > _MAX_ASKED_WAIT_S
+        if is_over or self._n_wrong == _MAX_WRONG_ANSWERS:
+            reason = str(error) or type(error).__name__
+            raise SourceError(
+                f"{self._url}: {reason}; gave up after {silent_s:.0f} s without a byte. {LATER}"
+            ) from error
+        time.sleep(max(self._wait_s, asked_s))
+        self._wait_s = min(2 * self._wait_s, _MAX_WAIT_S)
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float:
+    """Seconds that the server asks to wait; Retry-After's other form, a date, is answered by the usual pause."""
+    text = headers.get("retry-after", "")
+    return float(text) if text.isascii() and text.isdigit() else 0.0
