@@ -14,10 +14,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
-from qwq_mlx.generate.options import Limits, Sampling
+from qwq_mlx.generate.options import Limits, Sampling, Thinking
 
 if TYPE_CHECKING:
     from qwq_mlx.generate.reasoner import Reasoner
@@ -29,6 +29,7 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 _FLAGS = {"temperature": "--temp"}
+_KINDS = (Sampling, Limits, Thinking)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")  # type: ignore[union-attr]
     with _Interruption() as interruption:
         try:
-            sampling, limits = _sampling(options), _limits(options)
-            return _generate(options, _prompt(options), sampling, limits, interruption)
+            asked = _Asked(_sampling(options), Limits(**_given(options, Limits)), Thinking(**_given(options, Thinking)))
+            return _generate(options, _prompt(options), asked, interruption)
         except OptionError as error:
             return _complain(_with_flag(str(error)), 2)
         except QwqError as error:
@@ -79,19 +80,35 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-multiplier",
         type=float,
         metavar="X",
-        help=f"strength of DRY, 0 is off (default: {_default('dry_multiplier')})",
+        help=f"strength of DRY, 0 is off (default: {_default(Sampling, 'dry_multiplier')})",
     )
-    add("--dry-base", type=float, metavar="X", help=f"growth of DRY per id (default: {_default('dry_base')})")
+    add("--dry-base", type=float, metavar="X", help=f"growth of DRY per id (default: {_default(Sampling, 'dry_base')})")
     add(
         "--dry-allowed-length",
         type=int,
         metavar="N",
-        help=f"repeat DRY allows (default: {_default('dry_allowed_length')})",
+        help=f"repeat DRY allows (default: {_default(Sampling, 'dry_allowed_length')})",
     )
     add("--logit-bias", action="append", metavar="ID=X", help="add X to the logit of an id, -inf bans it; repeatable")
-    add("--order", choices=("hf", "mlx-lm"), help=f"order of the sampling steps (default: {_default('order')})")
+    add(
+        "--order",
+        choices=("hf", "mlx-lm"),
+        help=f"order of the sampling steps (default: {_default(Sampling, 'order')})",
+    )
     add("--seed", type=int, metavar="N", help="of the draws (default: drawn, and shown)")
     add("--stop", action="append", metavar="TEXT", help="end where this text comes, without it; repeatable")
+    add(
+        "--think-tokens",
+        type=int,
+        metavar="N",
+        help="ask for the answer after N tokens of thinking (default: no budget)",
+    )
+    add(
+        "--answer-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens of an answer asked for (default: {_default(Thinking, 'answer_tokens')})",
+    )
     add("--json", action="store_true", help="print the whole trace as one line of JSON instead of the text")
     add(
         "--quiet",
@@ -101,15 +118,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _default(name: str) -> Any:
-    return next(each.default for each in fields(Sampling) if each.name == name)
+def _default(options: type, name: str) -> Any:
+    return next(each.default for each in fields(options) if each.name == name)
+
+
+def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Only what was given; everything else keeps the one default that stands in its class."""
+    names = {each.name for each in fields(kind)}
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:
-    """Only what was given; everything else keeps the one default that stands in `Sampling`."""
-    names = {each.name for each in fields(Sampling)} - {"logit_bias"}
-    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    return Sampling(**given, logit_bias=dict(_bias_of(text) for text in options.logit_bias or ()))
+    given = _given(options, Sampling) | {"logit_bias": dict(_bias_of(text) for text in options.logit_bias or ())}
+    return Sampling(**given)
 
 
 def _bias_of(text: str) -> tuple[int, float]:
@@ -120,14 +142,10 @@ def _bias_of(text: str) -> tuple[int, float]:
         raise OptionError(f"--logit-bias is {text!r}, expected ID=NUMBER, for example 198=-5 or 198=-inf.") from error
 
 
-def _limits(options: argparse.Namespace) -> Limits:
-    return Limits(max_tokens=options.max_tokens, context=options.context, stop=tuple(options.stop or ()))
-
-
 def _with_flag(message: str) -> str:
     """The flag's name instead of the field's, where the message begins with it."""
     name, _, rest = message.partition(" ")
-    known = {each.name for each in (*fields(Sampling), *fields(Limits))}
+    known = {each.name for kind in _KINDS for each in fields(kind)}
     return f"{_FLAGS.get(name, '--' + name.replace('_', '-'))} {rest}" if name in known else message
 
 
@@ -148,16 +166,27 @@ def _prompt(options: argparse.Namespace) -> str:
     return text
 
 
-def _generate(
-    options: argparse.Namespace, prompt: str, sampling: Sampling, limits: Limits, interruption: _Interruption
-) -> int:
+class _Asked(NamedTuple):
+    """The options, checked."""
+
+    sampling: Sampling
+    limits: Limits
+    thinking: Thinking
+
+
+def _generate(options: argparse.Namespace, prompt: str, asked: _Asked, interruption: _Interruption) -> int:
     from qwq_mlx.model.prompt import conversation
 
     conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
     reasoner = _load(options)
     progress = _prefill_progress() if sys.stderr.isatty() and not options.quiet else None
     run = reasoner.stream(
-        prompt, system_prompt=options.system_prompt, sampling=sampling, limits=limits, progress=progress
+        prompt,
+        system_prompt=options.system_prompt,
+        sampling=asked.sampling,
+        limits=asked.limits,
+        thinking=asked.thinking,
+        progress=progress,
     )
     if not options.quiet:
         _note(_settings(run))
@@ -248,6 +277,8 @@ def _settings(run: Run) -> str:
         parts.append(f"{len(sampling.logit_bias)} logit biases")
     if sampling.order != "hf" and not sampling.is_greedy:
         parts.append(f"order {sampling.order}")
+    if run.thinking.think_tokens is not None:
+        parts.append(f"answer asked for after {run.thinking.think_tokens:,} tokens")
     parts.append(f"at most {limits.max_tokens:,} tokens")
     return f"{run.model_name} ({run.weights}): {', '.join(parts)}"
 

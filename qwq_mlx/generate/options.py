@@ -1,4 +1,5 @@
-"""What a run may be told: how ids are drawn (`Sampling`) and where it ends (`Limits`).
+"""What a run may be told: how ids are drawn (`Sampling`), where it ends (`Limits`), and how long it
+may think (`Thinking`).
 
 A field left at None takes the model's own value (its generation_config.json), and what that does not say takes the
 neutral value below, so every default stands once. Everything is checked when the object is made: an option that cannot
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 from qwq_mlx.errors import OptionError
 
-__all__ = ["NEUTRAL", "Limits", "Sampling"]
+__all__ = ["NEUTRAL", "Limits", "Sampling", "Thinking"]
 
 _MAX_SEED = 2**64 - 1  # mlx.random.key takes an unsigned 64-bit number
 _MAX_ID = 2**31 - 1
@@ -158,3 +159,19 @@ class Limits:
         _texts("stop", self.stop)
         _texts("banned", self.banned)
         _whole("prefill_step", self.prefill_step, low=1, high=_MAX_ID)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thinking:
+    """When the thinking must end and the answer be given.
+
+    think_tokens: ids of thinking after which the answer is asked for, at the next end of a sentence; None is no budget.
+    answer_tokens: ids that the answer may have once it was asked for.
+    """
+
+    think_tokens: int | None = None
+    answer_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        _whole("think_tokens", self.think_tokens, low=0, high=_MAX_ID)
+        _whole("answer_tokens", self.answer_tokens, low=1, high=_MAX_ID)

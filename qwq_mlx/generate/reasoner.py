@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
-from qwq_mlx.generate.options import Limits, Sampling
+from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.run import Progress, Run
 from qwq_mlx.generate.text import Pieces, decode
 from qwq_mlx.generate.trace import Trace
@@ -52,14 +52,23 @@ class Reasoner:
         system_prompt: str | None = None,
         sampling: Sampling | None = None,
         limits: Limits | None = None,
+        thinking: Thinking | None = None,
         progress: Progress | None = None,
     ) -> Trace:
         """Answer a question, or continue messages of {"role", "content"}, to the end.
 
-        sampling, limits: None leaves every value to the model. progress: called in prefill.
+        sampling, limits: None leaves every value to the model. thinking: its budget; None is none. progress: called in
+        prefill with the ids done and their number.
         Raises PromptError, OptionError before any work; GenerationError (its `.trace` has what was produced).
         """
-        run = self.stream(messages, system_prompt=system_prompt, sampling=sampling, limits=limits, progress=progress)
+        run = self.stream(
+            messages,
+            system_prompt=system_prompt,
+            sampling=sampling,
+            limits=limits,
+            thinking=thinking,
+            progress=progress,
+        )
         for _ in run:
             pass
         return run.trace()
@@ -71,6 +80,7 @@ class Reasoner:
         system_prompt: str | None = None,
         sampling: Sampling | None = None,
         limits: Limits | None = None,
+        thinking: Thinking | None = None,
         progress: Progress | None = None,
     ) -> Run:
         """As `generate`, one Step at a time: `for step in run: ...`, then `run.trace()`."""
@@ -85,6 +95,7 @@ class Reasoner:
             prompt_text=self.decode(ids),
             sampling=self.resolved(sampling or Sampling()),
             limits=replace(limits, context=context, max_tokens=_room(limits, context, len(ids))),
+            thinking=thinking or Thinking(),
             progress=progress,
         )
 

@@ -20,8 +20,9 @@ from typing import Any
 import mlx.core as mx
 
 from qwq_mlx.errors import GenerationError
+from qwq_mlx.generate.cue import Asking, cue_ids
 from qwq_mlx.generate.decode import Decoder, Token
-from qwq_mlx.generate.options import Limits, Sampling
+from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.sample import Sampler
 from qwq_mlx.generate.text import Pieces
 from qwq_mlx.generate.trace import FinishReason, Injection, Step, Timings, Trace
@@ -52,9 +53,12 @@ class Run:
         prompt_text: str,
         sampling: Sampling,
         limits: Limits,
+        thinking: Thinking,
         progress: Progress | None = None,
     ) -> None:
         self._model = model
+        self._profile = profile
+        self.thinking = thinking
         self.sampling = sampling
         self.limits = limits
         self._progress = progress
@@ -65,6 +69,7 @@ class Run:
         sampler = Sampler(sampling, seed=seed, n_ids=n_ids, breaker_ids=breakers)
         self._decoder = Decoder(model.module, sampler, n_ids=n_ids)
         self._written = Written(pieces, profile, prompt_text=prompt_text, stops=limits.stop)
+        self._asking = Asking(thinking)
         self._injections: list[Injection] = []
         self._finish: tuple[FinishReason, str] | None = None
         self._is_stopped = False
@@ -83,6 +88,10 @@ class Run:
     def stop(self) -> None:
         """End after the token under way, with finish_reason "interrupted". Safe to call from a signal handler."""
         self._is_stopped = True
+
+    def answer_now(self) -> None:
+        """End the thinking at the next end of a sentence and ask for the answer. Safe to call from a signal handler."""
+        self._asking.ask("answered")
 
     @property
     def model_name(self) -> str:
@@ -109,8 +118,14 @@ class Run:
                 if self._is_stopped:
                     self._finish = ("interrupted", "")
                     return
+            if self._asking.is_due_at_once:
+                yield from self._inject("budget")
             while self._finish is None:
-                yield self._step()
+                step = self._step()
+                yield step
+                reason = self._asking.due(step.text, self._written.segment)
+                if reason is not None and self._finish is None:
+                    yield from self._inject(reason)
         except GenerationError as error:
             self._finish = ("interrupted", str(error))
             error.trace = self.trace()
@@ -136,12 +151,14 @@ class Run:
             return "stop", f"the text {self._written.stop_text!r} came"
         if self._is_stopped:
             return "interrupted", ""
-        if not is_last:
-            return None
         n_used, context = len(self._decoder.ids), _given(self.limits.context)
         if n_used >= context:
             return "context_full", f"{n_used:,} of {context:,} positions"
-        return "length", f"{self._decoder.n_output:,} tokens"
+        if is_last:
+            return "length", f"{self._decoder.n_output:,} tokens"
+        if self._injections and self._decoder.n_output - self._injections[-1].end >= self.thinking.answer_tokens:
+            return "length", f"the answer was cut at {self.thinking.answer_tokens:,} tokens"
+        return None
 
     def _added(self, token: Token, text: str) -> Step:
         if self._finish is not None:
@@ -149,6 +166,24 @@ class Run:
             if self._written.stop_text is not None:
                 self._finish = ("stop", f"the text {self._written.stop_text!r} came")
         return self._written.add(token.id, text, logprob=token.logprob, entropy=token.entropy)
+
+    def _inject(self, reason: FinishReason) -> Iterator[Step]:
+        """Put the answer cue into the output, if there is room for it and for some answer."""
+        start = self._decoder.n_output
+        ids = cue_ids(self._model.tokenizer, self._profile, after=self._written.text[-2:] if start else "\n\n")
+        if start + len(ids) >= _given(self.limits.max_tokens):
+            return
+        steps = []
+        for token_id in ids:
+            text = self._written.release(token_id)
+            steps.append(self._written.add(token_id, text, logprob=None, entropy=None, is_injected=True))
+            if self._written.stop_text is not None:
+                self._finish = ("stop", f"the text {self._written.stop_text!r} came")
+                break
+        self._decoder.force([step.id for step in steps])
+        text = "".join(step.text for step in steps)
+        self._injections.append(Injection(start=start, end=start + len(steps), text=text, reason=reason))
+        yield from steps
 
     def _count_time(self) -> None:
         self._latest_s = time.perf_counter()
@@ -166,6 +201,12 @@ class Run:
         """Everything so far, frozen. Before the end its finish_reason is "interrupted"."""
         reason, detail = self._finish or ("interrupted", "the run is not over")
         split = self._written.split(is_final=self._finish is not None, is_ended=reason == "stop")
+        if self._injections and reason in ("stop", "length"):
+            cut = self._injections[-1]
+            reason, detail = (
+                cut.reason,
+                f"the answer was asked for after {cut.start:,} tokens" + (detail and f"; {detail}"),
+            )
         text, steps = self._written.text, self._written.steps
         return Trace(
             prompt_ids=self._prompt_ids,
@@ -191,7 +232,11 @@ class Run:
                 decode_s=self._latest_s - self._first_s,
             ),
             peak_bytes=self._peak_bytes or mx.get_peak_memory(),
-            settings={"sampling": _plain(self.sampling), "limits": _plain(self.limits)},
+            settings={
+                "sampling": _plain(self.sampling),
+                "limits": _plain(self.limits),
+                "thinking": _plain(self.thinking),
+            },
             model={
                 "name": self.model_name,
                 "weights": self._model.weights,
@@ -200,7 +245,7 @@ class Run:
         )
 
 
-def _plain(options: Sampling | Limits) -> dict[str, Any]:
+def _plain(options: Sampling | Limits | Thinking) -> dict[str, Any]:
     """Options as JSON values, which know no tuples, no integer keys and no infinity."""
     values = asdict(options)
     if isinstance(options, Sampling):

@@ -51,7 +51,7 @@ class Injection:
     start: int
     end: int
     text: str
-    reason: str
+    reason: FinishReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ import pytest
 from checkpoints import write_json
 
 from qwq_mlx.generate import __main__ as command
-from qwq_mlx.generate.options import Limits, Sampling
+from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.reasoner import load
 from qwq_mlx.generate.trace import Trace
 
@@ -97,6 +97,7 @@ USAGE: list[tuple[Sequence[str], str]] = [
     (["-p", "x", "--max-tokens", "0"], "error: --max-tokens is 0, expected a whole number of at least 1"),
     (["-p", "x", "--context", "1"], "error: --context is 1"),
     (["-p", "x", "--seed", "-3"], "error: --seed is -3"),
+    (["-p", "x", "--think-tokens", "-1"], "error: --think-tokens is -1"),
     (["-p", "x", "--stop", ""], "error: --stop holds an empty text"),
     (["-p", "x", "--logit-bias", "5"], "error: --logit-bias is '5', expected ID=NUMBER"),
     (["-p", "x", "--logit-bias", "5=nan"], r"error: logit_bias\[5\] is nan"),
@@ -292,6 +293,8 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--max-tokens", "11"], "max_tokens", 11),
     (["--context", "99"], "context", 99),
     (["--stop", "END", "--stop", "FIN"], "stop", ("END", "FIN")),
+    (["--think-tokens", "100"], "think_tokens", 100),
+    (["--answer-tokens", "50"], "answer_tokens", 50),
     (["--system-prompt", "Be brief."], "system_prompt", "Be brief."),
     (["-p", "What?"], "messages", "What?"),
     (["--model", "/somewhere"], "folder", Path("/somewhere")),
@@ -307,9 +310,12 @@ def test_every_flag_reaches_the_code_it_names(
     flag: list[str], name: str, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fake_load(folder: Path) -> Any:
-        def stream(messages: str, *, system_prompt: Any, sampling: Sampling, limits: Limits, progress: Any) -> None:
+        def stream(
+            messages: str, *, system_prompt: Any, sampling: Sampling, limits: Limits, thinking: Thinking, progress: Any
+        ) -> None:
             values = {each: getattr(sampling, each) for each in Sampling.__slots__}
             values |= {each: getattr(limits, each) for each in Limits.__slots__}
+            values |= {each: getattr(thinking, each) for each in Thinking.__slots__}
             raise _ReachedError(values | {"messages": messages, "system_prompt": system_prompt, "folder": folder})
 
         return SimpleNamespace(stream=stream)

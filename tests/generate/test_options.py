@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qwq_mlx.errors import OptionError
-from qwq_mlx.generate.options import NEUTRAL, Limits, Sampling
+from qwq_mlx.generate.options import NEUTRAL, Limits, Sampling, Thinking
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,21 @@ def test_a_limit_that_cannot_be_honoured_is_refused(field: str, value: Any, mess
         Limits(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("think_tokens", -1, "think_tokens is -1, expected a whole number of at least 0"),
+        ("think_tokens", 1.5, "think_tokens is 1.5"),
+        ("answer_tokens", 0, "answer_tokens is 0, expected a whole number of at least 1"),
+    ],
+)
+def test_a_budget_that_cannot_be_honoured_is_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Thinking(**{field: value})
+
+
 def test_the_edges_are_allowed() -> None:
+    Thinking(think_tokens=0, answer_tokens=1)
     Sampling(temperature=0, top_p=1.0, top_k=0, min_p=1, seed=2**64 - 1, logit_bias={3: -math.inf})
     Limits(max_tokens=1, context=2, stop=("a", "b"))
 

@@ -1,0 +1,70 @@
+"""Ending the thinking of a model that writes no tags: when, and with which ids.
+
+Asked for at some token, the cut waits for the end of a sentence or step, so that the cue does not stand in the middle
+of a word; after `PATIENCE` tokens it comes in any case. A model that has begun its answer meanwhile is left alone.
+
+Does not: feed the ids (`decode.Decoder.force` does), or know why the answer is wanted.
+"""
+
+from __future__ import annotations
+
+import re
+
+from qwq_mlx.generate.options import Thinking
+from qwq_mlx.generate.trace import FinishReason
+from qwq_mlx.model.tokenizer import LoadedTokenizer
+from qwq_mlx.reasoning.profile import Profile
+from qwq_mlx.reasoning.split import Segment
+
+__all__ = ["PATIENCE", "Asking", "cue_ids"]
+
+PATIENCE = 64
+"""Tokens that a cut waits for the end of a sentence."""
+
+_SENTENCE_END = re.compile(r"(?:[.!?]['\")\]]*\s|[。！？]['\")\]]*|\n)\s*$")
+_KEPT = 64  # characters of the latest text, enough for any end of a sentence
+
+
+class Asking:
+    """Decides when the answer is asked for; at most once in a run.
+
+    is_due_at_once: the budget is 0, so the cue comes before the first token.
+    """
+
+    def __init__(self, thinking: Thinking) -> None:
+        self._budget = thinking.think_tokens
+        self._n_tokens = 0
+        self._reason: FinishReason | None = None
+        self._asked_at = 0
+        self._tail = ""
+        self._is_over = self.is_due_at_once = thinking.think_tokens == 0
+
+    def ask(self, reason: FinishReason) -> None:
+        """Ask for the answer from now on; the first reason given stays."""
+        if self._reason is None:
+            self._reason, self._asked_at = reason, self._n_tokens
+
+    def due(self, text: str, segment: Segment) -> FinishReason | None:
+        """Take the next token's text and the part that follows it; the reason, once, where the cue belongs after it."""
+        self._n_tokens += 1
+        self._tail = (self._tail + text)[-_KEPT:]
+        if self._is_over or segment == "answer":
+            return None
+        if self._budget is not None and self._n_tokens >= self._budget:
+            self.ask("budget")
+        if self._reason is None:
+            return None
+        if _SENTENCE_END.search(self._tail) or self._n_tokens - self._asked_at >= PATIENCE:
+            self._is_over = True
+            return self._reason
+        return None
+
+
+def cue_ids(tokenizer: LoadedTokenizer, profile: Profile, *, after: str) -> list[int]:
+    """Ids of the profile's answer cue, on a paragraph of its own. after: the last two characters before it.
+
+    The cue is this package's own text, so its tags become control ids, which a user's text never does.
+    """
+    gap = "" if after.endswith("\n\n") else "\n" if after.endswith("\n") else "\n\n"
+    ids: list[int] = tokenizer.hf.backend_tokenizer.encode(gap + profile.cue, add_special_tokens=False).ids
+    return ids
