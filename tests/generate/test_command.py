@@ -26,6 +26,8 @@ from qwq_mlx.generate.trace import Trace
 
 pytestmark = pytest.mark.tiny
 
+# The checkout's package, wherever the command runs.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])}
 Done = subprocess.CompletedProcess[bytes]
 SUMMARY = re.compile(
     r"(\w+): .+; prompt \d+ tokens at [\d,.]+ tok/s, output \d+ tokens( at [\d,.]+ tok/s)?, peak memory \d+\.\d\d GB"
@@ -45,7 +47,7 @@ def run(*given: str, stdin: bytes | None = None, cwd: Path | None = None, **envi
         capture_output=True,
         timeout=120,
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**ENVIRONMENT, **environment},
         check=False,
     )
 
@@ -260,7 +262,7 @@ def test_on_a_terminal_the_thinking_is_dimmed_and_escapes_are_shown_not_obeyed(
         stdin=subprocess.DEVNULL,
         stdout=follower,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "TERM": "xterm", **environment},
+        env={**ENVIRONMENT, "TERM": "xterm", **environment},
     ) as process:
         assert process.wait(timeout=60) == 0
     os.close(follower)
