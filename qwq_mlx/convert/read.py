@@ -53,7 +53,7 @@ class Buffers:
         self._free.put(buffer)
 
     def stop(self) -> None:
-        """Make every `take` from now on, and the one that waits, raise Stopped once the free buffers are used up."""
+        """Make the `take` that waits, or the next one, raise Stopped. There is one reader, and it ends by that."""
         while True:
             try:
                 self._free.get_nowait()

@@ -1,0 +1,203 @@
+"""The command: what goes where, exit codes, and that a wrong word costs one message and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwq_mlx.convert import Progress, __main__, convert_checkpoint
+from qwq_mlx.convert.__main__ import main
+from qwq_mlx.convert.report import ProgressLine, duration_text, size_text
+from qwq_mlx.errors import RecipeError
+
+
+def run(*arguments: object, module: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    repository = Path(__file__).resolve().parent.parent.parent
+    command = ["-m", "qwq_mlx.convert"] if module else [str(repository / "scripts" / "convert.py")]
+    return subprocess.run(
+        [sys.executable, "-W", "error", *command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd or repository,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+
+
+def test_the_script_converts_from_anywhere_and_prints_plan_and_result_on_stderr(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    done = run("--source", tiny_checkpoint, "--output", "out dir", module=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "27 tensors, 328,832 weights in BF16" in done.stderr
+    assert "qwq-32b-preview-4bit: affine, 4 bits, groups of 64, min-max" in done.stderr
+    assert "4.540 bits per weight" in done.stderr and "relative error 9." in done.stderr
+    assert (tmp_path / "out dir" / "manifest.json").is_file()
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--source", str(tiny_checkpoint), "--output", str(tmp_path / "a" / "out"), "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "bits per weight" in err and "GB free" in err and err.endswith("dry run: nothing was written\n")
+    result = json.loads(out)
+    assert result["is_written"] is False and result["relative_error"] is None
+    assert list(tmp_path.iterdir()) == []
+    assert convert_checkpoint(tiny_checkpoint, tmp_path / "out").output_bytes == result["output_bytes"]
+
+
+def test_the_plan_is_exact(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = convert_checkpoint(tiny_checkpoint, tmp_path / "out")
+    written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir() if path.name != "manifest.json")
+    assert result.output_bytes == written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--source", "none", "--output", "out"], 1, "error: none: there is no such folder"),
+        (["--source", ".", "--output", "out", "--recipe", "5bit"], 2, "error: There is no recipe '5bit'. Recipes: "),
+        (["--source", ".", "--output", "out", "--workers", "0"], 2, "error: n_workers is 0, expected"),
+    ],
+)
+def test_failures_are_one_message_with_the_right_code(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
+    arguments = ["../out" if each == "out" else each for each in arguments]
+    assert main(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--source", "a"], ["--source", "a", "--output", "b", "--dry"]])
+def test_wrong_arguments_are_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: python -m qwq_mlx.convert" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy(repository: Path) -> None:
+    script = (
+        "import sys; from qwq_mlx.convert.__main__ import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([n for n in ('numpy', 'mlx', 'mlx_lm', 'transformers', 'huggingface_hub') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=repository, check=True)
+    assert done.stdout.endswith("[]\n") and "--dry-run" in done.stdout and "qwq-32b-preview-4bit" in done.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_says_what_is_kept_and_the_same_command_finishes(
+    number: signal.Signals,
+    code: int,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--source", str(tiny_checkpoint), "--output", str(tmp_path / "out"), "--json"]
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def press(self: object, progress: Progress) -> None:
+        if progress.done_bytes > 0.5 * progress.total_bytes:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(__main__._Screen, "show_progress", press)
+        assert main(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == "" and f"interrupted: what is finished is kept in {tmp_path}/out.partial. Run the same command" in err
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["resumed_bytes"] > 0
+
+
+def test_an_interruption_before_anything_was_written_says_so(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def press(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__._Screen, "show_plan", press)
+    assert main(["--source", str(tiny_checkpoint), "--output", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was kept.\n"
+
+
+def test_quiet_leaves_warnings_and_errors_alone(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
+    shard = source / "model-00002-of-00002.safetensors"
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[:-8192] + bytes(8192))
+    assert main(["--source", str(source), "--output", str(tmp_path / "out"), "--quiet"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"warning: {shard.name}: lm_head.weight has 2 pages") and err.count("\n") == 1
+
+
+def test_progress_on_a_terminal_replaces_its_line_and_in_a_file_adds_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Progress(phase="convert", what="lm_head.weight", done_bytes=3 * 10**9, total_bytes=9 * 10**9)
+    for is_terminal, shown in ((True, "\r\x1b[2Kconverting  33 %"), (False, "converting  33 %")):
+        screen = __main__._Screen(quiet=False)
+        screen._is_terminal = is_terminal
+        monkeypatch.setattr(ProgressLine, "update", lambda self, progress: self.line(progress, 2.0))
+        screen.show_progress(step)
+        screen.say("end")
+        err = capsys.readouterr().err
+        assert err.startswith(shown) and err.endswith("\r\x1b[2Kend\n" if is_terminal else "lm_head.weight\nend\n")
+
+
+def test_a_progress_line_shows_what_is_done_how_fast_and_what_remains() -> None:
+    step = Progress(phase="convert", what="x", done_bytes=30 * 10**8, total_bytes=90 * 10**8, resumed_bytes=10**9)
+    assert ProgressLine.line(step, 2.0) == "converting  33 %  3.00 GB of 9.00 GB  1.00 GB/s  0:06 left  x"
+    check = Progress(phase="check", what="y", done_bytes=0, total_bytes=90)
+    assert ProgressLine.line(check, 0.0) == "reading back   0 %  0 bytes of 90 bytes  0 bytes/s  0:00 left  y"
+
+
+def test_progress_lines_come_at_their_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("qwq_mlx.convert.report.time.monotonic", lambda: now[0])
+    line = ProgressLine(is_terminal=False)
+    shown = []
+    for now[0] in (0.0, 5.0, 11.0, 12.0, 22.0):
+        step = Progress(phase="convert", what="x", done_bytes=int(now[0]), total_bytes=100)
+        if line.update(step) is not None:
+            shown.append(now[0])
+    assert shown == [11.0, 22.0]
+
+
+def test_sizes_and_durations_read_as_people_write_them() -> None:
+    assert [size_text(n) for n in (999, 1000, 65_527_752_704)] == ["999 bytes", "1.00 kB", "65.53 GB"]
+    assert [duration_text(s) for s in (0.4, 65, 3725)] == ["0:00", "1:05", "1:02:05"]
+
+
+def test_the_room_exports_what_it_says() -> None:
+    import qwq_mlx.convert as room
+
+    assert {name: getattr(room, name).__name__ for name in room.__all__} == {name: name for name in room.__all__}
+    with pytest.raises(AttributeError, match=r"'qwq_mlx\.convert' has no attribute 'nothing'"):
+        room.nothing  # noqa: B018
+
+
+def test_a_recipe_error_is_a_usage_error() -> None:
+    from qwq_mlx.errors import OptionError
+
+    assert issubclass(RecipeError, OptionError)
