@@ -28,7 +28,7 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 # A model can write escape sequences; on a terminal they are shown as symbols instead of being obeyed.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-_FLAGS = {"temperature": "--temp"}
+_FLAGS = {"temperature": "--temp", "banned": "--ban"}
 _KINDS = (Sampling, Limits, Thinking)
 
 

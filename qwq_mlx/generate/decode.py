@@ -67,6 +67,7 @@ class Decoder:
         self._unfed: list[int] = []
         self._pending: _Pending | None = None
         self._memory = Memory()
+        self._banned: tuple[int, ...] = ()
 
     @property
     def n_output(self) -> int:
@@ -127,16 +128,21 @@ class Decoder:
         """Append ids that were not drawn; the next draw follows them. What is under way is dropped."""
         self._check(ids)
         self._pending = None
+        self._banned = ()
         for token_id in ids:
             self._memory = self.sampler.push(self._memory, mx.array(token_id, mx.uint32))
         self._unfed += ids
         self.ids += ids
 
-    def rewind(self, n_output: int, sampler: Sampler | None = None) -> None:
-        """Go back to the first n_output ids of the output, and draw on with another sampler if given."""
+    def rewind(self, n_output: int, sampler: Sampler | None = None, banned: Sequence[int] = ()) -> None:
+        """Go back to the first n_output ids of the output.
+
+        sampler: draw on with this one. banned: ids that the next draw, and only it, must not give.
+        """
         if not 0 <= n_output <= self.n_output:
             raise OptionError(f"Cannot go back to output id {n_output}; there are {self.n_output}.")
         self._pending = None
+        self._banned = tuple(banned)
         self.sampler = sampler or self.sampler
         del self.ids[self.n_prompt + n_output :]
         n_kept = len(self.ids) - 1
@@ -148,7 +154,9 @@ class Decoder:
     def _launch(self, ids: Any, memory: Memory, index: int) -> _Pending:
         """Build and start one step. ids: (1, n), perhaps unread; index: of the output id that it draws."""
         logits = self.module(ids, cache=self.cache)[0, -1, : self.n_ids].astype(mx.float32)
-        drawn = self.sampler.draw(logits, memory, index)
+        allowed = logits.at[mx.array(self._banned)].add(-mx.inf) if self._banned else logits
+        self._banned = ()
+        drawn = self.sampler.draw(allowed, memory, index)
         log_total = mx.logsumexp(logits)
         # a logit of -inf gives 0 * -inf = NaN here, so one number shows every logit that is not finite
         entropy = log_total - (mx.exp(logits - log_total) * logits).sum()

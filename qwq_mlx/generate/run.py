@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from qwq_mlx.errors import GenerationError
+from qwq_mlx.generate.banned import DrawnAhead, Source
 from qwq_mlx.generate.cue import Asking, cue_ids
 from qwq_mlx.generate.decode import Decoder, Token
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
@@ -68,6 +69,11 @@ class Run:
         seed = _given(sampling.seed)
         sampler = Sampler(sampling, seed=seed, n_ids=n_ids, breaker_ids=breakers)
         self._decoder = Decoder(model.module, sampler, n_ids=n_ids)
+        self._source: Source = self._decoder
+        if limits.banned:
+            self._source = DrawnAhead(
+                self._decoder, pieces, limits.banned, stop_ids=model.stop_ids, n_most=_given(limits.max_tokens)
+            )
         self._written = Written(pieces, profile, prompt_text=prompt_text, stops=limits.stop)
         self._asking = Asking(thinking)
         self._injections: list[Injection] = []
@@ -135,8 +141,8 @@ class Run:
 
     def _step(self) -> Step:
         """Draw one token and take it through all stations."""
-        is_last = self._decoder.n_output + 1 >= _given(self.limits.max_tokens)
-        token = self._decoder.next(is_last=is_last)
+        is_last = len(self._written.steps) + 1 >= _given(self.limits.max_tokens)
+        token = self._source.next(is_last=is_last)
         self._count_time()
         text = ""
         if token.id in self._model.stop_ids:
@@ -151,12 +157,13 @@ class Run:
             return "stop", f"the text {self._written.stop_text!r} came"
         if self._is_stopped:
             return "interrupted", ""
-        n_used, context = len(self._decoder.ids), _given(self.limits.context)
+        n_output = len(self._written.steps) + 1
+        n_used, context = len(self._prompt_ids) + n_output, _given(self.limits.context)
         if n_used >= context:
             return "context_full", f"{n_used:,} of {context:,} positions"
         if is_last:
-            return "length", f"{self._decoder.n_output:,} tokens"
-        if self._injections and self._decoder.n_output - self._injections[-1].end >= self.thinking.answer_tokens:
+            return "length", f"{n_output:,} tokens"
+        if self._injections and n_output - self._injections[-1].end >= self.thinking.answer_tokens:
             return "length", f"the answer was cut at {self.thinking.answer_tokens:,} tokens"
         return None
 
@@ -169,7 +176,7 @@ class Run:
 
     def _inject(self, reason: FinishReason) -> Iterator[Step]:
         """Put the answer cue into the output, if there is room for it and for some answer."""
-        start = self._decoder.n_output
+        start = len(self._written.steps)
         ids = cue_ids(self._model.tokenizer, self._profile, after=self._written.text[-2:] if start else "\n\n")
         if start + len(ids) >= _given(self.limits.max_tokens):
             return
@@ -180,7 +187,11 @@ class Run:
             if self._written.stop_text is not None:
                 self._finish = ("stop", f"the text {self._written.stop_text!r} came")
                 break
+        if isinstance(self._source, DrawnAhead):
+            self._source.drop()
         self._decoder.force([step.id for step in steps])
+        if isinstance(self._source, DrawnAhead):
+            self._source.resume()
         text = "".join(step.text for step in steps)
         self._injections.append(Injection(start=start, end=start + len(steps), text=text, reason=reason))
         yield from steps

@@ -74,6 +74,11 @@ class TextStream:
         """The text this id completes; "" while a character is unfinished."""
         return self._decoder.decode(self._pieces[token_id])
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no character is unfinished."""
+        return not self._decoder.getstate()[0]
+
     def finish(self) -> str:
         """What an unfinished character at the end becomes (U+FFFD), or ""."""
         return self._decoder.decode(b"", final=True)

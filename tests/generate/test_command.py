@@ -295,6 +295,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--max-tokens", "11"], "max_tokens", 11),
     (["--context", "99"], "context", 99),
     (["--stop", "END", "--stop", "FIN"], "stop", ("END", "FIN")),
+    (["--ban", "a b", "--ban", "c"], "banned", ("a b", "c")),
     (["--think-tokens", "100"], "think_tokens", 100),
     (["--answer-tokens", "50"], "answer_tokens", 50),
     (["--system-prompt", "Be brief."], "system_prompt", "Be brief."),
