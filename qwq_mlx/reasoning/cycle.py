@@ -1,0 +1,125 @@
+"""Exact cycles in a stream of ids: does the end of the stream repeat with some period, and since when?
+
+The idea: a period p shows when the last k ids occurred p places earlier. Hashes of the last k ids, for k = 8, 16, ...
+16,384, find such places at once; a place found is then followed id by id for as long as it holds. For the level with
+p <= k < 2p the ids inside one period cannot mislead the search, so every period is followed before its third
+repetition ends. Positions are noted at every k/8-th place (at most 64 apart), which keeps memory at about two entries
+per id, of the last 65,536 ids at most.
+
+Does not: see variants (`loops` does), or periods above `MAX_PERIOD`, of which three would not fit in 32,768 ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MAX_PERIOD", "Cycle", "CycleFinder"]
+
+MAX_PERIOD = 10_922
+_HISTORY = 32_768
+_LEVELS = tuple((8 << level, min(64, 1 << level)) for level in range(12))  # (k, places between notes)
+_PRIME = (1 << 61) - 1
+_BASE = 1_000_003
+_POWERS = tuple(pow(_BASE, k, _PRIME) for k, _ in _LEVELS)
+_MAX_FOLLOWED = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """The last `length` ids have period `period`; length counts the first repetition too."""
+
+    period: int
+    length: int
+
+    @property
+    def n_repeats(self) -> float:
+        """How often the period stands there."""
+        return self.length / self.period
+
+
+class CycleFinder:
+    """Feed ids one at a time; `feed` returns the shortest cycle that lasts at least three periods and `margin` ids.
+
+    margin: ids beyond three periods; it keeps a row of dashes or zeros from counting.
+    """
+
+    def __init__(self, *, margin: int) -> None:
+        self._margin = margin
+        self._ids: list[int] = []
+        self._sums = [0]  # hashes of all ids up to a place
+        self._notes: list[dict[int, int]] = [{} for _ in _LEVELS]
+        self._base = 0  # ids dropped from the front
+        self._followed: dict[int, int] = {}  # period -> ids that equal the one a period earlier
+
+    def feed(self, token_id: int) -> Cycle | None:
+        """Take the next id."""
+        self._ids.append(token_id)
+        self._sums.append((self._sums[-1] * _BASE + token_id + 1) % _PRIME)
+        if self._followed:
+            self._follow(token_id)
+        self._search()
+        if len(self._ids) > 2 * _HISTORY:
+            self._drop()
+        best = min(
+            (period for period, count in self._followed.items() if count >= 2 * period + self._margin), default=None
+        )
+        return None if best is None else Cycle(best, best + self._followed[best])
+
+    def _follow(self, token_id: int) -> None:
+        ids, last = self._ids, len(self._ids) - 1
+        ended = []
+        for period in self._followed:
+            if ids[last - period] == token_id:
+                self._followed[period] += 1
+            else:
+                ended.append(period)
+        for period in ended:
+            del self._followed[period]
+
+    def _search(self) -> None:
+        n_ids, sums = len(self._ids), self._sums
+        place = n_ids + self._base
+        is_old = True  # where the last 8 ids are new, no longer run of them can be old
+        for (length, spacing), power, notes in zip(_LEVELS, _POWERS, self._notes, strict=True):
+            if n_ids < length:
+                break
+            is_due = place % spacing == 0
+            if not is_old and not is_due:
+                continue
+            key = (sums[n_ids] - sums[n_ids - length] * power) % _PRIME
+            if is_old:
+                found = notes.get(key)
+                if found is not None:
+                    self._consider(place - found, length)
+                elif length == _LEVELS[0][0]:
+                    is_old = False
+            if is_due:
+                notes[key] = place
+
+    def _consider(self, period: int, length: int) -> None:
+        """Follow a period at which the last `length` ids repeat, if it is new."""
+        if period in self._followed or period > MAX_PERIOD or period + length > len(self._ids):
+            return
+        if len(self._followed) >= _MAX_FOLLOWED:
+            longest = max(self._followed)
+            if period > longest:
+                return
+            del self._followed[longest]
+        ids = self._ids
+        if length > 8 and ids[-length:] != ids[-length - period : -period]:
+            return  # hashes met by accident
+        count, end = length, len(ids) - 1
+        # Notes lie up to 64 places apart, so as many ids before the match may belong to it.
+        while count < length + 64 and end - count - period >= 0 and ids[end - count] == ids[end - count - period]:
+            count += 1
+        self._followed[period] = count
+
+    def _drop(self) -> None:
+        """Forget the older half of the history."""
+        excess = len(self._ids) - _HISTORY
+        del self._ids[:excess], self._sums[:excess]
+        self._base += excess
+        self._notes = [
+            {key: place for key, place in notes.items() if place - length > self._base}
+            for notes, (length, _) in zip(self._notes, _LEVELS, strict=True)
+        ]

@@ -1,0 +1,194 @@
+"""Loops, found while they are written: exact cycles, variants of the same steps, one answer derived again and again,
+and doubt after doubt without anything new.
+
+Four small finders, each with constant work per token and bounded memory, behind one door. On 266 finished outputs of
+QwQ-32B-Preview the defaults report one, which does repeat one approach eight times (scripts/measure_traces.py).
+
+Does not: stop or change a run; `generate` chooses what to do. Periods above 10,922 tokens are not seen, nor loops
+that put every repetition into new words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+from qwq_mlx.errors import OptionError
+from qwq_mlx.reasoning.answer import normalise
+from qwq_mlx.reasoning.cycle import CycleFinder
+from qwq_mlx.reasoning.statement import MAX_LINE, revises, stated
+from qwq_mlx.reasoning.variants import VariantsFinder
+
+__all__ = ["Loop", "LoopDetector", "LoopOptions"]
+
+LoopKind = Literal["cycle", "variants", "candidate", "doubts"]
+_WORD = re.compile(r"[^\W_]+")
+_MAX_SEEN = 20_000  # distinct words remembered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopOptions:
+    """When to report a loop. Larger numbers report later and more rarely.
+
+    cycle_margin: tokens beyond three exact repetitions. variants_limit: cumulative sum of stale over fresh words, at
+    `variants_drift` per word. n_candidates: how often one answer is stated within `candidate_tokens`. n_doubts: by how
+    much openings such as "Wait" outnumber the words never used before within `doubt_tokens`.
+    Raises OptionError for a value that could never report, or would at once.
+    """
+
+    cycle_margin: int = 48
+    variants_limit: float = 36.0
+    variants_drift: float = 0.6
+    n_candidates: int = 12
+    candidate_tokens: int = 2_000
+    n_doubts: int = 16
+    doubt_tokens: int = 400
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("cycle_margin", 0, 4096),
+            ("variants_limit", 1, 10_000),
+            ("n_candidates", 2, 10_000),
+            ("n_doubts", 2, 10_000),
+            ("candidate_tokens", 16, 32_768),
+            ("doubt_tokens", 16, 32_768),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise OptionError(f"{name} is {value!r}, expected {low} to {high}. The default reports no good text.")
+        if not 0 < self.variants_drift < 1:
+            raise OptionError(
+                f"variants_drift is {self.variants_drift!r}, expected a number between 0 and 1, not both."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """A loop and its evidence. start, end: token indices of the repeating stretch as far as known, end not included.
+
+    period: tokens from one repetition to the next, None where there is no regular one. score: repetitions for "cycle",
+    the cumulative sum for "variants", the count for the others. evidence: one line for a person.
+    """
+
+    kind: LoopKind
+    start: int
+    end: int
+    period: int | None
+    score: float
+    evidence: str
+
+
+class LoopDetector:
+    """Watches one output. After a report, `feed` stays silent about that kind until `reset`."""
+
+    def __init__(self, options: LoopOptions | None = None) -> None:
+        self._options = options or LoopOptions()
+        self.reset()
+        self._n_tokens = 0
+
+    def reset(self) -> None:
+        """Forget everything but the token count: the run was changed to leave the loop."""
+        options = self._options
+        self._cycles = CycleFinder(margin=options.cycle_margin)
+        self._variants = VariantsFinder(limit=options.variants_limit, drift=options.variants_drift)
+        self._line: list[str] = []
+        self._line_chars = 0
+        self._stated: deque[tuple[int, str]] = deque()
+        self._doubts: deque[tuple[int, int, int]] = deque()  # token, is a doubt, new words
+        self._balance = 0
+        self._seen: set[str] = set()
+        self._reported: set[LoopKind] = set()
+
+    def feed(self, token_id: int, text: str) -> Loop | None:
+        """Take one token and the text it released; returns a loop when one becomes certain."""
+        index = self._n_tokens
+        self._n_tokens += 1
+        loop = self._cycle(token_id, index)
+        if text:
+            loop = loop or self._stale(text, index)
+            if "\n" in text or self._line_chars + len(text) > MAX_LINE:
+                before, _, after = text.rpartition("\n")
+                line = "".join(self._line) + before
+                self._line, self._line_chars = [after], len(after)
+                loop = loop or self._take_line(line.strip()[-MAX_LINE:], index)
+            else:
+                self._line.append(text)
+                self._line_chars += len(text)
+        if loop is None or loop.kind in self._reported:
+            return None
+        self._reported.add(loop.kind)
+        return loop
+
+    def _cycle(self, token_id: int, index: int) -> Loop | None:
+        cycle = self._cycles.feed(token_id)
+        if cycle is None or "cycle" in self._reported:
+            return None
+        return Loop(
+            kind="cycle",
+            start=index + 1 - cycle.length,
+            end=index + 1,
+            period=cycle.period,
+            score=round(cycle.n_repeats, 2),
+            evidence=f"the last {cycle.length:,} tokens repeat every {cycle.period:,}, {cycle.n_repeats:.1f} times",
+        )
+
+    def _stale(self, text: str, index: int) -> Loop | None:
+        found = self._variants.feed(text, index)
+        if found is None or "variants" in self._reported:
+            return None
+        return Loop(
+            kind="variants",
+            start=found.start,
+            end=index + 1,
+            period=found.period,
+            score=round(found.score, 1),
+            evidence=f"the same steps return about every {found.period:,} tokens with little that is new",
+        )
+
+    def _take_line(self, line: str, index: int) -> Loop | None:
+        if not line:
+            return None
+        return self._candidate(line, index) or self._doubt(line, index)
+
+    def _candidate(self, line: str, index: int) -> Loop | None:
+        value = stated(line)
+        if value is None:
+            return None
+        value = normalise(value)
+        self._stated.append((index, value))
+        while self._stated[0][0] <= index - self._options.candidate_tokens:
+            self._stated.popleft()
+        places = [place for place, other in self._stated if other == value]
+        if len(places) < self._options.n_candidates:
+            return None
+        return Loop(
+            kind="candidate",
+            start=places[0],
+            end=index + 1,
+            period=(places[-1] - places[0]) // (len(places) - 1),
+            score=len(places),
+            evidence=f"the answer {value[:40]!r} was stated {len(places)} times in {index + 1 - places[0]:,} tokens",
+        )
+
+    def _doubt(self, line: str, index: int) -> Loop | None:
+        words = {word for word in _WORD.findall(line.lower()) if word not in self._seen}
+        if len(self._seen) < _MAX_SEEN:
+            self._seen |= words
+        is_doubt = revises(line)
+        self._doubts.append((index, int(is_doubt), len(words)))
+        self._balance += is_doubt - len(words)
+        while self._doubts[0][0] <= index - self._options.doubt_tokens:
+            _, doubts, new = self._doubts.popleft()
+            self._balance -= doubts - new
+        if self._balance < self._options.n_doubts:
+            return None
+        return Loop(
+            kind="doubts",
+            start=self._doubts[0][0],
+            end=index + 1,
+            period=None,
+            score=self._balance,
+            evidence=f"{self._balance} more doubts than new words in {index + 1 - self._doubts[0][0]:,} tokens",
+        )

@@ -1,0 +1,68 @@
+"""Words of a text that arrives in pieces, and their templates: numbers become "#", names "@", the rest lower case.
+
+Two steps of a reasoning that differ in their numbers and names only have the same template. Code between fences and
+table rows have none, because they repeat for good reasons.
+
+Does not: know grammar. A name is a capitalised word inside a sentence, or one that was a name there before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+__all__ = ["TemplateReader"]
+
+_WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?|\d+(?:\.\d+)?|```|\n|[^\W_]|[^\sA-Za-z\d]")
+_OPEN = re.compile(r"(?:[A-Za-z0-9]+['.]?[A-Za-z0-9]*|`+)$")
+_MAX_WORD = 64
+_SENTENCE_ENDS = frozenset('.?!:;\n*"-([{$')
+_MAX_NAMES = 512
+
+
+class TemplateReader:
+    """Feed text; `feed` yields each completed word's template: "#", "@", a lower-case word, or a mark."""
+
+    def __init__(self) -> None:
+        self._open = ""  # the beginning of a word that may go on
+        self._previous = "\n"
+        self._is_code = False
+        self._is_table = False
+        self._names: dict[str, None] = {}
+
+    def feed(self, text: str) -> Iterator[str]:
+        """Take the next piece."""
+        text = self._open + text
+        unfinished = _OPEN.search(text[-_MAX_WORD:])
+        end = len(text) - len(unfinished[0]) if unfinished else len(text)
+        if len(text) - end >= _MAX_WORD:
+            end = len(text)
+        self._open = text[end:]
+        for found in _WORD.finditer(text, 0, end):
+            template = self._template(found[0])
+            if template:
+                yield template
+
+    def _template(self, word: str) -> str | None:
+        previous, self._previous = self._previous, word
+        if word == "```":
+            self._is_code = not self._is_code
+            return None
+        if word == "\n":
+            self._is_table = False
+            return None
+        if word == "|" and previous == "\n":
+            self._is_table = True
+        if self._is_code or self._is_table:
+            return None
+        if word[0].isdigit():
+            return "#"
+        if word[0].isupper() and word != "I" and not word.startswith("I'"):
+            if word in self._names:
+                return "@"
+            if previous not in _SENTENCE_ENDS and previous != "```":
+                if len(self._names) >= _MAX_NAMES:
+                    del self._names[next(iter(self._names))]
+                self._names[word] = None
+                return "@"
+        return word.lower()

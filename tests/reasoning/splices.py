@@ -1,0 +1,81 @@
+"""Loops made by splicing: a few lines of a real output, again and again, with other names, numbers, words and order.
+
+`splice` takes lines from the middle of a text and returns the text up to there followed by mutated repetitions. All
+randomness comes from the seed, so thresholds can be chosen on some seeds and reported on others.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_NAMES = ("Alice", "Robert", "Tom", "Maria", "Kevin", "Laura", "Peter", "Nina", "Oscar", "Ruth", "Sam", "Ivan", "Grace")
+_OPENINGS = (
+    "Wait, ", "Hmm, ", "Wait a minute. ", "Let me check again. ", "Alternatively, ", "No, wait. ", "But ",
+    "Actually, ", "So, ", "", "Let me try again. ", "Okay, ",
+)  # fmt: skip
+_SYNONYMS = {
+    "so": "thus", "therefore": "hence", "but": "however", "think": "believe", "maybe": "perhaps", "correct": "right",
+    "seems": "looks", "because": "since", "number": "value", "total": "sum",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Splice:
+    """`before` is real text, `repetitions` are mutations of its last `n_words` words."""
+
+    before: str
+    repetitions: tuple[str, ...]
+    n_words: int
+
+    def text(self, n_repetitions: int) -> str:
+        """The real text and the first repetitions of the loop."""
+        return "\n\n".join([self.before, *self.repetitions[:n_repetitions]])
+
+
+def splice(texts: Sequence[str], *, seed: int, n_repetitions: int = 15) -> Splice:
+    """One loop from one of the texts. Blocks of 1 to 8 lines and 25 to 150 words, at least half of it letters."""
+    rng = random.Random(seed)
+    while True:
+        lines = [line for line in rng.choice(texts).split("\n") if line.strip()]
+        n_lines = rng.randint(1, 8)
+        if len(lines) <= n_lines:
+            continue
+        start = rng.randrange(len(lines) - n_lines)
+        block = lines[start : start + n_lines]
+        joined = " ".join(block)
+        n_words = len(re.findall(r"\w+|[^\w\s]", joined))
+        if 25 <= n_words <= 150 and sum(char.isalpha() for char in joined) >= 0.5 * len(joined):
+            before = "\n\n".join(lines[: start + n_lines])
+            return Splice(before, tuple(_mutated(block, rng) for _ in range(n_repetitions)), n_words)
+
+
+def _mutated(block: Sequence[str], rng: random.Random) -> str:
+    """One repetition: numbers, names and words replaced consistently, a line dropped or two swapped, an opening."""
+    lines, given = list(block), {}
+    if len(lines) > 2 and rng.random() < 0.25:
+        lines.pop(rng.randrange(len(lines)))
+    if len(lines) > 2 and rng.random() < 0.25:
+        at = rng.randrange(len(lines) - 1)
+        lines[at], lines[at + 1] = lines[at + 1], lines[at]
+    has_numbers, has_names, has_words = rng.random() < 0.6, rng.random() < 0.6, rng.random() < 0.5
+
+    def number(found: re.Match[str]) -> str:
+        n_digits = min(len(found[0]), 9)
+        fresh = str(rng.randrange(10 ** (n_digits - 1) if n_digits > 1 else 0, 10**n_digits))
+        return given.setdefault(found[0], fresh)
+
+    def name(found: re.Match[str]) -> str:
+        return found[1] + given.setdefault(found[2], rng.choice(_NAMES))
+
+    for at, line in enumerate(lines):
+        if has_numbers:
+            line = re.sub(r"\d+", number, line)
+        if has_names:
+            line = re.sub(r"([a-z,'] )([A-Z][a-z]{2,})", name, line)
+        if has_words:
+            line = " ".join(_SYNONYMS.get(word, word) if rng.random() < 0.5 else word for word in line.split(" "))
+        lines[at] = line
+    return rng.choice(_OPENINGS) + "\n\n".join(lines)
