@@ -1,0 +1,106 @@
+"""`python -m qwq_mlx.bench`: decode tokens per second, ours beside mlx-lm's, as a table and one JSON line.
+
+Both go to stdout, the JSON as its last line; what runs now goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qwq_mlx.bench.options import BenchOptions
+from qwq_mlx.errors import OptionError, QwqError
+
+if TYPE_CHECKING:
+    from qwq_mlx.bench.decode import Row
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        options = BenchOptions(n_tokens=parsed.tokens, repeats=parsed.repeats, n_layers=parsed.layers)
+        rows = _measure(parsed.model, options)
+    except OptionError as error:
+        return _complain(str(error), 2)
+    except QwqError as error:
+        return _complain(str(error), 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    from qwq_mlx.bench.decode import describe_machine
+
+    print(_table(rows))
+    result = {"rows": [row.as_json() for row in rows], "repeats": options.repeats, "machine": describe_machine()}
+    print(json.dumps(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qwq_mlx.bench",
+        description="Decode tokens per second of qwq_mlx and mlx-lm on the same weights, taking turns in one run.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C).",
+        allow_abbrev=False,
+    )
+    add, own = parser.add_argument, BenchOptions()
+    add("--model", metavar="FOLDER", help="a conversion or checkpoint (default: as python -m qwq_mlx.generate)")
+    add(
+        "--layers",
+        type=int,
+        metavar="N",
+        default=own.n_layers,
+        help="layers of the QwQ-shaped random model, 0 leaves it out (default: %(default)s)",
+    )
+    add("--tokens", type=int, metavar="N", default=own.n_tokens, help="tokens per run (default: %(default)s)")
+    add("--repeats", type=int, metavar="N", default=own.repeats, help="runs of each contestant (default: %(default)s)")
+    return parser
+
+
+def _measure(named: str | None, options: BenchOptions) -> list[Row]:
+    from qwq_mlx.bench.decode import bench_folder, bench_qwq_shaped
+    from qwq_mlx.generate.default_model import choose_model
+
+    choice = choose_model(named)
+    if choice.note:
+        _note(choice.note)
+    if choice.source is not None:
+        from qwq_mlx.convert import convert_checkpoint
+
+        choice.folder.parent.mkdir(parents=True, exist_ok=True)
+        convert_checkpoint(choice.source, choice.folder)
+    rows = bench_folder(choice.folder, options, _note)
+    if options.n_layers > 0:
+        rows.append(bench_qwq_shaped(options, _note))
+    return rows
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """Median tokens per second, and in brackets how many times faster than it qwq_mlx is."""
+    names = list(dict.fromkeys(name for row in rows for name in row.rates))
+    lines = [["decode, tokens per second", "level", *names]]
+    for row in rows:
+        own = row.rates[names[0]].median
+        cells = [f"{own:.1f}"]
+        for name in names[1:]:
+            rates = row.rates.get(name)
+            cells.append("-" if rates is None else f"{rates.median:.1f} ({own / rates.median:.2f}x)")
+        lines.append([row.model, row.level, *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _complain(text: str, code: int) -> int:
+    _note(f"error: {text}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Modules to measure: QwQ's shapes with few layers and random 4-bit weights, and twins in another compute type.
+
+Speed depends on shapes and types, not on what the weights say, so a model of QwQ's widths with 2 of its 64 layers shows
+a layer's and the output head's cost without 18 GB. Random codes get scales that keep activations near 1, so that
+logits stay finite.
+
+Does not: load files (`model.load` does), or tell anything about quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qwq_mlx.facts import QWQ_32B_PREVIEW
+from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
+from qwq_mlx.model.layout import Packing
+from qwq_mlx.model.load import ComputeType, build_module, import_mlx
+
+__all__ = ["in_compute_type", "qwq_shaped", "random_module"]
+
+_CONTEXT = 32_768
+_PACKING = Packing(bits=4, group_size=64)
+
+
+def qwq_shaped(n_layers: int) -> tuple[Qwen2Config, dict[str, Packing]]:
+    """QwQ-32B-Preview's config with n_layers of its layers, all matrices at 4 bits, group 64."""
+    facts = QWQ_32B_PREVIEW
+    config = Qwen2Config(
+        hidden_size=facts.hidden_size,
+        intermediate_size=facts.intermediate_size,
+        num_hidden_layers=n_layers,
+        num_attention_heads=facts.num_attention_heads,
+        num_key_value_heads=facts.num_key_value_heads,
+        vocab_size=facts.vocab_size,
+        max_position_embeddings=_CONTEXT,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        tie_word_embeddings=False,
+        eos_token_ids=(),
+    )
+    matrices = [name.removesuffix(".weight") for name, shape in tensor_shapes(config).items() if len(shape) == 2]
+    return config, dict.fromkeys(matrices, _PACKING)
+
+
+def random_module(config: Qwen2Config, packed: Mapping[str, Packing], compute_type: ComputeType, *, seed: int) -> Any:
+    """A module of this shape with random weights, in memory. packed must hold every matrix."""
+    mx = import_mlx()
+    module = build_module(config, packed)
+    dtype = getattr(mx, compute_type)
+    keys = iter(mx.random.split(mx.random.key(seed), len(packed)))
+    weights: list[tuple[str, Any]] = []
+    for name, shape in tensor_shapes(config).items():
+        path = name.removesuffix(".weight")
+        if path not in packed:
+            is_norm = name.endswith("norm.weight")
+            weights.append((name, mx.ones(shape, dtype) if is_norm else mx.zeros(shape, dtype)))
+            continue
+        rows, columns = shape
+        packing = packed[path]
+        n_words = columns * packing.bits // 32
+        codes = mx.random.randint(-(2**31), 2**31 - 1, (rows, n_words), mx.int32, key=next(keys)).view(mx.uint32)
+        # codes are uniform on 0 ... n - 1, of deviation (n^2 - 1)/12 to the root; columns^-0.5 keeps activations near 1
+        n_codes = 2**packing.bits
+        scale = (12 / (n_codes**2 - 1) / columns) ** 0.5
+        scales = mx.full((rows, columns // packing.group_size), scale, dtype)
+        weights += [(name, codes), (f"{path}.scales", scales), (f"{path}.biases", scales * (-(n_codes - 1) / 2))]
+    module.load_weights(weights, strict=True)
+    module.eval()
+    mx.eval(module.parameters())
+    return module
+
+
+def in_compute_type(module: Any, config: Qwen2Config, packed: Mapping[str, Packing], compute_type: ComputeType) -> Any:
+    """A twin that shares the packed codes and has its floats in another compute type."""
+    mx = import_mlx()
+    from mlx.utils import tree_flatten
+
+    twin = build_module(config, packed)
+    dtype = getattr(mx, compute_type)
+    arrays = tree_flatten(module.parameters())
+    twin.load_weights([(name, a if a.dtype == mx.uint32 else a.astype(dtype)) for name, a in arrays], strict=True)
+    twin.eval()
+    mx.eval(twin.parameters())
+    return twin
