@@ -149,7 +149,17 @@ def test_a_small_files_git_digest_is_checked_too(
         fetcher.fetch_file(bad, tmp_path / "t")
 
 
+def ended_early(handler: Handler, asked: Request) -> None:
+    """No length is said, and the end of the connection comes in the middle of the file."""
+    handler.send_response(206)
+    handler.send_header("Content-Range", f"bytes {asked.start}-{len(CONTENT) - 1}/{len(CONTENT)}")
+    handler.send_header("Connection", "close")
+    handler.end_headers()
+    handler.wfile.write(CONTENT[asked.start : asked.start + 10])
+
+
 PASSING = {
+    "end without a length": ended_early,
     "503": lambda handler, asked: handler.answer(503),
     "429": lambda handler, asked: handler.answer(429, Retry_After="0"),
     "408": lambda handler, asked: handler.answer(408),

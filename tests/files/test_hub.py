@@ -76,6 +76,16 @@ def test_a_repository_opens_as_the_same_checkpoint_as_its_folder(
     assert all((tmp_path / path.name).read_bytes() == path.read_bytes() for path in tiny_checkpoint.iterdir())
 
 
+def test_a_header_longer_than_the_first_request_is_read_whole(
+    hub: Hub, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwq_mlx.files import hub as hub_module
+
+    monkeypatch.setattr(hub_module, "_FIRST_BYTES", 700)
+    found = hub.open_checkpoint(hub.resolve(NAME), tmp_path)
+    assert found.tensors.keys() == open_checkpoint(tiny_checkpoint).tensors.keys()
+
+
 def test_a_commit_that_moves_during_the_run_changes_nothing(
     server: HubServer, hub: Hub, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
