@@ -12,12 +12,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
-from qwq_mlx.generate.options import Limits, Sampling, Thinking
+from qwq_mlx.generate.options import LOOP_ACTIONS, Limits, Sampling, Thinking
 
 if TYPE_CHECKING:
     from qwq_mlx.generate.reasoner import Reasoner
@@ -59,43 +59,22 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    own = "the model's own"
     add("-p", "--prompt", metavar="TEXT", help="the question; '-' reads stdin, as does no --prompt with piped stdin")
     add("--system-prompt", metavar="TEXT", help="replaces the chat template's default system prompt")
-    add(
-        "--model",
-        metavar="FOLDER",
-        help="a conversion or checkpoint (default: $QWQ_MLX_MODEL, conversions/, the pocket)",
+    add("--model", metavar="DIR", help="a conversion or checkpoint (default: $QWQ_MLX_MODEL, conversions/, the pocket)")
+    add("--json", action="store_true", help="print the whole trace as one line of JSON instead of the text")
+    add("--quiet", action="store_true", help="on stderr only errors, and the end of a run that did not end by itself")
+    _add_limits(parser.add_argument_group("where it ends").add_argument)
+    _add_sampling(
+        parser.add_argument_group("how ids are drawn (default: the model's generation_config.json)").add_argument
     )
+    return parser
+
+
+def _add_limits(add: Callable[..., Any]) -> None:
+    answer_tokens, on_loop = _default(Thinking, "answer_tokens"), _default(Thinking, "on_loop")
     add("--max-tokens", type=int, metavar="N", help="tokens to produce at most (default: the room left in the context)")
-    add("--context", type=int, metavar="N", help=f"positions to use at most, prompt included (default: {own})")
-    add("--temp", type=float, metavar="T", dest="temperature", help=f"temperature, 0 is greedy (default: {own})")
-    add("--top-p", type=float, metavar="P", help=f"keep the likeliest ids that hold P together (default: {own})")
-    add("--top-k", type=int, metavar="K", help=f"keep the K likeliest ids, 0 keeps all (default: {own})")
-    add("--min-p", type=float, metavar="P", help=f"drop ids below P times the likeliest's probability (default: {own})")
-    add("--repetition-penalty", type=float, metavar="X", help=f"over prompt and output, 1 is off (default: {own})")
-    add("--presence-penalty", type=float, metavar="X", help="over the output, 0 is off (default: 0)")
-    add("--frequency-penalty", type=float, metavar="X", help="over the output, 0 is off (default: 0)")
-    add(
-        "--dry-multiplier",
-        type=float,
-        metavar="X",
-        help=f"strength of DRY, 0 is off (default: {_default(Sampling, 'dry_multiplier')})",
-    )
-    add("--dry-base", type=float, metavar="X", help=f"growth of DRY per id (default: {_default(Sampling, 'dry_base')})")
-    add(
-        "--dry-allowed-length",
-        type=int,
-        metavar="N",
-        help=f"repeat DRY allows (default: {_default(Sampling, 'dry_allowed_length')})",
-    )
-    add("--logit-bias", action="append", metavar="ID=X", help="add X to the logit of an id, -inf bans it; repeatable")
-    add(
-        "--order",
-        choices=("hf", "mlx-lm"),
-        help=f"order of the sampling steps (default: {_default(Sampling, 'order')})",
-    )
-    add("--seed", type=int, metavar="N", help="of the draws (default: drawn, and shown)")
+    add("--context", type=int, metavar="N", help="positions to use at most, prompt included (default: the model's own)")
     add("--stop", action="append", metavar="TEXT", help="end where this text comes, without it; repeatable")
     add(
         "--think-tokens",
@@ -103,19 +82,27 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="ask for the answer after N tokens of thinking (default: no budget)",
     )
-    add(
-        "--answer-tokens",
-        type=int,
-        metavar="N",
-        help=f"tokens of an answer asked for (default: {_default(Thinking, 'answer_tokens')})",
-    )
-    add("--json", action="store_true", help="print the whole trace as one line of JSON instead of the text")
-    add(
-        "--quiet",
-        action="store_true",
-        help="on stderr only errors, and why it stopped if the model did not end by itself",
-    )
-    return parser
+    add("--answer-tokens", type=int, metavar="N", help=f"tokens of an answer asked for (default: {answer_tokens})")
+    add("--on-loop", choices=LOOP_ACTIONS, help=f"what to do when the text goes round in a loop (default: {on_loop})")
+
+
+def _add_sampling(add: Callable[..., Any]) -> None:
+    multiplier, base = _default(Sampling, "dry_multiplier"), _default(Sampling, "dry_base")
+    length, order = _default(Sampling, "dry_allowed_length"), _default(Sampling, "order")
+    add("--temp", type=float, metavar="T", dest="temperature", help="temperature; 0 is greedy")
+    add("--top-p", type=float, metavar="P", help="keep the likeliest ids that hold P together; 1 keeps all")
+    add("--top-k", type=int, metavar="K", help="keep the K likeliest ids; 0 keeps all")
+    add("--min-p", type=float, metavar="P", help="drop ids below P times the likeliest one's probability")
+    add("--seed", type=int, metavar="N", help="of the draws (default: drawn, and shown)")
+    add("--repetition-penalty", type=float, metavar="X", help="over prompt and output; 1 is off")
+    add("--presence-penalty", type=float, metavar="X", help="over the output; 0 is off")
+    add("--frequency-penalty", type=float, metavar="X", help="over the output; 0 is off")
+    add("--dry-multiplier", type=float, metavar="X", help=f"strength of DRY; 0 is off (default: {multiplier})")
+    add("--dry-base", type=float, metavar="X", help=f"growth of DRY per repeated id (default: {base})")
+    add("--dry-allowed-length", type=int, metavar="N", help=f"repeat that DRY allows (default: {length})")
+    add("--logit-bias", action="append", metavar="ID=X", help="add X to the logit of an id, -inf bans it; repeatable")
+    add("--ban", action="append", metavar="TEXT", dest="banned", help="a text that is never written; repeatable")
+    add("--order", choices=("hf", "mlx-lm"), help=f"order of the sampling steps (default: {order})")
 
 
 def _default(options: type, name: str) -> Any:

@@ -44,6 +44,10 @@ class Asking:
         if self._reason is None:
             self._reason, self._asked_at = reason, self._n_tokens
 
+    def rewind(self, n_tokens: int) -> None:
+        """The output went back to its first n_tokens."""
+        self._n_tokens, self._tail = n_tokens, ""
+
     def due(self, text: str, segment: Segment) -> FinishReason | None:
         """Take the next token's text and the part that follows it; the reason, once, where the cue belongs after it."""
         self._n_tokens += 1

@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from qwq_mlx.errors import OptionError
 
-__all__ = ["NEUTRAL", "Limits", "Sampling", "Thinking"]
+__all__ = ["LOOP_ACTIONS", "NEUTRAL", "Limits", "Sampling", "Thinking"]
+
+LOOP_ACTIONS = ("answer", "stop", "nudge", "off")
 
 _MAX_SEED = 2**64 - 1  # mlx.random.key takes an unsigned 64-bit number
 _MAX_ID = 2**31 - 1
@@ -167,11 +169,16 @@ class Thinking:
 
     think_tokens: ids of thinking after which the answer is asked for, at the next end of a sentence; None is no budget.
     answer_tokens: ids that the answer may have once it was asked for.
+    on_loop: what to do when the text goes round in a loop: "answer" asks for the answer, "stop" ends the run, "nudge"
+      goes back before the loop and draws with a higher temperature for a while, "off" does not look.
     """
 
     think_tokens: int | None = None
     answer_tokens: int = 1024
+    on_loop: Literal["answer", "stop", "nudge", "off"] = "answer"
 
     def __post_init__(self) -> None:
         _whole("think_tokens", self.think_tokens, low=0, high=_MAX_ID)
         _whole("answer_tokens", self.answer_tokens, low=1, high=_MAX_ID)
+        if self.on_loop not in LOOP_ACTIONS:
+            raise OptionError(f"on_loop is {self.on_loop!r}, expected one of {', '.join(LOOP_ACTIONS)}.")

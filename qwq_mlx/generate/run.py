@@ -23,12 +23,14 @@ from qwq_mlx.errors import GenerationError
 from qwq_mlx.generate.banned import DrawnAhead, Source
 from qwq_mlx.generate.cue import Asking, cue_ids
 from qwq_mlx.generate.decode import Decoder, Token
+from qwq_mlx.generate.nudge import Nudges
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.sample import Sampler
 from qwq_mlx.generate.text import Pieces
 from qwq_mlx.generate.trace import FinishReason, Injection, Step, Timings, Trace
 from qwq_mlx.generate.written import Written
 from qwq_mlx.model.load import LoadedModel
+from qwq_mlx.reasoning.loops import Loop, LoopDetector
 from qwq_mlx.reasoning.profile import Profile
 
 __all__ = ["Progress", "Run"]
@@ -41,7 +43,7 @@ class Run:
     """Iterate over it for Steps; `trace()` then tells all. `stop()` ends it after the token under way.
 
     sampling: resolved, with a seed. limits: with max_tokens and context filled in (`reasoner` does both). Both can be
-    read from the run.
+    read from the run. After a nudge Steps go on from an earlier index: those from there on were taken back.
     """
 
     def __init__(
@@ -74,6 +76,10 @@ class Run:
             self._source = DrawnAhead(
                 self._decoder, pieces, limits.banned, stop_ids=model.stop_ids, n_most=_given(limits.max_tokens)
             )
+        self._loops = LoopDetector() if thinking.on_loop != "off" else None
+        self._nudges = Nudges(sampling)
+        self._due_nudge: Loop | None = None
+        self._events: list[dict[str, Any]] = []
         self._written = Written(pieces, profile, prompt_text=prompt_text, stops=limits.stop)
         self._asking = Asking(thinking)
         self._injections: list[Injection] = []
@@ -129,6 +135,10 @@ class Run:
             while self._finish is None:
                 step = self._step()
                 yield step
+                if self._due_nudge is not None and self._finish is None:
+                    self._nudge(self._due_nudge)
+                    continue
+                self._nudges.count(self._decoder)
                 reason = self._asking.due(step.text, self._written.segment)
                 if reason is not None and self._finish is None:
                     yield from self._inject(reason)
@@ -150,6 +160,7 @@ class Run:
         else:
             text = self._written.release(token.id)
             self._finish = self._end_after(is_last=is_last)
+            self._look_for_loops(token.id, text)
         return self._added(token, text)
 
     def _end_after(self, *, is_last: bool) -> tuple[FinishReason, str] | None:
@@ -173,6 +184,38 @@ class Run:
             if self._written.stop_text is not None:
                 self._finish = ("stop", f"the text {self._written.stop_text!r} came")
         return self._written.add(token.id, text, logprob=token.logprob, entropy=token.entropy)
+
+    def _look_for_loops(self, token_id: int, text: str) -> None:
+        """Feed the detector until the answer was asked for, and do what the options say when it reports."""
+        loop = self._loops.feed(token_id, text) if self._loops is not None and not self._injections else None
+        if loop is None or self._finish is not None:
+            return
+        action = self.thinking.on_loop
+        if action == "nudge" and self._nudges.is_spent:
+            action = "answer"
+        if action == "answer" and self._written.segment == "answer":
+            action = "stop"  # there is nothing left to ask for
+        self._events.append({"event": "loop", "action": action, **asdict(loop)})
+        if action == "stop":
+            self._finish = ("loop", loop.evidence)
+        elif action == "nudge":
+            self._due_nudge = loop
+        else:
+            self._asking.ask("loop")
+
+    def _nudge(self, loop: Loop) -> None:
+        """Go back to where the loop began and draw on with a higher temperature for a while."""
+        self._due_nudge = None
+        if isinstance(self._source, DrawnAhead):
+            self._source.drop()
+        self._decoder.rewind(loop.start, self._nudges.sampler(self._decoder.sampler))
+        if isinstance(self._source, DrawnAhead):
+            self._source.resume()
+        self._written.rewind(loop.start)
+        self._asking.rewind(loop.start)
+        self._loops = LoopDetector()
+        for step in self._written.steps:
+            self._loops.feed(step.id, step.text)
 
     def _inject(self, reason: FinishReason) -> Iterator[Step]:
         """Put the answer cue into the output, if there is room for it and for some answer."""
@@ -243,6 +286,7 @@ class Run:
                 decode_s=self._latest_s - self._first_s,
             ),
             peak_bytes=self._peak_bytes or mx.get_peak_memory(),
+            events=tuple(self._events),
             settings={
                 "sampling": _plain(self.sampling),
                 "limits": _plain(self.limits),

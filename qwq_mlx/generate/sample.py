@@ -57,14 +57,19 @@ class Sampler:
     ) -> None:
         self.sampling = sampling
         self.n_ids = n_ids
+        self._seed, self._breaker_ids = seed, tuple(breaker_ids)
         self._has_counts = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         )
         is_dry = sampling.dry_multiplier > 0.0
-        self._dry = Dry(sampling, n_ids=n_ids, breaker_ids=breaker_ids) if is_dry else None
+        self._dry = Dry(sampling, n_ids=n_ids, breaker_ids=self._breaker_ids) if is_dry else None
         self._bias = _bias(sampling, n_ids)
         # The split matters: key(seed) + i alone would give seed and seed + 1 overlapping streams.
         self._base = mx.random.split(mx.random.key(seed), 2)[0] + mx.array([salt, 0], mx.uint32)
+
+    def other(self, sampling: Sampling, *, salt: int) -> Sampler:
+        """A sampler of the same seed and vocabulary with other settings and its own random numbers."""
+        return Sampler(sampling, seed=self._seed, n_ids=self.n_ids, breaker_ids=self._breaker_ids, salt=salt)
 
     def start(self, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()) -> Memory:
         """What is remembered after this prompt and output."""

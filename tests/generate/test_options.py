@@ -71,6 +71,7 @@ def test_a_limit_that_cannot_be_honoured_is_refused(field: str, value: Any, mess
     [
         ("think_tokens", -1, "think_tokens is -1, expected a whole number of at least 0"),
         ("think_tokens", 1.5, "think_tokens is 1.5"),
+        ("on_loop", "dance", "on_loop is 'dance', expected one of answer, stop, nudge, off"),
         ("answer_tokens", 0, "answer_tokens is 0, expected a whole number of at least 1"),
     ],
 )
