@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 __all__ = ["TemplateReader"]
 
-_WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?|\d+(?:\.\d+)?|```|\n|[^\W_]|[^\sA-Za-z\d]")
-_OPEN = re.compile(r"(?:[A-Za-z0-9]+['.]?[A-Za-z0-9]*|`+)$")
-_MAX_WORD = 64
+_WORD = re.compile(r"[A-Za-z]{1,32}(?:'[a-z]{1,8})?|\d{1,24}(?:\.\d{1,24})?|```|\n|[^\W_]|[^\sA-Za-z\d]")
+_OPEN = re.compile(r"[A-Za-z0-9'.`]*\Z")
+_REACH = 50  # no word above reads further than this, so what begins earlier is decided
 _SENTENCE_ENDS = frozenset('.?!:;\n*"-([{$')
 _MAX_NAMES = 512
 
@@ -33,15 +33,18 @@ class TemplateReader:
     def feed(self, text: str) -> Iterator[str]:
         """Take the next piece."""
         text = self._open + text
-        unfinished = _OPEN.search(text[-_MAX_WORD:])
-        end = len(text) - len(unfinished[0]) if unfinished else len(text)
-        if len(text) - end >= _MAX_WORD:
-            end = len(text)
-        self._open = text[end:]
-        for found in _WORD.finditer(text, 0, end):
+        tail = text[-_REACH:]
+        unfinished = _OPEN.search(tail)
+        end = len(text) - len(tail) + (unfinished.start() if unfinished else len(tail))
+        at = 0
+        for found in _WORD.finditer(text):
+            if found.end() > end and found.start() > len(text) - _REACH:
+                break
+            at = found.end()
             template = self._template(found[0])
             if template:
                 yield template
+        self._open = text[max(at, end) :]
 
     def _template(self, word: str) -> str | None:
         previous, self._previous = self._previous, word

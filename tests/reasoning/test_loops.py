@@ -182,7 +182,7 @@ def test_options_that_cannot_work_are_refused(name: str, value: float, match: st
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text(alphabet="ab Z1.9'`|\n", max_size=80), cuts=st.lists(st.integers(0, 80), max_size=20))
+@given(text=st.text(alphabet="abbbbbb Z1111.9'`|\n", max_size=160), cuts=st.lists(st.integers(0, 80), max_size=20))
 def test_word_templates_do_not_depend_on_how_the_text_is_cut(text: str, cuts: list[int]) -> None:
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     whole, pieces = TemplateReader(), TemplateReader()
