@@ -1,6 +1,6 @@
 """One block of rows to the bytes that go to disk: the work that runs on every core at once.
 
-Each worker is a thread of one pool with its own MLX stream; MLX and numpy let go of the interpreter while they compute,
+Each worker is a thread of one pool with memory of its own; numpy and MLX let go of the interpreter while they compute,
 so threads are enough, and blocks are handed over without a copy.
 
 Does not: read or write files, or know about blocks before and after.
@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from qwq_mlx.convert.read import Block
 from qwq_mlx.errors import ConversionError
-from qwq_mlx.quant.fit import fit_block, open_stream
-from qwq_mlx.quant.measure import block_error, count_zero_pages, first_non_finite
+from qwq_mlx.quant.fit import Scratch, fit_block
+from qwq_mlx.quant.measure import count_zero_pages, first_non_finite
 from qwq_mlx.quant.packing import DTYPES
 
 __all__ = ["PackedBlock", "pack_block", "workers"]
@@ -44,15 +43,15 @@ _local = threading.local()
 
 @functools.cache
 def workers(n: int) -> ThreadPoolExecutor:
-    """The pool of n workers, one per process: MLX keeps a stream's thread for ever, so streams are not opened anew."""
+    """The pool of n workers, one per process: workers keep their scratch, and MLX never ends a stream's thread."""
     return ThreadPoolExecutor(n, thread_name_prefix="qwq-mlx-pack")
 
 
-def _stream() -> mx.Stream:
-    if not hasattr(_local, "stream"):
-        _local.stream = open_stream()
-    stream: mx.Stream = _local.stream
-    return stream
+def _scratch() -> Scratch:
+    if not hasattr(_local, "scratch"):
+        _local.scratch = Scratch()
+    scratch: Scratch = _local.scratch
+    return scratch
 
 
 def pack_block(block: Block, *, fit: str, shard: Path) -> PackedBlock:
@@ -74,8 +73,7 @@ def pack_block(block: Block, *, fit: str, shard: Path) -> PackedBlock:
     zero_pages = count_zero_pages(block.data)
     if tensor.packing is None:
         return PackedBlock(block, (block.data,), 0.0, 0.0, zero_pages)
-    packed = fit_block(raw, source.dtype, tensor.packing, fit=fit, stream=_stream())
-    error = block_error(raw, source.dtype, packed, tensor.packing, stream=_stream())
+    packed, error = fit_block(raw, source.dtype, tensor.packing, fit=fit, scratch=_scratch())
     arrays = [packed.codes, packed.scales, *([] if packed.biases is None else [packed.biases])]
     outputs = tuple(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)
     return PackedBlock(block, outputs, error.error2, error.weight2, zero_pages)

@@ -16,10 +16,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from qwq_mlx.quant.fit import Packed
-from qwq_mlx.quant.packing import Packing, float_values, unpack_codes
+from qwq_mlx.quant.packing import Packed, Packing, float_values, unpack_codes
 
-__all__ = ["BlockError", "block_error", "count_zero_pages", "first_non_finite", "unpack"]
+__all__ = ["BlockError", "block_error", "count_zero_pages", "first_non_finite", "sum_of_squares", "unpack"]
 
 PAGE_BYTES = 4096
 _TILE = 1 << 19  # weights looked at in one go: 2 MB of float32 stays in the processor's cache
@@ -43,8 +42,8 @@ def block_error(raw: NDArray[Any], dtype: str, packed: Packed, packing: Packing,
         biases = None if packed.biases is None else packed.biases[part]
         error = unpack(Packed(packed.codes[part], packed.scales[part], biases), packing, dtype, stream=stream)
         np.subtract(error, weights, out=error)
-        error2 += _sum_of_squares(error)
-        weight2 += _sum_of_squares(weights)
+        error2 += sum_of_squares(error)
+        weight2 += sum_of_squares(weights)
     return BlockError(error2, weight2)
 
 
@@ -68,7 +67,7 @@ def unpack(packed: Packed, packing: Packing, dtype: str, *, stream: mx.Stream) -
     return values
 
 
-def _sum_of_squares(values: NDArray[np.float32]) -> float:
+def sum_of_squares(values: NDArray[np.float32]) -> float:
     """Rows in float32, their sum in float64. einsum and not dot: BLAS splits by the number of its threads."""
     return float(np.einsum("ij,ij->i", values, values).sum(dtype=np.float64))
 
@@ -78,12 +77,13 @@ _INFINITY_BITS = {"BF16": 0xFF00, "F16": 0xF800, "F32": 0xFF000000}  # of infini
 
 def first_non_finite(raw: NDArray[Any], dtype: str) -> int | None:
     """Flat index of the first NaN or infinity, or None. raw: DTYPES[dtype]."""
-    bits = raw.view(np.uint32 if dtype == "F32" else np.uint16)
-    shifted = np.left_shift(bits, 1)
+    bits = np.ascontiguousarray(raw).reshape(-1).view(np.uint32 if dtype == "F32" else np.uint16)
     limit = _INFINITY_BITS[dtype]
-    if shifted.size == 0 or int(shifted.max()) < limit:
-        return None
-    return int(np.argmax(shifted.reshape(-1) >= limit))
+    for start in range(0, bits.size, _TILE):
+        shifted = np.left_shift(bits[start : start + _TILE], 1)
+        if int(shifted.max()) >= limit:
+            return start + int(np.argmax(shifted >= limit))
+    return None
 
 
 def count_zero_pages(data: NDArray[np.uint8]) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qwq_mlx.errors import OptionError
 
-__all__ = ["DTYPES", "FITS", "MODES", "Packing", "float_values", "pack_codes", "round_to", "unpack_codes"]
+__all__ = ["DTYPES", "FITS", "MODES", "Packed", "Packing", "float_values", "pack_codes", "round_to", "unpack_codes"]
 
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
@@ -61,6 +61,19 @@ class Packing:
         return self.mode == "affine"
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A packed block of rows, as the bytes that go to disk.
+
+    codes: (rows, columns * bits / 32) uint32. scales: (rows, columns / group), in affine mode the bits of the weight's
+    dtype (DTYPES), else uint8. biases: as scales; None in the modes without.
+    """
+
+    codes: NDArray[np.uint32]
+    scales: NDArray[Any]
+    biases: NDArray[Any] | None
+
+
 def float_values(raw: NDArray[Any], dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """Weights as float32, exactly. raw: any shape, DTYPES[dtype]; out: a float32 array of that shape to fill."""
     if out is None:
@@ -88,7 +101,8 @@ def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     if bits == 8:
         packed = np.ascontiguousarray(codes)
     elif bits == 4:
-        packed = codes[:, 0::2] | np.left_shift(codes[:, 1::2], 4, dtype=np.uint8)
+        pairs = np.ascontiguousarray(codes).view("<u2")
+        packed = (pairs | (pairs >> 4)).astype(np.uint8)  # the upper byte falls away
     else:
         eights = codes.reshape(rows, columns // 8, 8).astype(np.uint64)
         stream = np.zeros(eights.shape[:2], "<u8")

@@ -5,13 +5,20 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rows import PACKINGS, awkward_rows
 
 from qwq_mlx.errors import OptionError
-from qwq_mlx.quant.fit import fit_block, min_max, open_stream
-from qwq_mlx.quant.packing import Packing, round_to
+from qwq_mlx.quant.fit import Scratch, fit_block
+from qwq_mlx.quant.measure import block_error
+from qwq_mlx.quant.packing import Packed, Packing, round_to
 
 MX = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+
+
+def min_max(raw: np.ndarray, dtype: str, packing: Packing) -> Packed:
+    return fit_block(raw, dtype, packing, fit="min-max", scratch=Scratch())[0]
 
 
 @pytest.mark.parametrize("dtype", MX)
@@ -20,7 +27,7 @@ def test_min_max_is_bit_equal_to_mx_quantize(packing: Packing, dtype: str) -> No
     raw = round_to(awkward_rows(), dtype)
     weights = mx.array(awkward_rows()).astype(MX[dtype])
     expected = mx.quantize(weights, packing.group_size, packing.bits, packing.mode, stream=mx.cpu)
-    found = min_max(raw, dtype, packing, stream=open_stream())
+    found = min_max(raw, dtype, packing)
     assert found.codes.dtype == np.uint32 and found.codes.shape == expected[0].shape
     assert np.array_equal(found.codes, np.array(expected[0]))
     kept = [found.scales] + ([] if found.biases is None else [found.biases])
@@ -30,9 +37,9 @@ def test_min_max_is_bit_equal_to_mx_quantize(packing: Packing, dtype: str) -> No
 
 
 def test_rows_fitted_in_blocks_are_the_rows_fitted_at_once() -> None:
-    raw, stream = round_to(awkward_rows(), "BF16"), open_stream()
-    whole = min_max(raw, "BF16", Packing(bits=3), stream=stream)
-    parts = [fit_block(raw[i : i + 5], "BF16", Packing(bits=3), fit="min-max", stream=stream) for i in range(0, 12, 5)]
+    raw = round_to(awkward_rows(), "BF16")
+    whole = min_max(raw, "BF16", Packing(bits=3))
+    parts = [min_max(raw[i : i + 5], "BF16", Packing(bits=3)) for i in range(0, 12, 5)]
     assert np.array_equal(np.concatenate([part.codes for part in parts]), whole.codes)
     assert whole.biases is not None
     assert np.array_equal(np.concatenate([part.biases for part in parts]), whole.biases)
@@ -41,7 +48,7 @@ def test_rows_fitted_in_blocks_are_the_rows_fitted_at_once() -> None:
 @pytest.mark.parametrize("packing", [p for p in PACKINGS if p.is_affine], ids=lambda p: f"{p.bits}-g{p.group_size}")
 def test_no_float32_weight_is_further_than_one_scale_from_its_packed_value(packing: Packing) -> None:
     rows = awkward_rows(1)
-    found = min_max(rows, "F32", packing, stream=open_stream())
+    found = min_max(rows, "F32", packing)
     unpacked = mx.dequantize(
         mx.array(found.codes),
         mx.array(found.scales),
@@ -57,9 +64,40 @@ def test_no_float32_weight_is_further_than_one_scale_from_its_packed_value(packi
 
 def test_a_width_that_the_group_does_not_divide_is_refused() -> None:
     with pytest.raises(OptionError, match="a row has 96 weights, expected a multiple of the group size 64"):
-        min_max(np.zeros((2, 96), np.uint16), "BF16", Packing(), stream=open_stream())
+        min_max(np.zeros((2, 96), np.uint16), "BF16", Packing())
+
+
+def test_tiles_of_one_scratch_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, packing, scratch = round_to(awkward_rows(), "BF16"), Packing(bits=5, group_size=32), Scratch()
+    whole, error = fit_block(raw, "BF16", packing, fit="min-max", scratch=scratch)
+    monkeypatch.setattr("qwq_mlx.quant.fit._TILE", 1024)  # four rows a tile
+    tiled, other = fit_block(raw, "BF16", packing, fit="min-max", scratch=scratch)
+    assert np.array_equal(tiled.codes, whole.codes) and np.array_equal(tiled.scales, whole.scales)
+    assert (other.error2, other.weight2) == pytest.approx((error.error2, error.weight2), rel=1e-9)
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: f"{p.mode}-{p.bits}-g{p.group_size}")
+def test_the_error_is_that_of_the_packed_block(packing: Packing) -> None:
+    raw = round_to(awkward_rows(2), "BF16")
+    packed, error = fit_block(raw, "BF16", packing, fit="min-max", scratch=Scratch())
+    expected = block_error(raw, "BF16", packed, packing, stream=mx.new_stream(mx.cpu))
+    assert (error.error2, error.weight2) == pytest.approx((expected.error2, expected.weight2), rel=1e-5)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([p for p in PACKINGS if p.is_affine]))
+@settings(max_examples=150, deadline=None)
+def test_min_max_is_bit_equal_on_any_finite_bfloat16(seed: int, packing: Packing) -> None:
+    """Random bits: every exponent, both zeros, subnormal numbers; only NaN and infinity are left out."""
+    raw = np.random.default_rng(seed).integers(0, 1 << 16, (2, 128), np.uint16)
+    raw[(raw & 0x7F80) == 0x7F80] = 0
+    raw[(raw & 0x7F80) > 0x7E00] &= 0xBFFF  # beyond 2**125 max - min overflows
+    expected = mx.quantize(mx.array(raw).view(mx.bfloat16), packing.group_size, packing.bits, stream=mx.cpu)
+    found = min_max(raw, "BF16", packing)
+    assert np.array_equal(found.codes, np.array(expected[0]))
+    assert np.array_equal(found.scales, np.array(expected[1].view(mx.uint16)))
+    assert found.biases is not None and np.array_equal(found.biases, np.array(expected[2].view(mx.uint16)))
 
 
 def test_an_unknown_fit_is_refused() -> None:
     with pytest.raises(OptionError, match="fit is 'magic', expected one of min-max"):
-        fit_block(np.zeros((2, 64), np.uint16), "BF16", Packing(), fit="magic", stream=open_stream())
+        fit_block(np.zeros((2, 64), np.uint16), "BF16", Packing(), fit="magic", scratch=Scratch())

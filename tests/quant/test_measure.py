@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 from rows import PACKINGS, awkward_rows
 
-from qwq_mlx.quant.fit import Packed, min_max, open_stream
+from qwq_mlx.quant.fit import Scratch, fit_block
 from qwq_mlx.quant.measure import PAGE_BYTES, block_error, count_zero_pages, first_non_finite, unpack
-from qwq_mlx.quant.packing import DTYPES, Packing, float_values, round_to
+from qwq_mlx.quant.packing import DTYPES, Packed, Packing, float_values, round_to
+
+
+def min_max(raw: np.ndarray, dtype: str, packing: Packing) -> Packed:
+    return fit_block(raw, dtype, packing, fit="min-max", scratch=Scratch())[0]
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: f"{p.mode}-{p.bits}-g{p.group_size}")
 def test_unpacked_weights_are_mlxs(packing: Packing) -> None:
-    raw, stream = round_to(awkward_rows(), "F32"), open_stream()
-    packed = min_max(raw, "F32", packing, stream=stream)
+    raw, stream = round_to(awkward_rows(), "F32"), mx.new_stream(mx.cpu)
+    packed = min_max(raw, "F32", packing)
     arrays = [mx.array(packed.codes), mx.array(packed.scales)]
     biases = None if packed.biases is None else mx.array(packed.biases)
     expected = mx.dequantize(
@@ -25,8 +29,8 @@ def test_unpacked_weights_are_mlxs(packing: Packing) -> None:
 
 
 def test_block_error_sums_what_a_plain_loop_sums() -> None:
-    raw, packing, stream = round_to(awkward_rows(), "BF16"), Packing(bits=4, group_size=32), open_stream()
-    packed = min_max(raw, "BF16", packing, stream=stream)
+    raw, packing, stream = round_to(awkward_rows(), "BF16"), Packing(bits=4, group_size=32), mx.new_stream(mx.cpu)
+    packed = min_max(raw, "BF16", packing)
     found = block_error(raw, "BF16", packed, packing, stream=stream)
     weights = float_values(raw, "BF16").astype(np.float64)
     difference = unpack(packed, packing, "BF16", stream=stream) - weights
@@ -35,8 +39,8 @@ def test_block_error_sums_what_a_plain_loop_sums() -> None:
 
 
 def test_error_of_a_block_of_many_tiles_is_the_sum_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    raw, packing, stream = round_to(awkward_rows(), "BF16"), Packing(), open_stream()
-    packed = min_max(raw, "BF16", packing, stream=stream)
+    raw, packing, stream = round_to(awkward_rows(), "BF16"), Packing(), mx.new_stream(mx.cpu)
+    packed = min_max(raw, "BF16", packing)
     whole = block_error(raw, "BF16", packed, packing, stream=stream)
     monkeypatch.setattr("qwq_mlx.quant.measure._TILE", 512)  # two rows a tile
     cut = block_error(raw, "BF16", packed, packing, stream=stream)
@@ -69,7 +73,5 @@ def test_pages_of_zeros_are_counted_only_where_whole() -> None:
 
 
 def test_packed_keeps_no_bias_outside_affine_mode() -> None:
-    packed = min_max(
-        round_to(awkward_rows(), "BF16"), "BF16", Packing(mode="mxfp8", bits=8, group_size=32), stream=open_stream()
-    )
+    packed = min_max(round_to(awkward_rows(), "BF16"), "BF16", Packing(mode="mxfp8", bits=8, group_size=32))
     assert isinstance(packed, Packed) and packed.biases is None and packed.scales.dtype == np.uint8
