@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -229,11 +230,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused() -> None:
         read_header_by(read, Path("s"), len(GOOD))
 
 
-def test_a_socket_is_refused(tmp_path: Path) -> None:
-    import socket
-
-    path = tmp_path / "s.safetensors"
+def test_a_socket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's whole path may have 104 bytes on macOS
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
+        server.bind("s.safetensors")
         with pytest.raises(SourceError, match=r"cannot be opened|is a socket"):
-            read_header(path)
+            read_header(tmp_path / "s.safetensors")
