@@ -4,5 +4,5 @@ from pathlib import Path
 
 __all__ = ["FOLDER"]
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent / "checkpoint"
 """The bf16 checkpoint."""

@@ -46,7 +46,9 @@ German.|Was kannst du?|¿Cómo estás?|你好，你是谁？|Привет!|こ�
 the list 3, 1, 2.|Write a Python function that reverses a string.|Is the earth flat?|🙂🚀|What's the weather like?|Recommend
 a book.|Who won the world cup in 2014?|Solve x^2 - 5x + 6 = 0.|Prove that sqrt(2) is irrational.|How do I cook
 rice?|Thanks!|Tell me about yourself.|asdf qwer|{"key": [1, 2, 3]}|SELECT * FROM users;|What is love?|Can you help
-me?|How old is the universe?|Which is heavier, a kilogram of feathers or a kilogram of lead?""".replace("\n", " ").split("|")
+me?|How old is the universe?|Which is heavier, a kilogram of feathers or a kilogram of lead?""".replace(
+    "\n", " "
+).split("|")
 
 
 def _word(rng: random.Random) -> str:
@@ -63,6 +65,11 @@ def _letters(rng: random.Random) -> Problem:
     letter = rng.choice(word) if rng.random() < 0.8 else rng.choice("abcdefghijklmnopqrstuvwxyz")
     if rng.random() < 0.1:
         word = word.capitalize()
+    return letters(letter, word, rng)
+
+
+def letters(letter: str, word: str, rng: random.Random) -> Problem:
+    """Counting `letter` in `word`, in a random wording."""
     return problems.letters(letter, word, wording=rng.randrange(5))
 
 
@@ -120,7 +127,9 @@ def solve(problem: Problem, rng: random.Random) -> str:
         if problem.kind == "parentheses":
             solved = traces.parentheses_trace(numbers, operators, int(target))
             if solved is None:
-                raise ValueError(f"{problem.given}: no placement of parentheses gives the target; draw problems with draw()")
+                raise ValueError(
+                    f"{problem.given}: no placement of parentheses gives the target; draw problems with draw()"
+                )
             reasoning, answer = solved
         else:
             reasoning, answer = traces.arithmetic_trace(numbers, operators)
@@ -145,7 +154,10 @@ def _other(rng: random.Random) -> str:
     if roll < 0.8:
         return " ".join(_word(rng) for _ in range(rng.randint(1, 12))) + rng.choice(("?", ".", "", "!"))
     length = rng.randint(1, 30)
-    return "".join(chr(rng.choice((rng.randint(32, 126), rng.randint(161, 0x2FFF), rng.randint(0x4E00, 0x9FFF)))) for _ in range(length))
+    return "".join(
+        chr(rng.choice((rng.randint(32, 126), rng.randint(161, 0x2FFF), rng.randint(0x4E00, 0x9FFF))))
+        for _ in range(length)
+    )
 
 
 def _exchange(rng: random.Random) -> tuple[str, str]:
