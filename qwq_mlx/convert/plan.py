@@ -46,8 +46,9 @@ COPIED = frozenset(
 
 SHARD_BYTES = 5 << 30  # as mlx-lm's shards
 _SCALE_DTYPES = {"mxfp4": "U8", "nvfp4": "U8", "mxfp8": "U8"}  # affine scales have the weight's dtype
-_BASE_BYTES = 220_000_000  # Python, numpy and MLX, measured as the peak of a conversion of a few kB (Linux x86, 0.32.4)
-_BYTES_PER_BLOCK = 4.5  # source, MLX's copy, codes twice, float32 tiles; times the block's bytes
+_BASE_BYTES = 80_000_000  # Python, numpy and MLX: the peak of converting a few kB (Linux x86, mlx 0.32.4)
+_BYTES_PER_BLOCK = 1.6  # source and packed rows, times the block's bytes
+_BYTES_PER_WORKER = 24_000_000  # scratch of one tile and its temporary arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +168,8 @@ def make_plan(checkpoint: Checkpoint, config: Qwen2Config, recipe: Recipe, *, n_
 
 
 def n_blocks_in_flight(n_workers: int) -> int:
-    """Blocks that exist at once: one per worker, one being read, one being written, one waiting."""
-    return n_workers + 3
+    """Blocks that exist at once: two per worker, and enough more to keep the workers busy while a tensor is synced."""
+    return 2 * n_workers + 12
 
 
 def _outputs(entry: TensorEntry, packing: Packing | None) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -252,4 +253,5 @@ def _index_json(shards: tuple[OutputShard, ...], outputs: Iterable[Output], n_we
 
 def _peak_memory(tensors: Iterable[PlannedTensor], n_workers: int) -> int:
     block = max(each.block_rows * each.row_bytes for each in tensors)
-    return _BASE_BYTES + int(n_blocks_in_flight(n_workers) * _BYTES_PER_BLOCK * block)
+    blocks = int(n_blocks_in_flight(n_workers) * _BYTES_PER_BLOCK * block)
+    return _BASE_BYTES + n_workers * _BYTES_PER_WORKER + blocks
