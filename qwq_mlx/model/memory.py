@@ -1,0 +1,299 @@
+"""What a run needs in memory, from headers alone, before a weight is read.
+
+peak = weights + KV cache at the whole context + the larger of what prefill and a decode step hold beside them. The
+weights and the cache are exact: they are counted as MLX allocates them. What a pass of S ids holds beside them is an
+estimate of the intermediates that are alive at once:
+
+    MLP         3 S * intermediate
+    attention   9 S * hidden, and one layer's keys and values at the old length when the cache grows
+    scores      1.5 for every head, id and position, where attention is not fused (CPU backend, or a quantized cache);
+                of MLP and scores the smaller counts 0.4, since one has mostly gone when the other comes
+    decode      logits and the sampler's copies, 8 vocabularies of float32
+
+The factors are fitted to 8 shapes on the CPU backend, where they are within a fifth of what was measured; with the
+weights of QwQ-32B that is 1 % of the peak (not measured on Metal). Scores are why a quantized cache can need more than
+a plain one: at 2,048 ids a pass they take 8 GB at 32,768 positions of QwQ-32B, at 256 ids 1 GB.
+
+On Metal the limit is the recommended working set, two thirds of the memory up to 32 GiB and three quarters above (not
+measured on Metal: 16 and 32 GiB as in abetlen/llama-cpp-python#687 and ollama/ollama#434, 96 GiB as in
+ggml-org/llama.cpp#3213; on the Mac itself `model.device` asks the system).
+
+Does not: read weights, import MLX, know other programs, or change a limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from qwq_mlx.errors import OptionError
+from qwq_mlx.facts import ModelFacts
+from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
+from qwq_mlx.model.folder import ModelFolder, open_model_folder
+from qwq_mlx.model.layout import Packing
+
+__all__ = ["Backend", "MemoryPlan", "ModelShape", "Workload", "metal_limit_bytes", "plan_memory", "shape_of_facts"]
+
+Backend = Literal["metal", "cuda", "cpu"]
+BACKENDS: tuple[Backend, ...] = ("metal", "cuda", "cpu")
+
+RESERVE_BYTES = 500_000_000
+"""Left free below the limit: buffers that MLX keeps for reuse, the rest of the process. A choice, not measured."""
+
+_CACHE_STEP = 256  # mlx_lm's KVCache grows by so many positions
+_KV_GROUP = 64
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A config and how its matrices are packed: all that a plan needs of a model."""
+
+    config: Qwen2Config
+    packed: Mapping[str, Packing]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a run asks for.
+
+    context: positions, prompt and output together; None is the model's whole context. kv_bits: None keeps the cache in
+    the compute type, 8 and 4 quantize it in groups of 64. n_sequences: decoded side by side, each with its own cache.
+    prefill_step: prompt ids per pass.
+    """
+
+    context: int | None = None
+    kv_bits: int | None = None
+    n_sequences: int = 1
+    prefill_step: int = 2048
+
+    def __post_init__(self) -> None:
+        for name, value, high in (
+            ("context", self.context, 2**31 - 1),
+            ("n_sequences", self.n_sequences, 100_000),
+            ("prefill_step", self.prefill_step, 2**31 - 1),
+        ):
+            if name == "context" and value is None:
+                continue
+            if type(value) is not int or not 1 <= value <= high:
+                raise OptionError(f"{name} is {value!r}, expected a whole number from 1 to {high:,}.")
+        if self.kv_bits not in (None, 4, 8):
+            raise OptionError(f"kv_bits is {self.kv_bits!r}, expected None, 8 or 4.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """The arithmetic, every part in bytes.
+
+    weights_bytes: in memory, in the compute type. kv_bytes: the cache at the whole context, of all sequences.
+    prefill_bytes, decode_bytes: held beside both in a pass. load_bytes: held beside the weights while they are read.
+    limit_bytes: what the device gives, None if not asked. largest_context: the most positions (of one sequence) that
+    fit under the limit, 0 if none; without a limit the context planned.
+    """
+
+    backend: Backend
+    workload: Workload
+    context: int
+    weights_bytes: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    prefill_bytes: int
+    decode_bytes: int
+    load_bytes: int
+    reserve_bytes: int
+    limit_bytes: int | None
+    largest_context: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at any time."""
+        running = self.kv_bytes + max(self.prefill_bytes, self.decode_bytes)
+        return self.weights_bytes + max(running, self.load_bytes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether peak and reserve stay below the limit; true where there is none."""
+        return self.limit_bytes is None or self.peak_bytes + self.reserve_bytes <= self.limit_bytes
+
+    @property
+    def binds(self) -> str:
+        """The largest part: "weights", "KV cache", "prefill" or "decode"."""
+        parts = {
+            "weights": self.weights_bytes,
+            "KV cache": self.kv_bytes,
+            "prefill": self.prefill_bytes,
+            "decode": self.decode_bytes,
+        }
+        return max(parts, key=lambda name: parts[name])
+
+    def arithmetic(self) -> str:
+        """One line a part, in GB, for people."""
+        rows = [
+            ("weights", self.weights_bytes, ""),
+            ("KV cache", self.kv_bytes, f"{self.context:,} positions of {self.kv_bytes_per_token:,} bytes"),
+            ("prefill", self.prefill_bytes, f"{self.workload.prefill_step:,} ids per pass"),
+            ("decode", self.decode_bytes, "not at the same time as prefill"),
+            ("peak", self.peak_bytes, ""),
+            ("reserve", self.reserve_bytes, ""),
+        ]
+        if self.limit_bytes is not None:
+            rows.append(("limit", self.limit_bytes, f"{'fits' if self.fits else 'does not fit'}, {self.backend}"))
+        return "\n".join(f"{name:<9}{size / 1e9:>8.2f} GB  {note}".rstrip() for name, size, note in rows)
+
+
+def shape_of_facts(facts: ModelFacts, *, bits: int = 4, group_size: int = 64, context: int = 32_768) -> ModelShape:
+    """The shape of a known model that is not on disk, all matrices packed alike."""
+    config = Qwen2Config(
+        hidden_size=facts.hidden_size,
+        intermediate_size=facts.intermediate_size,
+        num_hidden_layers=facts.num_hidden_layers,
+        num_attention_heads=facts.num_attention_heads,
+        num_key_value_heads=facts.num_key_value_heads,
+        vocab_size=facts.vocab_size,
+        max_position_embeddings=context,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        tie_word_embeddings=False,
+        eos_token_ids=(),
+    )
+    packing = Packing(bits=bits, group_size=group_size)
+    matrices = [name.removesuffix(".weight") for name, shape in tensor_shapes(config).items() if len(shape) == 2]
+    return ModelShape(config=config, packed=dict.fromkeys(matrices, packing))
+
+
+def metal_limit_bytes(ram_bytes: int) -> int:
+    """The recommended working set of a Mac with this much memory (see the module's text; not measured on Metal)."""
+    return ram_bytes * 2 // 3 if ram_bytes <= 32 * _GIB else ram_bytes * 3 // 4
+
+
+def plan_memory(
+    model: str | Path | ModelFolder | ModelShape,
+    workload: Workload | None = None,
+    *,
+    limit_bytes: int | None = None,
+    reserve_bytes: int = RESERVE_BYTES,
+    backend: Backend = "metal",
+) -> MemoryPlan:
+    """Plan a run: what it needs, whether it fits, and the largest context that does.
+
+    model: a folder (only headers are read) or a shape. limit_bytes: what the device gives; None plans without one.
+    backend: "metal" and "cuda" compute in bfloat16 with fused attention, "cpu" in float32 without.
+    Raises OptionError for a context beyond the model's; LoadError or SourceError as `open_model_folder`.
+    """
+    if backend not in BACKENDS:
+        raise OptionError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
+    workload = workload or Workload()
+    files = open_model_folder(model) if isinstance(model, (str, Path)) else model
+    own = files.config.max_position_embeddings
+    context = own if workload.context is None else workload.context
+    if context > own:
+        raise OptionError(f"context is {context:,}, expected at most {own:,}, which is what the model has.")
+    _check_groups(files.config, workload)
+    plan = _plan(files, workload, context, backend, limit_bytes, reserve_bytes)
+    return plan if limit_bytes is None else replace(plan, largest_context=_largest_context(files, plan, own))
+
+
+def _plan(
+    model: ModelFolder | ModelShape,
+    workload: Workload,
+    context: int,
+    backend: Backend,
+    limit_bytes: int | None,
+    reserve_bytes: int,
+) -> MemoryPlan:
+    config, float_bytes = model.config, _float_bytes(backend)
+    per_token = _kv_bytes_per_token(config, workload.kv_bits, float_bytes)
+    n_positions = math.ceil(context / _CACHE_STEP) * _CACHE_STEP
+    return MemoryPlan(
+        backend=backend,
+        workload=workload,
+        context=context,
+        weights_bytes=_weights_bytes(config, model.packed, float_bytes),
+        kv_bytes=workload.n_sequences * n_positions * per_token,
+        kv_bytes_per_token=per_token,
+        prefill_bytes=_prefill_bytes(config, workload, context, backend),
+        decode_bytes=_decode_bytes(config, workload, context, backend),
+        load_bytes=_load_bytes(model, float_bytes),
+        reserve_bytes=reserve_bytes,
+        limit_bytes=limit_bytes,
+        largest_context=context,
+    )
+
+
+def _largest_context(model: ModelFolder | ModelShape, plan: MemoryPlan, own: int) -> int:
+    """By bisection: a longer context never needs less."""
+    low, high = 0, own
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = _plan(model, plan.workload, middle, plan.backend, plan.limit_bytes, plan.reserve_bytes)
+        low, high = (middle, high) if tried.fits else (low, middle - 1)
+    return low
+
+
+def _float_bytes(backend: Backend) -> int:
+    return 4 if backend == "cpu" else 2
+
+
+def _check_groups(config: Qwen2Config, workload: Workload) -> None:
+    if workload.kv_bits is not None and config.head_dim % _KV_GROUP:
+        raise OptionError(
+            f"kv_bits is {workload.kv_bits}, but heads of width {config.head_dim} are no multiple of the group "
+            f"{_KV_GROUP}. Leave kv_bits out."
+        )
+
+
+def _weights_bytes(config: Qwen2Config, packed: Mapping[str, Packing], float_bytes: int) -> int:
+    total = 0
+    for name, shape in tensor_shapes(config).items():
+        packing = packed.get(name.removesuffix(".weight"))
+        n_weights = math.prod(shape)
+        if packing is None:
+            total += n_weights * float_bytes
+        else:
+            total += n_weights * packing.bits // 8 + 2 * float_bytes * (n_weights // packing.group_size)
+    return total
+
+
+def _load_bytes(model: ModelFolder | ModelShape, float_bytes: int) -> int:
+    """Floats that are cast stand in memory twice, the largest group that is read at once: a layer, or what is left."""
+    if not isinstance(model, ModelFolder):
+        return 0
+    groups: dict[str, int] = {}
+    for name, (_, entry) in model.checkpoint.tensors.items():
+        size = entry.end - entry.start
+        is_cast = entry.dtype != "U32" and size != math.prod(entry.shape) * float_bytes
+        group = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else ""
+        groups[group] = groups.get(group, 0) + (size if is_cast else 0)
+    return max(groups.values())
+
+
+def _kv_bytes_per_token(config: Qwen2Config, kv_bits: int | None, float_bytes: int) -> int:
+    n_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    if kv_bits is None:
+        return n_values * float_bytes
+    return n_values * kv_bits // 8 + 2 * float_bytes * (n_values // _KV_GROUP)
+
+
+def _prefill_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
+    """One prompt is fed at a time, whatever number of sequences then goes on from it."""
+    return _pass_bytes(config, workload, min(workload.prefill_step, context), context, backend)
+
+
+def _decode_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
+    """One id of every sequence."""
+    logits = 8 * workload.n_sequences * config.vocab_size * 4
+    return logits + workload.n_sequences * _pass_bytes(config, workload, 1, context, backend)
+
+
+def _pass_bytes(config: Qwen2Config, workload: Workload, n_ids: int, context: int, backend: Backend) -> int:
+    """Intermediates of n_ids that attend to the whole context."""
+    float_bytes = _float_bytes(backend)
+    is_fused = backend != "cpu" and workload.kv_bits is None
+    n_scores = 0 if is_fused else 3 * config.num_attention_heads * n_ids * context // 2
+    n_mlp = 3 * n_ids * config.intermediate_size
+    n_values = max(n_mlp, n_scores) + 2 * min(n_mlp, n_scores) // 5 + 9 * n_ids * config.hidden_size
+    grown = _kv_bytes_per_token(config, workload.kv_bits, float_bytes) // config.num_hidden_layers * context
+    return n_values * float_bytes + grown
