@@ -144,11 +144,13 @@ def measure_loops(rows: Sequence[dict[str, Any]], cut: Cutter, n_seeds: int) -> 
     """Recall on spliced near-variants by repetitions, and on exact cycles by the deadline of three and 64 tokens."""
     texts = [row["response"] for row in rows if _is_finished(row) and len(row["response"]) > 1500]
     texts = [text for text in texts if "```" not in text and _first_loop(*cut(text)) is None]
-    splices = [splice(texts, seed=seed) for seed in range(5000, 5000 + n_seeds)]
-    recall = {}
-    for n_repetitions in _REPETITIONS:
-        hits = [_first_loop(*cut(each.text(n_repetitions))) for each in splices]
-        recall[f"{n_repetitions} repetitions"] = round(sum(hit is not None for hit in hits) / n_seeds, 3)
+    recall: dict[str, dict[str, float]] = {}
+    for name, words in (("25 to 150 words", (25, 150)), ("150 to 400 words", (150, 400))):
+        splices = [splice(texts, seed=seed, words=words) for seed in range(5000, 5000 + n_seeds)]
+        recall[name] = {}
+        for n_repetitions in _REPETITIONS:
+            hits = [_first_loop(*cut(each.text(n_repetitions))) for each in splices]
+            recall[name][f"{n_repetitions} repetitions"] = round(sum(hit is not None for hit in hits) / n_seeds, 3)
     in_time = n_cycles = 0
     for seed, each in enumerate(splices[:100]):
         before = cut(each.before)[0]

@@ -32,15 +32,16 @@ _MAX_SEEN = 20_000  # distinct words remembered
 class LoopOptions:
     """When to report a loop. Larger numbers report later and more rarely.
 
-    cycle_margin: tokens beyond three exact repetitions. variants_limit: cumulative sum of stale over fresh words, at
-    `variants_drift` per word. n_candidates: how often one answer is stated within `candidate_tokens`. n_doubts: by how
-    much openings such as "Wait" outnumber the words never used before within `doubt_tokens`.
+    cycle_margin: tokens beyond three exact repetitions. near_limit, far_limit: sums of stale over fresh words, for
+    steps that return at once and for long rounds (see `variants`). n_candidates: how often one answer is stated within
+    `candidate_tokens`. n_doubts: by how much openings such as "Wait" outnumber the words never used before within
+    `doubt_tokens`.
     Raises OptionError for a value that could never report, or would at once.
     """
 
     cycle_margin: int = 48
-    variants_limit: float = 36.0
-    variants_drift: float = 0.6
+    near_limit: float = 46.0
+    far_limit: float = 48.0
     n_candidates: int = 12
     candidate_tokens: int = 2_000
     n_doubts: int = 16
@@ -49,7 +50,8 @@ class LoopOptions:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("cycle_margin", 0, 4096),
-            ("variants_limit", 1, 10_000),
+            ("near_limit", 1, 10_000),
+            ("far_limit", 1, 10_000),
             ("n_candidates", 2, 10_000),
             ("n_doubts", 2, 10_000),
             ("candidate_tokens", 16, 32_768),
@@ -58,10 +60,6 @@ class LoopOptions:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise OptionError(f"{name} is {value!r}, expected {low} to {high}. The default reports no good text.")
-        if not 0 < self.variants_drift < 1:
-            raise OptionError(
-                f"variants_drift is {self.variants_drift!r}, expected a number between 0 and 1, not both."
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +90,7 @@ class LoopDetector:
         """Forget everything but the token count: the run was changed to leave the loop."""
         options = self._options
         self._cycles = CycleFinder(margin=options.cycle_margin)
-        self._variants = VariantsFinder(limit=options.variants_limit, drift=options.variants_drift)
+        self._variants = VariantsFinder(near_limit=options.near_limit, far_limit=options.far_limit)
         self._line: list[str] = []
         self._line_chars = 0
         self._stated: deque[tuple[int, str]] = deque()

@@ -1,12 +1,13 @@
 """Loops that are not exact: the same steps again with other names, numbers, openings or order.
 
-The idea: a run of four word templates (see `words`) is stale when it stood at least three times in the last 2,000
-words. A reasoning that gets on is mostly fresh; one that goes round becomes stale and stays so. A cumulative sum adds
-1 - drift for a stale word and takes drift for a fresh one, never below zero, and a loop is reported when it reaches
-`limit`: the shortest detection delay for a given rate of false alarms (Page's test). Numbers never count as stale, so
-tables of digits and lists of trials, whose news is their numbers, stay below.
+The idea: a run of four word templates (see `words`) is stale when it stood several times not long before. A reasoning
+that gets on is mostly fresh; one that goes round becomes stale and stays so. A cumulative sum adds 1 - drift for a
+stale word and takes drift for a fresh one, never below zero, and a loop is reported when it reaches its limit: the
+shortest delay for a given rate of false alarms (Page's test). Two such sums run side by side: `NEAR` for steps that
+return at once (twice within 300 words), `FAR` for long rounds (three times within 2,000). Numbers never count as
+stale, so tables of digits and lists of trials, whose news is their numbers, stay below.
 
-Does not: understand a step. It needs a fourth repetition, and repetitions that share no run of four words are missed.
+Does not: understand a step. Rounds that share no run of four words, or are longer than about 650, are missed.
 """
 
 from __future__ import annotations
@@ -16,12 +17,26 @@ from dataclasses import dataclass
 
 from qwq_mlx.reasoning.words import TemplateReader
 
-__all__ = ["Variants", "VariantsFinder"]
+__all__ = ["FAR", "NEAR", "Scale", "Variants", "VariantsFinder"]
 
 _RUN = 4
-_N_EARLIER = 3
-_HORIZON = 2000  # words
 _N_DISTANCES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """When a run is stale: it stood `n_earlier` times within the last `horizon` words. drift: what a fresh word takes
+    from the sum, and 1 - drift what a stale one adds."""
+
+    n_earlier: int
+    horizon: int
+    drift: float
+
+
+NEAR = Scale(n_earlier=2, horizon=300, drift=0.5)
+FAR = Scale(n_earlier=3, horizon=2000, drift=0.6)
+_N_PLACES = max(NEAR.n_earlier, FAR.n_earlier)
+_HORIZON = max(NEAR.horizon, FAR.horizon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,51 +49,74 @@ class Variants:
     score: float
 
 
-class VariantsFinder:
-    """Feed each token's text with its index; `feed` returns what it found while the sum is at `limit` or above."""
+class _Sum:
+    """The cumulative sum of one scale."""
 
-    def __init__(self, *, limit: float, drift: float) -> None:
-        self._limit = limit
-        self._drift = drift
+    __slots__ = ("distances", "limit", "rise", "scale", "value")
+
+    def __init__(self, scale: Scale, limit: float) -> None:
+        self.scale = scale
+        self.limit = limit
+        self.value = 0.0
+        self.rise = 0  # token where the sum left zero
+        self.distances: deque[int] = deque(maxlen=_N_DISTANCES)  # tokens back to the same run
+
+    def take(self, earlier: tuple[int, ...], n_words: int, index: int, distance: int) -> None:
+        """One word: `earlier` are the places of its run, in words, the latest last."""
+        needed = self.scale.n_earlier
+        if len(earlier) >= needed and n_words - earlier[-needed] <= self.scale.horizon:
+            if not self.value:
+                self.rise = index
+            self.value += 1 - self.scale.drift
+            self.distances.append(distance)
+        else:
+            self.value = max(0.0, self.value - self.scale.drift)
+
+
+class VariantsFinder:
+    """Feed each token's text with its index; `feed` returns what it found while a sum is at its limit or above."""
+
+    def __init__(self, *, near_limit: float, far_limit: float) -> None:
+        self._sums = (_Sum(NEAR, near_limit), _Sum(FAR, far_limit))
         self._reader = TemplateReader()
         self._run: tuple[str, ...] = ()
+        self._n_words = 0
         self._recent: deque[int] = deque()
-        self._counts: dict[int, int] = {}
-        self._places: dict[int, int] = {}  # token index of a run's last occurrence
-        self._distances: deque[int] = deque(maxlen=_N_DISTANCES)
-        self._rise = 0  # token where the sum left zero
-        self.score = 0.0
+        self._places: dict[int, tuple[int, ...]] = {}  # run -> words where it stood last
+        self._tokens: dict[int, int] = {}  # run -> token where it stood last
+
+    @property
+    def scores(self) -> tuple[float, float]:
+        """The near and the far sum."""
+        return self._sums[0].value, self._sums[1].value
 
     def feed(self, text: str, index: int) -> Variants | None:
         """Take the text of token `index`."""
         for word in self._reader.feed(text):
             self._take(word, index)
-        if self.score < self._limit:
-            return None
-        distances = sorted(self._distances)
-        period = distances[len(distances) // 2]
-        return Variants(max(0, self._rise - _N_EARLIER * period), period, self.score)
+        for each in self._sums:
+            if each.value >= each.limit:
+                distances = sorted(each.distances)
+                period = distances[len(distances) // 2]
+                return Variants(max(0, each.rise - each.scale.n_earlier * period), period, each.value)
+        return None
 
     def _take(self, word: str, index: int) -> None:
         self._run = (*self._run[1 - _RUN :], word)
-        run = hash(self._run)
-        count = self._counts.get(run, 0)
-        is_word = word == "@" or word[0].isalpha()
-        if count >= _N_EARLIER and is_word:
-            if not self.score:
-                self._rise = index
-            self.score += 1 - self._drift
-            self._distances.append(index - self._places[run])
-        elif is_word or word == "#":
-            self.score = max(0.0, self.score - self._drift)
-        self._counts[run] = count + 1
-        self._places[run] = index
+        self._n_words += 1
+        run, n_words = hash(self._run), self._n_words
+        earlier = self._places.get(run, ())
+        if word == "@" or word[0].isalpha():
+            distance = index - self._tokens.get(run, index)
+            for each in self._sums:
+                each.take(earlier, n_words, index, distance)
+        elif word == "#":
+            for each in self._sums:
+                each.take((), n_words, index, 0)
+        self._places[run] = (*earlier[1 - _N_PLACES :], n_words)
+        self._tokens[run] = index
         self._recent.append(run)
         if len(self._recent) > _HORIZON:
-            self._forget(self._recent.popleft())
-
-    def _forget(self, run: int) -> None:
-        if self._counts[run] > 1:
-            self._counts[run] -= 1
-        else:
-            del self._counts[run], self._places[run]
+            oldest = self._recent.popleft()
+            if self._places[oldest][-1] <= n_words - _HORIZON:
+                del self._places[oldest], self._tokens[oldest]

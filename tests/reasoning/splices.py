@@ -35,19 +35,19 @@ class Splice:
         return "\n\n".join([self.before, *self.repetitions[:n_repetitions]])
 
 
-def splice(texts: Sequence[str], *, seed: int, n_repetitions: int = 15) -> Splice:
-    """One loop from one of the texts. Blocks of 1 to 8 lines and 25 to 150 words, at least half of it letters."""
+def splice(texts: Sequence[str], *, seed: int, n_repetitions: int = 15, words: tuple[int, int] = (25, 150)) -> Splice:
+    """One loop from one of the texts. A block is whole lines, `words` words long, at least half of it letters."""
     rng = random.Random(seed)
     while True:
         lines = [line for line in rng.choice(texts).split("\n") if line.strip()]
-        n_lines = rng.randint(1, 8)
+        n_lines = rng.randint(1, max(8, words[1] // 16))
         if len(lines) <= n_lines:
             continue
         start = rng.randrange(len(lines) - n_lines)
         block = lines[start : start + n_lines]
         joined = " ".join(block)
         n_words = len(re.findall(r"\w+|[^\w\s]", joined))
-        if 25 <= n_words <= 150 and sum(char.isalpha() for char in joined) >= 0.5 * len(joined):
+        if words[0] <= n_words <= words[1] and sum(char.isalpha() for char in joined) >= 0.5 * len(joined):
             before = "\n\n".join(lines[: start + n_lines])
             return Splice(before, tuple(_mutated(block, rng) for _ in range(n_repetitions)), n_words)
 

@@ -168,12 +168,12 @@ def test_doubt_after_doubt_without_a_new_word_is_a_loop() -> None:
     ("name", "value", "match"),
     [
         ("cycle_margin", -1, "cycle_margin is -1, expected 0 to 4096"),
-        ("variants_limit", 0, "variants_limit is 0, expected 1 to 10000"),
+        ("near_limit", 0, "near_limit is 0, expected 1 to 10000"),
+        ("far_limit", 0.5, "far_limit is 0.5, expected 1 to 10000"),
         ("n_candidates", 1, "n_candidates is 1, expected 2 to"),
         ("n_doubts", 1, "n_doubts is 1, expected 2 to"),
         ("candidate_tokens", 15, "candidate_tokens is 15, expected 16 to"),
         ("doubt_tokens", 40_000, "doubt_tokens is 40000, expected 16 to 32768"),
-        ("variants_drift", 1, "variants_drift is 1, expected a number between 0 and 1"),
     ],
 )
 def test_options_that_cannot_work_are_refused(name: str, value: float, match: str) -> None:
@@ -199,7 +199,7 @@ def test_memory_stays_bounded_over_a_long_output() -> None:
         detector.feed(token, f" w{token}")
     assert len(detector._cycles._ids) <= 2 * _HISTORY
     assert sum(map(len, detector._cycles._notes)) <= 6 * _HISTORY
-    assert len(detector._variants._counts) <= _HORIZON
+    assert len(detector._variants._places) <= _HORIZON
     assert sys.getsizeof(detector._seen) < 2**22
 
 
