@@ -102,6 +102,12 @@ def _add_sampling(add: Callable[..., Any]) -> None:
     add("--dry-allowed-length", type=int, metavar="N", help=f"repeat that DRY allows (default: {length})")
     add("--logit-bias", action="append", metavar="ID=X", help="add X to the logit of an id, -inf bans it; repeatable")
     add("--ban", action="append", metavar="TEXT", dest="banned", help="a text that is never written; repeatable")
+    add(
+        "--language-guard",
+        action="store_true",
+        default=None,
+        help="no letters of scripts that the question does not use",
+    )
     add("--order", choices=("hf", "mlx-lm"), help=f"order of the sampling steps (default: {order})")
 
 

@@ -1,7 +1,8 @@
 """Ending the thinking of a model that writes no tags: when, and with which ids.
 
-Asked for at some token, the cut waits for the end of a sentence or step, so that the cue does not stand in the middle
-of a word; after `PATIENCE` tokens it comes in any case. A model that has begun its answer meanwhile is left alone.
+Asked for at some token, the cut waits for the end of a paragraph; after half of `PATIENCE` the end of a line or of a
+sentence will do, and after all of it the cue comes in any case. A model that has begun its answer meanwhile is left
+alone.
 
 Does not: feed the ids (`decode.Decoder.force` does), or know why the answer is wanted.
 """
@@ -21,7 +22,9 @@ __all__ = ["PATIENCE", "Asking", "cue_ids"]
 PATIENCE = 64
 """Tokens that a cut waits for the end of a sentence."""
 
-_SENTENCE_END = re.compile(r"(?:[.!?]['\")\]]*\s|[。！？]['\")\]]*|\n)\s*$")
+_PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*$")
+# a full stop behind a digit may be the point of a number
+_SENTENCE_END = re.compile(r"(?:(?<!\d)[.!?]['\")\]]*|[.!?]\s|[。！？]['\")\]]*|\n)\s*$")
 _KEPT = 64  # characters of the latest text, enough for any end of a sentence
 
 
@@ -58,7 +61,9 @@ class Asking:
             self.ask("budget")
         if self._reason is None:
             return None
-        if _SENTENCE_END.search(self._tail) or self._n_tokens - self._asked_at >= PATIENCE:
+        n_waited = self._n_tokens - self._asked_at
+        is_sentence = 2 * n_waited >= PATIENCE and _SENTENCE_END.search(self._tail) is not None
+        if is_sentence or n_waited >= PATIENCE or _PARAGRAPH_END.search(self._tail):
             self._is_over = True
             return self._reason
         return None

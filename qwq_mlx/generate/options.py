@@ -145,7 +145,8 @@ class Limits:
     max_tokens: ids to produce at most; None is the room left in the context.
     context: positions to use at most, prompt included; None is the model's own (max_position_embeddings).
     stop: texts that end the run; they are not part of the text.
-    banned: texts that are never written.
+    banned: texts that are never written. language_guard: write no letters of scripts that the question does not use
+      (Latin and Greek letters, digits, punctuation and symbols stay allowed).
     prefill_step: prompt ids per prefill pass.
     """
 
@@ -153,6 +154,7 @@ class Limits:
     context: int | None = None
     stop: tuple[str, ...] = ()
     banned: tuple[str, ...] = ()
+    language_guard: bool = False
     prefill_step: int = 2048
 
     def __post_init__(self) -> None:
@@ -160,6 +162,8 @@ class Limits:
         _whole("context", self.context, low=2, high=_MAX_ID)
         _texts("stop", self.stop)
         _texts("banned", self.banned)
+        if not isinstance(self.language_guard, bool):
+            raise OptionError(f"language_guard is {self.language_guard!r}, expected True or False.")
         _whole("prefill_step", self.prefill_step, low=1, high=_MAX_ID)
 
 

@@ -19,7 +19,7 @@ from qwq_mlx.generate.run import Progress, Run
 from qwq_mlx.generate.text import Pieces, decode
 from qwq_mlx.generate.trace import Trace
 from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
-from qwq_mlx.model.prompt import Messages, prompt_ids
+from qwq_mlx.model.prompt import Messages, conversation, prompt_ids
 from qwq_mlx.reasoning.profile import Profile, find_profile
 
 __all__ = ["Reasoner", "load"]
@@ -93,6 +93,7 @@ class Reasoner:
             self.profile,
             ids,
             prompt_text=self.decode(ids),
+            question=" ".join(message["content"] for message in conversation(messages, system_prompt=system_prompt)),
             sampling=self.resolved(sampling or Sampling()),
             limits=replace(limits, context=context, max_tokens=_room(limits, context, len(ids))),
             thinking=thinking or Thinking(),

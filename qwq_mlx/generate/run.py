@@ -5,7 +5,7 @@ ends the run is known before its last Step is handed out, so that Step carries t
 joined texts of all Steps are the Trace's text.
 
 Where the thinking has to end (its budget is spent, it goes round in a loop, or `answer_now` was called), the run waits
-for the end of a sentence, at most `PATIENCE` tokens, and then puts the profile's answer cue into the output.
+for a good place (`cue`) and then puts the profile's answer cue into the output.
 
 Does not: load models or make prompts (`reasoner` does), or print.
 """
@@ -23,6 +23,7 @@ from qwq_mlx.errors import GenerationError
 from qwq_mlx.generate.banned import DrawnAhead, Source
 from qwq_mlx.generate.cue import Asking, cue_ids
 from qwq_mlx.generate.decode import Decoder, Token
+from qwq_mlx.generate.guard import foreign_ids, home_scripts
 from qwq_mlx.generate.nudge import Nudges
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.sample import Sampler
@@ -30,6 +31,7 @@ from qwq_mlx.generate.text import Pieces
 from qwq_mlx.generate.trace import FinishReason, Injection, Step, Timings, Trace
 from qwq_mlx.generate.written import Written
 from qwq_mlx.model.load import LoadedModel
+from qwq_mlx.reasoning.language import ScriptWatcher, Switch
 from qwq_mlx.reasoning.loops import Loop, LoopDetector
 from qwq_mlx.reasoning.profile import Profile
 
@@ -42,6 +44,7 @@ Progress = Callable[[int, int], None]
 class Run:
     """Iterate over it for Steps; `trace()` then tells all. `stop()` ends it after the token under way.
 
+    prompt_text: the whole prompt as text. question: what people wrote in it; its scripts are at home in the output.
     sampling: resolved, with a seed. limits: with max_tokens and context filled in (`reasoner` does both). Both can be
     read from the run. After a nudge Steps go on from an earlier index: those from there on were taken back.
     """
@@ -54,6 +57,7 @@ class Run:
         prompt_ids: Sequence[int],
         *,
         prompt_text: str,
+        question: str,
         sampling: Sampling,
         limits: Limits,
         thinking: Thinking,
@@ -67,9 +71,13 @@ class Run:
         self._progress = progress
         self._prompt_ids = tuple(prompt_ids)
         n_ids = model.tokenizer.n_ids
-        breakers = pieces.holding(sampling.dry_breakers) if sampling.dry_multiplier else ()
-        seed = _given(sampling.seed)
-        sampler = Sampler(sampling, seed=seed, n_ids=n_ids, breaker_ids=breakers)
+        sampler = Sampler(
+            sampling,
+            seed=_given(sampling.seed),
+            n_ids=n_ids,
+            breaker_ids=pieces.holding(sampling.dry_breakers) if sampling.dry_multiplier else (),
+            forbidden_ids=foreign_ids(pieces, home_scripts(question)) if limits.language_guard else (),
+        )
         self._decoder = Decoder(model.module, sampler, n_ids=n_ids)
         self._source: Source = self._decoder
         if limits.banned:
@@ -82,6 +90,7 @@ class Run:
         self._events: list[dict[str, Any]] = []
         self._written = Written(pieces, profile, prompt_text=prompt_text, stops=limits.stop)
         self._asking = Asking(thinking)
+        self._scripts = ScriptWatcher(question)
         self._injections: list[Injection] = []
         self._finish: tuple[FinishReason, str] | None = None
         self._is_stopped = False
@@ -183,7 +192,14 @@ class Run:
             text += self._written.flush()
             if self._written.stop_text is not None:
                 self._finish = ("stop", f"the text {self._written.stop_text!r} came")
-        return self._written.add(token.id, text, logprob=token.logprob, entropy=token.entropy)
+        step = self._written.add(token.id, text, logprob=token.logprob, entropy=token.entropy)
+        self._watch_scripts(step.text)
+        return step
+
+    def _watch_scripts(self, text: str) -> None:
+        for switch in (self._scripts.feed(text), self._scripts.finish() if self._finish is not None else None):
+            if switch is not None:
+                self._events.append({"event": "switch", **_plain_switch(switch)})
 
     def _look_for_loops(self, token_id: int, text: str) -> None:
         """Feed the detector until the answer was asked for, and do what the options say when it reports."""
@@ -306,6 +322,10 @@ def _plain(options: Sampling | Limits | Thinking) -> dict[str, Any]:
     if isinstance(options, Sampling):
         values["logit_bias"] = {str(token_id): str(value) for token_id, value in options.logit_bias.items()}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _plain_switch(switch: Switch) -> dict[str, Any]:
+    return {**asdict(switch), "scripts": dict(switch.scripts)}
 
 
 def _given(value: int | None) -> int:

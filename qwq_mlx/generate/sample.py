@@ -48,28 +48,43 @@ class Memory(NamedTuple):
 class Sampler:
     """Draws ids by one resolved `Sampling`. It has no state but a base key: memory goes in and comes out.
 
-    n_ids: ids there are. breaker_ids: ids that no repeat crosses (DRY). salt: another stream of the same seed.
+    n_ids: ids there are. breaker_ids: ids that no repeat crosses (DRY). forbidden_ids: never drawn. salt: another
+    stream of the same seed.
     Raises OptionError for a logit_bias beyond the vocabulary, or one that bans every id.
     """
 
     def __init__(
-        self, sampling: Sampling, *, seed: int, n_ids: int, breaker_ids: Iterable[int] = (), salt: int = 0
+        self,
+        sampling: Sampling,
+        *,
+        seed: int,
+        n_ids: int,
+        breaker_ids: Iterable[int] = (),
+        forbidden_ids: Iterable[int] = (),
+        salt: int = 0,
     ) -> None:
         self.sampling = sampling
         self.n_ids = n_ids
-        self._seed, self._breaker_ids = seed, tuple(breaker_ids)
+        self._seed, self._breaker_ids, self._forbidden_ids = seed, tuple(breaker_ids), tuple(forbidden_ids)
         self._has_counts = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         )
         is_dry = sampling.dry_multiplier > 0.0
         self._dry = Dry(sampling, n_ids=n_ids, breaker_ids=self._breaker_ids) if is_dry else None
-        self._bias = _bias(sampling, n_ids)
+        self._bias = _bias(sampling, n_ids, self._forbidden_ids)
         # The split matters: key(seed) + i alone would give seed and seed + 1 overlapping streams.
         self._base = mx.random.split(mx.random.key(seed), 2)[0] + mx.array([salt, 0], mx.uint32)
 
     def other(self, sampling: Sampling, *, salt: int) -> Sampler:
         """A sampler of the same seed and vocabulary with other settings and its own random numbers."""
-        return Sampler(sampling, seed=self._seed, n_ids=self.n_ids, breaker_ids=self._breaker_ids, salt=salt)
+        return Sampler(
+            sampling,
+            seed=self._seed,
+            n_ids=self.n_ids,
+            breaker_ids=self._breaker_ids,
+            forbidden_ids=self._forbidden_ids,
+            salt=salt,
+        )
 
     def start(self, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()) -> Memory:
         """What is remembered after this prompt and output."""
@@ -178,17 +193,17 @@ def _given(value: float | None) -> float:
     return value
 
 
-def _bias(sampling: Sampling, n_ids: int) -> Any | None:
-    if not sampling.logit_bias:
+def _bias(sampling: Sampling, n_ids: int, forbidden_ids: Sequence[int]) -> Any | None:
+    if not sampling.logit_bias and not forbidden_ids:
         return None
     beyond = sorted(token_id for token_id in sampling.logit_bias if token_id >= n_ids)
     if beyond:
         raise OptionError(
             f"logit_bias has the id {beyond[0]:,}, expected ids from 0 to {n_ids - 1:,}, the tokenizer's last."
         )
-    if sum(value == -math.inf for value in sampling.logit_bias.values()) == n_ids:
-        raise OptionError("logit_bias bans every id, so nothing could be drawn. Leave at least one.")
     bias = [0.0] * n_ids
-    for token_id, value in sampling.logit_bias.items():
+    for token_id, value in (*sampling.logit_bias.items(), *((token_id, -math.inf) for token_id in forbidden_ids)):
         bias[token_id] = float(value)
+    if max(bias) == -math.inf:
+        raise OptionError("logit_bias bans every id, so nothing could be drawn. Leave at least one.")
     return mx.array(bias)

@@ -82,8 +82,10 @@ class Trace:
     logprobs, entropies: one per id, None where injected. thinking, conclusion: the two parts of the text; answer: what
     was extracted from the conclusion, None where there is none; answer_kind: what it was told by ("heading", "box",
     "tag", "sentence" ...); is_revised: the text doubts it later; confidence: how sure the split is, 0 to 1.
-    thinking_span, conclusion_span: (start, end) in ids. finish_reason: see `describe`. settings: sampling, limits and
-    seed as used. model: folder, weights, compute type. peak_bytes: device memory at most.
+    thinking_span, conclusion_span: (start, end) in ids. finish_reason: see `describe`. settings: sampling, limits,
+    thinking and seed as used. model: folder, weights, compute type. peak_bytes: device memory at most.
+    events: what was noticed on the way, each with "event": "loop" (see reasoning.loops.Loop, and the "action" taken) or
+    "switch" (another script, see reasoning.language.Switch).
     """
 
     prompt_ids: tuple[int, ...]

@@ -297,6 +297,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--stop", "END", "--stop", "FIN"], "stop", ("END", "FIN")),
     (["--ban", "a b", "--ban", "c"], "banned", ("a b", "c")),
     (["--think-tokens", "100"], "think_tokens", 100),
+    (["--language-guard"], "language_guard", True),
     (["--on-loop", "nudge"], "on_loop", "nudge"),
     (["--answer-tokens", "50"], "answer_tokens", 50),
     (["--system-prompt", "Be brief."], "system_prompt", "Be brief."),

@@ -24,19 +24,22 @@ def first_due(asking: Asking, texts: list[str]) -> int | None:
     return found[0] if found else None
 
 
+HALF = PATIENCE // 2
+
+
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
-        ([" a", " b", " c", ".", " d"], None),  # a full stop may be the point of a number until a space follows
-        ([" a", " b", " c", ".", " ", "d"], 5),
-        ([" a", " b", " 3", ".", "14", ".\n", "x"], 6),
-        ([" a.\n", " b", " c", "\n", "d"], 4),
-        ([" a", " b", "好。", "d"], 3),
-        ([" a", " b", '."', "\n\n"], 4),
-        ([" a", "", "", "?", " ", "x"], 5),
+        ([" a", " b", " c", ".\n", "\n", " d"], 5),  # a paragraph ends: at once
+        ([" a.\n\n", " b", " c", "\n", " \n", "d"], 5),
+        ([" a", " b", " c", ".\n", " d"], None),  # a line: not yet
+        ([" a"] * HALF + [" b", " c", " d", ".", " e", "f"], HALF + 4),
+        ([" a"] * HALF + [" b", " c", " 3", ".", "14", ".\n", "x"], HALF + 6),  # the point of a number
+        ([" a"] * HALF + [" b", " c", " d", "好。", "d"], HALF + 4),
+        ([" a"] * HALF + [" b", " c", " d", "", '?"', " x", "x"], HALF + 5),
     ],
 )
-def test_the_cut_waits_for_the_end_of_a_sentence(texts: list[str], expected: int | None) -> None:
+def test_the_cut_waits_for_a_good_place(texts: list[str], expected: int | None) -> None:
     assert first_due(Asking(Thinking(think_tokens=3)), texts) == expected
 
 
@@ -51,7 +54,13 @@ def test_the_cut_waits_no_longer_than_its_patience() -> None:
 def test_the_first_reason_stays_and_an_answer_begun_is_left_alone() -> None:
     asking = Asking(Thinking(think_tokens=2))
     asking.ask("answered")
-    assert [asking.due(text, "thinking") for text in ("a", "b", "c\n", "\n")] == [None, None, "answered", None]
+    assert [asking.due(text, "thinking") for text in ("a", "b", "c\n", "\n", "\n\n")] == [
+        None,
+        None,
+        None,
+        "answered",
+        None,
+    ]
     begun = Asking(Thinking(think_tokens=1))
     assert [begun.due("x\n", "answer") for _ in range(100)] == [None] * 100
 

@@ -57,6 +57,7 @@ def test_a_sampling_value_that_cannot_be_honoured_is_refused(field: str, value: 
         ("context", 1, "context is 1"),
         ("stop", "END", "stop is 'END', expected a tuple"),
         ("stop", ("",), "stop holds an empty text"),
+        ("language_guard", "yes", "language_guard is 'yes', expected True or False"),
         ("banned", (5,), "banned is"),
         ("prefill_step", 0, "prefill_step is 0"),
     ],
