@@ -1,6 +1,6 @@
 """Make the bundled pocket model: tokenizer, training, export, evaluation, README; each stage alone or all in turn.
 
-    python scripts/train_pocket.py --work FOLDER [--stage STAGE] [--steps N]
+    python scripts/train_pocket.py --work FOLDER [--stage STAGE] [--steps N] [--game24 CSV]
 
 Training wants one GPU (about 15 minutes on an H100 or H200); the other stages run anywhere. Needs `pip install
 ".[train]"`. The stages read and write `--work` (weights, history) and qwq_mlx/pocket/ (what ships).
@@ -23,12 +23,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for weights.pt and history.json")
     parser.add_argument("--stage", choices=STAGES, help="one stage instead of all in turn")
     parser.add_argument("--steps", type=int, help="training steps, where the plan's number is too many")
+    parser.add_argument("--game24", type=Path, help="Tree of Thoughts' table 24.csv, to score its rows 901 to 1000")
     args = parser.parse_args()
     for stage in [args.stage] if args.stage else STAGES:
-        run(stage, args.work, args.steps)
+        run(stage, args.work, args.steps, args.game24)
 
 
-def run(stage: str, work: Path, steps: int | None) -> None:
+def run(stage: str, work: Path, steps: int | None, game24: Path | None) -> None:
     """One stage. Imports come late: the vocabulary needs no PyTorch, evaluation no GPU."""
     from qwq_mlx.facts import POCKET
     from qwq_mlx.pocket import FOLDER
@@ -50,7 +51,7 @@ def run(stage: str, work: Path, steps: int | None) -> None:
     elif stage == "evaluate":
         from pocket.evaluate import evaluate
 
-        evaluate(FOLDER, FOLDER.parent / "evaluation.json")
+        evaluate(FOLDER, FOLDER.parent / "evaluation.json", game24_table=game24)
     else:
         from pocket.report import write_readme
 

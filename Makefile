@@ -1,0 +1,41 @@
+# Two commands for a new clone: `make demo` solves a puzzle with a model converted here, `make test` runs every test.
+# No activated environment is needed; paths are relative, so the folder's name may hold spaces.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# On macOS mlx brings Metal; elsewhere a backend is chosen: cpu, or `make demo BACKEND=cuda13`.
+BACKEND ?= $(if $(filter Darwin,$(shell uname -s)),,cpu)
+COMMA := ,
+EXTRAS_DEMO := $(if $(BACKEND),[$(BACKEND)])
+EXTRAS_TEST := [$(if $(BACKEND),$(BACKEND)$(COMMA))dev]
+
+POCKET := conversions/pocket-4bit
+QUESTION := Please add a pair of parentheses to the incorrect equation: 1 + 2 * 3 + 4 * 5 + 6 * 7 + 8 * 9 = 479, to make the equation true.
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/demo-installed
+	$(PY) -m qwq_mlx.convert --source qwq_mlx/pocket/checkpoint --output $(POCKET) --recipe pocket-4bit --force
+	$(PY) -m qwq_mlx.generate --model $(POCKET) --temp 0 --prompt "$(QUESTION)" | $(PY) scripts/check_answer.py
+
+test: $(VENV)/test-installed
+	PYTHON=$(PY) sh scripts/check
+
+check: test
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "error: $(PYTHON) is older than Python 3.10. Name a newer one: make PYTHON=python3.11 demo" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo-installed: pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e ".$(EXTRAS_DEMO)"
+	touch $@
+
+$(VENV)/test-installed: pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e ".$(EXTRAS_TEST)"
+	touch $@ $(VENV)/demo-installed
+
+clean:
+	rm -rf $(VENV) $(POCKET) $(POCKET).partial build *.egg-info .pytest_cache .mypy_cache .ruff_cache

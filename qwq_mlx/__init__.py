@@ -1,0 +1,82 @@
+"""Convert QwQ-32B-Preview to 4-bit MLX weights, bounded and verified, and reason with it on one Mac.
+
+    import qwq_mlx
+
+    reasoner = qwq_mlx.load("conversions/QwQ-32B-Preview-4bit")
+    trace = reasoner.generate("How many r in strawberry.")
+    print(trace.answer)
+
+Importing this imports no model code and changes nothing in the process; each name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwq_mlx.convert.job import Conversion, convert_checkpoint
+    from qwq_mlx.errors import (
+        BackendError,
+        ConversionError,
+        GenerationError,
+        LoadError,
+        OptionError,
+        PromptError,
+        QwqError,
+        RecipeError,
+        SourceError,
+    )
+    from qwq_mlx.generate.options import Limits, Sampling, Thinking
+    from qwq_mlx.generate.reasoner import Reasoner, load
+    from qwq_mlx.generate.trace import Step, Trace
+    from qwq_mlx.model.memory import MemoryPlan, plan_memory
+
+__all__ = [
+    "BackendError",
+    "Conversion",
+    "ConversionError",
+    "GenerationError",
+    "Limits",
+    "LoadError",
+    "MemoryPlan",
+    "OptionError",
+    "PromptError",
+    "QwqError",
+    "Reasoner",
+    "RecipeError",
+    "Sampling",
+    "SourceError",
+    "Step",
+    "Thinking",
+    "Trace",
+    "convert_checkpoint",
+    "load",
+    "plan_memory",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Conversion": "convert.job",
+    "Limits": "generate.options",
+    "MemoryPlan": "model.memory",
+    "Reasoner": "generate.reasoner",
+    "Sampling": "generate.options",
+    "Step": "generate.trace",
+    "Thinking": "generate.options",
+    "Trace": "generate.trace",
+    "convert_checkpoint": "convert.job",
+    "load": "generate.reasoner",
+    "plan_memory": "model.memory",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
