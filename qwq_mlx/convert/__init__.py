@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwq_mlx.convert.job import Conversion, convert_checkpoint
-    from qwq_mlx.convert.pipeline import Progress
     from qwq_mlx.convert.plan import Plan
+    from qwq_mlx.convert.progress import Progress
 
 __all__ = ["Conversion", "Plan", "Progress", "convert_checkpoint"]
 
-_HOMES = {"Conversion": "job", "convert_checkpoint": "job", "Plan": "plan", "Progress": "pipeline"}
+_HOMES = {"Conversion": "job", "convert_checkpoint": "job", "Plan": "plan", "Progress": "progress"}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,8 +24,8 @@ from qwq_mlx.quant import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
     from qwq_mlx.convert.job import Conversion
-    from qwq_mlx.convert.pipeline import Progress
     from qwq_mlx.convert.plan import Plan
+    from qwq_mlx.convert.progress import Progress
 
 
 class _TerminatedError(BaseException):
@@ -63,7 +63,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--source", metavar="DIR", required=True, help="the checkpoint's folder (config.json, shards, tokenizer)")
+    add(
+        "--source",
+        metavar="DIR",
+        required=True,
+        help="the checkpoint's folder, or a repository of the Hub (Qwen/QwQ-32B-Preview), fetched shard by shard",
+    )
+    add("--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
     add("--output", metavar="DIR", required=True, help="the folder to make")
     add(
         "--recipe",
@@ -73,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--force", action="store_true", help="replace an existing output, once the new one is complete")
     add("--restart", action="store_true", help="throw an unfinished conversion away instead of continuing it")
+    add("--keep-source", action="store_true", help="leave what is fetched in OUTPUT.source")
     add("--dry-run", action="store_true", help="show the plan and stop")
     add("--workers", type=int, metavar="N", help="threads that pack (default: one per core)")
     add("--json", action="store_true", help="print the result as one line of JSON on stdout")
@@ -90,6 +97,8 @@ def _convert(options: argparse.Namespace, screen: _Screen) -> Conversion:
         recipe=options.recipe,
         force=options.force,
         restart=options.restart,
+        revision=options.revision,
+        keep_source=options.keep_source,
         dry_run=options.dry_run,
         n_workers=options.workers,
         on_plan=lambda plan: screen.show_plan(plan, options.output),

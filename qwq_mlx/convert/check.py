@@ -90,14 +90,14 @@ def _check_recipe(checkpoint: Checkpoint, config: Qwen2Config, recipe: Recipe) -
         )
 
 
-def check_output(output: Path, source: Path, *, force: bool) -> None:
+def check_output(output: Path, source: Path | None, *, force: bool) -> None:
     """Refuse an output that exists, that is not a folder's name, or that touches the source.
 
-    Raises ConversionError. With force an existing folder is accepted only if it holds a model (a config.json), so that
-    a slip of the hand does not replace something else.
+    source: the source's folder; None where it is fetched. Raises ConversionError. With force an existing folder is
+    accepted only if it holds a model (a config.json), so that a slip of the hand does not replace something else.
     """
-    resolved, origin = output.resolve(), source.resolve()
-    if resolved == origin or resolved.is_relative_to(origin) or origin.is_relative_to(resolved):
+    resolved = output.resolve()
+    if source is not None and (resolved.is_relative_to(source.resolve()) or source.resolve().is_relative_to(resolved)):
         raise ConversionError(
             f"{output}: lies in the source {source}, or holds it. Choose an output folder apart from the source."
         )
@@ -121,13 +121,13 @@ def check_output(output: Path, source: Path, *, force: bool) -> None:
 
 
 def check_disk(plan: Plan, output: Path) -> None:
-    """Refuse when the disk has less than the output and 5 %; what an unfinished conversion already takes counts.
+    """Refuse when the disk has less than the plan's peak and 5 %; what an unfinished conversion already takes counts.
 
     Raises ConversionError with the figures.
     """
     partial = partial_path(output)
     held = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file()) if partial.is_dir() else 0
-    needed = int(plan.output_bytes * _MARGIN) - held
+    needed = int(plan.peak_disk_bytes * _MARGIN) - held
     free = shutil.disk_usage(_existing_parent(output)).free
     if free < needed:
         raise ConversionError(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +20,8 @@ from typing import Any
 
 from qwq_mlx.convert.journal import Done
 from qwq_mlx.convert.memory import peak_memory_bytes
-from qwq_mlx.convert.pipeline import Progress
 from qwq_mlx.convert.plan import BLOCK_BYTES, Plan
+from qwq_mlx.convert.progress import Progress
 from qwq_mlx.errors import ConversionError, SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.digest import ShardDigest
@@ -36,9 +35,7 @@ from qwq_mlx.files.manifest import (
 )
 from qwq_mlx.files.source import CONFIG_NAME, INDEX_NAME
 
-__all__ = ["describe", "finish"]
-
-_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})$")
+__all__ = ["describe", "finish", "keep_small_files"]
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -46,6 +43,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     checkpoint = plan.checkpoint
     return {
         "format": 1,
+        "repository": plan.origin.repository,
+        "commit": plan.origin.commit,
         "shards": {shard.path.name: shard.size_bytes for shard in checkpoint.shards},
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in _small_files(plan).items()},
         "layout": {shard.name: hashlib.sha256(shard.head).hexdigest() for shard in plan.shards},
@@ -84,6 +83,12 @@ def finish(
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def keep_small_files(plan: Plan, folder: Path) -> None:
+    """Put config, index and copied files beside fetched shards, so that the folder is a checkpoint. Raises OSError."""
+    for name, data in _small_files(plan).items():
+        write_file(folder / name, data)
 
 
 def _small_files(plan: Plan) -> dict[str, bytes]:
@@ -157,10 +162,7 @@ def _source_record(plan: Plan, small: Mapping[str, bytes], done: Mapping[str, Do
     for index, shard in enumerate(plan.checkpoint.shards):
         last = [tensor for tensor in plan.tensors if tensor.shard == index][-1]
         files[shard.path.name] = FileRecord(size_bytes=shard.size_bytes, sha256=done[last.source.name].source_sha256)
-    found = _SNAPSHOT.search(plan.checkpoint.folder.resolve().as_posix())
-    return SourceRecord(
-        repository=f"{found[1]}/{found[2]}" if found else None, commit=found[3] if found else None, files=files
-    )
+    return SourceRecord(repository=plan.origin.repository, commit=plan.origin.commit, files=files)
 
 
 def _version(name: str) -> str:

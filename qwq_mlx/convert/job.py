@@ -1,6 +1,6 @@
 """One conversion from a source's folder to a published folder: the whole of journey 1, in its order.
 
-    check -> plan -> [output.partial/: journal.jsonl and model/] -> pack -> read back -> manifest -> rename
+    check -> plan -> [output.partial/: journal.jsonl, model/, source/] -> pack -> read back -> manifest -> rename
 
 Nothing is written before every check has passed. From then on the work lives in the partial folder; the final name
 appears by one rename. Whatever ends a run, the same call again continues it and repeats at most one tensor.
@@ -22,16 +22,17 @@ from pathlib import Path
 import mlx.core as mx
 
 from qwq_mlx.convert.check import check_disk, check_output, check_source, partial_path
-from qwq_mlx.convert.finish import describe, finish
-from qwq_mlx.convert.journal import Journal
+from qwq_mlx.convert.finish import describe, finish, keep_small_files
+from qwq_mlx.convert.journal import Journal, read_description
 from qwq_mlx.convert.memory import peak_memory_bytes
-from qwq_mlx.convert.pipeline import Progress, run_pipeline
+from qwq_mlx.convert.origin import open_origin
+from qwq_mlx.convert.pipeline import run_pipeline
 from qwq_mlx.convert.plan import Plan, make_plan
+from qwq_mlx.convert.progress import Progress, Report
 from qwq_mlx.convert.write import create_shards, disk_fault
 from qwq_mlx.errors import ConversionError, OptionError
 from qwq_mlx.files.atomic import fsync_folder, publish
 from qwq_mlx.files.lock import FolderLock
-from qwq_mlx.files.source import open_checkpoint
 from qwq_mlx.quant import DEFAULT_RECIPE
 from qwq_mlx.quant.recipe import load_recipe
 
@@ -39,6 +40,7 @@ __all__ = ["Conversion", "convert_checkpoint"]
 
 _JOURNAL = "journal.jsonl"
 _MODEL = "model"
+_SOURCE = "source"
 _MAX_WORKERS = 64
 _CACHE_BYTES = 256 << 20  # what MLX may keep of freed buffers meanwhile; blocks are of few sizes, so it needs little
 
@@ -69,73 +71,112 @@ def convert_checkpoint(
     source: str | Path,
     output: str | Path,
     *,
+    revision: str | None = None,
     recipe: str | Path = DEFAULT_RECIPE,
     force: bool = False,
     restart: bool = False,
+    keep_source: bool = False,
     dry_run: bool = False,
     n_workers: int | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Conversion:
-    """Convert a checkpoint's folder into packed MLX weights in a new folder.
+    """Convert a checkpoint into packed MLX weights in a new folder.
 
-    recipe: a name under conversions/, or the path of a .toml file. force: replace an existing conversion, once the new
-    one is complete. restart: throw an unfinished conversion of this output away instead of continuing it. dry_run: stop
-    after the plan. n_workers: threads that pack; None is one per core. on_plan: called once with the plan, before
-    anything is written. progress: called after every block.
+    source: a folder, or a repository of the Hub (OWNER/NAME) where no folder has that name; its shards are fetched one
+    after another, two on the disk at most. revision: of the repository. recipe: a name under conversions/, or the path
+    of a .toml file. force: replace an existing conversion, once the new one is complete. restart: throw an unfinished
+    conversion of this output away instead of continuing it. keep_source: leave fetched shards and their small files in
+    `output`.source. dry_run: stop after the plan. n_workers: threads that pack; None is one per core. on_plan: called
+    once with the plan, before anything is written. progress: called after every block and, from another thread, while
+    shards are fetched.
     Raises OptionError, RecipeError, SourceError, LoadError, ConversionError; see `convert.check` for what is refused.
     """
     started = time.monotonic()
-    source, output = Path(source), Path(os.path.abspath(output))  # noqa: PTH100 - a link at the end is not followed
-    chosen = load_recipe(recipe)
-    checkpoint = open_checkpoint(source)
-    check_output(output, source, force=force)
-    config = check_source(checkpoint, chosen)
-    plan = make_plan(checkpoint, config, chosen, n_workers=_n_workers(n_workers))
-    check_disk(plan, output)
-    if on_plan is not None:
-        on_plan(plan)
-    if dry_run:
-        return _conversion(plan, output, None, started, resumed_bytes=0)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with FolderLock(output):
-            check_output(output, source, force=force)  # again: another process may have finished it meanwhile
-            return _convert(plan, output, started, force=force, restart=restart, progress=progress)
-    except OSError as error:
-        raise disk_fault(error, output, plan.output_bytes) from error
+    output = Path(os.path.abspath(output))  # noqa: PTH100 - a link at the end is not followed
+    chosen, workers = load_recipe(recipe), _n_workers(n_workers)
+    check_output(output, Path(source) if os.path.lexists(source) else None, force=force)
+    unfinished = None if restart else _unfinished(partial_path(output))
+    with open_origin(source, revision=revision, unfinished=unfinished) as opened:
+        local = None if opened.is_remote else opened.checkpoint.folder
+        config = check_source(opened.checkpoint, chosen)
+        fetched = output.with_name(f"{output.name}.source") if keep_source else partial_path(output) / _SOURCE
+        origin = opened.placed_in(fetched) if opened.is_remote else opened
+        plan = make_plan(origin, config, chosen, n_workers=workers, keep_source=keep_source)
+        check_disk(plan, output)
+        if on_plan is not None:
+            on_plan(plan)
+        if dry_run:
+            return _conversion(plan, output, None, started, resumed_bytes=0)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with FolderLock(output):
+                check_output(output, local, force=force)  # again: another process may have finished it meanwhile
+                job = _Job(plan, output, force=force, restart=restart, keep_source=keep_source, progress=progress)
+                return job.run(started)
+        except OSError as error:
+            raise disk_fault(error, output, plan.output_bytes) from error
 
 
-def _convert(
-    plan: Plan,
-    output: Path,
-    started: float,
-    *,
-    force: bool,
-    restart: bool,
-    progress: Callable[[Progress], None] | None,
-) -> Conversion:
-    partial = partial_path(output)
-    journal = _open_partial(plan, partial, restart=restart)
-    resumed = sum(e.source.end - e.source.start for e in plan.tensors if e.source.name in journal.done)
-    try:
-        with _small_cache():
-            run_pipeline(plan, partial / _MODEL, journal, progress)
-    finally:
-        journal.close()
-    run = {"wall_s": round(time.monotonic() - started, 3), "n_workers": plan.n_workers, "resumed_bytes": resumed}
-    finish(plan, partial / _MODEL, journal.done, run, progress=progress)
-    publish(partial / _MODEL, output, replace=force)
-    shutil.rmtree(partial)
-    fsync_folder(output.parent)
-    return _conversion(plan, output, journal, started, resumed_bytes=resumed)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """An accepted conversion, under its lock."""
+
+    plan: Plan
+    output: Path
+    force: bool
+    restart: bool
+    keep_source: bool
+    progress: Callable[[Progress], None] | None
+
+    def run(self, started: float) -> Conversion:
+        plan, partial = self.plan, partial_path(self.output)
+        journal = _open_partial(plan, partial, restart=self.restart)
+        resumed = sum(e.source.end - e.source.start for e in plan.tensors if e.source.name in journal.done)
+        try:
+            self._pack(partial / _MODEL, journal)
+        finally:
+            journal.close()
+        run = {"wall_s": round(time.monotonic() - started, 3), "n_workers": plan.n_workers, "resumed_bytes": resumed}
+        finish(plan, partial / _MODEL, journal.done, run, progress=self.progress)
+        publish(partial / _MODEL, self.output, replace=self.force)
+        shutil.rmtree(partial)
+        fsync_folder(self.output.parent)
+        return _conversion(plan, self.output, journal, started, resumed_bytes=resumed)
+
+    def _pack(self, folder: Path, journal: Journal) -> None:
+        plan, report = (
+            self.plan,
+            Report(self.progress, sum(each.source.end - each.source.start for each in self.plan.tensors)),
+        )
+        wanted = list(plan.checkpoint.shards)
+        if plan.origin.is_remote:
+            left = {each.shard for each in plan.tensors if each.source.name not in journal.done}
+            wanted = [plan.checkpoint.shards[index] for index in sorted(left)]
+            report.fetched(plan.source_bytes - sum(shard.size_bytes for shard in wanted))
+            fetched = plan.checkpoint.shards[0].path.parent
+            fetched.mkdir(exist_ok=True)
+            if self.keep_source:
+                keep_small_files(plan, fetched)
+        with (
+            plan.origin.shards(wanted, keep=self.keep_source, progress=report.fetched) as shards,
+            _small_cache(),
+        ):
+            run_pipeline(plan, folder, journal, shards, report.packed)
+
+
+def _unfinished(partial: Path) -> tuple[str, str] | None:
+    """Repository and commit that an unfinished conversion is made from."""
+    description = read_description(partial / _JOURNAL)
+    repository, commit = description.get("repository"), description.get("commit")
+    return (repository, commit) if isinstance(repository, str) and isinstance(commit, str) else None
 
 
 def _open_partial(plan: Plan, partial: Path, *, restart: bool) -> Journal:
     """Continue the unfinished conversion in `partial`, or lay out a new one."""
     path, model = partial / _JOURNAL, partial / _MODEL
     if os.path.lexists(partial):
-        if not partial.is_dir() or {each.name for each in partial.iterdir()} - {_JOURNAL, _MODEL}:
+        if not partial.is_dir() or {each.name for each in partial.iterdir()} - {_JOURNAL, _MODEL, _SOURCE}:
             raise ConversionError(
                 f"{partial}: is not an unfinished conversion, but has the name of one. "
                 "Move it away, or choose another output."
@@ -144,13 +185,21 @@ def _open_partial(plan: Plan, partial: Path, *, restart: bool) -> Journal:
             journal = Journal.resume(path, describe(plan))
             if journal is not None:
                 return journal
-        shutil.rmtree(partial)
+        for each in (path, model):  # what was fetched is proven again, so it may stay
+            _remove(each)
     model.mkdir(parents=True)
     create_shards(plan, model)
     journal = Journal.create(path, describe(plan))
     fsync_folder(partial)
     fsync_folder(partial.parent)
     return journal
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _conversion(plan: Plan, output: Path, journal: Journal | None, started: float, *, resumed_bytes: int) -> Conversion:

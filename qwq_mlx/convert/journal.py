@@ -20,7 +20,7 @@ from typing import Any
 from qwq_mlx.errors import ConversionError
 from qwq_mlx.files.atomic import fsync_file
 
-__all__ = ["Done", "Journal", "differences"]
+__all__ = ["Done", "Journal", "differences", "read_description"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,15 @@ class Done:
     error2: float
     weight2: float
     zero_pages: int
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """A journal's first line, or an empty one where there is none."""
+    try:
+        lines, _ = _read(path)
+    except OSError:
+        return {}
+    return lines[0] if lines else {}
 
 
 class Journal:

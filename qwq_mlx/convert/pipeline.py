@@ -13,38 +13,25 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from pathlib import Path
 
 from qwq_mlx.convert.journal import Done, Journal
+from qwq_mlx.convert.origin import Shards
 from qwq_mlx.convert.pack import PackedBlock, pack_block, workers
 from qwq_mlx.convert.plan import Plan, n_blocks_in_flight
+from qwq_mlx.convert.progress import Progress
 from qwq_mlx.convert.read import Block, Buffers, Stopped, read_blocks
 from qwq_mlx.convert.write import ShardWriter
 
-__all__ = ["Progress", "run_pipeline"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """Where a conversion stands.
-
-    phase: "convert", "check" or "done". what: the tensor or file at work. done_bytes, total_bytes: of source read in
-    phase "convert", of output read back in "check". resumed_bytes: of done_bytes, what an earlier run had done.
-    """
-
-    phase: str
-    what: str
-    done_bytes: int
-    total_bytes: int
-    resumed_bytes: int = 0
+__all__ = ["run_pipeline"]
 
 
 class _Feed:
     """Runs the reader in its own thread and hands out packed blocks in order."""
 
-    def __init__(self, plan: Plan, journal: Journal, buffers: Buffers) -> None:
+    def __init__(self, plan: Plan, journal: Journal, buffers: Buffers, shards: Shards) -> None:
         self._plan = plan
+        self._shards = shards
         self._buffers = buffers
         self._done = dict(journal.done)
         self._queue: queue.SimpleQueue[Future[PackedBlock] | BaseException | None] = queue.SimpleQueue()
@@ -54,7 +41,7 @@ class _Feed:
     def _read(self) -> None:
         pool, fit = workers(self._plan.n_workers), self._plan.recipe.fit
         try:
-            for block in read_blocks(self._plan, self._done, self._buffers):
+            for block in read_blocks(self._plan, self._done, self._buffers, self._shards):
                 shard = self._plan.checkpoint.shards[block.tensor.shard].path
                 self._queue.put(pool.submit(pack_block, block, fit=fit, shard=shard))
             self._queue.put(None)
@@ -77,6 +64,7 @@ class _Feed:
     def __exit__(self, *_: object) -> None:
         """Stop reading and let the blocks under way end, so that no thread touches the folder afterwards."""
         self._buffers.stop()
+        self._shards.stop()
         self._thread.join()
         while not self._queue.empty():
             item = self._queue.get()
@@ -85,8 +73,12 @@ class _Feed:
         wait(self._pending)
 
 
-def run_pipeline(plan: Plan, folder: Path, journal: Journal, progress: Callable[[Progress], None] | None) -> None:
-    """Convert every tensor that the journal does not have, into the shards that lie in `folder`.
+def run_pipeline(
+    plan: Plan, folder: Path, journal: Journal, shards: Shards, progress: Callable[[Progress], None]
+) -> None:
+    """Convert every tensor that the journal does not have, into the output shards that lie in `folder`.
+
+    shards: the source's; each is let go when its last tensor is durable.
 
     Raises SourceError and ConversionError from the stages; what the journal has by then stays good.
     """
@@ -96,7 +88,8 @@ def run_pipeline(plan: Plan, folder: Path, journal: Journal, progress: Callable[
     buffers = Buffers(n_blocks_in_flight(plan.n_workers), buffer_bytes)
     error2 = weight2 = 0.0
     zero_pages = 0
-    with ShardWriter(plan, folder) as writer, _Feed(plan, journal, buffers) as blocks:
+    last_of_shard = {each.shard: each for each in plan.tensors}
+    with ShardWriter(plan, folder) as writer, _Feed(plan, journal, buffers, shards) as blocks:
         for packed in blocks:
             block = packed.block
             if block.first_row == 0:
@@ -107,6 +100,8 @@ def run_pipeline(plan: Plan, folder: Path, journal: Journal, progress: Callable[
             done += len(block.data)
             if block.is_last:
                 journal.append(_done(block, writer.finish(block.tensor), error2, weight2, zero_pages))
+                if last_of_shard[block.tensor.shard] is block.tensor:
+                    shards.drop(plan.checkpoint.shards[block.tensor.shard].path.name)
             buffers.give_back(block.buffer)
             if progress is not None:
                 name = block.tensor.source.name

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qwq_mlx.convert.origin import Origin
 from qwq_mlx.files.header import DTYPE_BYTES, TensorEntry, place_tensors
 from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.files.source import Checkpoint
@@ -102,10 +103,11 @@ class Plan:
     """A conversion, worked out. Sizes in bytes; n_weights counts the source's numbers.
 
     copied: names of the files that are copied byte for byte. config_json, index_json: the bytes of those output files.
-    peak_memory_bytes is an estimate for n_workers, the rest is exact.
+    peak_memory_bytes is an estimate for n_workers; peak_disk_bytes: the
+    output, and what is fetched. The rest is exact.
     """
 
-    checkpoint: Checkpoint
+    origin: Origin
     config: Qwen2Config
     recipe: Recipe
     tensors: tuple[PlannedTensor, ...]
@@ -118,6 +120,12 @@ class Plan:
     output_bytes: int
     n_workers: int
     peak_memory_bytes: int
+    peak_disk_bytes: int
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The source's files and tensors."""
+        return self.origin.checkpoint
 
     @property
     def bits_per_weight(self) -> float:
@@ -126,8 +134,12 @@ class Plan:
         return 8 * tensors / self.n_weights
 
 
-def make_plan(checkpoint: Checkpoint, config: Qwen2Config, recipe: Recipe, *, n_workers: int) -> Plan:
-    """Place every output tensor. `checkpoint` has been checked against `config` and `recipe`; this cannot fail."""
+def make_plan(origin: Origin, config: Qwen2Config, recipe: Recipe, *, n_workers: int, keep_source: bool) -> Plan:
+    """Place every output tensor. The source has been checked against `config` and `recipe`; this cannot fail.
+
+    keep_source: whether shards that are fetched stay on the disk.
+    """
+    checkpoint = origin.checkpoint
     sources = [(index, entry) for index, shard in enumerate(checkpoint.shards) for entry in shard.tensors.values()]
     packings = {
         entry.name: recipe.packing_of(entry.name.removesuffix(".weight"), n_layers=config.num_hidden_layers)
@@ -150,8 +162,9 @@ def make_plan(checkpoint: Checkpoint, config: Qwen2Config, recipe: Recipe, *, n_
     config_json = _config_json(checkpoint, copied, packings, recipe)
     index_json = _index_json(shards, places.values(), n_weights)
     copied_bytes = sum((checkpoint.folder / name).stat().st_size for name in copied)
+    output_bytes = sum(shard.size_bytes for shard in shards) + len(config_json) + len(index_json) + copied_bytes
     return Plan(
-        checkpoint=checkpoint,
+        origin=origin,
         config=config,
         recipe=recipe,
         tensors=tensors,
@@ -161,9 +174,10 @@ def make_plan(checkpoint: Checkpoint, config: Qwen2Config, recipe: Recipe, *, n_
         index_json=index_json,
         n_weights=n_weights,
         source_bytes=sum(shard.size_bytes for shard in checkpoint.shards),
-        output_bytes=sum(shard.size_bytes for shard in shards) + len(config_json) + len(index_json) + copied_bytes,
+        output_bytes=output_bytes,
         n_workers=n_workers,
         peak_memory_bytes=_peak_memory(tensors, n_workers),
+        peak_disk_bytes=output_bytes + _fetched_bytes(origin, keep_source),
     )
 
 
@@ -249,6 +263,14 @@ def _index_json(shards: tuple[OutputShard, ...], outputs: Iterable[Output], n_we
         },
     }
     return json.dumps(index, indent=4).encode()
+
+
+def _fetched_bytes(origin: Origin, keep_source: bool) -> int:
+    """What shards take on the disk while they are fetched and converted: two at a time, or all that are kept."""
+    if not origin.is_remote:
+        return 0
+    sizes = sorted((shard.size_bytes for shard in origin.checkpoint.shards), reverse=True)
+    return sum(sizes if keep_source else sizes[:2])
 
 
 def _peak_memory(tensors: Iterable[PlannedTensor], n_workers: int) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwq_mlx.convert.journal import Done
+from qwq_mlx.convert.origin import Shards
 from qwq_mlx.convert.plan import Plan, PlannedTensor
 from qwq_mlx.errors import ConversionError, SourceError
 from qwq_mlx.files.header import Header
@@ -83,15 +84,19 @@ class Block:
         return self.first_row + self.n_rows == self.tensor.n_rows
 
 
-def read_blocks(plan: Plan, done: Mapping[str, Done], buffers: Buffers) -> Iterator[Block]:
+def read_blocks(plan: Plan, done: Mapping[str, Done], buffers: Buffers, shards: Shards) -> Iterator[Block]:
     """Every block of every tensor that is not in `done`, in the plan's order.
 
     A shard that begins with finished tensors is hashed from its start and compared with what the journal noted; one
     that is finished as a whole is left alone while its time of change is the one the journal noted.
+    shards: asked for each shard before it is opened.
     Raises SourceError if a shard ends early or changed, ConversionError if it is not the one the journal knows.
     """
     for index, shard in enumerate(plan.checkpoint.shards):
         tensors = [each for each in plan.tensors if each.shard == index]
+        if plan.origin.is_remote and all(each.source.name in done for each in tensors):
+            continue  # fetched and proven by its digest then, and deleted since
+        shards.wait(shard.path.name)
         yield from _read_shard(shard, tensors, done, buffers)
 
 

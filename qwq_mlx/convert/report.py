@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qwq_mlx.convert.job import Conversion
-    from qwq_mlx.convert.pipeline import Progress
     from qwq_mlx.convert.plan import Plan
+    from qwq_mlx.convert.progress import Progress
 
 __all__ = ["ProgressLine", "duration_text", "plan_text", "result_text", "size_text"]
 
@@ -37,13 +37,14 @@ def duration_text(seconds: float) -> str:
 def plan_text(plan: Plan, output: str, free_bytes: int) -> str:
     """What a conversion will do, one line per question a user has."""
     recipe, packing = plan.recipe, plan.recipe.packing
-    checkpoint = plan.checkpoint
+    checkpoint, origin = plan.checkpoint, plan.origin
+    place = f"{origin.repository} at {origin.commit}" if origin.repository else str(checkpoint.folder)
     dtype = max(entry.dtype for _, entry in checkpoint.tensors.values())
     overrides = f", {len(recipe.overrides)} overrides" if recipe.overrides else ""
     rows = (
         (
             "source",
-            f"{checkpoint.folder}: {len(checkpoint.shards)} shards, {len(plan.tensors):,} tensors, "
+            f"{place}: {len(checkpoint.shards)} shards, {len(plan.tensors):,} tensors, "
             f"{plan.n_weights:,} weights in {dtype}, {size_text(plan.source_bytes)}",
         ),
         (
@@ -57,7 +58,11 @@ def plan_text(plan: Plan, output: str, free_bytes: int) -> str:
             f"{plan.bits_per_weight:.3f} bits per weight",
         ),
         ("memory", f"about {size_text(plan.peak_memory_bytes)} at peak, with {plan.n_workers} workers"),
-        ("disk", f"{size_text(plan.output_bytes)} at peak beside the source, {size_text(free_bytes)} free"),
+        (
+            "disk",
+            f"{size_text(plan.peak_disk_bytes)} at peak{'' if origin.is_remote else ' beside the source'}, "
+            f"{size_text(free_bytes)} free",
+        ),
     )
     return "\n".join(f"{name:<8}{text}" for name, text in rows)
 
@@ -109,8 +114,9 @@ class ProgressLine:
         rate = (progress.done_bytes - progress.resumed_bytes) / max(elapsed_s, 1e-9)
         left = (progress.total_bytes - progress.done_bytes) / rate if rate > 0 else 0.0
         share = 100 * progress.done_bytes / max(progress.total_bytes, 1)
+        fetched = "" if progress.fetched_bytes is None else f"  {size_text(progress.fetched_bytes)} fetched"
         return (
             f"{_PHASES.get(progress.phase, progress.phase)} {share:3.0f} %  "
-            f"{size_text(progress.done_bytes)} of {size_text(progress.total_bytes)}  {size_text(rate)}/s  "
+            f"{size_text(progress.done_bytes)} of {size_text(progress.total_bytes)}{fetched}  {size_text(rate)}/s  "
             f"{duration_text(left)} left  {progress.what}"
         )

@@ -1,0 +1,56 @@
+"""Where a conversion stands, as one stream of values though two threads report.
+
+Does not: format or print (`report` and the command do).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+__all__ = ["Progress", "Report"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a conversion stands.
+
+    phase: "convert", "check" or "done". what: the tensor or file at work. done_bytes, total_bytes: of source read in
+    phase "convert", of output read back in "check". resumed_bytes: of done_bytes, what an earlier run had done.
+    fetched_bytes: of the source, what is on the disk or done; None where nothing is fetched.
+    """
+
+    phase: str
+    what: str
+    done_bytes: int
+    total_bytes: int
+    resumed_bytes: int = 0
+    fetched_bytes: int | None = None
+
+
+class Report:
+    """Joins what the packing and the fetching thread say, and passes it on, one value at a time."""
+
+    def __init__(self, progress: Callable[[Progress], None] | None, total_bytes: int) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._fetched_bytes: int | None = None
+        self._last = Progress(phase="convert", what="", done_bytes=0, total_bytes=total_bytes)
+
+    def packed(self, value: Progress) -> None:
+        """A block was written."""
+        with self._lock:
+            self._last = replace(value, fetched_bytes=self._fetched_bytes)
+            self._pass_on()
+
+    def fetched(self, n_bytes: int) -> None:
+        """n_bytes more of the source are there (fewer, where it is negative)."""
+        with self._lock:
+            self._fetched_bytes = (self._fetched_bytes or 0) + n_bytes
+            self._last = replace(self._last, fetched_bytes=self._fetched_bytes)
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._progress is not None:
+            self._progress(self._last)
