@@ -93,6 +93,7 @@ def measure_answers(rows: Sequence[dict[str, Any]], cut: Cutter, profile: str) -
     right: Counter[float] = Counter()
     total: Counter[float] = Counter()
     wrong, without, late = [], [], []
+    n_unmarked = n_stated = 0
     for row in rows:
         splitter = Splitter(find_profile(profile), prompt=row["prompt"])
         segments = [splitter.feed(text) for text in cut(row["response"])[1]]
@@ -102,6 +103,9 @@ def measure_answers(rows: Sequence[dict[str, Any]], cut: Cutter, profile: str) -
             without.append(row["id"])
         if found.kind == "heading" and found.conclusion is not None:
             late.append(sum(segment == "thinking" for segment in segments[found.conclusion[0] :]))
+        if isinstance(row.get("expected"), str) and found.kind in ("heading", "tag", "box"):
+            n_unmarked += 1
+            n_stated += _stated_alone(row, profile) == found.answer
         if isinstance(row.get("expected"), str):
             level = next(level for level in _BINS if found.confidence >= level)
             total[level] += 1
@@ -114,10 +118,20 @@ def measure_answers(rows: Sequence[dict[str, Any]], cut: Cutter, profile: str) -
         "expected": sum(total.values()),
         "right": sum(right.values()),
         "right_by_confidence": {f">= {level}": f"{right[level]} of {total[level]}" for level in _BINS if total[level]},
+        "same_from_sentences_alone": f"{n_stated} of {n_unmarked}",
         "not_as_expected": wrong,
         "without_answer": without,
         "max_tokens_of_a_heading_shown_as_thinking": max(late, default=0),
     }
+
+
+def _stated_alone(row: dict[str, Any], profile: str) -> str | None:
+    """The answer found when heading, box and tags are taken off, and the prompt asks for no tag."""
+    text = row["response"].split("**Final Answer")[0]
+    text = re.sub(r"<(answer)>\s*([^<\n]*)</\1>", r"\2", text, flags=re.IGNORECASE).rstrip()
+    splitter = Splitter(find_profile(profile), prompt=re.sub(r"</?answer>", "", row["prompt"], flags=re.IGNORECASE))
+    splitter.feed(text)
+    return splitter.finish().answer
 
 
 def _first_loop(ids: Sequence[int], texts: Sequence[str]) -> tuple[int, str] | None:

@@ -139,6 +139,8 @@ def _same_equation(left: tuple[str, str], right: tuple[str, str], depth: int) ->
 def _bare(text: str) -> str:
     """Without the markup around a value: \\( \\), $, **, \\boxed, \\left, spacing, and one \\text around all of it."""
     text = text.strip().strip("*`").strip()
+    if len(text) > MAX_CHARS:
+        return text  # no value that is compared; its markup is not worth searching
     for _ in range(4):
         before = text
         text = re.sub(r"^\\[(\[]\s*(.*?)\s*\\[)\]]$", r"\1", text, flags=re.DOTALL)

@@ -20,7 +20,6 @@ _HISTORY = 32_768
 _LEVELS = tuple((8 << level, min(64, 1 << level)) for level in range(12))  # (k, places between notes)
 _PRIME = (1 << 61) - 1
 _BASE = 1_000_003
-_POWERS = tuple(pow(_BASE, k, _PRIME) for k, _ in _LEVELS)
 _MAX_FOLLOWED = 24
 
 
@@ -47,7 +46,9 @@ class CycleFinder:
         self._margin = margin
         self._ids: list[int] = []
         self._sums = [0]  # hashes of all ids up to a place
-        self._notes: list[dict[int, int]] = [{} for _ in _LEVELS]
+        self._levels: list[tuple[int, int, int, dict[int, int]]] = [
+            (length, spacing, pow(_BASE, length, _PRIME), {}) for length, spacing in _LEVELS
+        ]
         self._base = 0  # ids dropped from the front
         self._followed: dict[int, int] = {}  # period -> ids that equal the one a period earlier
 
@@ -60,6 +61,8 @@ class CycleFinder:
         self._search()
         if len(self._ids) > 2 * _HISTORY:
             self._drop()
+        if not self._followed:
+            return None
         best = min(
             (period for period, count in self._followed.items() if count >= 2 * period + self._margin), default=None
         )
@@ -78,23 +81,24 @@ class CycleFinder:
 
     def _search(self) -> None:
         n_ids, sums = len(self._ids), self._sums
-        place = n_ids + self._base
+        place, last = n_ids + self._base, sums[n_ids]
         is_old = True  # where the last 8 ids are new, no longer run of them can be old
-        for (length, spacing), power, notes in zip(_LEVELS, _POWERS, self._notes, strict=True):
+        for length, spacing, power, notes in self._levels:
             if n_ids < length:
                 break
-            is_due = place % spacing == 0
+            is_due = not place % spacing
+            if is_old or is_due:
+                key = (last - sums[n_ids - length] * power) % _PRIME
+                if is_old:
+                    found = notes.get(key)
+                    if found is not None:
+                        self._consider(place - found, length)
+                    elif spacing == 1:
+                        is_old = False
+                if is_due:
+                    notes[key] = place
             if not is_old and not is_due:
-                continue
-            key = (sums[n_ids] - sums[n_ids - length] * power) % _PRIME
-            if is_old:
-                found = notes.get(key)
-                if found is not None:
-                    self._consider(place - found, length)
-                elif length == _LEVELS[0][0]:
-                    is_old = False
-            if is_due:
-                notes[key] = place
+                break  # longer runs are noted at some of these places only
 
     def _consider(self, period: int, length: int) -> None:
         """Follow a period at which the last `length` ids repeat, if it is new."""
@@ -119,7 +123,7 @@ class CycleFinder:
         excess = len(self._ids) - _HISTORY
         del self._ids[:excess], self._sums[:excess]
         self._base += excess
-        self._notes = [
-            {key: place for key, place in notes.items() if place - length > self._base}
-            for notes, (length, _) in zip(self._notes, _LEVELS, strict=True)
+        self._levels = [
+            (length, spacing, power, {key: place for key, place in notes.items() if place - length > self._base})
+            for length, spacing, power, notes in self._levels
         ]

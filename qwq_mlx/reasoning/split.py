@@ -19,7 +19,7 @@ from typing import Literal
 
 from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.reasoning.scan import Mark, Scanner
-from qwq_mlx.reasoning.statement import announces, requested_tags, revises, stated, unmarked
+from qwq_mlx.reasoning.statement import announces, choose, offered, requested_tags, revises, stated, unmarked
 
 __all__ = ["Kind", "Segment", "Split", "Splitter"]
 
@@ -106,6 +106,7 @@ class Splitter:
         self._scanner = Scanner(
             open_tag=profile.open_tag, close_tag=profile.close_tag, answer_tags=requested_tags(prompt or "")
         )
+        self._choices = offered(prompt or "")
         self._n_tokens = 0
         self._token_start = 0  # character at which the current token's text begins
         self._pending: list[_Place] = []
@@ -282,8 +283,10 @@ class Splitter:
         strong, weak = self._strong, self._weak
         if self._profile.has_tags and self._reply is None:
             return None
+        if weak is not None:
+            weak.value = self._labelled(weak.value)
         if strong is not None and strong.value is None:
-            strong.value = unmarked(strong.captured)
+            strong.value = self._labelled(unmarked(strong.captured))
         if strong is not None and strong.is_revised and weak is not None:
             if weak.value == strong.value:
                 strong.is_revised = False
@@ -294,12 +297,17 @@ class Splitter:
         if weak is not None and (is_ended or not self._is_far(weak)):
             return weak
         if self._reply is not None:
-            self._reply.value = unmarked(self._reply.captured)
+            self._reply.value = self._labelled(unmarked(self._reply.captured))
             return self._reply
         if is_ended and self._scanner.n_chars:
             last = self._line if self._scanner.line.strip() else self._previous
-            return _Candidate("paragraph", last, self._scanner.n_chars)
+            value = choose(self._scanner.tail(last.char), self._choices, is_part=True)
+            return _Candidate("paragraph", last, self._scanner.n_chars, value)
         return None
+
+    def _labelled(self, value: str | None) -> str | None:
+        """An answer in words that repeats one of the prompt's choices, as its label; boxes and tags stay as written."""
+        return value and (choose(value, self._choices) or value)
 
     def _confidence(self, best: _Candidate) -> float:
         sure = _SURE[best.kind]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["MAX_LINE", "announces", "requested_tags", "revises", "stated", "unmarked"]
+__all__ = ["MAX_LINE", "announces", "choose", "offered", "requested_tags", "revises", "stated", "unmarked"]
 
 MAX_LINE = 1024
 """Characters of a line that are looked at, from its end."""
@@ -57,6 +57,12 @@ _ANNOUNCES = re.compile(
     r"(?:\banswers?\b|\bcorrect (?:option|choice)|\b(?:final|correct) (?:result|solution)|答案)[^.!?\n]{0,60}[:：]\W*$",
     re.I,
 )
+_OFFERED = re.compile(r"^[ \t>*-]*\(?([A-J]|\d{1,2})[.):][ \t]+(\S[^\n]{0,300})$", re.MULTILINE)
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+_ORDINAL = re.compile(
+    rf"(?:the )?({'|'.join(_ORDINALS)})(?: (?:option|choice|answer|statement|one)\b.*)?", re.I | re.DOTALL
+)
+_MAX_OFFER = 8_000  # characters at a prompt's ends in which its instructions and choices stand
 _TAG_PAIR = re.compile(r"<([A-Za-z][\w-]{0,31})>")
 
 
@@ -115,6 +121,8 @@ def requested_tags(prompt: str) -> tuple[str, ...]:
     A name counts when the prompt closes it too, or calls it a tag, and speaks of an answer near it.
     """
     names: list[str] = []
+    if len(prompt) > 2 * _MAX_OFFER:
+        prompt = prompt[:_MAX_OFFER] + "\n" + prompt[-_MAX_OFFER:]
     for found in _TAG_PAIR.finditer(prompt):
         name = found[1].lower()
         around = prompt[max(0, found.start() - 200) : found.end() + 200].lower()
@@ -122,6 +130,38 @@ def requested_tags(prompt: str) -> tuple[str, ...]:
         if name not in names and name != "think" and is_pair and ("answer" in around or "solution" in around):
             names.append(name)
     return tuple(names)
+
+
+def offered(prompt: str) -> tuple[tuple[str, str], ...]:
+    """The choices that a prompt lists one a line, as (label, plain text): "2. Anna is Carl's child." is ("2", ...).
+
+    Labels must run on from 1 or A without a gap; the last such list counts. Empty where there is none.
+    """
+    found: list[tuple[str, str]] = []
+    for label, text in _OFFERED.findall(prompt[-_MAX_OFFER:]):
+        if label in ("1", "A"):
+            found = []
+        expected = chr(ord("A") + len(found)) if label.isalpha() else str(len(found) + 1)
+        if label == expected and (not found or found[0][0].isalpha() == label.isalpha()):
+            found.append((label, _plain(text)))
+    return tuple(found) if len(found) > 1 else ()
+
+
+def choose(value: str, choices: tuple[tuple[str, str], ...], *, is_part: bool = False) -> str | None:
+    """The label of the one choice whose text a value repeats, or that it names ("the first option"); None where no
+    choice or more than one fits. is_part: the choice may stand anywhere in the value."""
+    if not choices:
+        return None
+    ordinal = _ORDINAL.fullmatch(value.strip())
+    if ordinal and _ORDINALS.index(ordinal[1].lower()) < len(choices):
+        return choices[_ORDINALS.index(ordinal[1].lower())][0]
+    plain = f" {_plain(re.sub(r'^[(]?(?:[A-J]|[0-9]{1,2})[.):] +', '', value.strip()))} "
+    fitting = [label for label, text in choices if plain == f" {text} " or (is_part and f" {text} " in plain)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"[^\W_]+", text.casefold().replace("'s", "").replace("’s", "")))
 
 
 def _value(rest: str) -> str | None:

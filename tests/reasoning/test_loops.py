@@ -198,7 +198,7 @@ def test_memory_stays_bounded_over_a_long_output() -> None:
         token = rng.randrange(2000)
         detector.feed(token, f" w{token}")
     assert len(detector._cycles._ids) <= 2 * _HISTORY
-    assert sum(map(len, detector._cycles._notes)) <= 6 * _HISTORY
+    assert sum(len(notes) for *_, notes in detector._cycles._levels) <= 6 * _HISTORY
     assert len(detector._variants._places) <= _HORIZON
     assert sys.getsizeof(detector._seen) < 2**22
 

@@ -65,6 +65,31 @@ def test_a_requested_tag_counts_only_when_the_prompt_asked_for_it() -> None:
     assert split(text, prompt="How many?").kind == "paragraph"
 
 
+CHOICES = "Who is she?\n1. Anna is Carl's child.\n2. Anna is Carl's aunt or uncle.\n3. Anna is Carl's parent.\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So the answer is that Anna is Carl's aunt or uncle.", "2"),
+        ("Therefore, the correct answer is the third option.", "3"),
+        ("The correct answer is:\n\n1. Anna is Carl's child.\n", "1"),
+        ("Let me see.\n\nHence Anna is Carl's parent, I think.", "3"),
+        ("Anna is Carl's parent or Anna is Carl's child.", None),
+        ("The answer is Anna.", "Anna"),
+        ("The answer is the sixth option.", "the sixth option"),
+        (f"{BOX}{{\\text{{Anna is Carl's parent.}}}}", "\\text{Anna is Carl's parent.}"),
+    ],
+)
+def test_an_answer_in_words_is_matched_to_the_prompts_choices(text: str, answer: str | None) -> None:
+    assert split(text, prompt=CHOICES).answer == answer
+
+
+def test_choices_need_labels_without_a_gap() -> None:
+    assert split("The answer is the first option.", prompt="1. one\n3. three\n").answer == "the first option"
+    assert split("The answer is blue.", prompt="Which?\nA) red\nB) blue\n").answer == "B"
+
+
 def test_a_tag_left_open_by_a_stop_string_still_gives_its_answer() -> None:
     assert split("So <answer>2", prompt=TAG_PROMPT).answer == "2"
     assert split("I use the <ANSWER> tag as told", prompt=TAG_PROMPT).answer is None
@@ -210,6 +235,18 @@ def test_memory_stays_bounded_over_a_long_text() -> None:
     held = len(splitter._scanner._kept) + (splitter._strong.n_captured if splitter._strong else 0)
     assert held < 32_768
     assert len(splitter._pending) < 8
+
+
+def test_nearly_all_answers_are_found_in_sentences_alone(shared: Path) -> None:
+    rows = [json.loads(line) for line in (shared / "traces" / "qwq_preview_traces.jsonl").read_text().splitlines()]
+    n_right = n_all = 0
+    for row in rows:
+        text = re.sub(r"<ANSWER>\s*(\d)\s*</ANSWER>", r"\1", row["response"].split("**Final Answer")[0]).rstrip()
+        if isinstance(row["expected"], str) and text != row["response"].rstrip():
+            n_all += 1
+            expected = split(row["response"], prompt=row["prompt"]).answer
+            n_right += split(text, prompt=row["prompt"].split("Enclose")[0], size=50).answer == expected
+    assert n_right >= 0.98 * n_all
 
 
 def test_every_expected_answer_that_the_real_traces_state_is_found(shared: Path) -> None:
