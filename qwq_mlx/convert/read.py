@@ -24,7 +24,7 @@ from qwq_mlx.convert.plan import Plan, PlannedTensor
 from qwq_mlx.errors import ConversionError, SourceError
 from qwq_mlx.files.header import Header
 
-__all__ = ["Block", "Buffers", "Stopped", "read_blocks"]
+__all__ = ["Block", "Buffers", "Stopped", "open_shard", "read_blocks", "read_into"]
 
 _HASH_BYTES = 1 << 20
 
@@ -124,7 +124,7 @@ def _read_shard(
                 n_rows = min(tensor.block_rows, tensor.n_rows - first)
                 buffer = buffers.take()
                 data = buffer[: n_rows * tensor.row_bytes]
-                _read_into(fd, shard, source.start + first * tensor.row_bytes, data, source.name)
+                read_into(fd, shard, source.start + first * tensor.row_bytes, data, source.name)
                 sha256.update(data.data)
                 block = Block(
                     tensor=tensor, first_row=first, n_rows=n_rows, buffer=buffer, data=data, source_mtime_ns=mtime_ns
@@ -154,7 +154,8 @@ def open_shard(shard: Header) -> int:
     return fd
 
 
-def _read_into(fd: int, shard: Header, position: int, out: NDArray[np.uint8], name: str) -> None:
+def read_into(fd: int, shard: Header, position: int, out: NDArray[np.uint8], name: str) -> None:
+    """Fill `out` from a position of the shard. name: the tensor, for messages. Raises SourceError."""
     done = 0
     view = out.data
     while done < len(out):
@@ -177,7 +178,7 @@ def _hash_range(fd: int, shard: Header, start: int, end: int, sha256: Any) -> No
     buffer = np.empty(_HASH_BYTES, np.uint8)
     for position in range(start, end, _HASH_BYTES):
         part = buffer[: min(_HASH_BYTES, end - position)]
-        _read_into(fd, shard, position, part, "(finished before)")
+        read_into(fd, shard, position, part, "(finished before)")
         sha256.update(part.data)
 
 

@@ -37,7 +37,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["DEFAULT_RECIPE", "Override", "Recipe", "load_recipe", "recipe_names"]
+__all__ = ["DEFAULT_RECIPE", "Override", "Recipe", "load_recipe", "recipe_names", "recipe_of_mapping"]
 
 _FOLDER = Path(__file__).resolve().parent / "recipes"  # conversions/ of the checkout, and its copy in an installation
 _MAX_BYTES = 1 << 20
@@ -131,6 +131,12 @@ def load_recipe(name: str | Path) -> Recipe:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: not TOML: {error}. Correct that line.") from error
     return _Parser(path, text).recipe(parsed)
+
+
+def recipe_of_mapping(mapping: Mapping[str, Any], *, where: Path) -> Recipe:
+    """A recipe from what `Recipe.as_mapping` gave, as a manifest keeps it. Raises RecipeError."""
+    parsed = {key: value for key, value in mapping.items() if key != "name"}
+    return replace(_Parser(where, "").recipe(parsed), name=str(mapping.get("name")))
 
 
 def _read(path: Path) -> str:
