@@ -25,6 +25,7 @@ __all__ = ["Loop", "LoopDetector", "LoopOptions"]
 
 LoopKind = Literal["cycle", "variants", "candidate", "doubts"]
 _WORD = re.compile(r"[^\W_]+")
+_BOX = re.compile(r"\\boxed\{([^{}]{1,80})\}")
 _MAX_SEEN = 20_000  # distinct words remembered
 
 
@@ -43,7 +44,7 @@ class LoopOptions:
     near_limit: float = 46.0
     far_limit: float = 48.0
     n_candidates: int = 12
-    candidate_tokens: int = 2_000
+    candidate_tokens: int = 6_000
     n_doubts: int = 16
     doubt_tokens: int = 400
 
@@ -151,7 +152,8 @@ class LoopDetector:
         return self._candidate(line, index) or self._doubt(line, index)
 
     def _candidate(self, line: str, index: int) -> Loop | None:
-        value = stated(line)
+        boxes = _BOX.findall(line)
+        value = boxes[-1] if boxes else stated(line)
         if value is None:
             return None
         value = normalise(value)

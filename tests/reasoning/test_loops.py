@@ -147,10 +147,11 @@ def test_the_same_step_with_other_numbers_and_names_is_a_loop_of_variants() -> N
     assert loops[0].start < 60
 
 
-def test_one_answer_stated_again_and_again_is_a_loop_of_its_candidate() -> None:
+@pytest.mark.parametrize("statement", ["So the answer is 17.", "This gives \\boxed{17} again."])
+def test_one_answer_stated_again_and_again_is_a_loop_of_its_candidate(statement: str) -> None:
     rng = random.Random(1)
     words = [chr(97 + a) + chr(97 + b) + chr(97 + c) for a in range(26) for b in range(26) for c in range(26)]
-    text = "\n\n".join(" ".join(rng.sample(words, 30)) + "\n\nSo the answer is 17.\n" for _ in range(12))
+    text = "\n\n".join(" ".join(rng.sample(words, 30)) + f"\n\n{statement}\n" for _ in range(12))
     loops = watch(text)
     assert [loop.kind for loop in loops] == ["candidate"]
     assert loops[0].score == 12
