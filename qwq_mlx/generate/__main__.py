@@ -20,6 +20,8 @@ from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
 from qwq_mlx.generate.options import LOOP_ACTIONS, Limits, Sampling, Thinking
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.generate.run import Run
     from qwq_mlx.generate.trace import Trace
@@ -200,31 +202,23 @@ def _generate(options: argparse.Namespace, prompt: str, asked: _Asked, interrupt
 
 
 def _load(options: argparse.Namespace) -> Reasoner:
-    from qwq_mlx.generate.default_model import choose_model
+    from qwq_mlx.generate.default_model import POCKET_RECIPE, choose_model, made_ready
 
     choice = choose_model(options.model)
     if choice.note and not options.quiet:
         _note(choice.note)
-    if choice.source is not None:
-        _convert_pocket(choice.source, choice.folder, quiet=options.quiet)
+
+    def convert(source: Path, folder: Path) -> None:
+        from qwq_mlx.convert import convert_checkpoint
+
+        if not options.quiet:
+            _note(f"converting the pocket model to 4 bits, once: {folder}")
+        convert_checkpoint(source, folder, recipe=POCKET_RECIPE)
+
+    folder = made_ready(choice, convert)
     from qwq_mlx.generate.reasoner import load
 
-    return load(choice.folder)
-
-
-def _convert_pocket(source: Any, folder: Any, *, quiet: bool) -> None:
-    """Make the pocket's 4-bit conversion, once. Two commands at once: the second uses what the first made."""
-    from qwq_mlx.convert import convert_checkpoint
-    from qwq_mlx.errors import ConversionError
-
-    if not quiet:
-        _note(f"converting the pocket model to 4 bits, once: {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        convert_checkpoint(source, folder)
-    except ConversionError:
-        if not (folder / "config.json").is_file():
-            raise
+    return load(folder)
 
 
 def _show(run: Run, options: argparse.Namespace) -> None:

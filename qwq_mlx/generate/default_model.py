@@ -5,7 +5,7 @@ then of the checkout this package lies in), else the pocket model that ships wit
 conversion is made once in the user's cache folder; its folder is named after the checkpoint's digest, so another
 checkpoint gets another conversion.
 
-Does not: convert, load, or download. A command that gets `needs_conversion` converts `source` to `folder` first.
+Does not: convert (the command hands `made_ready` the converter, which this package does not know), load, or download.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwq_mlx.errors import LoadError
+from qwq_mlx.errors import ConversionError, LoadError
 from qwq_mlx.facts import MODELS
 
-__all__ = ["Choice", "choose_model", "pocket_checkpoint", "user_cache_folder"]
+__all__ = ["POCKET_RECIPE", "Choice", "choose_model", "made_ready", "pocket_checkpoint", "user_cache_folder"]
+
+POCKET_RECIPE = "pocket-4bit"
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _VARIABLE = "QWQ_MLX_MODEL"
@@ -53,6 +55,26 @@ def choose_model(named: str | None, environment: Mapping[str, str] | None = None
     for folder in _conversions((Path.cwd() / "conversions", _PACKAGE.parent / "conversions")):
         return Choice(folder=folder, note=f"model: {folder}")
     return _pocket(environment)
+
+
+def made_ready(choice: Choice, convert: Callable[[Path, Path], object]) -> Path:
+    """The folder of a choice, converted first where that is needed. convert: takes source and folder.
+
+    Two commands at once: the one that comes second uses what the first made.
+    """
+    if choice.source is not None:
+        try:
+            choice.folder.parent.mkdir(parents=True, exist_ok=True)
+            convert(choice.source, choice.folder)
+        except OSError as error:
+            raise LoadError(
+                f"{choice.folder}: cannot be written ({error.strerror}), so the pocket model has no place. "
+                "Set XDG_CACHE_HOME to a folder that can be written, or give --model FOLDER."
+            ) from error
+        except ConversionError:
+            if not (choice.folder / "config.json").is_file():
+                raise
+    return choice.folder
 
 
 def _pocket(environment: Mapping[str, str]) -> Choice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,21 @@ def run(*given: str, stdin: bytes | None = None, cwd: Path | None = None, **envi
     )
 
 
+@pytest.fixture
+def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process, which is faster: exit code, stdout, stderr. An exception would be a traceback."""
+
+    def call(*given: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO(stdin)))
+        try:
+            code = command.main(given)
+        except SystemExit as end:
+            code = int(str(end.code))
+        return code, *capfd.readouterr()
+
+    return call
+
+
 def test_text_goes_to_stdout_and_the_last_line_of_stderr_says_why_it_stopped(tiny_checkpoint: Path) -> None:
     done = run("--prompt", "Hé <|im_end|>", "--model", str(tiny_checkpoint), "--max-tokens", "12", "--seed", "5")
     reasoner = load(tiny_checkpoint)
@@ -85,9 +101,11 @@ def test_json_prints_the_whole_trace_as_one_line(tiny_checkpoint: Path) -> None:
     assert SUMMARY.fullmatch(done.stderr.decode().strip()), "a run cut short says so even with --quiet"
 
 
-def test_piped_stdin_is_the_prompt_when_none_is_given(tiny_checkpoint: Path) -> None:
-    done = run("--model", str(tiny_checkpoint), "--max-tokens", "2", "--json", stdin=b"one\\n two")
-    trace = json.loads(done.stdout)
+def test_piped_stdin_is_the_prompt_when_none_is_given(
+    tiny_checkpoint: Path, here: Callable[..., tuple[int, str, str]]
+) -> None:
+    _, out, _ = here("--model", str(tiny_checkpoint), "--max-tokens", "2", "--json", stdin=b"one\\n two")
+    trace = json.loads(out)
     assert tuple(trace["prompt_ids"]) == load(tiny_checkpoint).stream("one\\n two").trace().prompt_ids
 
 
@@ -115,12 +133,19 @@ USAGE: list[tuple[Sequence[str], str]] = [
 
 
 @pytest.mark.parametrize(("given", "message"), USAGE)
-def test_wrong_usage_is_one_message_and_code_2(given: Sequence[str], message: str, tmp_path: Path) -> None:
-    done = run(*given, cwd=tmp_path)
-    text = done.stderr.decode()
-    assert done.returncode == 2, text
-    assert re.search(message, text) and "Traceback" not in text
-    assert done.stdout == b"" and list(tmp_path.iterdir()) == []
+def test_wrong_usage_is_one_message_and_code_2(
+    given: Sequence[str], message: str, here: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = here(*given)
+    assert (code, out) == (2, ""), err
+    assert re.search(message, err)
+
+
+def test_wrong_usage_ends_the_process_before_anything_else_happens(tmp_path: Path) -> None:
+    done = run("-p", "x", "--temp", "-1", "--model", "nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode() == "error: --temp is -1.0, expected a number from 0 to 100.\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def damaged(name: str, source: Path, folder: Path) -> Path:
@@ -166,41 +191,53 @@ FOLDERS = [
 
 @pytest.mark.parametrize(("name", "message"), FOLDERS)
 def test_a_wrong_model_folder_is_one_message_and_code_1(
-    name: str, message: str, tiny_checkpoint: Path, tmp_path: Path
+    name: str, message: str, tiny_checkpoint: Path, tmp_path: Path, here: Callable[..., tuple[int, str, str]]
 ) -> None:
     folder = damaged(name, tiny_checkpoint, tmp_path / "model")
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    done = run("-p", "x", "--model", str(folder), cwd=tmp_path)
-    text = done.stderr.decode()
-    assert done.returncode == 1, text
-    assert text.startswith(f"error: {folder}") and re.search(message, text)
-    assert "Traceback" not in text and done.stdout == b""
+    code, out, err = here("-p", "x", "--model", str(folder))
+    assert (code, out) == (1, ""), err
+    assert err.startswith(f"error: {folder}") and re.search(message, err)
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_model_ends_the_process_with_code_1_and_no_traceback(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = damaged("truncated shard", tiny_checkpoint, tmp_path / "model")
+    done = run("-p", "x", "--model", str(folder), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode().startswith(f"error: {folder}") and b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
     ("given", "stdin", "message", "code"),
     [
-        (["-p", "word " * 600], None, r"error: The prompt is [\d,]+ tokens, the context is 512", 1),
-        (["-p", "x", "--context", "5000"], None, "error: --context is 5,000, expected at most 512", 2),
+        (["-p", "word " * 600], b"", r"error: The prompt is [\d,]+ tokens, the context is 512", 1),
+        (["-p", "x", "--context", "5000"], b"", "error: --context is 5,000, expected at most 512", 2),
         (["-p", "-"], b"\xff\xfe", r"error: stdin: byte 0 is not UTF-8, expected UTF-8 text", 1),
-        (["-p", os.fsdecode(b"a\xff")], None, r"error: Message 0: character 1 is the lone surrogate U\+DCFF", 1),
-        (["-p", "x", "--logit-bias", "100000=1"], None, "error: --logit-bias has the id 100,000", 2),
+        (["-p", os.fsdecode(b"a\xff")], b"", r"error: Message 0: character 1 is the lone surrogate U\+DCFF", 1),
+        (["-p", "x", "--logit-bias", "100000=1"], b"", "error: --logit-bias has the id 100,000", 2),
     ],
 )
 def test_what_this_model_cannot_do_is_one_message(
-    given: Sequence[str], stdin: bytes | None, message: str, code: int, tiny_checkpoint: Path
+    given: Sequence[str],
+    stdin: bytes,
+    message: str,
+    code: int,
+    tiny_checkpoint: Path,
+    here: Callable[..., tuple[int, str, str]],
 ) -> None:
-    done = run(*given, "--model", str(tiny_checkpoint), stdin=stdin)
-    text = done.stderr.decode()
-    assert (done.returncode, done.stdout) == (code, b""), text
-    assert re.search(message, text) and "Traceback" not in text
+    found, out, err = here(*given, "--model", str(tiny_checkpoint), stdin=stdin)
+    assert (found, out) == (code, ""), err
+    assert re.search(message, err)
 
 
-def test_no_model_at_all_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = run("-p", "x", QWQ_MLX_MODEL=str(tmp_path / "none"))
-    assert done.returncode == 1
-    lines = done.stderr.decode().splitlines()
+def test_a_model_from_the_environment_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Callable[..., tuple[int, str, str]]
+) -> None:
+    monkeypatch.setenv("QWQ_MLX_MODEL", str(tmp_path / "none"))
+    code, _, err = here("-p", "x")
+    assert code == 1
+    lines = err.splitlines()
     assert lines[0] == f"model: {tmp_path / 'none'} (from $QWQ_MLX_MODEL)"
     assert lines[-1].startswith(f"error: {tmp_path / 'none'}: there is no such folder")
 

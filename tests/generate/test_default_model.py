@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from checkpoints import write_json
 
-from qwq_mlx.errors import LoadError
+from qwq_mlx.errors import ConversionError, LoadError
 from qwq_mlx.facts import POCKET, QWQ_32B_PREVIEW, ModelFacts
 from qwq_mlx.generate import default_model
-from qwq_mlx.generate.default_model import Choice, choose_model, user_cache_folder
+from qwq_mlx.generate.default_model import Choice, choose_model, made_ready, user_cache_folder
 
 
 @pytest.fixture
@@ -85,3 +85,32 @@ def test_no_model_at_all_says_what_to_do(package: Path) -> None:
     (package / "pocket" / "checkpoint" / "config.json").unlink()
     with pytest.raises(LoadError, match=r"the pocket model is not there.*Give --model FOLDER or set QWQ_MLX_MODEL"):
         choose_model(None, {})
+
+
+def test_a_choice_is_made_ready_once_and_a_race_is_no_error(package: Path, tmp_path: Path) -> None:
+    choice = choose_model(None, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    made: list[tuple[Path, Path]] = []
+
+    def convert(source: Path, folder: Path) -> None:
+        made.append((source, folder))
+        conversion(folder, POCKET)
+
+    def convert_too_late(source: Path, folder: Path) -> None:
+        convert(source, folder)
+        raise ConversionError("another process holds the folder")
+
+    def convert_in_vain(source: Path, folder: Path) -> None:
+        raise ConversionError("no room")
+
+    with pytest.raises(ConversionError, match="no room"):
+        made_ready(choice, convert_in_vain)
+    assert made_ready(choice, convert_too_late) == choice.folder
+    assert made == [(choice.source, choice.folder)]
+    assert made_ready(Choice(folder=choice.folder), convert) == choice.folder and len(made) == 1
+
+
+def test_a_cache_folder_that_cannot_be_written_says_what_to_do(package: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    choice = choose_model(None, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    with pytest.raises(LoadError, match=r"cannot be written .*Set XDG_CACHE_HOME"):
+        made_ready(choice, lambda source, folder: None)
