@@ -19,6 +19,7 @@ STAGES = ("vocabulary", "train", "export", "evaluate", "readme")
 
 
 def main() -> None:
+    """Parse, then run the stages in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for weights.pt and history.json")
     parser.add_argument("--stage", choices=STAGES, help="one stage instead of all in turn")

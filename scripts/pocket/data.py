@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 from pocket import traces
+from qwq_mlx.errors import OptionError
 from qwq_mlx.pocket import problems
 from qwq_mlx.pocket.problems import Problem
 
@@ -31,24 +33,10 @@ _SYSTEM_PROMPTS = (
     "Answer briefly.",
     "Please reason step by step, and put your final answer within \\boxed{}.",
 )
-_WORDS = """strawberry banana mississippi apple pepper letter little bubble coffee committee success address balloon
-parallel necessary tomorrow raspberry blueberry bookkeeper engineer reason model parentheses equation window computer
-science history music garden flower summer winter spring autumn river mountain forest desert island ocean planet star
-galaxy people family friend mother father sister brother teacher student doctor nurse driver farmer singer writer
-painter hello world python mlx token layer matrix vector number answer question problem solution example morning
-evening night street house kitchen bottle mirror pencil paper yellow orange purple green silver golden copper iron""".split()
-_SYLLABLES = """ba be bi bo bu ca ce co cu da de di do du fa fe fi fo ga ge go ha he hi ho ja jo ka ke ki la le li lo lu
-ma me mi mo mu na ne ni no nu pa pe pi po ra re ri ro ru sa se si so su ta te ti to tu va ve vi vo wa we wi ya yo za zo
-ar er ir or ur an en in on un al el il ol ing ed ly tion ss ll tt rr pp nn mm st tr th ch sh qu x y""".split()
-_OTHER = """Who are you?|Hello!|Hi, how are you?|What is the capital of France?|Write a poem about the sea.|Tell me a
-joke.|What is the meaning of life?|Explain quantum mechanics.|def f(x): return x + 1|Translate "good morning" into
-German.|Was kannst du?|¿Cómo estás?|你好，你是谁？|Привет!|こんにちは|What can you do?|Summarize this text for me.|Sort
-the list 3, 1, 2.|Write a Python function that reverses a string.|Is the earth flat?|🙂🚀|What's the weather like?|Recommend
-a book.|Who won the world cup in 2014?|Solve x^2 - 5x + 6 = 0.|Prove that sqrt(2) is irrational.|How do I cook
-rice?|Thanks!|Tell me about yourself.|asdf qwer|{"key": [1, 2, 3]}|SELECT * FROM users;|What is love?|Can you help
-me?|How old is the universe?|Which is heavier, a kilogram of feathers or a kilogram of lead?""".replace(
-    "\n", " "
-).split("|")
+_HERE = Path(__file__).parent
+_WORDS = (_HERE / "words.txt").read_text(encoding="utf-8").splitlines()
+_OTHER = (_HERE / "questions.txt").read_text(encoding="utf-8").splitlines()
+_SYLLABLES = (_HERE / "syllables.txt").read_text(encoding="utf-8").splitlines()
 
 
 def _word(rng: random.Random) -> str:
@@ -127,9 +115,7 @@ def solve(problem: Problem, rng: random.Random) -> str:
         if problem.kind == "parentheses":
             solved = traces.parentheses_trace(numbers, operators, int(target))
             if solved is None:
-                raise ValueError(
-                    f"{problem.given}: no placement of parentheses gives the target; draw problems with draw()"
-                )
+                raise OptionError(f"{problem.given}: no placement gives the target. Pose problems with draw().")
             reasoning, answer = solved
         else:
             reasoning, answer = traces.arithmetic_trace(numbers, operators)

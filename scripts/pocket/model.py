@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 __all__ = ["CONFIG", "PocketModel"]
 
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (projection(x).view(batch, n, -1, _HEAD).transpose(1, 2) for projection in projections)
         q, k = _rotate(q, rope), _rotate(k, rope)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         out: torch.Tensor = self.o_proj(attended.transpose(1, 2).reshape(batch, n, width))
         return out
 
@@ -89,7 +89,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: torch.Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 
@@ -139,6 +139,7 @@ class PocketModel(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of every position, in the parameters' type."""
         rope = _rope(torch.arange(ids.shape[1], device=ids.device))
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:

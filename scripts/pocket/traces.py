@@ -146,7 +146,9 @@ def _product_line(left: int, right: int) -> str:
     tens, units = right // 10 * 10, right % 10
     if not units:
         return f"{left}*{right}: {left}*{right // 10}={left * right // 10}, so {left * right}"
-    return f"{left}*{right}: {left}*{tens}={left * tens} {left}*{units}={left * units} {left * tens}+{left * units}={left * right}"
+    by_tens, by_units = left * tens, left * units
+    steps = f"{left}*{tens}={by_tens} {left}*{units}={by_units} {by_tens}+{by_units}={left * right}"
+    return f"{left}*{right}: {steps}"
 
 
 # --- the Game of 24 ----------------------------------------------------------------------------------------------

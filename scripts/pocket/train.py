@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
+from torch.nn import functional
 
 from pocket import data, packing
 from pocket.model import CONFIG, PocketModel
@@ -74,7 +74,7 @@ def _loss(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
     ids = rows & (packing.LEARN - 1)
     targets = torch.where(rows >= packing.LEARN, ids, -100)[:, 1:]
     logits = model(ids[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+    return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
 
 def _held_out_rows(encoder: packing.Encoder, n: int) -> dict[str, torch.Tensor]:
@@ -117,7 +117,7 @@ def _rate(step: int, plan: Plan) -> float:
 
 
 def train(plan: Plan, encoder_folder: Path, system_prompt: str, output: Path) -> None:
-    """Train and leave `weights.pt` (the best scored, bfloat16) and `history.json` (plan, losses, scores) in `output`."""
+    """Train; `output` gets weights.pt (the best scored, bfloat16) and history.json (plan, losses, scores)."""
     torch.manual_seed(plan.seed)
     torch.set_float32_matmul_precision("high")
     cuda = torch.cuda.is_available()
@@ -151,12 +151,10 @@ def train(plan: Plan, encoder_folder: Path, system_prompt: str, output: Path) ->
             seconds = time.monotonic() - started
             history["losses"].append([step, float(learned) / 100, round(seconds, 1)])
             learned.zero_()
-            tokens = step * plan.rows_per_step * packing.ROW_TOKENS
+            mean = history["losses"][-1][1]
+            rate = step * plan.rows_per_step * packing.ROW_TOKENS / seconds / 1e6
             left = seconds / step * (plan.steps - step)
-            print(
-                f"step {step:,} loss {history['losses'][-1][1]:.5f} {tokens / seconds / 1e6:.2f} M tok/s, {left:.0f} s left",
-                flush=True,
-            )
+            print(f"step {step:,} loss {mean:.5f} {rate:.2f} M tok/s, {left:.0f} s left", flush=True)
         if step in scored_at:
             scores = _score(model, held_out)
             history["scores"].append({"step": step, **scores})
