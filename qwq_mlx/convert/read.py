@@ -160,7 +160,7 @@ def read_into(fd: int, shard: Header, position: int, out: NDArray[np.uint8], nam
     view = out.data
     while done < len(out):
         try:
-            n = os.preadv(fd, [view[done:]], position + done)
+            n = _pread(fd, view[done:], position + done)
         except OSError as error:
             raise SourceError(
                 f"{shard.path}: tensor {name}: reading at byte {position + done:,} failed ({error.strerror}). "
@@ -172,6 +172,15 @@ def read_into(fd: int, shard: Header, position: int, out: NDArray[np.uint8], nam
                 "bytes before. The source changed during the conversion; fetch the shard again and run again."
             )
         done += n
+
+
+def _pread(fd: int, view: memoryview, position: int) -> int:
+    """Bytes read into `view`; without a copy where the system has preadv (macOS since 11)."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], position)
+    data = os.pread(fd, len(view), position)
+    view[: len(data)] = data
+    return len(data)
 
 
 def _hash_range(fd: int, shard: Header, start: int, end: int, sha256: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import shutil
@@ -39,6 +40,7 @@ class FaultyDisk:
         self.operations: list[str] = []
         self.crashed = False
         self._real = {name: getattr(os, name) for name in (*OPERATIONS, "open", "close")}
+        self._real_fcntl = fcntl.fcntl
         self._open: set[int] = set()
         self._lock = threading.RLock()
         self._files: dict[int, bytes] = {}  # inode -> bytes at its last fsync
@@ -49,6 +51,7 @@ class FaultyDisk:
         for name in OPERATIONS:
             setattr(os, name, self._wrapped(name))
         os.open, os.close = self._opened, self._closed
+        fcntl.fcntl = self._fcntl
         return self
 
     def __exit__(
@@ -56,6 +59,7 @@ class FaultyDisk:
     ) -> bool:
         for name, real in self._real.items():
             setattr(os, name, real)
+        fcntl.fcntl = self._real_fcntl
         for fd in self._open:  # a dead process holds no file and no lock
             with contextlib.suppress(OSError):
                 os.close(fd)
@@ -85,6 +89,12 @@ class FaultyDisk:
                 return result
 
         return operation
+
+    def _fcntl(self, fd: int, command: int, *rest: Any) -> Any:
+        """macOS's way to sync counts as fsync."""
+        if command == getattr(fcntl, "F_FULLFSYNC", None):
+            return os.fsync(fd)
+        return self._real_fcntl(fd, command, *rest)
 
     def _opened(self, *arguments: Any, **options: Any) -> int:
         fd: int = self._real["open"](*arguments, **options)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwq_mlx.convert import Progress, convert_checkpoint
+from qwq_mlx.convert import Progress, convert_checkpoint, read
 from qwq_mlx.convert.journal import Done, Journal, differences
 from qwq_mlx.convert.read import Buffers, Stopped
 from qwq_mlx.errors import ConversionError, SourceError
@@ -185,19 +185,19 @@ def test_a_vanished_shard_is_named(source: Path, tmp_path: Path) -> None:
 def test_a_read_error_names_shard_tensor_and_position(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.preadv
+    real = read._pread
 
-    def broken(fd: int, buffers: list, position: int) -> int:
+    def broken(fd: int, view: memoryview, position: int) -> int:
         if position > 100_000:
             raise OSError(5, "Input/output error")
-        return real(fd, buffers, position)
+        return real(fd, view, position)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", broken)
+        patch.setattr(read, "_pread", broken)
         message = rf"{FIRST}: tensor model\.\S+: reading at byte 1\d\d,\d+ failed \(Input/output error\)"
         resume_refused(source, tmp_path / "out", message, SourceError)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", lambda fd, buffers, position: 0)
+        patch.setattr(read, "_pread", lambda fd, view, position: 0)
         resume_refused(
             source, tmp_path / "out", r"the file ends at byte \d.*, it had \d+,\d+ bytes before", SourceError
         )
@@ -206,9 +206,19 @@ def test_a_read_error_names_shard_tensor_and_position(
 
 def test_short_reads_and_writes_are_continued(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert_checkpoint(source, tmp_path / "whole")
-    preadv, pwrite = os.preadv, os.pwrite
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][:5000]], at))
+    pread, pwrite = read._pread, os.pwrite
+    monkeypatch.setattr(read, "_pread", lambda fd, view, at: pread(fd, view[:5000], at))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:3000], at))
+    convert_checkpoint(source, tmp_path / "out")
+    name = "model-00001-of-00001.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_system_without_preadv_gives_the_same_bytes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert_checkpoint(source, tmp_path / "whole")
+    monkeypatch.delattr(os, "preadv", raising=False)
     convert_checkpoint(source, tmp_path / "out")
     name = "model-00001-of-00001.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -1,0 +1,160 @@
+"""Break a conversion at every operation in every way, finish it, compare the bytes, and print the counts.
+
+    python scripts/break_conversion.py [--every N] [--kills N] [--seed N]
+
+At each file operation of a small conversion: a kill before it, a torn write, a full disk, a broken disk, a power cut
+that loses everything not synced, and one that loses a random part of it. Then kill -9 of whole processes at random
+times, again and again until the conversion is through. A run is good when the final name never held a damaged folder,
+the rerun ended with the bytes of an undisturbed run, and at most one tensor was written twice.
+
+The tests do the same at a few points (tests/convert/test_convert_crashes.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "convert")]
+
+from checkpoints import write_tiny_checkpoint  # noqa: E402 - the paths must be set first
+from faulty_disk import FaultyDisk  # noqa: E402
+
+from qwq_mlx.convert import convert_checkpoint, plan  # noqa: E402
+from qwq_mlx.convert.write import ShardWriter  # noqa: E402
+from qwq_mlx.errors import QwqError  # noqa: E402
+from qwq_mlx.files.manifest import MANIFEST_NAME, read_manifest, verify_full  # noqa: E402
+
+WAYS = ("kill", "torn", "full", "broken", "power cut", "power cut, by lot")
+_KINDS = {"power cut": "torn", "power cut, by lot": "torn"}
+
+
+def main() -> int:
+    """Run everything; 1 if anything was not good."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--every", type=int, default=1, help="take every N-th operation (default: 1)")
+    parser.add_argument("--kills", type=int, default=100, help="kill -9 at random times (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
+    options = parser.parse_args()
+    plan.BLOCK_BYTES = 8192
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(temporary)
+        source = write_tiny_checkpoint(home / "source", n_layers=1)
+        with FaultyDisk(_folder(home / "count")) as disk:
+            convert_checkpoint(source, home / "count" / "out", n_workers=2)
+        expected = content(home / "count" / "out")
+        bad = 0
+        for way in WAYS:
+            bad += break_everywhere(way, source, home, expected, disk.n_operations, options)
+        bad += kill_processes(source, home, options)
+    print("all good" if not bad else f"{bad} NOT GOOD")
+    return 1 if bad else 0
+
+
+def break_everywhere(
+    way: str, source: Path, home: Path, expected: dict[str, object], n_operations: int, options: argparse.Namespace
+) -> int:
+    """One fault of a kind at every operation; prints a line of counts, returns how many runs were not good."""
+    counts: Counter[str] = Counter()
+    lot = random.Random(options.seed)
+    for at in range(0, n_operations, options.every):
+        folder = _folder(home / "run")
+        output = folder / "out"
+        with watched() as first, FaultyDisk(folder, at=at, kind=_KINDS.get(way, way)) as disk:
+            try:
+                convert_checkpoint(source, output, n_workers=2)
+            except QwqError:
+                counts["refused with a message"] += 1
+        if way.startswith("power cut"):
+            disk.lose_power(lot if "lot" in way else None)
+        counts[outcome(source, output, expected, first)] += 1
+        counts["runs"] += 1
+        shutil.rmtree(folder)
+    shown = ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()))
+    print(f"{way}: {shown}", flush=True)
+    return counts["runs"] - counts["finished by the rerun"] - counts["published before the fault"]
+
+
+def outcome(source: Path, output: Path, expected: dict[str, object], first: list[str]) -> str:
+    """What a broken run left, and what the rerun made of it."""
+    if output.exists():
+        try:
+            verify_full(output)
+        except QwqError:
+            return "DAMAGED under the final name"
+        return "published before the fault" if content(output) == expected else "OTHER BYTES"
+    with watched() as second:
+        convert_checkpoint(source, output, n_workers=2)
+    if content(output) != expected:
+        return "OTHER BYTES after the rerun"
+    return "finished by the rerun" if len(set(first) & set(second)) <= 1 else "REPEATED more than one tensor"
+
+
+def kill_processes(source: Path, home: Path, options: argparse.Namespace) -> int:
+    """kill -9 at random times, over and over on the same output until it is there; returns the bad rounds."""
+    lot, n_kills, n_rounds, bad = random.Random(options.seed), 0, 0, 0
+    command = [sys.executable, str(ROOT / "scripts" / "convert.py"), "--quiet", "--source", str(source), "--output"]
+    started = time.monotonic()
+    subprocess.run([*command, str(home / "whole")], check=True)
+    whole_s = time.monotonic() - started
+    expected = content(home / "whole")
+    while n_kills < options.kills:
+        output = _folder(home / f"kills-{n_rounds}") / "out"
+        n_rounds += 1
+        while not output.exists():
+            child = subprocess.Popen([*command, str(output)])
+            try:
+                child.wait(lot.uniform(0.4, 1.05) * whole_s)
+            except subprocess.TimeoutExpired:
+                child.send_signal(signal.SIGKILL)
+                child.wait()
+                n_kills += 1
+        bad += content(output) != expected
+        shutil.rmtree(output.parent)
+    print(f"kill -9: {n_kills:,} kills in {n_rounds:,} conversions, {n_rounds - bad:,} with the same bytes", flush=True)
+    return bad
+
+
+def content(folder: Path) -> dict[str, object]:
+    """Every file's bytes; the manifest without the figures of the run."""
+    found: dict[str, object] = {each.name: each.read_bytes() for each in folder.iterdir() if each.name != MANIFEST_NAME}
+    return {**found, MANIFEST_NAME: replace(read_manifest(folder), run={})}
+
+
+@contextmanager
+def watched() -> Iterator[list[str]]:
+    """Names of the tensors whose first bytes are written meanwhile."""
+    started: list[str] = []
+    write = ShardWriter.write
+
+    def noted(writer: ShardWriter, packed: object) -> None:
+        if packed.block.first_row == 0:
+            started.append(packed.block.tensor.source.name)
+        write(writer, packed)
+
+    ShardWriter.write = noted
+    try:
+        yield started
+    finally:
+        ShardWriter.write = write
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
