@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -39,12 +40,23 @@ _SHRINK_EVERY = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Problems to solve with one setting. Problems are sorted by how long they take, so that batches end together."""
+    """Problems to solve with one setting and some weights."""
 
     name: str
     problems: Sequence[Problem]
     greedy: bool
     weights: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One batch of a task for one of the models."""
+
+    place: Path
+    weights: str
+    task: str
+    greedy: bool
+    problems: Sequence[Problem]
 
 
 def _tasks(game24_table: Path | None) -> Iterator[Task]:
@@ -66,34 +78,54 @@ def _tasks(game24_table: Path | None) -> Iterator[Task]:
     yield Task(name="parentheses, 9 numbers, T = 0.7", problems=held_out[:100], greedy=False, weights=("4-bit",))
 
 
-def evaluate(folder: Path, output: Path, *, game24_table: Path | None) -> None:
+def evaluate(folder: Path, output: Path, *, game24_table: Path | None, n_processes: int = 3) -> None:
     """Score `folder` and a conversion of it; `output` becomes {weights: {task: {solved, n, mean_tokens}}}."""
-    tasks = list(_tasks(game24_table))
-    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         converted = Path(temporary) / "pocket-4bit"
         conversion.convert_checkpoint(folder, converted, recipe="pocket-4bit")
-        for weights, place in (("bf16", folder), ("4-bit", converted)):
-            model = load_model(place)
-            for task in tasks:
-                if weights in task.weights:
-                    found.setdefault(weights, {})[task.name] = _score(model, task)
-                    print(weights, task.name, found[weights][task.name], file=sys.stderr, flush=True)
-                    output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        places = {"bf16": folder, "4-bit": converted}
+        jobs = [
+            Job(place=places[weights], weights=weights, task=task.name, greedy=task.greedy, problems=batch)
+            for task in _tasks(game24_table)
+            for weights in task.weights
+            for batch in _batches(task.problems)
+        ]
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        with multiprocessing.get_context("spawn").Pool(n_processes) as pool:
+            for n_done, (job, solved, n_tokens) in enumerate(pool.imap(_run, jobs), start=1):
+                score = found.setdefault(job.weights, {}).setdefault(job.task, {"solved": 0, "n": 0, "tokens": 0})
+                score["solved"] += solved
+                score["n"] += len(job.problems)
+                score["tokens"] += n_tokens
+                score["mean_tokens"] = round(score["tokens"] / score["n"], 1)
+                print(
+                    f"{n_done} of {len(jobs)} batches; {job.weights}, {job.task}: {score}", file=sys.stderr, flush=True
+                )
+                output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def _score(model: LoadedModel, task: Task) -> dict[str, float]:
+def _batches(posed: Sequence[Problem]) -> Iterator[list[Problem]]:
+    """Longer expressions have more placements, so problems of a like length end together."""
+    by_length = sorted(posed, key=lambda problem: len(problem.given))
+    for start in range(0, len(by_length), _BATCH):
+        yield by_length[start : start + _BATCH]
+
+
+@cache
+def _model(place: Path) -> LoadedModel:
+    return load_model(place)
+
+
+def _run(job: Job) -> tuple[Job, int, int]:
+    """One batch, in a worker: (job, problems solved, tokens written)."""
+    model = _model(job.place)
     mx.random.seed(1)
-    hardest_last = sorted(task.problems, key=lambda problem: len(problem.given))
-    solved, n_tokens = 0, 0
-    for start in range(0, len(hardest_last), _BATCH):
-        posed = hardest_last[start : start + _BATCH]
-        context = model.config.max_position_embeddings
-        prompts = [prompt_ids(model.tokenizer, problem.question, context=context) for problem in posed]
-        for problem, ids in zip(posed, _continue(model, prompts, task.greedy), strict=True):
-            solved += problems.is_solved(problem, problems.boxed(model.tokenizer.hf.decode(ids)))
-            n_tokens += len(ids)
-    return {"solved": solved, "n": len(hardest_last), "mean_tokens": round(n_tokens / len(hardest_last), 1)}
+    context = model.config.max_position_embeddings
+    prompts = [prompt_ids(model.tokenizer, problem.question, context=context) for problem in job.problems]
+    outputs = _continue(model, prompts, job.greedy)
+    answers = [problems.boxed(model.tokenizer.hf.decode(ids)) for ids in outputs]
+    solved = sum(map(problems.is_solved, job.problems, answers))
+    return job, solved, sum(map(len, outputs))
 
 
 def _continue(model: LoadedModel, prompts: list[list[int]], greedy: bool) -> list[list[int]]:

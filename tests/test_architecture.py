@@ -1,0 +1,131 @@
+"""The house's rules that a reader cannot check by eye: which room imports which, who prints, how long things are."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "qwq_mlx"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What a room may import besides itself. Arrows run one way: a room never imports one that is listed after it.
+GROUND = {"errors", "facts"}
+LOW = GROUND | {"files", "quant", "reasoning", "pocket"}
+ALLOWED = {
+    "errors": set(),
+    "facts": set(),
+    "files": GROUND,
+    "quant": GROUND,
+    "reasoning": GROUND,
+    "pocket": GROUND,
+    "model": LOW,
+    "convert": LOW | {"model"},
+    "generate": LOW | {"model"},
+}
+COMMANDS = LOW | {"model", "convert", "generate"}
+# The command that answers with the bundled model converts it first; the rooms behind the two do not know each other.
+EXCEPTIONS = {("generate/__main__.py", "convert")}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _passes_on(handler: ast.ExceptHandler) -> bool:
+    """Whether a broad handler raises again or hands the error it caught to somebody who will."""
+    nodes = [node for statement in handler.body for node in ast.walk(statement)]
+    used = any(isinstance(node, ast.Name) and node.id == handler.name for node in nodes)
+    return used or any(isinstance(node, ast.Raise) for node in nodes)
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
+    room = _room(path)
+    if room in {"__init__", "__main__"}:
+        return
+    allowed = ALLOWED.get(room, COMMANDS) | {room}
+    for module in _imported(_tree(path)):
+        parts = module.split(".")
+        if parts[0] != "qwq_mlx":
+            continue
+        other = parts[1]
+        if other == "__version__" or (_name(path), other) in EXCEPTIONS:
+            continue
+        assert other in allowed, f"{_name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
+    homes = {
+        "mlx_lm": {"model", "generate", "bench"},
+        "transformers": {"model", "bench"},
+        "mlx": {"quant", "model", "convert", "generate", "bench", "fit", "verify", "chat", "compare", "replay"},
+        "torch": set(),
+    }
+    for module in _imported(_tree(path)):
+        top = module.split(".")[0]
+        assert top not in homes or _room(path) in homes[top], f"{_name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__main__.py"], ids=_name)
+def test_only_a_main_prints_parses_or_exits(path: Path) -> None:
+    tree = _tree(path)
+    names = {module.split(".")[0] for module in _imported(tree)}
+    assert "argparse" not in names
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"print", "exit", "quit", "sys.exit", "os._exit"}, f"{_name(path)} calls {called}"
+        assert not (isinstance(node, ast.Name) and node.id == "SystemExit"), _name(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_FILE_LINES
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{_name(path)}: {node.name} has {length} lines"
+            passed_on = node.args.kwarg is not None and node.name != "__exit__"
+            assert not passed_on, f"{_name(path)}: {node.name} takes **{node.args.kwarg and node.args.kwarg.arg}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_nothing_is_swallowed_and_nothing_executed(path: Path) -> None:
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{_name(path)}:{node.lineno}"
+            if ast.unparse(node.type) in {"Exception", "BaseException"}:
+                assert _passes_on(node), f"{_name(path)}:{node.lineno}"
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in {"eval", "exec", "pickle.load", "pickle.loads"}, _name(path)
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert ast.unparse(node.value) == "False", _name(path)
+    assert path.name not in {"utils.py", "helpers.py", "common.py"}
+
+
+def test_every_room_and_file_says_what_it_is_for() -> None:
+    for path in FILES:
+        assert ast.get_docstring(_tree(path)), _name(path)
