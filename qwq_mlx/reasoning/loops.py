@@ -45,7 +45,7 @@ class LoopOptions:
     far_limit: float = 48.0
     n_candidates: int = 12
     candidate_tokens: int = 6_000
-    n_doubts: int = 16
+    n_doubts: int = 20
     doubt_tokens: int = 400
 
     def __post_init__(self) -> None:

@@ -5,7 +5,8 @@ that gets on is mostly fresh; one that goes round becomes stale and stays so. A 
 stale word and takes drift for a fresh one, never below zero, and a loop is reported when it reaches its limit: the
 shortest delay for a given rate of false alarms (Page's test). Two such sums run side by side: `NEAR` for steps that
 return at once (twice within 300 words), `FAR` for long rounds (three times within 2,000). Numbers never count as
-stale, so tables of digits and lists of trials, whose news is their numbers, stay below.
+stale, so tables of digits and lists of trials, whose news is their numbers, stay below; nor do words of a count that
+goes on (see `counting`).
 
 Does not: understand a step. Rounds that share no run of four words, or are longer than about 650, are missed.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from qwq_mlx.reasoning.counting import CountWatcher
 from qwq_mlx.reasoning.words import TemplateReader
 
 __all__ = ["FAR", "NEAR", "Scale", "Variants", "VariantsFinder"]
@@ -79,6 +81,8 @@ class VariantsFinder:
     def __init__(self, *, near_limit: float, far_limit: float) -> None:
         self._sums = (_Sum(NEAR, near_limit), _Sum(FAR, far_limit))
         self._reader = TemplateReader()
+        self._counts = CountWatcher()
+        self._n_lines = 0
         self._run: tuple[str, ...] = ()
         self._n_words = 0
         self._recent: deque[int] = deque()
@@ -106,13 +110,17 @@ class VariantsFinder:
         self._n_words += 1
         run, n_words = hash(self._run), self._n_words
         earlier = self._places.get(run, ())
-        if word == "@" or word[0].isalpha():
+        if self._n_lines != self._reader.n_lines:
+            self._n_lines = self._reader.n_lines
+            self._counts.end_line()
+        if word == "0":
+            self._counts.number(self._reader.word, run, n_words, begins_line=self._reader.begins_line)
+        is_word = word == "A" or word[0].isalpha()
+        if is_word or word == "0":
+            is_news = not is_word or self._counts.is_counting(n_words)
             distance = index - self._tokens.get(run, index)
             for each in self._sums:
-                each.take(earlier, n_words, index, distance)
-        elif word == "#":
-            for each in self._sums:
-                each.take((), n_words, index, 0)
+                each.take(() if is_news else earlier, n_words, index, distance)
         self._places[run] = (*earlier[1 - _N_PLACES :], n_words)
         self._tokens[run] = index
         self._recent.append(run)

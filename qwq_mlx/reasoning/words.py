@@ -1,4 +1,4 @@
-"""Words of a text that arrives in pieces, and their templates: numbers become "#", names "@", the rest lower case.
+"""Words of a text that arrives in pieces, and their templates: numbers become "0", names "A", the rest lower case.
 
 Two steps of a reasoning that differ in their numbers and names only have the same template. Code between fences and
 table rows have none, because they repeat for good reasons.
@@ -21,11 +21,17 @@ _MAX_NAMES = 512
 
 
 class TemplateReader:
-    """Feed text; `feed` yields each completed word's template: "#", "@", a lower-case word, or a mark."""
+    """Feed text; `feed` yields each completed word's template: "0", "A", a lower-case word, or a mark.
+
+    word: the last word as written. begins_line: whether it is its line's first. n_lines: line ends so far.
+    """
 
     def __init__(self) -> None:
         self._open = ""  # the beginning of a word that may go on
         self._previous = "\n"
+        self.word = ""
+        self.begins_line = False
+        self.n_lines = 0
         self._is_code = False
         self._is_table = False
         self._names: dict[str, None] = {}
@@ -48,24 +54,26 @@ class TemplateReader:
 
     def _template(self, word: str) -> str | None:
         previous, self._previous = self._previous, word
+        self.word, self.begins_line = word, previous == "\n"
         if word == "```":
             self._is_code = not self._is_code
             return None
         if word == "\n":
+            self.n_lines += 1
             self._is_table = False
             return None
         if word == "|" and previous == "\n":
             self._is_table = True
         if self._is_code or self._is_table:
             return None
-        if word[0].isdigit():
-            return "#"
+        if word[0].isdecimal():
+            return "0"
         if word[0].isupper() and word != "I" and not word.startswith("I'"):
             if word in self._names:
-                return "@"
+                return "A"
             if previous not in _SENTENCE_ENDS and previous != "```":
                 if len(self._names) >= _MAX_NAMES:
                     del self._names[next(iter(self._names))]
                 self._names[word] = None
-                return "@"
+                return "A"
         return word.lower()

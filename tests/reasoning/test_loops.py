@@ -127,9 +127,28 @@ def spelling() -> str:
     )
 
 
-@pytest.mark.parametrize("text", [trials(), table(), code(), digits(), spelling(), "??" * 20, "-" * 40])
+def divisions() -> str:
+    return "\n\n".join(
+        f"Next, I check {n}. It is divided by {n % 7 + 2}, and that leaves {n % 5}." for n in range(101, 200)
+    )
+
+
+def numbered() -> str:
+    return "\n".join(f"{n}. The number {n * n + 7} is not a prime, and neither is {n * n + 9}." for n in range(2, 80))
+
+
+@pytest.mark.parametrize(
+    "text", [trials(), table(), code(), digits(), spelling(), divisions(), numbered(), "??" * 20, "-" * 40]
+)
 def test_progress_that_looks_repetitive_is_no_loop(text: str) -> None:
     assert watch(text) == []
+
+
+def test_numbering_the_same_step_or_counting_without_end_is_no_progress() -> None:
+    step = "Pour all the water from the big jug into the small one, and then empty the small one again."
+    assert [loop.kind for loop in watch("\n".join(f"{n}. {step}" for n in range(60)))] == ["variants"]
+    assert watch("\n".join(f"Try number {n} of the list, which is not it either." for n in range(150))) == []
+    assert [loop.kind for loop in watch("\n".join(f"Try number {n} of the list, not it." for n in range(900)))] != []
 
 
 def test_the_same_step_with_other_numbers_and_names_is_a_loop_of_variants() -> None:
