@@ -228,6 +228,50 @@ def test_cutting_the_text_differently_gives_the_same_split(
         assert found.thinking == (0, owner)
 
 
+def slow_boxes(text: str) -> list[tuple[int, int, str]]:
+    """Each outermost box without a blank line in it, by counting braces from every place where one begins."""
+    found, at = [], 0
+    while (start := text.find(BOX + "{", at)) >= 0:
+        depth, end = 1, start + len(BOX) + 1
+        while depth and end < len(text) and not text.startswith("\n\n", end - 1):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        if not depth:
+            found.append((start, end, text[start + len(BOX) + 1 : end - 1].strip()))
+        at = end
+    return found
+
+
+LINES = st.lists(
+    st.sampled_from(
+        ["some words", "x = {y}", "**Final Answer**", BOX + "{4}", BOX + "{\\frac{1}{2}}", BOX + "{}",
+         BOX + "{a {b",
+         "We get " + BOX + "{7} there", "**Final** thoughts", "", "", "so **Final Answer** is a phrase"]
+    ),
+    min_size=1,
+    max_size=14,
+)  # fmt: skip
+
+
+@given(LINES)
+def test_marks_decide_as_in_a_slow_reading_of_the_whole_text(lines: list[str]) -> None:
+    text = "\n".join(lines)
+    headings = [found.start() for found in re.finditer(r"^\*\*Final Answer\*\*$", text, re.MULTILINE)]
+    boxes = [box for box in slow_boxes(text) if box[2]]
+    found = split(text, size=5)
+    last = headings[-1] if headings else None
+    after = [box for box in boxes if last is None or box[0] > last]
+    if after:
+        assert found.answer == after[-1][2]
+    if last is not None:
+        assert (found.kind, found.conclusion_chars) == ("heading", (last, len(text)))
+    elif boxes:
+        line_start = text.rfind("\n", 0, boxes[-1][0]) + 1
+        assert (found.kind, found.conclusion_chars) == ("box", (line_start, len(text)))
+    else:
+        assert found.kind in ("paragraph", "none")
+
+
 def test_memory_stays_bounded_over_a_long_text() -> None:
     splitter = Splitter(PREVIEW)
     for _ in range(20_000):
