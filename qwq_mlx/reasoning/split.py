@@ -31,13 +31,16 @@ _CAPTURED = 16_384  # characters of a conclusion that are kept to find a value w
 _FAR = 1_500  # characters after a mark from which on it is less likely to be the last word
 _SHORT = 200  # characters of a line that can be an answer by itself
 _BESIDE = 24  # characters between two boxes that belong together: \boxed{2} and \boxed{3}
+_LINE_ENDS = (".", "!", "。", "**", "$", "\\)", "\\]")  # a line that was cut here is whole: "the answer is 5" may go on
+# How often an answer of each kind is the one that the output goes on to give: measured where outputs are cut anywhere,
+# 0.91 for sentences and 0.65 for choices named in the last paragraph; rounded down.
 _SURE: dict[Kind, float] = {
     "heading": 0.98,
     "tag": 0.95,
     "box": 0.9,
     "closed": 0.9,
-    "sentence": 0.6,
-    "paragraph": 0.2,
+    "sentence": 0.85,
+    "paragraph": 0.5,
     "none": 0.0,
 }
 
@@ -149,8 +152,10 @@ class Splitter:
 
         is_ended: the model ended its text itself. Of a text that was cut nothing is guessed from where it stops.
         """
-        if self._scanner.line.strip():
-            self._take_line(self._scanner.line, self._scanner.n_chars)
+        line = self._scanner.line.rstrip()
+        if line:
+            is_whole = is_ended or line.endswith(_LINE_ENDS)
+            self._take_line(self._scanner.line, self._scanner.n_chars, is_whole=is_whole)
         self._take_open_tag()
         for place in self._pending:
             place.token = self._n_tokens
@@ -236,12 +241,12 @@ class Splitter:
         self._reply = _Candidate("closed", self._line, mark.end)
         self._reply.capture(self._scanner.tail(mark.end))
 
-    def _take_line(self, line: str, end: int) -> None:
+    def _take_line(self, line: str, end: int, *, is_whole: bool = True) -> None:
         """A line is complete: it may take the answer back, state one, or be the answer that the last one announced."""
         strong = self._strong
         if strong and strong.end <= self._line.char and revises(line, strictly=strong.value is None):
             strong.is_revised = True
-        if strong is None or strong.is_revised:
+        if is_whole and (strong is None or strong.is_revised):
             value, start = stated(line), self._line
             if value is None and self._is_announced and line.strip() and len(line) <= _SHORT:
                 value, start = unmarked(line), self._previous
@@ -312,7 +317,7 @@ class Splitter:
     def _confidence(self, best: _Candidate) -> float:
         sure = _SURE[best.kind]
         if best.value is None:
-            sure *= 0.5
+            sure *= 0.2
         if best.is_revised:
             sure *= 0.5
         if best.kind != "heading" and self._is_far(best):

@@ -110,6 +110,12 @@ def test_a_cut_thinking_has_no_conclusion_and_an_ended_one_a_weak_guess() -> Non
     assert (ended.answer, ended.confidence) == (None, 0.1)
 
 
+def test_a_statement_that_was_cut_in_its_middle_is_not_taken() -> None:
+    assert split("So the answer is 5", is_ended=False).answer is None
+    assert split("So the answer is 5", is_ended=True).answer == "5"
+    assert split("So the answer is 52.", is_ended=False).answer == "52"
+
+
 def test_an_empty_output_has_empty_spans() -> None:
     found = Splitter(PREVIEW).finish()
     assert (found.thinking, found.conclusion, found.thinking_chars, found.answer) == ((0, 0), None, (0, 0), None)
