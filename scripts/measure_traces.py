@@ -159,6 +159,8 @@ def measure_loops(rows: Sequence[dict[str, Any]], cut: Cutter, n_seeds: int) -> 
     texts = [row["response"] for row in rows if _is_finished(row) and len(row["response"]) > 1500]
     texts = [text for text in texts if "```" not in text and _first_loop(*cut(text)) is None]
     recall: dict[str, dict[str, float]] = {}
+    if not texts or not n_seeds:
+        return {"variants_recall": recall, "exact_in_time": "0 of 0"}
     for name, words in (("25 to 150 words", (25, 150)), ("150 to 400 words", (150, 400))):
         splices = [splice(texts, seed=seed, words=words) for seed in range(5000, 5000 + n_seeds)]
         recall[name] = {}

@@ -38,7 +38,7 @@ class Splice:
 def splice(texts: Sequence[str], *, seed: int, n_repetitions: int = 15, words: tuple[int, int] = (25, 150)) -> Splice:
     """One loop from one of the texts. A block is whole lines, `words` words long, at least half of it letters."""
     rng = random.Random(seed)
-    while True:
+    for _ in range(10_000):
         lines = [line for line in rng.choice(texts).split("\n") if line.strip()]
         n_lines = rng.randint(1, max(8, words[1] // 16))
         if len(lines) <= n_lines:
@@ -50,6 +50,7 @@ def splice(texts: Sequence[str], *, seed: int, n_repetitions: int = 15, words: t
         if words[0] <= n_words <= words[1] and sum(char.isalpha() for char in joined) >= 0.5 * len(joined):
             before = "\n\n".join(lines[: start + n_lines])
             return Splice(before, tuple(_mutated(block, rng) for _ in range(n_repetitions)), n_words)
+    raise ValueError(f"none of {len(texts)} texts has a block of {words[0]} to {words[1]} words")
 
 
 def _mutated(block: Sequence[str], rng: random.Random) -> str:
