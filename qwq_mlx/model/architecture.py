@@ -86,8 +86,8 @@ class Qwen2Config:
             )
         return cls(
             **sizes,
-            rms_norm_eps=_positive(config, "rms_norm_eps", where, default=1e-6),
-            rope_theta=_positive(config, "rope_theta", where, default=1_000_000.0),
+            rms_norm_eps=_positive(config, "rms_norm_eps", where),
+            rope_theta=_rope_theta(config, where),
             tie_word_embeddings=_flag(config, "tie_word_embeddings", where),
             eos_token_ids=_eos(config, where, sizes["vocab_size"]),
         )
@@ -129,8 +129,29 @@ def _whole_number(config: Mapping[str, Any], name: str, where: str, limit: int) 
     return value
 
 
-def _positive(config: Mapping[str, Any], name: str, where: str, *, default: float) -> float:
-    value = config.get(name, default)
+def _rope_theta(config: Mapping[str, Any], where: str) -> float:
+    """transformers 5 writes rope_parameters in place of rope_theta; for neither, every program has another default."""
+    parameters = config.get("rope_parameters")
+    if parameters is None:
+        return _positive(config, "rope_theta", where)
+    if not isinstance(parameters, Mapping) or parameters.get("rope_type", "default") != "default":
+        raise LoadError(
+            f"{where}: rope_parameters is {parameters!r:.200}, expected rope_type 'default'. "
+            "Scaled rotary positions are not supported yet."
+        )
+    theta = _positive(parameters, "rope_theta", f"{where}: rope_parameters")
+    if "rope_theta" in config and config["rope_theta"] != theta:
+        raise LoadError(
+            f"{where}: rope_theta is {config['rope_theta']!r}, but rope_parameters says {theta!r}. "
+            "Take config.json from the source again."
+        )
+    return theta
+
+
+def _positive(config: Mapping[str, Any], name: str, where: str) -> float:
+    if name not in config:
+        raise LoadError(f"{where}: {name} is missing. Take config.json from the source again.")
+    value = config[name]
     if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
         raise LoadError(
             f"{where}: {name} is {value!r}, expected a positive number. Take config.json from the source again."

@@ -59,8 +59,8 @@ def test_a_size_that_cannot_be_is_refused_by_its_field(name: str, value: Any) ->
         parse(**{name: value})
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_a_missing_size_is_refused_by_its_field(name: str) -> None:
+@pytest.mark.parametrize("name", [*SIZES, "rms_norm_eps", "rope_theta"])
+def test_a_missing_number_is_refused_by_its_field(name: str) -> None:
     config = {key: value for key, value in GOOD.items() if key != name}
     with pytest.raises(LoadError, match=f"{name} is missing"):
         Qwen2Config.from_json(config, where="m/config.json")
@@ -82,6 +82,13 @@ def test_a_missing_size_is_refused_by_its_field(name: str) -> None:
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', expected a positive number"),
         ({"rope_theta": math.inf}, "rope_theta is inf, expected a positive number"),
         ({"rope_theta": math.nan}, "rope_theta is nan, expected a positive number"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
+            "rope_parameters is .*yarn.*expected rope_type",
+        ),
+        ({"rope_parameters": "default"}, "rope_parameters is 'default', expected rope_type 'default'"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters: rope_theta is missing"),
+        ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 1000000.0, but rope_parameters says 10000.0"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected true or false"),
         ({"eos_token_id": 301}, "eos_token_id is 301, expected ids from 0 to 300"),
         ({"eos_token_id": [1, -1]}, r"eos_token_id is \[1, -1\], expected ids from 0 to 300"),
@@ -105,6 +112,14 @@ def test_the_table_has_the_names_and_shapes_of_transformers() -> None:
         if tie:
             expected.pop("lm_head.weight")  # the same tensor as the embedding, not stored
         assert tensor_shapes(config) == expected
+
+
+def test_a_config_as_transformers_5_writes_it_keeps_its_rope_theta() -> None:
+    """It has rope_parameters in place of rope_theta; mlx-lm 0.32.2 then takes its default of 1e6 without a word."""
+    transformers = pytest.importorskip("transformers")
+    written = transformers.Qwen2Config(**{**GOOD, "rope_theta": 12_345.0}).to_dict()
+    assert "rope_theta" not in written
+    assert Qwen2Config.from_json(written, where="m/config.json").rope_theta == 12_345.0
 
 
 def test_the_facts_of_qwq_32b_preview_give_its_published_bytes() -> None:

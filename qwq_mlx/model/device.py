@@ -1,0 +1,71 @@
+"""What this machine gives a model: how much memory, and on a Mac that the weights stay in it.
+
+On Metal the limit is the recommended working set that the system itself names, and for a run the planned bytes are
+wired, so that macOS does not page weights out between tokens; the old wired limit is put back afterwards. Not more than
+the plan is wired, though the system would take more: a Mac whose wired memory is full stops responding (mlx#3186,
+mlx-lm#883). On CUDA the limit is the free memory, on the CPU what the system calls available.
+
+Does not: raise a system limit, or wire anything off Metal. Nothing here is measured on Metal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qwq_mlx.model.load import import_mlx
+from qwq_mlx.model.memory import Backend
+
+__all__ = ["available_bytes", "backend_name", "limit_bytes", "wired"]
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+def backend_name() -> Backend:
+    """The backend MLX computes on. Raises BackendError where it has none."""
+    mx = import_mlx()
+    if mx.default_device().type == mx.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def limit_bytes() -> int:
+    """Bytes that a run may use on this machine's backend."""
+    mx = import_mlx()
+    backend = backend_name()
+    if backend == "cpu":
+        return available_bytes()
+    info = mx.device_info()
+    if backend == "metal":
+        return int(info["max_recommended_working_set_size"])
+    return int(info.get("free_memory") or info["total_memory"])
+
+
+def available_bytes() -> int:
+    """Memory that programs can still get without swapping; where the system does not say, all physical memory."""
+    if _MEMINFO.is_file():
+        for line in _MEMINFO.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@contextmanager
+def wired(n_bytes: int) -> Iterator[None]:
+    """Keep up to n_bytes of MLX's memory wired inside the block, never more than the recommended working set.
+
+    Does nothing off Metal. All work that was started must be finished, or waited for, before the block ends; it waits.
+    """
+    mx = import_mlx()
+    if backend_name() != "metal":
+        yield
+        return
+    before = mx.set_wired_limit(min(n_bytes, limit_bytes()))
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)

@@ -1,0 +1,105 @@
+"""What the machine gives: asked of a stand-in for each backend, since only one is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qwq_mlx.model import device
+
+
+class FakeMlx:
+    """mlx.core of a machine with a GPU; it writes down what is asked of it."""
+
+    cpu, gpu = "cpu", "gpu"
+
+    def __init__(self, info: dict[str, int], *, is_metal: bool) -> None:
+        self._info = info
+        self.metal = SimpleNamespace(is_available=lambda: is_metal)
+        self.wired_bytes = 7
+        self.calls: list[str] = []
+
+    def default_device(self) -> SimpleNamespace:
+        return SimpleNamespace(type=self.gpu)
+
+    def device_info(self) -> dict[str, int]:
+        return self._info
+
+    def set_wired_limit(self, n_bytes: int) -> int:
+        self.calls.append(f"wire {n_bytes}")
+        before, self.wired_bytes = self.wired_bytes, n_bytes
+        return before
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
+
+@pytest.fixture
+def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMlx]:
+    fake = FakeMlx({"max_recommended_working_set_size": 1000, "memory_size": 1500}, is_metal=True)
+    monkeypatch.setattr(device, "import_mlx", lambda: fake)
+    return fake
+
+
+def test_on_metal_the_limit_is_the_recommended_working_set(metal: FakeMlx) -> None:
+    assert device.backend_name() == "metal"
+    assert device.limit_bytes() == 1000
+
+
+def test_on_metal_the_plan_is_wired_for_the_block_and_the_old_limit_put_back(metal: FakeMlx) -> None:
+    with device.wired(800):
+        assert metal.wired_bytes == 800
+    assert metal.calls == ["wire 800", "synchronize", "wire 7"]
+
+
+def test_never_more_than_the_working_set_is_wired_and_a_failure_puts_it_back_too(metal: FakeMlx) -> None:
+    with pytest.raises(KeyError), device.wired(5000):
+        assert metal.wired_bytes == 1000
+        raise KeyError
+    assert metal.wired_bytes == 7
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"), [({"free_memory": 60, "total_memory": 80}, 60), ({"total_memory": 80}, 80)]
+)
+def test_on_cuda_the_limit_is_the_free_memory(
+    monkeypatch: pytest.MonkeyPatch, info: dict[str, int], expected: int
+) -> None:
+    fake = FakeMlx(info, is_metal=False)
+    monkeypatch.setattr(device, "import_mlx", lambda: fake)
+    assert (device.backend_name(), device.limit_bytes()) == ("cuda", expected)
+    with device.wired(800):
+        pass
+    assert fake.calls == []
+
+
+def test_on_the_cpu_the_limit_is_what_the_system_calls_available(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake: Any = FakeMlx({}, is_metal=False)
+    monkeypatch.setattr(fake, "default_device", lambda: SimpleNamespace(type=fake.cpu))
+    monkeypatch.setattr(device, "import_mlx", lambda: fake)
+    (tmp_path / "meminfo").write_text("MemTotal:  10 kB\nMemAvailable:    3 kB\n")
+    monkeypatch.setattr(device, "_MEMINFO", tmp_path / "meminfo")
+    assert (device.backend_name(), device.limit_bytes()) == ("cpu", 3 * 1024)
+
+
+@pytest.mark.parametrize("text", [None, "MemTotal:  10 kB\n"])
+def test_where_the_system_does_not_say_all_memory_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None
+) -> None:
+    if text is not None:
+        (tmp_path / "meminfo").write_text(text)
+    monkeypatch.setattr(device, "_MEMINFO", tmp_path / "meminfo")
+    assert device.available_bytes() > 1 << 28
+
+
+def test_this_machine_has_a_backend_and_memory() -> None:
+    assert device.backend_name() in ("cpu", "metal", "cuda")
+    assert device.limit_bytes() > 1 << 28
+    with device.wired(1 << 20):
+        pass
