@@ -247,7 +247,7 @@ def _show(run: Run, options: argparse.Namespace) -> None:
 
 def _settings(run: Run) -> str:
     """One line with everything that decides the text."""
-    sampling, limits = run.sampling, run.limits
+    sampling, limits, thinking = run.setup.sampling, run.setup.limits, run.setup.thinking
     parts = [
         "greedy" if sampling.is_greedy else f"temperature {sampling.temperature:g}",
         f"top-p {sampling.top_p:g}",
@@ -264,8 +264,8 @@ def _settings(run: Run) -> str:
         parts.append(f"{len(sampling.logit_bias)} logit biases")
     if sampling.order != "hf" and not sampling.is_greedy:
         parts.append(f"order {sampling.order}")
-    if run.thinking.think_tokens is not None:
-        parts.append(f"answer asked for after {run.thinking.think_tokens:,} tokens")
+    if thinking.think_tokens is not None:
+        parts.append(f"answer asked for after {thinking.think_tokens:,} tokens")
     parts.append(f"at most {limits.max_tokens:,} tokens")
     return f"{run.model_name} ({run.weights}): {', '.join(parts)}"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
-from qwq_mlx.generate.run import Progress, Run
+from qwq_mlx.generate.run import Progress, Run, Setup
 from qwq_mlx.generate.text import Pieces, decode
 from qwq_mlx.generate.trace import Trace
 from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
@@ -87,18 +87,18 @@ class Reasoner:
         limits = limits or Limits()
         context = self._context(limits)
         ids = prompt_ids(self.model.tokenizer, messages, system_prompt=system_prompt, context=context)
-        return Run(
-            self.model,
-            self.pieces,
-            self.profile,
-            ids,
+        setup = Setup(
+            model=self.model,
+            pieces=self.pieces,
+            profile=self.profile,
+            prompt_ids=tuple(ids),
             prompt_text=self.decode(ids),
             question=" ".join(message["content"] for message in conversation(messages, system_prompt=system_prompt)),
             sampling=self.resolved(sampling or Sampling()),
             limits=replace(limits, context=context, max_tokens=_room(limits, context, len(ids))),
             thinking=thinking or Thinking(),
-            progress=progress,
         )
+        return Run(setup, progress=progress)
 
     def resolved(self, sampling: Sampling) -> Sampling:
         """The sampling with every open value filled from the model's generation_config.json, and a seed."""

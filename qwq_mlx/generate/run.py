@@ -13,8 +13,8 @@ Does not: load models or make prompts (`reasoner` does), or print.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +27,7 @@ from qwq_mlx.generate.guard import foreign_ids, home_scripts
 from qwq_mlx.generate.nudge import Nudges
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.sample import Sampler
+from qwq_mlx.generate.settings import to_json
 from qwq_mlx.generate.text import Pieces
 from qwq_mlx.generate.trace import FinishReason, Injection, Step, Timings, Trace
 from qwq_mlx.generate.written import Written
@@ -41,56 +42,57 @@ Progress = Callable[[int, int], None]
 """Called in prefill with the prompt ids done and their number."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """Everything a run starts from.
+
+    prompt_text: the whole prompt as text. question: what people wrote in it; its scripts are at home in the output.
+    sampling: resolved, with a seed. limits: with max_tokens and context filled in (`reasoner` does both).
+    """
+
+    model: LoadedModel
+    pieces: Pieces
+    profile: Profile
+    prompt_ids: tuple[int, ...]
+    prompt_text: str
+    question: str
+    sampling: Sampling
+    limits: Limits
+    thinking: Thinking
+
+
 class Run:
     """Iterate over it for Steps; `trace()` then tells all. `stop()` ends it after the token under way.
 
-    prompt_text: the whole prompt as text. question: what people wrote in it; its scripts are at home in the output.
-    sampling: resolved, with a seed. limits: with max_tokens and context filled in (`reasoner` does both). Both can be
-    read from the run. After a nudge Steps go on from an earlier index: those from there on were taken back.
+    After a nudge Steps go on from an earlier index: those from there on were taken back.
     """
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        pieces: Pieces,
-        profile: Profile,
-        prompt_ids: Sequence[int],
-        *,
-        prompt_text: str,
-        question: str,
-        sampling: Sampling,
-        limits: Limits,
-        thinking: Thinking,
-        progress: Progress | None = None,
-    ) -> None:
-        self._model = model
-        self._profile = profile
-        self.thinking = thinking
-        self.sampling = sampling
-        self.limits = limits
+    def __init__(self, setup: Setup, *, progress: Progress | None = None) -> None:
+        self.setup = setup
         self._progress = progress
-        self._prompt_ids = tuple(prompt_ids)
+        model, pieces, sampling, limits = setup.model, setup.pieces, setup.sampling, setup.limits
         n_ids = model.tokenizer.n_ids
         sampler = Sampler(
             sampling,
             seed=_given(sampling.seed),
             n_ids=n_ids,
             breaker_ids=pieces.holding(sampling.dry_breakers) if sampling.dry_multiplier else (),
-            forbidden_ids=foreign_ids(pieces, home_scripts(question)) if limits.language_guard else (),
+            forbidden_ids=foreign_ids(pieces, home_scripts(setup.question)) if limits.language_guard else (),
         )
+        self._n_most = _given(limits.max_tokens)
         self._decoder = Decoder(model.module, sampler, n_ids=n_ids)
         self._source: Source = self._decoder
         if limits.banned:
             self._source = DrawnAhead(
-                self._decoder, pieces, limits.banned, stop_ids=model.stop_ids, n_most=_given(limits.max_tokens)
+                self._decoder, pieces, limits.banned, stop_ids=model.stop_ids, n_most=self._n_most
             )
-        self._loops = LoopDetector() if thinking.on_loop != "off" else None
+        self._loops = LoopDetector() if setup.thinking.on_loop != "off" else None
         self._nudges = Nudges(sampling)
         self._due_nudge: Loop | None = None
         self._events: list[dict[str, Any]] = []
-        self._written = Written(pieces, profile, prompt_text=prompt_text, stops=limits.stop)
-        self._asking = Asking(thinking)
-        self._scripts = ScriptWatcher(question)
+        self._written = Written(pieces, setup.profile, prompt_text=setup.prompt_text, stops=limits.stop)
+        self._asking = Asking(setup.thinking)
+        self._scripts = ScriptWatcher(setup.question)
         self._injections: list[Injection] = []
         self._finish: tuple[FinishReason, str] | None = None
         self._is_stopped = False
@@ -117,12 +119,12 @@ class Run:
     @property
     def model_name(self) -> str:
         """The model folder's name."""
-        return self._model.folder.resolve().name
+        return self.setup.model.folder.resolve().name
 
     @property
     def weights(self) -> str:
         """Weights and compute type in words."""
-        return f"{self._model.weights}, computed in {self._model.compute_type}"
+        return f"{self.setup.model.weights}, computed in {self.setup.model.compute_type}"
 
     @property
     def is_finished(self) -> bool:
@@ -133,7 +135,11 @@ class Run:
         mx.reset_peak_memory()
         self._started_s = time.perf_counter()
         try:
-            for n_done in self._decoder.prefill(self._prompt_ids, step=self.limits.prefill_step):
+            for n_done in (
+                ()
+                if self._decoder.ids
+                else self._decoder.prefill(self.setup.prompt_ids, step=self.setup.limits.prefill_step)
+            ):
                 self._n_prefilled = n_done
                 self._report(n_done)
                 if self._is_stopped:
@@ -160,11 +166,11 @@ class Run:
 
     def _step(self) -> Step:
         """Draw one token and take it through all stations."""
-        is_last = len(self._written.steps) + 1 >= _given(self.limits.max_tokens)
+        is_last = len(self._written.steps) + 1 >= self._n_most
         token = self._source.next(is_last=is_last)
         self._count_time()
         text = ""
-        if token.id in self._model.stop_ids:
+        if token.id in self.setup.model.stop_ids:
             self._finish = ("stop", "")
         else:
             text = self._written.release(token.id)
@@ -178,13 +184,13 @@ class Run:
         if self._is_stopped:
             return "interrupted", ""
         n_output = len(self._written.steps) + 1
-        n_used, context = len(self._prompt_ids) + n_output, _given(self.limits.context)
+        n_used, context = len(self.setup.prompt_ids) + n_output, _given(self.setup.limits.context)
         if n_used >= context:
             return "context_full", f"{n_used:,} of {context:,} positions"
         if is_last:
             return "length", f"{n_output:,} tokens"
-        if self._injections and n_output - self._injections[-1].end >= self.thinking.answer_tokens:
-            return "length", f"the answer was cut at {self.thinking.answer_tokens:,} tokens"
+        if self._injections and n_output - self._injections[-1].end >= self.setup.thinking.answer_tokens:
+            return "length", f"the answer was cut at {self.setup.thinking.answer_tokens:,} tokens"
         return None
 
     def _added(self, token: Token, text: str) -> Step:
@@ -206,7 +212,7 @@ class Run:
         loop = self._loops.feed(token_id, text) if self._loops is not None and not self._injections else None
         if loop is None or self._finish is not None:
             return
-        action = self.thinking.on_loop
+        action = self.setup.thinking.on_loop
         if action == "nudge" and self._nudges.is_spent:
             action = "answer"
         if action == "answer" and self._written.segment == "answer":
@@ -229,20 +235,25 @@ class Run:
             self._source.resume()
         self._written.rewind(loop.start)
         self._asking.rewind(loop.start)
-        self._loops = LoopDetector()
+        self._loops, self._scripts = LoopDetector(), ScriptWatcher(self.setup.question)
         for step in self._written.steps:
             self._loops.feed(step.id, step.text)
+            self._scripts.feed(step.text)
+        self._events = [each for each in self._events if each["event"] == "loop" or each["end"] <= loop.start]
 
     def _inject(self, reason: FinishReason) -> Iterator[Step]:
         """Put the answer cue into the output, if there is room for it and for some answer."""
         start = len(self._written.steps)
-        ids = cue_ids(self._model.tokenizer, self._profile, after=self._written.text[-2:] if start else "\n\n")
-        if start + len(ids) >= _given(self.limits.max_tokens):
+        ids = cue_ids(
+            self.setup.model.tokenizer, self.setup.profile, after=self._written.text[-2:] if start else "\n\n"
+        )
+        if start + len(ids) >= self._n_most:
             return
         steps = []
         for token_id in ids:
             text = self._written.release(token_id)
             steps.append(self._written.add(token_id, text, logprob=None, entropy=None, is_injected=True))
+            self._watch_scripts(text)
             if self._written.stop_text is not None:
                 self._finish = ("stop", f"the text {self._written.stop_text!r} came")
                 break
@@ -259,13 +270,13 @@ class Run:
         self._latest_s = time.perf_counter()
         if self._n_drawn == 0:
             self._first_s = self._latest_s
-            self._n_prefilled = len(self._prompt_ids)
+            self._n_prefilled = len(self.setup.prompt_ids)
             self._report(self._n_prefilled)
         self._n_drawn += 1
 
     def _report(self, n_done: int) -> None:
         if self._progress is not None:
-            self._progress(n_done, len(self._prompt_ids))
+            self._progress(n_done, len(self.setup.prompt_ids))
 
     def trace(self) -> Trace:
         """Everything so far, frozen. Before the end its finish_reason is "interrupted"."""
@@ -279,7 +290,7 @@ class Run:
             )
         text, steps = self._written.text, self._written.steps
         return Trace(
-            prompt_ids=self._prompt_ids,
+            prompt_ids=self.setup.prompt_ids,
             ids=tuple(step.id for step in steps),
             text=text,
             thinking=text[slice(*split.thinking_chars)],
@@ -303,25 +314,13 @@ class Run:
             ),
             peak_bytes=self._peak_bytes or mx.get_peak_memory(),
             events=tuple(self._events),
-            settings={
-                "sampling": _plain(self.sampling),
-                "limits": _plain(self.limits),
-                "thinking": _plain(self.thinking),
-            },
+            settings=to_json(self.setup.sampling, self.setup.limits, self.setup.thinking),
             model={
                 "name": self.model_name,
-                "weights": self._model.weights,
-                "compute_type": self._model.compute_type,
+                "weights": self.setup.model.weights,
+                "compute_type": self.setup.model.compute_type,
             },
         )
-
-
-def _plain(options: Sampling | Limits | Thinking) -> dict[str, Any]:
-    """Options as JSON values, which know no tuples, no integer keys and no infinity."""
-    values = asdict(options)
-    if isinstance(options, Sampling):
-        values["logit_bias"] = {str(token_id): str(value) for token_id, value in options.logit_bias.items()}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _plain_switch(switch: Switch) -> dict[str, Any]:
