@@ -47,6 +47,16 @@ class Asking:
         if self._reason is None:
             self._reason, self._asked_at = reason, self._n_tokens
 
+    @property
+    def pending(self) -> tuple[FinishReason, int] | None:
+        """What was asked for and not yet done: why, and after how many tokens it was asked."""
+        return None if self._is_over or self._reason is None else (self._reason, self._asked_at)
+
+    def restore(self, *, is_over: bool, pending: tuple[FinishReason, int] | None) -> None:
+        """Take over what a saved run had asked for; the tokens so far were fed to `due` already."""
+        self._is_over = is_over
+        self._reason, self._asked_at = pending or (None, 0)
+
     def rewind(self, n_tokens: int) -> None:
         """The output went back to its first n_tokens."""
         self._n_tokens, self._tail = n_tokens, ""

@@ -45,6 +45,21 @@ class Nudges:
         self._after = current.other(self._sampling, salt=self._n_nudges)
         return current.other(replace(self._sampling, temperature=temperature), salt=self._n_nudges)
 
+    @property
+    def state(self) -> tuple[int, int]:
+        """Nudges so far, and tokens left of the stretch under way."""
+        return self._n_nudges, self._n_left
+
+    def restored(self, state: tuple[int, int], base: Sampler) -> Sampler:
+        """Take over a saved state; returns the sampler that was drawing. base: the run's first one."""
+        n_nudges, n_left = state
+        if not n_nudges:
+            return base
+        self._n_nudges = n_nudges - 1
+        hot = self.sampler(base)
+        self._n_left = n_left
+        return hot if n_left or self._after is None else self._after
+
     def count(self, decoder: Decoder) -> None:
         """One token more; at the end of a stretch the decoder goes on with the run's own temperature."""
         if self._n_left:

@@ -12,10 +12,12 @@ import secrets
 from dataclasses import replace
 from pathlib import Path
 
-from qwq_mlx.errors import OptionError
+from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
+from qwq_mlx.generate.checkpoint import model_digest, read_checkpoint
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.run import Progress, Run, Setup
+from qwq_mlx.generate.settings import from_json
 from qwq_mlx.generate.text import Pieces, decode
 from qwq_mlx.generate.trace import Trace
 from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
@@ -99,6 +101,54 @@ class Reasoner:
             thinking=thinking or Thinking(),
         )
         return Run(setup, progress=progress)
+
+    def resume(self, path: str | Path, *, max_tokens: int | None = None) -> Run:
+        """Go on with a run that `Run.save` wrote, as if it had never stopped; its settings are the file's.
+
+        max_tokens: of the whole output, to go on after "length". Raises SourceError for a file that is damaged, of
+        another model or compute type, or of a run that has ended; OptionError for max_tokens below what there is.
+        """
+        state, arrays = read_checkpoint(Path(path))
+        if state["model_sha256"] != model_digest(self.model.folder):
+            raise SourceError(
+                f"{path}: was saved with another model than {self.model.folder} (their digests differ). "
+                "Give the folder that the run was started with."
+            )
+        if state["compute_type"] != self.model.compute_type:
+            raise SourceError(
+                f"{path}: was computed in {state['compute_type']}, this model computes in {self.model.compute_type}. "
+                f"Load it with compute_type={state['compute_type']!r}."
+            )
+        if state["finish_reason"] not in (None, "interrupted", "length"):
+            raise SourceError(f"{path}: the run has ended ({state['finish_reason']}), so there is nothing to resume.")
+        sampling, limits, thinking = from_json(state["settings"], where=str(path))
+        ids, n_output = state["prompt_ids"], len(state["steps"])
+        context = limits.context or self.model.config.max_position_embeddings
+        if max_tokens is not None:
+            limits = replace(limits, max_tokens=_room(replace(limits, max_tokens=max_tokens), context, len(ids)))
+        if limits.max_tokens is not None and limits.max_tokens <= n_output:
+            raise OptionError(
+                f"max_tokens is {limits.max_tokens:,}, but the run has {n_output:,} already. Give more to go on."
+            )
+        run = Run(
+            Setup(
+                model=self.model,
+                pieces=self.pieces,
+                profile=self.profile,
+                prompt_ids=tuple(ids),
+                prompt_text=self.decode(ids),
+                question=state["question"],
+                sampling=sampling,
+                limits=limits,
+                thinking=thinking,
+            )
+        )
+        layers = [
+            (arrays[f"layers.{index}.keys"], arrays[f"layers.{index}.values"], capacity)
+            for index, capacity in enumerate(state["capacities"])
+        ]
+        run.restore(state, layers)
+        return run
 
     def resolved(self, sampling: Sampling) -> Sampling:
         """The sampling with every open value filled from the model's generation_config.json, and a seed."""

@@ -12,24 +12,26 @@ Does not: load models or make prompts (`reasoner` does), or print.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from qwq_mlx.errors import GenerationError
+from qwq_mlx.errors import GenerationError, OptionError
 from qwq_mlx.generate.banned import DrawnAhead, Source
+from qwq_mlx.generate.checkpoint import model_digest, write_checkpoint
+from qwq_mlx.generate.clock import Clock
 from qwq_mlx.generate.cue import Asking, cue_ids
-from qwq_mlx.generate.decode import Decoder, Token
+from qwq_mlx.generate.decode import Decoder, Token, filled_cache
 from qwq_mlx.generate.guard import foreign_ids, home_scripts
 from qwq_mlx.generate.nudge import Nudges
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.sample import Sampler
 from qwq_mlx.generate.settings import to_json
 from qwq_mlx.generate.text import Pieces
-from qwq_mlx.generate.trace import FinishReason, Injection, Step, Timings, Trace
+from qwq_mlx.generate.trace import FinishReason, Injection, Step, Trace
 from qwq_mlx.generate.written import Written
 from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.reasoning.language import ScriptWatcher, Switch
@@ -96,9 +98,7 @@ class Run:
         self._injections: list[Injection] = []
         self._finish: tuple[FinishReason, str] | None = None
         self._is_stopped = False
-        self._n_prefilled = 0
-        self._n_drawn = 0
-        self._started_s = self._first_s = self._latest_s = 0.0
+        self._clock = Clock()
         self._peak_bytes = 0
         self._iterator = self._steps()
 
@@ -131,27 +131,101 @@ class Run:
         """Whether the last Step has been handed out."""
         return self._finish is not None
 
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint from which `Reasoner.resume` goes on bit for bit, after any Step or at the end.
+
+        Raises GenerationError where the disk does not take it; the run can go on all the same.
+        """
+        self._settle_nudge()
+        steps = self._written.steps
+        n_known = len(self.setup.prompt_ids) + len(steps)
+        layers = self._decoder.cached(n_known - 1) if self._decoder.ids and steps else []
+        state = {
+            "model_sha256": model_digest(self.setup.model.folder),
+            "compute_type": self.setup.model.compute_type,
+            "settings": to_json(self.setup.sampling, self.setup.limits, self.setup.thinking),
+            "prompt_ids": list(self.setup.prompt_ids),
+            "question": self.setup.question,
+            "steps": [[step.id, step.logprob, step.entropy, step.is_injected] for step in steps],
+            "injections": [asdict(each) for each in self._injections],
+            "events": self._events,
+            "asking": self._asking.pending,
+            "nudges": self._nudges.state,
+            "capacities": [capacity for _, _, capacity in layers],
+            "finish_reason": self._finish[0] if self._finish is not None else None,
+        }
+        arrays = {}
+        for index, (keys, values, _) in enumerate(layers):
+            arrays[f"layers.{index}.keys"], arrays[f"layers.{index}.values"] = keys, values
+        write_checkpoint(Path(path), state, arrays)
+
+    def restore(self, state: Mapping[str, Any], layers: Sequence[tuple[Any, Any, int]]) -> None:
+        """Take over a saved run of the same setup before the first Step. layers: its cache (`Decoder.cached`)."""
+        self._decoder.sampler = self._nudges.restored(tuple(state["nudges"]), self._decoder.sampler)
+        for token_id, logprob, entropy, is_injected in state["steps"]:
+            text = self._written.release(token_id)
+            self._written.add(token_id, text, logprob=logprob, entropy=entropy, is_injected=is_injected)
+            self._scripts.feed(text)
+            if not is_injected:
+                self._asking.due(text, self._written.segment)
+                if self._loops is not None and not self._injections:
+                    self._loops.feed(token_id, text)
+        self._injections = [Injection(**each) for each in state["injections"]]
+        self._events = list(state["events"])
+        pending = state["asking"]
+        self._asking.restore(is_over=bool(self._injections), pending=tuple(pending) if pending else None)
+        if layers:
+            cache = filled_cache(self.setup.model.module, layers)
+            output_ids = [step.id for step in self._written.steps]
+            self._decoder.restore(self.setup.prompt_ids, output_ids, cache)
+            if isinstance(self._source, DrawnAhead):
+                self._source.resume()
+
+    def fork(self, *, at: int, seed: int) -> Run:
+        """Another run with the first `at` output tokens of this one and draws of its own from there; no prefill.
+
+        This run is not touched. Raises OptionError for a token that is not there yet.
+        """
+        steps = self._written.steps
+        if not 1 <= at <= len(steps):
+            raise OptionError(f"at is {at}, expected from 1 to {len(steps)}, the output tokens there are.")
+        other = Run(replace(self.setup, sampling=replace(self.setup.sampling, seed=seed)))
+        state = {
+            "nudges": (0, 0),
+            "steps": [(step.id, step.logprob, step.entropy, step.is_injected) for step in steps[:at]],
+            "injections": [asdict(each) for each in self._injections if each.end <= at],
+            "events": [each for each in self._events if each["end"] <= at],
+            "asking": None,
+        }
+        other.restore(state, self._decoder.cached(len(self.setup.prompt_ids) + at - 1))
+        return other
+
+    def _settle_nudge(self) -> None:
+        if self._due_nudge is not None and self._finish is None:
+            self._nudge(self._due_nudge)
+
     def _steps(self) -> Iterator[Step]:
         mx.reset_peak_memory()
-        self._started_s = time.perf_counter()
+        self._clock.start()
         try:
             for n_done in (
                 ()
                 if self._decoder.ids
                 else self._decoder.prefill(self.setup.prompt_ids, step=self.setup.limits.prefill_step)
             ):
-                self._n_prefilled = n_done
                 self._report(n_done)
                 if self._is_stopped:
                     self._finish = ("interrupted", "")
                     return
-            if self._asking.is_due_at_once:
+            if self._asking.is_due_at_once and not self._written.steps:
                 yield from self._inject("budget")
             while self._finish is None:
                 step = self._step()
                 yield step
-                if self._due_nudge is not None and self._finish is None:
-                    self._nudge(self._due_nudge)
+                if step.index >= len(self._written.steps):
+                    continue  # save() has gone back already
+                if self._due_nudge is not None:
+                    self._settle_nudge()
                     continue
                 self._nudges.count(self._decoder)
                 reason = self._asking.due(step.text, self._written.segment)
@@ -168,7 +242,8 @@ class Run:
         """Draw one token and take it through all stations."""
         is_last = len(self._written.steps) + 1 >= self._n_most
         token = self._source.next(is_last=is_last)
-        self._count_time()
+        if self._clock.drawn() and not self._written.steps:
+            self._report(len(self.setup.prompt_ids))
         text = ""
         if token.id in self.setup.model.stop_ids:
             self._finish = ("stop", "")
@@ -266,15 +341,8 @@ class Run:
         self._injections.append(Injection(start=start, end=start + len(steps), text=text, reason=reason))
         yield from steps
 
-    def _count_time(self) -> None:
-        self._latest_s = time.perf_counter()
-        if self._n_drawn == 0:
-            self._first_s = self._latest_s
-            self._n_prefilled = len(self.setup.prompt_ids)
-            self._report(self._n_prefilled)
-        self._n_drawn += 1
-
     def _report(self, n_done: int) -> None:
+        self._clock.n_prefilled = n_done
         if self._progress is not None:
             self._progress(n_done, len(self.setup.prompt_ids))
 
@@ -306,12 +374,7 @@ class Run:
             logprobs=tuple(step.logprob for step in steps),
             entropies=tuple(step.entropy for step in steps),
             injections=tuple(self._injections),
-            timings=Timings(
-                n_prefilled=self._n_prefilled,
-                prefill_s=max(0.0, self._first_s - self._started_s),
-                n_intervals=max(0, self._n_drawn - 1),
-                decode_s=self._latest_s - self._first_s,
-            ),
+            timings=self._clock.timings(),
             peak_bytes=self._peak_bytes or mx.get_peak_memory(),
             events=tuple(self._events),
             settings=to_json(self.setup.sampling, self.setup.limits, self.setup.thinking),

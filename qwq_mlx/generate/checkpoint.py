@@ -1,0 +1,123 @@
+"""A run on disk: everything that the next token depends on, in one safetensors file that proves itself.
+
+The header's metadata holds the state as JSON (ids, settings, place in the stream of random numbers, what was noticed),
+the tensors are the KV cache, and a sha256 covers both. The file gets its name by a rename once its bytes are on the
+disk, so a kill or a full disk leaves the old file, or none. Whether weights and tokenizer are the same is decided by a
+digest of the model folder.
+
+Does not: know what a run is (`run` does), or compress the cache: it is 256 KiB a token for QwQ-32B.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from qwq_mlx.errors import GenerationError, SourceError
+from qwq_mlx.files.atomic import fsync_file, fsync_folder
+from qwq_mlx.files.header import TensorEntry, encode_header, read_header
+from qwq_mlx.files.manifest import MANIFEST_NAME
+
+__all__ = ["SCHEMA_VERSION", "model_digest", "read_checkpoint", "write_checkpoint"]
+
+SCHEMA_VERSION = 1
+_FORMAT = "qwq_mlx run"
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_CHUNK_BYTES = 8 << 20
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> None:
+    """Write state and arrays; the file appears whole or not at all.
+
+    Raises GenerationError where the disk does not take it; the run itself is not touched by that.
+    """
+    text = json.dumps(state, ensure_ascii=True, separators=(",", ":"))
+    total = hashlib.sha256(text.encode())
+    entries, start = [], 0
+    for name, array in arrays.items():
+        data = _bytes_of(array)
+        total.update(data)
+        dtype = _DTYPES[str(array.dtype).removeprefix("mlx.core.")]
+        entries.append(
+            TensorEntry(name=name, dtype=dtype, shape=tuple(array.shape), start=start, end=start + len(data))
+        )
+        start += len(data)
+    total.update(_layout(entries))
+    metadata = {"format": _FORMAT, "schema": str(SCHEMA_VERSION), "state": text, "sha256": total.hexdigest()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(encode_header(entries, metadata))
+            for array in arrays.values():
+                file.write(_bytes_of(array))
+            file.flush()
+            fsync_file(file.fileno())
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise GenerationError(
+            f"{path}: the run cannot be saved ({error.strerror}); {start:,} bytes are needed. "
+            "Make room, or give another place."
+        ) from error
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """State and arrays of a file that `write_checkpoint` wrote, every byte checked.
+
+    Raises SourceError: no such file, another format or schema, or a digest that does not fit.
+    """
+    header = read_header(path)
+    found = (header.metadata.get("format"), header.metadata.get("schema"))
+    if found[0] != _FORMAT:
+        raise SourceError(f"{path}: is no saved run of qwq_mlx. Give the file that --save wrote.")
+    if found[1] != str(SCHEMA_VERSION):
+        raise SourceError(
+            f"{path}: is a saved run of schema {found[1]}, expected {SCHEMA_VERSION}. "
+            "Resume it with the version of qwq_mlx that wrote it."
+        )
+    text = header.metadata.get("state", "")
+    total = hashlib.sha256(text.encode())
+    with path.open("rb") as file:
+        file.seek(header.data_start)
+        for chunk in _chunks(file):
+            total.update(chunk)
+    total.update(_layout(sorted(header.tensors.values(), key=lambda entry: entry.start)))
+    if total.hexdigest() != header.metadata.get("sha256"):
+        raise SourceError(f"{path}: the sha256 does not fit, so the file is damaged or edited. It cannot be resumed.")
+    arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors") if header.tensors else {}  # type: ignore[assignment]
+    return json.loads(text), arrays
+
+
+def model_digest(folder: Path) -> str:
+    """sha256 of what makes the model: its manifest where there is one (it holds all digests), else all files' bytes."""
+    manifest = folder / MANIFEST_NAME
+    files = [manifest] if manifest.is_file() else sorted(path for path in folder.iterdir() if path.is_file())
+    total = hashlib.sha256()
+    for path in files:
+        total.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            for chunk in _chunks(file):
+                total.update(chunk)
+    return total.hexdigest()
+
+
+def _layout(entries: Sequence[TensorEntry]) -> bytes:
+    """Names, types and shapes in the order of the data; the header that says them is not part of the data."""
+    return repr([(entry.name, entry.dtype, tuple(entry.shape)) for entry in entries]).encode()
+
+
+def _chunks(file: Any) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk
+
+
+def _bytes_of(array: mx.array) -> bytes:
+    raw: Any = mx.contiguous(array).view(mx.uint8)  # an mx.array is a buffer, which its type does not say
+    return bytes(memoryview(raw))

@@ -1,0 +1,201 @@
+"""A saved run goes on bit for bit; a file that is not whole, or of another model, is refused by name."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from checkpoints import write_tiny_checkpoint
+
+from qwq_mlx.errors import GenerationError, OptionError, SourceError
+from qwq_mlx.generate import checkpoint
+from qwq_mlx.generate.checkpoint import model_digest, read_checkpoint, write_checkpoint
+from qwq_mlx.generate.options import Limits, Sampling, Thinking
+from qwq_mlx.generate.reasoner import Reasoner, load
+from qwq_mlx.generate.run import Run
+
+pytestmark = pytest.mark.tiny
+
+
+@pytest.fixture(scope="module")
+def reasoner(tiny_checkpoint: Path) -> Reasoner:
+    return load(tiny_checkpoint)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "greedy": {"sampling": Sampling(temperature=0.0, seed=1)},
+    "sampled": {"sampling": Sampling(temperature=1.0, seed=4)},
+    "penalties": {
+        "sampling": Sampling(temperature=1.0, seed=4, repetition_penalty=1.2, presence_penalty=0.3, dry_multiplier=0.8)
+    },
+    "budget": {"sampling": Sampling(temperature=1.0, seed=4), "thinking": Thinking(think_tokens=12, answer_tokens=500)},
+    "banned": {"sampling": Sampling(temperature=1.0, seed=4), "limits": Limits(max_tokens=90, banned=("e", "99"))},
+}
+
+
+def started(reasoner: Reasoner, case: str, n: int = 90) -> Run:
+    options = {"limits": Limits(max_tokens=n), "thinking": Thinking(on_loop="off")} | CASES[case]
+    return reasoner.stream("x 数", **options)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("cut", [1, 2, 11, 40, 75, 89])
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(
+    case: str, cut: int, reasoner: Reasoner, tmp_path: Path
+) -> None:
+    whole = started(reasoner, case)
+    steps = list(whole)
+    cut = min(cut, len(steps) - 1)
+    run = started(reasoner, case)
+    first = [next(run) for _ in range(cut)]
+    run.save(tmp_path / "run")
+    resumed = reasoner.resume(tmp_path / "run")
+    assert first + list(resumed) == steps, "ids, texts, logprobs and entropies, to the last bit"
+    expected, found = whole.trace(), resumed.trace()
+    for name in ("text", "finish_reason", "detail", "injections", "settings", "answer", "thinking_span"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert first + list(run) == steps, "saving changes nothing"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_cut_at_its_length_can_be_given_more(reasoner: Reasoner, tmp_path: Path) -> None:
+    longer = [step.id for step in started(reasoner, "sampled", 60)]
+    run = started(reasoner, "sampled", 20)
+    list(run)
+    assert run.trace().finish_reason == "length"
+    run.save(tmp_path / "run")
+    with pytest.raises(OptionError, match=r"max_tokens is 20, but the run has 20 already\. Give more"):
+        reasoner.resume(tmp_path / "run")
+    resumed = reasoner.resume(tmp_path / "run", max_tokens=60)
+    list(resumed)
+    assert list(resumed.trace().ids) == longer
+
+
+def test_a_run_saved_in_its_prompt_starts_again(reasoner: Reasoner, tmp_path: Path) -> None:
+    run = started(reasoner, "sampled")
+    run.save(tmp_path / "run")
+    assert list(reasoner.resume(tmp_path / "run")) == list(started(reasoner, "sampled"))
+
+
+def test_a_nudged_run_is_resumed_with_its_heat(reasoner: Reasoner, tmp_path: Path) -> None:
+    letter = next(i for i in range(reasoner.pieces.n_ids) if reasoner.pieces[i] == b"a")
+    bias = dict.fromkeys(reasoner.model.stop_ids, float("-inf")) | {letter: 12.0}
+
+    def start() -> Run:
+        return reasoner.stream(
+            "x",
+            sampling=Sampling(temperature=0.0, seed=1, logit_bias=bias),
+            limits=Limits(max_tokens=300),
+            thinking=Thinking(on_loop="nudge"),
+        )
+
+    whole = start()
+    steps = list(whole)
+    n_back = next(n for n in range(1, len(steps)) if steps[n].index <= steps[n - 1].index)
+    for cut in (n_back, n_back + 5, len(steps) - 20):
+        run = start()
+        first = [next(run) for _ in range(cut)]
+        run.save(tmp_path / "run")
+        assert first + list(reasoner.resume(tmp_path / "run")) == steps
+        assert first + list(run) == steps
+
+
+def test_a_fork_shares_the_beginning_and_draws_on_by_itself(reasoner: Reasoner) -> None:
+    run = started(reasoner, "sampled")
+    steps = list(run)
+    same, other = run.fork(at=30, seed=4), run.fork(at=30, seed=5)
+    assert steps[:30] + list(same) == steps
+    list(other)
+    assert other.trace().ids[:30] == run.trace().ids[:30] and other.trace().ids != run.trace().ids
+    assert run.trace().ids == tuple(step.id for step in steps), "the forked run is not touched"
+    for at in (0, 91):
+        with pytest.raises(OptionError, match=f"at is {at}, expected from 1 to {len(steps)}"):
+            run.fork(at=at, seed=1)
+
+
+def test_other_models_and_ended_runs_are_refused(reasoner: Reasoner, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    run = started(reasoner, "sampled")
+    next(run)
+    run.save(tmp_path / "run")
+    other = load(write_tiny_checkpoint(tmp_path / "other", seed=1))
+    with pytest.raises(SourceError, match=r"was saved with another model than .*other"):
+        other.resume(tmp_path / "run")
+    half = load(tiny_checkpoint, compute_type="bfloat16")
+    with pytest.raises(SourceError, match="was computed in float32, this model computes in bfloat16"):
+        half.resume(tmp_path / "run")
+    stop_id = min(reasoner.model.stop_ids)
+    ended = reasoner.stream("x", sampling=Sampling(temperature=0.0, logit_bias={stop_id: 1e9}))
+    list(ended)
+    ended.save(tmp_path / "ended")
+    with pytest.raises(SourceError, match=r"ended: the run has ended \(stop\)"):
+        reasoner.resume(tmp_path / "ended")
+
+
+def test_every_flipped_byte_and_every_cut_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    write_checkpoint(path, {"a": 1, "text": "数"}, {"x": mx.arange(6, dtype=mx.float32).reshape(2, 3)})
+    good = path.read_bytes()
+    state, arrays = read_checkpoint(path)
+    assert state == {"a": 1, "text": "数"} and arrays["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    for place in range(len(good)):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises(SourceError, match=str(path)):
+            read_checkpoint(path)
+    for length in range(0, len(good), 7):
+        path.write_bytes(good[:length])
+        with pytest.raises(SourceError, match=str(path)):
+            read_checkpoint(path)
+    with pytest.raises(SourceError, match="none"):
+        read_checkpoint(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("_FORMAT", "other", "is no saved run of qwq_mlx"),
+        ("SCHEMA_VERSION", 9, "is a saved run of schema 9, expected 1"),
+    ],
+)
+def test_other_files_and_schemas_are_refused_by_name(
+    name: str, value: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, name, value)
+        write_checkpoint(tmp_path / "run", {}, {})
+    with pytest.raises(SourceError, match=message):
+        read_checkpoint(tmp_path / "run")
+
+
+def test_a_full_disk_leaves_the_old_file_and_the_run_goes_on(
+    reasoner: Reasoner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started(reasoner, "sampled")
+    first = [next(run) for _ in range(5)]
+    run.save(tmp_path / "run")
+    before = (tmp_path / "run").read_bytes()
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "fsync_file", full)
+    first.append(next(run))
+    with pytest.raises(GenerationError, match=r"the run cannot be saved \(No space left on device\); [\d,]+ bytes"):
+        run.save(tmp_path / "run")
+    assert (tmp_path / "run").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert first + list(run) == list(started(reasoner, "sampled"))
+
+
+def test_the_digest_of_a_model_sees_every_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    one = write_tiny_checkpoint(tmp_path / "one")
+    assert model_digest(one) == model_digest(tiny_checkpoint)
+    config = one / "generation_config.json"
+    config.write_text(config.read_text() + " ")
+    assert model_digest(one) != model_digest(tiny_checkpoint)
+    (one / "manifest.json").write_text("{}")
+    with_manifest = model_digest(one)
+    config.write_text("{}")
+    assert model_digest(one) == with_manifest, "a manifest stands for the files it proves at every load"
