@@ -1,0 +1,124 @@
+"""`python -m qwq_mlx.fit`: whether a model fits a machine's memory, with the arithmetic, from headers alone.
+
+Works on any system, without MLX when --ram is given. The result goes to stdout; exit code 0 means that the question was
+answered, whatever the answer is.
+
+Does not: read weights or change a limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from qwq_mlx.errors import OptionError, QwqError
+
+_GIB = 1 << 30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        print(_report(options))
+    except OptionError as error:
+        return _complain(str(error), 2)
+    except QwqError as error:
+        return _complain(str(error), 1)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from qwq_mlx.model.memory import RESERVE_BYTES, Workload
+
+    parser = argparse.ArgumentParser(
+        prog="python -m qwq_mlx.fit",
+        description="Plan the memory of a run from headers alone: what it needs, what fits, what would make it fit.",
+        epilog="Exit codes: 0 answered, 1 failed, 2 wrong usage. The limits of Macs are not measured on Metal.",
+        allow_abbrev=False,
+    )
+    add, own = parser.add_argument, Workload()
+    add("--model", metavar="FOLDER", help="a conversion or checkpoint (default: QwQ-32B-Preview at 4 bits, group 64)")
+    add("--ram", type=float, metavar="GIB", help="memory of the Mac to plan for, in GiB (default: this machine)")
+    add("--context", type=int, metavar="N", help="positions, prompt and output together (default: the model's own)")
+    add("--kv-bits", type=int, metavar="B", help="quantize the KV cache to 8 or 4 bits (default: not)")
+    add("--samples", type=int, metavar="K", default=own.n_sequences, help="sequences at once (default: %(default)s)")
+    add(
+        "--prefill-step",
+        type=int,
+        metavar="N",
+        default=own.prefill_step,
+        help="prompt ids per pass (default: %(default)s)",
+    )
+    add(
+        "--reserve",
+        type=float,
+        metavar="GB",
+        default=RESERVE_BYTES / 1e9,
+        help="kept free below the limit, in GB (default: %(default)s)",
+    )
+    add("--json", action="store_true", help="one JSON line in place of the text")
+    return parser
+
+
+def _report(options: argparse.Namespace) -> str:
+    from qwq_mlx.facts import QWQ_32B_PREVIEW
+    from qwq_mlx.fit.advice import cheapest_change, table_of_macs
+    from qwq_mlx.model.folder import open_model_folder
+    from qwq_mlx.model.memory import Backend, Workload, metal_limit_bytes, plan_memory, shape_of_facts
+
+    for name, value in (("ram", options.ram), ("reserve", options.reserve)):
+        if value is not None and not 0 <= value < 1e6:
+            raise OptionError(f"{name} is {value!r}, expected a number from 0 to 1,000,000.")
+    workload = Workload(
+        context=options.context,
+        kv_bits=options.kv_bits,
+        n_sequences=options.samples,
+        prefill_step=options.prefill_step,
+    )
+    reserve_bytes = int(options.reserve * 1e9)
+    backend: Backend = "metal"
+    if options.ram is not None:
+        limit_bytes = metal_limit_bytes(int(options.ram * _GIB))
+    else:
+        from qwq_mlx.model.device import backend_name
+        from qwq_mlx.model.device import limit_bytes as limit_of_device
+
+        backend, limit_bytes = backend_name(), limit_of_device()
+    model = shape_of_facts(QWQ_32B_PREVIEW) if options.model is None else open_model_folder(options.model)
+    name = f"{QWQ_32B_PREVIEW.name}, 4-bit weights, group 64" if options.model is None else options.model
+    plan = plan_memory(model, workload, limit_bytes=limit_bytes, reserve_bytes=reserve_bytes, backend=backend)
+    change = cheapest_change(model, plan)
+    if options.json:
+        return json.dumps(_as_json(plan) | {"model": name, "change": change and change.text})
+    lines = [name, plan.arithmetic(), f"largest context that fits: {plan.largest_context:,}"]
+    if not plan.fits:
+        lines.append(
+            f"the least that would fit: {change.text if change else 'nothing; take fewer bits or more memory'}"
+        )
+    lines += ["", "Mac      limit       needs    largest context   what would make it fit"]
+    for gib, each in table_of_macs(model, workload, reserve_bytes=reserve_bytes):
+        helps = cheapest_change(model, each)
+        note = "fits" if each.fits else helps.text if helps else "nothing"
+        limit = (each.limit_bytes or 0) / 1e9
+        lines.append(
+            f"{gib:>3} GiB{limit:>7.1f} GB{each.peak_bytes / 1e9:>9.1f} GB{each.largest_context:>14,}   {note}"
+        )
+    return "\n".join(lines)
+
+
+def _as_json(plan: Any) -> dict[str, Any]:
+    return {**asdict(plan), "peak_bytes": plan.peak_bytes, "fits": plan.fits, "binds": plan.binds}
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The fit command: the arithmetic, the cheapest change, and a table of Macs, all from headers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwq_mlx.facts import QWQ_32B_PREVIEW
+from qwq_mlx.fit import __main__ as command
+from qwq_mlx.fit.advice import MACS_GIB, cheapest_change, table_of_macs
+from qwq_mlx.model.memory import RESERVE_BYTES, Workload, metal_limit_bytes, plan_memory, shape_of_facts
+
+QWQ = shape_of_facts(QWQ_32B_PREVIEW)
+GIB = 1 << 30
+
+
+def test_what_fits_needs_no_change() -> None:
+    assert cheapest_change(QWQ, plan_memory(QWQ, limit_bytes=64 * GIB)) is None
+
+
+def test_weights_above_the_limit_have_no_change_that_helps() -> None:
+    plan = plan_memory(QWQ, limit_bytes=metal_limit_bytes(24 * GIB))
+    assert plan.largest_context == 0
+    assert cheapest_change(QWQ, plan) is None
+
+
+@pytest.mark.parametrize("missing_bytes", [1, 400_000_000, 4_000_000_000, 6_000_000_000, 8_500_000_000])
+def test_a_change_fits_and_every_cheaper_one_does_not(missing_bytes: int) -> None:
+    plan = plan_memory(QWQ)
+    plan = plan_memory(QWQ, limit_bytes=plan.peak_bytes + RESERVE_BYTES - missing_bytes)
+    change = cheapest_change(QWQ, plan)
+    assert change is not None
+    assert change.plan.fits
+    cheaper = [Workload(prefill_step=256), Workload(prefill_step=256, kv_bits=8), Workload(prefill_step=256, kv_bits=4)]
+    place = cheaper.index(change.plan.workload) if change.plan.workload in cheaper else len(cheaper)
+    assert not any(plan_memory(QWQ, each, limit_bytes=plan.limit_bytes).fits for each in cheaper[:place])
+
+
+def test_the_changes_are_named() -> None:
+    peak = plan_memory(QWQ).peak_bytes + RESERVE_BYTES
+
+    def text(missing_bytes: int, **asked: int) -> str:
+        change = cheapest_change(QWQ, plan_memory(QWQ, Workload(**asked), limit_bytes=peak - missing_bytes))
+        return change.text if change else ""
+
+    assert text(1) == "prefill passes of 256 ids"
+    assert text(2_000_000_000) == "8-bit cache, prefill passes of 256 ids"
+    assert text(8_900_000_000).startswith("a context of ")
+    assert text(8_900_000_000, prefill_step=64, kv_bits=4).startswith("a context of ")
+
+
+def test_the_table_has_every_mac_and_grows() -> None:
+    table = table_of_macs(QWQ, Workload(), reserve_bytes=RESERVE_BYTES)
+    assert [gib for gib, _ in table] == list(MACS_GIB)
+    contexts = [plan.largest_context for _, plan in table]
+    assert contexts == sorted(contexts)
+    assert contexts[0] == 0
+    assert contexts[-1] == 32_768
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = command.main(arguments)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_text_shows_the_arithmetic_and_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "--ram", "32")
+    assert (code, err) == (0, "")
+    for text in (
+        "QwQ-32B-Preview, 4-bit weights, group 64",
+        "does not fit, metal",
+        "largest context that fits: 12,800",
+        "the least that would fit: 4-bit cache",
+        "512 GiB",
+    ):
+        assert text in out
+    assert "the least that would fit: nothing; take fewer bits or more memory" in run(capsys, "--ram", "16")[1]
+
+
+def test_every_flag_reaches_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--ram",
+        "32",
+        "--context",
+        "4096",
+        "--kv-bits",
+        "8",
+        "--samples",
+        "3",
+        "--prefill-step",
+        "128",
+        "--reserve",
+        "2",
+        "--json",
+    ]
+    code, out, _ = run(capsys, *flags)
+    found = json.loads(out)
+    assert code == 0
+    assert found["workload"] == {"context": 4096, "kv_bits": 8, "n_sequences": 3, "prefill_step": 128}
+    assert found["reserve_bytes"] == 2_000_000_000
+    assert found["limit_bytes"] == metal_limit_bytes(32 * GIB)
+    assert (found["context"], found["backend"]) == (4096, "metal")
+
+
+def test_a_folder_is_planned_from_its_headers_on_this_machine(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "--model", str(tiny_checkpoint), "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["model"] == str(tiny_checkpoint)
+    assert found["fits"]
+    assert found["change"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--ram", "-1"], 2, "ram is -1.0, expected a number from 0 to 1,000,000"),
+        (["--reserve", "nan"], 2, "reserve is nan, expected a number from 0 to 1,000,000"),
+        (["--ram", "32", "--kv-bits", "5"], 2, "kv_bits is 5, expected None, 8 or 4"),
+        (["--ram", "32", "--context", "40000"], 2, "context is 40,000, expected at most 32,768"),
+        (["--ram", "32", "--model", "/nowhere"], 1, "/nowhere: there is no such folder"),
+    ],
+)
+def test_wrong_use_ends_with_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, text: str
+) -> None:
+    found, out, err = run(capsys, *arguments)
+    assert (found, out) == (code, "")
+    assert err.startswith(f"error: {text}")
+    assert "Traceback" not in err
+
+
+def test_with_ram_given_mlx_is_not_imported() -> None:
+    script = (
+        "import sys\n"
+        "from qwq_mlx.fit.__main__ import main\n"
+        "main(['--ram', '32'])\n"
+        "print(sorted({'mlx', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules)))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.endswith("\n[]\n")
