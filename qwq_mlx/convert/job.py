@@ -184,6 +184,9 @@ def _open_partial(plan: Plan, partial: Path, *, restart: bool) -> Journal:
         if path.is_file() and model.is_dir() and not restart:
             journal = Journal.resume(path, describe(plan))
             if journal is not None:
+                for each in model.iterdir():  # a kill may have left a small file's temporary, named after its process
+                    if each.name not in {shard.name for shard in plan.shards}:
+                        each.unlink()
                 return journal
         for each in (path, model):  # what was fetched is proven again, so it may stay
             _remove(each)

@@ -40,7 +40,7 @@ class FaultyDisk:
         self.operations: list[str] = []
         self.crashed = False
         self._real = {name: getattr(os, name) for name in (*OPERATIONS, "open", "close")}
-        self._real_fcntl = fcntl.fcntl
+        self._real_fcntl, self._real_getpid = fcntl.fcntl, os.getpid
         self._open: set[int] = set()
         self._lock = threading.RLock()
         self._files: dict[int, bytes] = {}  # inode -> bytes at its last fsync
@@ -52,6 +52,7 @@ class FaultyDisk:
             setattr(os, name, self._wrapped(name))
         os.open, os.close = self._opened, self._closed
         fcntl.fcntl = self._fcntl
+        os.getpid = lambda: 10_000_000  # another process than the one that goes on afterwards
         return self
 
     def __exit__(
@@ -59,7 +60,7 @@ class FaultyDisk:
     ) -> bool:
         for name, real in self._real.items():
             setattr(os, name, real)
-        fcntl.fcntl = self._real_fcntl
+        fcntl.fcntl, os.getpid = self._real_fcntl, self._real_getpid
         for fd in self._open:  # a dead process holds no file and no lock
             with contextlib.suppress(OSError):
                 os.close(fd)

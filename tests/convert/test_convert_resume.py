@@ -61,6 +61,15 @@ def test_an_interrupted_run_keeps_what_is_finished_and_the_next_one_reads_only_t
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out", "source", "whole"]
 
 
+def test_what_a_killed_process_left_half_written_is_never_published(source: Path, tmp_path: Path) -> None:
+    """Small files are written under a name with the process's number, which the next process does not overwrite."""
+    interrupt(source, tmp_path / "out", after=0.6)
+    (tmp_path / "out.partial" / "model" / ".config.json.4242.tmp").write_text("{")
+    convert_checkpoint(source, tmp_path / "out")
+    convert_checkpoint(source, tmp_path / "whole")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
 def test_restart_throws_the_unfinished_conversion_away(source: Path, tmp_path: Path) -> None:
     interrupt(source, tmp_path / "out", after=0.6)
     assert convert_checkpoint(source, tmp_path / "out", restart=True).resumed_bytes == 0
