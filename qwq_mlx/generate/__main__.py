@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _Interruption() as interruption:
         try:
             asked = _Asked(_sampling(options), Limits(**_given(options, Limits)), Thinking(**_given(options, Thinking)))
+            if options.resume is not None:
+                _refuse_beside_resume(options, asked)
+                return _generate(options, None, asked, interruption)
             return _generate(options, _prompt(options), asked, interruption)
         except OptionError as error:
             return _complain(_with_flag(str(error)), 2)
@@ -64,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     add("-p", "--prompt", metavar="TEXT", help="the question; '-' reads stdin, as does no --prompt with piped stdin")
     add("--system-prompt", metavar="TEXT", help="replaces the chat template's default system prompt")
     add("--model", metavar="DIR", help="a conversion or checkpoint (default: $QWQ_MLX_MODEL, conversions/, the pocket)")
+    add(
+        "--save",
+        metavar="FILE",
+        help="when the run is cut short (Ctrl-C, SIGTERM, --max-tokens), save it to go on with",
+    )
+    add(
+        "--resume", metavar="FILE", help="go on with a saved run: its question and settings; --max-tokens may be raised"
+    )
     add("--json", action="store_true", help="print the whole trace as one line of JSON instead of the text")
     add("--quiet", action="store_true", help="on stderr only errors, and the end of a run that did not end by itself")
     _add_limits(parser.add_argument_group("where it ends").add_argument)
@@ -169,20 +180,33 @@ class _Asked(NamedTuple):
     thinking: Thinking
 
 
-def _generate(options: argparse.Namespace, prompt: str, asked: _Asked, interruption: _Interruption) -> int:
+def _refuse_beside_resume(options: argparse.Namespace, asked: _Asked) -> None:
+    """A saved run has its own question and settings; options that would be ignored are refused."""
+    others = _Asked(Sampling(), Limits(max_tokens=asked.limits.max_tokens), Thinking())
+    if asked != others or options.prompt is not None or options.system_prompt is not None:
+        raise OptionError(
+            "--resume goes on with the question and the settings of the file, so only --model, --max-tokens, --save, "
+            "--json and --quiet can be given beside it. Leave the others out, or start a new run."
+        )
+
+
+def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, interruption: _Interruption) -> int:
     from qwq_mlx.model.prompt import conversation
 
-    conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
+    if prompt is not None:
+        conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
     reasoner = _load(options)
-    progress = _prefill_progress() if sys.stderr.isatty() and not options.quiet else None
-    run = reasoner.stream(
-        prompt,
-        system_prompt=options.system_prompt,
-        sampling=asked.sampling,
-        limits=asked.limits,
-        thinking=asked.thinking,
-        progress=progress,
-    )
+    if prompt is None:
+        run = reasoner.resume(options.resume, max_tokens=asked.limits.max_tokens)
+    else:
+        run = reasoner.stream(
+            prompt,
+            system_prompt=options.system_prompt,
+            sampling=asked.sampling,
+            limits=asked.limits,
+            thinking=asked.thinking,
+            progress=_prefill_progress() if sys.stderr.isatty() and not options.quiet else None,
+        )
     if not options.quiet:
         _note(_settings(run))
     interruption.run = run
@@ -196,6 +220,9 @@ def _generate(options: argparse.Namespace, prompt: str, asked: _Asked, interrupt
     if options.json:
         sys.stdout.write(json.dumps(trace.to_json(), ensure_ascii=False) + "\n")
     sys.stdout.flush()
+    if options.save is not None and trace.finish_reason in ("interrupted", "length"):
+        run.save(options.save)
+        _note(f"saved: go on with --resume {options.save}")
     if not options.quiet or trace.finish_reason not in ("stop", "answered"):
         _note(_summary(trace))
     return interruption.exit_code if trace.finish_reason == "interrupted" else 0

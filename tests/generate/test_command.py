@@ -315,6 +315,28 @@ def _bias_to(character: str, folder: Path) -> str:
     return f"--logit-bias={token_id}=1000"
 
 
+def test_a_run_cut_short_is_saved_and_resumed(
+    tiny_checkpoint: Path, tmp_path: Path, here: Callable[..., tuple[int, str, str]]
+) -> None:
+    model, saved = ["--model", str(tiny_checkpoint)], str(tmp_path / "run")
+    _, whole, _ = here("-p", "x", *model, "--seed", "3", "--max-tokens", "40")
+    code, first, err = here("-p", "x", *model, "--seed", "3", "--max-tokens", "15", "--save", saved)
+    assert code == 0 and f"saved: go on with --resume {saved}" in err
+    code, rest, err = here("--resume", saved, *model, "--max-tokens", "40")
+    assert code == 0 and SUMMARY.fullmatch(err.splitlines()[-1])
+    # what was held back for an unfinished character at the cut is shown again as part of it
+    assert (first + rest == whole) or "\ufffd" in first
+    assert here("--resume", str(tmp_path / "none"), *model)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "given", [["-p", "y"], ["--temp", "1"], ["--stop", "a"], ["--think-tokens", "5"], ["--system-prompt", "s"]]
+)
+def test_settings_beside_resume_are_refused(given: list[str], here: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = here("--resume", "run", *given)
+    assert (code, out) == (2, "") and err.startswith("error: --resume goes on with the question and the settings")
+
+
 FLAGS: list[tuple[list[str], str, Any]] = [
     (["--temp", "0.5"], "temperature", 0.5),
     (["--top-p", "0.5"], "top_p", 0.5),
@@ -386,5 +408,5 @@ def test_help_names_every_flag_and_answers_before_anything_heavy_is_imported() -
     assert done.returncode == 0, done.stderr
     for flags, *_ in FLAGS:
         assert flags[0] in done.stdout
-    for flag in ("--json", "--quiet"):
+    for flag in ("--json", "--quiet", "--save", "--resume"):
         assert flag in done.stdout
