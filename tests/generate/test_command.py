@@ -323,7 +323,7 @@ def test_a_run_cut_short_is_saved_and_resumed(
     code, first, err = here("-p", "x", *model, "--seed", "3", "--max-tokens", "15", "--save", saved)
     assert code == 0 and f"saved: go on with --resume {saved}" in err
     code, rest, err = here("--resume", saved, *model, "--max-tokens", "40")
-    assert code == 0 and SUMMARY.fullmatch(err.splitlines()[-1])
+    assert code == 0 and re.search("^(length|stop): .*prompt [0-9]+ tokens, output", err.splitlines()[-1])  # no prefill
     # what was held back for an unfinished character at the cut is shown again as part of it
     assert (first + rest == whole) or "\ufffd" in first
     assert here("--resume", str(tmp_path / "none"), *model)[0] == 1
