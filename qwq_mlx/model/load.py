@@ -27,7 +27,7 @@ from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.generation_config import GenerationDefaults, read_generation_defaults
 from qwq_mlx.model.layout import Packing
-from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
+from qwq_mlx.model.tokenizer import LoadedTokenizer, import_transformers, load_tokenizer
 
 __all__ = [
     "ComputeType",
@@ -79,6 +79,7 @@ def import_mlx_lm(name: str) -> Any:
     import resource
 
     import_mlx()
+    import_transformers()  # mlx_lm imports it too, and then it would write to stderr where PyTorch is missing
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     environment = dict(os.environ)
     real = resource.setrlimit

@@ -10,10 +10,11 @@ estimate of the intermediates that are alive at once:
                 of MLP and scores the smaller counts 0.4, since one has mostly gone when the other comes
     decode      logits and the sampler's copies, 8 vocabularies of float32
 
-The factors are fitted to 8 shapes on the CPU backend, where they are within a fifth of what was measured. The whole peak
-of the pocket model is planned within 1 % at 128 and 1,024 positions there, and 10 to 12 % too high at 4,096 with passes
-of 512 ids, where scores are most of it. Not measured on Metal or CUDA, nor at the size of QwQ-32B. Scores are why a
-quantized cache can need more than a plain one: with 2,048 ids a pass 8 GB at 32,768 positions of QwQ-32B, with 256 1 GB.
+The factors are fitted to 8 shapes on the CPU backend, where they are within a fifth of what was measured. The whole
+peak of the pocket model is planned within 1 % at 128 and 1,024 positions there, and 10 to 12 % too high at 4,096 with
+passes of 512 ids, where scores are most of it. Not measured on Metal or CUDA, nor at the size of QwQ-32B. Scores are
+why a quantized cache can need more than a plain one: with 2,048 ids a pass 8 GB at 32,768 positions of QwQ, with 256
+1 GB.
 
 On Metal the limit is the recommended working set, two thirds of the memory up to 32 GiB and three quarters above (not
 measured on Metal: 16 and 32 GiB as in abetlen/llama-cpp-python#687 and ollama/ollama#434, 96 GiB as in

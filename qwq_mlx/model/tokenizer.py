@@ -9,6 +9,8 @@ Does not: run code of the folder, touch the network, or render chat templates (`
 
 from __future__ import annotations
 
+import importlib
+import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from typing import Any
 from qwq_mlx.errors import LoadError
 from qwq_mlx.files.json_object import read_json_object
 
-__all__ = ["LoadedTokenizer", "load_tokenizer"]
+__all__ = ["LoadedTokenizer", "import_transformers", "load_tokenizer"]
 
 _MAX_TOKENIZER_BYTES = 256 << 20  # Qwen2's is 7 MB
 _MAX_SETTINGS_BYTES = 16 << 20
@@ -44,6 +46,20 @@ class LoadedTokenizer:
     plain: Any
     eos_id: int | None
     chat_template: str | None
+
+
+def import_transformers() -> Any:
+    """transformers, without the word on stderr that PyTorch is missing: nothing here needs it."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        return importlib.import_module("transformers")
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def load_tokenizer(folder: Path, *, vocab_size: int) -> LoadedTokenizer:
@@ -151,9 +167,9 @@ def _check_added(path: Path, settings: Mapping[str, Any], vocabulary: Mapping[st
 
 
 def _fast(backend: Any, special: Mapping[str, str | None]) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    return import_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
+    )
 
 
 def _token_text(value: Any) -> str | None:
