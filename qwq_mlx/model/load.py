@@ -37,6 +37,9 @@ __all__ = [
     "import_mlx",
     "import_mlx_lm",
     "load_model",
+    "model_arguments",
+    "pack_module",
+    "packing_arguments",
 ]
 
 ComputeType = Literal["float32", "bfloat16"]
@@ -149,32 +152,46 @@ def _stop_ids(
 
 def build_module(config: Qwen2Config, packed: Mapping[str, Packing]) -> Any:
     """mlx_lm's Qwen2 of this shape with packed layers where asked; its weights are placeholders, never evaluated."""
-    qwen2 = import_mlx_lm("mlx_lm.models.qwen2")
-    import mlx.nn as nn
+    module = import_mlx_lm("mlx_lm.models.qwen2").Model(model_arguments(config))
+    pack_module(module, packed)
+    return module
 
-    module = qwen2.Model(
-        qwen2.ModelArgs(
-            model_type="qwen2",
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            rms_norm_eps=config.rms_norm_eps,
-            vocab_size=config.vocab_size,
-            num_key_value_heads=config.num_key_value_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rope_theta=config.rope_theta,
-            tie_word_embeddings=config.tie_word_embeddings,
-        )
+
+def model_arguments(config: Qwen2Config) -> Any:
+    """The config as mlx_lm's Qwen2 takes it."""
+    return import_mlx_lm("mlx_lm.models.qwen2").ModelArgs(
+        model_type="qwen2",
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        vocab_size=config.vocab_size,
+        num_key_value_heads=config.num_key_value_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_theta=config.rope_theta,
+        tie_word_embeddings=config.tie_word_embeddings,
     )
 
-    def packing_of(path: str, _: Any) -> bool | dict[str, int]:
-        packing = packed.get(path)
-        return False if packing is None else {"group_size": packing.group_size, "bits": packing.bits}
+
+def pack_module(module: Any, packed: Mapping[str, Packing], prefix: str = "") -> None:
+    """Exchange the matrices that are packed for packed layers; prefix: what the module's own paths lack of the model's.
+
+    The new layers' weights are placeholders.
+    """
+    import mlx.nn as nn
+
+    def packing_of(path: str, _: Any) -> bool | dict[str, Any]:
+        packing = packed.get(prefix + path)
+        return False if packing is None else packing_arguments(packing)
 
     if packed:
         nn.quantize(module, class_predicate=packing_of)
-    return module
+
+
+def packing_arguments(packing: Packing) -> dict[str, Any]:
+    """A packing as the arguments of MLX's quantized functions."""
+    return {"group_size": packing.group_size, "bits": packing.bits}
 
 
 def _load_weights(files: ModelFolder, compute_type: ComputeType) -> Any:

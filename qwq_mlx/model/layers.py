@@ -1,0 +1,257 @@
+"""A model run one layer at a time over many texts, so that a 65 GB checkpoint is measured on a small Mac.
+
+Instead of every layer for one text, every text passes one layer: its weights are read, all hidden states go through it,
+and it is let go before the next. In memory are one layer, the hidden states of all texts (positions x hidden, in the
+compute type: 4,096 positions of the 32B are 84 MB in float32) and the scratch of one text. Rows of the embedding are
+read by position; the output matrix comes in blocks of rows. The layers are mlx_lm's own and read the same bytes, so the
+logits are those of `load_model`.
+
+What a linear layer is fed with can be watched, for calibration: see `Observe`.
+
+Does not: generate (there is no cache), hold a tokenizer, or read the next layer ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qwq_mlx.errors import OptionError
+from qwq_mlx.files.rows import read_rows
+from qwq_mlx.model.folder import ModelFolder
+from qwq_mlx.model.load import (
+    ComputeType,
+    default_compute_type,
+    import_mlx,
+    import_mlx_lm,
+    model_arguments,
+    pack_module,
+    packing_arguments,
+)
+
+__all__ = ["Head", "HeadBlock", "Layer", "LayerStream", "Observe"]
+
+Observe = Callable[[tuple[str, ...], Any], None]
+"""Called as observe(paths, x) whenever matrices are about to multiply x.
+
+paths: every matrix that takes this very input, as in the checkpoint without ".weight": (q, k, v), (o,), (gate, up) and
+(down,) of a layer, then (lm_head,), or (model.embed_tokens,) where the two are tied. x: (positions, in), of one text,
+in the compute type, not yet evaluated; evaluate what is kept of it, or the whole text's graph is kept.
+"""
+
+_HEAD_BLOCK_BYTES = 64 << 20  # of output rows in float32 at a time: 3,276 of the 32B's
+_TAPS = (
+    ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    ("self_attn", ("o_proj",)),
+    ("mlp", ("gate_proj", "up_proj")),
+    ("mlp", ("down_proj",)),
+)
+
+
+class LayerStream:
+    """A checked folder whose parts are read when they are asked for."""
+
+    def __init__(self, files: ModelFolder, *, compute_type: ComputeType | None = None) -> None:
+        self.files = files
+        self.config = files.config
+        self.compute_type: ComputeType = compute_type or default_compute_type()
+        self._mx = import_mlx()
+
+    def embed(self, ids: Sequence[int]) -> Any:
+        """The embeddings of a text, (positions, hidden); only the rows of its ids are read.
+
+        Raises OptionError for an id beyond the vocabulary, SourceError.
+        """
+        mx = self._mx
+        if not ids or not all(0 <= each < self.config.vocab_size for each in ids):
+            raise OptionError(
+                f"ids of a text are {list(ids)[:5]}..., expected at least one, all from 0 to "
+                f"{self.config.vocab_size - 1:,}. Encode the text with this model's own tokenizer."
+            )
+        unique = sorted(set(ids))
+        table = self._matrix("model.embed_tokens", unique).whole()
+        place = {token_id: index for index, token_id in enumerate(unique)}
+        hidden = table[mx.array([place[each] for each in ids])]
+        mx.eval(hidden)
+        return hidden
+
+    def layer(self, index: int) -> Layer:
+        """Read one layer. It is in memory until the last reference to it is gone. Raises SourceError."""
+        prefix = f"model.layers.{index}."
+        block = import_mlx_lm("mlx_lm.models.qwen2").TransformerBlock(model_arguments(self.config))
+        pack_module(block, self.files.packed, prefix)
+        names = [name for name in self.files.checkpoint.tensors if name.startswith(prefix)]
+        block.load_weights([(name.removeprefix(prefix), self._read(name)) for name in names], strict=True)
+        block.eval()
+        return Layer(block, prefix)
+
+    def head(self) -> Head:
+        """The final norm and the output matrix; the matrix is read when its blocks are asked for."""
+        return Head(self)
+
+    def run(self, texts: Sequence[Sequence[int]], observe: Observe | None = None) -> list[Any]:
+        """All texts through all layers; returns the normed hidden states that `HeadBlock.logits` takes.
+
+        texts: ids, each text by itself from position 0. Returns one (positions, hidden) for each.
+        """
+        hidden = [self.embed(text) for text in texts]
+        for index in range(self.config.num_hidden_layers):
+            layer = self.layer(index)
+            for place, each in enumerate(hidden):
+                hidden[place] = layer(each, observe)
+            del layer  # before the next is read
+        head = self.head()
+        for place, each in enumerate(hidden):
+            hidden[place] = head.norm(each)
+            if observe is not None:
+                observe((head.path,), hidden[place])
+        return hidden
+
+    def _read(self, name: str, rows: Sequence[int] | None = None) -> Any:
+        """A tensor, or some of its rows, as an evaluated array; floats in the compute type, codes as they are."""
+        mx = self._mx
+        shard, entry = self.files.checkpoint.tensors[name]
+        raw = read_rows(shard, entry, rows)
+        shape = entry.shape if rows is None else (len(rows), *entry.shape[1:])
+        array = mx.array(raw.view(_NUMPY[entry.dtype]).reshape(shape))
+        if entry.dtype == "BF16":
+            array = array.view(mx.bfloat16)
+        if entry.dtype in ("BF16", "F16", "F32"):
+            array = array.astype(getattr(mx, self.compute_type))
+        mx.eval(array)  # one after another, so that no two tensors are in memory in both types
+        return array
+
+    def _matrix(self, path: str, rows: Sequence[int]) -> _Rows:
+        packing = self.files.packed.get(path)
+        weight = self._read(f"{path}.weight", rows)
+        if packing is None:
+            return _Rows(weight)
+        biases = f"{path}.biases"
+        return _Rows(
+            weight,
+            self._read(f"{path}.scales", rows),
+            self._read(biases, rows) if biases in self.files.checkpoint.tensors else None,
+            packing_arguments(packing),
+        )
+
+
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype("<u2"),  # travels as its 16 bits
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "U32": np.dtype("<u4"),
+    "U8": np.dtype("u1"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Some rows of a matrix, packed or not."""
+
+    weight: Any
+    scales: Any = None
+    biases: Any = None
+    packing: dict[str, Any] | None = None
+
+    def whole(self) -> Any:
+        """The rows as floats, (rows, in)."""
+        if self.packing is None:
+            return self.weight
+        mx = import_mlx()
+        return mx.dequantize(self.weight, scales=self.scales, biases=self.biases, **self.packing)
+
+    def times(self, x: Any) -> Any:
+        """x @ rows.T, (positions, rows)."""
+        if self.packing is None:
+            return x @ self.weight.T
+        mx = import_mlx()
+        return mx.quantized_matmul(
+            x, self.weight, scales=self.scales, biases=self.biases, transpose=True, **self.packing
+        )
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Who watches a layer now. Apart from the layer, or it would be in a cycle and outlive its last reference."""
+
+    observe: Observe | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Tap:
+    """A linear layer that tells of its input first; the other matrices of `paths` get the same input."""
+
+    paths: tuple[str, ...]
+    linear: Any
+    watch: _Watch
+
+    def __call__(self, x: Any) -> Any:
+        if self.watch.observe is not None:
+            self.watch.observe(self.paths, x[0])
+        return self.linear(x)
+
+
+class Layer:
+    """One layer in memory. prefix: of its tensors' names."""
+
+    def __init__(self, block: Any, prefix: str) -> None:
+        self.prefix = prefix
+        self._block = block
+        self._watch = _Watch()
+        self._mx = import_mlx()
+        self._create_attention_mask = import_mlx_lm("mlx_lm.models.base").create_attention_mask
+        for part, names in _TAPS:
+            module = getattr(block, part)
+            paths = tuple(f"{prefix}{part}.{name}" for name in names)
+            setattr(module, names[0], _Tap(paths, getattr(module, names[0]), self._watch))
+
+    def __call__(self, hidden: Any, observe: Observe | None = None) -> Any:
+        """The hidden states of one text after this layer, (positions, hidden), evaluated."""
+        x = hidden[None]  # (1, T, D)
+        self._watch.observe = observe
+        try:
+            out = self._block(x, self._create_attention_mask(x, None), None)[0]
+        finally:
+            self._watch.observe = None
+        self._mx.eval(out)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class HeadBlock:
+    """Rows of the output matrix: the ids from first_id on, n_ids of them."""
+
+    first_id: int
+    n_ids: int
+    rows: _Rows
+
+    def logits(self, normed: Any) -> Any:
+        """(positions, hidden) that were normed -> (positions, n_ids), lazy, in the compute type."""
+        return self.rows.times(normed)
+
+
+class Head:
+    """The final norm, in memory, and the output matrix, on the disk. path: of that matrix."""
+
+    def __init__(self, stream: LayerStream) -> None:
+        self._stream = stream
+        self._mx = import_mlx()
+        self._weight = stream._read("model.norm.weight")
+        self.path = "model.embed_tokens" if stream.config.tie_word_embeddings else "lm_head"
+
+    def norm(self, hidden: Any) -> Any:
+        """The final norm, (positions, hidden), evaluated."""
+        normed = self._mx.fast.rms_norm(hidden, self._weight, self._stream.config.rms_norm_eps)
+        self._mx.eval(normed)
+        return normed
+
+    def blocks(self, n_ids: int | None = None) -> Iterator[HeadBlock]:
+        """The output matrix from the first id to the last, n_ids rows at a time (None: 64 MiB of float32)."""
+        config = self._stream.config
+        step = n_ids or max(1, _HEAD_BLOCK_BYTES // (4 * config.hidden_size))
+        for first in range(0, config.vocab_size, step):
+            rows = range(first, min(first + step, config.vocab_size))
+            yield HeadBlock(first, len(rows), self._stream._matrix(self.path, rows))

@@ -1,0 +1,159 @@
+"""Layer by layer: the whole model's logits, inputs as numpy computes them, and memory that depth does not change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import write_tiny_checkpoint
+
+from qwq_mlx.convert import convert_checkpoint
+from qwq_mlx.errors import OptionError, SourceError
+from qwq_mlx.model.folder import open_model_folder
+from qwq_mlx.model.layers import LayerStream
+from qwq_mlx.model.load import load_model
+from qwq_mlx.pocket import FOLDER as POCKET
+
+pytestmark = pytest.mark.tiny
+TEXTS = [[5, 260, 17, 260, 99, 1, 1, 42], [7], [3, 2, 1, 0, 299, 8]]
+
+
+def whole_logits(folder: Path, texts: list[list[int]], compute_type: Any = None) -> list[np.ndarray]:
+    module = load_model(folder, compute_type=compute_type).module
+    return [np.array(module(mx.array([text])).astype(mx.float32))[0] for text in texts]
+
+
+def streamed_logits(stream: LayerStream, texts: list[list[int]], n_ids: int | None = None) -> list[np.ndarray]:
+    normed = stream.run(texts)
+    parts: list[list[np.ndarray]] = [[] for _ in texts]
+    for block in stream.head().blocks(n_ids):
+        for part, each in zip(parts, normed, strict=True):
+            part.append(np.array(block.logits(each).astype(mx.float32)))
+    return [np.concatenate(part, axis=1) for part in parts]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    folder = tmp_path_factory.mktemp("layers") / "packed"
+    convert_checkpoint(tiny_checkpoint, folder)
+    return folder
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize(("compute_type", "bound"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("n_ids", [None, 7])
+def test_streamed_logits_are_the_whole_models(
+    tiny_checkpoint: Path, packed: Path, is_packed: bool, compute_type: Any, bound: float, n_ids: int | None
+) -> None:
+    folder = packed if is_packed else tiny_checkpoint
+    stream = LayerStream(open_model_folder(folder), compute_type=compute_type)
+    whole = whole_logits(folder, TEXTS, compute_type)
+    for ours, theirs in zip(streamed_logits(stream, TEXTS, n_ids), whole, strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=bound, atol=bound * float(np.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32"])
+def test_tied_embeddings_and_every_float_type_stream(tmp_path: Path, dtype: str) -> None:
+    folder = write_tiny_checkpoint(tmp_path, tie=True, dtype=dtype, seed=2)
+    stream = LayerStream(open_model_folder(folder), compute_type="float32")
+    assert stream.head().path == "model.embed_tokens"
+    for ours, theirs in zip(streamed_logits(stream, TEXTS, 100), whole_logits(folder, TEXTS, "float32"), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.pocket
+def test_the_pocket_streams_with_the_whole_models_logits() -> None:
+    texts = [list(range(40, 80)), list(range(300, 560, 8))]
+    stream = LayerStream(open_model_folder(POCKET))
+    for ours, theirs in zip(streamed_logits(stream, texts, 200), whole_logits(POCKET, texts), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_every_matrix_is_announced_with_its_input(tiny_checkpoint: Path) -> None:
+    seen: dict[str, list[np.ndarray]] = {}
+
+    def observe(paths: tuple[str, ...], x: Any) -> None:
+        for path in paths:
+            seen.setdefault(path, []).append(np.array(x))
+
+    stream = LayerStream(open_model_folder(tiny_checkpoint), compute_type="float32")
+    normed = stream.run(TEXTS, observe)
+    matrices = {name.removesuffix(".weight") for name, (_, entry) in stream.files.checkpoint.tensors.items()
+                if len(entry.shape) == 2}  # fmt: skip
+    assert set(seen) == matrices - {"model.embed_tokens"}
+    for path, inputs in seen.items():
+        width = stream.files.checkpoint.tensors[f"{path}.weight"][1].shape[1]
+        assert [x.shape for x in inputs] == [(len(text), width) for text in TEXTS]
+    np.testing.assert_array_equal(seen["lm_head"][2], np.array(normed[2]))
+    # the first layer's inputs, from the whole model's own parts
+    block = load_model(tiny_checkpoint, compute_type="float32").module
+    embedded = block.model.embed_tokens(mx.array([TEXTS[0]]))
+    first = block.model.layers[0]
+    np.testing.assert_allclose(
+        seen["model.layers.0.self_attn.k_proj"][0], np.array(first.input_layernorm(embedded))[0], rtol=1e-5, atol=1e-6
+    )
+    attended = embedded + first.self_attn(first.input_layernorm(embedded), "causal", None)
+    x = first.post_attention_layernorm(attended)
+    np.testing.assert_allclose(seen["model.layers.0.mlp.up_proj"][0], np.array(x)[0], rtol=1e-5, atol=1e-5)
+    gated = np.array(mx.sigmoid(first.mlp.gate_proj(x)) * first.mlp.gate_proj(x) * first.mlp.up_proj(x))[0]
+    np.testing.assert_allclose(seen["model.layers.0.mlp.down_proj"][0], gated, rtol=1e-4, atol=1e-5)
+
+
+def test_nobody_is_called_where_nobody_watches(tiny_checkpoint: Path) -> None:
+    calls: list[tuple[str, ...]] = []
+    stream = LayerStream(open_model_folder(tiny_checkpoint))
+    layer, hidden = stream.layer(0), stream.embed(TEXTS[0])
+    watched = layer(hidden, lambda paths, _: calls.append(paths))
+    assert len(calls) == 4
+    np.testing.assert_array_equal(np.array(watched), np.array(layer(hidden)))
+    assert len(calls) == 4
+
+
+def peak_bytes(folder: Path) -> int:
+    """The most that MLX holds while a model of two texts streams."""
+    stream = LayerStream(open_model_folder(folder), compute_type="float32")
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    stream.run(TEXTS)
+    return int(mx.get_peak_memory()) - before
+
+
+def test_peak_memory_is_one_layers_however_many_there_are(tmp_path: Path) -> None:
+    def model(n_layers: int) -> Path:
+        return write_tiny_checkpoint(
+            tmp_path / str(n_layers), n_layers=n_layers, hidden_size=256, intermediate_size=512, n_shards=1
+        )
+
+    one, eight = peak_bytes(model(1)), peak_bytes(model(8))
+    layer_bytes = 4 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512)
+    assert layer_bytes < one < 1.5 * layer_bytes
+    assert eight < one + 0.1 * layer_bytes
+
+
+def test_only_the_rows_of_the_texts_are_read_of_the_embedding(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, vocab_size=40_000, n_shards=1)
+    stream = LayerStream(open_model_folder(folder), compute_type="float32")
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    assert stream.embed([39_999, 5, 5]).shape == (3, 128)
+    assert mx.get_peak_memory() - before < 20_000
+
+
+@pytest.mark.parametrize("ids", [[], [320], [-1, 4]])
+def test_ids_beyond_the_vocabulary_are_refused(tiny_checkpoint: Path, ids: list[int]) -> None:
+    stream = LayerStream(open_model_folder(tiny_checkpoint))
+    with pytest.raises(OptionError, match=r"expected at least one, all from 0 to 319\. Encode the text"):
+        stream.embed(ids)
+
+
+def test_a_shard_that_goes_away_meanwhile_is_named(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, n_shards=1)
+    stream = LayerStream(open_model_folder(folder))
+    next(folder.glob("*.safetensors")).unlink()
+    with pytest.raises(SourceError, match=r"model-00001-of-00001\.safetensors: cannot be opened any more"):
+        stream.layer(0)
