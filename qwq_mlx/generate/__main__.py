@@ -10,26 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
+from qwq_mlx.generate.interruption import Interruption
 from qwq_mlx.generate.options import LOOP_ACTIONS, Limits, Sampling, Thinking
+from qwq_mlx.generate.show import settings_line, show, summary_line
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from qwq_mlx.generate.reasoner import Reasoner
-    from qwq_mlx.generate.run import Run
-    from qwq_mlx.generate.trace import Trace
 
-_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
-# A model can write escape sequences; on a terminal they are shown as symbols instead of being obeyed.
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 _FLAGS = {"temperature": "--temp", "banned": "--ban"}
 _KINDS = (Sampling, Limits, Thinking)
 
@@ -39,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")  # type: ignore[union-attr]
-    with _Interruption() as interruption:
+    with Interruption() as interruption:
         try:
             asked = _Asked(_sampling(options), Limits(**_given(options, Limits)), Thinking(**_given(options, Thinking)))
             if options.resume is not None:
@@ -190,7 +185,7 @@ def _refuse_beside_resume(options: argparse.Namespace, asked: _Asked) -> None:
         )
 
 
-def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, interruption: _Interruption) -> int:
+def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, interruption: Interruption) -> int:
     from qwq_mlx.model.prompt import conversation
 
     if prompt is not None:
@@ -208,10 +203,10 @@ def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, in
             progress=_prefill_progress() if sys.stderr.isatty() and not options.quiet else None,
         )
     if not options.quiet:
-        _note(_settings(run))
+        _note(settings_line(run))
     interruption.run = run
     try:
-        _show(run, options)
+        show(run, sys.stdout, is_silent=options.json)
     except GenerationError as error:
         return _complain(str(error), 1)
     finally:
@@ -224,7 +219,7 @@ def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, in
         run.save(options.save)
         _note(f"saved: go on with --resume {options.save}")
     if not options.quiet or trace.finish_reason not in ("stop", "answered"):
-        _note(_summary(trace))
+        _note(summary_line(trace))
     return interruption.exit_code if trace.finish_reason == "interrupted" else 0
 
 
@@ -248,66 +243,6 @@ def _load(options: argparse.Namespace) -> Reasoner:
     return load(folder)
 
 
-def _show(run: Run, options: argparse.Namespace) -> None:
-    """Write the text as it comes; on a terminal the thinking is dimmed."""
-    is_terminal = sys.stdout.isatty()
-    is_styled = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    is_dim, last = False, ""
-    try:
-        for step in run:
-            if options.json or not step.text:
-                continue
-            text = step.text.translate(_VISIBLE) if is_terminal else step.text
-            if is_styled and is_dim != (step.segment == "thinking"):
-                is_dim = not is_dim
-                text = (_DIM if is_dim else _PLAIN) + text
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            last = text
-    finally:
-        if is_dim:
-            sys.stdout.write(_PLAIN)
-        if is_terminal and last and not last.endswith("\n"):
-            sys.stdout.write("\n")
-        sys.stdout.flush()
-
-
-def _settings(run: Run) -> str:
-    """One line with everything that decides the text."""
-    sampling, limits, thinking = run.setup.sampling, run.setup.limits, run.setup.thinking
-    parts = [
-        "greedy" if sampling.is_greedy else f"temperature {sampling.temperature:g}",
-        f"top-p {sampling.top_p:g}",
-        f"top-k {sampling.top_k}",
-        f"min-p {sampling.min_p:g}",
-        f"seed {sampling.seed}",
-    ]
-    parts = [parts[0], *([] if sampling.is_greedy else parts[1:])]
-    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "dry_multiplier"):
-        value = getattr(sampling, name)
-        if value != (1.0 if name == "repetition_penalty" else 0.0):
-            parts.append(f"{name.replace('_', '-')} {value:g}")
-    if sampling.logit_bias:
-        parts.append(f"{len(sampling.logit_bias)} logit biases")
-    if sampling.order != "hf" and not sampling.is_greedy:
-        parts.append(f"order {sampling.order}")
-    if thinking.think_tokens is not None:
-        parts.append(f"answer asked for after {thinking.think_tokens:,} tokens")
-    parts.append(f"at most {limits.max_tokens:,} tokens")
-    return f"{run.model_name} ({run.weights}): {', '.join(parts)}"
-
-
-def _summary(trace: Trace) -> str:
-    """The last line: why it stopped, tokens, rates, peak memory."""
-    timings = trace.timings
-    prefill = f" at {timings.prefill_tok_s:,.1f} tok/s" if timings.prefill_tok_s else ""
-    decode = f" at {timings.decode_tok_s:,.1f} tok/s" if timings.decode_tok_s else ""
-    return (
-        f"{trace.finish_reason}: {trace.describe()}; prompt {len(trace.prompt_ids):,} tokens{prefill}, "
-        f"output {len(trace.ids):,} tokens{decode}, peak memory {trace.peak_bytes / 1e9:.2f} GB"
-    )
-
-
 def _prefill_progress() -> Any:
     def show(n_done: int, n_total: int) -> None:
         if n_total > 1024:
@@ -316,31 +251,6 @@ def _prefill_progress() -> Any:
             sys.stderr.flush()
 
     return show
-
-
-class _Interruption:
-    """Ctrl-C and SIGTERM: the first ends the run after the token under way, the second ends the command at once."""
-
-    def __init__(self) -> None:
-        self.run: Run | None = None
-        self.exit_code = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interruption:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _: object) -> None:
-        is_second = self.exit_code != 0
-        self.exit_code = 128 + number
-        if is_second or self.run is None:
-            raise KeyboardInterrupt
-        self.run.stop()
 
 
 def _note(text: str) -> None:

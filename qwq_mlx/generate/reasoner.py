@@ -16,8 +16,9 @@ from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
 from qwq_mlx.generate.checkpoint import model_digest, read_checkpoint
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
-from qwq_mlx.generate.run import Progress, Run, Setup
+from qwq_mlx.generate.run import Run
 from qwq_mlx.generate.settings import from_json
+from qwq_mlx.generate.setup import Progress, Setup
 from qwq_mlx.generate.text import Pieces, decode
 from qwq_mlx.generate.trace import Trace
 from qwq_mlx.model.load import ComputeType, LoadedModel, load_model

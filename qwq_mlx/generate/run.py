@@ -12,8 +12,8 @@ Does not: load models or make prompts (`reasoner` does), or print.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +25,18 @@ from qwq_mlx.generate.checkpoint import model_digest, write_checkpoint
 from qwq_mlx.generate.clock import Clock
 from qwq_mlx.generate.cue import Asking, cue_ids
 from qwq_mlx.generate.decode import Decoder, Token, filled_cache
+from qwq_mlx.generate.ended import trace_of
 from qwq_mlx.generate.guard import foreign_ids, home_scripts
+from qwq_mlx.generate.noticed import Noticed
 from qwq_mlx.generate.nudge import Nudges
-from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.sample import Sampler
 from qwq_mlx.generate.settings import to_json
-from qwq_mlx.generate.text import Pieces
+from qwq_mlx.generate.setup import Progress, Setup, given
 from qwq_mlx.generate.trace import FinishReason, Injection, Step, Trace
 from qwq_mlx.generate.written import Written
-from qwq_mlx.model.load import LoadedModel
-from qwq_mlx.reasoning.language import ScriptWatcher, Switch
-from qwq_mlx.reasoning.loops import Loop, LoopDetector
-from qwq_mlx.reasoning.profile import Profile
+from qwq_mlx.reasoning.loops import Loop
 
-__all__ = ["Progress", "Run"]
-
-Progress = Callable[[int, int], None]
-"""Called in prefill with the prompt ids done and their number."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """Everything a run starts from.
-
-    prompt_text: the whole prompt as text. question: what people wrote in it; its scripts are at home in the output.
-    sampling: resolved, with a seed. limits: with max_tokens and context filled in (`reasoner` does both).
-    """
-
-    model: LoadedModel
-    pieces: Pieces
-    profile: Profile
-    prompt_ids: tuple[int, ...]
-    prompt_text: str
-    question: str
-    sampling: Sampling
-    limits: Limits
-    thinking: Thinking
+__all__ = ["Run"]
 
 
 class Run:
@@ -76,25 +52,23 @@ class Run:
         n_ids = model.tokenizer.n_ids
         sampler = Sampler(
             sampling,
-            seed=_given(sampling.seed),
+            seed=given(sampling.seed),
             n_ids=n_ids,
             breaker_ids=pieces.holding(sampling.dry_breakers) if sampling.dry_multiplier else (),
             forbidden_ids=foreign_ids(pieces, home_scripts(setup.question)) if limits.language_guard else (),
         )
-        self._n_most = _given(limits.max_tokens)
+        self._n_most = given(limits.max_tokens)
         self._decoder = Decoder(model.module, sampler, n_ids=n_ids)
         self._source: Source = self._decoder
         if limits.banned:
             self._source = DrawnAhead(
                 self._decoder, pieces, limits.banned, stop_ids=model.stop_ids, n_most=self._n_most
             )
-        self._loops = LoopDetector() if setup.thinking.on_loop != "off" else None
+        self._noticed = Noticed(question=setup.question, detects_loops=setup.thinking.on_loop != "off")
         self._nudges = Nudges(sampling)
         self._due_nudge: Loop | None = None
-        self._events: list[dict[str, Any]] = []
         self._written = Written(pieces, setup.profile, prompt_text=setup.prompt_text, stops=limits.stop)
         self._asking = Asking(setup.thinking)
-        self._scripts = ScriptWatcher(setup.question)
         self._injections: list[Injection] = []
         self._finish: tuple[FinishReason, str] | None = None
         self._is_stopped = False
@@ -148,7 +122,7 @@ class Run:
             "question": self.setup.question,
             "steps": [[step.id, step.logprob, step.entropy, step.is_injected] for step in steps],
             "injections": [asdict(each) for each in self._injections],
-            "events": self._events,
+            "events": self._noticed.events,
             "asking": self._asking.pending,
             "nudges": self._nudges.state,
             "capacities": [capacity for _, _, capacity in layers],
@@ -164,14 +138,12 @@ class Run:
         self._decoder.sampler = self._nudges.restored(tuple(state["nudges"]), self._decoder.sampler)
         for token_id, logprob, entropy, is_injected in state["steps"]:
             text = self._written.release(token_id)
-            self._written.add(token_id, text, logprob=logprob, entropy=entropy, is_injected=is_injected)
-            self._scripts.feed(text)
+            step = self._written.add(token_id, text, logprob=logprob, entropy=entropy, is_injected=is_injected)
+            self._noticed.replay(step, sees_loops=not is_injected and not self._injections)
             if not is_injected:
                 self._asking.due(text, self._written.segment)
-                if self._loops is not None and not self._injections:
-                    self._loops.feed(token_id, text)
         self._injections = [Injection(**each) for each in state["injections"]]
-        self._events = list(state["events"])
+        self._noticed.restore(state["events"])
         pending = state["asking"]
         self._asking.restore(is_over=bool(self._injections), pending=tuple(pending) if pending else None)
         if layers:
@@ -194,7 +166,7 @@ class Run:
             "nudges": (0, 0),
             "steps": [(step.id, step.logprob, step.entropy, step.is_injected) for step in steps[:at]],
             "injections": [asdict(each) for each in self._injections if each.end <= at],
-            "events": [each for each in self._events if each["end"] <= at],
+            "events": self._noticed.until(at),
             "asking": None,
         }
         other.restore(state, self._decoder.cached(len(self.setup.prompt_ids) + at - 1))
@@ -259,7 +231,7 @@ class Run:
         if self._is_stopped:
             return "interrupted", ""
         n_output = len(self._written.steps) + 1
-        n_used, context = len(self.setup.prompt_ids) + n_output, _given(self.setup.limits.context)
+        n_used, context = len(self.setup.prompt_ids) + n_output, given(self.setup.limits.context)
         if n_used >= context:
             return "context_full", f"{n_used:,} of {context:,} positions"
         if is_last:
@@ -274,17 +246,12 @@ class Run:
             if self._written.stop_text is not None:
                 self._finish = ("stop", f"the text {self._written.stop_text!r} came")
         step = self._written.add(token.id, text, logprob=token.logprob, entropy=token.entropy)
-        self._watch_scripts(step.text)
+        self._noticed.scripts(step.text, is_final=self._finish is not None)
         return step
-
-    def _watch_scripts(self, text: str) -> None:
-        for switch in (self._scripts.feed(text), self._scripts.finish() if self._finish is not None else None):
-            if switch is not None:
-                self._events.append({"event": "switch", **_plain_switch(switch)})
 
     def _look_for_loops(self, token_id: int, text: str) -> None:
         """Feed the detector until the answer was asked for, and do what the options say when it reports."""
-        loop = self._loops.feed(token_id, text) if self._loops is not None and not self._injections else None
+        loop = self._noticed.loop(token_id, text) if not self._injections else None
         if loop is None or self._finish is not None:
             return
         action = self.setup.thinking.on_loop
@@ -292,7 +259,7 @@ class Run:
             action = "answer"
         if action == "answer" and self._written.segment == "answer":
             action = "stop"  # there is nothing left to ask for
-        self._events.append({"event": "loop", "action": action, **asdict(loop)})
+        self._noticed.add_loop(loop, action=action)
         if action == "stop":
             self._finish = ("loop", loop.evidence)
         elif action == "nudge":
@@ -310,11 +277,7 @@ class Run:
             self._source.resume()
         self._written.rewind(loop.start)
         self._asking.rewind(loop.start)
-        self._loops, self._scripts = LoopDetector(), ScriptWatcher(self.setup.question)
-        for step in self._written.steps:
-            self._loops.feed(step.id, step.text)
-            self._scripts.feed(step.text)
-        self._events = [each for each in self._events if each["event"] == "loop" or each["end"] <= loop.start]
+        self._noticed.rewind(self._written.steps, start=loop.start)
 
     def _inject(self, reason: FinishReason) -> Iterator[Step]:
         """Put the answer cue into the output, if there is room for it and for some answer."""
@@ -328,7 +291,7 @@ class Run:
         for token_id in ids:
             text = self._written.release(token_id)
             steps.append(self._written.add(token_id, text, logprob=None, entropy=None, is_injected=True))
-            self._watch_scripts(text)
+            self._noticed.scripts(text, is_final=self._finish is not None)
             if self._written.stop_text is not None:
                 self._finish = ("stop", f"the text {self._written.stop_text!r} came")
                 break
@@ -348,51 +311,12 @@ class Run:
 
     def trace(self) -> Trace:
         """Everything so far, frozen. Before the end its finish_reason is "interrupted"."""
-        reason, detail = self._finish or ("interrupted", "the run is not over")
-        split = self._written.split(is_final=self._finish is not None, is_ended=reason == "stop")
-        if self._injections and reason in ("stop", "length"):
-            cut = self._injections[-1]
-            reason, detail = (
-                cut.reason,
-                f"the answer was asked for after {cut.start:,} tokens" + (detail and f"; {detail}"),
-            )
-        text, steps = self._written.text, self._written.steps
-        return Trace(
-            prompt_ids=self.setup.prompt_ids,
-            ids=tuple(step.id for step in steps),
-            text=text,
-            thinking=text[slice(*split.thinking_chars)],
-            conclusion=text[slice(*split.conclusion_chars)] if split.conclusion_chars else "",
-            answer=split.answer,
-            answer_kind=split.kind,
-            is_revised=split.is_revised,
-            confidence=split.confidence,
-            thinking_span=split.thinking,
-            conclusion_span=split.conclusion,
-            finish_reason=reason,
-            detail=detail,
-            logprobs=tuple(step.logprob for step in steps),
-            entropies=tuple(step.entropy for step in steps),
-            injections=tuple(self._injections),
+        return trace_of(
+            self.setup,
+            self._written,
+            self._finish,
+            injections=self._injections,
+            events=self._noticed.events,
             timings=self._clock.timings(),
             peak_bytes=self._peak_bytes or mx.get_peak_memory(),
-            events=tuple(self._events),
-            settings=to_json(self.setup.sampling, self.setup.limits, self.setup.thinking),
-            model={
-                "name": self.model_name,
-                "weights": self.setup.model.weights,
-                "compute_type": self.setup.model.compute_type,
-            },
         )
-
-
-def _plain_switch(switch: Switch) -> dict[str, Any]:
-    return {**asdict(switch), "scripts": dict(switch.scripts)}
-
-
-def _given(value: int | None) -> int:
-    if value is None:
-        raise GenerationError(
-            "A limit or seed is None where the run needs its number; start runs with Reasoner.stream."
-        )
-    return value

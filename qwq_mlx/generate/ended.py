@@ -1,0 +1,65 @@
+"""What a run leaves behind: its parts put together into a Trace.
+
+Does not: decide why a run ends (`run` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwq_mlx.generate.settings import to_json
+from qwq_mlx.generate.setup import Setup
+from qwq_mlx.generate.trace import FinishReason, Injection, Timings, Trace
+from qwq_mlx.generate.written import Written
+
+__all__ = ["trace_of"]
+
+
+def trace_of(
+    setup: Setup,
+    written: Written,
+    finish: tuple[FinishReason, str] | None,
+    *,
+    injections: Sequence[Injection],
+    events: Sequence[Mapping[str, Any]],
+    timings: Timings,
+    peak_bytes: int,
+) -> Trace:
+    """Everything so far, frozen. finish: None before the end; the Trace's finish_reason is then "interrupted"."""
+    reason, detail = finish or ("interrupted", "the run is not over")
+    split = written.split(is_final=finish is not None, is_ended=reason == "stop")
+    if injections and reason in ("stop", "length"):
+        cut = injections[-1]
+        reason, detail = (
+            cut.reason,
+            f"the answer was asked for after {cut.start:,} tokens" + (detail and f"; {detail}"),
+        )
+    text, steps = written.text, written.steps
+    return Trace(
+        prompt_ids=setup.prompt_ids,
+        ids=tuple(step.id for step in steps),
+        text=text,
+        thinking=text[slice(*split.thinking_chars)],
+        conclusion=text[slice(*split.conclusion_chars)] if split.conclusion_chars else "",
+        answer=split.answer,
+        answer_kind=split.kind,
+        is_revised=split.is_revised,
+        confidence=split.confidence,
+        thinking_span=split.thinking,
+        conclusion_span=split.conclusion,
+        finish_reason=reason,
+        detail=detail,
+        logprobs=tuple(step.logprob for step in steps),
+        entropies=tuple(step.entropy for step in steps),
+        injections=tuple(injections),
+        timings=timings,
+        peak_bytes=peak_bytes,
+        events=tuple(events),
+        settings=to_json(setup.sampling, setup.limits, setup.thinking),
+        model={
+            "name": setup.model.folder.resolve().name,
+            "weights": setup.model.weights,
+            "compute_type": setup.model.compute_type,
+        },
+    )

@@ -1,0 +1,48 @@
+"""What a run starts from, with every open value filled in (`reasoner` does that, once).
+
+Does not: hold anything that changes while a run goes on (`run` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qwq_mlx.errors import GenerationError
+from qwq_mlx.generate.options import Limits, Sampling, Thinking
+from qwq_mlx.generate.text import Pieces
+from qwq_mlx.model.load import LoadedModel
+from qwq_mlx.reasoning.profile import Profile
+
+__all__ = ["Progress", "Setup", "given"]
+
+Progress = Callable[[int, int], None]
+"""Called in prefill with the prompt ids done and their number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """Everything a run starts from.
+
+    prompt_text: the whole prompt as text. question: what people wrote in it; its scripts are at home in the output.
+    sampling: resolved, with a seed. limits: with max_tokens and context filled in (`reasoner` does both).
+    """
+
+    model: LoadedModel
+    pieces: Pieces
+    profile: Profile
+    prompt_ids: tuple[int, ...]
+    prompt_text: str
+    question: str
+    sampling: Sampling
+    limits: Limits
+    thinking: Thinking
+
+
+def given(value: int | None) -> int:
+    """A value that must be there by now. Raises GenerationError where it is not."""
+    if value is None:
+        raise GenerationError(
+            "A limit or seed is None where the run needs its number; start runs with Reasoner.stream."
+        )
+    return value

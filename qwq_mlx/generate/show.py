@@ -1,0 +1,80 @@
+"""A run as a person sees it: its text while it comes, one line of settings before it, one of results after it.
+
+Does not: choose what goes to stdout or stderr; the commands do, and hand over the stream.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from qwq_mlx.generate.run import Run
+    from qwq_mlx.generate.trace import Trace
+
+__all__ = ["settings_line", "show", "summary_line"]
+
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+# A model can write escape sequences; on a terminal they are shown as symbols instead of being obeyed.
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def show(run: Run, out: TextIO, *, is_silent: bool) -> None:
+    """Write the text as it comes; on a terminal the thinking is dimmed. is_silent: only run to the end."""
+    is_terminal = out.isatty()
+    is_styled = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    is_dim, last = False, ""
+    try:
+        for step in run:
+            if is_silent or not step.text:
+                continue
+            text = step.text.translate(_VISIBLE) if is_terminal else step.text
+            if is_styled and is_dim != (step.segment == "thinking"):
+                is_dim = not is_dim
+                text = (_DIM if is_dim else _PLAIN) + text
+            out.write(text)
+            out.flush()
+            last = text
+    finally:
+        if is_dim:
+            out.write(_PLAIN)
+        if is_terminal and last and not last.endswith("\n"):
+            out.write("\n")
+        out.flush()
+
+
+def settings_line(run: Run) -> str:
+    """One line with everything that decides the text."""
+    sampling, limits, thinking = run.setup.sampling, run.setup.limits, run.setup.thinking
+    parts = [
+        "greedy" if sampling.is_greedy else f"temperature {sampling.temperature:g}",
+        f"top-p {sampling.top_p:g}",
+        f"top-k {sampling.top_k}",
+        f"min-p {sampling.min_p:g}",
+        f"seed {sampling.seed}",
+    ]
+    parts = [parts[0], *([] if sampling.is_greedy else parts[1:])]
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "dry_multiplier"):
+        value = getattr(sampling, name)
+        if value != (1.0 if name == "repetition_penalty" else 0.0):
+            parts.append(f"{name.replace('_', '-')} {value:g}")
+    if sampling.logit_bias:
+        parts.append(f"{len(sampling.logit_bias)} logit biases")
+    if sampling.order != "hf" and not sampling.is_greedy:
+        parts.append(f"order {sampling.order}")
+    if thinking.think_tokens is not None:
+        parts.append(f"answer asked for after {thinking.think_tokens:,} tokens")
+    parts.append(f"at most {limits.max_tokens:,} tokens")
+    return f"{run.model_name} ({run.weights}): {', '.join(parts)}"
+
+
+def summary_line(trace: Trace) -> str:
+    """The last line: why it stopped, tokens, rates, peak memory."""
+    timings = trace.timings
+    prefill = f" at {timings.prefill_tok_s:,.1f} tok/s" if timings.prefill_tok_s else ""
+    decode = f" at {timings.decode_tok_s:,.1f} tok/s" if timings.decode_tok_s else ""
+    return (
+        f"{trace.finish_reason}: {trace.describe()}; prompt {len(trace.prompt_ids):,} tokens{prefill}, "
+        f"output {len(trace.ids):,} tokens{decode}, peak memory {trace.peak_bytes / 1e9:.2f} GB"
+    )
