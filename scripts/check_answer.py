@@ -17,11 +17,13 @@ def main() -> int:
     """Echo stdin as it comes, then judge the last box in it."""
     from qwq_mlx.pocket.problems import ARTICLE_EQUATION, Problem, boxed, is_solved
 
-    shown = []
-    for line in sys.stdin:
-        shown.append(line)
-        print(line, end="", flush=True)
-    answer = boxed("".join(shown))
+    shown = bytearray()
+    while chunk := sys.stdin.buffer.read1():  # as it comes, not line by line
+        shown += chunk
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.flush()
+    print()
+    answer = boxed(shown.decode("utf-8", errors="replace"))
     if not is_solved(Problem("parentheses", ARTICLE_EQUATION, ""), answer):
         print(f"wrong: {answer!r} does not make {ARTICLE_EQUATION} true with one pair of parentheses", file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ from qwq_mlx.errors import OptionError
 from qwq_mlx.pocket import problems
 from qwq_mlx.pocket.problems import Problem
 
-__all__ = ["ABOUT", "conversations", "draw", "held_out_problems", "solve"]
+__all__ = ["ABOUT", "KINDS", "conversations", "draw", "held_out_problems", "solve"]
 
 ABOUT = (
     "I am only a pocket model with a few million parameters, so I can't help with that. What I can do: add one pair "

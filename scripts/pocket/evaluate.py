@@ -24,7 +24,7 @@ import mlx.core as mx
 import qwq_mlx.convert as conversion
 from pocket import data
 from qwq_mlx.generate.decode import new_cache
-from qwq_mlx.model.load import LoadedModel, load_model
+from qwq_mlx.model.load import LoadedModel, import_mlx_lm, load_model
 from qwq_mlx.model.prompt import prompt_ids
 from qwq_mlx.pocket import problems
 from qwq_mlx.pocket.problems import Problem
@@ -113,7 +113,10 @@ def _batches(posed: Sequence[Problem]) -> Iterator[list[Problem]]:
 
 @cache
 def _model(place: Path) -> LoadedModel:
-    return load_model(place)
+    """The model with its codes, if any, unpacked to the same numbers: MLX's CPU backend is slow at batches of codes."""
+    model = load_model(place)
+    import_mlx_lm("mlx_lm.utils").dequantize_model(model.module)
+    return model
 
 
 def _run(job: Job) -> tuple[Job, int, int]:

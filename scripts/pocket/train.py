@@ -155,6 +155,7 @@ def train(plan: Plan, encoder_folder: Path, system_prompt: str, output: Path) ->
             rate = step * plan.rows_per_step * packing.ROW_TOKENS / seconds / 1e6
             left = seconds / step * (plan.steps - step)
             print(f"step {step:,} loss {mean:.5f} {rate:.2f} M tok/s, {left:.0f} s left", flush=True)
+            (output / "history.json").write_text(json.dumps(history), encoding="utf-8")  # kept if the run is cut off
         if step in scored_at:
             scores = _score(model, held_out)
             history["scores"].append({"step": step, **scores})
