@@ -126,7 +126,8 @@ class Decoder:
                 f"Step {self.n_output:,}: the model's logits hold NaN or infinity, so the ids from here on would mean "
                 "nothing. Check the weights (python -m qwq_mlx.verify FOLDER), or convert the source again."
             )
-        token = Token(int(current.id.item()), logprob, entropy)
+        # rounding may put either on the wrong side of 0 where one id has all the probability
+        token = Token(int(current.id.item()), min(logprob, 0.0), max(entropy, 0.0))
         self.ids.append(token.id)
         self._memory = current.memory
         if is_last:
