@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         RecipeError,
         SourceError,
     )
+    from qwq_mlx.generate.inspection import Inspect
     from qwq_mlx.generate.options import Limits, Sampling, Thinking
     from qwq_mlx.generate.reasoner import Reasoner, load
     from qwq_mlx.generate.trace import Step, Trace
@@ -37,6 +38,7 @@ __all__ = [
     "Conversion",
     "ConversionError",
     "GenerationError",
+    "Inspect",
     "Limits",
     "LoadError",
     "MemoryPlan",
@@ -59,6 +61,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Conversion": "convert.job",
+    "Inspect": "generate.inspection",
     "Limits": "generate.options",
     "MemoryPlan": "model.memory",
     "Reasoner": "generate.reasoner",

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from qwq_mlx.errors import GenerationError, OptionError
+from qwq_mlx.generate.inspector import Inspector, Looking, Seen
 from qwq_mlx.generate.sample import Memory, Sampler
 from qwq_mlx.model.load import import_mlx_lm
 
@@ -29,11 +30,12 @@ _CLEAR_EVERY = 256  # steps between two returns of unused buffers to the system,
 
 class Token(NamedTuple):
     """One id that was drawn. logprob, entropy: natural logarithms, over the model's own distribution (temperature 1, no
-    penalties) of the ids its tokenizer has."""
+    penalties) of the ids its tokenizer has. seen: what an Inspector saw."""
 
     id: int
     logprob: float
     entropy: float
+    seen: Seen | None = None
 
 
 class _Pending(NamedTuple):
@@ -42,6 +44,7 @@ class _Pending(NamedTuple):
     id: Any
     stats: Any
     memory: Memory
+    looking: Looking | None
 
 
 def new_cache(module: Any) -> list[Any]:
@@ -65,11 +68,20 @@ class Decoder:
     """Runs one sequence: `prefill`, then `next` for each id.
 
     module: mlx_lm's Qwen2. n_ids: ids the tokenizer has; rows of the embedding beyond are never drawn.
-    cache: where to go on from; `ids` are then those it holds.
+    cache: where to go on from; `ids` are then those it holds. inspector: looks into every step.
     """
 
-    def __init__(self, module: Any, sampler: Sampler, *, n_ids: int, cache: list[Any] | None = None) -> None:
+    def __init__(
+        self,
+        module: Any,
+        sampler: Sampler,
+        *,
+        n_ids: int,
+        cache: list[Any] | None = None,
+        inspector: Inspector | None = None,
+    ) -> None:
         self.module = module
+        self._inspector = inspector
         self.sampler = sampler
         self.n_ids = n_ids
         self.cache = new_cache(module) if cache is None else cache
@@ -126,8 +138,11 @@ class Decoder:
                 f"Step {self.n_output:,}: the model's logits hold NaN or infinity, so the ids from here on would mean "
                 "nothing. Check the weights (python -m qwq_mlx.verify FOLDER), or convert the source again."
             )
+        seen = None
+        if self._inspector is not None and current.looking is not None:
+            seen = self._inspector.read(current.looking, self.n_output)
         # rounding may put either on the wrong side of 0 where one id has all the probability
-        token = Token(int(current.id.item()), min(logprob, 0.0), max(entropy, 0.0))
+        token = Token(int(current.id.item()), min(logprob, 0.0), max(entropy, 0.0), seen)
         self.ids.append(token.id)
         self._memory = current.memory
         if is_last:
@@ -179,15 +194,22 @@ class Decoder:
 
     def _launch(self, ids: Any, memory: Memory, index: int) -> _Pending:
         """Build and start one step. ids: (1, n), perhaps unread; index: of the output id that it draws."""
-        logits = self.module(ids, cache=self.cache)[0, -1, : self.n_ids].astype(mx.float32)
-        allowed = logits.at[mx.array(self._banned)].add(-mx.inf) if self._banned else logits
+        inspector, n_before = self._inspector, self.cache[0].offset
+        module = self.module if inspector is None else inspector.module
+        logits = module(ids, cache=self.cache)[0, -1, : self.n_ids].astype(mx.float32)
+        offered = logits if inspector is None else inspector.offered(logits, self.ids[:n_before], ids, index)
+        allowed = offered.at[mx.array(self._banned)].add(-mx.inf) if self._banned else offered
         self._banned = ()
         drawn = self.sampler.draw(allowed, memory, index)
         log_total = mx.logsumexp(logits)
         # a logit of -inf gives 0 * -inf = NaN here, so one number shows every logit that is not finite
         entropy = log_total - (mx.exp(logits - log_total) * logits).sum()
-        pending = _Pending(drawn, mx.stack([logits[drawn] - log_total, entropy]), self.sampler.push(memory, drawn))
-        mx.async_eval(pending.id, pending.stats, *pending.memory.arrays())  # type: ignore[no-untyped-call]
+        stats = mx.stack([logits[drawn] - log_total, entropy])
+        looking = None if inspector is None else inspector.look(logits, log_total)
+        pending = _Pending(drawn, stats, self.sampler.push(memory, drawn), looking)
+        mx.async_eval(  # type: ignore[no-untyped-call]
+            pending.id, pending.stats, *pending.memory.arrays(), *(() if looking is None else looking.arrays())
+        )
         return pending
 
     def _check(self, ids: Sequence[int]) -> None:

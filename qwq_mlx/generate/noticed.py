@@ -11,7 +11,7 @@ from typing import Any
 
 from qwq_mlx.generate.trace import Step
 from qwq_mlx.reasoning.language import ScriptWatcher
-from qwq_mlx.reasoning.loops import Loop, LoopDetector
+from qwq_mlx.reasoning.loops import Loop, LoopDetector, LoopScores
 
 __all__ = ["Noticed"]
 
@@ -35,6 +35,11 @@ class Noticed:
     def loop(self, token_id: int, text: str) -> Loop | None:
         """Take one token of the thinking; the loop that becomes certain with it."""
         return self._loops.feed(token_id, text) if self._loops is not None else None
+
+    @property
+    def scores(self) -> LoopScores | None:
+        """How near the loop detector is to a report; None where none looks."""
+        return None if self._loops is None else self._loops.scores
 
     def add_loop(self, loop: Loop, *, action: str) -> None:
         """Write down a loop and what was done about it."""

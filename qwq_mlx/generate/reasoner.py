@@ -9,12 +9,14 @@ Does not: choose a model (`default_model` does), keep a conversation's cache, or
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
 from qwq_mlx.generate.checkpoint import model_digest, read_checkpoint
+from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.run import Run
 from qwq_mlx.generate.settings import from_json
@@ -56,12 +58,13 @@ class Reasoner:
         sampling: Sampling | None = None,
         limits: Limits | None = None,
         thinking: Thinking | None = None,
+        inspect: Inspect | None = None,
         progress: Progress | None = None,
     ) -> Trace:
         """Answer a question, or continue messages of {"role", "content"}, to the end.
 
-        sampling, limits: None leaves every value to the model. thinking: its budget; None is none. progress: called in
-        prefill with the ids done and their number.
+        sampling, limits: None leaves every value to the model. thinking: its budget; None is none. inspect: what every
+        Step shows besides; None is nothing. progress: called in prefill with the ids done and their number.
         Raises PromptError, OptionError before any work; GenerationError (its `.trace` has what was produced).
         """
         run = self.stream(
@@ -70,6 +73,7 @@ class Reasoner:
             sampling=sampling,
             limits=limits,
             thinking=thinking,
+            inspect=inspect,
             progress=progress,
         )
         for _ in run:
@@ -84,30 +88,30 @@ class Reasoner:
         sampling: Sampling | None = None,
         limits: Limits | None = None,
         thinking: Thinking | None = None,
+        inspect: Inspect | None = None,
         progress: Progress | None = None,
     ) -> Run:
         """As `generate`, one Step at a time: `for step in run: ...`, then `run.trace()`."""
         limits = limits or Limits()
         context = self._context(limits)
         ids = prompt_ids(self.model.tokenizer, messages, system_prompt=system_prompt, context=context)
-        setup = Setup(
-            model=self.model,
-            pieces=self.pieces,
-            profile=self.profile,
-            prompt_ids=tuple(ids),
-            prompt_text=self.decode(ids),
+        setup = self._setup(
+            ids,
             question=" ".join(message["content"] for message in conversation(messages, system_prompt=system_prompt)),
             sampling=self.resolved(sampling or Sampling()),
             limits=replace(limits, context=context, max_tokens=_room(limits, context, len(ids))),
             thinking=thinking or Thinking(),
+            inspect=inspect or Inspect(),
         )
         return Run(setup, progress=progress)
 
-    def resume(self, path: str | Path, *, max_tokens: int | None = None) -> Run:
+    def resume(self, path: str | Path, *, max_tokens: int | None = None, inspect: Inspect | None = None) -> Run:
         """Go on with a run that `Run.save` wrote, as if it had never stopped; its settings are the file's.
 
-        max_tokens: of the whole output, to go on after "length". Raises SourceError for a file that is damaged, of
-        another model or compute type, or of a run that has ended; OptionError for max_tokens below what there is.
+        max_tokens: of the whole output, to go on after "length". inspect: of the Steps from here on; what was seen of
+        the earlier ones is not in the file, and a logits_hook has to be given again.
+        Raises SourceError for a file that is damaged, of another model or compute type, or of a run that has ended;
+        OptionError for max_tokens below what there is, or a logits_hook that is missing.
         """
         state, arrays = read_checkpoint(Path(path))
         if state["model_sha256"] != model_digest(self.model.folder):
@@ -131,17 +135,19 @@ class Reasoner:
             raise OptionError(
                 f"max_tokens is {limits.max_tokens:,}, but the run has {n_output:,} already. Give more to go on."
             )
+        if state.get("has_logits_hook") and (inspect is None or inspect.logits_hook is None):
+            raise OptionError(
+                f"{path}: the run had a logits_hook, which no file can hold. Give it again: "
+                "resume(..., inspect=Inspect(logits_hook=...))."
+            )
         run = Run(
-            Setup(
-                model=self.model,
-                pieces=self.pieces,
-                profile=self.profile,
-                prompt_ids=tuple(ids),
-                prompt_text=self.decode(ids),
+            self._setup(
+                ids,
                 question=state["question"],
                 sampling=sampling,
                 limits=limits,
                 thinking=thinking,
+                inspect=inspect or Inspect(),
             )
         )
         layers = [
@@ -150,6 +156,31 @@ class Reasoner:
         ]
         run.restore(state, layers)
         return run
+
+    def _setup(
+        self,
+        ids: Sequence[int],
+        *,
+        question: str,
+        sampling: Sampling,
+        limits: Limits,
+        thinking: Thinking,
+        inspect: Inspect,
+    ) -> Setup:
+        n_ids, n_layers = self.model.tokenizer.n_ids, self.model.config.num_hidden_layers
+        inspect.check(n_ids=n_ids, n_layers=n_layers, detects_loops=thinking.on_loop != "off")
+        return Setup(
+            model=self.model,
+            pieces=self.pieces,
+            profile=self.profile,
+            prompt_ids=tuple(ids),
+            prompt_text=self.decode(list(ids)),
+            question=question,
+            sampling=sampling,
+            limits=limits,
+            thinking=thinking,
+            inspect=inspect,
+        )
 
     def resolved(self, sampling: Sampling) -> Sampling:
         """The sampling with every open value filled from the model's generation_config.json, and a seed."""

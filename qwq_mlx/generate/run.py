@@ -27,6 +27,7 @@ from qwq_mlx.generate.cue import Asking, cue_ids
 from qwq_mlx.generate.decode import Decoder, Token, filled_cache
 from qwq_mlx.generate.ended import trace_of
 from qwq_mlx.generate.guard import foreign_ids, home_scripts
+from qwq_mlx.generate.inspector import Inspector
 from qwq_mlx.generate.noticed import Noticed
 from qwq_mlx.generate.nudge import Nudges
 from qwq_mlx.generate.sample import Sampler
@@ -58,7 +59,8 @@ class Run:
             forbidden_ids=foreign_ids(pieces, home_scripts(setup.question)) if limits.language_guard else (),
         )
         self._n_most = given(limits.max_tokens)
-        self._decoder = Decoder(model.module, sampler, n_ids=n_ids)
+        inspector = None if setup.inspect.is_off else Inspector(setup.inspect, model.module, n_ids=n_ids)
+        self._decoder = Decoder(model.module, sampler, n_ids=n_ids, inspector=inspector)
         self._source: Source = self._decoder
         if limits.banned:
             self._source = DrawnAhead(
@@ -120,6 +122,7 @@ class Run:
             "settings": to_json(self.setup.sampling, self.setup.limits, self.setup.thinking),
             "prompt_ids": list(self.setup.prompt_ids),
             "question": self.setup.question,
+            "has_logits_hook": self.setup.inspect.logits_hook is not None,
             "steps": [[step.id, step.logprob, step.entropy, step.is_injected] for step in steps],
             "injections": [asdict(each) for each in self._injections],
             "events": self._noticed.events,
@@ -170,6 +173,7 @@ class Run:
             "asking": None,
         }
         other.restore(state, self._decoder.cached(len(self.setup.prompt_ids) + at - 1))
+        other._written.steps = steps[:at]  # with what was seen of them
         return other
 
     def _settle_nudge(self) -> None:
@@ -245,7 +249,10 @@ class Run:
             text += self._written.flush()
             if self._written.stop_text is not None:
                 self._finish = ("stop", f"the text {self._written.stop_text!r} came")
-        step = self._written.add(token.id, text, logprob=token.logprob, entropy=token.entropy)
+        scores = self._noticed.scores if self.setup.inspect.loop_scores else None
+        step = self._written.add(
+            token.id, text, logprob=token.logprob, entropy=token.entropy, seen=token.seen, loop_scores=scores
+        )
         self._noticed.scripts(step.text, is_final=self._finish is not None)
         return step
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qwq_mlx.errors import GenerationError
+from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.text import Pieces
 from qwq_mlx.model.load import LoadedModel
@@ -26,6 +27,7 @@ class Setup:
 
     prompt_text: the whole prompt as text. question: what people wrote in it; its scripts are at home in the output.
     sampling: resolved, with a seed. limits: with max_tokens and context filled in (`reasoner` does both).
+    inspect: checked against the model.
     """
 
     model: LoadedModel
@@ -37,6 +39,7 @@ class Setup:
     sampling: Sampling
     limits: Limits
     thinking: Thinking
+    inspect: Inspect
 
 
 def given(value: int | None) -> int:

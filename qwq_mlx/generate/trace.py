@@ -17,13 +17,23 @@ from typing import Any, Literal, get_args
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.atomic import write_file
+from qwq_mlx.reasoning.loops import LoopScores
 
-__all__ = ["SCHEMA_VERSION", "FinishReason", "Injection", "Step", "Timings", "Trace"]
+__all__ = ["SCHEMA_VERSION", "Alternative", "FinishReason", "Injection", "Step", "Timings", "Trace"]
 
 SCHEMA_VERSION = 1
 
 FinishReason = Literal["stop", "answered", "length", "budget", "loop", "context_full", "interrupted"]
 Segment = Literal["thinking", "answer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """An id that the model might have written instead, its text alone, and its log-probability in nats."""
+
+    id: int
+    text: str
+    logprob: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +43,8 @@ class Step:
     index: place in the output, from 0. text: what this token completed; "" while a character or a possible stop text is
     unfinished. logprob, entropy: in nats over the model's own distribution; None for an injected token.
     segment: the part the text belongs to as far as can be told yet. is_injected: put there by a budget or a guard.
+    Only where `Inspect` asks: alternatives, by falling log-probability; margin, the first log-probability minus the
+    second; loop_scores; hidden, layer -> float32 (hidden_size,).
     """
 
     index: int
@@ -42,6 +54,10 @@ class Step:
     entropy: float | None
     segment: Segment
     is_injected: bool = False
+    alternatives: tuple[Alternative, ...] = ()
+    margin: float | None = None
+    loop_scores: LoopScores | None = None
+    hidden: Mapping[int, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qwq_mlx.generate.inspector import Seen
 from qwq_mlx.generate.text import Pieces, StopScanner, TextStream
-from qwq_mlx.generate.trace import Step
+from qwq_mlx.generate.trace import Alternative, Step
+from qwq_mlx.reasoning.loops import LoopScores
 from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.reasoning.split import Segment, Split, Splitter
 
@@ -58,9 +60,18 @@ class Written:
         return released.text + ("" if released.hit else self._scanner.finish())
 
     def add(
-        self, token_id: int, text: str, *, logprob: float | None, entropy: float | None, is_injected: bool = False
+        self,
+        token_id: int,
+        text: str,
+        *,
+        logprob: float | None,
+        entropy: float | None,
+        is_injected: bool = False,
+        seen: Seen | None = None,
+        loop_scores: LoopScores | None = None,
     ) -> Step:
-        """Append one token with the text it shows."""
+        """Append one token with the text it shows, and what was asked to be seen of its step."""
+        top = () if seen is None else seen.top
         step = Step(
             index=len(self.steps),
             id=token_id,
@@ -69,9 +80,17 @@ class Written:
             entropy=entropy,
             segment=self._splitter.feed(text),
             is_injected=is_injected,
+            alternatives=tuple(Alternative(id=each, text=self._alone(each), logprob=value) for each, value in top),
+            margin=None if seen is None else seen.margin,
+            loop_scores=loop_scores,
+            hidden={} if seen is None else seen.hidden,
         )
         self.steps.append(step)
         return step
+
+    def _alone(self, token_id: int) -> str:
+        """The text of an id by itself; bytes that are no character alone become U+FFFD."""
+        return self._pieces[token_id].decode("utf-8", "replace")
 
     def rewind(self, n_steps: int) -> None:
         """Go back to the first n_steps tokens; everything that follows from them is worked out again."""
@@ -79,8 +98,9 @@ class Written:
         self.steps = []
         self._start()
         for step in kept:
-            text = self.release(step.id)
-            self.add(step.id, text, logprob=step.logprob, entropy=step.entropy, is_injected=step.is_injected)
+            self.release(step.id)
+            self._splitter.feed(step.text)
+            self.steps.append(step)
 
     def split(self, *, is_final: bool, is_ended: bool) -> Split:
         """Thinking and answer. is_final: nothing is added any more. is_ended: the model ended its text itself."""

@@ -68,6 +68,11 @@ class CycleFinder:
         )
         return None if best is None else Cycle(best, best + self._followed[best])
 
+    @property
+    def score(self) -> float:
+        """The longest repetition under way as a share of one that counts."""
+        return max((count / (2 * period + self._margin) for period, count in self._followed.items()), default=0.0)
+
     def _follow(self, token_id: int) -> None:
         ids, last = self._ids, len(self._ids) - 1
         ended = []

@@ -11,7 +11,7 @@ that put every repetition into new words.
 from __future__ import annotations
 
 import re
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ from qwq_mlx.reasoning.cycle import CycleFinder
 from qwq_mlx.reasoning.statement import MAX_LINE, revises, stated
 from qwq_mlx.reasoning.variants import VariantsFinder
 
-__all__ = ["Loop", "LoopDetector", "LoopOptions"]
+__all__ = ["Loop", "LoopDetector", "LoopOptions", "LoopScores"]
 
 LoopKind = Literal["cycle", "variants", "candidate", "doubts"]
 _WORD = re.compile(r"[^\W_]+")
@@ -79,6 +79,16 @@ class Loop:
     evidence: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopScores:
+    """How near each finder is to a report, as a share of what it reports at: 1 or more is a loop."""
+
+    cycle: float
+    variants: float
+    candidate: float
+    doubts: float
+
+
 class LoopDetector:
     """Watches one output. After a report, `feed` stays silent about that kind until `reset`."""
 
@@ -99,6 +109,19 @@ class LoopDetector:
         self._balance = 0
         self._seen: set[str] = set()
         self._reported: set[LoopKind] = set()
+
+    @property
+    def scores(self) -> LoopScores:
+        """The finders' running scores. Candidates and doubts change at the ends of lines."""
+        options = self._options
+        near, far = self._variants.scores
+        stated_most = max(Counter(value for _, value in self._stated).values(), default=0)
+        return LoopScores(
+            cycle=round(self._cycles.score, 4),
+            variants=round(max(near / options.near_limit, far / options.far_limit), 4),
+            candidate=round(stated_most / options.n_candidates, 4),
+            doubts=round(max(0, self._balance) / options.n_doubts, 4),
+        )
 
     def feed(self, token_id: int, text: str) -> Loop | None:
         """Take one token and the text it released; returns a loop when one becomes certain."""
