@@ -50,7 +50,7 @@ class Scanner:
         names = "|".join(re.escape(name) for name in answer_tags) or r"\b\B"
         thinking = [("open", open_tag), ("close", close_tag)]
         parts = [f"(?P<{kind}>{re.escape(tag)})" for kind, tag in thinking if tag] + [
-            rf"(?P<begin></?)(?P<name>{names})>",
+            rf"(?P<begin>[<\[]/?)(?P<name>{names})[>\]]",
             rf"(?P<heading>(?<![^\n])[ ]?(?:{_HEADING}))",
             r"(?P<box>\\f?box(?:ed)? ?\{)",
             r"(?P<escape>\\[\\{}])",
@@ -128,7 +128,7 @@ class Scanner:
 
     def _answer_tag(self, found: re.Match[str], start: int, end: int) -> Iterator[Mark]:
         name = found["name"].lower()
-        if found["begin"] == "<":
+        if found["begin"] in "<[":
             self._tag = (start, end, name)
         elif self._tag and self._tag[2] == name:
             yield Mark("tag", self._tag[0], end, self._slice(self._tag[1], start))

@@ -17,14 +17,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qwq_mlx.reasoning.choices import choose, offered
 from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.reasoning.scan import Mark, Scanner
-from qwq_mlx.reasoning.statement import announces, choose, offered, requested_tags, revises, stated, unmarked
+from qwq_mlx.reasoning.statement import announces, asks_for_code, concluded, requested_tags, revises, stated, unmarked
 
 __all__ = ["Kind", "Segment", "Split", "Splitter"]
 
 Segment = Literal["thinking", "answer"]
-Kind = Literal["heading", "tag", "box", "closed", "sentence", "paragraph", "none"]
+Kind = Literal["heading", "tag", "box", "closed", "sentence", "code", "paragraph", "none"]
 
 _PIECE = 1024  # characters scanned at once
 _CAPTURED = 16_384  # characters of a conclusion that are kept to find a value without a box in it
@@ -40,6 +41,7 @@ _SURE: dict[Kind, float] = {
     "box": 0.9,
     "closed": 0.9,
     "sentence": 0.85,
+    "code": 0.7,
     "paragraph": 0.5,
     "none": 0.0,
 }
@@ -117,7 +119,11 @@ class Splitter:
         self._line = self._previous = self._sentence = start
         self._strong: _Candidate | None = None
         self._weak: _Candidate | None = None
-        self._is_announced = False
+        self._is_announced = self._is_introducing = False
+        # The last code block, which is the answer where code was asked for and nothing is marked.
+        self._expects_code = prompt is None or asks_for_code(prompt)
+        self._block: _Candidate | None = None
+        self._code: _Candidate | None = None
         self._thinking_chars = [0, 0]
         # With tags: what follows the thinking. A prompt that does not open the thinking gets an answer at once.
         self._reply: _Candidate | None = None
@@ -253,13 +259,32 @@ class Splitter:
             if value is not None:
                 self._weak = _Candidate("sentence", start, end, value)
         if line.strip():
+            self._take_code(line, end)
             self._is_announced = announces(line)
+            self._is_introducing = line.rstrip().endswith((":", "："))
+
+    def _take_code(self, line: str, end: int) -> None:
+        """A line of text or code: fences open and close a block."""
+        is_fence = line.lstrip().startswith("```")
+        if self._block is None:
+            if is_fence and self._expects_code:
+                self._block = _Candidate("code", self._previous if self._is_introducing else self._line, end)
+        elif is_fence:
+            code = self._block.captured.strip("\n")
+            if code:
+                self._code = _Candidate("code", self._block.place, end, code)
+            self._block = None
+        else:
+            self._block.capture(line.rstrip("\n") + "\n")
 
     def _take_value(self, kind: Kind, mark: Mark) -> None:
         value = mark.value.strip()
         if not value.strip(" .…?_"):
             return  # a placeholder: \boxed{...}
         strong = self._strong
+        if strong and mark.kind == "tag" and mark.start < strong.end:  # a box in the tag is its value
+            strong.end, strong.kind = mark.end, "tag" if strong.kind == "box" else strong.kind
+            return
         if strong and not strong.is_revised and (strong.kind == "heading" or strong.end > self._line.char):
             strong.value = self._joined(strong, value, mark)
             strong.end = mark.end
@@ -291,7 +316,7 @@ class Splitter:
         if weak is not None:
             weak.value = self._labelled(weak.value)
         if strong is not None and strong.value is None:
-            strong.value = self._labelled(unmarked(strong.captured))
+            strong.value = self._labelled(self._unboxed(strong, is_ended))
         if strong is not None and strong.is_revised and weak is not None:
             if weak.value == strong.value:
                 strong.is_revised = False
@@ -299,6 +324,9 @@ class Splitter:
             return weak
         if strong is not None:
             return strong
+        code = self._code
+        if code is not None and is_ended and (weak is None or code.end > weak.end):
+            return code
         if weak is not None and (is_ended or not self._is_far(weak)):
             return weak
         if self._reply is not None:
@@ -306,9 +334,19 @@ class Splitter:
             return self._reply
         if is_ended and self._scanner.n_chars:
             last = self._line if self._scanner.line.strip() else self._previous
-            value = choose(self._scanner.tail(last.char), self._choices, is_part=True)
+            text = self._scanner.tail(last.char)
+            value = choose(text, self._choices, is_part=True) if self._choices else concluded(text)
             return _Candidate("paragraph", last, self._scanner.n_chars, value)
         return None
+
+    def _unboxed(self, strong: _Candidate, is_ended: bool) -> str | None:
+        """What a conclusion without a box says; of a cut one only its whole lines count, and an open box is none."""
+        if self._scanner.is_inside:
+            return None
+        text = strong.captured
+        if not is_ended and not text.rstrip().endswith((*_LINE_ENDS, "```")):
+            text = text.rpartition("\n")[0]
+        return unmarked(text)
 
     def _labelled(self, value: str | None) -> str | None:
         """An answer in words that repeats one of the prompt's choices, as its label; boxes and tags stay as written."""

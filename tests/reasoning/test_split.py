@@ -46,7 +46,7 @@ def conclusion(text: str, found: Split) -> str:
         (f"{BOX} {{a}} then {BOX}{{...}} is a placeholder", "a", "box"),
         ("So, the correct answer is option 2.", "2", "sentence"),
         ("Thus the answer should be:\n\n12 cm\n", "12 cm", "sentence"),
-        ("**Final Answer**\n\nThe area is 12.", "The area is 12", "heading"),
+        ("**Final Answer**\n\nThe area is 12.", "12", "heading"),
         ("Thinking.\n\n## Final Solution\nDo it so:\n```python\nx = {1: 2}\n```\nDone.", "x = {1: 2}", "heading"),
         ("所以,最终答案是 42。", "42", "sentence"),
         ("## Answer\n\n**B**\n", "B", "heading"),
