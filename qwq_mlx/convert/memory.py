@@ -7,11 +7,22 @@ from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 
 __all__ = ["peak_memory_bytes"]
 
+_STATUS = Path("/proc/self/status")
+
 
 def peak_memory_bytes() -> int:
-    """The most resident memory that this process has had, in bytes (getrusage counts kB on Linux, bytes on macOS)."""
+    """The most resident memory that this process has had, in bytes.
+
+    Linux: VmHWM, for getrusage's figure starts at the memory of the process that started this one (an exec keeps it).
+    macOS: getrusage, in bytes.
+    """
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

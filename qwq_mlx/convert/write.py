@@ -1,7 +1,8 @@
 """Output shards, each tensor's bytes at the place that the plan gave it, durable before the journal says so.
 
 The files have their full size and their headers from the start, so a full disk shows early and a resumed run continues
-in the same files. Blocks arrive in order; the digest of each output tensor grows with them.
+in the same files. Blocks arrive in order; the digest of each output tensor grows with them. A large tensor is synced
+piece by piece beside the work, so that little is left to wait for at its end.
 
 Does not: publish anything; the files lie in the partial folder.
 """
@@ -12,6 +13,7 @@ import errno
 import hashlib
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,10 @@ from qwq_mlx.errors import ConversionError
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
 
 __all__ = ["ShardWriter", "create_shards", "disk_fault"]
+
+_SYNC_BYTES = (
+    32 << 20
+)  # written before a sync begins: seldom enough to cost nothing, a third of a second of a slow disk
 
 
 def create_shards(plan: Plan, folder: Path) -> None:
@@ -50,6 +56,9 @@ class ShardWriter:
         self._stack = ExitStack()
         self._fds: list[int] = []
         self._hashes: list[Any] = []
+        self._unsynced_bytes = 0
+        self._sync: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="qwq-mlx-sync")
 
     def __enter__(self) -> ShardWriter:
         try:
@@ -63,6 +72,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()  # before a file that it syncs is closed
         self._stack.close()
 
     def _open(self, shard: OutputShard) -> int:
@@ -93,18 +103,36 @@ class ShardWriter:
             try:
                 _pwrite(self._fds[output.shard], data.data, entry.start + block.first_row * row_bytes)
             except OSError as error:
-                path = self._folder / self._plan.shards[output.shard].name
-                raise disk_fault(error, path, entry.end - entry.start) from error
+                raise self._fault(error, tensor) from error
             sha256.update(data.data)
+            self._unsynced_bytes += len(data)
+        if self._unsynced_bytes >= _SYNC_BYTES and (self._sync is None or self._sync.done()):
+            self._end_sync(tensor)
+            self._sync = self._thread.submit(fsync_file, self._fds[tensor.outputs[0].shard])
+            self._unsynced_bytes = 0
+
+    def _end_sync(self, tensor: PlannedTensor) -> None:
+        """Wait for the sync under way; what it met is not told a second time by a later one, so it is raised here."""
+        try:
+            if self._sync is not None:
+                self._sync.result()
+        except OSError as error:
+            raise self._fault(error, tensor) from error
+        self._sync = None
 
     def finish(self, tensor: PlannedTensor) -> tuple[str, ...]:
-        """Make the tensor's bytes durable; returns the sha256 of each output."""
-        for shard in {output.shard for output in tensor.outputs}:
-            try:
-                fsync_file(self._fds[shard])
-            except OSError as error:
-                raise disk_fault(error, self._folder / self._plan.shards[shard].name, 0) from error
+        """Make the tensor's bytes, all in one shard, durable; returns the sha256 of each output."""
+        self._end_sync(tensor)
+        self._unsynced_bytes = 0
+        try:
+            fsync_file(self._fds[tensor.outputs[0].shard])
+        except OSError as error:
+            raise self._fault(error, tensor) from error
         return tuple(sha256.hexdigest() for sha256 in self._hashes)
+
+    def _fault(self, error: OSError, tensor: PlannedTensor) -> ConversionError:
+        n_bytes = sum(output.entry.end - output.entry.start for output in tensor.outputs)
+        return disk_fault(error, self._folder / self._plan.shards[tensor.outputs[0].shard].name, n_bytes)
 
 
 def disk_fault(error: OSError, path: Path, n_bytes: int) -> ConversionError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,13 +49,13 @@ def sha256_header(header: Header) -> str:
 
 
 def sha256_shard(header: Header, progress: Progress | None = None) -> ShardDigest:
-    """Digests of a shard, its header and each tensor, reading the file once.
+    """Digests of a shard, its header and each tensor, reading the file once; file and tensor are hashed side by side.
 
     Raises SourceError when it cannot be read or ends before its header says.
     """
     whole = hashlib.sha256()
     tensors = {}
-    with _Reader(header.path) as reader:
+    with _Reader(header.path) as reader, ThreadPoolExecutor(1) as beside:
         first = reader.read(header.data_start)
         whole.update(first)
         if progress is not None:
@@ -66,8 +67,9 @@ def sha256_shard(header: Header, progress: Progress | None = None) -> ShardDiges
                 block = reader.read(min(left, _BLOCK_BYTES))
                 if not block:
                     raise SourceError(f"{header.path}: ended inside tensor {name} while it was read. Make it again.")
+                other = beside.submit(one.update, block)
                 whole.update(block)
-                one.update(block)
+                other.result()
                 left -= len(block)
                 if progress is not None:
                     progress(len(block))

@@ -1,0 +1,147 @@
+"""What carries a conversion to 65 GB: synthetic shards made on demand, syncs beside the work, the big scripts."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import measure_conversion  # noqa: E402 - the path must be set first
+import qwq_shaped  # noqa: E402
+
+from qwq_mlx.convert import convert_checkpoint, memory, write  # noqa: E402
+from qwq_mlx.errors import ConversionError  # noqa: E402
+from qwq_mlx.files.source import open_checkpoint  # noqa: E402
+
+pytestmark = pytest.mark.tiny
+
+
+def test_the_full_layout_is_qwqs_771_tensors_in_17_shards(shared: Path) -> None:
+    checkpoint = qwq_shaped.synthetic_checkpoint(n_layers=64)
+    entries = [entry for shard in checkpoint.shards for entry in shard.entries]
+    known = json.loads((shared / "qwq" / "tensors.json").read_text())
+    assert {entry.name: list(entry.shape) for entry in entries} == known["tensors"]
+    assert sum(entry.end - entry.start for entry in entries) == known["metadata"]["total_size"] == 65_527_752_704
+    assert len(checkpoint.shards) == known["metadata"]["shards"] == 17
+
+
+def test_any_range_of_a_synthetic_shard_is_a_cut_of_the_whole(tmp_path: Path) -> None:
+    checkpoint = qwq_shaped.synthetic_checkpoint(n_layers=2, shard_bytes=200_000, is_tiny=True)
+    assert len(checkpoint.shards) == 4
+    qwq_shaped.write_checkpoint(checkpoint, tmp_path / "folder")
+    choose = random.Random(0)
+    for shard in checkpoint.shards:
+        whole = (tmp_path / "folder" / shard.name).read_bytes()
+        assert len(whole) == shard.size_bytes
+        for _ in range(50):
+            start, end = sorted(choose.randrange(shard.size_bytes + 1) for _ in range(2))
+            assert shard.read(start, end) == whole[start:end]
+    assert len(open_checkpoint(tmp_path / "folder").tensors) == 27
+
+
+def test_a_sync_beside_the_work_changes_no_byte(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert_checkpoint(tiny_checkpoint, tmp_path / "one")
+    fsync, threads = os.fsync, set()
+
+    def noted(fd: int) -> None:
+        threads.add(threading.current_thread().name)
+        fsync(fd)
+
+    monkeypatch.setattr(write, "_SYNC_BYTES", 1000)
+    monkeypatch.setattr("qwq_mlx.convert.plan.BLOCK_BYTES", 8192)
+    monkeypatch.setattr(os, "fsync", noted)
+    convert_checkpoint(tiny_checkpoint, tmp_path / "two")
+    assert any(name.startswith("qwq-mlx-sync") for name in threads)
+    for path in (tmp_path / "one").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_what_a_sync_beside_the_work_meets_ends_the_run_and_the_next_one_finishes(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def full(fd: int) -> None:
+        if threading.current_thread().name.startswith("qwq-mlx-sync"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_SYNC_BYTES", 1000)
+        patch.setattr(os, "fsync", full)
+        message = r"model-00001-of-00001\.safetensors: the disk is full: writing [\d,]+ bytes failed, [\d,]+ are free"
+        with pytest.raises(ConversionError, match=message):
+            convert_checkpoint(tiny_checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert convert_checkpoint(tiny_checkpoint, tmp_path / "out").is_written
+
+
+HOLD = (
+    "import sys; block = bytearray(int(sys.argv[1])); block[::4096] = bytes(len(block[::4096])).replace(b'\\0', b'x')"
+)
+
+
+def test_a_run_is_measured_with_its_own_memory_and_a_failed_one_says_why(tmp_path: Path) -> None:
+    held = measure_conversion.run([sys.executable, "-c", HOLD, "400000000"], tmp_path)
+    assert 400e6 < held.peak_bytes < 450e6
+    with pytest.raises(RuntimeError, match=r"(?s)failed: .*ZeroDivisionError"):
+        measure_conversion.run([sys.executable, "-c", "1/0"], tmp_path)
+
+
+def test_own_peak_memory_is_not_that_of_the_parent(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from qwq_mlx.convert.memory import peak_memory_bytes; print(peak_memory_bytes())"
+    nested = f"block = b'x' * 200_000_000; import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    said = subprocess.run([sys.executable, "-c", nested], check=True, capture_output=True, text=True, cwd=repository)
+    if sys.platform == "linux":
+        assert int(said.stdout) < 100_000_000
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "_STATUS", Path("/nonexistent"))
+        elsewhere = memory.peak_memory_bytes()
+    assert elsewhere > 10_000_000
+
+
+def test_the_comparison_prints_its_figures_against_the_bars() -> None:
+    ours = {"wall_s": 6.0, "cpu_s": 11.0, "peak_bytes": 240_000_000, "output_bytes": 1_150_000_000}
+    theirs = {**ours, "wall_s": 10.0, "peak_bytes": 4_400_000_000}
+    text = measure_conversion.table(
+        {
+            "layers": 1,
+            "cores": 2,
+            "runs": {measure_conversion.OURS: [ours] * 3, measure_conversion.THEIRS: [theirs] * 3},
+            "same_packed_bits": True,
+            "wall_ratio": 0.6,
+            "peak_ratio": 0.055,
+            "by_layers": {8: ours},
+            "is_within_bars": True,
+        }
+    )
+    assert "qwq_mlx.convert             6.0     11.0     0.24      1.150" in text
+    assert "ours, 8 layers: peak 0.240 GB, 6.0 s" in text
+    assert text.endswith("bars: peak <= 1.2 GB, wall <= 0.7 of mlx_lm.convert: reached")
+
+
+def test_the_whole_way_from_the_hub_at_a_small_size(tmp_path: Path) -> None:
+    """The script that converts all 65.5 GB, on four narrow layers: fetched, converted, dropped, verified twice."""
+    command = [sys.executable, str(REPOSITORY / "scripts" / "convert_full_scale.py"), "--tiny", "--layers", "4"]
+    run = subprocess.run(
+        [*command, "--shard-bytes", "420000", "--work", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["faults"] == [] and result["fetched_twice_bytes"] == 0
+    assert result["output_bytes"] == result["planned_bytes"] > 0
+    assert (result["n_tensors"], result["n_shards"]) == (51, 3)
+    assert "faults      none" in run.stdout
+    assert list(tmp_path.iterdir()) == []
