@@ -1,9 +1,14 @@
 """Choose scale, bias and codes of every group of a block of rows, and say what the rounding cost.
 
-min_max spreads the codes over each group's range, as mx.quantize does on MLX's CPU backend, bit for bit; but in numpy,
-one cache-sized tile at a time: the same bytes on every machine and with every version of MLX, no time limit of a GPU to
+"min-max" spreads the codes over each group's range, as mx.quantize does on MLX's CPU backend, bit for bit; but in
+numpy, one tile at a time: the same bytes on every machine and with every version of MLX, no time limit of a GPU to
 meet, and the error falls out of the same pass. Groups have their edge of larger magnitude hit exactly: bias = edge,
-scale = edge / round(edge / scale). The other modes (mxfp4, nvfp4, mxfp8) are mx.quantize itself.
+scale = edge / round(edge / scale).
+
+"least-squares" goes on from there (`least_squares`), rounds scale and bias to what the file stores, and only then
+rounds the weights, to the stored line; a group that this does not improve keeps what min-max gave it. "calibrated" is
+the same with errors counted by the importance of their input channel. Both are for affine mode; the other modes (mxfp4,
+nvfp4, mxfp8) are mx.quantize itself.
 
 Does not: see more than one block, or read or write files.
 """
@@ -18,56 +23,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwq_mlx.errors import OptionError
-from qwq_mlx.quant.measure import BlockError, block_error, sum_of_squares
-from qwq_mlx.quant.packing import FITS, Packed, Packing, float_values, pack_codes, round_to
+from qwq_mlx.quant.least_squares import closest_line, weighted_squares
+from qwq_mlx.quant.measure import BlockError, block_error
+from qwq_mlx.quant.packing import FITS, Packed, Packing, float_values, pack_groups, round_to
+from qwq_mlx.quant.tile import Floats, Line, Scratch, Tile, min_max, squares
 
 __all__ = ["Scratch", "fit_block"]
 
 _TILE = 1 << 19  # weights at a time: long enough that threads seldom wait for each other, short enough for a cache
-_EPS = np.float32(1e-7)  # the smallest scale, as in MLX
-
-
-class Scratch:
-    """Memory that one worker uses again and again; fresh arrays of this size would cost page faults every time."""
-
-    def __init__(self) -> None:
-        self.weights = np.empty(0, np.float32)
-        self.values = np.empty(0, np.float32)
-        self.codes = np.empty(0, np.uint8)
-        self._stream: mx.Stream | None = None
-
-    def reserve(self, n: int) -> None:
-        """Make room for n weights."""
-        if self.weights.size < n:
-            self.weights, self.values = np.empty(n, np.float32), np.empty(n, np.float32)
-            self.codes = np.empty(n, np.uint8)
-
-    @property
-    def stream(self) -> mx.Stream:
-        """A queue of MLX's CPU backend; it belongs to the thread that asks first."""
-        if self._stream is None:
-            self._stream = mx.new_stream(mx.cpu)
-        return self._stream
-
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """Some rows as groups: weights and values are (groups, group size), views of a scratch."""
-
-    weights: NDArray[np.float32]
-    values: NDArray[np.float32]
-    codes: NDArray[np.uint8]
 
 
 def fit_block(
-    raw: NDArray[Any], dtype: str, packing: Packing, *, fit: str, scratch: Scratch
+    raw: NDArray[Any],
+    dtype: str,
+    packing: Packing,
+    *,
+    fit: str,
+    scratch: Scratch,
+    importance: Floats | None = None,
 ) -> tuple[Packed, BlockError]:
     """Pack a block of rows.
 
-    raw: (rows, columns), DTYPES[dtype], finite; columns a multiple of the group. fit: a name of FITS. scratch: the
-    caller's thread's own.
-    For float32 weights |w - unpacked| <= |scale| in affine mode; scale and bias rounded to bfloat16 add their rounding.
-    Raises OptionError for an unknown fit and for columns that the group does not divide.
+    raw: (rows, columns), DTYPES[dtype], finite; columns a multiple of the group. fit: a name of FITS; in the modes
+    beside affine "min-max" is all there is. scratch: the caller's thread's own. importance: (columns,), positive
+    float32, of each input channel; for "calibrated", which without it is "least-squares".
+    For float32 weights |w - unpacked| <= |scale| in affine mode by "min-max"; scale and bias rounded to bfloat16 add
+    their rounding. By the other fits no group's sum of (weighted) squared errors is larger than by "min-max".
+    Raises OptionError for a fit that there is not, or not in this mode, and for columns that the group does not divide.
     Source: mlx.core.quantize; bit-equal to it for "min-max" (tests/quant/test_fit.py).
     """
     if fit not in FITS:
@@ -78,74 +60,78 @@ def fit_block(
             "Use a recipe with a smaller group."
         )
     if not packing.is_affine:
+        if fit != "min-max":
+            raise OptionError(
+                f"fit is {fit!r}, but mode {packing.mode!r} has only 'min-max'. Use a recipe of that fit."
+            )
         packed = _by_mlx(raw, dtype, packing, scratch.stream)
         return packed, block_error(raw, dtype, packed, packing, stream=scratch.stream)
-    return _affine(raw, dtype, packing, scratch)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # weights near the end of float32, as in MLX
+        return _affine(raw, dtype, packing, scratch, fit != "min-max", importance if fit == "calibrated" else None)
 
 
-def _affine(raw: NDArray[Any], dtype: str, packing: Packing, scratch: Scratch) -> tuple[Packed, BlockError]:
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """Scale and bias of each group as stored, DTYPES (groups,); its squared errors, and as they count, float32."""
+
+    scale: NDArray[Any]
+    bias: NDArray[Any]
+    errors: Floats
+    counted: Floats
+
+
+def _affine(
+    raw: NDArray[Any], dtype: str, packing: Packing, scratch: Scratch, is_refined: bool, importance: Floats | None
+) -> tuple[Packed, BlockError]:
     rows, columns = raw.shape
-    groups = columns // packing.group_size
-    packed = Packed(
-        np.empty((rows, columns * packing.bits // 32), np.uint32),
-        np.empty((rows, groups), raw.dtype),
-        np.empty((rows, groups), raw.dtype),
-    )
-    assert packed.biases is not None
+    shape = rows, columns // packing.group_size
+    codes = np.empty((rows, columns * packing.bits // 32), np.uint32)
+    scales, biases = np.empty(shape, raw.dtype), np.empty(shape, raw.dtype)
     error2 = weight2 = 0.0
-    step = max(1, _TILE // columns)
-    scratch.reserve(min(step, rows) * columns)
+    step = max(1, _TILE // columns) | 1  # odd: with a power of two as stride a group falls on few lines of the cache
     for first in range(0, rows, step):
-        part = raw[first : first + step]
-        tile = _tile(part, dtype, packing, scratch)
-        with np.errstate(over="ignore", invalid="ignore"):  # weights near the end of float32 overflow, as in MLX
-            scales, biases = _min_max(tile.weights, packing.bits)
-            _round(tile, scales, biases, packing.bits)
-            at = slice(first, first + len(part))
-            packed.codes[at] = pack_codes(tile.codes.reshape(part.shape), packing.bits)
-            packed.scales[at] = round_to(scales, dtype).reshape(len(part), groups)
-            packed.biases[at] = round_to(biases, dtype).reshape(len(part), groups)
-            error2 += _error(tile, packed.scales[at], packed.biases[at], dtype)
-            weight2 += sum_of_squares(tile.weights)
-    return packed, BlockError(error2, weight2)
+        at = slice(first, first + step)
+        tile = scratch.tile(raw[at], dtype, packing)
+        fitted = _fit_tile(tile, dtype, packing.bits, is_refined, importance)
+        codes[at] = pack_groups(tile.codes, packing.bits).reshape(-1, codes.shape[1])
+        scales[at], biases[at] = fitted.scale.reshape(-1, shape[1]), fitted.bias.reshape(-1, shape[1])
+        error2 += float(fitted.errors.sum(dtype=np.float64))
+        weight2 += float(squares(tile.weights).sum(dtype=np.float64))
+    return Packed(codes, scales, biases), BlockError(error2, weight2)
 
 
-def _tile(part: NDArray[Any], dtype: str, packing: Packing, scratch: Scratch) -> _Tile:
-    shape, n = (part.size // packing.group_size, packing.group_size), part.size
-    float_values(part, dtype, scratch.weights[:n].reshape(part.shape))
-    return _Tile(scratch.weights[:n].reshape(shape), scratch.values[:n].reshape(shape), scratch.codes[:n])
+def _fit_tile(tile: Tile, dtype: str, bits: int, is_refined: bool, importance: Floats | None) -> _Fitted:
+    """Fills tile.codes."""
+    line = min_max(tile.weights, bits)
+    tile.divide(line, tile.steps)
+    tile.round(tile.steps, bits)
+    tile.keep_codes()
+    first = _measured(tile, line, dtype, importance, spare=tile.values)
+    if not is_refined:
+        return first
+    line = _as_stored(closest_line(tile, line, bits, importance), dtype)
+    tile.divide(line, tile.steps)
+    tile.round(tile.steps, bits)
+    second = _measured(tile, line, dtype, importance, spare=tile.steps)
+    is_better = second.counted < first.counted
+    worse = np.flatnonzero(~is_better)
+    tile.values[:, worse] = tile.codes[:, worse]
+    tile.keep_codes()
+    return _Fitted(*(np.where(is_better, getattr(second, n), getattr(first, n)) for n in _Fitted.__slots__))
 
 
-def _min_max(weights: NDArray[np.float32], bits: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scale and bias of each group, float32 (groups,): each step is that of mlx::core::quantize."""
-    high, low = weights.max(axis=1), weights.min(axis=1)
-    is_low = np.abs(low) > np.abs(high)
-    scale = np.maximum((high - low) / np.float32((1 << bits) - 1), _EPS)
-    scale = np.where(is_low, scale, -scale)
-    edge = np.where(is_low, low, high)
-    steps = np.rint(edge / scale)
-    is_zero = steps == 0
-    scale = np.where(is_zero, scale, edge / np.where(is_zero, np.float32(1), steps))
-    return scale, np.where(is_zero, np.float32(0), edge)
+def _as_stored(line: Line, dtype: str) -> Line:
+    """As the file will hold it."""
+    return Line(float_values(round_to(line.scale, dtype), dtype), float_values(round_to(line.bias, dtype), dtype))
 
 
-def _round(tile: _Tile, scales: NDArray[np.float32], biases: NDArray[np.float32], bits: int) -> None:
-    """Codes of the nearest steps, into tile.codes, and the same as float32 into tile.values."""
-    values = tile.values
-    np.subtract(tile.weights, biases[:, None], out=values)
-    np.divide(values, scales[:, None], out=values)
-    np.rint(values, out=values)
-    np.clip(values, np.float32(0), np.float32((1 << bits) - 1), out=values)
-    np.copyto(tile.codes, values.reshape(-1), casting="unsafe")
-
-
-def _error(tile: _Tile, scales: NDArray[Any], biases: NDArray[Any], dtype: str) -> float:
-    """Sum of squared errors with scale and bias as stored; tile.values are the codes and are used up."""
-    values = tile.values
-    np.multiply(values, float_values(scales, dtype).reshape(-1, 1), out=values)
-    np.add(values, float_values(biases, dtype).reshape(-1, 1), out=values)
-    np.subtract(values, tile.weights, out=values)
-    return sum_of_squares(values)
+def _measured(tile: Tile, line: Line, dtype: str, importance: Floats | None, *, spare: Floats) -> _Fitted:
+    """What tile.values, the codes, cost with the line as stored. spare: is written if errors have an importance."""
+    scale, bias = round_to(line.scale, dtype), round_to(line.bias, dtype)
+    differences = tile.errors(Line(float_values(scale, dtype), float_values(bias, dtype)))
+    errors = squares(differences)
+    counted = errors if importance is None else weighted_squares(differences, importance, spare)
+    return _Fitted(scale, bias, errors, counted)
 
 
 def _by_mlx(raw: NDArray[Any], dtype: str, packing: Packing, stream: mx.Stream) -> Packed:

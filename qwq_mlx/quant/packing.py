@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qwq_mlx.errors import OptionError
 
-__all__ = ["DTYPES", "FITS", "MODES", "Packed", "Packing", "float_values", "pack_codes", "round_to", "unpack_codes"]
+__all__ = ["DTYPES", "FITS", "MODES", "Packed", "Packing", "float_values", "pack_groups", "round_to", "unpack_codes"]
 
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
@@ -27,8 +27,8 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 """Mode -> the bits and the group sizes that MLX has for it (affine has 1 bit too, which no model survives)."""
 
-FITS = ("min-max",)
-"""Ways to choose scale, bias and codes (qwq_mlx.quant.fit); a recipe names one."""
+FITS = ("min-max", "least-squares", "calibrated")
+"""Ways to choose scale, bias and codes (qwq_mlx.quant.fit); a recipe names one. Modes beside affine have the first."""
 
 DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 """Weight dtypes, in safetensors spelling -> the numpy dtype that holds them; bfloat16 travels as its 16 bits."""
@@ -94,22 +94,21 @@ def round_to(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     return values.astype(DTYPES[dtype])
 
 
-def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
-    """Codes (rows, columns) below 2**bits to (rows, columns * bits / 32) uint32; columns a multiple of 32."""
-    rows, columns = codes.shape
-    packed: NDArray[np.uint8]
-    if bits == 8:
-        packed = np.ascontiguousarray(codes)
-    elif bits == 4:
-        pairs = np.ascontiguousarray(codes).view("<u2")
-        packed = (pairs | (pairs >> 4)).astype(np.uint8)  # the upper byte falls away
-    else:
-        eights = codes.reshape(rows, columns // 8, 8).astype(np.uint64)
-        stream = np.zeros(eights.shape[:2], "<u8")
-        for place in range(8):
-            stream |= eights[:, :, place] << np.uint64(place * bits)
-        packed = stream.view(np.uint8).reshape(rows, columns // 8, 8)[:, :, :bits]
-    return np.ascontiguousarray(packed).reshape(rows, columns * bits // 8).view("<u4")
+def pack_groups(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
+    """Codes (group size, groups) below 2**bits, one group after another, to (groups, group size * bits / 32) uint32.
+
+    The groups of a row follow each other, so what comes out reshapes to (rows, columns * bits / 32).
+    """
+    group, n_groups = codes.shape
+    eights = codes.reshape(group // 8, 8, n_groups)
+    packed = np.zeros((group // 8, bits, n_groups), np.uint8)
+    for place in range(8):
+        for byte in range(place * bits // 8, (place * bits + bits - 1) // 8 + 1):
+            shift = place * bits - byte * 8  # what a shift moves out of the byte belongs to a neighbour
+            part = eights[:, place]
+            packed[:, byte] |= np.left_shift(part, shift) if shift >= 0 else np.right_shift(part, -shift)
+    rows: NDArray[np.uint8] = np.ascontiguousarray(packed.reshape(group * bits // 8, n_groups).T)
+    return rows.view("<u4")
 
 
 _PER_BYTE = {2: 4, 4: 2}

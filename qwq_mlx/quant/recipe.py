@@ -172,6 +172,7 @@ class _Parser:
         fit = weights.get("fit", FITS[0])
         if fit not in FITS:
             raise self._error("weights", 0, "fit", f"fit is {fit!r}, expected one of {', '.join(FITS)}.")
+        self._check_mode(packing, fit, "weights", 0)
         overrides = parsed.get("override", [])
         if not isinstance(overrides, list) or not all(isinstance(each, Mapping) for each in overrides):
             raise self._error("override", 0, "", "override is one table, expected a list of them: [[override]].")
@@ -181,10 +182,17 @@ class _Parser:
             text=self._text,
             packing=packing,
             fit=fit,
-            overrides=tuple(self._override(packing, table, index) for index, table in enumerate(overrides)),
+            overrides=tuple(self._override(packing, fit, table, index) for index, table in enumerate(overrides)),
         )
 
-    def _override(self, default: Packing, table: Mapping[str, Any], index: int) -> Override:
+    def _check_mode(self, packing: Packing, fit: str, section: str, index: int) -> None:
+        if not packing.is_affine and fit != "min-max":
+            what = (
+                f"mode {packing.mode!r} has only the fit 'min-max', this recipe's fit is {fit!r}. Give fit = 'min-max'."
+            )
+            raise self._error(section, index, "mode", what)
+
+    def _override(self, default: Packing, fit: str, table: Mapping[str, Any], index: int) -> Override:
         self._only_keys(table, (*_PACKING_KEYS, "match", "layers", "keep"), "override", index)
         match = table.get("match")
         patterns = [match] if isinstance(match, str) else match
@@ -204,6 +212,8 @@ class _Parser:
                 "override", index, "match", f"{what}: give either keep = true or one of {', '.join(_PACKING_KEYS)}."
             )
         packing = None if keep else self._packing(default, table, "override", index)
+        if packing is not None:
+            self._check_mode(packing, fit, "override", index)
         return Override(
             match=tuple(patterns), layers=layers, packing=packing, line=self._line("override", index, "match")
         )

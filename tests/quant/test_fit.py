@@ -101,3 +101,9 @@ def test_min_max_is_bit_equal_on_any_finite_bfloat16(seed: int, packing: Packing
 def test_an_unknown_fit_is_refused() -> None:
     with pytest.raises(OptionError, match="fit is 'magic', expected one of min-max"):
         fit_block(np.zeros((2, 64), np.uint16), "BF16", Packing(), fit="magic", scratch=Scratch())
+
+
+@pytest.mark.parametrize("packing", [p for p in PACKINGS if not p.is_affine], ids=lambda p: p.mode)
+def test_a_mode_beside_affine_knows_only_min_max(packing: Packing) -> None:
+    with pytest.raises(OptionError, match=f"fit is 'least-squares', but mode '{packing.mode}' has only 'min-max'"):
+        fit_block(np.zeros((2, 64), np.uint16), "BF16", packing, fit="least-squares", scratch=Scratch())

@@ -9,19 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwq_mlx.errors import OptionError
-from qwq_mlx.quant.packing import DTYPES, MODES, Packing, float_values, pack_codes, round_to, unpack_codes
+from qwq_mlx.quant.packing import DTYPES, MODES, Packing, float_values, pack_groups, round_to, unpack_codes
 
 BITS = MODES["affine"][0]
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_codes_come_back_from_a_row_packed_as_one_little_endian_stream(bits: int) -> None:
-    codes = np.random.default_rng(bits).integers(0, 1 << bits, (3, 96), dtype=np.uint8)
-    packed = pack_codes(codes, bits)
-    assert packed.dtype == np.uint32 and packed.shape == (3, 96 * bits // 32)
-    stream = int.from_bytes(packed[1].tobytes(), "little")
-    assert [(stream >> (j * bits)) & ((1 << bits) - 1) for j in range(96)] == codes[1].tolist()
-    assert np.array_equal(unpack_codes(packed, bits), codes.astype(np.float32))
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_codes_come_back_from_rows_packed_as_little_endian_streams(bits: int, group: int) -> None:
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (3, 256), dtype=np.uint8)
+    packed = pack_groups(np.ascontiguousarray(codes.reshape(-1, group).T), bits)
+    assert packed.dtype == np.uint32 and packed.shape == (3 * 256 // group, group * bits // 32)
+    rows = packed.reshape(3, 256 * bits // 32)
+    stream = int.from_bytes(rows[1].tobytes(), "little")
+    assert [(stream >> (j * bits)) & ((1 << bits) - 1) for j in range(256)] == codes[1].tolist()
+    assert np.array_equal(unpack_codes(rows, bits), codes.astype(np.float32))
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=2.0**126, min_value=-(2.0**126))))

@@ -86,6 +86,14 @@ W = "[weights]\nbits = 4\n"
         ('[weights]\nmode = "q4_k"\n', r"line 2: mode is 'q4_k'"),
         ("[weights]\nbits = 4\ngroup_size = 48\n", r"line 3: group_size is 48"),
         ('[weights]\nfit = "magic"\n', r"line 2: fit is 'magic', expected one of min-max"),
+        (
+            '[weights]\nmode = "mxfp4"\ngroup_size = 32\nfit = "least-squares"\n',
+            r"line 2: mode 'mxfp4' has only the fit 'min-max', this recipe's fit is 'least-squares'\. Give",
+        ),
+        (
+            W + 'fit = "calibrated"\n[[override]]\nmatch = "*"\nmode = "mxfp8"\nbits = 8\ngroup_size = 32\n',
+            r"line 6: mode 'mxfp8' has only the fit 'min-max', this recipe's fit is 'calibrated'",
+        ),
         (W + '[override]\nmatch = "*"\nbits = 3\n', r"line 3: override is one table, expected a list of them: \[\[ov"),
         (W + "[[override]]\nbits = 3\n", r"line 3: match is None, expected a pattern"),
         (W + "[[override]]\nmatch = []\nbits = 3\n", r"line 4: match is \[\], expected a pattern"),
