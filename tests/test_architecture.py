@@ -22,10 +22,11 @@ ALLOWED = {
     "reasoning": GROUND,
     "pocket": GROUND,
     "model": LOW,
-    "convert": LOW | {"model"},
+    "quality": LOW | {"model"},
+    "convert": LOW | {"model", "quality"},
     "generate": LOW | {"model"},
 }
-COMMANDS = LOW | {"model", "convert", "generate"}
+COMMANDS = LOW | {"model", "quality", "convert", "generate"}
 # The command that answers with the bundled model converts it first; the rooms behind the two do not know each other.
 EXCEPTIONS = {("generate/__main__.py", "convert")}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
@@ -80,7 +81,19 @@ def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
     homes = {
         "mlx_lm": {"model", "generate", "bench"},
         "transformers": {"model", "bench"},
-        "mlx": {"quant", "model", "convert", "generate", "bench", "fit", "verify", "chat", "compare", "replay"},
+        "mlx": {
+            "quant",
+            "model",
+            "quality",
+            "convert",
+            "generate",
+            "bench",
+            "fit",
+            "verify",
+            "chat",
+            "compare",
+            "replay",
+        },
         "torch": set(),
     }
     for module in _imported(_tree(path)):

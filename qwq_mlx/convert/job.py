@@ -14,12 +14,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import mlx.core as mx
 
 from qwq_mlx.convert.check import check_disk, check_output, check_source, partial_path
 from qwq_mlx.convert.finish import describe, finish, keep_small_files
@@ -33,6 +30,7 @@ from qwq_mlx.convert.write import create_shards, disk_fault
 from qwq_mlx.errors import ConversionError, OptionError
 from qwq_mlx.files.atomic import fsync_folder, publish
 from qwq_mlx.files.lock import FolderLock
+from qwq_mlx.model.device import small_cache
 from qwq_mlx.quant import DEFAULT_RECIPE
 from qwq_mlx.quant.recipe import load_recipe
 
@@ -42,7 +40,6 @@ _JOURNAL = "journal.jsonl"
 _MODEL = "model"
 _SOURCE = "source"
 _MAX_WORKERS = 64
-_CACHE_BYTES = 256 << 20  # what MLX may keep of freed buffers meanwhile; blocks are of few sizes, so it needs little
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +157,7 @@ class _Job:
                 keep_small_files(plan, fetched)
         with (
             plan.origin.shards(wanted, keep=self.keep_source, progress=report.fetched) as shards,
-            _small_cache(),
+            small_cache(),
         ):
             run_pipeline(plan, folder, journal, shards, report.packed)
 
@@ -246,13 +243,3 @@ def _n_workers(n: int | None) -> int:
     if type(n) is not int or not 1 <= n <= _MAX_WORKERS:
         raise OptionError(f"n_workers is {n!r}, expected a whole number from 1 to {_MAX_WORKERS}.")
     return n
-
-
-@contextmanager
-def _small_cache() -> Iterator[None]:
-    """Bound what MLX keeps of freed memory, and put the caller's limit back."""
-    before = mx.set_cache_limit(_CACHE_BYTES)
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(before)

@@ -18,7 +18,9 @@ from pathlib import Path
 from qwq_mlx.model.load import import_mlx
 from qwq_mlx.model.memory import Backend
 
-__all__ = ["available_bytes", "backend_name", "limit_bytes", "wired"]
+__all__ = ["available_bytes", "backend_name", "limit_bytes", "small_cache", "wired"]
+
+_CACHE_BYTES = 256 << 20  # blocks and layers are of few sizes, so little is enough to use their buffers again
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -69,3 +71,14 @@ def wired(n_bytes: int) -> Iterator[None]:
     finally:
         mx.synchronize()
         mx.set_wired_limit(before)
+
+
+@contextmanager
+def small_cache() -> Iterator[None]:
+    """Bound what MLX keeps of freed memory to 256 MiB inside the block, and put the caller's limit back."""
+    mx = import_mlx()
+    before = mx.set_cache_limit(_CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)

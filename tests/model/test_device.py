@@ -103,3 +103,15 @@ def test_this_machine_has_a_backend_and_memory() -> None:
     assert device.limit_bytes() > 1 << 28
     with device.wired(1 << 20):
         pass
+
+
+def test_the_cache_is_small_inside_the_block_and_the_callers_limit_comes_back() -> None:
+    mx = device.import_mlx()
+    before = mx.set_cache_limit(12345)
+    try:
+        with pytest.raises(KeyError), device.small_cache():
+            assert mx.set_cache_limit(256 << 20) == 256 << 20
+            raise KeyError
+        assert mx.set_cache_limit(12345) == 12345
+    finally:
+        mx.set_cache_limit(before)
