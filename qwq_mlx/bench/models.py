@@ -67,6 +67,9 @@ def random_module(config: Qwen2Config, packed: Mapping[str, Packing], compute_ty
         weights += [(name, codes), (f"{path}.scales", scales), (f"{path}.biases", scales * (-(n_codes - 1) / 2))]
     module.load_weights(weights, strict=True)
     module.eval()
+    weights.clear()
+    for layer in module.layers:
+        mx.eval(layer.parameters())  # one layer at a time, so that little stands beside the finished weights
     mx.eval(module.parameters())
     return module
 

@@ -28,7 +28,7 @@ __all__ = ["SCHEMA_VERSION", "model_digest", "read_checkpoint", "write_checkpoin
 
 SCHEMA_VERSION = 1
 _FORMAT = "qwq_mlx run"
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint32": "U32"}
 _CHUNK_BYTES = 8 << 20
 
 

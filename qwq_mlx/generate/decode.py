@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from qwq_mlx.errors import GenerationError, OptionError
+from qwq_mlx.generate.cache import Layer, layers_of, new_cache
 from qwq_mlx.generate.inspector import Inspector, Looking, Seen
 from qwq_mlx.generate.sample import Memory, Sampler
-from qwq_mlx.model.load import import_mlx_lm
 
-__all__ = ["Decoder", "Token", "filled_cache", "new_cache"]
+__all__ = ["Decoder", "Token"]
 
 _CLEAR_EVERY = 256  # steps between two returns of unused buffers to the system, as in mlx-lm
 
@@ -45,23 +45,6 @@ class _Pending(NamedTuple):
     stats: Any
     memory: Memory
     looking: Looking | None
-
-
-def new_cache(module: Any) -> list[Any]:
-    """An empty KV cache for every layer of the model."""
-    cache: list[Any] = import_mlx_lm("mlx_lm.models.cache").make_prompt_cache(module)
-    return cache
-
-
-def filled_cache(module: Any, layers: Sequence[tuple[Any, Any, int]]) -> list[Any]:
-    """A KV cache that holds these keys and values, with the capacity it had: (keys, values, capacity) of each layer."""
-    cache = new_cache(module)
-    for layer, (keys, values, capacity) in zip(cache, layers, strict=True):
-        n_free = capacity - keys.shape[2]
-        room = [(0, 0), (0, 0), (0, n_free), (0, 0)]
-        layer.keys, layer.values = mx.pad(keys, room), mx.pad(values, room)
-        layer.offset = keys.shape[2]
-    return cache
 
 
 class Decoder:
@@ -160,10 +143,9 @@ class Decoder:
         self._pending = None
         self._memory = self.sampler.start(prompt_ids, output_ids)
 
-    def cached(self, n_ids: int) -> list[tuple[Any, Any, int]]:
-        """Keys, values and capacity of each layer for the first n_ids at most; copies of references, not of memory."""
-        n_ids = min(n_ids, self.cache[0].offset)
-        return [(layer.keys[..., :n_ids, :], layer.values[..., :n_ids, :], layer.keys.shape[2]) for layer in self.cache]
+    def cached(self, n_ids: int) -> list[Layer]:
+        """What each layer's cache holds for the first n_ids at most."""
+        return layers_of(self.cache, n_ids)
 
     def force(self, ids: Sequence[int]) -> None:
         """Append ids that were not drawn; the next draw follows them. What is under way is dropped."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
+from qwq_mlx.generate.cache import saved_layers
 from qwq_mlx.generate.checkpoint import model_digest, read_checkpoint
 from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
@@ -150,11 +151,7 @@ class Reasoner:
                 inspect=inspect or Inspect(),
             )
         )
-        layers = [
-            (arrays[f"layers.{index}.keys"], arrays[f"layers.{index}.values"], capacity)
-            for index, capacity in enumerate(state["capacities"])
-        ]
-        run.restore(state, layers)
+        run.restore(state, saved_layers(arrays, state["capacities"]))
         return run
 
     def _setup(

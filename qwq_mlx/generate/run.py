@@ -21,10 +21,11 @@ import mlx.core as mx
 
 from qwq_mlx.errors import GenerationError, OptionError
 from qwq_mlx.generate.banned import DrawnAhead, Source
+from qwq_mlx.generate.cache import Layer, filled_cache, new_cache
 from qwq_mlx.generate.checkpoint import model_digest, write_checkpoint
 from qwq_mlx.generate.clock import Clock
 from qwq_mlx.generate.cue import Asking, cue_ids
-from qwq_mlx.generate.decode import Decoder, Token, filled_cache
+from qwq_mlx.generate.decode import Decoder, Token
 from qwq_mlx.generate.ended import trace_of
 from qwq_mlx.generate.guard import foreign_ids, home_scripts
 from qwq_mlx.generate.inspector import Inspector
@@ -60,7 +61,8 @@ class Run:
         )
         self._n_most = given(limits.max_tokens)
         inspector = None if setup.inspect.is_off else Inspector(setup.inspect, model.module, n_ids=n_ids)
-        self._decoder = Decoder(model.module, sampler, n_ids=n_ids, inspector=inspector)
+        cache = new_cache(model.module, limits.kv_bits)
+        self._decoder = Decoder(model.module, sampler, n_ids=n_ids, cache=cache, inspector=inspector)
         self._source: Source = self._decoder
         if limits.banned:
             self._source = DrawnAhead(
@@ -128,15 +130,17 @@ class Run:
             "events": self._noticed.events,
             "asking": self._asking.pending,
             "nudges": self._nudges.state,
-            "capacities": [capacity for _, _, capacity in layers],
+            "capacities": [layer.capacity for layer in layers],
             "finish_reason": self._finish[0] if self._finish is not None else None,
         }
-        arrays = {}
-        for index, (keys, values, _) in enumerate(layers):
-            arrays[f"layers.{index}.keys"], arrays[f"layers.{index}.values"] = keys, values
+        arrays = {
+            f"layers.{index}.{name}": array
+            for index, layer in enumerate(layers)
+            for name, array in layer.arrays.items()
+        }
         write_checkpoint(Path(path), state, arrays)
 
-    def restore(self, state: Mapping[str, Any], layers: Sequence[tuple[Any, Any, int]]) -> None:
+    def restore(self, state: Mapping[str, Any], layers: Sequence[Layer]) -> None:
         """Take over a saved run of the same setup before the first Step. layers: its cache (`Decoder.cached`)."""
         self._decoder.sampler = self._nudges.restored(tuple(state["nudges"]), self._decoder.sampler)
         for token_id, logprob, entropy, is_injected in state["steps"]:
@@ -150,7 +154,7 @@ class Run:
         pending = state["asking"]
         self._asking.restore(is_over=bool(self._injections), pending=tuple(pending) if pending else None)
         if layers:
-            cache = filled_cache(self.setup.model.module, layers)
+            cache = filled_cache(self.setup.model.module, layers, self.setup.limits.kv_bits)
             output_ids = [step.id for step in self._written.steps]
             self._decoder.restore(self.setup.prompt_ids, output_ids, cache)
             if isinstance(self._source, DrawnAhead):

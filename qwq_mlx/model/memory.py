@@ -37,7 +37,16 @@ from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.layout import Packing
 
-__all__ = ["Backend", "MemoryPlan", "ModelShape", "Workload", "metal_limit_bytes", "plan_memory", "shape_of_facts"]
+__all__ = [
+    "KV_GROUP",
+    "Backend",
+    "MemoryPlan",
+    "ModelShape",
+    "Workload",
+    "metal_limit_bytes",
+    "plan_memory",
+    "shape_of_facts",
+]
 
 Backend = Literal["metal", "cuda", "cpu"]
 BACKENDS: tuple[Backend, ...] = ("metal", "cuda", "cpu")
@@ -46,7 +55,8 @@ RESERVE_BYTES = 500_000_000
 """Left free below the limit: buffers that MLX keeps for reuse, the rest of the process. A choice, not measured."""
 
 _CACHE_STEP = 256  # mlx_lm's KVCache grows by so many positions
-_KV_GROUP = 64
+KV_GROUP = 64
+"""Numbers of a quantized cache that share a scale and a bias."""
 _GIB = 1 << 30
 
 
@@ -240,10 +250,10 @@ def _float_bytes(backend: Backend) -> int:
 
 
 def _check_groups(config: Qwen2Config, workload: Workload) -> None:
-    if workload.kv_bits is not None and config.head_dim % _KV_GROUP:
+    if workload.kv_bits is not None and config.head_dim % KV_GROUP:
         raise OptionError(
             f"kv_bits is {workload.kv_bits}, but heads of width {config.head_dim} are no multiple of the group "
-            f"{_KV_GROUP}. Leave kv_bits out."
+            f"{KV_GROUP}. Leave kv_bits out."
         )
 
 
@@ -276,7 +286,7 @@ def _kv_bytes_per_token(config: Qwen2Config, kv_bits: int | None, float_bytes: i
     n_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     if kv_bits is None:
         return n_values * float_bytes
-    return n_values * kv_bits // 8 + 2 * float_bytes * (n_values // _KV_GROUP)
+    return n_values * kv_bits // 8 + 2 * float_bytes * (n_values // KV_GROUP)
 
 
 def _prefill_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
