@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from qwq_mlx.generate.settings import to_json
 from qwq_mlx.generate.setup import Setup
-from qwq_mlx.generate.trace import FinishReason, Injection, Timings, Trace
+from qwq_mlx.generate.trace import FinishReason, Injection, Step, Timings, Trace
 from qwq_mlx.generate.written import Written
 
 __all__ = ["trace_of"]
@@ -35,11 +37,13 @@ def trace_of(
             cut.reason,
             f"the answer was asked for after {cut.start:,} tokens" + (detail and f"; {detail}"),
         )
-    text, steps = written.text, written.steps
+    text, steps, inspect = written.text, written.steps, setup.inspect
     return Trace(
+        question=setup.question,
         prompt_ids=setup.prompt_ids,
         ids=tuple(step.id for step in steps),
         text=text,
+        texts=tuple(step.text for step in steps),
         thinking=text[slice(*split.thinking_chars)],
         conclusion=text[slice(*split.conclusion_chars)] if split.conclusion_chars else "",
         answer=split.answer,
@@ -62,4 +66,16 @@ def trace_of(
             "weights": setup.model.weights,
             "compute_type": setup.model.compute_type,
         },
+        alternatives=tuple(step.alternatives for step in steps) if inspect.top_k else (),
+        margins=tuple(step.margin for step in steps) if inspect.top_k else (),
+        loop_scores=tuple(step.loop_scores for step in steps) if inspect.loop_scores else (),
+        hidden={layer: _rows(steps, layer, setup.model.config.hidden_size) for layer in inspect.hidden_layers},
     )
+
+
+def _rows(steps: Sequence[Step], layer: int, hidden_size: int) -> Any:
+    rows = np.full((len(steps), hidden_size), np.nan, np.float32)
+    for step in steps:
+        if layer in step.hidden:
+            rows[step.index] = step.hidden[layer]
+    return rows

@@ -1,27 +1,27 @@
 """The result of a run: a `Step` per token while it goes, a frozen `Trace` of everything at the end.
 
-A Trace is plain data (texts, numbers, tuples), so it goes to JSON and comes back equal. The file says which schema it
-has; an unknown one is refused by name instead of being half read.
+A Trace is plain data (texts, numbers, tuples), so it goes to JSON and comes back equal; only hidden states, where they
+were asked for, are arrays. The file says which schema it has; another one (1 is refused too) is refused by name instead
+of being half read.
 
-Does not: hold arrays or a model, or work anything out that the run did not see.
+Does not: hold a model, or work anything out that the run did not see.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qwq_mlx.errors import SourceError
-from qwq_mlx.files.atomic import write_file
+from qwq_mlx.generate.trace_file import read_trace, write_trace
 from qwq_mlx.reasoning.loops import LoopScores
 
 __all__ = ["SCHEMA_VERSION", "Alternative", "FinishReason", "Injection", "Step", "Timings", "Trace"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 FinishReason = Literal["stop", "answered", "length", "budget", "loop", "context_full", "interrupted"]
 Segment = Literal["thinking", "answer"]
@@ -94,7 +94,9 @@ class Timings:
 class Trace:
     """All of a finished run.
 
+    question: what people wrote in the prompt.
     ids: what came out, with the id that ended it if one did; `text` is without that id, and without the stop text.
+    texts: what each id let out; joined they are `text`.
     logprobs, entropies: one per id, None where injected. thinking, conclusion: the two parts of the text; answer: what
     was extracted from the conclusion, None where there is none; answer_kind: what it was told by ("heading", "box",
     "tag", "sentence" ...); is_revised: the text doubts it later; confidence: how sure the split is, 0 to 1.
@@ -102,11 +104,16 @@ class Trace:
     thinking and seed as used. model: folder, weights, compute type. peak_bytes: device memory at most.
     events: what was noticed on the way, each with "event": "loop" (see reasoning.loops.Loop, and the "action" taken) or
     "switch" (another script, see reasoning.language.Switch).
+    Where `Inspect` asked, one per id: alternatives (none where injected), margins, loop_scores; hidden: layer ->
+    (ids, hidden_size) float32, NaN where injected. Else they are empty.
     """
+
+    question: str
 
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
     text: str
+    texts: tuple[str, ...]
     thinking: str
     conclusion: str
     answer: str | None
@@ -125,18 +132,32 @@ class Trace:
     settings: Mapping[str, Any]
     model: Mapping[str, Any]
     events: tuple[Mapping[str, Any], ...] = field(default=())
+    alternatives: tuple[tuple[Alternative, ...], ...] = ()
+    margins: tuple[float | None, ...] = ()
+    loop_scores: tuple[LoopScores | None, ...] = ()
+    hidden: Mapping[int, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def describe(self) -> str:
         """Why the run ended, in words, with how to continue where that makes sense."""
         return _DESCRIPTIONS[self.finish_reason] + (f" ({self.detail})" if self.detail else "")
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values, the schema's version first."""
-        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        """As JSON values, the schema's version first; all but the hidden states."""
+        values = dataclasses.asdict(dataclasses.replace(self, hidden={}))
+        del values["hidden"]
+        return {"schema_version": SCHEMA_VERSION, **values}
 
     def save(self, path: str | Path) -> None:
-        """Write one JSON file; it appears whole or not at all."""
-        write_file(Path(path), (json.dumps(self.to_json(), ensure_ascii=False) + "\n").encode())
+        """Write JSON lines, hidden states beside them (`trace_file`); the file appears whole or not at all.
+
+        Raises GenerationError where the disk does not take it.
+        """
+        fields = self.to_json()
+        del fields["schema_version"], fields["text"]
+        columns = {one: fields.pop(many) for one, many in _COLUMNS.items()}
+        shown = {name: values for name, values in columns.items() if values or name in _ALWAYS}
+        tokens = [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)]
+        write_trace(Path(path), fields, tokens, self.hidden, schema=SCHEMA_VERSION)
 
     @classmethod
     def from_json(cls, value: Any, *, where: str) -> Trace:
@@ -147,7 +168,7 @@ class Trace:
                 f"{where}: schema_version is {found!r}, expected {SCHEMA_VERSION}. "
                 "Read the trace with the version of qwq_mlx that wrote it."
             )
-        names = {each.name for each in dataclasses.fields(cls)}
+        names = {each.name for each in dataclasses.fields(cls)} - {"hidden"}
         differing = sorted((value.keys() - {"schema_version"}) ^ names)
         if differing:
             raise SourceError(
@@ -160,7 +181,10 @@ class Trace:
                 f"{', '.join(get_args(FinishReason))}. The file is damaged or edited; save the trace again."
             )
         try:
-            return cls(**{name: _read(name, value[name]) for name in names})
+            trace = cls(**{name: _read(name, value[name]) for name in names})
+            if "".join(trace.texts) != trace.text or not len(trace.texts) == len(trace.ids) == len(trace.logprobs):
+                raise ValueError("text, texts, ids and logprobs do not fit together")
+            return trace
         except (TypeError, ValueError) as error:
             raise SourceError(
                 f"{where}: is no trace ({error}). The file is damaged or edited; save it again."
@@ -168,15 +192,29 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
-        """Read what `save` wrote. Raises SourceError naming the file and the fault."""
-        try:
-            value = json.loads(Path(path).read_bytes())
-        except OSError as error:
-            raise SourceError(f"{path}: cannot be read ({error.strerror}). Give the file that save() wrote.") from error
-        except ValueError as error:
-            raise SourceError(f"{path}: not JSON ({error}). The file is damaged; save the trace again.") from error
-        return cls.from_json(value, where=str(path))
+        """Read what `save` wrote, every byte checked. Raises SourceError naming the file and the fault."""
+        fields, tokens, hidden = read_trace(Path(path), schema=SCHEMA_VERSION)
+        names = tokens[0].keys() if tokens else _ALWAYS
+        for place, token in enumerate(tokens, start=2):
+            if token.keys() != names or not _ALWAYS <= names <= _COLUMNS.keys():
+                raise SourceError(f"{path}: line {place:,} has the fields {', '.join(token)}. The file is edited.")
+        columns = {many: [token[one] for token in tokens if one in token] for one, many in _COLUMNS.items()}
+        text = "".join(map(str, columns["texts"]))
+        trace = cls.from_json({"schema_version": SCHEMA_VERSION, **fields, **columns, "text": text}, where=str(path))
+        return dataclasses.replace(trace, hidden=hidden)
 
+
+# One a token: name in its line, and the Trace's field; the first four are always there.
+_COLUMNS = {
+    "id": "ids",
+    "text": "texts",
+    "logprob": "logprobs",
+    "entropy": "entropies",
+    "margin": "margins",
+    "loop_scores": "loop_scores",
+    "alternatives": "alternatives",
+}
+_ALWAYS = frozenset(("id", "text", "logprob", "entropy"))
 
 _DESCRIPTIONS: dict[str, str] = {
     "stop": "the model ended its text",
@@ -191,6 +229,10 @@ _DESCRIPTIONS: dict[str, str] = {
 
 def _read(name: str, value: Any) -> Any:
     """JSON has lists for tuples and objects for dataclasses."""
+    if name == "alternatives":
+        return tuple(tuple(Alternative(**each) for each in step) for step in value)
+    if name == "loop_scores":
+        return tuple(None if each is None else LoopScores(**each) for each in value)
     if name == "injections":
         return tuple(Injection(**each) for each in value)
     if name == "timings":

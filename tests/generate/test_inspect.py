@@ -210,3 +210,25 @@ def test_a_saved_run_asks_for_its_hook_again(reasoner: Reasoner, tmp_path: Path)
         reasoner.resume(tmp_path / "run")
     rest = list(reasoner.resume(tmp_path / "run", inspect=hooked))
     assert [step.id for step in (*first, *rest)] == [50, 51, 52, 53, 54, 55, 56, 57]
+
+
+def test_the_trace_keeps_what_was_seen_and_comes_back_from_disk(reasoner: Reasoner, tmp_path: Path) -> None:
+    run = reasoner.stream(
+        "x",
+        sampling=Sampling(temperature=1.0, seed=4),
+        limits=Limits(max_tokens=60),
+        thinking=Thinking(think_tokens=0, answer_tokens=10),
+        inspect=Inspect(top_k=2, hidden_layers=(1,), loop_scores=True),
+    )
+    steps, trace = list(run), run.trace()
+    assert trace.alternatives == tuple(step.alternatives for step in steps)
+    assert trace.margins == tuple(step.margin for step in steps)
+    assert trace.loop_scores == tuple(step.loop_scores for step in steps)
+    assert trace.hidden[1].shape == (len(steps), 128)
+    for step, row in zip(steps, trace.hidden[1], strict=True):
+        assert np.isnan(row).all() if step.is_injected else (row == step.hidden[1]).all()
+    assert any(step.is_injected for step in steps)
+    trace.save(tmp_path / "trace.jsonl")
+    found = type(trace).load(tmp_path / "trace.jsonl")
+    assert found == trace
+    np.testing.assert_array_equal(found.hidden[1], trace.hidden[1])
