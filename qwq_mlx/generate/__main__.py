@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
 from qwq_mlx.generate.interruption import Interruption
 from qwq_mlx.generate.options import LOOP_ACTIONS, Limits, Sampling, Thinking
-from qwq_mlx.generate.show import settings_line, show, summary_line
+from qwq_mlx.generate.show import batch_bar, batch_line, settings_line, show, summary_line
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from qwq_mlx.generate.batch import Stand
     from qwq_mlx.generate.reasoner import Reasoner
 
 _FLAGS = {"temperature": "--temp", "banned": "--ban"}
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Interruption() as interruption:
         try:
             asked = _Asked(_sampling(options), Limits(**_given(options, Limits)), Thinking(**_given(options, Thinking)))
+            if options.input is not None or options.output is not None:
+                _refuse_beside_input(options)
+                return _batch(options, asked, interruption)
             if options.resume is not None:
                 _refuse_beside_resume(options, asked)
                 return _generate(options, None, asked, interruption)
@@ -72,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--json", action="store_true", help="print the whole trace as one line of JSON instead of the text")
     add("--quiet", action="store_true", help="on stderr only errors, and the end of a run that did not end by itself")
+    add = parser.add_argument_group("many questions").add_argument
+    add("--input", metavar="FILE", help='JSON lines of {"question" or "messages", "id", "expected"}')
+    add("--output", metavar="FILE", help="their traces, a line each; where it has some, the rest is answered")
     _add_limits(parser.add_argument_group("where it ends").add_argument)
     _add_sampling(
         parser.add_argument_group("how ids are drawn (default: the model's generation_config.json)").add_argument
@@ -183,6 +190,64 @@ def _refuse_beside_resume(options: argparse.Namespace, asked: _Asked) -> None:
             "--resume goes on with the question and the settings of the file, so only --model, --max-tokens, --save, "
             "--json and --quiet can be given beside it. Leave the others out, or start a new run."
         )
+
+
+def _refuse_beside_input(options: argparse.Namespace) -> None:
+    """A file of questions needs a file for the answers, and what belongs to one question is refused beside it."""
+    if options.input is None or options.output is None:
+        missing = "--input" if options.input is None else "--output"
+        raise OptionError(f"{missing} is missing. A file of questions takes --input FILE and --output FILE together.")
+    for name in ("prompt", "resume", "save", "json"):
+        if getattr(options, name) not in (None, False):
+            raise OptionError(f"--{name} belongs to one question and cannot be given beside --input. Leave it out.")
+
+
+def _batch(options: argparse.Namespace, asked: _Asked, interruption: Interruption) -> int:
+    from pathlib import Path
+
+    from qwq_mlx.generate.questions import read_questions
+    from qwq_mlx.generate.results import Results
+
+    questions = read_questions(Path(options.input), system_prompt=options.system_prompt)
+    with Results(Path(options.output)) as results:
+        reasoner = _load(options)
+        from qwq_mlx.generate.batch import Batch
+
+        batch = Batch(
+            reasoner,
+            questions,
+            results,
+            sampling=asked.sampling,
+            limits=asked.limits,
+            thinking=asked.thinking,
+            system_prompt=options.system_prompt,
+        )
+        interruption.run = batch
+        try:
+            stand = batch.work(None if options.quiet else _batch_progress())
+        finally:
+            interruption.run = None
+    if batch.is_stopped and stand.n_done < stand.n_total:
+        _note(f"interrupted: {stand.n_done:,} of {stand.n_total:,} are in {options.output}; run it again to go on")
+        return interruption.exit_code
+    if stand.n_failed:
+        return _complain(f"{options.output}: {stand.n_failed:,} questions were not answered; see their 'error'.", 1)
+    return 0
+
+
+def _batch_progress() -> Callable[[Stand], None]:
+    """A bar on a terminal, else a line a question."""
+    is_terminal = sys.stderr.isatty()
+
+    def show(stand: Stand) -> None:
+        if is_terminal:
+            end = "\n" if stand.n_done == stand.n_total else ""
+            sys.stderr.write(f"\r\x1b[K{batch_bar(stand)}{end}")
+        elif stand.last is not None or (stand.n_before and not stand.n_tokens):
+            sys.stderr.write((batch_line(stand) if stand.last else f"going on: {batch_bar(stand)}") + "\n")
+        sys.stderr.flush()
+
+    return show
 
 
 def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, interruption: Interruption) -> int:

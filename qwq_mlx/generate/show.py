@@ -9,10 +9,11 @@ import os
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    from qwq_mlx.generate.batch import Stand
     from qwq_mlx.generate.run import Run
     from qwq_mlx.generate.trace import Trace
 
-__all__ = ["settings_line", "show", "summary_line"]
+__all__ = ["batch_bar", "batch_line", "settings_line", "show", "summary_line"]
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 # A model can write escape sequences; on a terminal they are shown as symbols instead of being obeyed.
@@ -78,3 +79,28 @@ def summary_line(trace: Trace) -> str:
         f"{trace.finish_reason}: {trace.describe()}; prompt {len(trace.prompt_ids):,} tokens{prefill}, "
         f"output {len(trace.ids):,} tokens{decode}, peak memory {trace.peak_bytes / 1e9:.2f} GB"
     )
+
+
+def batch_bar(stand: Stand, *, width: int = 20) -> str:
+    """Where a batch stands: a bar, questions, rate and time left."""
+    n_full = width * stand.n_done // stand.n_total
+    rate = f", {stand.n_tokens / stand.seconds:,.1f} tok/s" if stand.n_tokens and stand.seconds > 0 else ""
+    left = "" if stand.seconds_left is None else f", {_clock(stand.seconds_left)} left"
+    failed = f", {stand.n_failed:,} failed" if stand.n_failed else ""
+    return (
+        f"[{'#' * n_full}{'.' * (width - n_full)}] {stand.n_done:,} of {stand.n_total:,} questions{failed}{rate}{left}"
+    )
+
+
+def batch_line(stand: Stand) -> str:
+    """The question that was just answered, and where the batch stands."""
+    line = stand.last or {}
+    trace = line.get("trace") or {}
+    what = line.get("error") or f"{trace.get('finish_reason')}, {len(trace.get('ids', ())):,} tokens"
+    return f"{line.get('id')}: {what}; {batch_bar(stand)}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
