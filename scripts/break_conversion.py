@@ -1,25 +1,24 @@
 """Break a conversion at every operation in every way, finish it, compare the bytes, and print the counts.
 
-    python scripts/break_conversion.py [--every N] [--kills N] [--seed N]
+    python scripts/break_conversion.py [--every N] [--seed N]
 
 At each file operation of a small conversion: a kill before it, a torn write, a full disk, a broken disk, a power cut
-that loses everything not synced, and one that loses a random part of it. Then kill -9 of whole processes at random
-times, again and again until the conversion is through. A run is good when the final name never held a damaged folder,
-the rerun ended with the bytes of an undisturbed run, and at most one tensor was written twice.
+that loses everything not synced, and one that loses a random part of it. A run is good when the final name never held
+a damaged folder, the rerun ended with the bytes of an undisturbed run, and at most one tensor was written twice; and,
+where the disk is full, when the message has the path and the bytes that are needed and free.
 
-The tests do the same at a few points (tests/convert/test_convert_crashes.py).
+The tests do the same at a few points (tests/convert/test_convert_crashes.py). Whole processes are broken by
+scripts/break_processes.py, sources by scripts/break_source.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from qwq_mlx.errors import QwqError  # noqa: E402
 from qwq_mlx.files.manifest import MANIFEST_NAME, read_manifest, verify_full  # noqa: E402
 
 WAYS = ("kill", "torn", "full", "broken", "power cut", "power cut, by lot")
+_FULL = re.compile(r"out(\.partial/\S+)?: the disk is full: writing [\d,]+ bytes failed, [\d,]+ are free")
 _KINDS = {"power cut": "torn", "power cut, by lot": "torn"}
 
 
@@ -45,7 +45,6 @@ def main() -> int:
     """Run everything; 1 if anything was not good."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--every", type=int, default=1, help="take every N-th operation (default: 1)")
-    parser.add_argument("--kills", type=int, default=100, help="kill -9 at random times (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
     options = parser.parse_args()
     plan.BLOCK_BYTES = 8192
@@ -58,7 +57,6 @@ def main() -> int:
         bad = 0
         for way in WAYS:
             bad += break_everywhere(way, source, home, expected, disk.n_operations, options)
-        bad += kill_processes(source, home, options)
     print("all good" if not bad else f"{bad} NOT GOOD")
     return 1 if bad else 0
 
@@ -75,8 +73,10 @@ def break_everywhere(
         with watched() as first, FaultyDisk(folder, at=at, kind=_KINDS.get(way, way)) as disk:
             try:
                 convert_checkpoint(source, output, n_workers=2)
-            except QwqError:
+            except QwqError as error:
                 counts["refused with a message"] += 1
+                if way == "full" and not _FULL.search(str(error)):
+                    counts["A MESSAGE WITHOUT PATH AND BYTES"] += 1
         if way.startswith("power cut"):
             disk.lose_power(lot if "lot" in way else None)
         counts[outcome(source, output, expected, first)] += 1
@@ -84,7 +84,8 @@ def break_everywhere(
         shutil.rmtree(folder)
     shown = ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()))
     print(f"{way}: {shown}", flush=True)
-    return counts["runs"] - counts["finished by the rerun"] - counts["published before the fault"]
+    wrong = counts["A MESSAGE WITHOUT PATH AND BYTES"]
+    return wrong + counts["runs"] - counts["finished by the rerun"] - counts["published before the fault"]
 
 
 def outcome(source: Path, output: Path, expected: dict[str, object], first: list[str]) -> str:
@@ -100,31 +101,6 @@ def outcome(source: Path, output: Path, expected: dict[str, object], first: list
     if content(output) != expected:
         return "OTHER BYTES after the rerun"
     return "finished by the rerun" if len(set(first) & set(second)) <= 1 else "REPEATED more than one tensor"
-
-
-def kill_processes(source: Path, home: Path, options: argparse.Namespace) -> int:
-    """kill -9 at random times, over and over on the same output until it is there; returns the bad rounds."""
-    lot, n_kills, n_rounds, bad = random.Random(options.seed), 0, 0, 0
-    command = [sys.executable, str(ROOT / "scripts" / "convert.py"), "--quiet", "--source", str(source), "--output"]
-    started = time.monotonic()
-    subprocess.run([*command, str(home / "whole")], check=True)
-    whole_s = time.monotonic() - started
-    expected = content(home / "whole")
-    while n_kills < options.kills:
-        output = _folder(home / f"kills-{n_rounds}") / "out"
-        n_rounds += 1
-        while not output.exists():
-            child = subprocess.Popen([*command, str(output)])
-            try:
-                child.wait(lot.uniform(0.4, 1.05) * whole_s)
-            except subprocess.TimeoutExpired:
-                child.send_signal(signal.SIGKILL)
-                child.wait()
-                n_kills += 1
-        bad += content(output) != expected
-        shutil.rmtree(output.parent)
-    print(f"kill -9: {n_kills:,} kills in {n_rounds:,} conversions, {n_rounds - bad:,} with the same bytes", flush=True)
-    return bad
 
 
 def content(folder: Path) -> dict[str, object]:

@@ -42,7 +42,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     """What decides the bytes of a conversion: the journal's first line, so that two conversions are never mixed."""
     checkpoint = plan.checkpoint
     return {
-        "format": 1,
+        "format": 2,
         "repository": plan.origin.repository,
         "commit": plan.origin.commit,
         "shards": {shard.path.name: shard.size_bytes for shard in checkpoint.shards},

@@ -203,7 +203,8 @@ def _remove(path: Path) -> None:
 
 
 def _conversion(plan: Plan, output: Path, journal: Journal | None, started: float, *, resumed_bytes: int) -> Conversion:
-    done = [] if journal is None else [journal.done[each.source.name] for each in plan.tensors]
+    packed = [each.source.name for each in plan.tensors if each.packing is not None]
+    done = [] if journal is None else [journal.done[name] for name in packed]
     error2, weight2 = sum(each.error2 for each in done), sum(each.weight2 for each in done)
     return Conversion(
         output=output,
@@ -226,7 +227,7 @@ def _warnings(plan: Plan, journal: Journal | None) -> tuple[str, ...]:
     found = []
     for tensor in plan.tensors:
         done, path = journal.done[tensor.source.name], plan.checkpoint.shards[tensor.shard].path.name
-        if tensor.packing is not None and done.weight2 == 0:
+        if done.weight2 == 0:
             found.append(f"{path}: every weight of {done.name} is zero. Compare the shard's sha256 with the source's.")
         elif done.zero_pages:
             found.append(

@@ -29,14 +29,14 @@ class Done:
 
     name: of the source tensor. sha256: of each output's bytes, in the plan's order. source_sha256: of the source shard
     from its start to the end of this tensor, so a resumed run can tell whether the shard is still the same;
-    source_mtime_ns: when that file was last changed.
-    error2, weight2: sums of squares (0 for a copied tensor). zero_pages: whole 4,096-byte pages of zeros in the source.
+    source_ctime_ns: when that file was last changed, by the clock that utime and cp -p cannot set back.
+    error2, weight2: sums of squares (error2 is 0 for a copied tensor). zero_pages: see `quant.measure`.
     """
 
     name: str
     sha256: tuple[str, ...]
     source_sha256: str
-    source_mtime_ns: int
+    source_ctime_ns: int
     error2: float
     weight2: float
     zero_pages: int

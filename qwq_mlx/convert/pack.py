@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from qwq_mlx.convert.read import Block
 from qwq_mlx.errors import ConversionError
 from qwq_mlx.quant.fit import Scratch, fit_block
-from qwq_mlx.quant.measure import count_zero_pages, first_non_finite
-from qwq_mlx.quant.packing import DTYPES
+from qwq_mlx.quant.measure import count_zero_pages, first_non_finite, sum_of_squares
+from qwq_mlx.quant.packing import DTYPES, float_values
 
 __all__ = ["PackedBlock", "pack_block", "workers"]
 
@@ -72,7 +72,8 @@ def pack_block(block: Block, *, fit: str, shard: Path) -> PackedBlock:
         )
     zero_pages = count_zero_pages(block.data)
     if tensor.packing is None:
-        return PackedBlock(block, (block.data,), 0.0, 0.0, zero_pages)
+        weight2 = sum_of_squares(float_values(raw, source.dtype))
+        return PackedBlock(block, (block.data,), 0.0, weight2, zero_pages)
     packed, error = fit_block(raw, source.dtype, tensor.packing, fit=fit, scratch=_scratch())
     arrays = [packed.codes, packed.scales, *([] if packed.biases is None else [packed.biases])]
     outputs = tuple(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)

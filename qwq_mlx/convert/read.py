@@ -67,7 +67,7 @@ class Buffers:
 class Block:
     """Rows of one tensor. data: their bytes, a view of `buffer`.
 
-    source_mtime_ns: the shard's time of change. source_sha256: of the shard up to here, on a tensor's last block.
+    source_ctime_ns: see `Done`. source_sha256: of the shard up to here, on a tensor's last block.
     """
 
     tensor: PlannedTensor
@@ -75,7 +75,7 @@ class Block:
     n_rows: int
     buffer: NDArray[np.uint8]
     data: NDArray[np.uint8]
-    source_mtime_ns: int
+    source_ctime_ns: int
     source_sha256: str | None = None
 
     @property
@@ -108,9 +108,9 @@ def _read_shard(
 ) -> Iterator[Block]:
     fd = open_shard(shard)
     try:
-        mtime_ns = os.fstat(fd).st_mtime_ns
+        ctime_ns = os.fstat(fd).st_ctime_ns
         records = [done.get(each.source.name) for each in tensors]
-        if all(record is not None and record.source_mtime_ns == mtime_ns for record in records):
+        if all(record is not None and record.source_ctime_ns == ctime_ns for record in records):
             return
         sha256 = hashlib.sha256()
         _hash_range(fd, shard, 0, shard.data_start, sha256)
@@ -127,7 +127,7 @@ def _read_shard(
                 read_into(fd, shard, source.start + first * tensor.row_bytes, data, source.name)
                 sha256.update(data.data)
                 block = Block(
-                    tensor=tensor, first_row=first, n_rows=n_rows, buffer=buffer, data=data, source_mtime_ns=mtime_ns
+                    tensor=tensor, first_row=first, n_rows=n_rows, buffer=buffer, data=data, source_ctime_ns=ctime_ns
                 )
                 if block.is_last:
                     block.source_sha256 = sha256.hexdigest()

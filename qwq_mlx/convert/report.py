@@ -112,11 +112,11 @@ class ProgressLine:
     def line(progress: Progress, elapsed_s: float) -> str:
         """The line for a phase that has run `elapsed_s` seconds."""
         rate = (progress.done_bytes - progress.resumed_bytes) / max(elapsed_s, 1e-9)
-        left = (progress.total_bytes - progress.done_bytes) / rate if rate > 0 else 0.0
+        left = duration_text((progress.total_bytes - progress.done_bytes) / rate) if rate > 0 else "?"
         share = 100 * progress.done_bytes / max(progress.total_bytes, 1)
         fetched = "" if progress.fetched_bytes is None else f"  {size_text(progress.fetched_bytes)} fetched"
         return (
             f"{_PHASES.get(progress.phase, progress.phase)} {share:3.0f} %  "
             f"{size_text(progress.done_bytes)} of {size_text(progress.total_bytes)}{fetched}  {size_text(rate)}/s  "
-            f"{duration_text(left)} left  {progress.what}"
+            f"{left} left  {progress.what}"
         )

@@ -130,7 +130,7 @@ def _digests(plan: Plan, tensor: PlannedTensor) -> list[str]:
             n_rows = min(tensor.block_rows, tensor.n_rows - first)
             data = np.empty(n_rows * tensor.row_bytes, np.uint8)
             read_into(fd, shard, tensor.source.start + first * tensor.row_bytes, data, tensor.source.name)
-            block = Block(tensor=tensor, first_row=first, n_rows=n_rows, buffer=data, data=data, source_mtime_ns=0)
+            block = Block(tensor=tensor, first_row=first, n_rows=n_rows, buffer=data, data=data, source_ctime_ns=0)
             for sha256, output in zip(
                 hashes, pack_block(block, fit=plan.recipe.fit, shard=shard.path).outputs, strict=True
             ):

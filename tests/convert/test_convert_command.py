@@ -169,7 +169,7 @@ def test_a_progress_line_shows_what_is_done_how_fast_and_what_remains() -> None:
     step = Progress(phase="convert", what="x", done_bytes=30 * 10**8, total_bytes=90 * 10**8, resumed_bytes=10**9)
     assert ProgressLine.line(step, 2.0) == "converting  33 %  3.00 GB of 9.00 GB  1.00 GB/s  0:06 left  x"
     check = Progress(phase="check", what="y", done_bytes=0, total_bytes=90)
-    assert ProgressLine.line(check, 0.0) == "reading back   0 %  0 bytes of 90 bytes  0 bytes/s  0:00 left  y"
+    assert ProgressLine.line(check, 0.0) == "reading back   0 %  0 bytes of 90 bytes  0 bytes/s  ? left  y"
 
 
 def test_progress_lines_come_at_their_pace(monkeypatch: pytest.MonkeyPatch) -> None:

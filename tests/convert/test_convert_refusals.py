@@ -270,6 +270,8 @@ def test_zero_tensors_and_zero_pages_are_converted_with_a_warning(source: Path) 
 
     header = read_header(source / SHARDS[0])
     raw = bytearray((source / SHARDS[0]).read_bytes())
+    bias = header.tensors["model.layers.0.self_attn.k_proj.bias"]
+    raw[bias.start : bias.end] = bytes(bias.end - bias.start)
     whole, part = (header.tensors[f"model.layers.0.{name}.weight"] for name in ("self_attn.q_proj", "mlp.up_proj"))
     raw[whole.start : whole.end] = bytes(whole.end - whole.start)
     raw[part.start : part.start + 8192] = bytes(8192)
@@ -278,6 +280,7 @@ def test_zero_tensors_and_zero_pages_are_converted_with_a_warning(source: Path) 
     compare = "Compare the shard's sha256 with the source's."
     assert warnings == (
         f"{SHARDS[0]}: {part.name} has 2 pages (4,096 bytes) of zeros, as lost writes leave them. {compare}",
+        f"{SHARDS[0]}: every weight of {bias.name} is zero. {compare}",
         f"{SHARDS[0]}: every weight of {whole.name} is zero. {compare}",
     )
 

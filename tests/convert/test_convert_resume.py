@@ -128,6 +128,15 @@ def test_a_finished_shard_is_read_again_only_if_its_time_changed(
         shutil.rmtree(tmp_path / "out.partial")
 
 
+def test_a_changed_shard_is_noticed_though_its_time_was_put_back(source: Path, tmp_path: Path) -> None:
+    interrupt(source, tmp_path / "out", after=0.7)  # the first shard is finished
+    status, raw = (source / FIRST).stat(), bytearray((source / FIRST).read_bytes())
+    raw[-9] ^= 1
+    (source / FIRST).write_bytes(raw)
+    os.utime(source / FIRST, ns=(status.st_atime_ns, status.st_mtime_ns))
+    resume_refused(source, tmp_path / "out", rf"{FIRST}: differs from the shard that the unfinished conversion read")
+
+
 def test_a_partial_folder_that_lost_a_shard_is_refused(source: Path, tmp_path: Path) -> None:
     interrupt(source, tmp_path / "out", after=0.5)
     shard = tmp_path / "out.partial" / "model" / "model-00001-of-00001.safetensors"
@@ -243,7 +252,7 @@ def test_a_small_file_that_vanishes_is_named(source: Path, tmp_path: Path) -> No
     )
 
 
-DONE = Done(name="a", sha256=("1", "2"), source_sha256="3", source_mtime_ns=4, error2=0.1, weight2=1 / 3, zero_pages=0)
+DONE = Done(name="a", sha256=("1", "2"), source_sha256="3", source_ctime_ns=4, error2=0.1, weight2=1 / 3, zero_pages=0)
 
 
 def test_a_journal_gives_back_what_was_appended_and_drops_a_torn_or_flipped_end(tmp_path: Path) -> None:

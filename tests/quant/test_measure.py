@@ -72,6 +72,15 @@ def test_pages_of_zeros_are_counted_only_where_whole() -> None:
     assert count_zero_pages(data[:100]) == 0
 
 
+def test_a_zero_page_is_found_wherever_it_begins_and_across_two_blocks() -> None:
+    for start in range(0, 3 * PAGE_BYTES, 97):
+        data = np.ones(5 * PAGE_BYTES, np.uint8)
+        data[start : start + PAGE_BYTES] = 0
+        assert count_zero_pages(data) == 1
+        for cut in (2 * PAGE_BYTES, 2 * PAGE_BYTES + 2 * 480):  # the second: a block that is no whole number of pages
+            assert 1 <= count_zero_pages(data[:cut]) + count_zero_pages(data[cut:]) <= 2
+
+
 def test_packed_keeps_no_bias_outside_affine_mode() -> None:
     packed = min_max(round_to(awkward_rows(), "BF16"), "BF16", Packing(mode="mxfp8", bits=8, group_size=32))
     assert isinstance(packed, Packed) and packed.biases is None and packed.scales.dtype == np.uint8
