@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
@@ -21,8 +22,6 @@ from qwq_mlx.generate.options import LOOP_ACTIONS, Limits, Sampling, Thinking
 from qwq_mlx.generate.show import batch_bar, batch_line, settings_line, show, summary_line
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qwq_mlx.generate.batch import Stand
     from qwq_mlx.generate.reasoner import Reasoner
 
@@ -74,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--resume", metavar="FILE", help="go on with a saved run: its question and settings; --max-tokens may be raised"
     )
+    add("--receipt", metavar="FILE", help="write what the output followed from, for python -m qwq_mlx.replay FILE")
     add("--json", action="store_true", help="print the whole trace as one line of JSON instead of the text")
     add("--quiet", action="store_true", help="on stderr only errors, and the end of a run that did not end by itself")
     add = parser.add_argument_group("many questions").add_argument
@@ -188,7 +188,7 @@ def _refuse_beside_resume(options: argparse.Namespace, asked: _Asked) -> None:
     if asked != others or options.prompt is not None or options.system_prompt is not None:
         raise OptionError(
             "--resume goes on with the question and the settings of the file, so only --model, --max-tokens, --save, "
-            "--json and --quiet can be given beside it. Leave the others out, or start a new run."
+            "--receipt, --json and --quiet can be given beside it. Leave the others out, or start a new run."
         )
 
 
@@ -197,14 +197,12 @@ def _refuse_beside_input(options: argparse.Namespace) -> None:
     if options.input is None or options.output is None:
         missing = "--input" if options.input is None else "--output"
         raise OptionError(f"{missing} is missing. A file of questions takes --input FILE and --output FILE together.")
-    for name in ("prompt", "resume", "save", "json"):
+    for name in ("prompt", "resume", "save", "receipt", "json"):
         if getattr(options, name) not in (None, False):
             raise OptionError(f"--{name} belongs to one question and cannot be given beside --input. Leave it out.")
 
 
 def _batch(options: argparse.Namespace, asked: _Asked, interruption: Interruption) -> int:
-    from pathlib import Path
-
     from qwq_mlx.generate.questions import read_questions
     from qwq_mlx.generate.results import Results
 
@@ -253,6 +251,8 @@ def _batch_progress() -> Callable[[Stand], None]:
 def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, interruption: Interruption) -> int:
     from qwq_mlx.model.prompt import conversation
 
+    if options.receipt is not None and not Path(options.receipt).parent.is_dir():
+        raise OptionError(f"--receipt is {options.receipt!r}, but there is no such folder. Make it first.")
     if prompt is not None:
         conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
     reasoner = _load(options)
@@ -283,6 +283,8 @@ def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, in
     if options.save is not None and trace.finish_reason in ("interrupted", "length"):
         run.save(options.save)
         _note(f"saved: go on with --resume {options.save}")
+    if options.receipt is not None:
+        reasoner.receipt(trace).save(options.receipt)
     if not options.quiet or trace.finish_reason not in ("stop", "answered"):
         _note(summary_line(trace))
     return interruption.exit_code if trace.finish_reason == "interrupted" else 0

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from qwq_mlx.generate.settings import to_json
 from qwq_mlx.generate.setup import Setup
 from qwq_mlx.generate.trace import FinishReason, Injection, Step, Timings, Trace
 from qwq_mlx.generate.written import Written
@@ -60,7 +59,7 @@ def trace_of(
         timings=timings,
         peak_bytes=peak_bytes,
         events=tuple(events),
-        settings=to_json(setup.sampling, setup.limits, setup.thinking),
+        settings=setup.settings,
         model={
             "name": setup.model.folder.resolve().name,
             "weights": setup.model.weights,

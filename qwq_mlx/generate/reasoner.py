@@ -19,6 +19,7 @@ from qwq_mlx.generate.cache import saved_layers
 from qwq_mlx.generate.checkpoint import model_digest, read_checkpoint
 from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
+from qwq_mlx.generate.receipt import Receipt, make_receipt
 from qwq_mlx.generate.run import Run
 from qwq_mlx.generate.settings import from_json
 from qwq_mlx.generate.setup import Progress, Setup
@@ -106,6 +107,29 @@ class Reasoner:
         )
         return Run(setup, progress=progress)
 
+    def rerun(self, receipt: Receipt) -> Run:
+        """The run of a receipt once more, from its prompt's ids and settings; the model is the caller's to compare.
+
+        Raises OptionError for what a receipt cannot hold (a logits_hook, a fork), or ids beyond the vocabulary.
+        """
+        for name, words in (("logits_hook", "a logits_hook"), ("forked_at", "a beginning drawn with another seed")):
+            if receipt.settings.get(name):
+                raise OptionError(f"The run had {words}, which its receipt does not hold, so it cannot be repeated.")
+        sampling, limits, thinking = from_json(receipt.settings, where="The receipt")
+        setup = self._setup(
+            receipt.prompt_ids,
+            question=receipt.question,
+            sampling=sampling,
+            limits=limits,
+            thinking=thinking,
+            inspect=Inspect(),
+        )
+        return Run(setup)
+
+    def receipt(self, trace: Trace) -> Receipt:
+        """What a trace of this model followed from, to keep and to repeat (`python -m qwq_mlx.replay`)."""
+        return make_receipt(self.model, trace)
+
     def resume(self, path: str | Path, *, max_tokens: int | None = None, inspect: Inspect | None = None) -> Run:
         """Go on with a run that `Run.save` wrote, as if it had never stopped; its settings are the file's.
 
@@ -136,7 +160,7 @@ class Reasoner:
             raise OptionError(
                 f"max_tokens is {limits.max_tokens:,}, but the run has {n_output:,} already. Give more to go on."
             )
-        if state.get("has_logits_hook") and (inspect is None or inspect.logits_hook is None):
+        if state["settings"].get("logits_hook") and (inspect is None or inspect.logits_hook is None):
             raise OptionError(
                 f"{path}: the run had a logits_hook, which no file can hold. Give it again: "
                 "resume(..., inspect=Inspect(logits_hook=...))."
@@ -149,6 +173,7 @@ class Reasoner:
                 limits=limits,
                 thinking=thinking,
                 inspect=inspect or Inspect(),
+                forked_at=state["settings"].get("forked_at", 0),
             )
         )
         run.restore(state, saved_layers(arrays, state["capacities"]))
@@ -163,6 +188,7 @@ class Reasoner:
         limits: Limits,
         thinking: Thinking,
         inspect: Inspect,
+        forked_at: int = 0,
     ) -> Setup:
         n_ids, n_layers = self.model.tokenizer.n_ids, self.model.config.num_hidden_layers
         inspect.check(n_ids=n_ids, n_layers=n_layers, detects_loops=thinking.on_loop != "off")
@@ -177,6 +203,7 @@ class Reasoner:
             limits=limits,
             thinking=thinking,
             inspect=inspect,
+            forked_at=forked_at,
         )
 
     def resolved(self, sampling: Sampling) -> Sampling:

@@ -32,7 +32,6 @@ from qwq_mlx.generate.inspector import Inspector
 from qwq_mlx.generate.noticed import Noticed
 from qwq_mlx.generate.nudge import Nudges
 from qwq_mlx.generate.sample import Sampler
-from qwq_mlx.generate.settings import to_json
 from qwq_mlx.generate.setup import Progress, Setup, given
 from qwq_mlx.generate.trace import FinishReason, Injection, Step, Trace
 from qwq_mlx.generate.written import Written
@@ -121,10 +120,9 @@ class Run:
         state = {
             "model_sha256": model_digest(self.setup.model.folder),
             "compute_type": self.setup.model.compute_type,
-            "settings": to_json(self.setup.sampling, self.setup.limits, self.setup.thinking),
+            "settings": self.setup.settings,
             "prompt_ids": list(self.setup.prompt_ids),
             "question": self.setup.question,
-            "has_logits_hook": self.setup.inspect.logits_hook is not None,
             "steps": [[step.id, step.logprob, step.entropy, step.is_injected] for step in steps],
             "injections": [asdict(each) for each in self._injections],
             "events": self._noticed.events,
@@ -168,7 +166,7 @@ class Run:
         steps = self._written.steps
         if not 1 <= at <= len(steps):
             raise OptionError(f"at is {at}, expected from 1 to {len(steps)}, the output tokens there are.")
-        other = Run(replace(self.setup, sampling=replace(self.setup.sampling, seed=seed)))
+        other = Run(replace(self.setup, sampling=replace(self.setup.sampling, seed=seed), forked_at=at))
         state = {
             "nudges": (0, 0),
             "steps": [(step.id, step.logprob, step.entropy, step.is_injected) for step in steps[:at]],

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from qwq_mlx.errors import GenerationError
 from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
+from qwq_mlx.generate.settings import to_json
 from qwq_mlx.generate.text import Pieces
 from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.reasoning.profile import Profile
@@ -27,7 +29,7 @@ class Setup:
 
     prompt_text: the whole prompt as text. question: what people wrote in it; its scripts are at home in the output.
     sampling: resolved, with a seed. limits: with max_tokens and context filled in (`reasoner` does both).
-    inspect: checked against the model.
+    inspect: checked against the model. forked_at: output ids that another run drew, with another seed.
     """
 
     model: LoadedModel
@@ -40,6 +42,15 @@ class Setup:
     limits: Limits
     thinking: Thinking
     inspect: Inspect
+    forked_at: int = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the text, as JSON values; a hook and a fork are only named."""
+        extra: dict[str, Any] = {} if self.inspect.logits_hook is None else {"logits_hook": True}
+        if self.forked_at:
+            extra["forked_at"] = self.forked_at
+        return {**to_json(self.sampling, self.limits, self.thinking), **extra}
 
 
 def given(value: int | None) -> int:

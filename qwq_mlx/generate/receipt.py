@@ -1,0 +1,138 @@
+"""A receipt of one run: all that its ids follow from, and the ids, so that anybody can run it again and compare.
+
+    model       name, sha256 of its files (its manifest, where it has one), weights, compute type
+    tokenizer_sha256, template_sha256, question, prompt_ids
+    settings    sampling with the seed, limits, thinking; "logits_hook" or "forked_at" where a file cannot say it all
+    ids, finish_reason, injections, and digests of prompt ids, ids and text
+    versions, backend, system
+
+The file ends with a sha256 of all the rest, so an edited receipt is refused.
+
+Does not: hold the text (its digest is there), or times.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qwq_mlx.errors import GenerationError, SourceError
+from qwq_mlx.files.atomic import write_file
+from qwq_mlx.files.json_object import read_json_object
+from qwq_mlx.generate.checkpoint import model_digest
+from qwq_mlx.generate.trace import Trace
+from qwq_mlx.model.device import backend_name
+from qwq_mlx.model.load import LoadedModel
+
+__all__ = ["Receipt", "here", "make_receipt", "read_receipt", "text_digest"]
+
+_FORMAT, _SCHEMA = "qwq_mlx receipt", 1
+_PACKAGES = ("qwq-mlx", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
+_MAX_BYTES = 64 << 20  # 32,768 ids take 0.3 MB
+_ADVICE = "Give the file that --receipt wrote."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """See the module. versions: package -> version, "none" where it is not installed. injections: as in the Trace."""
+
+    model: Mapping[str, Any]
+    tokenizer_sha256: str
+    template_sha256: str
+    question: str
+    prompt_ids: tuple[int, ...]
+    prompt_sha256: str
+    settings: Mapping[str, Any]
+    ids: tuple[int, ...]
+    ids_sha256: str
+    text_sha256: str
+    finish_reason: str
+    injections: tuple[Mapping[str, Any], ...]
+    versions: Mapping[str, str]
+    backend: str
+    system: str
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON; it appears whole or not at all. Raises GenerationError where the disk does not take it."""
+        values = {"format": _FORMAT, "schema_version": _SCHEMA, **asdict(self)}
+        values["sha256"] = _digest(values)
+        try:
+            write_file(Path(path), (json.dumps(values, ensure_ascii=False) + "\n").encode())
+        except OSError as error:
+            raise GenerationError(
+                f"{path}: the receipt cannot be saved ({error.strerror}). Make room, or give another place."
+            ) from error
+
+
+def make_receipt(model: LoadedModel, trace: Trace) -> Receipt:
+    """The receipt of a trace that this model wrote. Hashes the model's files, unless they have a manifest."""
+    return Receipt(
+        model={**trace.model, "sha256": model_digest(model.folder)},
+        question=trace.question,
+        prompt_ids=trace.prompt_ids,
+        prompt_sha256=_ids_digest(trace.prompt_ids),
+        settings=trace.settings,
+        ids=trace.ids,
+        ids_sha256=_ids_digest(trace.ids),
+        text_sha256=text_digest(trace.text),
+        finish_reason=trace.finish_reason,
+        injections=tuple(asdict(each) for each in trace.injections),
+        **here(model),
+    )
+
+
+def here(model: LoadedModel) -> dict[str, Any]:
+    """What a receipt says of tokenizer, template, versions and machine, for a model loaded here."""
+    tokenizer = (model.folder / "tokenizer.json").read_bytes()
+    return {
+        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+        "template_sha256": text_digest(model.tokenizer.chat_template or ""),
+        "versions": {**{name: _version(name) for name in _PACKAGES}, "python": platform.python_version()},
+        "backend": backend_name(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def read_receipt(path: str | Path) -> Receipt:
+    """What `Receipt.save` wrote. Raises SourceError naming the file and the fault."""
+    values = read_json_object(Path(path), limit_bytes=_MAX_BYTES, advice=_ADVICE)
+    if values.get("format") != _FORMAT or values.get("schema_version") != _SCHEMA:
+        raise SourceError(
+            f"{path}: is {values.get('format')!r} of schema {values.get('schema_version')!r}, expected "
+            f"{_FORMAT!r} of schema {_SCHEMA}. {_ADVICE}"
+        )
+    sealed = values.pop("sha256", None)
+    if sealed != _digest(values):
+        raise SourceError(f"{path}: the sha256 does not fit, so the receipt is damaged or edited. {_ADVICE}")
+    del values["format"], values["schema_version"]
+    differing = sorted(values.keys() ^ {each.name for each in fields(Receipt)})
+    if differing:
+        raise SourceError(f"{path}: the field {differing[0]!r} is missing or unknown. {_ADVICE}")
+    kept: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Receipt(**kept)
+
+
+def text_digest(text: str) -> str:
+    """sha256 of a text's UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _ids_digest(ids: Sequence[int]) -> str:
+    return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
