@@ -29,6 +29,7 @@ SUFFIX = ".safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_INDEX_BYTES = 8 << 20
 _MAX_NAMES = 10
+_TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model", "")  # tokenizers, templates, LICENSE
 _FETCH = "Fetch the checkpoint again, all files from one commit."
 
 
@@ -229,7 +230,12 @@ def _check_agreement(
 
 
 def _check_extra(path: Path) -> None:
-    """A pointer or an error page in place of a tokenizer file would be copied as it is; call it by its name."""
+    """A pointer or an error page in place of a tokenizer file would be copied as it is; call it by its name.
+
+    Code, pickles and whatever else no one here reads are not even opened.
+    """
+    if path.suffix not in _TEXT_SUFFIXES:
+        return
     try:
         with path.open("rb") as file:
             wrong = recognise(file.read(512))

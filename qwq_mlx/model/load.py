@@ -214,7 +214,7 @@ def _map_shard(shard: Header, compute_type: ComputeType) -> dict[str, Any]:
     """Lazy arrays of the tensors that the checked header names, floats cast to the compute type."""
     mx = import_mlx()
     try:
-        arrays = cast("dict[str, Any]", mx.load(str(shard.path)))
+        arrays = cast("dict[str, Any]", mx.load(str(shard.path), format="safetensors"))
     except (RuntimeError, ValueError) as error:
         raise LoadError(f"{shard.path}: MLX cannot read it ({error}). Convert or fetch the model again.") from error
     dtype = getattr(mx, compute_type)
