@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--save",
         metavar="FILE",
-        help="when the run is cut short (Ctrl-C, SIGTERM, --max-tokens), save it to go on with",
+        help="when the run is cut short (Ctrl-C, SIGTERM, --max-tokens), save it here to go on with",
     )
     add(
         "--resume", metavar="FILE", help="go on with a saved run: its question and settings; --max-tokens may be raised"
@@ -267,9 +268,9 @@ def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, in
             thinking=asked.thinking,
             progress=_prefill_progress() if sys.stderr.isatty() and not options.quiet else None,
         )
+    interruption.run = run
     if not options.quiet:
         _note(settings_line(run))
-    interruption.run = run
     try:
         show(run, sys.stdout, is_silent=options.json)
     except GenerationError as error:
@@ -280,9 +281,10 @@ def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, in
     if options.json:
         sys.stdout.write(json.dumps(trace.to_json(), ensure_ascii=False) + "\n")
     sys.stdout.flush()
-    if options.save is not None and trace.finish_reason in ("interrupted", "length"):
-        run.save(options.save)
-        _note(f"saved: go on with --resume {options.save}")
+    if (options.save is not None or interruption.wants_save) and trace.finish_reason in ("interrupted", "length"):
+        path = options.save or time.strftime("qwq-run-%Y%m%d-%H%M%S")
+        run.save(path)
+        _note(f"saved: go on with --resume {path}")
     if options.receipt is not None:
         reasoner.receipt(trace).save(options.receipt)
     if not options.quiet or trace.finish_reason not in ("stop", "answered"):

@@ -1,14 +1,22 @@
 """Ctrl-C and SIGTERM while a command generates: end in order at the first, at once at the second.
 
-Does not: save anything or exit; the command reads `exit_code` and does.
+At a terminal the first Ctrl-C asks instead: answer now, save and stop, stop, or go on. The question is asked inside the
+signal handler with plain reads and writes of the terminal's files, so it comes at once also in a long prefill, and
+never meets a half-written buffer.
+
+Does not: save anything or exit; the command reads `exit_code` and `wants_save`, and does.
 """
 
 from __future__ import annotations
 
+import os
 import signal
-from typing import Any, Protocol
+import sys
+from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Interruption"]
+__all__ = ["QUESTION", "Interruption"]
+
+QUESTION = b"\n[a]nswer now, [s]ave and stop, s[t]op; Enter goes on, Ctrl-C ends at once: "
 
 
 class Stoppable(Protocol):
@@ -18,12 +26,26 @@ class Stoppable(Protocol):
         """End after the token under way."""
 
 
-class Interruption:
-    """Ctrl-C and SIGTERM: the first ends the run after the token under way, the second ends the command at once."""
+@runtime_checkable
+class Answerable(Stoppable, Protocol):
+    """One run that can be asked for its answer; several at once are only stopped."""
 
-    def __init__(self) -> None:
+    def answer_now(self) -> None:
+        """End the thinking and ask for the answer."""
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM: the first ends the run after the token under way, the second ends the command at once.
+
+    asks: whether a first Ctrl-C asks what to do; None asks where stdin and stderr are a terminal. exit_code: 0, or what
+    the command exits with where the run was interrupted. wants_save: the run is to be saved.
+    """
+
+    def __init__(self, *, asks: bool | None = None) -> None:
         self.run: Stoppable | None = None
         self.exit_code = 0
+        self.wants_save = False
+        self._asks = sys.stdin.isatty() and sys.stderr.isatty() if asks is None else asks
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -40,4 +62,26 @@ class Interruption:
         self.exit_code = 128 + number
         if is_second or self.run is None:
             raise KeyboardInterrupt
+        if number == signal.SIGINT and self._asks and self._goes_on(self.run):
+            self.exit_code = 0  # the run goes on, and the next Ctrl-C asks again
+            return
         self.run.stop()
+
+    def _goes_on(self, run: Stoppable) -> bool:
+        """Ask until there is an answer; a signal meanwhile is the second."""
+        if not isinstance(run, Answerable):
+            return False
+        error, stdin = sys.stderr.fileno(), sys.stdin.fileno()
+        while True:
+            os.write(error, QUESTION)
+            line = os.read(stdin, 1024)
+            if not line:
+                return False  # the terminal is gone
+            answer = line.strip().lower()[:1]
+            if answer == b"a":
+                run.answer_now()
+            if answer in (b"a", b""):
+                return True
+            if answer in (b"s", b"t"):
+                self.wants_save = answer == b"s"
+                return False

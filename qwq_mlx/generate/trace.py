@@ -138,8 +138,15 @@ class Trace:
     hidden: Mapping[int, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def describe(self) -> str:
-        """Why the run ended, in words, with how to continue where that makes sense."""
-        return _DESCRIPTIONS[self.finish_reason] + (f" ({self.detail})" if self.detail else "")
+        """Why the run ended, the answer and how sure it is, and how to continue where that makes sense."""
+        why = _DESCRIPTIONS[self.finish_reason] + (f" ({self.detail})" if self.detail else "")
+        if self.answer is None:
+            answer = "no answer"
+        else:
+            shown = self.answer if len(self.answer) <= _SHOWN else self.answer[: _SHOWN - 1] + "…"
+            doubted = ", doubted afterwards" if self.is_revised else ""
+            answer = f"answer {shown!r}{doubted}, confidence {self.confidence:.2f}"
+        return "; ".join(part for part in (why, answer, _WAYS_ON.get(self.finish_reason)) if part)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, the schema's version first; all but the hidden states."""
@@ -218,13 +225,21 @@ _ALWAYS = frozenset(("id", "text", "logprob", "entropy"))
 
 _DESCRIPTIONS: dict[str, str] = {
     "stop": "the model ended its text",
-    "answered": "the answer was complete",
+    "answered": "the answer was asked for during the run",
     "length": "--max-tokens was reached",
     "budget": "the thinking budget was spent and the answer asked for",
     "loop": "the text went round in a loop",
     "context_full": "the context is full",
     "interrupted": "interrupted",
 }
+_WAYS_ON: dict[str, str] = {
+    "length": "to go on, --save the run and --resume it with more --max-tokens",
+    "budget": "for a longer thinking, more --think-tokens",
+    "loop": "to get past it, --on-loop nudge or another --seed",
+    "context_full": "to go on, ask again with a shorter prompt",
+    "interrupted": "to go on, --save the run and --resume it",
+}
+_SHOWN = 60  # characters of an answer in `describe`
 
 
 def _read(name: str, value: Any) -> Any:

@@ -36,7 +36,7 @@ def test_without_a_model_the_pocket_is_converted_once_and_answers(
     assert "model: the bundled pocket model" in notes[0] and "4-bit weights" in notes[0]
     assert "converting the pocket model to 4 bits, once" in notes[0]
     assert "converting" not in notes[1]
-    assert notes[1].splitlines()[-1].startswith("stop: the model ended its text; prompt ")
+    assert notes[1].splitlines()[-1].startswith("stop: the model ended its text; answer '3', confidence 0.98; prompt ")
     assert len(list((tmp_path / "cache" / "qwq-mlx").iterdir())) == 1
 
 

@@ -9,8 +9,9 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import safetensors.numpy
 
 from qwq_mlx.errors import GenerationError, SourceError
 from qwq_mlx.generate import trace_file
-from qwq_mlx.generate.trace import SCHEMA_VERSION, Alternative, Injection, Timings, Trace
+from qwq_mlx.generate.trace import SCHEMA_VERSION, Alternative, FinishReason, Injection, Timings, Trace
 from qwq_mlx.reasoning.loops import LoopScores
 
 
@@ -182,7 +183,26 @@ def test_rates_count_intervals_and_are_absent_where_nothing_was_measured() -> No
 
 
 def test_the_end_is_described_in_words(trace: Trace) -> None:
-    assert trace.describe() == "the thinking budget was spent and the answer asked for (cut at 1)"
+    told = trace.describe()
+    assert told.startswith("the thinking budget was spent and the answer asked for (cut at 1); ")
+    assert told.endswith("for a longer thinking, more --think-tokens")
+
+
+@pytest.mark.parametrize("reason", get_args(FinishReason))
+def test_every_end_has_a_reason_and_all_but_the_models_own_a_way_on(trace: Trace, reason: FinishReason) -> None:
+    told = replace(trace, finish_reason=reason, detail="", answer=None).describe()
+    assert "no answer" in told
+    assert reason in ("stop", "answered") or told.split("; ")[-1].startswith(("to ", "for "))
+
+
+def test_the_answer_is_told_with_its_confidence_and_doubts(trace: Trace) -> None:
+    sure = replace(trace, answer="1/2", confidence=0.98, is_revised=False)
+    assert "; answer '1/2', confidence 0.98; " in sure.describe()
+    assert (
+        "; answer '1/2', doubted afterwards, confidence 0.49; "
+        in replace(sure, is_revised=True, confidence=0.49).describe()
+    )
+    assert f"answer '{'x' * 59}…', " in replace(sure, answer="x" * 100).describe()
 
 
 @pytest.mark.parametrize(
