@@ -8,11 +8,14 @@ Schema 1, the keys of the JSON object:
     schema      1
     digest      sha256 of the file's own bytes with this text empty
     source      repository and commit (null for a folder that names none), files: name -> size_bytes, sha256
-    recipe      the recipe in full, as its TOML file parses; fit: how scales were chosen ("min-max")
+    recipe      the recipe in full, as its TOML file parses
+    fit         how scales were chosen ("min-max")
     versions    program -> version (qwq_mlx, mlx, python ...)
     files       name -> size_bytes, sha256, header_sha256 (null unless a shard), for every file but the manifest
     tensors     name -> shard, dtype, shape, sha256, relative_error (null where nothing was rounded)
-    run         figures of the run: wall_s, peak_memory_bytes ...
+    run         figures of the run: wall_s, n_workers, resumed_bytes (of the source, done by earlier runs),
+                peak_memory_bytes; they differ between runs, everything above does not
+Any change of a key or of its meaning gets another number; a manifest of another number is refused.
 
 Does not: sign anything. Who can write the folder can write a manifest to match; compare its source digests with the
 Hub's to know where the weights came from.

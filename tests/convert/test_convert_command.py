@@ -40,6 +40,7 @@ def test_the_script_converts_from_anywhere_and_prints_plan_and_result_on_stderr(
     assert "qwq-32b-preview-4bit: affine, 4 bits, groups of 64, min-max" in done.stderr
     assert "4.540 bits per weight" in done.stderr and "relative error 9." in done.stderr
     assert (tmp_path / "out dir" / "manifest.json").is_file()
+    assert "\r" not in done.stderr and "\x1b" not in done.stderr
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(

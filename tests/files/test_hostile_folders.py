@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ from damage import (
     write,
 )
 
+from qwq_mlx.convert import convert_checkpoint
 from qwq_mlx.errors import LoadError, QwqError, SourceError
 from qwq_mlx.files.source import open_checkpoint
 
@@ -285,6 +287,45 @@ def test_a_damaged_checkpoint_is_refused_by_name(tiny_checkpoint: Path, tmp_path
     assert str(folder) in message
     assert len(message) < 6_000 + len(str(folder))
     assert re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", message) is None
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(QwqError, match=re.compile(expected, re.DOTALL)):
+        convert_checkpoint(folder, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+NUMBERS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+)
+IN_TEXT = ("NaN", "Infinity", "null", "true", '"128"', "[]", "{}", "0", "-1", "1.5", "2147483648", "1e999")
+FRACTIONS = {"1.5", "2147483648"}  # right for the two that are no whole numbers
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_config_field_of_any_wrong_kind_is_refused(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    rest = json.loads((folder / CONFIG).read_text())
+    del rest[name]
+    for text in IN_TEXT:
+        (folder / CONFIG).write_text(f'{{"{name}": {text}, {json.dumps(rest)[1:]}')
+        if name in NUMBERS[-2:] and text in FRACTIONS:
+            check(folder)
+            continue
+        with pytest.raises(
+            QwqError, match=rf"config\.json: ({name} is |is not JSON \({re.escape(text)} is no JSON number)"
+        ):
+            check(folder)
+    (folder / CONFIG).write_text(json.dumps(rest))
+    with pytest.raises(LoadError, match=rf"config\.json: {name} is missing"):
+        check(folder)
 
 
 @pytest.mark.parametrize(

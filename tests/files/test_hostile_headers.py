@@ -162,6 +162,11 @@ CASES: dict[str, tuple[bytes, str]] = {
     "shape overflows beside a zero": (entry(shape="[9223372036854775807,2,0]", offsets="[0,0]"), "overflows 64 bits"),
     "shape of nine dimensions": (entry(shape="[1,1,1,1,1,1,1,1,4]"), "shape has more than 8 numbers"),
     "offsets negative": (entry(offsets="[-4,0]"), "tensor t: data_offsets has '-4"),
+    "offsets that wrap 64 bits": (
+        entry(offsets="[18446744073709551612,18446744073709551616]"),
+        "tensor t: data_offsets has '18446744073709551612",
+    ),
+    "offsets at the end of 64 bits": (entry(offsets="[9223372036854775804,9223372036854775808]"), "tensor t: "),
     "offsets reversed": (entry(offsets="[4,0]"), r"tensor t: data_offsets are \[4, 0\], expected \[begin, end\]"),
     "offsets of one number": (entry(offsets="[4]"), r"tensor t: data_offsets are \[4\]"),
     "offsets of three numbers": (entry(offsets="[0,4,8]"), "data_offsets has more than 2 numbers"),

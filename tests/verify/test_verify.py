@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.convert import convert_checkpoint
 from qwq_mlx.errors import LoadError, OptionError, RecipeError, SourceError
+from qwq_mlx.files import manifest
+from qwq_mlx.generate.reasoner import load
 from qwq_mlx.quant.recipe import load_recipe, recipe_of_mapping
 from qwq_mlx.verify import verify_conversion
 from qwq_mlx.verify.__main__ import main
@@ -76,6 +79,35 @@ def test_a_truncated_shard_and_a_lost_file_are_found_at_once(model: Path) -> Non
     shard.unlink()
     with pytest.raises(SourceError, match=r"1 missing: model-00001-of-00001\.safetensors"):
         verify_conversion(model)
+
+
+def test_every_load_makes_the_cheap_check_so_a_short_or_mixed_up_folder_never_speaks(model: Path) -> None:
+    load(model)
+    shard = model / "model-00001-of-00001.safetensors"
+    for path, wrong in (
+        (shard, shard.read_bytes()[:-1]),
+        (model / "tokenizer.json", b" "),
+        (model / "config.json", b""),
+    ):
+        before = path.read_bytes()
+        path.write_bytes(wrong or before.replace(b"0", b"1", 1))
+        with pytest.raises(SourceError, match=rf"(?s)is not the folder that its manifest.*{path.name}"):
+            load(model)
+        path.write_bytes(before)
+    head = bytearray(shard.read_bytes())
+    head[8 + head[8:].index(b"lm_head")] ^= 2
+    shard.write_bytes(head)
+    with pytest.raises(SourceError, match=rf"1 of other bytes than the manifest's: {shard.name}"):
+        load(model)
+
+
+def test_the_manifest_has_the_keys_that_its_module_documents(model: Path) -> None:
+    found = json.loads((model / "manifest.json").read_text())
+    documented = re.findall(r"^    (\w+) {2,}", str(manifest.__doc__), re.MULTILINE)
+    assert sorted(found) == sorted(documented)
+    assert all(name in str(manifest.__doc__) for part in ("run", "source") for name in found[part])
+    assert {"size_bytes", "sha256", "header_sha256"} == set(found["files"]["config.json"])
+    assert {"shard", "dtype", "shape", "sha256", "relative_error"} == set(found["tensors"]["lm_head.scales"])
 
 
 def test_another_source_has_other_bits(converted: tuple[Path, Path], tmp_path: Path) -> None:
