@@ -17,6 +17,7 @@ from checkpoints import write_tiny_checkpoint
 from qwq_mlx.convert import convert_checkpoint
 from qwq_mlx.files.manifest import verify_full
 from qwq_mlx.files.source import INDEX_NAME, open_checkpoint
+from qwq_mlx.quant.recipe import load_recipe, recipe_names
 
 pytestmark = pytest.mark.tiny
 
@@ -28,25 +29,22 @@ from mlx_lm import load
 from mlx_lm.convert import convert
 from mlx_lm.generate import generate_step
 question = [{"role": "user", "content": "wait, is the answer 479?"}]
-for source, ours, theirs, recipe in json.loads(sys.argv[1]):
-    bits = None if recipe else 4
-    convert(source, theirs, quantize=True, q_bits=bits, q_group_size=64, quant_predicate=recipe or None)
+for source, ours, theirs, options in json.loads(sys.argv[1]):
+    convert(source, theirs, quantize=True, **options)
     for folder in (ours, theirs):
         model, tokenizer = load(folder)
         ids = tokenizer.apply_chat_template(question, add_generation_prompt=True)
         print("IDS", json.dumps([int(token) for token, _ in generate_step(mx.array(ids), model, max_tokens=12)]))
 """
-MIXED = """
-[weights]
-bits = 3
-[[override]]
-match = ["*.v_proj", "*.down_proj"]
-layers = "sensitive"
-bits = 6
-[[override]]
-match = "lm_head"
-bits = 6
-"""
+
+PLAIN = "4bit-min-max"
+FLOATS = (("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32))
+OPTIONS = {
+    PLAIN: {"q_bits": 4, "q_group_size": 64},
+    **{name: {"quant_predicate": name} for name in ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")},
+    **{name: {"q_mode": name, "q_bits": bits, "q_group_size": group} for name, bits, group in FLOATS},
+}
+"""Recipe -> the arguments with which mlx_lm.convert makes the same."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +60,21 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Four conversions by us and by mlx-lm, theirs in one process."""
+    """Conversions by us and by mlx-lm, theirs in one process."""
     folder = tmp_path_factory.mktemp("cases")
     plain = write_tiny_checkpoint(folder / "plain")
     sources = {
-        "plain": plain,
         "tied-f16": write_tiny_checkpoint(folder / "f16", dtype="F16", tie=True, n_layers=1, n_shards=3),
         "f32": write_tiny_checkpoint(folder / "f32", dtype="F32", n_layers=1, n_shards=1),
-        "mixed": plain,
+        **dict.fromkeys(OPTIONS, plain),
     }
-    (folder / "mixed.toml").write_text(MIXED)
     jobs = []
     for name, source in sources.items():
-        own = {"recipe": folder / "mixed.toml"} if name == "mixed" else {}
-        convert_checkpoint(source, folder / f"{name}-ours", **own)
-        theirs = "mixed_3_6" if name == "mixed" else ""
-        jobs.append([str(each) for each in (source, folder / f"{name}-ours", folder / f"{name}-theirs", theirs)])
+        recipe = name if name in OPTIONS else PLAIN
+        convert_checkpoint(source, folder / f"{name}-ours", recipe=recipe)
+        jobs.append(
+            [*(str(each) for each in (source, folder / f"{name}-ours", folder / f"{name}-theirs")), OPTIONS[recipe]]
+        )
     done = subprocess.run(
         [sys.executable, "-c", THEIRS, json.dumps(jobs)],
         capture_output=True,
@@ -95,11 +92,11 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 
 @pytest.fixture(scope="module")
 def plain(cases: dict[str, Case]) -> Case:
-    """The default recipe on a bfloat16 checkpoint of two shards."""
-    return cases["plain"]
+    """4 bits by min/max on a bfloat16 checkpoint of two shards."""
+    return cases[PLAIN]
 
 
-CASES = pytest.mark.parametrize("name", ["plain", "tied-f16", "f32", "mixed"])
+CASES = pytest.mark.parametrize("name", ["tied-f16", "f32", *OPTIONS])
 
 
 def arrays(folder: Path) -> dict[str, mx.array]:
@@ -169,7 +166,7 @@ def test_relative_errors_of_the_manifest_are_those_of_mlxs_own_unpacking(plain: 
 def test_the_rows_may_be_cut_anywhere(plain: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 1 kB: five rows at a time, so every matrix has many blocks and a last one of another height."""
     monkeypatch.setattr("qwq_mlx.convert.plan.BLOCK_BYTES", 5 * 256)
-    convert_checkpoint(plain.source, tmp_path / "ours", n_workers=3)
+    convert_checkpoint(plain.source, tmp_path / "ours", recipe=PLAIN, n_workers=3)
     name = "model-00001-of-00001.safetensors"
     assert (tmp_path / "ours" / name).read_bytes() == (plain.ours / name).read_bytes()
 
@@ -178,7 +175,7 @@ def test_shards_are_cut_where_they_are_full_and_hold_each_tensors_parts_together
     plain: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qwq_mlx.convert.plan.SHARD_BYTES", 60_000)
-    convert_checkpoint(plain.source, tmp_path / "ours")
+    convert_checkpoint(plain.source, tmp_path / "ours", recipe=PLAIN)
     checkpoint = open_checkpoint(tmp_path / "ours")
     assert [shard.path.name for shard in checkpoint.shards] == [
         f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)
@@ -190,3 +187,21 @@ def test_shards_are_cut_where_they_are_full_and_hold_each_tensors_parts_together
             assert {checkpoint.tensors[f"{path}.{part}"][0].path for part in ("weight", "biases")} == {shard.path}
         assert (entry.start - shard.data_start) % {"U32": 4, "BF16": 2}[entry.dtype] == 0
     assert_same_tensors(arrays(tmp_path / "ours"), arrays(plain.theirs))
+
+
+def test_every_other_recipe_of_the_package_has_the_shapes_of_mx_quantize_and_runs(tmp_path: Path) -> None:
+    from qwq_mlx.model.load import load_model
+
+    source = write_tiny_checkpoint(tmp_path / "source", n_layers=1, intermediate_size=256)
+    whole = arrays(source)
+    for name in sorted(set(recipe_names()) - OPTIONS.keys()):
+        packing = load_recipe(name).packing
+        ours = tmp_path / name
+        convert_checkpoint(source, ours, recipe=name)
+        found = arrays(ours)
+        for path in ("model.embed_tokens", "model.layers.0.mlp.down_proj", "lm_head"):
+            expected = mx.quantize(whole[f"{path}.weight"], packing.group_size, packing.bits, stream=mx.cpu)
+            for part, array in zip(("weight", "scales", "biases"), expected, strict=True):
+                assert (found[f"{path}.{part}"].shape, found[f"{path}.{part}"].dtype) == (array.shape, array.dtype)
+        logits = load_model(ours).module(mx.array([[5, 260, 17]]))
+        assert np.isfinite(np.array(logits.astype(mx.float32))).all()

@@ -122,8 +122,8 @@ def test_a_pattern_that_fits_nothing_is_refused_with_its_line(tmp_path: Path) ->
 
 
 def test_an_unknown_name_lists_the_recipes_there_are() -> None:
-    with pytest.raises(RecipeError, match=r"no recipe '5bit'. Recipes: .*qwq-32b-preview-4bit.* ends in \.toml"):
-        load_recipe("5bit")
+    with pytest.raises(RecipeError, match=r"no recipe '7bit'. Recipes: .*qwq-32b-preview-4bit.* ends in \.toml"):
+        load_recipe("7bit")
     with pytest.raises(RecipeError, match=r"no recipe '\.\./conversions/pocket-4bit'"):
         load_recipe("../conversions/pocket-4bit")
 
