@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -69,8 +70,11 @@ def main() -> int:
                             break
                         time.sleep(0.0005)
                     process.kill()
-                if process.wait() == 0:
+                code = process.wait()
+                if code == 0:
                     break
+                if code != -signal.SIGKILL:
+                    sys.exit(f"{output}: the command ended with {code} by itself")
                 counts["kills"] += 1
                 data = output.read_bytes() if output.exists() else b""
                 counts["kills_while_answering"] += len(data) != n_before
