@@ -166,6 +166,15 @@ class Trace:
         tokens = [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)]
         write_trace(Path(path), fields, tokens, self.hidden, schema=SCHEMA_VERSION)
 
+    def plot(self, path: str | Path) -> None:
+        """Draw entropy and log-probability with segments, stated answers and loops (see `plot`; needs matplotlib).
+
+        Raises OptionError; GenerationError where the disk does not take it.
+        """
+        from qwq_mlx.generate.plot import plot_trace
+
+        plot_trace(self, Path(path))
+
     @classmethod
     def from_json(cls, value: Any, *, where: str) -> Trace:
         """The Trace again. Raises SourceError for another schema, and fields missing, unknown or of a wrong kind."""
