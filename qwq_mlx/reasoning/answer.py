@@ -2,8 +2,8 @@
 
 `compare` knows numbers, formulas, lists, sets, tuples, intervals and their unions, matrices, equations, numbers with
 units, multiple choice and plain text. Formulas are compared by value (see `expression`): numbers exactly, anything with
-a variable or a root in floats. This covers what the reference answers of MATH-500 and GSM8K hold, without the symbolic
-algebra that a general checker brings: math-verify 0.9 adds sympy and two parsers, and takes about 100 times as long.
+a variable or a root in floats. What that cannot read (sums, integrals, limits) is left to math-verify where it is
+installed (see `symbolic`); its algebra took 27 times as long on answers of MATH-500 and GSM8K.
 
 Does not: know the question, so "52" and "52_8" are equal (the base is often left out) and a unit that only one side
 names is ignored; judge prose beyond case, articles and punctuation; or run anything.
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from qwq_mlx.reasoning.expression import MAX_CHARS, Formula, NotAFormula, is_same_value
 from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.reasoning.split import Splitter
+from qwq_mlx.reasoning.symbolic import is_mathematical, is_same_by_algebra
 
 __all__ = ["compare", "extract", "normalise"]
 
@@ -89,6 +90,9 @@ def _same(left: str, right: str, depth: int = 0) -> bool:
 
 def _same_formula(left: str, right: str) -> bool:
     """One formula each, with or without a unit; else plain text."""
+    whole = left, right
+    if _is_same_read(left, right):  # "2 k" is a product as well as two kilos
+        return True
     (left, left_unit), (right, right_unit) = _unit(left), _unit(right)
     if left_unit and right_unit and normalise(left_unit).rstrip("s") != normalise(right_unit).rstrip("s"):
         return False
@@ -97,7 +101,21 @@ def _same_formula(left: str, right: str) -> bool:
     try:
         return is_same_value(Formula(left), Formula(right))
     except (NotAFormula, ArithmeticError):
-        return _words(left) == _words(right) != ""
+        return _same_unread(left, right, *whole)
+
+
+def _is_same_read(left: str, right: str) -> bool:
+    try:
+        return is_same_value(Formula(left), Formula(right))
+    except (NotAFormula, ArithmeticError):
+        return False
+
+
+def _same_unread(left: str, right: str, whole_left: str, whole_right: str) -> bool:
+    """Two texts of which `expression` cannot read one: words, or formulas for math-verify."""
+    if is_mathematical(whole_left) or is_mathematical(whole_right):
+        return is_same_by_algebra(*sorted((whole_left, whole_right)))
+    return _words(left) == _words(right) != ""
 
 
 def _same_parts(left: tuple[str, list[str]], right: tuple[str, list[str]], depth: int) -> bool:
@@ -133,7 +151,7 @@ def _same_equation(left: tuple[str, str], right: tuple[str, str], depth: int) ->
         moved = [Formula(f"({a})-({b})") for a, b in (left, right)]
         return is_same_value(moved[0], moved[1], up_to_factor=True)
     except (NotAFormula, ArithmeticError):
-        return _words("=".join(left)) == _words("=".join(right))
+        return _same_unread("=".join(left), "=".join(right), "=".join(left), "=".join(right))
 
 
 def _bare(text: str) -> str:
@@ -182,7 +200,9 @@ def _choice(text: str) -> str | None:
 
 
 def _sides(text: str) -> tuple[str, str] | None:
-    sides = re.split(r"(?<![<>!])=(?!=)", text)
+    signs = [found.start() for found in re.finditer(r"(?<![<>!=])=(?!=)", text)]
+    outer = [at for at in signs if text.count("{", 0, at) == text.count("}", 0, at)]  # not the one in \sum_{k=1}
+    sides = [text[: outer[0]], text[outer[0] + 1 :]] if len(outer) == 1 else []
     return (sides[0], sides[1]) if len(sides) == 2 and sides[0].strip() and sides[1].strip() else None
 
 
@@ -193,6 +213,8 @@ def _is_name(side: str) -> bool:
 def _value_side(text: str) -> str:
     """What "x = 5" or "2 + 3 = 5" says when the other answer is a value: the last side."""
     before, equals, last = text.rpartition("=")
+    if last.count("{") != last.count("}"):
+        return text
     return last if equals and (_is_name(before) or not re.search(r"(?<![\\a-z])[a-z](?![a-z])", before)) else text
 
 

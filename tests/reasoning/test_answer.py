@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qwq_mlx.reasoning import symbolic
 from qwq_mlx.reasoning.answer import compare, extract, normalise
 from qwq_mlx.reasoning.expression import Formula, NotAFormula, is_same_value
 from qwq_mlx.reasoning.profile import find_profile
@@ -55,6 +58,9 @@ SAME = [
     ("C: blue", "C"),
     ("**B**", "B"),
     ("5", "5.0"),
+    ("2 k", "2k"),
+    ("3 - 13 x", "-13x+3"),
+    ("y = - 2 x", "y=-2x"),
 ]
 DIFFERENT = [
     ("1/2", "1/3"),
@@ -76,6 +82,8 @@ DIFFERENT = [
     ("52_8", "52_6"),
     ("", "0"),
     ("1", "-1"),
+    (r"\sum x - 1", r"\sum x + 1"),
+    ("204_5", "204_1"),
 ]
 
 
@@ -159,13 +167,55 @@ def test_what_is_no_formula_says_why(text: str, reason: str) -> None:
 ANY = st.text(alphabet="0123456789xyABab(){}[]\\^_,.=+-*/|!$% \n:;±∪π\ud800é", max_size=40) | st.text(max_size=40)
 
 
-@settings(max_examples=400, deadline=None)
+@pytest.fixture
+def without_algebra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing by value alone, as where math-verify is not installed: no child process for every random text."""
+    symbolic.is_same_by_algebra.cache_clear()
+    monkeypatch.setattr(symbolic, "has_math_verify", lambda: False)
+
+
+@pytest.mark.usefixtures("without_algebra")
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ANY, ANY)
 def test_no_text_breaks_the_comparison_and_its_order_does_not_matter(left: str, right: str) -> None:
     assert compare(left, right) == compare(right, left)
     assert compare(left, left)
 
 
+ALGEBRA = [
+    (r"\int_0^1 x\,dx", r"\frac{1}{2}", True),
+    (r"\sum_{k=1}^{3} k", "6", True),
+    (r"\lim_{x \to 0} x + 3", "3", True),
+    (r"\int_0^1 x\,dx", r"\frac{1}{3}", False),
+    (r"\sum_{k=1}^{3} k", r"\sum_{k=1}^{4} k", False),
+]
+
+
+@pytest.mark.parametrize(("left", "right", "is_same"), ALGEBRA)
+def test_formulas_that_need_algebra_are_left_to_math_verify(left: str, right: str, is_same: bool) -> None:
+    pytest.importorskip("math_verify")
+    assert compare(left, right) is is_same
+
+
+@pytest.mark.usefixtures("without_algebra")
+@pytest.mark.parametrize(("left", "right", "is_same"), ALGEBRA)
+def test_without_math_verify_they_count_as_different(left: str, right: str, is_same: bool) -> None:
+    assert not compare(left, right)
+    symbolic.is_same_by_algebra.cache_clear()
+
+
+def test_a_formula_that_takes_for_ever_is_ended_by_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(symbolic, "CHILD_CPU_S", 2)
+    assert not compare(r"\sum_{k=1}^{9} 9^{9^{9^{9^{9^{9}}}}}", "1")
+
+
+def test_math_verify_is_loaded_by_no_part_of_this_process() -> None:
+    code = "import sys, qwq_mlx.reasoning.answer as a; a.compare('1/2', '0.5'); assert 'sympy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.usefixtures("without_algebra")
 def test_different_reference_answers_are_told_apart(shared: Path) -> None:
     rows = (shared / "problems" / "math500_test.jsonl").read_text().splitlines()
     answers = sorted({json.loads(row)["answer"] for row in rows})
