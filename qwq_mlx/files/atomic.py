@@ -9,6 +9,7 @@ Does not: lock (`lock` does), or make a rename between two file systems atomic.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -41,8 +42,11 @@ def fsync_folder(folder: Path) -> None:
 def write_file(path: Path, data: bytes) -> None:
     """Write a whole file: after a crash at any moment path holds the old bytes, or all of the new ones.
 
-    Raises OSError (disk full, no permission); the temporary file is then removed.
+    Raises OSError (disk full, no permission); the temporary file is then removed. A path that is there and no regular
+    file (/dev/stdout, a pipe) is refused: the rename would put a file in its place.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is there and no regular file", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

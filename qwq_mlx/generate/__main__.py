@@ -273,14 +273,19 @@ def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, in
         _note(settings_line(run))
     try:
         show(run, sys.stdout, is_silent=options.json)
+        trace = run.trace()
+        if options.json:
+            sys.stdout.write(json.dumps(trace.to_json(), ensure_ascii=False) + "\n")
+        sys.stdout.flush()
     except GenerationError as error:
         return _complain(str(error), 1)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _without_stdout()
+        return _complain(f"stdout: cannot be written ({error.strerror}). Make room, or send it elsewhere.", 1)
     finally:
         interruption.run = None
-    trace = run.trace()
-    if options.json:
-        sys.stdout.write(json.dumps(trace.to_json(), ensure_ascii=False) + "\n")
-    sys.stdout.flush()
     if (options.save is not None or interruption.wants_save) and trace.finish_reason in ("interrupted", "length"):
         path = options.save or time.strftime("qwq-run-%Y%m%d-%H%M%S")
         run.save(path)

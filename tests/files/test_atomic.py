@@ -144,3 +144,10 @@ def test_dying_at_any_step_of_a_replacement_leaves_the_name_free_or_whole_and_a_
     publish(partial, final, replace=True)
     assert (final / "f").read_text() == "new"
     assert list(tmp_path.iterdir()) == [final]
+
+
+def test_a_pipe_or_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is there and no regular file"):
+        write_file(tmp_path / "pipe", b"x")
+    assert (tmp_path / "pipe").is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]

@@ -327,3 +327,22 @@ def test_wrong_usage_is_told_before_anything_is_read(
 ) -> None:
     assert command.main(given) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_batch_with_its_lines_and_the_way_on(
+    number: signal.Signals, whole: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [{"question": f"number {i}"} for i in range(400)])
+    output = tmp_path / "out.jsonl"
+    given = arguments(whole, output, tiny_checkpoint)
+    given[given.index("--input") + 1] = str(source)
+    with subprocess.Popen(given, env=ENVIRONMENT, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        assert process.stderr is not None
+        assert b"1 of 400 questions" in process.stderr.readline()
+        process.send_signal(number)
+        rest = process.stderr.read().decode()
+        code = process.wait(timeout=60)
+    n_done = len(compared(output))
+    assert code == 128 + number and 1 <= n_done < 400 and output.read_bytes().endswith(b"\n")
+    assert rest.splitlines()[-1] == f"interrupted: {n_done} of 400 are in {output}; run it again to go on"

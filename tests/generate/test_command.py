@@ -278,6 +278,22 @@ def test_a_closed_stdout_ends_the_command_without_a_word(tiny_checkpoint: Path) 
         assert (process.stderr.read(), process.wait(timeout=60)) == (b"", 0)
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full, which only Linux has")
+@pytest.mark.parametrize("given", [[], ["--json"]])
+def test_a_full_disk_under_stdout_is_one_message(given: list[str], tiny_checkpoint: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            arguments("-p", "x", "--model", str(tiny_checkpoint), "--max-tokens", "9", "--quiet", *given),
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=120,
+            check=False,
+        )
+    expected = b"error: stdout: cannot be written (No space left on device). Make room, or send it elsewhere.\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+
+
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
 def test_on_a_terminal_the_thinking_is_dimmed_and_escapes_are_shown_not_obeyed(
     environment: dict[str, str], tiny_checkpoint: Path
