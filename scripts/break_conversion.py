@@ -38,6 +38,7 @@ from qwq_mlx.files.manifest import MANIFEST_NAME, read_manifest, verify_full  # 
 
 WAYS = ("kill", "torn", "full", "broken", "power cut", "power cut, by lot")
 _FULL = re.compile(r"out(\.partial/\S+)?: the disk is full: writing [\d,]+ bytes failed, [\d,]+ are free")
+N_TOKENS = 160  # of text that the quality is measured on: the page and its numbers must come out the same, too
 _KINDS = {"power cut": "torn", "power cut, by lot": "torn"}
 
 
@@ -52,7 +53,7 @@ def main() -> int:
         home = Path(temporary)
         source = write_tiny_checkpoint(home / "source", n_layers=1)
         with FaultyDisk(_folder(home / "count")) as disk:
-            convert_checkpoint(source, home / "count" / "out", n_workers=2)
+            convert_checkpoint(source, home / "count" / "out", n_workers=2, quality=True, quality_tokens=N_TOKENS)
         expected = content(home / "count" / "out")
         bad = 0
         for way in WAYS:
@@ -72,7 +73,7 @@ def break_everywhere(
         output = folder / "out"
         with watched() as first, FaultyDisk(folder, at=at, kind=_KINDS.get(way, way)) as disk:
             try:
-                convert_checkpoint(source, output, n_workers=2)
+                convert_checkpoint(source, output, n_workers=2, quality=True, quality_tokens=N_TOKENS)
             except QwqError as error:
                 counts["refused with a message"] += 1
                 if way == "full" and not _FULL.search(str(error)):
@@ -97,7 +98,7 @@ def outcome(source: Path, output: Path, expected: dict[str, object], first: list
             return "DAMAGED under the final name"
         return "published before the fault" if content(output) == expected else "OTHER BYTES"
     with watched() as second:
-        convert_checkpoint(source, output, n_workers=2)
+        convert_checkpoint(source, output, n_workers=2, quality=True, quality_tokens=N_TOKENS)
     if content(output) != expected:
         return "OTHER BYTES after the rerun"
     return "finished by the rerun" if len(set(first) & set(second)) <= 1 else "REPEATED more than one tensor"

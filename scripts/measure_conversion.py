@@ -114,7 +114,7 @@ def make_source(home: Path, n_layers: int, options: argparse.Namespace) -> Path:
 
 def our_command(recipe: str) -> list[str]:
     """The command as a user gives it, without source and output."""
-    return [sys.executable, "-m", "qwq_mlx.convert", "--quiet", "--recipe", recipe]
+    return [sys.executable, "-m", "qwq_mlx.convert", "--quiet", "--no-quality", "--recipe", recipe]
 
 
 def run(command: Sequence[str], output: Path) -> Run:

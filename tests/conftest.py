@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quality_only_where_asked() -> Iterator[None]:
+    """No source counts as small: measuring every conversion of the tests would take longer than the tests."""
+    from qwq_mlx.convert import judge
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge, "SMALL_BYTES", 0)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def _measure(named: str | None, options: BenchOptions) -> list[Row]:
         from qwq_mlx.convert import convert_checkpoint
 
         choice.folder.parent.mkdir(parents=True, exist_ok=True)
-        convert_checkpoint(choice.source, choice.folder)
+        convert_checkpoint(choice.source, choice.folder, quality=False)
     rows = bench_folder(choice.folder, options, _note)
     if options.n_layers > 0:
         rows.append(bench_qwq_shaped(options, _note))

@@ -82,6 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep-source", action="store_true", help="leave what is fetched in OUTPUT.source")
     add("--dry-run", action="store_true", help="show the plan and stop")
     add("--workers", type=int, metavar="N", help="threads that pack (default: one per core)")
+    judged = parser.add_mutually_exclusive_group()
+    judged.add_argument(
+        "--quality",
+        metavar="FILE",
+        nargs="?",
+        const=True,
+        help="compare source and conversion on this text, or on a bundled one: KL, agreement, report.html. Done for "
+        "sources up to 2 GB; for the 32B it takes minutes on a Mac, and the plan (--dry-run) says about how many",
+    )
+    judged.add_argument("--no-quality", action="store_true", help="do not compare")
+    add("--quality-tokens", type=int, metavar="N", help="tokens of that text at most, context included (default: 2048)")
     add("--json", action="store_true", help="print the result as one line of JSON on stdout")
     add("--quiet", action="store_true", help="on stderr only warnings and errors")
     return parser
@@ -101,6 +112,8 @@ def _convert(options: argparse.Namespace, screen: _Screen) -> Conversion:
         keep_source=options.keep_source,
         dry_run=options.dry_run,
         n_workers=options.workers,
+        quality=False if options.no_quality else options.quality,
+        quality_tokens=options.quality_tokens,
         on_plan=lambda plan: screen.show_plan(plan, options.output),
         progress=None if options.quiet else screen.show_progress,
     )

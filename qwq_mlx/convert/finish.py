@@ -34,8 +34,10 @@ from qwq_mlx.files.manifest import (
     write_manifest,
 )
 from qwq_mlx.files.source import CONFIG_NAME, INDEX_NAME
+from qwq_mlx.quality.report import REPORT_NAME, ReportFacts, report_page
+from qwq_mlx.quality.result import Quality
 
-__all__ = ["describe", "finish", "keep_small_files"]
+__all__ = ["describe", "finish", "keep_small_files", "write_small_files"]
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -54,23 +56,30 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
+def write_small_files(plan: Plan, folder: Path) -> None:
+    """Write config, index and the copied files beside the finished shards, so that the folder is a model. OSError."""
+    for name, data in {**_small_files(plan), CONFIG_NAME: plan.config_json, INDEX_NAME: plan.index_json}.items():
+        if name in plan.copied or name in (CONFIG_NAME, INDEX_NAME):
+            write_file(folder / name, data)
+
+
 def finish(
     plan: Plan,
     folder: Path,
     done: Mapping[str, Done],
     run: Mapping[str, float],
     *,
+    quality: Quality | None,
     progress: Callable[[Progress], None] | None,
 ) -> Manifest:
-    """Write the small files and manifest.json into `folder` and check all of it against `done`.
+    """Check everything in `folder` against `done` and write manifest.json, and report.html where quality was measured.
 
     Raises ConversionError naming a tensor whose bytes on the disk are not those that were packed; OSError.
     """
-    small = _small_files(plan)
-    for name, data in {**small, CONFIG_NAME: plan.config_json, INDEX_NAME: plan.index_json}.items():
-        if name in plan.copied or name in (CONFIG_NAME, INDEX_NAME):
-            write_file(folder / name, data)
-    files, digests = _read_back(plan, folder, progress)
+    small, tensors = _small_files(plan), _tensor_records(plan, done)
+    if quality is not None:
+        write_file(folder / REPORT_NAME, report_page(_report_facts(plan, tensors), quality).encode())
+    files, digests = _read_back(plan, folder, [] if quality is None else [REPORT_NAME], progress)
     _check_tensors(plan, folder, digests, done)
     manifest = Manifest(
         source=_source_record(plan, small, done),
@@ -78,8 +87,9 @@ def finish(
         fit=plan.recipe.fit,
         versions={name: _version(name) for name in ("qwq_mlx", "mlx", "numpy")} | {"python": platform.python_version()},
         files=files,
-        tensors=_tensor_records(plan, done),
+        tensors=tensors,
         run={**run, "peak_memory_bytes": peak_memory_bytes()},
+        quality=None if quality is None else quality.as_mapping(),
     )
     write_manifest(folder, manifest)
     return manifest
@@ -104,9 +114,9 @@ def _small_files(plan: Plan) -> dict[str, bytes]:
 
 
 def _read_back(
-    plan: Plan, folder: Path, progress: Callable[[Progress], None] | None
+    plan: Plan, folder: Path, others: list[str], progress: Callable[[Progress], None] | None
 ) -> tuple[dict[str, FileRecord], dict[str, ShardDigest]]:
-    """Size and digests of every file of the folder, shards in parallel."""
+    """Size and digests of every file of the folder, shards in parallel. others: names besides the plan's."""
     total, done_bytes, lock = sum(shard.size_bytes for shard in plan.shards), 0, threading.Lock()
 
     def advance(n_bytes: int) -> None:
@@ -116,7 +126,7 @@ def _read_back(
             if progress is not None:
                 progress(Progress(phase="check", what=str(folder.name), done_bytes=done_bytes, total_bytes=total))
 
-    names = sorted([CONFIG_NAME, INDEX_NAME, *plan.copied, *(shard.name for shard in plan.shards)])
+    names = sorted([CONFIG_NAME, INDEX_NAME, *others, *plan.copied, *(shard.name for shard in plan.shards)])
     shard_names = {shard.name for shard in plan.shards}
     with ThreadPoolExecutor(plan.n_workers) as pool:
         jobs = [pool.submit(record_file, folder / name, advance if name in shard_names else None) for name in names]
@@ -153,6 +163,21 @@ def _tensor_records(plan: Plan, done: Mapping[str, Done]) -> dict[str, TensorRec
                 relative_error=float(f"{error:.6g}") if tensor.packing is not None and place == 0 else None,
             )
     return records
+
+
+def _report_facts(plan: Plan, tensors: Mapping[str, TensorRecord]) -> ReportFacts:
+    origin = plan.origin
+    return ReportFacts(
+        title=plan.recipe.name,
+        source=f"{origin.repository} at {origin.commit}" if origin.repository else plan.checkpoint.folder.name,
+        recipe=plan.recipe.text,
+        n_weights=plan.n_weights,
+        source_bytes=plan.source_bytes,
+        output_bytes=plan.output_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        tensor_errors={name: each.relative_error for name, each in tensors.items() if each.relative_error is not None},
+        versions={name: _version(name) for name in ("qwq_mlx", "mlx", "numpy")},
+    )
 
 
 def _source_record(plan: Plan, small: Mapping[str, bytes], done: Mapping[str, Done]) -> SourceRecord:

@@ -1,6 +1,7 @@
 """One conversion from a source's folder to a published folder: the whole of journey 1, in its order.
 
-    check -> plan -> [output.partial/: journal.jsonl, model/, source/] -> pack -> read back -> manifest -> rename
+    check -> plan -> [output.partial/: journal.jsonl, model/, source/] -> pack -> measure quality -> read back
+    -> manifest -> rename
 
 Nothing is written before every check has passed. From then on the work lives in the partial folder; the final name
 appears by one rename. Whatever ends a run, the same call again continues it and repeats at most one tensor.
@@ -15,12 +16,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwq_mlx.convert.check import check_disk, check_output, check_source, partial_path
-from qwq_mlx.convert.finish import describe, finish, keep_small_files
+from qwq_mlx.convert.finish import describe, finish, keep_small_files, write_small_files
 from qwq_mlx.convert.journal import Journal, read_description
+from qwq_mlx.convert.judge import Judge, plan_judge
 from qwq_mlx.convert.memory import peak_memory_bytes
 from qwq_mlx.convert.origin import open_origin
 from qwq_mlx.convert.pipeline import run_pipeline
@@ -31,6 +33,7 @@ from qwq_mlx.errors import ConversionError, OptionError
 from qwq_mlx.files.atomic import fsync_folder, publish
 from qwq_mlx.files.lock import FolderLock
 from qwq_mlx.model.device import small_cache
+from qwq_mlx.quality.result import Quality
 from qwq_mlx.quant import DEFAULT_RECIPE
 from qwq_mlx.quant.recipe import load_recipe
 
@@ -47,7 +50,8 @@ class Conversion:
     """What a conversion did.
 
     output: the folder. is_written: False for a dry run. relative_error: of all packed weights together (see
-    quant.measure); None for a dry run. resumed_bytes: of source_bytes, what an earlier run had done.
+    quant.measure); None for a dry run. kl, top1_agreement: against the source (see quality.result), None where that was
+    not measured. resumed_bytes: of source_bytes, what an earlier run had done.
     warnings: what was converted but looks odd, in sentences.
     """
 
@@ -58,6 +62,8 @@ class Conversion:
     output_bytes: int
     bits_per_weight: float
     relative_error: float | None
+    kl: float | None
+    top1_agreement: float | None
     wall_s: float
     peak_memory_bytes: int
     resumed_bytes: int
@@ -75,6 +81,8 @@ def convert_checkpoint(
     keep_source: bool = False,
     dry_run: bool = False,
     n_workers: int | None = None,
+    quality: str | Path | bool | None = None,
+    quality_tokens: int | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Conversion:
@@ -84,7 +92,9 @@ def convert_checkpoint(
     after another, two on the disk at most. revision: of the repository. recipe: a name under conversions/, or the path
     of a .toml file. force: replace an existing conversion, once the new one is complete. restart: throw an unfinished
     conversion of this output away instead of continuing it. keep_source: leave fetched shards and their small files in
-    `output`.source. dry_run: stop after the plan. n_workers: threads that pack; None is one per core. on_plan: called
+    `output`.source. dry_run: stop after the plan. n_workers: threads that pack; None is one per core. quality: a text
+    file to compare source and conversion on, True for a bundled text, False for nothing, None for the bundled text
+    where the source is small (convert.judge.SMALL_BYTES). quality_tokens: of that text, at most. on_plan: called
     once with the plan, before anything is written. progress: called after every block and, from another thread, while
     shards are fetched.
     Raises OptionError, RecipeError, SourceError, LoadError, ConversionError; see `convert.check` for what is refused.
@@ -101,15 +111,19 @@ def convert_checkpoint(
         origin = opened.placed_in(fetched) if opened.is_remote else opened
         plan = make_plan(origin, config, chosen, n_workers=workers, keep_source=keep_source)
         check_disk(plan, output)
+        judge = plan_judge(plan, quality, n_tokens=quality_tokens, keep_source=keep_source)
+        plan = replace(plan, quality_note=judge.note)
         if on_plan is not None:
             on_plan(plan)
         if dry_run:
-            return _conversion(plan, output, None, started, resumed_bytes=0)
+            return _conversion(plan, output, None, started, quality=None, resumed_bytes=0)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             with FolderLock(output):
                 check_output(output, local, force=force)  # again: another process may have finished it meanwhile
-                job = _Job(plan, output, force=force, restart=restart, keep_source=keep_source, progress=progress)
+                job = _Job(
+                    plan, output, judge, force=force, restart=restart, keep_source=keep_source, progress=progress
+                )
                 return job.run(started)
         except OSError as error:
             raise disk_fault(error, output, plan.output_bytes) from error
@@ -121,6 +135,7 @@ class _Job:
 
     plan: Plan
     output: Path
+    judge: Judge
     force: bool
     restart: bool
     keep_source: bool
@@ -134,12 +149,15 @@ class _Job:
             self._pack(partial / _MODEL, journal)
         finally:
             journal.close()
-        run = {"wall_s": round(time.monotonic() - started, 3), "n_workers": plan.n_workers, "resumed_bytes": resumed}
-        finish(plan, partial / _MODEL, journal.done, run, progress=self.progress)
+        run: dict[str, float] = {"n_workers": plan.n_workers, "resumed_bytes": resumed}
+        write_small_files(plan, partial / _MODEL)
+        quality = self.judge.measure(plan, partial / _MODEL, self.progress)
+        run["wall_s"] = round(time.monotonic() - started, 3)
+        finish(plan, partial / _MODEL, journal.done, run, quality=quality, progress=self.progress)
         publish(partial / _MODEL, self.output, replace=self.force)
         shutil.rmtree(partial)
         fsync_folder(self.output.parent)
-        return _conversion(plan, self.output, journal, started, resumed_bytes=resumed)
+        return _conversion(plan, self.output, journal, started, quality=quality, resumed_bytes=resumed)
 
     def _pack(self, folder: Path, journal: Journal) -> None:
         plan, report = (
@@ -202,7 +220,15 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _conversion(plan: Plan, output: Path, journal: Journal | None, started: float, *, resumed_bytes: int) -> Conversion:
+def _conversion(
+    plan: Plan,
+    output: Path,
+    journal: Journal | None,
+    started: float,
+    *,
+    quality: Quality | None,
+    resumed_bytes: int,
+) -> Conversion:
     packed = [each.source.name for each in plan.tensors if each.packing is not None]
     done = [] if journal is None else [journal.done[name] for name in packed]
     error2, weight2 = sum(each.error2 for each in done), sum(each.weight2 for each in done)
@@ -214,6 +240,8 @@ def _conversion(plan: Plan, output: Path, journal: Journal | None, started: floa
         output_bytes=plan.output_bytes,
         bits_per_weight=plan.bits_per_weight,
         relative_error=math.sqrt(error2 / weight2) if weight2 else None,
+        kl=None if quality is None else quality.kl,
+        top1_agreement=None if quality is None else quality.top1_agreement,
         wall_s=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(),
         resumed_bytes=resumed_bytes,

@@ -102,6 +102,7 @@ class OutputShard:
 class Plan:
     """A conversion, worked out. Sizes in bytes; n_weights counts the source's numbers.
 
+    quality_note: what is measured of it afterwards, in words.
     copied: names of the files that are copied byte for byte. config_json, index_json: the bytes of those output files.
     peak_memory_bytes is an estimate for n_workers; peak_disk_bytes: the
     output, and what is fetched. The rest is exact.
@@ -121,6 +122,7 @@ class Plan:
     n_workers: int
     peak_memory_bytes: int
     peak_disk_bytes: int
+    quality_note: str = "not measured"
 
     @property
     def checkpoint(self) -> Checkpoint:

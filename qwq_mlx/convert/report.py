@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ProgressLine", "duration_text", "plan_text", "result_text", "size_text"]
 
-_PHASES = {"convert": "converting", "check": "reading back"}
+_PHASES = {"convert": "converting", "check": "reading back", "quality": "measuring"}
 _TERMINAL_S, _FILE_S = 0.1, 10.0  # between two lines: on a terminal, where one replaces the other, and in a file
 
 
@@ -63,6 +63,7 @@ def plan_text(plan: Plan, output: str, free_bytes: int) -> str:
             f"{size_text(plan.peak_disk_bytes)} at peak{'' if origin.is_remote else ' beside the source'}, "
             f"{size_text(free_bytes)} free",
         ),
+        ("quality", plan.quality_note),
     )
     return "\n".join(f"{name:<8}{text}" for name, text in rows)
 
@@ -83,6 +84,11 @@ def result_text(conversion: Conversion) -> str:
         f"      {size_text(conversion.source_bytes)} read{resumed} in {duration_text(conversion.wall_s)} "
         f"({size_text(rate)}/s), peak memory {size_text(conversion.peak_memory_bytes)}"
     )
+    if conversion.kl is not None and conversion.top1_agreement is not None:
+        lines.append(
+            f"      quality: KL {conversion.kl:.4g} nats a token, {100 * conversion.top1_agreement:.2f} % same most "
+            f"likely token; see {conversion.output / 'report.html'}"
+        )
     return "\n".join(lines)
 
 

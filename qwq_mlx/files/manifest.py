@@ -4,8 +4,8 @@ The file proves the folder, and itself: it holds a digest of its own content, an
 this module writes for that content, so an edit or a flipped bit anywhere is seen. At every load `check_sizes` compares
 all sizes, the digests of small files and of the shards' headers (milliseconds); `verify_full` reads every byte.
 
-Schema 1, the keys of the JSON object:
-    schema      1
+Schema 2, the keys of the JSON object:
+    schema      2
     digest      sha256 of the file's own bytes with this text empty
     source      repository and commit (null for a folder that names none), files: name -> size_bytes, sha256
     recipe      the recipe in full, as its TOML file parses
@@ -13,9 +13,13 @@ Schema 1, the keys of the JSON object:
     versions    program -> version (qwq_mlx, mlx, python ...)
     files       name -> size_bytes, sha256, header_sha256 (null unless a shard), for every file but the manifest
     tensors     name -> shard, dtype, shape, sha256, relative_error (null where nothing was rounded)
+    quality     null, or what it lost against its source on a text: text and text_sha256, n_tokens, kl (mean, nats),
+                top1_agreement, perplexity and reference_perplexity, drift by layer, worst tokens; all fields in
+                qwq_mlx.quality.result.Quality
     run         figures of the run: wall_s, n_workers, resumed_bytes (of the source, done by earlier runs),
                 peak_memory_bytes; they differ between runs, everything above does not
-Any change of a key or of its meaning gets another number; a manifest of another number is refused.
+Any change of a key or of its meaning gets another number; a manifest of an unknown number is refused. Schema 1 is the
+same without quality; it is read as if quality were null, and no longer written.
 
 Does not: sign anything. Who can write the folder can write a manifest to match; compare its source digests with the
 Hub's to know where the weights came from.
@@ -54,8 +58,9 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2
 
+_READABLE = (1, SCHEMA)
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_NAMES = 10
 _SMALL_BYTES = 64 << 20  # hashed at every load: a tokenizer.json has 7 MB, which takes 5 ms
@@ -106,11 +111,12 @@ class Manifest:
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, TensorRecord]
     run: Mapping[str, float]
+    quality: Mapping[str, Any] | None = None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json into a folder, whole and durable. The same manifest gives the same bytes. Raises OSError."""
-    write_file(folder / MANIFEST_NAME, _encode(asdict(manifest)))
+    write_file(folder / MANIFEST_NAME, _encode(asdict(manifest), SCHEMA))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -121,21 +127,22 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     value = read_json_object(path, limit_bytes=_MAX_MANIFEST_BYTES, advice=_ADVICE)
     schema = value.pop("schema", None)
-    if schema != SCHEMA:
+    if type(schema) is not int or schema not in _READABLE:
         raise SourceError(
-            f"{path}: schema is {schema!r}, expected {SCHEMA}. Use the qwq_mlx that made it, or convert again."
+            f"{path}: schema is {schema!r}, expected {' or '.join(map(str, _READABLE))}. "
+            "Use the qwq_mlx that made it, or convert again."
         )
     digest = value.pop("digest", None)
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}). Check the disk.") from error
-    if _encode(value) != raw:
+    if _encode(value, schema) != raw:
         raise SourceError(f"{path}: its digest is {str(digest)[:80]!r}, which its content does not have. {_ADVICE}")
     try:
-        return _decode(value)
+        return _decode(value if schema > 1 else {**value, "quality": None})
     except (KeyError, TypeError, AttributeError) as error:  # only a forged digest leads here
-        raise SourceError(f"{path}: lacks a field of schema {SCHEMA} ({error}). {_ADVICE}") from error
+        raise SourceError(f"{path}: lacks a field of schema {schema} ({error}). {_ADVICE}") from error
 
 
 def check_sizes(folder: Path) -> Manifest:
@@ -249,11 +256,11 @@ def _is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and Path(name).name == name
 
 
-def _encode(content: Mapping[str, Any]) -> bytes:
+def _encode(content: Mapping[str, Any], schema: int) -> bytes:
     """The bytes of manifest.json: keys sorted, the digest over these bytes with an empty digest."""
 
     def spoken(digest: str) -> bytes:
-        value = {"schema": SCHEMA, "digest": digest, **content}
+        value = {"schema": schema, "digest": digest, **content}
         return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
     return spoken(hashlib.sha256(spoken("")).hexdigest())
@@ -274,6 +281,7 @@ def _decode(value: Mapping[str, Any]) -> Manifest:
             for name, record in value["tensors"].items()
         },
         run=value["run"],
+        quality=value["quality"],
     )
 
 

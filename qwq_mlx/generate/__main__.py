@@ -309,7 +309,7 @@ def _load(options: argparse.Namespace) -> Reasoner:
 
         if not options.quiet:
             _note(f"converting the pocket model to 4 bits, once: {folder}")
-        convert_checkpoint(source, folder, recipe=POCKET_RECIPE)
+        convert_checkpoint(source, folder, recipe=POCKET_RECIPE, quality=False)
 
     folder = made_ready(choice, convert)
     from qwq_mlx.generate.reasoner import load

@@ -32,7 +32,7 @@ from qwq_mlx.model.load import (
     packing_arguments,
 )
 
-__all__ = ["Head", "HeadBlock", "Layer", "LayerStream", "Observe"]
+__all__ = ["Head", "HeadBlock", "Layer", "LayerStream", "Observe", "linear_product"]
 
 Observe = Callable[[tuple[str, ...], Any], None]
 """Called as observe(paths, x) whenever matrices are about to multiply x.
@@ -240,6 +240,12 @@ class _Blas:
     def __call__(self, x: Any) -> Any:
         y = import_mlx().array(np.asarray(x) @ self._weight.T)
         return y if self._bias is None else y + self._bias
+
+
+def linear_product(x: Any, weight: Any) -> Any:
+    """x @ weight.T of float32 as layers compute it on this backend; to time it."""
+    mx = import_mlx()
+    return _Blas(weight)(x) if mx.default_device().type == mx.cpu else x @ weight.T
 
 
 def _use_blas(block: Any) -> None:

@@ -19,7 +19,10 @@ from qwq_mlx.model.tokenizer import LoadedTokenizer
 from qwq_mlx.quality.measure import Measured
 from qwq_mlx.quality.text import QualityText
 
-__all__ = ["Quality", "WorstToken", "summarise"]
+__all__ = ["KL_EDGES", "Quality", "WorstToken", "summarise"]
+
+KL_EDGES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Where the bins of `Quality.kl_histogram` end, in nats; one more bin holds what is beyond."""
 
 _N_WORST = 12
 _CONTEXT_IDS = 16  # shown before a worst token: about a line
@@ -50,6 +53,7 @@ class Quality:
 
     text, text_sha256: the file's name and digest; n_positions: ids run; n_tokens: ids measured.
     kl: mean KL(reference || model) in nats, and its median, 99th percentile and largest value.
+    kl_histogram: tokens with a KL up to each of KL_EDGES and above the edge before; the last count is beyond all.
     top1_agreement: share of tokens for which both models find the same id most likely.
     reference_perplexity, perplexity: exp of the mean surprise at the text's own next token.
     drift: relative error of the hidden states, after the embedding and after each layer (see `Measured`).
@@ -64,6 +68,7 @@ class Quality:
     kl_median: float
     kl_p99: float
     kl_max: float
+    kl_histogram: tuple[int, ...]
     top1_agreement: float
     reference_perplexity: float
     perplexity: float
@@ -78,7 +83,8 @@ class Quality:
     def from_mapping(cls, value: Mapping[str, Any]) -> Quality:
         """The inverse of `as_mapping`."""
         worst = tuple(WorstToken(**each) for each in value["worst"])
-        return cls(**{**value, "drift": tuple(value["drift"]), "worst": worst})
+        histogram = tuple(value["kl_histogram"])
+        return cls(**{**value, "kl_histogram": histogram, "drift": tuple(value["drift"]), "worst": worst})
 
 
 def summarise(measured: Measured, text: QualityText, tokenizer: LoadedTokenizer) -> Quality:
@@ -94,6 +100,7 @@ def summarise(measured: Measured, text: QualityText, tokenizer: LoadedTokenizer)
         kl_median=_round(np.median(kl)),
         kl_p99=_round(np.percentile(kl, 99)),
         kl_max=_round(kl.max()),
+        kl_histogram=tuple(np.bincount(np.searchsorted(KL_EDGES, kl), minlength=len(KL_EDGES) + 1).tolist()),
         top1_agreement=_round(agree.mean()),
         reference_perplexity=_round(np.exp(-_all(measured, "reference_logprob").mean())),
         perplexity=_round(np.exp(-_all(measured, "logprob").mean())),

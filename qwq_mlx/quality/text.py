@@ -109,7 +109,7 @@ def read_text(
     if found.n_tokens < MIN_TOKENS:
         raise OptionError(
             f"{path}: gives {found.n_tokens:,} tokens to measure, expected at least {MIN_TOKENS}, better thousands. "
-            "Give a longer text."
+            f"Give a longer text{', or let more tokens be run' if n_left_out else ''}."
         )
     return found
 

@@ -216,7 +216,7 @@ def test_the_pocket_is_converted_where_no_conversion_is_there_yet(
     choice = default_model.Choice(folder=tmp_path / "cache" / "pocket", note="model: the pocket", source=tmp_path)
     monkeypatch.setattr(default_model, "choose_model", lambda named: choice)
     converted: list[tuple[Path, Path]] = []
-    monkeypatch.setattr(qwq_mlx.convert, "convert_checkpoint", lambda *paths: converted.append(paths))
+    monkeypatch.setattr(qwq_mlx.convert, "convert_checkpoint", lambda *paths, quality: converted.append(paths))
     monkeypatch.setattr(contest, "bench_folder", lambda folder, *_: [SimpleNamespace(folder=folder)])
     rows = command._measure(None, BenchOptions(n_layers=0))
     assert converted == [(tmp_path, choice.folder)]

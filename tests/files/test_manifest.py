@@ -171,7 +171,7 @@ def test_a_manifest_that_leads_out_of_its_folder_finds_nothing(proven: Path, nam
         check_sizes(proven)
 
 
-def rewritten(proven: Path, **changes: object) -> None:
+def rewritten(proven: Path, *, schema: int = 2, **changes: object) -> None:
     """A manifest with changed fields and a digest that fits them."""
     value = json.loads((proven / "manifest.json").read_text())
     del value["digest"], value["schema"]
@@ -179,7 +179,7 @@ def rewritten(proven: Path, **changes: object) -> None:
         value[key] = change
         if change is None:
             del value[key]
-    (proven / "manifest.json").write_bytes(manifest_module._encode(value))
+    (proven / "manifest.json").write_bytes(manifest_module._encode(value, schema))
 
 
 def test_missing_edited_and_foreign_manifests_are_refused(proven: Path) -> None:
@@ -193,12 +193,12 @@ def test_missing_edited_and_foreign_manifests_are_refused(proven: Path) -> None:
     path.write_text(text.replace("\n", "\n\n", 1))
     with pytest.raises(SourceError, match="which its content does not have"):
         read_manifest(proven)
-    path.write_text(text.replace('"schema": 1', '"schema": 2'))
-    with pytest.raises(SourceError, match=r"schema is 2, expected 1\. Use the qwq_mlx that made it"):
+    path.write_text(text.replace('"schema": 2', '"schema": 3'))
+    with pytest.raises(SourceError, match=r"schema is 3, expected 1 or 2\. Use the qwq_mlx that made it"):
         read_manifest(proven)
     path.write_text(text)
     rewritten(proven, fit=None)
-    with pytest.raises(SourceError, match=r"lacks a field of schema 1 \('fit'\)"):
+    with pytest.raises(SourceError, match=r"lacks a field of schema 2 \('fit'\)"):
         read_manifest(proven)
     path.unlink()
     with pytest.raises(SourceError, match=r"manifest\.json: there is no such file\. Convert"):
@@ -217,3 +217,19 @@ def test_a_manifest_that_cannot_be_read_again_is_named(proven: Path, monkeypatch
 def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"gone\.json: cannot be read \(No such file or directory\)"):
         record_file(tmp_path / "gone.json")
+
+
+def test_a_quality_record_comes_back_and_schema_1_had_none(proven: Path) -> None:
+    manifest = read_manifest(proven)
+    assert manifest.quality is None
+    record = {"kl": 0.25, "text": "a.txt", "drift": [0.0, 0.5], "worst": [{"context": "\x00 é"}]}
+    write_manifest(proven, replace(manifest, quality=record))
+    assert read_manifest(proven).quality == record
+    write_manifest(proven, manifest)
+    rewritten(proven, schema=1, quality=None)  # None: the key is left out
+    assert json.loads((proven / "manifest.json").read_text())["schema"] == 1
+    assert read_manifest(proven) == manifest
+    verify_full(proven)
+    rewritten(proven, schema=2, quality=None)
+    with pytest.raises(SourceError, match=r"lacks a field of schema 2 \('quality'\)"):
+        read_manifest(proven)

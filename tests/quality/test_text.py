@@ -157,3 +157,12 @@ def test_the_pockets_text_is_what_its_script_writes(repository: Path, monkeypatc
         each for kind in ("letters", "game24") for each in quality_text.data.held_out_problems(kind, 2, seed=11)
     ]
     assert all(is_held_out(each) and each.question in written.replace('\\"', '"') for each in problems)
+
+
+def test_a_limit_that_leaves_too_little_says_so(
+    tmp_path: Path, tiny_checkpoint: Path, tokenizer: LoadedTokenizer
+) -> None:
+    path = tmp_path / "talk.jsonl"
+    path.write_text(json.dumps({"question": WORDS, "reply": WORDS}))
+    with pytest.raises(OptionError, match=r"gives 0 tokens .* Give a longer text, or let more tokens be run\."):
+        read(path, tiny_checkpoint, tokenizer)

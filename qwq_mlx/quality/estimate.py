@@ -1,0 +1,57 @@
+"""How long and how much memory a measurement takes, before it starts: two products are timed for some milliseconds.
+
+Does not: know the disk (1 GB/s is assumed), or how a busy machine is in an hour. Not measured on Metal.
+"""
+
+from __future__ import annotations
+
+import time
+
+from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
+from qwq_mlx.model.load import import_mlx
+from qwq_mlx.quality.text import QualityText
+
+__all__ = ["estimate_memory_bytes", "estimate_s"]
+
+_DISK_BYTES_S = 1e9
+_ROWS, _WIDTH, _HEADS, _HEAD_DIM = 256, 1024, 4, 64
+
+
+def estimate_s(config: Qwen2Config, text: QualityText, *, weights_bytes: int) -> float:
+    """Seconds to measure one model against its source. weights_bytes: of both folders together."""
+    n_weights = sum(shape[0] * shape[1] for shape in tensor_shapes(config).values() if len(shape) == 2)
+    products = 2 * n_weights * text.n_positions
+    pairs = sum(len(window.ids) ** 2 for window in text.windows)
+    attention = 4 * pairs * config.hidden_size * config.num_hidden_layers
+    product_rate, attention_rate = _rates()
+    return 2 * (products / product_rate + attention / attention_rate) + weights_bytes / _DISK_BYTES_S
+
+
+def estimate_memory_bytes(config: Qwen2Config, text: QualityText) -> int:
+    """Bytes of one layer in float32 and half as much again while it is read, and of both models' hidden states."""
+    shapes = tensor_shapes(config).items()
+    layer = sum(shape[0] * shape[1] for name, shape in shapes if len(shape) == 2 and ".layers.0." in name)
+    return 6 * layer + 2 * 4 * text.n_positions * config.hidden_size
+
+
+def _rates() -> tuple[float, float]:
+    """Operations a second of a matrix product as a layer makes it, and of attention; the better of two tries each."""
+    from qwq_mlx.model.layers import linear_product
+
+    mx = import_mlx()
+    x, weight = mx.random.normal((_ROWS, _WIDTH)), mx.random.normal((_WIDTH, _WIDTH))
+    queries = mx.random.normal((1, _HEADS, _ROWS, _HEAD_DIM))
+    mx.eval(x, weight, queries)
+
+    def timed(run: object) -> float:
+        assert callable(run)
+        best = float("inf")
+        for _ in range(2):
+            started = time.perf_counter()
+            mx.eval(run())
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    product = timed(lambda: linear_product(x, weight))
+    attention = timed(lambda: mx.fast.scaled_dot_product_attention(queries, queries, queries, scale=0.1, mask="causal"))
+    return 2 * _ROWS * _WIDTH**2 / product, 4 * _ROWS**2 * _HEADS * _HEAD_DIM / attention
