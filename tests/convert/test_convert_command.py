@@ -65,7 +65,7 @@ def test_the_plan_is_exact(tiny_checkpoint: Path, tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["--source", "none", "--output", "out"], 1, "error: none: there is no such folder"),
-        (["--source", ".", "--output", "out", "--recipe", "5bit"], 2, "error: There is no recipe '5bit'. Recipes: "),
+        (["--source", ".", "--output", "out", "--recipe", "7bit"], 2, "error: There is no recipe '7bit'. Recipes: "),
         (["--source", ".", "--output", "out", "--workers", "0"], 2, "error: n_workers is 0, expected"),
     ],
 )

@@ -157,7 +157,7 @@ def test_a_recipe_whose_pattern_fits_nothing_is_refused(source: Path, tmp_path: 
 
 
 def test_an_unknown_recipe_and_a_wrong_number_of_workers_are_refused(source: Path) -> None:
-    refuse(source, RecipeError, "There is no recipe '5bit'", recipe="5bit")
+    refuse(source, RecipeError, "There is no recipe '7bit'", recipe="7bit")
     refuse(source, OptionError, r"n_workers is 0, expected a whole number from 1 to 64\.", n_workers=0)
 
 
