@@ -7,6 +7,7 @@
     |- ConversionError       a conversion that cannot start, go on or be published
     |- LoadError             a model folder that does not hold the model its config describes
     |- PromptError           messages that cannot become a prompt
+    |  `- TemplateLimitError an unknown chat template took too long or too much; on a busy machine it may not next time
     |- GenerationError       decoding went wrong (for example NaN logits); `.trace` keeps what was produced
     `- BackendError          MLX has no usable backend on this machine
 
@@ -27,6 +28,7 @@ __all__ = [
     "QwqError",
     "RecipeError",
     "SourceError",
+    "TemplateLimitError",
 ]
 
 
@@ -56,6 +58,10 @@ class LoadError(QwqError):
 
 class PromptError(QwqError):
     """Messages cannot become a prompt for this model."""
+
+
+class TemplateLimitError(PromptError):
+    """An unknown chat template exceeded its limits of time or memory, which says nothing of the messages."""
 
 
 class GenerationError(QwqError):

@@ -6,6 +6,8 @@ A process answers questions with few tokens each and is killed with SIGKILL afte
 answers or writes; the next one goes on. When a file is done it is compared with one that was never interrupted (all but
 "measured"), and the next file is begun. Prints one JSON object with the counts; exit code 1 where any file differs.
 
+MODEL should have a chat template that is known (the pocket has): any other starts a process for each question.
+
 Does not: cut power (fsync is trusted), or share its output with a second process.
 """
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwq_mlx.errors import GenerationError, OptionError, PromptError
+from qwq_mlx.errors import GenerationError, OptionError, PromptError, TemplateLimitError
 from qwq_mlx.generate.checkpoint import model_digest
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.questions import Question
@@ -96,7 +96,8 @@ class Batch:
         """Answer what is not answered yet; progress is told before the first question, after each, and meanwhile.
 
         A question that cannot be answered (too long for the context, logits that are not finite) gets a line with its
-        "error". Raises GenerationError where the disk does not take a line.
+        "error". Raises GenerationError where the disk does not take a line, TemplateLimitError where an unknown chat
+        template took too long; the lines before are whole.
         """
         self._started_s, self._n_before = time.perf_counter(), len(self._results.lines)
         self._n_tokens, self._progress = 0, progress
@@ -153,6 +154,8 @@ class Batch:
             for step in self._run:
                 self._tick(step.index + 1)
             trace = self._run.trace()
+        except TemplateLimitError:
+            raise  # the machine's fault, not the question's: it must not be written down as its answer
         except PromptError as error:
             return {**head, "error": str(error)}
         except GenerationError as error:

@@ -2,7 +2,7 @@
 
 A checkpoint's template is a program from a stranger: it can loop for years or build gigabytes, and jinja's sandbox does
 not stop either. The template of QwQ-32B-Preview is therefore known by its sha256 and written out here as a function; an
-unknown one is rendered by `template_child.py` with 2 s of CPU, 4 s of wall time, 256 MB of memory and 64 MB of output.
+unknown one is rendered by `template_child.py` with 2 s of CPU, 30 s of wall time, 256 MB of memory and 64 MB of output.
 
 Does not: tokenize, or decide what a user's text may become (`model.prompt` does).
 """
@@ -16,12 +16,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from qwq_mlx.errors import PromptError
+from qwq_mlx.errors import PromptError, TemplateLimitError
 
 __all__ = ["KNOWN_TEMPLATES", "is_known", "render", "template_digest"]
 
 CHILD_CPU_S = 2
-CHILD_WALL_S = 4.0
+CHILD_WALL_S = 30.0  # looping is ended by the CPU limit; a busy machine takes long only to start the child
 CHILD_MEMORY_BYTES = 256 << 20
 CHILD_OUTPUT_BYTES = 64 << 20
 
@@ -60,7 +60,8 @@ def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping
     """The conversation as one text that ends where the assistant begins.
 
     messages: role and content, checked by `model.prompt`. tokens: bos_token, eos_token ... for unknown templates.
-    Raises PromptError when an unknown template fails, refuses the messages, or exceeds its limits.
+    Raises PromptError when an unknown template fails or refuses the messages; TemplateLimitError, which is one, when it
+    exceeds its limits.
     """
     known = KNOWN_TEMPLATES.get(template_digest(template))
     return known(messages) if known is not None else _render_in_child(template, messages, tokens)
@@ -81,11 +82,11 @@ def _render_in_child(template: str, messages: Sequence[Mapping[str, str]], token
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise PromptError(f"{label}: did not finish within {CHILD_WALL_S:g} s. {advice}") from error
+        raise TemplateLimitError(f"{label}: did not finish within {CHILD_WALL_S:g} s. {advice}") from error
     if done.returncode == 0:
         return done.stdout.decode()
     if done.returncode == 1 and done.stderr.strip():
         reason = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1][:300]
         raise PromptError(f"{label}: failed with {reason}. {advice}")
     limit = f"{CHILD_CPU_S} s of CPU and {CHILD_MEMORY_BYTES >> 20} MiB"
-    raise PromptError(f"{label}: was ended by its limits ({limit}; exit status {done.returncode}). {advice}")
+    raise TemplateLimitError(f"{label}: was ended by its limits ({limit}; exit status {done.returncode}). {advice}")

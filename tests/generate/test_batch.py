@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from qwq_mlx.errors import ConversionError, GenerationError, OptionError, SourceError
+from qwq_mlx.errors import ConversionError, GenerationError, OptionError, SourceError, TemplateLimitError
 from qwq_mlx.generate import __main__ as command
 from qwq_mlx.generate import results as results_module
 from qwq_mlx.generate.batch import Batch, Stand, question_seed
@@ -25,6 +25,7 @@ from qwq_mlx.generate.questions import read_questions
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.results import Results, read_traces
 from qwq_mlx.generate.show import batch_bar, batch_line
+from qwq_mlx.model import prompt, template
 
 pytestmark = pytest.mark.tiny
 LINES = [
@@ -273,6 +274,26 @@ def test_logits_that_are_not_finite_fail_their_question_alone(
     lines, expected = compared(tmp_path / "out"), compared(whole / "out.jsonl")
     assert lines[1]["error"] == "Step 0: NaN" and lines[1]["trace"]["ids"] == []
     assert lines[:1] + lines[2:] == expected[:1] + expected[2:]
+
+
+def test_a_template_that_a_busy_machine_slows_down_is_no_answer(
+    whole: Path, reasoner: Reasoner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = template.render, []
+
+    def render(*given: Any) -> str:
+        calls.append(given)
+        if len(calls) == 2:
+            raise TemplateLimitError("chat template: did not finish within 30 s.")
+        return real(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prompt, "render", render)
+        with pytest.raises(TemplateLimitError):
+            answered(reasoner, whole / "in.jsonl", tmp_path / "out")
+    assert compared(tmp_path / "out") == compared(whole / "out.jsonl")[:1]
+    answered(reasoner, whole / "in.jsonl", tmp_path / "out")
+    assert compared(tmp_path / "out") == compared(whole / "out.jsonl")
 
 
 def test_the_bar_says_how_fast_and_how_long() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwq_mlx.errors import PromptError
+from qwq_mlx.errors import PromptError, TemplateLimitError
 from qwq_mlx.model import template
 from qwq_mlx.model.template import KNOWN_TEMPLATES, is_known, render, template_digest
 from qwq_mlx.model.tokenizer import load_tokenizer
@@ -106,12 +106,14 @@ def test_a_template_that_fails_or_reaches_out_is_refused(text: str, reason: str)
 
 def test_a_template_that_loops_is_ended_by_its_cpu_limit() -> None:
     text = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(PromptError, match=r"was ended by its limits \(2 s of CPU and 256 MiB; exit status -24\)"):
+    with pytest.raises(
+        TemplateLimitError, match=r"was ended by its limits \(2 s of CPU and 256 MiB; exit status -24\)"
+    ):
         render(text, USER, {})
 
 
 def test_a_template_that_outlives_the_clock_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template, "CHILD_WALL_S", 0.5)
     text = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(PromptError, match=r"did not finish within 0\.5 s"):
+    with pytest.raises(TemplateLimitError, match=r"did not finish within 0\.5 s"):
         render(text, USER, {})
