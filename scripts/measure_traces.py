@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "reasoning"))  # the generator of loops
 
-from splices import splice
+from splices import doubting, renamed, restating, splice
 
 from qwq_mlx.reasoning.answer import compare
 from qwq_mlx.reasoning.language import ScriptWatcher
@@ -167,6 +167,11 @@ def measure_loops(rows: Sequence[dict[str, Any]], cut: Cutter, n_seeds: int) -> 
         for n_repetitions in _REPETITIONS:
             hits = [_first_loop(*cut(each.text(n_repetitions))) for each in splices]
             recall[name][f"{n_repetitions} repetitions"] = round(sum(hit is not None for hit in hits) / n_seeds, 3)
+    kinds = {}
+    for make in (renamed, doubting, restating):
+        found = [_first_loop(*cut(make(texts, seed=seed))) for seed in range(5000, 5000 + n_seeds)]
+        named = Counter(hit[1] for hit in found if hit is not None)
+        kinds[make.__name__] = {"recall": round(sum(named.values()) / n_seeds, 3), "reported_as": dict(named)}
     in_time = n_cycles = 0
     for seed, each in enumerate(splices[:100]):
         before = cut(each.before)[0]
@@ -177,7 +182,7 @@ def measure_loops(rows: Sequence[dict[str, Any]], cut: Cutter, n_seeds: int) -> 
         n_cycles += 1
         # The text before ends with the cycle's first repetition.
         in_time += hit is not None and hit[0] + 1 - (len(before) - period) <= 3 * period + 64
-    return {"variants_recall": recall, "exact_in_time": f"{in_time} of {n_cycles}"}
+    return {"variants_recall": recall, "recall_by_kind": kinds, "exact_in_time": f"{in_time} of {n_cycles}"}
 
 
 def measure_scripts(rows: Sequence[dict[str, Any]], cut: Cutter) -> dict[str, Any]:

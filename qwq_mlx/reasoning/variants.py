@@ -6,7 +6,7 @@ stale word and takes drift for a fresh one, never below zero, and a loop is repo
 shortest delay for a given rate of false alarms (Page's test). Two such sums run side by side: `NEAR` for steps that
 return at once (twice within 300 words), `FAR` for long rounds (three times within 2,000). Numbers never count as
 stale, so tables of digits and lists of trials, whose news is their numbers, stay below; nor do words of a count that
-goes on (see `counting`).
+goes on (see `counting`), and new rows of a list take back what they added (see `rows`).
 
 Does not: understand a step. Rounds that share no run of four words, or are longer than about 650, are missed.
 """
@@ -17,6 +17,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from qwq_mlx.reasoning.counting import CountWatcher
+from qwq_mlx.reasoning.rows import RowWatcher
 from qwq_mlx.reasoning.words import TemplateReader
 
 __all__ = ["FAR", "NEAR", "Scale", "Variants", "VariantsFinder"]
@@ -82,6 +83,8 @@ class VariantsFinder:
         self._sums = (_Sum(NEAR, near_limit), _Sum(FAR, far_limit))
         self._reader = TemplateReader()
         self._counts = CountWatcher()
+        self._rows = RowWatcher()
+        self._at_line = [0.0, 0.0]  # the sums where the line began
         self._n_lines = 0
         self._run: tuple[str, ...] = ()
         self._n_words = 0
@@ -105,14 +108,25 @@ class VariantsFinder:
                 return Variants(max(0, each.rise - each.scale.n_earlier * period), period, each.value)
         return None
 
+    def _end_lines(self, n_lines: int) -> None:
+        """One line end or more stood before this word. A row of a list takes back what it added."""
+        self._n_lines += n_lines
+        self._counts.end_line()
+        if self._rows.end_line():
+            for each, value in zip(self._sums, self._at_line, strict=True):
+                each.value = min(each.value, value)
+        if n_lines > 1:
+            self._rows.end_line()  # the blank line
+        self._at_line = [each.value for each in self._sums]
+
     def _take(self, word: str, index: int) -> None:
         self._run = (*self._run[1 - _RUN :], word)
         self._n_words += 1
         run, n_words = hash(self._run), self._n_words
         earlier = self._places.get(run, ())
         if self._n_lines != self._reader.n_lines:
-            self._n_lines = self._reader.n_lines
-            self._counts.end_line()
+            self._end_lines(self._reader.n_lines - self._n_lines)
+        self._rows.word(self._reader.word, word)
         if word == "0":
             self._counts.number(self._reader.word, run, n_words, begins_line=self._reader.begins_line)
         is_word = word == "A" or word[0].isalpha()

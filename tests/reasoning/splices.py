@@ -80,3 +80,43 @@ def _mutated(block: Sequence[str], rng: random.Random) -> str:
             line = " ".join(_SYNONYMS.get(word, word) if rng.random() < 0.5 else word for word in line.split(" "))
         lines[at] = line
     return rng.choice(_OPENINGS) + "\n\n".join(lines)
+
+
+def doubting(texts: Sequence[str], *, seed: int, n_repetitions: int = 40) -> str:
+    """A real beginning, then "Wait, no" again and again with lines that stood there before."""
+    rng = random.Random(seed)
+    lines = [line for line in rng.choice(texts).split("\n") if line.strip()]
+    before = lines[: max(4, len(lines) // 2)]
+    openings = ("Wait, no. ", "Wait, ", "Hmm, wait. ", "No, wait. ", "But wait, ")
+    again = [rng.choice(openings) + rng.choice(before[-8:]) for _ in range(n_repetitions)]
+    return "\n\n".join([*before, *again])
+
+
+def restating(texts: Sequence[str], *, seed: int, n_repetitions: int = 15) -> str:
+    """A real beginning, then lines of other texts, each time ending in the same answer."""
+    rng = random.Random(seed)
+    before = rng.choice(texts)[:1500]
+    value = rng.randrange(1000)
+    statements = (f"So the answer is {value}.", f"Therefore, the answer is {value}.", f"This gives \\boxed{{{value}}}.")
+    blocks = []
+    for _ in range(n_repetitions):
+        lines = [line for line in rng.choice(texts).split("\n") if line.strip() and "answer" not in line.lower()]
+        at = rng.randrange(max(1, len(lines) - 4))
+        blocks.append("\n\n".join([*lines[at : at + 3], rng.choice(statements)]))
+    return "\n\n".join([before, *blocks])
+
+
+def renamed(texts: Sequence[str], *, seed: int, n_repetitions: int = 30) -> str:
+    """A real beginning, then its last long line again and again with other names and numbers, nothing else changed."""
+    rng = random.Random(seed)
+    lines = [line for line in rng.choice(texts).split("\n") if line.strip()]
+    long = [
+        at for at, line in enumerate(lines) if 60 <= len(line) <= 400 and sum(map(str.isalpha, line)) > len(line) / 2
+    ]
+    at = rng.choice(long) if long else 0
+
+    def other(line: str) -> str:
+        line = re.sub(r"\d+", lambda _: str(rng.randrange(100)), line)
+        return re.sub(r"([a-z,'] )([A-Z][a-z]{2,})", lambda found: found[1] + rng.choice(_NAMES), line)
+
+    return "\n\n".join([*lines[: at + 1], *(other(lines[at]) for _ in range(n_repetitions))])
