@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_RECIPE,
         help="a recipe under conversions/, or the path of a .toml file (default: %(default)s)",
     )
+    add(
+        "--calibrate",
+        metavar="TEXT",
+        help="a text, or .jsonl of {text} or {messages}, whose activations weigh the errors of the fit; the source is "
+        "run on it first, one layer in memory (a local source, at least 512 tokens; default: no text)",
+    )
     add("--force", action="store_true", help="replace an existing output, once the new one is complete")
     add("--restart", action="store_true", help="throw an unfinished conversion away instead of continuing it")
     add("--keep-source", action="store_true", help="leave what is fetched in OUTPUT.source")
@@ -106,6 +112,7 @@ def _convert(options: argparse.Namespace, screen: _Screen) -> Conversion:
         options.source,
         options.output,
         recipe=options.recipe,
+        calibrate=options.calibrate,
         force=options.force,
         restart=options.restart,
         revision=options.revision,

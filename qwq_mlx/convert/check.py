@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qwq_mlx.convert.plan import Plan
-from qwq_mlx.errors import ConversionError, SourceError
+from qwq_mlx.errors import ConversionError, OptionError, SourceError
 from qwq_mlx.files.source import CONFIG_NAME, Checkpoint
 from qwq_mlx.model.architecture import Qwen2Config, check_tensors, tensor_shapes
 from qwq_mlx.model.generation_config import read_generation_defaults
@@ -21,7 +21,7 @@ from qwq_mlx.model.tokenizer import load_tokenizer
 from qwq_mlx.quant.packing import DTYPES
 from qwq_mlx.quant.recipe import Recipe
 
-__all__ = ["check_disk", "check_output", "check_source", "partial_path"]
+__all__ = ["check_disk", "check_fit", "check_output", "check_source", "partial_path"]
 
 _TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _MARGIN = 1.05  # file systems need a little more than the bytes
@@ -87,6 +87,28 @@ def _check_recipe(checkpoint: Checkpoint, config: Qwen2Config, recipe: Recipe) -
         raise ConversionError(
             f"{checkpoint.folder}: {len(odd):,} matrices whose rows the group does not divide: "
             f"{_listed(odd)} (recipe {recipe.name}). Use a smaller group_size, or an override with keep."
+        )
+
+
+def check_fit(recipe: Recipe, calibrate: str | Path | None, *, is_remote: bool) -> None:
+    """Refuse a recipe and a calibration text that do not go together. Raises OptionError."""
+    if calibrate is None:
+        if recipe.fit == "calibrated":
+            raise OptionError(
+                f"{recipe.path}: the fit 'calibrated' weighs errors by a text. Give one with --calibrate TEXT, or take "
+                "a recipe whose fit is 'least-squares'."
+            )
+        return
+    if is_remote:
+        raise OptionError(
+            f"--calibrate {calibrate} runs the whole source before the first tensor is packed, so it needs a local "
+            "folder, not a repository of the Hub. Fetch it first (huggingface-cli download), then give its folder."
+        )
+    packings = [recipe.packing, *(each.packing for each in recipe.overrides)]
+    if modes := sorted({each.mode for each in packings if each is not None and not each.is_affine}):
+        raise OptionError(
+            f"--calibrate {calibrate} chooses scales and biases of mode 'affine', the recipe {recipe.name} has "
+            f"{', '.join(modes)}. Leave --calibrate out, or take a recipe that is affine throughout."
         )
 
 

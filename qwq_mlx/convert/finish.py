@@ -51,6 +51,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in _small_files(plan).items()},
         "layout": {shard.name: hashlib.sha256(shard.head).hexdigest() for shard in plan.shards},
         "recipe": plan.recipe.text,
+        "calibration": None if plan.calibration is None else plan.calibration.as_mapping(),
         "block_bytes": BLOCK_BYTES,
         "versions": {name: _version(name) for name in ("qwq_mlx", "mlx", "numpy")},
     }
@@ -84,7 +85,8 @@ def finish(
     manifest = Manifest(
         source=_source_record(plan, small, done),
         recipe=plan.recipe.as_mapping(),
-        fit=plan.recipe.fit,
+        fit=plan.fit,
+        calibration=None if plan.calibration is None else plan.calibration.as_mapping(),
         versions={name: _version(name) for name in ("qwq_mlx", "mlx", "numpy")} | {"python": platform.python_version()},
         files=files,
         tensors=tensors,

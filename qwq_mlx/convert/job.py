@@ -19,7 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwq_mlx.convert.check import check_disk, check_output, check_source, partial_path
+from qwq_mlx.convert.calibration import Importance, importance_of, read_calibration
+from qwq_mlx.convert.check import check_disk, check_fit, check_output, check_source, partial_path
 from qwq_mlx.convert.finish import describe, finish, keep_small_files, write_small_files
 from qwq_mlx.convert.journal import Journal, read_description
 from qwq_mlx.convert.judge import Judge, plan_judge
@@ -42,6 +43,7 @@ __all__ = ["Conversion", "convert_checkpoint"]
 _JOURNAL = "journal.jsonl"
 _MODEL = "model"
 _SOURCE = "source"
+_CALIBRATION = "calibration"
 _MAX_WORKERS = 64
 
 
@@ -76,6 +78,7 @@ def convert_checkpoint(
     *,
     revision: str | None = None,
     recipe: str | Path = DEFAULT_RECIPE,
+    calibrate: str | Path | None = None,
     force: bool = False,
     restart: bool = False,
     keep_source: bool = False,
@@ -90,13 +93,14 @@ def convert_checkpoint(
 
     source: a folder, or a repository of the Hub (OWNER/NAME) where no folder has that name; its shards are fetched one
     after another, two on the disk at most. revision: of the repository. recipe: a name under conversions/, or the path
-    of a .toml file. force: replace an existing conversion, once the new one is complete. restart: throw an unfinished
-    conversion of this output away instead of continuing it. keep_source: leave fetched shards and their small files in
-    `output`.source. dry_run: stop after the plan. n_workers: threads that pack; None is one per core. quality: a text
-    file to compare source and conversion on, True for a bundled text, False for nothing, None for the bundled text
-    where the source is small (convert.judge.SMALL_BYTES). quality_tokens: of that text, at most. on_plan: called
-    once with the plan, before anything is written. progress: called after every block and, from another thread, while
-    shards are fetched.
+    of a .toml file. calibrate: a text (see `convert.calibration`) whose activations weigh the errors of the fit; None
+    fits as the recipe says. force: replace an existing conversion, once the new one is complete. restart: throw an
+    unfinished conversion of this output away instead of continuing it. keep_source: leave fetched shards and their
+    small files in `output`.source. dry_run: stop after the plan. n_workers: threads that pack; None is one per core.
+    quality: a text file to compare source and conversion on, True for a bundled text, False for nothing, None for the
+    bundled text where the source is small (convert.judge.SMALL_BYTES). quality_tokens: of that text, at most. on_plan:
+    called once with the plan, before anything is written. progress: called after every block and, from another thread,
+    while shards are fetched.
     Raises OptionError, RecipeError, SourceError, LoadError, ConversionError; see `convert.check` for what is refused.
     """
     started = time.monotonic()
@@ -105,11 +109,13 @@ def convert_checkpoint(
     check_output(output, Path(source) if os.path.lexists(source) else None, force=force)
     unfinished = None if restart else _unfinished(partial_path(output))
     with open_origin(source, revision=revision, unfinished=unfinished) as opened:
+        check_fit(chosen, calibrate, is_remote=opened.is_remote)
         local = None if opened.is_remote else opened.checkpoint.folder
         config = check_source(opened.checkpoint, chosen)
+        text = None if calibrate is None else read_calibration(calibrate, opened.checkpoint, config)
         fetched = output.with_name(f"{output.name}.source") if keep_source else partial_path(output) / _SOURCE
         origin = opened.placed_in(fetched) if opened.is_remote else opened
-        plan = make_plan(origin, config, chosen, n_workers=workers, keep_source=keep_source)
+        plan = make_plan(origin, config, chosen, n_workers=workers, keep_source=keep_source, calibration=text)
         check_disk(plan, output)
         judge = plan_judge(plan, quality, n_tokens=quality_tokens, keep_source=keep_source)
         plan = replace(plan, quality_note=judge.note)
@@ -121,9 +127,7 @@ def convert_checkpoint(
             output.parent.mkdir(parents=True, exist_ok=True)
             with FolderLock(output):
                 check_output(output, local, force=force)  # again: another process may have finished it meanwhile
-                job = _Job(
-                    plan, output, judge, force=force, restart=restart, keep_source=keep_source, progress=progress
-                )
+                job = _Job(plan, output, judge, force, restart, keep_source, progress)
                 return job.run(started)
         except OSError as error:
             raise disk_fault(error, output, plan.output_bytes) from error
@@ -146,7 +150,7 @@ class _Job:
         journal = _open_partial(plan, partial, restart=self.restart)
         resumed = sum(e.source.end - e.source.start for e in plan.tensors if e.source.name in journal.done)
         try:
-            self._pack(partial / _MODEL, journal)
+            self._pack(partial / _MODEL, journal, self._importance(partial / _CALIBRATION))
         finally:
             journal.close()
         run: dict[str, float] = {"n_workers": plan.n_workers, "resumed_bytes": resumed}
@@ -159,7 +163,24 @@ class _Job:
         fsync_folder(self.output.parent)
         return _conversion(plan, self.output, journal, started, quality=quality, resumed_bytes=resumed)
 
-    def _pack(self, folder: Path, journal: Journal) -> None:
+    def _importance(self, folder: Path) -> Importance:
+        """What the calibration text says, empty without one. folder: where it is kept."""
+        plan, text = self.plan, self.plan.calibration
+        if text is None:
+            return {}
+        n_layers, total = plan.config.num_hidden_layers, plan.source_bytes
+
+        def show(path: str) -> None:
+            if self.progress is not None:
+                layer = int(path.split(".")[2]) if path.startswith("model.layers.") else n_layers
+                done = total * layer // n_layers
+                self.progress(Progress(phase="calibrate", what=path, done_bytes=done, total_bytes=total))
+
+        folder.mkdir(exist_ok=True)
+        with small_cache():
+            return importance_of(text, plan.checkpoint, folder / "importance.safetensors", show)
+
+    def _pack(self, folder: Path, journal: Journal, importance: Importance) -> None:
         plan, report = (
             self.plan,
             Report(self.progress, sum(each.source.end - each.source.start for each in self.plan.tensors)),
@@ -177,7 +198,7 @@ class _Job:
             plan.origin.shards(wanted, keep=self.keep_source, progress=report.fetched) as shards,
             small_cache(),
         ):
-            run_pipeline(plan, folder, journal, shards, report.packed)
+            run_pipeline(plan, folder, journal, shards, report.packed, importance)
 
 
 def _unfinished(partial: Path) -> tuple[str, str] | None:
@@ -191,7 +212,12 @@ def _open_partial(plan: Plan, partial: Path, *, restart: bool) -> Journal:
     """Continue the unfinished conversion in `partial`, or lay out a new one."""
     path, model = partial / _JOURNAL, partial / _MODEL
     if os.path.lexists(partial):
-        if not partial.is_dir() or {each.name for each in partial.iterdir()} - {_JOURNAL, _MODEL, _SOURCE}:
+        if not partial.is_dir() or {each.name for each in partial.iterdir()} - {
+            _JOURNAL,
+            _MODEL,
+            _SOURCE,
+            _CALIBRATION,
+        }:
             raise ConversionError(
                 f"{partial}: is not an unfinished conversion, but has the name of one. "
                 "Move it away, or choose another output."
@@ -203,7 +229,7 @@ def _open_partial(plan: Plan, partial: Path, *, restart: bool) -> Journal:
                     if each.name not in {shard.name for shard in plan.shards}:
                         each.unlink()
                 return journal
-        for each in (path, model):  # what was fetched is proven again, so it may stay
+        for each in (path, model, partial / _CALIBRATION):  # what was fetched is proven again, so it may stay
             _remove(each)
     model.mkdir(parents=True)
     create_shards(plan, model)

@@ -54,8 +54,8 @@ def _scratch() -> Scratch:
     return scratch
 
 
-def pack_block(block: Block, *, fit: str, shard: Path) -> PackedBlock:
-    """Check a block, fit and measure it. shard: for messages.
+def pack_block(block: Block, *, fit: str, shard: Path, importance: NDArray[np.float32] | None = None) -> PackedBlock:
+    """Check a block, fit and measure it. shard: for messages. importance: as `fit_block` takes it.
 
     Raises ConversionError naming shard, tensor, row and column of a weight that is NaN or infinite.
     """
@@ -74,7 +74,7 @@ def pack_block(block: Block, *, fit: str, shard: Path) -> PackedBlock:
     if tensor.packing is None:
         weight2 = sum_of_squares(float_values(raw, source.dtype))
         return PackedBlock(block, (block.data,), 0.0, weight2, zero_pages)
-    packed, error = fit_block(raw, source.dtype, tensor.packing, fit=fit, scratch=_scratch())
+    packed, error = fit_block(raw, source.dtype, tensor.packing, fit=fit, scratch=_scratch(), importance=importance)
     arrays = [packed.codes, packed.scales, *([] if packed.biases is None else [packed.biases])]
     outputs = tuple(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)
     return PackedBlock(block, outputs, error.error2, error.weight2, zero_pages)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 
+from qwq_mlx.convert.calibration import Importance
 from qwq_mlx.convert.journal import Done, Journal
 from qwq_mlx.convert.origin import Shards
 from qwq_mlx.convert.pack import PackedBlock, pack_block, workers
@@ -29,8 +30,9 @@ __all__ = ["run_pipeline"]
 class _Feed:
     """Runs the reader in its own thread and hands out packed blocks in order."""
 
-    def __init__(self, plan: Plan, journal: Journal, buffers: Buffers, shards: Shards) -> None:
+    def __init__(self, plan: Plan, journal: Journal, buffers: Buffers, shards: Shards, importance: Importance) -> None:
         self._plan = plan
+        self._importance = importance
         self._shards = shards
         self._buffers = buffers
         self._done = dict(journal.done)
@@ -39,11 +41,12 @@ class _Feed:
         self._thread = threading.Thread(target=self._read, name="qwq-mlx-read", daemon=True)
 
     def _read(self) -> None:
-        pool, fit = workers(self._plan.n_workers), self._plan.recipe.fit
+        pool, fit = workers(self._plan.n_workers), self._plan.fit
         try:
             for block in read_blocks(self._plan, self._done, self._buffers, self._shards):
                 shard = self._plan.checkpoint.shards[block.tensor.shard].path
-                self._queue.put(pool.submit(pack_block, block, fit=fit, shard=shard))
+                own = self._importance.get(block.tensor.source.name.removesuffix(".weight"))
+                self._queue.put(pool.submit(pack_block, block, fit=fit, shard=shard, importance=own))
             self._queue.put(None)
         except Stopped:
             self._queue.put(None)
@@ -74,12 +77,16 @@ class _Feed:
 
 
 def run_pipeline(
-    plan: Plan, folder: Path, journal: Journal, shards: Shards, progress: Callable[[Progress], None]
+    plan: Plan,
+    folder: Path,
+    journal: Journal,
+    shards: Shards,
+    progress: Callable[[Progress], None],
+    importance: Importance,
 ) -> None:
     """Convert every tensor that the journal does not have, into the output shards that lie in `folder`.
 
-    shards: the source's; each is let go when its last tensor is durable.
-
+    shards: the source's; each is let go when its last tensor is durable. importance: empty where nothing is calibrated.
     Raises SourceError and ConversionError from the stages; what the journal has by then stays good.
     """
     total = sum(each.source.end - each.source.start for each in plan.tensors)
@@ -89,7 +96,7 @@ def run_pipeline(
     error2 = weight2 = 0.0
     zero_pages = 0
     last_of_shard = {each.shard: each for each in plan.tensors}
-    with ShardWriter(plan, folder) as writer, _Feed(plan, journal, buffers, shards) as blocks:
+    with ShardWriter(plan, folder) as writer, _Feed(plan, journal, buffers, shards, importance) as blocks:
         for packed in blocks:
             block = packed.block
             if block.first_row == 0:

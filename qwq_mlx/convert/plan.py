@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qwq_mlx.convert.calibration import Calibration
 from qwq_mlx.convert.origin import Origin
 from qwq_mlx.files.header import DTYPE_BYTES, TensorEntry, place_tensors
 from qwq_mlx.files.json_object import read_json_object
@@ -105,7 +106,7 @@ class Plan:
     quality_note: what is measured of it afterwards, in words.
     copied: names of the files that are copied byte for byte. config_json, index_json: the bytes of those output files.
     peak_memory_bytes is an estimate for n_workers; peak_disk_bytes: the
-    output, and what is fetched. The rest is exact.
+    output, and what is fetched. The rest is exact. calibration: None packs by the recipe's own fit.
     """
 
     origin: Origin
@@ -123,6 +124,12 @@ class Plan:
     peak_memory_bytes: int
     peak_disk_bytes: int
     quality_note: str = "not measured"
+    calibration: Calibration | None = None
+
+    @property
+    def fit(self) -> str:
+        """How scales are chosen: a name of quant's FITS."""
+        return self.recipe.fit if self.calibration is None else "calibrated"
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -136,7 +143,15 @@ class Plan:
         return 8 * tensors / self.n_weights
 
 
-def make_plan(origin: Origin, config: Qwen2Config, recipe: Recipe, *, n_workers: int, keep_source: bool) -> Plan:
+def make_plan(
+    origin: Origin,
+    config: Qwen2Config,
+    recipe: Recipe,
+    *,
+    n_workers: int,
+    keep_source: bool,
+    calibration: Calibration | None = None,
+) -> Plan:
     """Place every output tensor. The source has been checked against `config` and `recipe`; this cannot fail.
 
     keep_source: whether shards that are fetched stay on the disk.
@@ -178,8 +193,9 @@ def make_plan(origin: Origin, config: Qwen2Config, recipe: Recipe, *, n_workers:
         source_bytes=sum(shard.size_bytes for shard in checkpoint.shards),
         output_bytes=output_bytes,
         n_workers=n_workers,
-        peak_memory_bytes=_peak_memory(tensors, n_workers),
+        peak_memory_bytes=_peak_memory(tensors, n_workers, config, calibration),
         peak_disk_bytes=output_bytes + _fetched_bytes(origin, keep_source),
+        calibration=calibration,
     )
 
 
@@ -275,7 +291,11 @@ def _fetched_bytes(origin: Origin, keep_source: bool) -> int:
     return sum(sizes if keep_source else sizes[:2])
 
 
-def _peak_memory(tensors: Iterable[PlannedTensor], n_workers: int) -> int:
+def _peak_memory(
+    tensors: Iterable[PlannedTensor], n_workers: int, config: Qwen2Config, calibration: Calibration | None
+) -> int:
+    """The larger of packing and, before it, calibrating."""
     block = max(each.block_rows * each.row_bytes for each in tensors)
     blocks = int(n_blocks_in_flight(n_workers) * _BYTES_PER_BLOCK * block)
-    return _BASE_BYTES + n_workers * _BYTES_PER_WORKER + blocks
+    calibrating = 0 if calibration is None else calibration.peak_memory_bytes(config)
+    return _BASE_BYTES + max(n_workers * _BYTES_PER_WORKER + blocks, calibrating)

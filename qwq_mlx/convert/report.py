@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ProgressLine", "duration_text", "plan_text", "result_text", "size_text"]
 
-_PHASES = {"convert": "converting", "check": "reading back", "quality": "measuring"}
+_PHASES = {
+    "calibrate": "calibrating",
+    "convert": "converting",
+    "check": "reading back",
+    "quality": "measuring",
+}
 _TERMINAL_S, _FILE_S = 0.1, 10.0  # between two lines: on a terminal, where one replaces the other, and in a file
 
 
@@ -41,6 +46,8 @@ def plan_text(plan: Plan, output: str, free_bytes: int) -> str:
     place = f"{origin.repository} at {origin.commit}" if origin.repository else str(checkpoint.folder)
     dtype = max(entry.dtype for _, entry in checkpoint.tensors.values())
     overrides = f", {len(recipe.overrides)} overrides" if recipe.overrides else ""
+    text = plan.calibration
+    calibrated = "" if text is None else f" by {text.n_ids:,} tokens of {text.name}"
     rows = (
         (
             "source",
@@ -50,7 +57,7 @@ def plan_text(plan: Plan, output: str, free_bytes: int) -> str:
         (
             "recipe",
             f"{recipe.name}: {packing.mode}, {packing.bits} bits, groups of {packing.group_size}, "
-            f"{recipe.fit}{overrides}",
+            f"{plan.fit}{overrides}{calibrated}",
         ),
         (
             "output",

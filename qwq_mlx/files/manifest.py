@@ -9,7 +9,8 @@ Schema 2, the keys of the JSON object:
     digest      sha256 of the file's own bytes with this text empty
     source      repository and commit (null for a folder that names none), files: name -> size_bytes, sha256
     recipe      the recipe in full, as its TOML file parses
-    fit         how scales were chosen ("min-max")
+    fit         how scales were chosen ("min-max", "least-squares", "calibrated")
+    calibration  of fit "calibrated" file, sha256, n_texts and n_ids of the text that weighed errors; else null
     versions    program -> version (qwq_mlx, mlx, python ...)
     files       name -> size_bytes, sha256, header_sha256 (null unless a shard), for every file but the manifest
     tensors     name -> shard, dtype, shape, sha256, relative_error (null where nothing was rounded)
@@ -107,6 +108,7 @@ class Manifest:
     source: SourceRecord
     recipe: Mapping[str, Any]
     fit: str
+    calibration: Mapping[str, Any] | None = None
     versions: Mapping[str, str]
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, TensorRecord]
@@ -274,6 +276,7 @@ def _decode(value: Mapping[str, Any]) -> Manifest:
         ),
         recipe=value["recipe"],
         fit=value["fit"],
+        calibration=value.get("calibration"),
         versions=value["versions"],
         files=_file_records(value["files"]),
         tensors={

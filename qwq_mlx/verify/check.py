@@ -89,6 +89,11 @@ def verify_conversion(
 
 
 def _pack_again(folder: Path, manifest: Manifest, source: Path, n_tensors: int, seed: int | None) -> tuple[str, ...]:
+    if manifest.calibration is not None:
+        raise OptionError(
+            f"{folder}: was calibrated with the text {manifest.calibration['file']}, which packing again would need "
+            "too. Verify it without --source; --full still reads every byte."
+        )
     checkpoint = open_checkpoint(source)
     recipe = recipe_of_mapping(manifest.recipe, where=folder / "manifest.json")
     config = check_source(checkpoint, recipe)

@@ -1,0 +1,207 @@
+"""A text whose activations say which input channels of a matrix matter: read and checked, then run once, by layers.
+
+The importance of an input channel is the mean of its squared values over the text, over the mean of all channels of the
+matrix, and 0.01 so that a channel that was silent keeps some. The text passes the source's own weights one layer at a
+time (`model.layers`), so it costs the memory of one layer and of the hidden states, whatever the model's depth. What
+was found lies in the partial folder, whole and durable, before the first tensor is packed: a resumed run reads it.
+
+The embedding is not weighted (its input is an id), unless it is tied to the output matrix. Figures are those of the
+device that ran them: another device, or another MLX, may differ in the last digits and so in some codes.
+
+Does not: pack anything, or fetch (from the Hub the whole source would have to be there first).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwq_mlx.errors import ConversionError, OptionError, PromptError, SourceError
+from qwq_mlx.files.atomic import write_file
+from qwq_mlx.files.header import place_tensors, read_header
+from qwq_mlx.files.rows import read_rows
+from qwq_mlx.files.source import Checkpoint
+from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.folder import open_model_folder
+from qwq_mlx.model.layers import LayerStream
+from qwq_mlx.model.load import import_mlx
+from qwq_mlx.model.prompt import encode_text, prompt_ids
+from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
+
+__all__ = ["MIN_IDS", "Calibration", "Importance", "importance_of", "read_calibration"]
+
+Importance = Mapping[str, NDArray[np.float32]]
+"""Path of a matrix (without ".weight") -> (in,), the importance of each input channel, positive, about 1 on average."""
+
+MIN_IDS = 512
+"""The fewest ids that a text must have: below, chance decides what looks important."""
+
+_MAX_IDS = 16_384  # of a longer text the first ones are used: their hidden states stay in memory, 0.34 GB for the 32B
+_CHUNK = 512  # ids that attend to each other
+_MAX_BYTES = 64 << 20
+_FLOOR = np.float32(0.01)
+_HOW = 'Give a UTF-8 text, or a .jsonl file with {"text": ...} or {"messages": [...]} on every line.'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """A checked text. name, sha256: of its file. texts: ids, each run by itself."""
+
+    name: str
+    sha256: str
+    texts: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_ids(self) -> int:
+        """Ids of all texts."""
+        return sum(map(len, self.texts))
+
+    def as_mapping(self) -> dict[str, Any]:
+        """What the journal and the manifest keep."""
+        return {"file": self.name, "sha256": self.sha256, "n_texts": len(self.texts), "n_ids": self.n_ids}
+
+    def peak_memory_bytes(self, config: Qwen2Config) -> int:
+        """One layer in float32, the hidden states, and what one text needs on its way; an estimate."""
+        width, inner = config.hidden_size, config.intermediate_size
+        layer = 2 * width * (width + config.num_key_value_heads * config.head_dim) + 3 * width * inner
+        text = _CHUNK * (3 * inner + 9 * width + 2 * config.num_attention_heads * _CHUNK)
+        return 4 * (layer + width * inner // 2 + self.n_ids * width + text)
+
+
+def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Config) -> Calibration:
+    """Read a text and encode it with the checkpoint's own tokenizer.
+
+    Plain text, or where the name ends in .jsonl an object a line: {"text": ...}, or {"messages": [...]}, which the
+    checkpoint's template renders. Raises OptionError: not readable, not UTF-8, a wrong line, or too short.
+    """
+    path = Path(path)
+    data = _read(path)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path}: is not UTF-8 (byte {error.start:,}). {_HOW}") from error
+    tokenizer = load_tokenizer(checkpoint.folder, vocab_size=config.vocab_size)
+    found: list[tuple[int, ...]] = []
+    n_ids = 0
+    for ids in _texts(path, text, tokenizer):
+        for start in range(0, len(ids), _CHUNK):
+            found.append(tuple(ids[start : start + min(_CHUNK, _MAX_IDS - n_ids)]))
+            n_ids += len(found[-1])
+            if n_ids == _MAX_IDS:
+                break
+        if n_ids == _MAX_IDS:
+            break
+    if n_ids < MIN_IDS:
+        raise OptionError(
+            f"{path}: has {n_ids:,} tokens, expected at least {MIN_IDS:,} to calibrate with (16,384 are used at most). "
+            "Give more text of the kind that the model will write."
+        )
+    return Calibration(name=path.name, sha256=hashlib.sha256(data).hexdigest(), texts=tuple(found))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise OptionError(f"{path}: there is no such calibration file. {_HOW}")
+        if path.stat().st_size > _MAX_BYTES:
+            raise OptionError(
+                f"{path}: has {path.stat().st_size:,} bytes, a calibration text has at most {_MAX_BYTES:,}. Cut it."
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise OptionError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+
+
+def _texts(path: Path, text: str, tokenizer: LoadedTokenizer) -> Iterator[list[int]]:
+    if path.suffix != ".jsonl":
+        yield encode_text(tokenizer, text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise OptionError(f"{path}, line {number}: is not JSON ({str(error)[:80]}). {_HOW}") from error
+        if isinstance(value, dict) and isinstance(value.get("text"), str):
+            yield encode_text(tokenizer, value["text"])
+        elif isinstance(value, dict) and isinstance(value.get("messages"), list):
+            try:
+                yield _conversation(tokenizer, value["messages"])
+            except PromptError as error:
+                raise OptionError(f"{path}, line {number}: {error}") from error
+        else:
+            raise OptionError(f"{path}, line {number}: is {line[:40]!r}, which has no text and no messages. {_HOW}")
+
+
+def _conversation(tokenizer: LoadedTokenizer, messages: list[Any]) -> list[int]:
+    """The prompt as the template writes it, and what the assistant said to it."""
+    last = messages[-1] if messages else None
+    if isinstance(last, dict) and last.get("role") == "assistant" and isinstance(last.get("content"), str):
+        return prompt_ids(tokenizer, messages[:-1], context=1 << 31) + encode_text(tokenizer, last["content"])
+    return prompt_ids(tokenizer, messages, context=1 << 31)
+
+
+def importance_of(
+    calibration: Calibration, checkpoint: Checkpoint, kept: Path, progress: Callable[[str], None]
+) -> Importance:
+    """The importance of every input channel: from the file `kept` if it is there and of this text, else by a run.
+
+    progress: called with the name of each layer. Raises SourceError; ConversionError for activations that are not
+    finite; OSError where `kept` cannot be written.
+    """
+    wanted = json.dumps(calibration.as_mapping(), sort_keys=True)
+    if (found := _load(kept, wanted)) is not None:
+        return found
+    importance = _run(calibration, checkpoint, progress)
+    head, entries = place_tensors(
+        [(name, "F32", values.shape) for name, values in importance.items()], {"calibration": wanted}
+    )
+    data = head + b"".join(importance[entry.name].astype("<f4").tobytes() for entry in entries)
+    write_file(kept, data)
+    return importance
+
+
+def _load(kept: Path, wanted: str) -> Importance | None:
+    if not os.path.lexists(kept):
+        return None
+    try:
+        header = read_header(kept)
+    except SourceError:
+        return None  # it was never whole; run again
+    if header.metadata.get("calibration") != wanted:
+        return None
+    return {name: read_rows(header, entry).reshape(-1).view("<f4") for name, entry in header.tensors.items()}
+
+
+def _run(calibration: Calibration, checkpoint: Checkpoint, progress: Callable[[str], None]) -> Importance:
+    mx = import_mlx()
+    sums: dict[str, NDArray[np.float64]] = {}
+
+    def observe(paths: tuple[str, ...], x: Any) -> None:
+        squares = mx.sum(mx.square(x.astype(mx.float32)), axis=0)
+        mx.eval(squares)
+        if paths[0] not in sums:
+            progress(paths[0])
+        for path in paths:
+            sums[path] = sums.get(path, np.float64(0)) + np.array(squares).astype(np.float64)
+
+    LayerStream(open_model_folder(checkpoint.folder)).run(calibration.texts, observe)
+    wrong = sorted(path for path, values in sums.items() if not np.isfinite(values).all())
+    if wrong:
+        raise ConversionError(
+            f"{checkpoint.folder}: the calibration text made activations that are NaN or infinite before "
+            f"{', '.join(wrong[:5])}. The checkpoint is damaged, or the text is not of its kind; convert without it."
+        )
+    tiny = np.finfo(np.float64).tiny
+    return {
+        path: (values / max(values.mean(), tiny)).astype(np.float32) + _FLOOR for path, values in sorted(sums.items())
+    }

@@ -1,0 +1,235 @@
+"""Calibration: what a text's activations are, that they reach the fit, that a resumed run keeps them; refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import write_tiny_checkpoint
+
+from qwq_mlx.convert import Progress, convert_checkpoint
+from qwq_mlx.convert import calibration as module
+from qwq_mlx.convert.__main__ import main
+from qwq_mlx.convert.calibration import importance_of, read_calibration
+from qwq_mlx.convert.check import check_fit
+from qwq_mlx.errors import ConversionError, OptionError
+from qwq_mlx.files.manifest import read_manifest
+from qwq_mlx.files.source import open_checkpoint
+from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.load import load_model
+from qwq_mlx.quant.fit import Scratch, fit_block
+from qwq_mlx.quant.recipe import load_recipe
+from qwq_mlx.verify.check import verify_conversion
+
+pytestmark = pytest.mark.tiny
+TEXT = "wait, is the answer 479? let me think again. " * 30
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def config_of(folder: Path) -> Qwen2Config:
+    return Qwen2Config.from_json(open_checkpoint(folder).config, where="config.json")
+
+
+def calibrated(folder: Path, path: Path) -> module.Calibration:
+    return read_calibration(path, open_checkpoint(folder), config_of(folder))
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return {
+        name: np.array(a.view(mx.uint8))
+        for p in folder.glob("model*")
+        if p.suffix == ".safetensors"
+        for name, a in mx.load(str(p)).items()
+    }
+
+
+def test_importance_is_the_mean_square_of_what_a_matrix_is_fed(
+    tiny_checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    calibration = calibrated(tiny_checkpoint, text)
+    assert calibration.n_ids >= 512 and max(map(len, calibration.texts)) == 512
+    found = importance_of(calibration, open_checkpoint(tiny_checkpoint), tmp_path / "kept", lambda _: None)
+    model = load_model(tiny_checkpoint)
+    inner: Any = model.module.model
+    sums = np.zeros(128)
+    for ids in calibration.texts:
+        x = inner.layers[0].input_layernorm(inner.embed_tokens(mx.array([list(ids)])))
+        sums += np.square(np.array(x[0].astype(mx.float32)).astype(float)).sum(axis=0)
+    expected = sums / sums.mean() + 0.01
+    for name in ("q_proj", "k_proj", "v_proj"):
+        np.testing.assert_allclose(found[f"model.layers.0.self_attn.{name}"], expected, rtol=1e-3)
+    assert len(found) == 15 and "model.embed_tokens" not in found
+    assert found["model.layers.1.mlp.down_proj"].shape == (192,) and found["lm_head"].shape == (128,)
+
+
+def test_a_calibrated_conversion_is_the_weighted_fit_of_every_matrix_and_says_so(
+    tiny_checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    output, phases = tmp_path / "out", []
+    convert_checkpoint(
+        tiny_checkpoint, output, calibrate=text, n_workers=2, progress=lambda each: phases.append(each.phase)
+    )
+    assert phases[0] == "calibrate" and "convert" in phases
+    calibration = calibrated(tiny_checkpoint, text)
+    importance = importance_of(calibration, open_checkpoint(tiny_checkpoint), tmp_path / "kept", lambda _: None)
+    source = {}
+    for path in tiny_checkpoint.glob("*.safetensors"):
+        source.update(mx.load(str(path)))
+    found, packing = weights(output), load_recipe("4bit").packing
+    for name in ("model.layers.1.mlp.down_proj", "lm_head", "model.embed_tokens"):
+        raw = np.array(source[f"{name}.weight"].view(mx.uint16))
+        packed, _ = fit_block(
+            raw, "BF16", packing, fit="calibrated", scratch=Scratch(), importance=importance.get(name)
+        )
+        assert np.array_equal(found[f"{name}.weight"], packed.codes.view(np.uint8))
+        assert np.array_equal(found[f"{name}.scales"], packed.scales.view(np.uint8))
+    manifest = read_manifest(output)
+    assert manifest.fit == "calibrated" and manifest.calibration == calibration.as_mapping()
+    plain = tmp_path / "plain"
+    convert_checkpoint(tiny_checkpoint, plain, recipe="4bit")
+    assert read_manifest(plain).calibration is None
+    assert not np.array_equal(weights(plain)["lm_head.weight"], found["lm_head.weight"])
+    with pytest.raises(OptionError, match=r"was calibrated with the text text\.txt, which packing again would need"):
+        verify_conversion(output, source=tiny_checkpoint)
+
+
+def test_a_resumed_run_reads_what_the_first_one_collected_and_another_text_is_refused(
+    tiny_checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    convert_checkpoint(tiny_checkpoint, whole, calibrate=text)
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == "convert" and progress.done_bytes > progress.total_bytes // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(tiny_checkpoint, output, calibrate=text, progress=stop)
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT + "no.", encoding="utf-8")
+    with pytest.raises(ConversionError, match=r"calibration\.sha256: was '.*', is '"):
+        convert_checkpoint(tiny_checkpoint, output, calibrate=other)
+    with pytest.raises(ConversionError, match=r"calibration: was \{.*, is nothing"):
+        convert_checkpoint(tiny_checkpoint, output)
+    monkeypatch.setattr(module, "_run", lambda *_: pytest.fail("collected again"))
+    conversion = convert_checkpoint(tiny_checkpoint, output, calibrate=text)
+    assert conversion.resumed_bytes > 0
+    ours, theirs = weights(output), weights(whole)
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_file_of_importance_that_is_torn_or_of_another_text_is_collected_again(
+    tiny_checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    calibration, checkpoint, kept = calibrated(tiny_checkpoint, text), open_checkpoint(tiny_checkpoint), tmp_path / "k"
+    found, runs = importance_of(calibration, checkpoint, kept, lambda _: None), []
+    good = kept.read_bytes()
+    for data, n_runs in ((good, 0), (good[:-9], 10), (good.replace(b"text.txt", b"next.txt"), 10)):
+        kept.write_bytes(data)
+        runs.clear()
+        again = importance_of(calibration, checkpoint, kept, runs.append)
+        assert len(runs) == (9 if n_runs else 0) and kept.read_bytes() == good
+        assert all(np.array_equal(again[name], found[name]) for name in found)
+
+
+def test_jsonl_holds_texts_and_conversations(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    question = [{"role": "user", "content": "how many r?"}]
+    lines: list[dict[str, Any]] = [
+        {"text": TEXT},
+        {"messages": [*question, {"role": "assistant", "content": "three. " * 20}]},
+        {"messages": question},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n", encoding="utf-8")
+    calibration = calibrated(tiny_checkpoint, path)
+    assert sum(len(ids) < 512 for ids in calibration.texts) >= 2
+    assert calibration.texts[-2][: len(calibration.texts[-1])] == calibration.texts[-1]
+    assert len(calibration.texts[-2]) > len(calibration.texts[-1])
+
+
+def test_of_a_long_text_the_first_16384_tokens_are_used(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text(TEXT * 60, encoding="utf-8")
+    assert calibrated(tiny_checkpoint, path).n_ids == 16_384
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", b"", r"a\.txt: has 0 tokens, expected at least 512 to calibrate with"),
+        ("a.txt", b"too short", r"a\.txt: has \d+ tokens, expected at least 512 .* Give more text of the kind"),
+        ("a.txt", b"ab\xff", r"a\.txt: is not UTF-8 \(byte 2\)\. Give a UTF-8 text, or a \.jsonl file"),
+        ("a.jsonl", b'{"text": "a"}\n{"text', r"a\.jsonl, line 2: is not JSON .*Give a UTF-8 text"),
+        ("a.jsonl", b'{"txt": "a"}', r"""a\.jsonl, line 1: is '\{"txt": "a"\}', which has no text and no messages"""),
+        ("a.jsonl", b'{"messages": []}', r"a\.jsonl, line 1: The prompt is \[\], expected a question"),
+        ("a.txt", None, r"a\.txt: there is no such calibration file\. Give a UTF-8 text"),
+    ],
+)
+def test_a_text_that_cannot_calibrate_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, data: bytes | None, message: str
+) -> None:
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(OptionError, match=message):
+        convert_checkpoint(tiny_checkpoint, tmp_path / "out", calibrate=tmp_path / name)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_text_that_cannot_be_read_or_is_huge_is_refused(
+    tiny_checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MAX_BYTES", 100)
+    with pytest.raises(OptionError, match=r"has 1,350 bytes, a calibration text has at most 100\. Cut it"):
+        calibrated(tiny_checkpoint, text)
+    monkeypatch.undo()
+
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(OptionError, match=r"text\.txt: cannot be read \(Permission denied\)"):
+        module._read(text)
+
+
+def test_recipes_and_sources_that_do_not_go_with_a_text_are_refused(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('[weights]\nfit = "calibrated"\n')
+    with pytest.raises(OptionError, match=r"own\.toml: the fit 'calibrated' .* Give one with --calibrate TEXT"):
+        check_fit(load_recipe(own), None, is_remote=False)
+    check_fit(load_recipe(own), "text", is_remote=False)
+    with pytest.raises(OptionError, match=r"--calibrate text runs the whole source .* needs a local folder"):
+        check_fit(load_recipe("4bit"), "text", is_remote=True)
+    with pytest.raises(OptionError, match=r"mode 'affine', the recipe nvfp4 has nvfp4\. Leave --calibrate out"):
+        check_fit(load_recipe("nvfp4"), "text", is_remote=False)
+
+
+def test_activations_that_are_not_finite_are_refused(text: Path, tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "source", n_layers=1, n_shards=1)
+    path = next(folder.glob("*.safetensors"))
+    arrays = mx.load(str(path))
+    arrays["model.norm.weight"] = mx.full((128,), 3e38, mx.bfloat16)
+    mx.save_safetensors(str(path), arrays, {"format": "pt"})
+    with pytest.raises(ConversionError, match=r"activations that are NaN or infinite before lm_head\. The checkpoint"):
+        importance_of(calibrated(folder, text), open_checkpoint(folder), tmp_path / "kept", lambda _: None)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_the_command_calibrates(
+    tiny_checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--source", str(tiny_checkpoint), "--output", str(tmp_path / "out"), "--calibrate", str(text)]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "groups of 64, calibrated by" in capsys.readouterr().err
+    text.write_text("short", encoding="utf-8")
+    assert main(arguments) == 2
+    assert "expected at least 512 to calibrate" in capsys.readouterr().err
