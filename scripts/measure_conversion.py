@@ -52,7 +52,6 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="of the contest (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
     parser.add_argument("--flat", default="1,2,4,8", metavar="N,N", help="layers for our peak (default: %(default)s)")
-    parser.add_argument("--recipe", default="qwq-32b-preview-4bit", help="of ours (default: %(default)s)")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="where the checkpoints go, on the disk to measure")
     parser.add_argument("--tiny", action="store_true", help="small widths, to try the script; the figures mean nothing")
     options = parser.parse_args()
@@ -66,7 +65,9 @@ def main() -> int:
 def measure(home: Path, options: argparse.Namespace) -> dict[str, object]:
     """The contest at --layers, then ours alone at each of --flat."""
     source = make_source(home, options.layers, options)
-    commands = {OURS: our_command(options.recipe), THEIRS: [sys.executable, "-m", "mlx_lm", "convert", "-q"]}
+    recipe = home / "as-mlx-lm.toml"
+    recipe.write_text('[weights]\nmode = "affine"\nbits = 4\ngroup_size = 64\nfit = "min-max"\n')
+    commands = {OURS: our_command(recipe), THEIRS: [sys.executable, "-m", "mlx_lm", "convert", "-q"]}
     flags = {OURS: ("--source", "--output"), THEIRS: ("--hf-path", "--mlx-path")}
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     is_same = None
@@ -112,9 +113,9 @@ def make_source(home: Path, n_layers: int, options: argparse.Namespace) -> Path:
     return source
 
 
-def our_command(recipe: str) -> list[str]:
+def our_command(recipe: Path) -> list[str]:
     """The command as a user gives it, without source and output."""
-    return [sys.executable, "-m", "qwq_mlx.convert", "--quiet", "--no-quality", "--recipe", recipe]
+    return [sys.executable, "-m", "qwq_mlx.convert", "--quiet", "--no-quality", "--recipe", str(recipe)]
 
 
 def run(command: Sequence[str], output: Path) -> Run:

@@ -116,6 +116,8 @@ class ProgressLine:
         if progress.phase != self._phase:
             self._phase, self._started, self._last = progress.phase, now, now
             return None
+        if progress.done_bytes == progress.resumed_bytes:
+            self._started = now  # waiting for the first shard does not count
         if now - self._last < self._every_s:
             return None
         self._last = now

@@ -185,6 +185,18 @@ def test_progress_lines_come_at_their_pace(monkeypatch: pytest.MonkeyPatch) -> N
     assert shown == [11.0, 22.0]
 
 
+def test_the_rate_does_not_count_the_wait_for_the_first_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("qwq_mlx.convert.report.time.monotonic", lambda: now[0])
+    line = ProgressLine(is_terminal=False)
+    shown = []
+    for now[0], done in ((0.0, 0), (50.0, 0), (100.0, 0), (102.0, 20), (110.0, 100)):
+        step = Progress(phase="convert", what="x", done_bytes=done * 10**6, total_bytes=10**9, fetched_bytes=0)
+        shown.append(line.update(step))
+    assert shown[1] is not None and "0 bytes/s  ? left" in shown[1]
+    assert shown[4] is not None and "10.00 MB/s  1:30 left" in shown[4]
+
+
 def test_sizes_and_durations_read_as_people_write_them() -> None:
     assert [size_text(n) for n in (999, 1000, 65_527_752_704)] == ["999 bytes", "1.00 kB", "65.53 GB"]
     assert [duration_text(s) for s in (0.4, 65, 3725)] == ["0:00", "1:05", "1:02:05"]
