@@ -90,14 +90,14 @@ def break_reads(source: Path, home: Path, options: argparse.Namespace, lot: rand
 
             read._pread = broken
             try:
-                convert_checkpoint(source, output, n_workers=2)
+                convert_checkpoint(source, output, n_workers=2, quality=False)
                 counts["read to the end by halves" if way == "half" else "A FAULT UNNOTICED"] += 1
             except QwqError as error:
                 is_named = ".safetensors: tensor " in str(error)
                 counts["refused, shard and tensor named" if is_named and not output.exists() else "NOT NAMED"] += 1
             read._pread = real
             if not output.exists():
-                convert_checkpoint(source, output, n_workers=2)
+                convert_checkpoint(source, output, n_workers=2, quality=False)
             counts["runs"] += 1
             counts["same bytes in the end" if content(output) == expected else "OTHER BYTES"] += 1
             shutil.rmtree(output)
@@ -107,14 +107,14 @@ def break_reads(source: Path, home: Path, options: argparse.Namespace, lot: rand
 def change_sources(source: Path, home: Path, options: argparse.Namespace, lot: random.Random, counts: Counts) -> None:
     """C8: the source, the recipe or MLX changes between a kill and the rerun."""
     with FaultyDisk(_folder(home / "operations")) as disk:
-        convert_checkpoint(source, home / "operations" / "out", n_workers=2)
+        convert_checkpoint(source, home / "operations" / "out", n_workers=2, quality=False)
     shards = sorted(path.name for path in source.glob("*.safetensors"))
     version = finish._version
     for number in range(options.changes):
         folder = _folder(home / f"change-{number}")
         changed = Path(shutil.copytree(source, folder / "source"))
         with FaultyDisk(folder, at=lot.randrange(16, disk.n_operations - 16), kind="kill"):
-            convert_checkpoint(changed, folder / "out", n_workers=2)
+            convert_checkpoint(changed, folder / "out", n_workers=2, quality=False)
         way, recipe = ("bit", "bit", "config", "length", "recipe", "mlx")[number % 6], "qwq-32b-preview-4bit"
         if way == "bit":
             _flip_weight(changed / lot.choice(shards), lot)
@@ -129,7 +129,7 @@ def change_sources(source: Path, home: Path, options: argparse.Namespace, lot: r
             finish._version = lambda name: "99"
         fresh = _converted(changed, folder / "fresh", recipe=recipe)
         try:
-            convert_checkpoint(changed, folder / "out", recipe=recipe, n_workers=2)
+            convert_checkpoint(changed, folder / "out", recipe=recipe, n_workers=2, quality=False)
             is_fresh = content(folder / "out") == fresh
             counts[f"{way}: of the changed source alone" if is_fresh else f"{way}: MIXED".upper()] += 1
         except QwqError:
@@ -160,7 +160,7 @@ def poison(source: Path, home: Path, options: argparse.Namespace, lot: random.Ra
             _put(path, start, bytes(end - start))
             expected = f"{entry.name} is zero" if way == "zero tensor" else f"{entry.name} has 1 pages (4,096 bytes)"
         try:
-            said = "\n".join(convert_checkpoint(damaged, folder / "out", n_workers=2).warnings)
+            said = "\n".join(convert_checkpoint(damaged, folder / "out", n_workers=2, quality=False).warnings)
             is_right = way.startswith("zero") and expected in said
         except QwqError as error:
             is_right = not way.startswith("zero") and str(error).startswith(expected) and not (folder / "out").exists()
@@ -171,7 +171,7 @@ def poison(source: Path, home: Path, options: argparse.Namespace, lot: random.Ra
 def flip(source: Path, home: Path, options: argparse.Namespace, lot: random.Random, counts: Counts) -> None:
     """D5: one bit, in twelve regions of the folder."""
     folder = home / "flipped"
-    convert_checkpoint(source, folder)
+    convert_checkpoint(source, folder, quality=False)
     shard = next(folder.glob("*.safetensors"))
     entries, head = read_header(shard).tensors, read_header(shard).data_start
     regions: dict[str, tuple[Path, list[tuple[int, int]]]] = {
@@ -221,7 +221,7 @@ def _refuses(check: Callable[[Path], object], folder: Path) -> bool:
 
 
 def _converted(source: Path, output: Path, **options: str) -> dict[str, object]:
-    convert_checkpoint(source, output, n_workers=2, **options)
+    convert_checkpoint(source, output, n_workers=2, quality=False, **options)
     return content(output)
 
 

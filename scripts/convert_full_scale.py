@@ -104,7 +104,7 @@ def convert(
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"}
     output, seen = home / "out", Seen()
     command = [sys.executable, "-m", "qwq_mlx.convert", "--source", NAME, "--output", str(output)]
-    command += ["--recipe", options.recipe, "--json"]
+    command += ["--recipe", options.recipe, "--json", "--no-quality"]
     fractions = [0.1 + 0.8 * k / max(options.kills - 1, 1) for k in range(options.kills)]
     for fraction in [*fractions, math.inf]:
         if not seen.result:  # a small one may be through before its kill
