@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from qwq_mlx.generate.seen import hidden_rows
 from qwq_mlx.generate.setup import Setup
-from qwq_mlx.generate.trace import FinishReason, Injection, Step, Timings, Trace
+from qwq_mlx.generate.trace import FinishReason, Injection, Timings, Trace
 from qwq_mlx.generate.written import Written
 
 __all__ = ["trace_of"]
@@ -68,13 +67,5 @@ def trace_of(
         alternatives=tuple(step.alternatives for step in steps) if inspect.top_k else (),
         margins=tuple(step.margin for step in steps) if inspect.top_k else (),
         loop_scores=tuple(step.loop_scores for step in steps) if inspect.loop_scores else (),
-        hidden={layer: _rows(steps, layer, setup.model.config.hidden_size) for layer in inspect.hidden_layers},
+        hidden={layer: hidden_rows(steps, layer, setup.model.config.hidden_size) for layer in inspect.hidden_layers},
     )
-
-
-def _rows(steps: Sequence[Step], layer: int, hidden_size: int) -> Any:
-    rows = np.full((len(steps), hidden_size), np.nan, np.float32)
-    for step in steps:
-        if layer in step.hidden:
-            rows[step.index] = step.hidden[layer]
-    return rows

@@ -21,6 +21,7 @@ from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.receipt import Receipt, make_receipt
 from qwq_mlx.generate.run import Run
+from qwq_mlx.generate.seen import inspect_of
 from qwq_mlx.generate.settings import from_json
 from qwq_mlx.generate.setup import Progress, Setup
 from qwq_mlx.generate.text import Pieces, decode
@@ -133,8 +134,8 @@ class Reasoner:
     def resume(self, path: str | Path, *, max_tokens: int | None = None, inspect: Inspect | None = None) -> Run:
         """Go on with a run that `Run.save` wrote, as if it had never stopped; its settings are the file's.
 
-        max_tokens: of the whole output, to go on after "length". inspect: of the Steps from here on; what was seen of
-        the earlier ones is not in the file, and a logits_hook has to be given again.
+        max_tokens: of the whole output, to go on after "length". inspect: of the Steps from here on; None shows what
+        the saved run showed. What it saw is in the file; a logits_hook has to be given again.
         Raises SourceError for a file that is damaged, of another model or compute type, or of a run that has ended;
         OptionError for max_tokens below what there is, or a logits_hook that is missing.
         """
@@ -172,11 +173,11 @@ class Reasoner:
                 sampling=sampling,
                 limits=limits,
                 thinking=thinking,
-                inspect=inspect or Inspect(),
+                inspect=inspect or inspect_of(state["seen"]),
                 forked_at=state["settings"].get("forked_at", 0),
             )
         )
-        run.restore(state, saved_layers(arrays, state["capacities"]))
+        run.restore(state, saved_layers(arrays, state["capacities"]), arrays)
         return run
 
     def _setup(

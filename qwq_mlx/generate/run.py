@@ -32,6 +32,7 @@ from qwq_mlx.generate.inspector import Inspector
 from qwq_mlx.generate.noticed import Noticed
 from qwq_mlx.generate.nudge import Nudges
 from qwq_mlx.generate.sample import Sampler
+from qwq_mlx.generate.seen import seen_state, with_seen
 from qwq_mlx.generate.setup import Progress, Setup, given
 from qwq_mlx.generate.trace import FinishReason, Injection, Step, Trace
 from qwq_mlx.generate.written import Written
@@ -117,7 +118,7 @@ class Run:
         steps = self._written.steps
         n_known = len(self.setup.prompt_ids) + len(steps)
         layers = self._decoder.cached(n_known - 1) if self._decoder.ids and steps else []
-        state = {
+        state: dict[str, Any] = {
             "model_sha256": model_digest(self.setup.model.folder),
             "compute_type": self.setup.model.compute_type,
             "settings": self.setup.settings,
@@ -131,15 +132,21 @@ class Run:
             "capacities": [layer.capacity for layer in layers],
             "finish_reason": self._finish[0] if self._finish is not None else None,
         }
-        arrays = {
+        state["seen"], arrays = seen_state(self.setup.inspect, steps, self.setup.model.config.hidden_size)
+        arrays |= {
             f"layers.{index}.{name}": array
             for index, layer in enumerate(layers)
             for name, array in layer.arrays.items()
         }
         write_checkpoint(Path(path), state, arrays)
 
-    def restore(self, state: Mapping[str, Any], layers: Sequence[Layer]) -> None:
-        """Take over a saved run of the same setup before the first Step. layers: its cache (`Decoder.cached`)."""
+    def restore(
+        self, state: Mapping[str, Any], layers: Sequence[Layer], arrays: Mapping[str, mx.array] | None = None
+    ) -> None:
+        """Take over a saved run of the same setup before the first Step.
+
+        layers: its cache (`Decoder.cached`). arrays: of the file, with the hidden states that were seen.
+        """
         self._decoder.sampler = self._nudges.restored(tuple(state["nudges"]), self._decoder.sampler)
         for token_id, logprob, entropy, is_injected in state["steps"]:
             text = self._written.release(token_id)
@@ -147,6 +154,7 @@ class Run:
             self._noticed.replay(step, sees_loops=not is_injected and not self._injections)
             if not is_injected:
                 self._asking.due(text, self._written.segment)
+        self._written.steps = with_seen(self._written.steps, state.get("seen", {}), arrays or {})
         self._injections = [Injection(**each) for each in state["injections"]]
         self._noticed.restore(state["events"])
         pending = state["asking"]

@@ -27,6 +27,12 @@ def reasoner(tiny_checkpoint: Path) -> Reasoner:
     return load(tiny_checkpoint)
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Reasoner:
+    """Heads of 64, which a quantized cache needs."""
+    return load(write_tiny_checkpoint(tmp_path_factory.mktemp("wide") / "model", n_heads=2, n_kv_heads=1))
+
+
 def started(reasoner: Reasoner, inspect: Inspect | None, n: int = 30, **options: Any) -> Run:
     sampling = Sampling(**({"temperature": 1.0, "seed": 4} | options))
     return reasoner.stream("x 数", sampling=sampling, limits=Limits(max_tokens=n), inspect=inspect)
@@ -38,9 +44,13 @@ def plain_logits(reasoner: Reasoner, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 0, "repetition_penalty": 1.2}])
-def test_ids_and_numbers_are_the_same_with_everything_inspected(reasoner: Reasoner, options: dict[str, Any]) -> None:
-    plain = list(started(reasoner, None, **options))
-    seen = list(started(reasoner, ALL, **options))
+@pytest.mark.parametrize("limits", [{}, {"banned": ("e", "99")}, {"kv_bits": 8}])
+def test_ids_and_numbers_are_the_same_with_everything_inspected(
+    wide: Reasoner, options: dict[str, Any], limits: dict[str, Any]
+) -> None:
+    given = {"sampling": Sampling(**{"seed": 4, **options}), "limits": Limits(max_tokens=30, **limits)}
+    plain = list(wide.stream("x 数", **given))
+    seen = list(wide.stream("x 数", **given, inspect=ALL))
     for one, other in zip(plain, seen, strict=True):
         assert (one.id, one.text, one.logprob, one.entropy) == (other.id, other.text, other.logprob, other.entropy)
     assert all(step.alternatives == () and step.hidden == {} and step.margin is None for step in plain)
@@ -232,3 +242,22 @@ def test_the_trace_keeps_what_was_seen_and_comes_back_from_disk(reasoner: Reason
     found = type(trace).load(tmp_path / "trace.jsonl")
     assert found == trace
     np.testing.assert_array_equal(found.hidden[1], trace.hidden[1])
+
+
+@pytest.mark.parametrize("cut", [1, 17])
+def test_a_resumed_run_has_seen_what_an_unbroken_one_saw(cut: int, reasoner: Reasoner, tmp_path: Path) -> None:
+    inspect = Inspect(top_k=3, hidden_layers=(0, 2), loop_scores=True)
+    whole = started(reasoner, inspect)
+    steps = list(whole)
+    run = started(reasoner, inspect)
+    first = [next(run) for _ in range(cut)]
+    run.save(tmp_path / "run")
+    resumed = reasoner.resume(tmp_path / "run")
+    assert first + list(resumed) == steps
+    expected, found = whole.trace(), resumed.trace()
+    for name in ("alternatives", "margins", "loop_scores"):
+        assert getattr(found, name) == getattr(expected, name), name
+    for layer in (0, 2):
+        np.testing.assert_array_equal(found.hidden[layer], expected.hidden[layer])
+    plain = reasoner.resume(tmp_path / "run", inspect=Inspect())
+    assert [step.id for step in plain] == [step.id for step in steps[cut:]] and plain.trace().alternatives == ()
