@@ -169,7 +169,7 @@ def measure_loops(rows: Sequence[dict[str, Any]], cut: Cutter, n_seeds: int) -> 
             recall[name][f"{n_repetitions} repetitions"] = round(sum(hit is not None for hit in hits) / n_seeds, 3)
     kinds = {}
     for make in (renamed, doubting, restating):
-        found = [_first_loop(*cut(make(texts, seed=seed))) for seed in range(5000, 5000 + n_seeds)]
+        found = [_first_loop(*cut(make(texts, seed=seed, n_repetitions=20))) for seed in range(5000, 5000 + n_seeds)]
         named = Counter(hit[1] for hit in found if hit is not None)
         kinds[make.__name__] = {"recall": round(sum(named.values()) / n_seeds, 3), "reported_as": dict(named)}
     in_time = n_cycles = 0

@@ -35,8 +35,8 @@ class LoopOptions:
 
     cycle_margin: tokens beyond three exact repetitions. near_limit, far_limit: sums of stale over fresh words, for
     steps that return at once and for long rounds (see `variants`). n_candidates: how often one answer is stated within
-    `candidate_tokens`. n_doubts: by how much openings such as "Wait" outnumber the words never used before within
-    `doubt_tokens`.
+    `candidate_tokens`. n_doubts: lines that open with a doubt ("Wait") and bring at most one new word, less the
+    words never used before: a cumulative sum, never below zero.
     Raises OptionError for a value that could never report, or would at once.
     """
 
@@ -45,8 +45,7 @@ class LoopOptions:
     far_limit: float = 48.0
     n_candidates: int = 12
     candidate_tokens: int = 6_000
-    n_doubts: int = 20
-    doubt_tokens: int = 400
+    n_doubts: int = 14
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -56,7 +55,6 @@ class LoopOptions:
             ("n_candidates", 2, 10_000),
             ("n_doubts", 2, 10_000),
             ("candidate_tokens", 16, 32_768),
-            ("doubt_tokens", 16, 32_768),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -105,8 +103,8 @@ class LoopDetector:
         self._line: list[str] = []
         self._line_chars = 0
         self._stated: deque[tuple[int, str]] = deque()
-        self._doubts: deque[tuple[int, int, int]] = deque()  # token, is a doubt, new words
-        self._balance = 0
+        self._n_doubts = 0
+        self._first_doubt = 0  # token where the sum of doubts left zero
         self._seen: set[str] = set()
         self._reported: set[LoopKind] = set()
 
@@ -120,7 +118,7 @@ class LoopDetector:
             cycle=round(self._cycles.score, 4),
             variants=round(max(near / options.near_limit, far / options.far_limit), 4),
             candidate=round(stated_most / options.n_candidates, 4),
-            doubts=round(max(0, self._balance) / options.n_doubts, 4),
+            doubts=round(self._n_doubts / options.n_doubts, 4),
         )
 
     def feed(self, token_id: int, text: str) -> Loop | None:
@@ -199,19 +197,18 @@ class LoopDetector:
         words = {word for word in _WORD.findall(line.lower()) if word not in self._seen}
         if len(self._seen) < _MAX_SEEN:
             self._seen |= words
-        is_doubt = revises(line)
-        self._doubts.append((index, int(is_doubt), len(words)))
-        self._balance += is_doubt - len(words)
-        while self._doubts[0][0] <= index - self._options.doubt_tokens:
-            _, doubts, new = self._doubts.popleft()
-            self._balance -= doubts - new
-        if self._balance < self._options.n_doubts:
+        if len(words) <= 1 and revises(line):
+            if not self._n_doubts:
+                self._first_doubt = index
+            self._n_doubts += 1
+        self._n_doubts = max(0, self._n_doubts - len(words))
+        if self._n_doubts < self._options.n_doubts:
             return None
         return Loop(
             kind="doubts",
-            start=self._doubts[0][0],
+            start=self._first_doubt,
             end=index + 1,
             period=None,
-            score=self._balance,
-            evidence=f"{self._balance} more doubts than new words in {index + 1 - self._doubts[0][0]:,} tokens",
+            score=self._n_doubts,
+            evidence=f"{self._n_doubts} more doubts than new words in {index + 1 - self._first_doubt:,} tokens",
         )
