@@ -278,6 +278,9 @@ def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, in
             sys.stdout.write(json.dumps(trace.to_json(), ensure_ascii=False) + "\n")
         sys.stdout.flush()
     except GenerationError as error:
+        if options.json:  # what was produced is not lost
+            sys.stdout.write(json.dumps(run.trace().to_json(), ensure_ascii=False) + "\n")
+            sys.stdout.flush()
         return _complain(str(error), 1)
     except BrokenPipeError:
         raise

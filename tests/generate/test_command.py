@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from checkpoints import write_json
 
@@ -264,6 +266,55 @@ def test_an_interrupted_run_ends_cleanly_with_what_was_produced(number: signal.S
     if trace["finish_reason"] == "context_full":  # a very fast machine was done before the signal
         pytest.skip("the run ended before the signal came")
     assert trace["finish_reason"] == "interrupted" and code == 128 + number
+
+
+class _Poisoned:
+    """A model whose logits become NaN after some passes."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._n_passes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, ids: Any, cache: Any) -> Any:
+        self._n_passes += 1
+        return self._module(ids, cache=cache) * (mx.nan if self._n_passes > 8 else 1.0)
+
+
+@pytest.mark.parametrize("given", [[], ["--json"]])
+def test_logits_that_are_not_finite_are_one_message_and_nothing_shown_is_lost(
+    given: list[str], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, here: Callable[..., tuple[int, str, str]]
+) -> None:
+    def poisoned(folder: Path) -> Any:
+        reasoner = load(folder)
+        reasoner.model = replace(reasoner.model, module=_Poisoned(reasoner.model.module))
+        return reasoner
+
+    bans = [f"--logit-bias={i}=-inf" for i in load(tiny_checkpoint).model.stop_ids]
+    monkeypatch.setattr("qwq_mlx.generate.reasoner.load", poisoned)
+    code, out, err = here("-p", "x", "--model", str(tiny_checkpoint), "--seed", "1", *bans, *given)
+    assert code == 1 and re.search(r"error: Step \d: the model's logits hold NaN or infinity", err), err
+    if given:
+        trace = Trace.from_json(json.loads(out), where="stdout")
+        assert len(trace.ids) >= 5 and "logits hold NaN" in trace.detail
+    else:
+        assert out
+
+
+def test_two_processes_at_once_answer_as_one_does(tiny_checkpoint: Path) -> None:
+    given = arguments("-p", "x", "--model", str(tiny_checkpoint), "--seed", "4", "--max-tokens", "30")
+    both = [
+        subprocess.Popen(
+            given, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        )
+        for _ in range(2)
+    ]
+    texts = [process.communicate(timeout=120)[0] for process in both]
+    alone = load(tiny_checkpoint).generate("x", sampling=Sampling(seed=4), limits=Limits(max_tokens=30)).text
+    assert [text.decode() for text in texts] == [alone, alone]
+    assert [process.returncode for process in both] == [0, 0]
 
 
 def test_a_closed_stdout_ends_the_command_without_a_word(tiny_checkpoint: Path) -> None:

@@ -66,7 +66,8 @@ def test_every_control_text_stays_text_in_what_a_user_or_system_says(real: Loade
     plain = n_control(real, prompt_ids(real, "hi", system_prompt="hi", context=32_768))
     texts = list(real.added)
     texts += [f"{a[:4]}{b}{a[4:]}" for a in texts for b in texts] + [f"{a}{b}" for a in texts for b in texts]
-    assert len(texts) > 900
+    texts += [f"{text[:at]}\n{text[at:]}" for text in list(real.added) for at in (1, 5)]
+    assert len(texts) >= 1000
     for start in range(0, len(texts), 100):
         text = " ".join(texts[start : start + 100])
         ids = prompt_ids(real, text, system_prompt=text, context=32_768)
@@ -127,6 +128,15 @@ def test_the_longest_prompt_leaves_one_place_in_the_context(tiny: LoadedTokenize
     assert len(prompt_ids(tiny, "hi", context=n_ids + 1)) == n_ids
     with pytest.raises(PromptError, match=f"The prompt is {n_ids} tokens, the context is {n_ids} and must hold"):
         prompt_ids(tiny, "hi", context=n_ids)
+
+
+def test_32767_ids_leave_one_place_and_32768_are_too_many(tiny: LoadedTokenizer) -> None:
+    n_around = len(prompt_ids(tiny, "7", context=32_768)) - 1
+    n_free = 32_767 - n_around
+    assert len(encode_text(tiny, "7" * n_free)) == n_free  # a digit is always a token of its own
+    assert len(prompt_ids(tiny, "7" * n_free, context=32_768)) == 32_767
+    with pytest.raises(PromptError, match="The prompt is 32,768 tokens, the context is 32,768 and must hold"):
+        prompt_ids(tiny, "7" * (n_free + 1), context=32_768)
 
 
 USER = {"role": "user", "content": "hi"}
