@@ -71,7 +71,7 @@ sys.executable = {python!r}
 said = {{}}
 for folder in sorted(Path(HOSTILE).iterdir()):
     output = Path({out!r}) / folder.name
-    qwq_mlx.convert_checkpoint(folder, output)
+    qwq_mlx.convert_checkpoint(folder, output, quality=False)
     verify_conversion(output, full=True, source=folder)
     model = qwq_mlx.load(folder).model
     try:
