@@ -1,7 +1,8 @@
 """Positions become the few numbers that a person reads, and the tokens where the models differ most.
 
-Everything here is a function of the measured positions, rounded to six digits, so the same folders and text give the
-same record.
+Everything here is a function of the measured positions, rounded to six digits. The same folders and text give the same
+record on the same machine, in every process; another number of BLAS threads, or another backend, changes KL by some
+1e-9 nats.
 
 Does not: run models, or say what is good enough.
 """
