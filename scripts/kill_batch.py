@@ -18,19 +18,36 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import qwq_mlx.generate.batch
+import qwq_mlx.generate.default_model  # noqa: F401
+from qwq_mlx.generate import __main__ as command
+from qwq_mlx.model.load import import_mlx_lm
+
+for _module in ("mlx_lm.models.qwen2", "mlx_lm.models.cache"):
+    import_mlx_lm(_module)  # imported here, run only in the children: MLX does not survive a fork once it computed
 
 
-def _command(model: str, source: Path, output: Path) -> list[str]:
+def _start(model: str, source: Path, output: Path) -> int:
+    """The command in a child that has all imports already, so that it is killed at work and not while it starts."""
     given = ["--model", model, "--input", str(source), "--output", str(output)]
-    settings = ["--seed", "5", "--temp", "1", "--max-tokens", "40", "--quiet"]
-    return [sys.executable, "-m", "qwq_mlx.generate", *given, *settings]
+    settings = ["--seed", "5", "--temp", "1", "--max-tokens", "12", "--quiet"]
+    child = os.fork()
+    if not child:
+        os._exit(command.main([*given, *settings]))
+    return child
+
+
+def _ended(child: int, flags: int = 0) -> int | None:
+    """Its exit code, or minus the signal that ended it; None while it runs."""
+    pid, status = os.waitpid(child, flags)
+    return os.waitstatus_to_exitcode(status) if pid else None
 
 
 def _compared(output: Path) -> list[dict[str, object]]:
@@ -47,32 +64,30 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     counts = dict.fromkeys(("kills", "kills_while_answering", "torn_lines", "files", "files_that_differ"), 0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = folder / "in.jsonl"
         source.write_text("".join(f'{{"question": "number {i}", "id": "q{i}"}}\n' for i in range(options.questions)))
         whole, began_s = folder / "whole.jsonl", time.monotonic()
-        subprocess.run(_command(options.model, source, whole), env=environment, check=True)
+        if _ended(_start(options.model, source, whole)):
+            sys.exit("the unbroken run failed")
         most_s = time.monotonic() - began_s
         expected = _compared(whole)
         while counts["kills"] < options.kills:
             counts["files"] += 1
             output = folder / f"out{counts['files']}.jsonl"
             while True:
-                process = subprocess.Popen(_command(options.model, source, output), env=environment)
+                child, code = _start(options.model, source, output), None
                 n_before = output.stat().st_size if output.exists() else 0
                 if counts["kills"] < options.kills:
-                    # starting takes most of the time, so wait for the first new line or for a while, then a random bit
                     deadline = time.monotonic() + draw.uniform(0.0, most_s)
-                    while time.monotonic() < deadline and process.poll() is None:
-                        if output.exists() and output.stat().st_size != n_before:
-                            time.sleep(draw.expovariate(8.0))
-                            break
+                    while code is None and time.monotonic() < deadline:
                         time.sleep(0.0005)
-                    process.kill()
-                code = process.wait()
+                        code = _ended(child, os.WNOHANG)
+                    if code is None:
+                        os.kill(child, signal.SIGKILL)
+                code = _ended(child) if code is None else code
                 if code == 0:
                     break
                 if code != -signal.SIGKILL:
