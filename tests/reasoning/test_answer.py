@@ -114,6 +114,7 @@ def test_one_spelling_is_a_fixed_point() -> None:
             assert normalise(normalise(text)) == normalise(text), text
 
 
+@settings(deadline=None)
 @given(st.fractions(), st.fractions())
 def test_fractions_compare_exactly_as_fractions_do(a: Fraction, b: Fraction) -> None:
     latex = rf"\frac{{{a.numerator}}}{{{a.denominator}}}"
@@ -129,6 +130,7 @@ EXPRESSIONS = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(EXPRESSIONS, EXPRESSIONS, st.integers(-50, 50), st.integers(-50, 50))
 def test_formulas_that_count_as_equal_have_equal_values_everywhere(left: str, right: str, x: int, y: int) -> None:
     formulas = Formula(left), Formula(right)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwq_mlx.reasoning.language import ScriptWatcher, Switch, allowed, script_of, scripts_of
@@ -76,6 +76,7 @@ def test_a_guard_lets_the_own_script_formulas_and_latin_through() -> None:
     assert not allowed("思考", ["Latin"])
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60), st.lists(st.integers(0, 60), max_size=10))
 def test_scripts_do_not_depend_on_how_the_text_is_cut(text: str, cuts: list[int]) -> None:
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]

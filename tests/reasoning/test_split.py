@@ -259,6 +259,7 @@ LINES = st.lists(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(LINES)
 def test_marks_decide_as_in_a_slow_reading_of_the_whole_text(lines: list[str]) -> None:
     text = "\n".join(lines)
