@@ -81,7 +81,12 @@ def plan_judge(plan: Plan, wanted: str | Path | bool | None, *, n_tokens: int | 
 
     tokenizer = load_tokenizer(plan.checkpoint.folder, vocab_size=plan.config.vocab_size)
     path = bundled_text(plan.config) if wanted is None or wanted is True else Path(wanted)
-    text = read_text(path, tokenizer, plan.config, n_positions=DEFAULT_POSITIONS if n_tokens is None else n_tokens)
+    try:
+        text = read_text(path, tokenizer, plan.config, n_positions=DEFAULT_POSITIONS if n_tokens is None else n_tokens)
+    except OptionError as error:  # a template that fails, an odd tokenizer: a reason not to measure, not to convert
+        if is_asked:
+            raise
+        return Judge(note=f"not measured: {error}")
     return Judge(note=_note(plan, text), text=text, tokenizer=tokenizer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -224,3 +225,17 @@ def test_the_flags_reach_the_measurement(
     capsys.readouterr()
     assert main([*command, str(tmp_path / "e")]) == 0
     assert "quality not measured; --quality measures it" in capsys.readouterr().err
+
+
+def test_a_template_that_fails_is_a_reason_not_to_measure_but_to_refuse_where_it_was_asked(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = Path(shutil.copytree(source, tmp_path / "odd"))
+    (odd / "chat_template.jinja").write_text("{{ raise_exception('no thanks') }}")
+    with pytest.raises(OptionError, match=r"reasoning\.jsonl, line 1: .*no thanks"):
+        convert_checkpoint(odd, tmp_path / "out", quality=True)
+    monkeypatch.setattr(judge, "SMALL_BYTES", 10**9)
+    plans: list[Plan] = []
+    convert_checkpoint(odd, tmp_path / "out", on_plan=plans.append)
+    assert "not measured: " in plans[0].quality_note and "no thanks" in plans[0].quality_note
+    assert read_manifest(tmp_path / "out").quality is None
