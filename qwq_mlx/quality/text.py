@@ -46,7 +46,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityText:
-    """A text as windows. name: of the file. sha256: of its bytes. n_left_out: ids beyond the positions asked for."""
+    """A text as windows. name: of the file. sha256: of its bytes. n_left_out: ids of windows reached, without room."""
 
     name: str
     sha256: str
@@ -82,7 +82,7 @@ def read_text(
 ) -> QualityText:
     """Read a text file and encode it with the model's tokenizer.
 
-    n_positions: run at most; the rest of the text is left out, and counted.
+    n_positions: run at most; the rest of the text is left out.
     Raises OptionError: no such file, not UTF-8, a line that is no conversation, too short.
     """
     path = Path(path)
@@ -97,6 +97,8 @@ def read_text(
     whole = _conversations(path, text, tokenizer) if path.suffix == ".jsonl" else _plain(text, tokenizer, length)
     windows, n_left_out, room = [], 0, n_positions
     for window in whole:
+        if room == 0:  # a conversation beyond would be rendered, by a process of its own, for nothing
+            break
         n = min(len(window.ids), length, room)
         n = n if n > window.first else 0
         n_left_out += len(window.ids) - n
