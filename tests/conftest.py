@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -60,3 +61,13 @@ def shared() -> Path:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Qwen2 checkpoint in two shards, shared by all tests: read it, never write to it."""
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def known_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with QwQ's own chat template, which is rendered in this process: quicker where many prompts are made."""
+    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("known") / "checkpoint")
+    own = json.loads((REPOSITORY / "qwq_mlx/pocket/checkpoint/tokenizer_config.json").read_text())
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": own["chat_template"]}))
+    return folder

@@ -12,8 +12,10 @@ Does not: run anything (`batch` does).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ class Results:
         self._lock.__enter__()
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")  # a device or pipe would be read without end
             for line, end in _lines(self.path):
                 self.lines.append(_slim(line))
                 self._size = end

@@ -23,8 +23,8 @@ ALL = Inspect(top_k=5, hidden_layers=(0, 1, 2), loop_scores=True, logits_hook=la
 
 
 @pytest.fixture(scope="module")
-def reasoner(tiny_checkpoint: Path) -> Reasoner:
-    return load(tiny_checkpoint)
+def reasoner(known_checkpoint: Path) -> Reasoner:
+    return load(known_checkpoint)
 
 
 @pytest.fixture(scope="module")
