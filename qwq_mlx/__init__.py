@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         QwqError,
         RecipeError,
         SourceError,
+        TemplateLimitError,
     )
     from qwq_mlx.generate.inspection import Inspect
     from qwq_mlx.generate.options import Limits, Sampling, Thinking
@@ -50,6 +51,7 @@ __all__ = [
     "Sampling",
     "SourceError",
     "Step",
+    "TemplateLimitError",
     "Thinking",
     "Trace",
     "convert_checkpoint",
