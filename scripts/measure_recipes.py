@@ -1,0 +1,273 @@
+"""What each recipe loses on the pocket model, and what it makes of QwQ-32B-Preview: the README's table of recipes.
+
+    python scripts/measure_recipes.py [--tokens 2048] [--problems 0] [--only min-max-4 ...] [--mlx-lm]
+
+2, 3 and 4 bits in groups of 64 by min/max, least squares and calibrated fits, then the recipes of conversions/. For
+each: bits per weight, relative error of the weights, mean KL to bfloat16 and top-1 agreement on held-out traces, and
+with --problems how many held-out equations of 9 numbers it solves; the size of the 32B and the smallest Mac that the
+memory plan gives 8,192 positions on. The calibration text is drawn as training text is, never held-out problems.
+--mlx-lm runs mlx-lm's own GPTQ and AWQ on the same calibration text where they run. A table goes to stderr as it
+grows, one JSON object to stdout.
+
+The pocket was trained with steps on the min/max grid of 4 bits in groups of 64 (scripts/pocket/quantization.py): there
+min/max looks better than on other models. --off-grid measures on a checkpoint of the same function that is not on that
+grid: input channels are scaled by random factors that the norms and neighbouring matrices take back. Nothing of this is
+measured on the 32B itself.
+
+Does not: time anything, or run on Metal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from pocket import data  # noqa: E402
+
+from qwq_mlx import facts  # noqa: E402
+from qwq_mlx.convert import convert_checkpoint  # noqa: E402
+from qwq_mlx.model.architecture import tensor_shapes  # noqa: E402
+from qwq_mlx.model.folder import open_model_folder  # noqa: E402
+from qwq_mlx.model.memory import ModelShape, Workload, metal_limit_bytes, plan_memory, shape_of_facts  # noqa: E402
+from qwq_mlx.model.tokenizer import load_tokenizer  # noqa: E402
+from qwq_mlx.pocket import FOLDER  # noqa: E402
+from qwq_mlx.pocket.problems import is_held_out  # noqa: E402
+from qwq_mlx.quality.measure import measure  # noqa: E402
+from qwq_mlx.quality.result import summarise  # noqa: E402
+from qwq_mlx.quality.text import read_text  # noqa: E402
+from qwq_mlx.quant.packing import FITS  # noqa: E402
+from qwq_mlx.quant.recipe import Recipe, load_recipe, recipe_names  # noqa: E402
+
+MACS_GIB = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)
+CONTEXT = 8192
+N_CALIBRATION = 40  # conversations, about 16,000 tokens
+
+THEIRS = """
+import json, sys
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+from mlx_lm.utils import load, save
+method, source, output, bits, ids = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
+model, tokenizer, config = load(source, lazy=True, return_config=True)
+rows = mx.array(json.load(open(ids)))
+if method == "GPTQ":
+    from mlx_lm.quant.gptq import gptq_quantize
+    model, config["quantization"] = gptq_quantize(model, rows, bits, 64, bits, 64)
+else:
+    from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize, update_config
+    awq_quantize(model, rows, AWQ_MODEL_CONFIGS[config["model_type"]], bits=bits, group_size=64,
+                 embed_bits=bits, embed_group_size=64)
+    config = update_config(model, config)
+save(output, source, model, tokenizer, config)
+"""
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048, help="positions of held-out traces (default: %(default)s)")
+    parser.add_argument("--problems", type=int, default=0, help="equations to solve with each (default: %(default)s)")
+    parser.add_argument("--off-grid", action="store_true", help="on a pocket of the same function, off the 4-bit grid")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="rows to measure (default: all)")
+    parser.add_argument("--mlx-lm", action="store_true", help="mlx-lm's GPTQ and AWQ as well, at 2, 3 and 4 bits")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        rows = measure_all(Path(temporary), options)
+    print(json.dumps({"text_positions": options.tokens, "rows": rows}))
+    return 0
+
+
+def measure_all(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for every form of the pocket."""
+    texts = write_texts(work)
+    source = off_grid(work / "off-grid") if options.off_grid else FOLDER
+    rows: list[dict[str, Any]] = []
+    folders: dict[str, Path] = {}
+    for name, recipe, fit in forms(work):
+        if options.only and name not in options.only:
+            continue
+        folder = work / name
+        text = texts["calibration"] if fit == "calibrated" else None
+        done = convert_checkpoint(source, folder, recipe=recipe, calibrate=text, quality=False)
+        rows.append(
+            {
+                "name": name,
+                "bits_per_weight": round(done.bits_per_weight, 3),
+                "relative_error": round(done.relative_error or 0.0, 4),
+                **of_the_32b(load_recipe(recipe)),
+            }
+        )
+        if load_recipe(recipe).packing.is_affine:
+            folders[name] = folder
+        else:
+            rows[-1]["kl"] = "not measured: qwq_mlx runs affine weights only"
+    for bits in (4, 3, 2) if options.mlx_lm else ():
+        for method in ("GPTQ", "AWQ"):
+            row, folder = by_mlx_lm(method, bits, source, work, texts["ids"])
+            rows.append(row)
+            if "failed" not in row:
+                folders[row["name"]] = folder
+    measured = [row for row in rows if row["name"] in folders]
+    add_divergence(source, measured, list(folders.values()), texts["held-out"], options.tokens)
+    for row in rows:
+        if options.problems and row["name"] in folders:
+            row["solved"], row["n_problems"] = solved(folders[row["name"]], options.problems), options.problems
+        say(row)
+    return rows
+
+
+def forms(work: Path) -> list[tuple[str, str | Path, str]]:
+    """(name, recipe, fit): fits at 2, 3 and 4 bits, then every other recipe of the package."""
+    found: list[tuple[str, str | Path, str]] = []
+    for bits in (4, 3, 2):
+        for fit in FITS:
+            path = work / f"{fit}-{bits}.toml"
+            kept = "least-squares" if fit == "calibrated" else fit
+            path.write_text(f'[weights]\nbits = {bits}\ngroup_size = 64\nfit = "{kept}"\n', encoding="utf-8")
+            found.append((path.stem, path, fit))
+    done = {"2bit", "3bit", "4bit", "4bit-min-max", "pocket-4bit", "qwq-32b-preview-4bit"}
+    return found + [(name, name, "as it says") for name in recipe_names() if name not in done]
+
+
+def write_texts(work: Path) -> dict[str, Path]:
+    """Held-out traces to measure on; conversations as training draws them to calibrate with, also as rows of ids."""
+    rng = random.Random(0)
+    held_out = [
+        problem
+        for kind, n in (("parentheses", 9), ("letters", None), ("arithmetic", None), ("game24", None))
+        for problem in data.held_out_problems(kind, 4, seed=21, n=n)
+    ]
+    assert all(map(is_held_out, held_out))
+    rng.shuffle(held_out)
+    texts = {name: work / f"{name}.jsonl" for name in ("held-out", "calibration")}
+    lines = [{"question": problem.question, "reply": data.solve(problem, rng)} for problem in held_out]
+    texts["held-out"].write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    drawn = data.conversations(seed=22)
+    talks = [next(drawn) for _ in range(N_CALIBRATION)]
+    texts["calibration"].write_text("\n".join(json.dumps({"messages": talk}) for talk in talks), encoding="utf-8")
+    tokenizer = load_tokenizer(FOLDER, vocab_size=facts.POCKET.vocab_size)
+    ids = [id_ for talk in talks for message in talk for id_ in tokenizer.hf.encode(message["content"])]
+    texts["ids"] = work / "ids.json"
+    rows = [ids[start : start + 512] for start in range(0, min(len(ids), 16_384) - 511, 512)]
+    texts["ids"].write_text(json.dumps(rows), encoding="utf-8")
+    return texts
+
+
+def off_grid(folder: Path) -> Path:
+    """The pocket with its channels scaled by 0.7 to 1.4; what comes out is the same but for bfloat16's rounding.
+
+    A norm's weights take back the factors of the matrices behind it, up_proj's rows those of down_proj's columns.
+    """
+    rng = np.random.default_rng(7)
+    shutil.copytree(FOLDER, folder)
+    parts = {path: dict(mx.load(str(path))) for path in sorted(folder.glob("*.safetensors"))}
+    tensors = {name: array.astype(mx.float32) for part in parts.values() for name, array in part.items()}
+
+    def factors(n: int) -> mx.array:
+        return mx.array(np.exp2(rng.uniform(-0.5, 0.5, n)).astype(np.float32))
+
+    for layer in range(facts.POCKET.num_hidden_layers):
+        at = f"model.layers.{layer}."
+        for norm, names in (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            by = factors(facts.POCKET.hidden_size)
+            tensors[f"{at}{norm}.weight"] *= by
+            for name in names:
+                tensors[f"{at}{name}.weight"] /= by
+        by = factors(facts.POCKET.intermediate_size)
+        tensors[f"{at}mlp.up_proj.weight"] *= by[:, None]
+        tensors[f"{at}mlp.down_proj.weight"] /= by
+    by = factors(facts.POCKET.hidden_size)
+    tensors["model.norm.weight"] *= by
+    tensors["lm_head.weight"] /= by
+    for path, part in parts.items():
+        mx.save_safetensors(str(path), {name: tensors[name].astype(mx.bfloat16) for name in part}, {"format": "pt"})
+    return folder
+
+
+def by_mlx_lm(method: str, bits: int, source: Path, work: Path, ids: Path) -> tuple[dict[str, Any], Path]:
+    """mlx-lm's own method in a process of its own; a row that says why, where it does not run."""
+    name, output = f"mlx-lm {method} {bits}", work / f"{method}-{bits}"
+    done = subprocess.run(
+        [sys.executable, "-c", THEIRS, method, str(source), str(output), str(bits), str(ids)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        row = {"name": name, "failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
+        say(row)
+        return row, output
+    size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    n_weights = sum(math.prod(shape) for shape in tensor_shapes(open_model_folder(FOLDER).config).values())
+    return {"name": name, "bits_per_weight": round(8 * size / n_weights, 3)}, output
+
+
+def add_divergence(source: Path, rows: list[dict[str, Any]], folders: list[Path], path: Path, n_positions: int) -> None:
+    """KL and agreement of all forms with bfloat16, in one pass of the reference."""
+    reference = open_model_folder(source)
+    tokenizer = load_tokenizer(FOLDER, vocab_size=reference.config.vocab_size)
+    text = read_text(path, tokenizer, reference.config, n_positions=n_positions)
+    for row, measured in zip(rows, measure(reference, [open_model_folder(f) for f in folders], text), strict=True):
+        quality = summarise(measured, text, tokenizer)
+        row["kl"], row["top1_agreement"], row["n_tokens"] = quality.kl, quality.top1_agreement, quality.n_tokens
+
+
+def solved(folder: Path, count: int) -> int:
+    """Held-out equations of 9 numbers that greedy decoding solves."""
+    from pocket.evaluate import Job, _run
+
+    problems = data.held_out_problems("parentheses", count, seed=3, n=9)
+    return _run(Job(place=folder, weights="", task="", greedy=True, problems=problems))[1]
+
+
+def of_the_32b(recipe: Recipe) -> dict[str, Any]:
+    """Size in GB, and the smallest Mac's memory in GiB on which the plan gives 8,192 positions."""
+    shape = shape_of_facts(facts.QWQ_32B_PREVIEW)
+    n_layers = shape.config.num_hidden_layers
+    packed = {path: recipe.packing_of(path, n_layers=n_layers) for path in shape.packed}
+    n_bits = 0
+    for name, size in tensor_shapes(shape.config).items():
+        packing = packed.get(name.removesuffix(".weight"))
+        per_group = 0 if packing is None else (32 if packing.is_affine else 8)
+        per_weight = 16 if packing is None else packing.bits + per_group / packing.group_size
+        n_bits += int(math.prod(size) * per_weight)
+    kind = type(next(iter(shape.packed.values())))
+    # The plan counts scales of two bytes and biases, so the float modes come out a little too large.
+    planned = {
+        path: kind(bits=packing.bits, group_size=packing.group_size)
+        for path, packing in packed.items()
+        if packing is not None
+    }
+    model = ModelShape(config=shape.config, packed=planned)
+    fits = (
+        gib
+        for gib in MACS_GIB
+        if plan_memory(model, Workload(context=CONTEXT), limit_bytes=metal_limit_bytes(gib << 30)).fits
+    )
+    return {"gb_32b": round(n_bits / 8e9, 2), "smallest_mac_gib": next(fits, None)}
+
+
+def say(row: dict[str, Any]) -> None:
+    """A row of the table."""
+    print("  ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
