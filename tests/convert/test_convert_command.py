@@ -37,8 +37,8 @@ def test_the_script_converts_from_anywhere_and_prints_plan_and_result_on_stderr(
     done = run("--source", tiny_checkpoint, "--output", "out dir", module=False, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "27 tensors, 328,832 weights in BF16" in done.stderr
-    assert "qwq-32b-preview-4bit: affine, 4 bits, groups of 64, min-max" in done.stderr
-    assert "4.540 bits per weight" in done.stderr and "relative error 9." in done.stderr
+    assert "qwq-32b-preview-4bit: affine, 4 bits, groups of 64, least-squares" in done.stderr
+    assert "4.540 bits per weight" in done.stderr and "relative error 8." in done.stderr
     assert (tmp_path / "out dir" / "manifest.json").is_file()
     assert "\r" not in done.stderr and "\x1b" not in done.stderr
 

@@ -21,7 +21,7 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_the_default_recipe_packs_every_matrix_in_4_bits_of_groups_of_64() -> None:
     recipe = load_recipe(DEFAULT_RECIPE)
     assert recipe.packing == Packing(mode="affine", bits=4, group_size=64)
-    assert recipe.fit == "min-max" and recipe.overrides == () and recipe.name == DEFAULT_RECIPE
+    assert recipe.fit == "least-squares" and recipe.overrides == () and recipe.name == DEFAULT_RECIPE
 
 
 def test_recipes_of_the_package_are_the_files_of_conversions_and_all_load(repository: Path) -> None:
