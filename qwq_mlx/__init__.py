@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qwq_mlx.errors import (
         BackendError,
         ConversionError,
+        FitError,
         GenerationError,
         LoadError,
         OptionError,
@@ -38,6 +39,7 @@ __all__ = [
     "BackendError",
     "Conversion",
     "ConversionError",
+    "FitError",
     "GenerationError",
     "Inspect",
     "Limits",

@@ -6,6 +6,7 @@
     |- SourceError           a checkpoint or download that is missing, damaged or not what it claims
     |- ConversionError       a conversion that cannot start, go on or be published
     |- LoadError             a model folder that does not hold the model its config describes
+    |- FitError              a run that does not fit the memory of this machine; nothing was loaded for it
     |- PromptError           messages that cannot become a prompt
     |  `- TemplateLimitError an unknown chat template took too long or too much; on a busy machine it may not next time
     |- GenerationError       decoding went wrong (for example NaN logits); `.trace` keeps what was produced
@@ -21,6 +22,7 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "ConversionError",
+    "FitError",
     "GenerationError",
     "LoadError",
     "OptionError",
@@ -54,6 +56,10 @@ class ConversionError(QwqError):
 
 class LoadError(QwqError):
     """A model folder does not hold the model that its config describes."""
+
+
+class FitError(QwqError):
+    """A run does not fit the memory of this machine; the message has the arithmetic and the cheapest change."""
 
 
 class PromptError(QwqError):

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report(options: argparse.Namespace) -> str:
     from qwq_mlx.facts import QWQ_32B_PREVIEW
-    from qwq_mlx.fit.advice import cheapest_change, table_of_macs
+    from qwq_mlx.model.advice import cheapest_change, table_of_macs
     from qwq_mlx.model.folder import open_model_folder
     from qwq_mlx.model.memory import Backend, Workload, metal_limit_bytes, plan_memory, shape_of_facts
 

@@ -24,7 +24,9 @@ from qwq_mlx.generate.show import batch_bar, batch_line, settings_line, show, su
 
 if TYPE_CHECKING:
     from qwq_mlx.generate.batch import Stand
+    from qwq_mlx.generate.keeping import Keeper
     from qwq_mlx.generate.reasoner import Reasoner
+    from qwq_mlx.generate.run import Run
 
 _FLAGS = {"temperature": "--temp", "banned": "--ban"}
 _KINDS = (Sampling, Limits, Thinking)
@@ -69,11 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--save",
         metavar="FILE",
-        help="when the run is cut short (Ctrl-C, SIGTERM, --max-tokens), save it here to go on with",
+        help="when the run is cut short (Ctrl-C, SIGTERM, --max-tokens, full context), save it here to go on with",
     )
-    add(
-        "--resume", metavar="FILE", help="go on with a saved run: its question and settings; --max-tokens may be raised"
-    )
+    add("--save-every", type=int, metavar="N", help="besides, save every N tokens (default: only at the end)")
+    add("--resume", metavar="FILE", help="go on with a saved run: its settings; --max-tokens, --context may rise")
+    add("--force", action="store_true", help="run even where the memory plan says that it does not fit")
     add("--receipt", metavar="FILE", help="write what the output followed from, for python -m qwq_mlx.replay FILE")
     add("--json", action="store_true", help="print the whole trace as one line of JSON instead of the text")
     add("--quiet", action="store_true", help="on stderr only errors, and the end of a run that did not end by itself")
@@ -91,6 +93,13 @@ def _add_limits(add: Callable[..., Any]) -> None:
     answer_tokens, on_loop = _default(Thinking, "answer_tokens"), _default(Thinking, "on_loop")
     add("--max-tokens", type=int, metavar="N", help="tokens to produce at most (default: the room left in the context)")
     add("--context", type=int, metavar="N", help="positions to use at most, prompt included (default: the model's own)")
+    add("--kv-bits", type=_bits, choices=(8, 4, "auto"), help="quantize the KV cache (default: not)")
+    add(
+        "--prefill-step",
+        type=int,
+        metavar="N",
+        help=f"prompt ids per pass (default: {_default(Limits, 'prefill_step')})",
+    )
     add("--stop", action="append", metavar="TEXT", help="end where this text comes, without it; repeatable")
     add(
         "--think-tokens",
@@ -143,6 +152,10 @@ def _sampling(options: argparse.Namespace) -> Sampling:
     return Sampling(**given)
 
 
+def _bits(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 def _bias_of(text: str) -> tuple[int, float]:
     token_id, _, value = text.partition("=")
     try:
@@ -185,11 +198,12 @@ class _Asked(NamedTuple):
 
 def _refuse_beside_resume(options: argparse.Namespace, asked: _Asked) -> None:
     """A saved run has its own question and settings; options that would be ignored are refused."""
-    others = _Asked(Sampling(), Limits(max_tokens=asked.limits.max_tokens), Thinking())
+    others = _Asked(Sampling(), Limits(max_tokens=asked.limits.max_tokens, context=asked.limits.context), Thinking())
     if asked != others or options.prompt is not None or options.system_prompt is not None:
         raise OptionError(
-            "--resume goes on with the question and the settings of the file, so only --model, --max-tokens, --save, "
-            "--receipt, --json and --quiet can be given beside it. Leave the others out, or start a new run."
+            "--resume goes on with the settings of the file, so only --model, --max-tokens, --context, --save, "
+            "--save-every, --force, --receipt, --json and --quiet can be given beside it. Leave the others out, or "
+            "start a new run."
         )
 
 
@@ -198,9 +212,11 @@ def _refuse_beside_input(options: argparse.Namespace) -> None:
     if options.input is None or options.output is None:
         missing = "--input" if options.input is None else "--output"
         raise OptionError(f"{missing} is missing. A file of questions takes --input FILE and --output FILE together.")
-    for name in ("prompt", "resume", "save", "receipt", "json"):
+    for name in ("prompt", "resume", "save", "save_every", "receipt", "json"):
         if getattr(options, name) not in (None, False):
-            raise OptionError(f"--{name} belongs to one question and cannot be given beside --input. Leave it out.")
+            raise OptionError(
+                f"--{name.replace('_', '-')} belongs to one question and cannot be given beside --input. Leave it out."
+            )
 
 
 def _batch(options: argparse.Namespace, asked: _Asked, interruption: Interruption) -> int:
@@ -209,7 +225,7 @@ def _batch(options: argparse.Namespace, asked: _Asked, interruption: Interruptio
 
     questions = read_questions(Path(options.input), system_prompt=options.system_prompt)
     with Results(Path(options.output)) as results:
-        reasoner = _load(options)
+        reasoner = _load(options, asked.limits)
         from qwq_mlx.generate.batch import Batch
 
         batch = Batch(
@@ -250,15 +266,32 @@ def _batch_progress() -> Callable[[Stand], None]:
 
 
 def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, interruption: Interruption) -> int:
+    if options.save is None:
+        if options.save_every is not None:
+            raise OptionError("--save-every says how often, but not where. Give --save FILE too.")
+        return _answer(options, prompt, asked, interruption, None)
+    from qwq_mlx.generate.keeping import Keeper
+
+    with Keeper(Path(options.save), every=options.save_every, warn=_note) as keeper:
+        return _answer(options, prompt, asked, interruption, keeper)
+
+
+def _answer(
+    options: argparse.Namespace,
+    prompt: str | None,
+    asked: _Asked,
+    interruption: Interruption,
+    keeper: Keeper | None,
+) -> int:
     from qwq_mlx.model.prompt import conversation
 
     if options.receipt is not None and not Path(options.receipt).parent.is_dir():
         raise OptionError(f"--receipt is {options.receipt!r}, but there is no such folder. Make it first.")
     if prompt is not None:
         conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
-    reasoner = _load(options)
+    reasoner = _load(options, asked.limits)
     if prompt is None:
-        run = reasoner.resume(options.resume, max_tokens=asked.limits.max_tokens)
+        run = reasoner.resume(options.resume, max_tokens=asked.limits.max_tokens, context=asked.limits.context)
     else:
         run = reasoner.stream(
             prompt,
@@ -269,19 +302,18 @@ def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, in
             progress=_prefill_progress() if sys.stderr.isatty() and not options.quiet else None,
         )
     interruption.run = run
+    if run.setup.note:
+        _note(run.setup.note)
     if not options.quiet:
         _note(settings_line(run))
     try:
-        show(run, sys.stdout, is_silent=options.json)
+        show(keeper.steps(run) if keeper is not None else run, sys.stdout, is_silent=options.json)
         trace = run.trace()
         if options.json:
             sys.stdout.write(json.dumps(trace.to_json(), ensure_ascii=False) + "\n")
         sys.stdout.flush()
     except GenerationError as error:
-        if options.json:  # what was produced is not lost
-            sys.stdout.write(json.dumps(run.trace().to_json(), ensure_ascii=False) + "\n")
-            sys.stdout.flush()
-        return _complain(str(error), 1)
+        return _failed(error, run, keeper, options)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -289,7 +321,7 @@ def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, in
         return _complain(f"stdout: cannot be written ({error.strerror}). Make room, or send it elsewhere.", 1)
     finally:
         interruption.run = None
-    if (options.save is not None or interruption.wants_save) and trace.finish_reason in ("interrupted", "length"):
+    if (keeper is not None or interruption.wants_save) and trace.is_resumable:
         path = options.save or time.strftime("qwq-run-%Y%m%d-%H%M%S")
         run.save(path)
         _note(f"saved: go on with --resume {path}")
@@ -300,7 +332,17 @@ def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, in
     return interruption.exit_code if trace.finish_reason == "interrupted" else 0
 
 
-def _load(options: argparse.Namespace) -> Reasoner:
+def _failed(error: GenerationError, run: Run, keeper: Keeper | None, options: argparse.Namespace) -> int:
+    """What was written is kept: in the file of --save, on stdout with --json, and as text it is there already."""
+    if options.json:
+        sys.stdout.write(json.dumps(run.trace().to_json(), ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+    if keeper is not None and keeper.save(run):
+        _note(f"saved: go on with --resume {options.save}")
+    return _complain(str(error), 1)
+
+
+def _load(options: argparse.Namespace, limits: Limits) -> Reasoner:
     from qwq_mlx.generate.default_model import POCKET_RECIPE, choose_model, made_ready
 
     choice = choose_model(options.model)
@@ -317,7 +359,7 @@ def _load(options: argparse.Namespace) -> Reasoner:
     folder = made_ready(choice, convert)
     from qwq_mlx.generate.reasoner import load
 
-    return load(folder)
+    return load(folder, limits=limits, force=options.force)
 
 
 def _prefill_progress() -> Any:

@@ -148,7 +148,8 @@ class Limits:
     banned: texts that are never written. language_guard: write no letters of scripts that the question does not use
       (Latin and Greek letters, digits, punctuation and symbols stay allowed).
     prefill_step: prompt ids per prefill pass.
-    kv_bits: 8 or 4 quantize the KV cache in groups of 64, at some cost in quality; None keeps the compute type.
+    kv_bits: 8 or 4 quantize the KV cache in groups of 64, at some cost in quality; None keeps the compute type, "auto"
+      quantizes where the context would not fit the memory otherwise.
     """
 
     max_tokens: int | None = None
@@ -157,7 +158,7 @@ class Limits:
     banned: tuple[str, ...] = ()
     language_guard: bool = False
     prefill_step: int = 2048
-    kv_bits: int | None = None
+    kv_bits: Literal[8, 4, "auto"] | None = None
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, low=1, high=_MAX_ID)
@@ -167,8 +168,8 @@ class Limits:
         if not isinstance(self.language_guard, bool):
             raise OptionError(f"language_guard is {self.language_guard!r}, expected True or False.")
         _whole("prefill_step", self.prefill_step, low=1, high=_MAX_ID)
-        if self.kv_bits not in (None, 8, 4):
-            raise OptionError(f"kv_bits is {self.kv_bits!r}, expected 8, 4 or None.")
+        if self.kv_bits not in (None, 8, 4, "auto"):
+            raise OptionError(f"kv_bits is {self.kv_bits!r}, expected 8, 4, 'auto' or None.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

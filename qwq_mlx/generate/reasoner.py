@@ -17,38 +17,50 @@ from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
 from qwq_mlx.generate.cache import saved_layers
 from qwq_mlx.generate.checkpoint import model_digest, read_checkpoint
+from qwq_mlx.generate.fitting import Fitted, fitted
 from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.receipt import Receipt, make_receipt
 from qwq_mlx.generate.run import Run
 from qwq_mlx.generate.seen import inspect_of
 from qwq_mlx.generate.settings import from_json
-from qwq_mlx.generate.setup import Progress, Setup
+from qwq_mlx.generate.setup import Progress, Setup, given
 from qwq_mlx.generate.text import Pieces, decode
 from qwq_mlx.generate.trace import Trace
+from qwq_mlx.model.device import backend_name, limit_bytes
+from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
+from qwq_mlx.model.memory import ModelShape
 from qwq_mlx.model.prompt import Messages, conversation, prompt_ids
 from qwq_mlx.reasoning.profile import Profile, find_profile
 
 __all__ = ["Reasoner", "load"]
 
 
-def load(folder: str | Path, *, compute_type: ComputeType | None = None) -> Reasoner:
+def load(
+    folder: str | Path, *, compute_type: ComputeType | None = None, limits: Limits | None = None, force: bool = False
+) -> Reasoner:
     """Check a model folder (a checkpoint or a conversion), load its weights, and return what answers questions.
 
-    compute_type: "float32" or "bfloat16"; None picks by backend. Raises LoadError, SourceError or BackendError.
+    compute_type: "float32" or "bfloat16"; None picks by backend. limits: of the runs to come, so that what cannot fit
+    the memory is refused before a weight is read. force: plan, but refuse and cap nothing.
+    Raises LoadError, SourceError or BackendError; FitError with the arithmetic.
     """
-    return Reasoner(load_model(folder, compute_type=compute_type))
+    limit = None if force else limit_bytes()
+    fitted(open_model_folder(folder), limits or Limits(), limit_bytes=limit, backend=backend_name())
+    return Reasoner(load_model(folder, compute_type=compute_type), limit_bytes=limit)
 
 
 class Reasoner:
     """One model, ready for any number of questions, each on its own.
 
     profile: how it separates thinking from answer; None takes the tagged one where the tokenizer has `<think>`.
+    limit_bytes: what the device gave before the weights came; a run that does not fit is refused. None refuses nothing.
     """
 
-    def __init__(self, model: LoadedModel, *, profile: Profile | None = None) -> None:
+    def __init__(self, model: LoadedModel, *, profile: Profile | None = None, limit_bytes: int | None = None) -> None:
         self.model = model
+        self._limit_bytes = limit_bytes
         self.pieces = Pieces(model.tokenizer)
         tagged = "<think>" in model.tokenizer.added
         self.profile = profile or find_profile((QWQ_32B if tagged else QWQ_32B_PREVIEW).profile)
@@ -95,14 +107,14 @@ class Reasoner:
         progress: Progress | None = None,
     ) -> Run:
         """As `generate`, one Step at a time: `for step in run: ...`, then `run.trace()`."""
-        limits = limits or Limits()
-        context = self._context(limits)
+        fit = self.fit(limits or Limits())
+        context = given(fit.limits.context)
         ids = prompt_ids(self.model.tokenizer, messages, system_prompt=system_prompt, context=context)
         setup = self._setup(
             ids,
             question=" ".join(message["content"] for message in conversation(messages, system_prompt=system_prompt)),
             sampling=self.resolved(sampling or Sampling()),
-            limits=replace(limits, context=context, max_tokens=_room(limits, context, len(ids))),
+            fit=replace(fit, limits=_within(fit.limits, len(ids))),
             thinking=thinking or Thinking(),
             inspect=inspect or Inspect(),
         )
@@ -121,7 +133,7 @@ class Reasoner:
             receipt.prompt_ids,
             question=receipt.question,
             sampling=sampling,
-            limits=limits,
+            fit=self.fit(limits),
             thinking=thinking,
             inspect=Inspect(),
         )
@@ -131,13 +143,21 @@ class Reasoner:
         """What a trace of this model followed from, to keep and to repeat (`python -m qwq_mlx.replay`)."""
         return make_receipt(self.model, trace)
 
-    def resume(self, path: str | Path, *, max_tokens: int | None = None, inspect: Inspect | None = None) -> Run:
+    def resume(
+        self,
+        path: str | Path,
+        *,
+        max_tokens: int | None = None,
+        context: int | None = None,
+        inspect: Inspect | None = None,
+    ) -> Run:
         """Go on with a run that `Run.save` wrote, as if it had never stopped; its settings are the file's.
 
-        max_tokens: of the whole output, to go on after "length". inspect: of the Steps from here on; None shows what
-        the saved run showed. What it saw is in the file; a logits_hook has to be given again.
+        max_tokens: of the whole output, to go on after "length". context: to go on after "context_full". inspect: of the
+        Steps from here on; None shows what the saved run showed. What it saw is in the file; a logits_hook has to be
+        given again.
         Raises SourceError for a file that is damaged, of another model or compute type, or of a run that has ended;
-        OptionError for max_tokens below what there is, or a logits_hook that is missing.
+        OptionError for max_tokens or a context below what there is, or a logits_hook that is missing; FitError.
         """
         state, arrays = read_checkpoint(Path(path))
         if state["model_sha256"] != model_digest(self.model.folder):
@@ -150,13 +170,16 @@ class Reasoner:
                 f"{path}: was computed in {state['compute_type']}, this model computes in {self.model.compute_type}. "
                 f"Load it with compute_type={state['compute_type']!r}."
             )
-        if state["finish_reason"] not in (None, "interrupted", "length"):
+        if state["finish_reason"] not in (None, "interrupted", "length", "context_full"):
             raise SourceError(f"{path}: the run has ended ({state['finish_reason']}), so there is nothing to resume.")
         sampling, limits, thinking = from_json(state["settings"], where=str(path))
         ids, n_output = state["prompt_ids"], len(state["steps"])
-        context = limits.context or self.model.config.max_position_embeddings
-        if max_tokens is not None:
-            limits = replace(limits, max_tokens=_room(replace(limits, max_tokens=max_tokens), context, len(ids)))
+        limits = _raised(limits, n_prompt=len(ids), max_tokens=max_tokens, context=context)
+        if given(limits.context) <= len(ids) + n_output:
+            raise OptionError(
+                f"context is {limits.context:,}, but the run has {len(ids) + n_output:,} positions already. "
+                "Give more to go on."
+            )
         if limits.max_tokens is not None and limits.max_tokens <= n_output:
             raise OptionError(
                 f"max_tokens is {limits.max_tokens:,}, but the run has {n_output:,} already. Give more to go on."
@@ -171,7 +194,7 @@ class Reasoner:
                 ids,
                 question=state["question"],
                 sampling=sampling,
-                limits=limits,
+                fit=self.fit(limits),
                 thinking=thinking,
                 inspect=inspect or inspect_of(state["seen"]),
                 forked_at=state["settings"].get("forked_at", 0),
@@ -186,7 +209,7 @@ class Reasoner:
         *,
         question: str,
         sampling: Sampling,
-        limits: Limits,
+        fit: Fitted,
         thinking: Thinking,
         inspect: Inspect,
         forked_at: int = 0,
@@ -201,10 +224,12 @@ class Reasoner:
             prompt_text=self.decode(list(ids)),
             question=question,
             sampling=sampling,
-            limits=limits,
+            limits=fit.limits,
             thinking=thinking,
             inspect=inspect,
             forked_at=forked_at,
+            plan=fit.plan,
+            note=fit.note,
         )
 
     def resolved(self, sampling: Sampling) -> Sampling:
@@ -225,13 +250,20 @@ class Reasoner:
         """The text of ids, control tokens included."""
         return decode(self.pieces, ids)
 
-    def _context(self, limits: Limits) -> int:
-        own = self.model.config.max_position_embeddings
-        if limits.context is not None and limits.context > own:
-            raise OptionError(f"context is {limits.context:,}, expected at most {own:,}, which is what the model has.")
-        return limits.context or own
+    def fit(self, limits: Limits) -> Fitted:
+        """These limits as this machine can keep them, and the memory plan. Raises FitError or OptionError."""
+        shape = ModelShape(config=self.model.config, packed=self.model.packed)
+        return fitted(shape, limits, limit_bytes=self._limit_bytes, backend=backend_name())
 
 
-def _room(limits: Limits, context: int, n_prompt: int) -> int:
-    room = context - n_prompt
-    return room if limits.max_tokens is None else min(limits.max_tokens, room)
+def _raised(limits: Limits, *, n_prompt: int, max_tokens: int | None, context: int | None) -> Limits:
+    """A saved run's limits with those that were given; what the old context alone had bounded grows with it."""
+    if max_tokens is None and limits.max_tokens != given(limits.context) - n_prompt:
+        max_tokens = limits.max_tokens
+    return _within(replace(limits, max_tokens=max_tokens, context=context or limits.context), n_prompt)
+
+
+def _within(limits: Limits, n_prompt: int) -> Limits:
+    """With max_tokens as the room that the context leaves, or less where less was asked for."""
+    room = given(limits.context) - n_prompt
+    return replace(limits, max_tokens=room if limits.max_tokens is None else min(limits.max_tokens, room))

@@ -36,6 +36,7 @@ from qwq_mlx.generate.seen import seen_state, with_seen
 from qwq_mlx.generate.setup import Progress, Setup, given
 from qwq_mlx.generate.trace import FinishReason, Injection, Step, Trace
 from qwq_mlx.generate.written import Written
+from qwq_mlx.model.device import wired
 from qwq_mlx.reasoning.loops import Loop
 
 __all__ = ["Run"]
@@ -61,7 +62,7 @@ class Run:
         )
         self._n_most = given(limits.max_tokens)
         inspector = None if setup.inspect.is_off else Inspector(setup.inspect, model.module, n_ids=n_ids)
-        cache = new_cache(model.module, limits.kv_bits)
+        cache = new_cache(model.module, setup.plan.workload.kv_bits)
         self._decoder = Decoder(model.module, sampler, n_ids=n_ids, cache=cache, inspector=inspector)
         self._source: Source = self._decoder
         if limits.banned:
@@ -78,7 +79,10 @@ class Run:
         self._is_stopped = False
         self._clock = Clock()
         self._peak_bytes = 0
-        self._iterator = self._steps()
+        self._has_failed = False
+        self._needs_refill = False
+        self._model_sha256 = ""
+        self._iterator = self._guarded()
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -112,14 +116,18 @@ class Run:
     def save(self, path: str | Path) -> None:
         """Write a checkpoint from which `Reasoner.resume` goes on bit for bit, after any Step or at the end.
 
+        After a failure of MLX the cache is not to be trusted and is left out: who resumes works it out again from the
+        ids, in larger passes, so there the ids may differ.
         Raises GenerationError where the disk does not take it; the run can go on all the same.
         """
         self._settle_nudge()
         steps = self._written.steps
         n_known = len(self.setup.prompt_ids) + len(steps)
-        layers = self._decoder.cached(n_known - 1) if self._decoder.ids and steps else []
+        has_cache = bool(self._decoder.ids and steps) and not self._has_failed
+        layers = self._decoder.cached(n_known - 1) if has_cache else []
+        self._model_sha256 = self._model_sha256 or model_digest(self.setup.model.folder)
         state: dict[str, Any] = {
-            "model_sha256": model_digest(self.setup.model.folder),
+            "model_sha256": self._model_sha256,
             "compute_type": self.setup.model.compute_type,
             "settings": self.setup.settings,
             "prompt_ids": list(self.setup.prompt_ids),
@@ -159,8 +167,9 @@ class Run:
         self._noticed.restore(state["events"])
         pending = state["asking"]
         self._asking.restore(is_over=bool(self._injections), pending=tuple(pending) if pending else None)
+        self._needs_refill = bool(self._written.steps) and not layers
         if layers:
-            cache = filled_cache(self.setup.model.module, layers, self.setup.limits.kv_bits)
+            cache = filled_cache(self.setup.model.module, layers, self.setup.plan.workload.kv_bits)
             output_ids = [step.id for step in self._written.steps]
             self._decoder.restore(self.setup.prompt_ids, output_ids, cache)
             if isinstance(self._source, DrawnAhead):
@@ -190,15 +199,35 @@ class Run:
         if self._due_nudge is not None and self._finish is None:
             self._nudge(self._due_nudge)
 
+    def _guarded(self) -> Iterator[Step]:
+        """The steps with the planned memory wired, and a failure of MLX as a GenerationError that has the trace."""
+        try:
+            with wired(self.setup.plan.peak_bytes):
+                yield from self._steps()
+        except (RuntimeError, MemoryError) as error:
+            self._has_failed = True
+            self._finish = ("interrupted", f"MLX failed: {error}")
+            raise GenerationError(
+                f"Step {len(self._written.steps):,}: MLX could not go on ({type(error).__name__}: {error}). If memory "
+                "ran out, a smaller --context, --prefill-step 256 or --kv-bits 8 needs less. What was written until "
+                "then is in the trace.",
+                trace=self.trace(),
+            ) from error
+
+    def _prefill(self) -> Iterator[int]:
+        """Feed what the cache does not hold: the prompt, or after a failure everything there is."""
+        known = (*self.setup.prompt_ids, *(step.id for step in self._written.steps if self._needs_refill))
+        yield from self._decoder.prefill(known, step=self.setup.limits.prefill_step)
+        if self._needs_refill:
+            self._decoder.restore(self.setup.prompt_ids, known[len(self.setup.prompt_ids) :], self._decoder.cache)
+            if isinstance(self._source, DrawnAhead):
+                self._source.resume()
+
     def _steps(self) -> Iterator[Step]:
         mx.reset_peak_memory()
         self._clock.start()
         try:
-            for n_done in (
-                ()
-                if self._decoder.ids
-                else self._decoder.prefill(self.setup.prompt_ids, step=self.setup.limits.prefill_step)
-            ):
+            for n_done in () if self._decoder.ids else self._prefill():
                 self._report(n_done)
                 if self._is_stopped:
                     self._finish = ("interrupted", "")

@@ -15,6 +15,7 @@ from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.settings import to_json
 from qwq_mlx.generate.text import Pieces
 from qwq_mlx.model.load import LoadedModel
+from qwq_mlx.model.memory import MemoryPlan
 from qwq_mlx.reasoning.profile import Profile
 
 __all__ = ["Progress", "Setup", "given"]
@@ -30,6 +31,7 @@ class Setup:
     prompt_text: the whole prompt as text. question: what people wrote in it; its scripts are at home in the output.
     sampling: resolved, with a seed. limits: with max_tokens and context filled in (`reasoner` does both).
     inspect: checked against the model. forked_at: output ids that another run drew, with another seed.
+    plan: of its memory; kept wired on Metal while the run goes on. note: what the plan changed, for people.
     """
 
     model: LoadedModel
@@ -42,6 +44,8 @@ class Setup:
     limits: Limits
     thinking: Thinking
     inspect: Inspect
+    plan: MemoryPlan
+    note: str = ""
     forked_at: int = 0
 
     @property

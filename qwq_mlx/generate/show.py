@@ -6,12 +6,13 @@ Does not: choose what goes to stdout or stderr; the commands do, and hand over t
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from qwq_mlx.generate.batch import Stand
     from qwq_mlx.generate.run import Run
-    from qwq_mlx.generate.trace import Trace
+    from qwq_mlx.generate.trace import Step, Trace
 
 __all__ = ["batch_bar", "batch_line", "settings_line", "show", "summary_line"]
 
@@ -21,13 +22,13 @@ _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 _VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
-def show(run: Run, out: TextIO, *, is_silent: bool) -> None:
+def show(steps: Iterable[Step], out: TextIO, *, is_silent: bool) -> None:
     """Write the text as it comes; on a terminal the thinking is dimmed. is_silent: only run to the end."""
     is_terminal = out.isatty()
     is_styled = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     is_dim, last = False, ""
     try:
-        for step in run:
+        for step in steps:
             if is_silent or not step.text:
                 continue
             text = step.text.translate(_VISIBLE) if is_terminal else step.text

@@ -137,6 +137,11 @@ class Trace:
     loop_scores: tuple[LoopScores | None, ...] = ()
     hidden: Mapping[int, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a run that ended so can be gone on with from a checkpoint."""
+        return self.finish_reason in ("interrupted", "length", "context_full")
+
     def describe(self) -> str:
         """Why the run ended, the answer and how sure it is, and how to continue where that makes sense."""
         why = _DESCRIPTIONS[self.finish_reason] + (f" ({self.detail})" if self.detail else "")

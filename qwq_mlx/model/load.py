@@ -52,7 +52,7 @@ class LoadedModel:
     module: mlx_lm's Qwen2 (called with ids (1, n) and a cache, returns logits (1, n, vocab)).
     stop_ids: ids that end a text, from generation_config.json, config.json and the tokenizer together.
     compute_type: what activations, scales and biases are computed in. weights: in words, for people.
-    weights_bytes: of the folder's tensors on disk.
+    weights_bytes: of the folder's tensors on disk. packed: how its matrices are packed, by path.
     """
 
     folder: Path
@@ -64,6 +64,7 @@ class LoadedModel:
     compute_type: ComputeType
     weights: str
     weights_bytes: int
+    packed: Mapping[str, Packing]
 
 
 def import_mlx() -> ModuleType:
@@ -134,6 +135,7 @@ def load_model(folder: str | Path, *, compute_type: ComputeType | None = None) -
         compute_type=chosen,
         weights=files.weights,
         weights_bytes=files.checkpoint.tensor_bytes,
+        packed=files.packed,
     )
 
 

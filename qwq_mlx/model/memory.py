@@ -43,6 +43,7 @@ __all__ = [
     "MemoryPlan",
     "ModelShape",
     "Workload",
+    "can_quantize",
     "metal_limit_bytes",
     "plan_memory",
     "shape_of_facts",
@@ -249,8 +250,13 @@ def _float_bytes(backend: Backend) -> int:
     return 4 if backend == "cpu" else 2
 
 
+def can_quantize(config: Qwen2Config) -> bool:
+    """Whether the KV cache of such heads can be quantized."""
+    return config.head_dim % KV_GROUP == 0
+
+
 def _check_groups(config: Qwen2Config, workload: Workload) -> None:
-    if workload.kv_bits is not None and config.head_dim % KV_GROUP:
+    if workload.kv_bits is not None and not can_quantize(config):
         raise OptionError(
             f"kv_bits is {workload.kv_bits}, but heads of width {config.head_dim} are no multiple of the group "
             f"{KV_GROUP}. Leave kv_bits out."

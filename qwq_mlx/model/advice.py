@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from qwq_mlx.model.folder import ModelFolder
-from qwq_mlx.model.memory import MemoryPlan, ModelShape, Workload, metal_limit_bytes, plan_memory
+from qwq_mlx.model.memory import MemoryPlan, ModelShape, Workload, can_quantize, metal_limit_bytes, plan_memory
 
-__all__ = ["MACS_GIB", "Change", "cheapest_change", "table_of_macs"]
+__all__ = ["MACS_GIB", "SMALL_STEP", "Change", "cheapest_change", "table_of_macs"]
 
 MACS_GIB = (16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
-_SMALL_STEP = 256
+SMALL_STEP = 256
+"""Prompt ids per pass where memory is short; unfused attention holds scores for each of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,7 @@ def cheapest_change(model: ModelShape | ModelFolder, plan: MemoryPlan) -> Change
     """The first change after which the plan fits its limit; None where it fits already, or nothing helps."""
     if plan.fits:
         return None
-    candidates = list(_candidates(plan.workload))
+    candidates = list(_candidates(plan.workload, has_quantized=can_quantize(model.config)))
     if plan.largest_context > 0:
         shorter = replace(plan.workload, context=plan.largest_context)
         candidates.append((f"a context of {plan.largest_context:,}", shorter))
@@ -45,11 +46,11 @@ def cheapest_change(model: ModelShape | ModelFolder, plan: MemoryPlan) -> Change
     return None
 
 
-def _candidates(asked: Workload) -> Iterator[tuple[str, Workload]]:
-    step = min(_SMALL_STEP, asked.prefill_step)
+def _candidates(asked: Workload, *, has_quantized: bool) -> Iterator[tuple[str, Workload]]:
+    step = min(SMALL_STEP, asked.prefill_step)
     if step < asked.prefill_step:
         yield f"prefill passes of {step} ids", replace(asked, prefill_step=step)
-    for bits in (8, 4):
+    for bits in (8, 4) if has_quantized else ():
         if asked.kv_bits is None or bits < asked.kv_bits:
             yield f"{bits}-bit cache, prefill passes of {step} ids", replace(asked, prefill_step=step, kv_bits=bits)
 

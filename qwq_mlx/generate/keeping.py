@@ -1,0 +1,61 @@
+"""A run that is kept on disk while it goes on, so that little is lost whatever ends it.
+
+One process at a time keeps a file: a second one is refused before it loads a model. A checkpoint that cannot be written
+(the disk is full, say) costs a warning, not the run; the file is then the one before, whole.
+
+Does not: decide what a checkpoint holds (`run.Run.save` does), or print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from qwq_mlx.errors import GenerationError, OptionError
+from qwq_mlx.files.lock import FolderLock
+from qwq_mlx.generate.run import Run
+from qwq_mlx.generate.trace import Step
+
+__all__ = ["Keeper"]
+
+
+class Keeper:
+    """`with Keeper(path, every=N, warn=...) as keeper:` holds the file; iterate over `keeper.steps(run)`.
+
+    every: tokens between two checkpoints, None for none before the end. warn: called with one line.
+    Raises OptionError for every below 1, ConversionError naming the process that holds the file.
+    """
+
+    def __init__(self, path: Path, *, every: int | None, warn: Callable[[str], None]) -> None:
+        if every is not None and every < 1:
+            raise OptionError(f"save_every is {every}, expected a number of tokens of at least 1.")
+        self._path = path
+        self._every = every
+        self._warn = warn
+        self._lock = FolderLock(path.resolve())
+
+    def __enter__(self) -> Keeper:
+        self._lock.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.__exit__(kind, error, trace)
+
+    def steps(self, run: Run) -> Iterator[Step]:
+        """The run's steps; after every N of them a checkpoint is written."""
+        for step in run:
+            yield step
+            if self._every is not None and (step.index + 1) % self._every == 0 and not run.is_finished:
+                self.save(run)
+
+    def save(self, run: Run) -> bool:
+        """Write a checkpoint; a failure is a warning. Returns whether the file holds the run as it is."""
+        try:
+            run.save(self._path)
+        except (GenerationError, RuntimeError, MemoryError) as error:
+            self._warn(f"warning: not saved, the run goes on: {error}")
+            return False
+        return True
