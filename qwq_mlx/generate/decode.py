@@ -147,6 +147,20 @@ class Decoder:
         """What each layer's cache holds for the first n_ids at most."""
         return layers_of(self.cache, n_ids)
 
+    def give_up(self, ids: Sequence[int]) -> tuple[list[Any] | None, int]:
+        """Hand the cache over to who feeds these ids, cut to those it holds of them; all but the last at most.
+
+        This decoder is not to be used any more. Returns None and 0 where not one id agrees.
+        """
+        n_known = min(self.cache[0].offset, len(self.ids), len(ids) - 1)
+        n_same = next((place for place in range(n_known) if self.ids[place] != ids[place]), n_known)
+        cache, self.cache, self._pending = self.cache, [], None
+        if n_same < 1:
+            return None, 0
+        for layer in cache:
+            layer.trim(layer.offset - n_same)
+        return cache, n_same
+
     def force(self, ids: Sequence[int]) -> None:
         """Append ids that were not drawn; the next draw follows them. What is under way is dropped."""
         self._check(ids)

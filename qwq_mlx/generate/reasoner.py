@@ -105,8 +105,12 @@ class Reasoner:
         thinking: Thinking | None = None,
         inspect: Inspect | None = None,
         progress: Progress | None = None,
+        before: Run | None = None,
     ) -> Run:
-        """As `generate`, one Step at a time: `for step in run: ...`, then `run.trace()`."""
+        """As `generate`, one Step at a time: `for step in run: ...`, then `run.trace()`.
+
+        before: the run of the turn before; its KV cache is taken over as far as the ids agree, so it is over then.
+        """
         fit = self.fit(limits or Limits())
         context = given(fit.limits.context)
         ids = prompt_ids(self.model.tokenizer, messages, system_prompt=system_prompt, context=context)
@@ -118,7 +122,7 @@ class Reasoner:
             thinking=thinking or Thinking(),
             inspect=inspect or Inspect(),
         )
-        return Run(setup, progress=progress)
+        return Run(setup, progress=progress, before=before)
 
     def rerun(self, receipt: Receipt) -> Run:
         """The run of a receipt once more, from its prompt's ids and settings; the model is the caller's to compare.

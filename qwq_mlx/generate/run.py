@@ -48,7 +48,8 @@ class Run:
     After a nudge Steps go on from an earlier index: those from there on were taken back.
     """
 
-    def __init__(self, setup: Setup, *, progress: Progress | None = None) -> None:
+    def __init__(self, setup: Setup, *, progress: Progress | None = None, before: Run | None = None) -> None:
+        """before: an earlier run of the same model; its cache is taken over as far as the ids agree, and it is over."""
         self.setup = setup
         self._progress = progress
         model, pieces, sampling, limits = setup.model, setup.pieces, setup.sampling, setup.limits
@@ -62,7 +63,8 @@ class Run:
         )
         self._n_most = given(limits.max_tokens)
         inspector = None if setup.inspect.is_off else Inspector(setup.inspect, model.module, n_ids=n_ids)
-        cache = new_cache(model.module, setup.plan.workload.kv_bits)
+        cache, self._n_cached = before.hand_over(setup) if before is not None else (None, 0)
+        cache = cache or new_cache(model.module, setup.plan.workload.kv_bits)
         self._decoder = Decoder(model.module, sampler, n_ids=n_ids, cache=cache, inspector=inspector)
         self._source: Source = self._decoder
         if limits.banned:
@@ -112,6 +114,21 @@ class Run:
     def is_finished(self) -> bool:
         """Whether the last Step has been handed out."""
         return self._finish is not None
+
+    @property
+    def n_cached(self) -> int:
+        """Prompt ids whose keys and values were there already, from an earlier run."""
+        return self._n_cached
+
+    def hand_over(self, setup: Setup) -> tuple[list[Any] | None, int]:
+        """The cache for a run of another prompt, with the number of its leading ids that it holds; this run is over.
+
+        None and 0 where nothing agrees, the cache is of another kind, or it cannot be trusted.
+        """
+        self._finish = self._finish or ("interrupted", "its cache went to the next run")
+        if self._has_failed or setup.plan.workload.kv_bits != self.setup.plan.workload.kv_bits:
+            return None, 0
+        return self._decoder.give_up(setup.prompt_ids)
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint from which `Reasoner.resume` goes on bit for bit, after any Step or at the end.
@@ -217,7 +234,7 @@ class Run:
     def _prefill(self) -> Iterator[int]:
         """Feed what the cache does not hold: the prompt, or after a failure everything there is."""
         known = (*self.setup.prompt_ids, *(step.id for step in self._written.steps if self._needs_refill))
-        yield from self._decoder.prefill(known, step=self.setup.limits.prefill_step)
+        yield from self._decoder.prefill(known, step=self.setup.limits.prefill_step, n_cached=self._n_cached)
         if self._needs_refill:
             self._decoder.restore(self.setup.prompt_ids, known[len(self.setup.prompt_ids) :], self._decoder.cache)
             if isinstance(self._source, DrawnAhead):
@@ -351,7 +368,7 @@ class Run:
         yield from steps
 
     def _report(self, n_done: int) -> None:
-        self._clock.n_prefilled = n_done
+        self._clock.n_prefilled = n_done - self._n_cached
         if self._progress is not None:
             self._progress(n_done, len(self.setup.prompt_ids))
 

@@ -401,7 +401,7 @@ def test_a_run_cut_short_is_saved_and_resumed(
 )
 def test_settings_beside_resume_are_refused(given: list[str], here: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = here("--resume", "run", *given)
-    assert (code, out) == (2, "") and err.startswith("error: --resume goes on with the question and the settings")
+    assert (code, out) == (2, "") and err.startswith("error: --resume goes on with the settings of the file")
 
 
 FLAGS: list[tuple[list[str], str, Any]] = [

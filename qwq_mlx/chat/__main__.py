@@ -1,0 +1,252 @@
+"""`python -m qwq_mlx.chat`: a conversation at the terminal; the model's text on stdout, everything else on stderr.
+
+Ctrl-C during an answer ends the answer, not the chat. Lines may also be piped in, one message a line.
+
+Does not: shorten the conversation when the context is full, or write anything unasked but the history of typed lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwq_mlx.chat.commands import COMMANDS, parse_line, think_tokens
+from qwq_mlx.chat.reader import ReadLine, editing_reader, has_editing, plain_reader, read_message
+from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
+from qwq_mlx.generate.interruption import Interruption
+from qwq_mlx.generate.options import Limits, Sampling, Thinking
+from qwq_mlx.generate.show import show
+
+if TYPE_CHECKING:
+    from qwq_mlx.chat.conversation import Conversation, Turn
+    from qwq_mlx.generate.reasoner import Reasoner
+    from qwq_mlx.generate.run import Run
+    from qwq_mlx.generate.trace import Step
+
+_TERMINATED = 143
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")  # type: ignore[union-attr]
+    with Interruption(asks=False) as interruption:
+        try:
+            sampling = Sampling(temperature=options.temp, seed=options.seed)
+            limits = Limits(max_tokens=options.max_tokens, context=options.context, kv_bits=options.kv_bits)
+            thinking = Thinking(think_tokens=options.think_tokens)
+            reasoner = _load(options, limits)
+            from qwq_mlx.chat.conversation import Conversation
+
+            talk = Conversation(
+                reasoner, system_prompt=options.system_prompt, sampling=sampling, limits=limits, thinking=thinking
+            )
+            return _Chat(talk, interruption).hold(_reader())
+        except OptionError as error:
+            return _complain(str(error), 2)
+        except QwqError as error:
+            return _complain(str(error), 1)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt:
+            return interruption.exit_code or 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qwq_mlx.chat",
+        description="Talk with a model. A line is a message; a backslash at its end, or three double quotes before and "
+        "behind, make it several lines. /help shows the commands.",
+        epilog="Exit codes: 0 ended, 1 failed, 2 wrong usage, 143 terminated.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="a conversion or checkpoint (default: as python -m qwq_mlx.generate)")
+    add("--system-prompt", metavar="TEXT", help="replaces the chat template's default system prompt")
+    add("--temp", type=float, metavar="T", help="temperature; 0 is greedy (default: the model's)")
+    add("--seed", type=int, metavar="N", help="of the first turn, later ones count on (default: drawn)")
+    add("--max-tokens", type=int, metavar="N", help="tokens of an answer at most (default: the room left)")
+    add("--think-tokens", type=int, metavar="N", help="ask for the answer after N tokens of thinking")
+    add("--context", type=int, metavar="N", help="positions of the whole conversation (default: the model's own)")
+    add(
+        "--kv-bits",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        choices=(8, 4, "auto"),
+        help="quantize the KV cache (default: not)",
+    )
+    add("--force", action="store_true", help="run even where the memory plan says that it does not fit")
+    return parser
+
+
+def _load(options: argparse.Namespace, limits: Limits) -> Reasoner:
+    from qwq_mlx.generate.default_model import POCKET_RECIPE, choose_model, made_ready
+
+    choice = choose_model(options.model)
+    if choice.note:
+        _note(choice.note)
+
+    def convert(source: Path, folder: Path) -> None:
+        from qwq_mlx.convert import convert_checkpoint
+
+        convert_checkpoint(source, folder, recipe=POCKET_RECIPE)
+
+    folder = made_ready(choice, convert)
+    from qwq_mlx.generate.reasoner import load
+
+    return load(folder, limits=limits, force=options.force)
+
+
+def _reader() -> ReadLine:
+    if not sys.stdin.isatty():
+        _note("stdin is no terminal: one message a line, no editing")
+        return plain_reader(sys.stdin, sys.stderr)
+    if not has_editing():
+        _note("no history and editing: pip install 'qwq-mlx[chat]' (prompt_toolkit) gives them")
+        return plain_reader(sys.stdin, sys.stderr)
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return editing_reader(sys.stderr, state / "qwq_mlx" / "chat_history")
+
+
+class _Chat:
+    """The loop: read, answer, read."""
+
+    def __init__(self, talk: Conversation, interruption: Interruption) -> None:
+        self._talk = talk
+        self._interruption = interruption
+        self._is_folded = False
+        self._is_over = False
+
+    def hold(self, read_line: ReadLine) -> int:
+        """Until /quit or the end of input; returns the exit code."""
+        _note(f"{self._talk.reasoner.model.folder.resolve().name}: /help shows the commands, /quit ends")
+        while not self._is_over:
+            try:
+                self._take(read_message(read_line, f"[{self._talk.n_left:,} left] > "))
+            except EOFError:
+                break
+            except OptionError as error:
+                _note(f"error: {error}")
+            except QwqError as error:
+                _note(f"error: {error}")
+            except KeyboardInterrupt:
+                if self._interruption.exit_code == _TERMINATED:
+                    return _TERMINATED
+                self._interruption.exit_code = 0
+                _note("(/quit or Ctrl-D ends the chat)")
+        return 0
+
+    def _take(self, text: str) -> None:
+        if not text.strip():
+            return
+        line = parse_line(text)
+        action = getattr(self, f"_do_{line.command.removeprefix('/')}") if line.command else self._do_ask
+        action(line.text)
+
+    def _do_ask(self, text: str) -> None:
+        try:
+            self._answer(self._talk.ask(text))
+        except PromptError as error:
+            raise PromptError(
+                f"{error} /retry and /load change the conversation; the question was not taken."
+            ) from error
+
+    def _do_retry(self, _: str) -> None:
+        self._answer(self._talk.retry())
+
+    def _do_system(self, text: str) -> None:
+        if text:
+            self._talk.system_prompt = text
+        _note(f"system prompt: {self._talk.system_prompt or '(the template has its own)'}")
+
+    def _do_save(self, text: str) -> None:
+        self._talk.save(Path(text))
+        _note(f"saved: {text}")
+
+    def _do_load(self, text: str) -> None:
+        self._talk.load(Path(text))
+        _note(f"{len(self._talk.messages)} messages from {text}")
+
+    def _do_think(self, text: str) -> None:
+        self._talk.thinking = replace(self._talk.thinking, think_tokens=think_tokens(text))
+        _note(f"thinking: {text if text == 'off' else f'{text} tokens'}")
+
+    def _do_fold(self, _: str) -> None:
+        self._is_folded = not self._is_folded
+        _note(f"thinking is shown {'as one line' if self._is_folded else 'in full'}")
+
+    def _do_stats(self, _: str) -> None:
+        for number, turn in enumerate(self._talk.turns, start=1):
+            _note(f"turn {number}: {_cost(turn)}")
+        _note(f"context: {self._talk.n_left:,} of {self._talk.context:,} positions left")
+
+    def _do_help(self, _: str) -> None:
+        for name, text in COMMANDS.items():
+            _note(f"{name:<8} {text}")
+
+    def _do_quit(self, _: str) -> None:
+        self._is_over = True
+
+    def _answer(self, run: Run) -> None:
+        """Show one answer; Ctrl-C ends it and it is kept as far as it came."""
+        if run.setup.note and not self._talk.turns:
+            _note(run.setup.note)
+        self._interruption.run = run
+        try:
+            show(_folded(run) if self._is_folded else run, sys.stdout, is_silent=False)
+        except GenerationError:
+            self._talk.drop_last()
+            raise
+        finally:
+            self._interruption.run = None
+        if not sys.stdout.isatty():
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        turn = self._talk.close(run)
+        if turn.finish_reason not in ("stop", "answered"):
+            _note(f"({turn.finish_reason}: {run.trace().detail or 'the answer is kept as far as it came'})")
+        if self._interruption.exit_code == _TERMINATED:
+            raise KeyboardInterrupt
+        self._interruption.exit_code = 0
+
+
+def _folded(steps: Iterable[Step]) -> Iterator[Step]:
+    """Only the answer; how long the thinking was is told before it."""
+    n_hidden = 0
+    for step in steps:
+        if step.segment == "thinking":
+            n_hidden += 1
+            continue
+        if n_hidden:
+            _note(f"(thought for {n_hidden:,} tokens)")
+            n_hidden = 0
+        yield step
+    if n_hidden:
+        _note(f"(thought for {n_hidden:,} tokens, no answer)")
+
+
+def _cost(turn: Turn) -> str:
+    rate = f" at {(turn.n_output - 1) / turn.decode_s:,.1f} tok/s" if turn.decode_s > 0 and turn.n_output > 1 else ""
+    return (
+        f"prompt {turn.n_prompt:,} tokens, {turn.n_fed:,} of them new in {turn.prefill_s:.2f} s; "
+        f"output {turn.n_output:,} tokens{rate}, {turn.n_thinking:,} of them thinking; {turn.finish_reason}"
+    )
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _complain(message: Any, code: int) -> int:
+    _note(f"error: {message}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

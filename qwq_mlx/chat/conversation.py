@@ -1,0 +1,166 @@
+"""A conversation: the messages, and the run of the last turn, whose KV cache the next turn goes on from.
+
+Every turn's prompt is the template over the whole conversation, exactly as without a cache; what the cache holds of
+those ids is not computed again. So the system block and all earlier turns are fed once, and where the text of an answer
+makes other ids than those that were drawn, feeding starts again at the first that differs.
+
+Does not: read input, print, or shorten a conversation that has outgrown the context (the next question is refused).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qwq_mlx.errors import OptionError, SourceError
+from qwq_mlx.files.atomic import write_file
+from qwq_mlx.generate.options import Limits, Sampling, Thinking
+from qwq_mlx.generate.reasoner import Reasoner
+from qwq_mlx.generate.run import Run
+from qwq_mlx.model.prompt import ROLES, conversation
+
+__all__ = ["Conversation", "Turn"]
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What a turn cost. n_prompt: ids of the whole conversation before it; n_fed: those that had to be computed."""
+
+    n_prompt: int
+    n_fed: int
+    n_output: int
+    n_thinking: int
+    prefill_s: float
+    decode_s: float
+    finish_reason: str
+
+
+class Conversation:
+    """`run = ask(text)`, iterate over it, `close(run)`; then the next question.
+
+    sampling.seed: of the first turn, each further one takes the next number; None draws one for every turn.
+    """
+
+    def __init__(
+        self,
+        reasoner: Reasoner,
+        *,
+        system_prompt: str | None = None,
+        sampling: Sampling | None = None,
+        limits: Limits | None = None,
+        thinking: Thinking | None = None,
+    ) -> None:
+        self.reasoner = reasoner
+        self.system_prompt = system_prompt
+        self.thinking = thinking or Thinking()
+        self.messages: list[dict[str, str]] = []
+        self.turns: list[Turn] = []
+        self._sampling = sampling or Sampling()
+        self._limits = limits or Limits()
+        self._context = reasoner.fit(self._limits).limits.context or 0
+        self._before: Run | None = None
+        self._n_used = 0
+        self._n_asked = 0
+
+    @property
+    def context(self) -> int:
+        """Positions there are."""
+        return self._context
+
+    @property
+    def n_left(self) -> int:
+        """Positions that the turns so far leave."""
+        return self._context - self._n_used
+
+    def ask(self, text: str) -> Run:
+        """Start the next turn. Raises PromptError, and the conversation is as before."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        run = self._started(messages)
+        self.messages = messages
+        return run
+
+    def retry(self) -> Run:
+        """Take the last answer back and draw another one, with other random numbers.
+
+        Raises OptionError where nothing was asked yet.
+        """
+        kept = list(self.messages)
+        while kept and kept[-1]["role"] == "assistant":
+            kept.pop()
+        if not kept:
+            raise OptionError("There is no question to answer again; ask one first.")
+        run = self._started(kept)
+        self.messages = kept
+        return run
+
+    def close(self, run: Run) -> Turn:
+        """Take the answer, whole or cut short, into the conversation."""
+        trace = run.trace()
+        self.messages.append({"role": "assistant", "content": trace.text})
+        self._n_used = len(trace.prompt_ids) + len(trace.ids)
+        turn = Turn(
+            n_prompt=len(trace.prompt_ids),
+            n_fed=len(trace.prompt_ids) - run.n_cached,
+            n_output=len(trace.ids),
+            n_thinking=trace.thinking_span[1] - trace.thinking_span[0],
+            prefill_s=trace.timings.prefill_s,
+            decode_s=trace.timings.decode_s,
+            finish_reason=trace.finish_reason,
+        )
+        self.turns.append(turn)
+        return turn
+
+    def drop_last(self) -> None:
+        """Forget the last question, where its answer failed."""
+        if self.messages and self.messages[-1]["role"] == "user":
+            self.messages.pop()
+
+    def save(self, path: Path) -> None:
+        """Write system prompt and messages as JSON; the file appears whole or not at all."""
+        value = {"schema_version": _SCHEMA, "system_prompt": self.system_prompt, "messages": self.messages}
+        try:
+            write_file(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be written ({error.strerror}). Give another place.") from error
+
+    def load(self, path: Path) -> None:
+        """Go on with a conversation that `save` wrote. Raises SourceError; this one is then as before."""
+        try:
+            value = json.loads(path.read_bytes())
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read ({error.strerror}). Give a file that /save wrote.") from error
+        except ValueError as error:
+            raise SourceError(f"{path}: not JSON ({error}). Give a file that /save wrote.") from error
+        system_prompt, messages = _checked(value, path)
+        self.system_prompt, self.messages, self.turns, self._n_used = system_prompt, messages, [], 0
+
+    def _started(self, messages: list[dict[str, str]]) -> Run:
+        sampling = self._sampling
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=(sampling.seed + self._n_asked) % 2**64)
+        run = self.reasoner.stream(
+            messages,
+            system_prompt=self.system_prompt,
+            sampling=sampling,
+            limits=self._limits,
+            thinking=self.thinking,
+            before=self._before,
+        )
+        self._before = run
+        self._n_asked += 1
+        return run
+
+
+def _checked(value: Any, path: Path) -> tuple[str | None, list[dict[str, str]]]:
+    if not isinstance(value, dict) or value.get("schema_version") != _SCHEMA:
+        raise SourceError(f"{path}: is no saved conversation of schema {_SCHEMA}. Give a file that /save wrote.")
+    system_prompt, messages = value.get("system_prompt"), value.get("messages")
+    is_text = system_prompt is None or isinstance(system_prompt, str)
+    roles = [each.get("role") if isinstance(each, dict) else None for each in messages or ()]
+    if not is_text or not isinstance(messages, list) or not set(roles) <= set(ROLES):
+        raise SourceError(f"{path}: the messages cannot be read; the file is damaged or edited. Save it again.")
+    return system_prompt, conversation(messages) if messages else []

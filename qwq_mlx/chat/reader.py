@@ -1,0 +1,87 @@
+"""Lines from a person: with history and editing where prompt_toolkit and a terminal are there, plain otherwise.
+
+A message is one line; a line that ends in a backslash goes on in the next, and three double quotes begin and end a
+block of lines. The prompt goes to stderr, so that stdout holds the model's text alone.
+
+Does not: know commands (`commands` does), or keep lines on disk unless a history file is given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+__all__ = ["ReadLine", "editing_reader", "has_editing", "plain_reader", "read_message"]
+
+ReadLine = Callable[[str], str]
+"""Shows a prompt and returns one line without its end; raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
+
+_BLOCK = '"""'
+_MORE = "... "
+
+
+def read_message(read_line: ReadLine, prompt: str) -> str:
+    """One message, its lines joined. Raises EOFError where there is none."""
+    line = read_line(prompt)
+    if line.lstrip().startswith(_BLOCK):
+        return _read_block(read_line, line.lstrip().removeprefix(_BLOCK))
+    lines = []
+    while line.endswith("\\"):
+        lines.append(line[:-1])
+        try:
+            line = read_line(_MORE)
+        except EOFError:
+            line = ""
+    return "\n".join([*lines, line])
+
+
+def _read_block(read_line: ReadLine, line: str) -> str:
+    lines = []
+    while not line.rstrip().endswith(_BLOCK):
+        lines.append(line)
+        try:
+            line = read_line(_MORE)
+        except EOFError:
+            return "\n".join(lines)
+    return "\n".join([*lines, line.rstrip().removesuffix(_BLOCK)]).strip("\n")
+
+
+def plain_reader(source: TextIO, prompts: TextIO) -> ReadLine:
+    """Lines of a stream; the prompt is shown on another one."""
+
+    def read_line(prompt: str) -> str:
+        prompts.write(prompt)
+        prompts.flush()
+        line = source.readline()
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n")
+
+    return read_line
+
+
+def has_editing() -> bool:
+    """Whether prompt_toolkit is installed."""
+    return importlib.util.find_spec("prompt_toolkit") is not None
+
+
+def editing_reader(prompts: TextIO, history: Path | None) -> ReadLine:
+    """Lines typed at the terminal with editing, and history in a file of the user's own or for this session."""
+    toolkit = importlib.import_module("prompt_toolkit")
+    output = importlib.import_module("prompt_toolkit.output")
+    histories = importlib.import_module("prompt_toolkit.history")
+    kept = histories.InMemoryHistory()
+    if history is not None:
+        history.parent.mkdir(parents=True, exist_ok=True)
+        history.touch(mode=0o600)
+        kept = histories.FileHistory(str(history))
+    session = toolkit.PromptSession(history=kept, output=output.create_output(stdout=prompts))
+
+    def read_line(prompt: str) -> str:
+        line: str = session.prompt(prompt)
+        return line
+
+    return read_line

@@ -1,0 +1,234 @@
+"""The chat as a person meets it: commands, several lines, Ctrl-C, pipes and a terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qwq_mlx.chat import __main__ as command
+from qwq_mlx.chat import reader
+from qwq_mlx.chat.commands import COMMANDS, parse_line, think_tokens
+from qwq_mlx.chat.reader import plain_reader, read_message
+from qwq_mlx.errors import FitError, OptionError
+from qwq_mlx.generate.reasoner import Reasoner, load
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])}
+Chat = Callable[..., tuple[int, str, str]]
+
+
+def lines(text: str) -> reader.ReadLine:
+    return plain_reader(io.StringIO(text), io.StringIO())
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("one\n", ["one"]),
+        ("one\\\ntwo\\\nthree\nfour\n", ["one\ntwo\nthree", "four"]),
+        ('"""\n one\n\n  two\n"""\nfour\n', [" one\n\n  two", "four"]),
+        ('"""one"""\n', ["one"]),
+        ("one\\\n", ["one\n"]),
+        ('"""\none\n', ["\none"]),
+    ],
+)
+def test_a_message_is_a_line_or_a_block_of_lines(typed: str, expected: list[str]) -> None:
+    read_line = lines(typed)
+    assert [read_message(read_line, "> ") for _ in expected] == expected
+    with pytest.raises(EOFError):
+        read_message(read_line, "> ")
+
+
+def test_every_command_is_parsed_and_every_other_refused() -> None:
+    for name in COMMANDS:
+        more = " 3" if name in ("/system", "/save", "/load", "/think") else ""
+        assert parse_line(name + more).command == name
+    assert parse_line("//x y").text == "/x y" and parse_line("//x").command == ""
+    with pytest.raises(OptionError, match="There is no command '/x'"):
+        parse_line("/x y")
+    with pytest.raises(OptionError, match="/quit takes nothing behind it, found 'now'"):
+        parse_line("/quit now")
+    with pytest.raises(OptionError, match="/save needs more: /save FILE"):
+        parse_line("/save")
+    assert (think_tokens("off"), think_tokens("12")) == (None, 12)
+    with pytest.raises(OptionError, match="/think is '-1', expected a number of tokens, or off"):
+        think_tokens("-1")
+
+
+def test_without_a_terminal_or_prompt_toolkit_lines_are_plain_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False, readline=lambda: "x\n"))
+    assert command._reader()("> ") == "x"
+    assert "stdin is no terminal" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: "y\n"))
+    monkeypatch.setattr(command, "has_editing", lambda: False)
+    assert command._reader()("> ") == "y"
+    out, err = capsys.readouterr()
+    assert "pip install 'qwq-mlx[chat]'" in err and out == ""
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint: Path) -> Reasoner:
+    return load(tiny_checkpoint)
+
+
+@pytest.fixture
+def chat(
+    loaded: Reasoner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path
+) -> Chat:
+    """The command in this process, its model loaded once: exit code, stdout, stderr."""
+
+    def call(typed: str, *given: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(command, "_load", lambda *_: loaded)
+        stdin: Any = io.StringIO(typed)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer := io.BytesIO(), write_through=True))
+        code = command.main(["--seed", "4", "--max-tokens", "6", *given])
+        return code, buffer.getvalue().decode(), capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.tiny
+def test_answers_go_to_stdout_and_everything_else_to_stderr(chat: Chat, loaded: Reasoner) -> None:
+    code, out, err = chat("one\n\n/stats\n/help\n/quit\nnever\n")
+    from qwq_mlx.generate.options import Limits, Sampling
+
+    trace = loaded.generate("one", sampling=Sampling(seed=4), limits=Limits(max_tokens=6))
+    assert (code, out) == (0, trace.text + "\n")
+    assert "[512 left] > " in err and f"[{512 - len(trace.prompt_ids) - 6} left] > " in err
+    assert "turn 1: prompt " in err and "6 of them thinking" in err and "positions left" in err
+    assert all(name in err for name in COMMANDS)
+    assert "(length: 6 tokens)" in err
+
+
+@pytest.mark.tiny
+def test_commands_reach_the_conversation(chat: Chat, tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    code, out, err = chat(
+        f"/system Be kind.\none\n/retry\n/save {path}\n/load {path}\n/think 3\n/think off\n/nix\n/retry\n"
+    )
+    assert code == 0
+    assert out.count("\n") >= 3
+    assert "system prompt: Be kind." in err and f"saved: {path}" in err and f"2 messages from {path}" in err
+    assert "thinking: 3 tokens" in err and "thinking: off" in err
+    assert "error: There is no command '/nix'" in err
+    assert '"Be kind."' in path.read_text()
+
+
+@pytest.mark.tiny
+def test_folded_thinking_is_one_line(chat: Chat) -> None:
+    code, out, err = chat("/fold\none\n/fold\none\n")
+    assert code == 0
+    assert "(thought for 6 tokens, no answer)" in err and "thinking is shown in full" in err
+    assert out.startswith("\n") and len(out) > 2, "nothing of the first answer, all of the second"
+
+
+@pytest.mark.tiny
+def test_flags_reach_the_conversation(chat: Chat, loaded: Reasoner, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    real = Reasoner.stream
+
+    def noted(self: Reasoner, *arguments: Any, **named: Any) -> Any:
+        seen.append(named)
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(Reasoner, "stream", noted)
+    given = ["--temp", "0.5", "--context", "300", "--think-tokens", "2", "--system-prompt", "S", "--max-tokens", "3"]
+    assert chat("one\n", *given)[0] == 0
+    options = seen[0]
+    assert (options["sampling"].temperature, options["sampling"].seed) == (0.5, 4)
+    assert (options["limits"].context, options["limits"].max_tokens) == (300, 3)
+    assert options["thinking"].think_tokens == 2 and options["system_prompt"] == "S"
+    code, _, err = chat("one\n", "--kv-bits", "8")
+    assert code == 2 and "kv_bits is 8, but heads of width 32" in err
+
+
+@pytest.mark.tiny
+def test_the_model_and_force_reach_the_loader(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(folder: Path, *, limits: Any, force: bool) -> Any:
+        raise FitError(f"{folder} {limits.context} {force}")
+
+    monkeypatch.setattr("qwq_mlx.generate.reasoner.load", refused)
+    assert command.main(["--model", str(tiny_checkpoint), "--context", "99", "--force"]) == 1
+    assert f"error: {tiny_checkpoint} 99 True" in capsys.readouterr().err
+
+
+@pytest.mark.tiny
+def test_a_question_beyond_the_context_is_an_error_line_and_the_chat_goes_on(chat: Chat) -> None:
+    code, out, err = chat(f"{'x' * 700}\none\n")
+    assert code == 0 and out
+    assert "error: The prompt is " in err and "the question was not taken" in err
+
+
+@pytest.mark.tiny
+def test_ctrl_c_ends_an_answer_and_at_the_prompt_only_the_line(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    n_shown = [0]
+    real = command.show
+
+    def interrupted(steps: Any, out: Any, *, is_silent: bool) -> None:
+        n_shown[0] += 1
+        if n_shown[0] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(steps, out, is_silent=is_silent)
+
+    monkeypatch.setattr(command, "show", interrupted)
+    code, _, err = chat("one\ntwo\n", "--max-tokens", "50")
+    assert code == 0 and n_shown[0] == 2
+    assert "(interrupted: the answer is kept" in err, "the first answer was cut, the second was not"
+    assert err.count("(interrupted: the answer is kept") == 1
+
+
+@pytest.mark.tiny
+def test_at_a_terminal_lines_are_edited_and_the_prompt_shows_what_is_left(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("prompt_toolkit")
+    main, side = pty.openpty()
+    given = ["--model", str(tiny_checkpoint), "--max-tokens", "4", "--seed", "4"]
+    environment = {**ENVIRONMENT, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "qwq_mlx.chat", *given],
+        stdin=side,
+        stdout=subprocess.PIPE,
+        stderr=side,
+        env=environment,
+    )
+    os.close(side)
+    seen = b""
+
+    def wait_for(text: bytes) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while text not in seen and time.monotonic() < deadline:
+            if select.select([main], [], [], 0.1)[0]:
+                seen += os.read(main, 4096)
+        assert text in seen, seen
+
+    wait_for(b"left] >")
+    os.write(main, b"\x03")
+    wait_for(b"Ctrl-D ends the chat")
+    os.write(main, b"onn\x7fe\r")
+    wait_for(b"(length: 4 tokens)")
+    seen = b""
+    wait_for(b"left] >")
+    os.write(main, b"/quit\r")
+    assert process.wait(timeout=30) == 0
+    assert process.stdout is not None and process.stdout.read()
+    process.stdout.close()
+    os.close(main)
+    assert "one" in (tmp_path / "qwq_mlx" / "chat_history").read_text()
