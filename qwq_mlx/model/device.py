@@ -23,6 +23,9 @@ __all__ = ["available_bytes", "backend_name", "limit_bytes", "small_cache", "wir
 _CACHE_BYTES = 256 << 20  # blocks and layers are of few sizes, so little is enough to use their buffers again
 
 _MEMINFO = Path("/proc/meminfo")
+# The wired limit belongs to the process, and so do the blocks that are in it and the limit found before the first.
+_wired: list[int] = []
+_found: list[int] = []
 
 
 def backend_name() -> Backend:
@@ -59,18 +62,24 @@ def available_bytes() -> int:
 def wired(n_bytes: int) -> Iterator[None]:
     """Keep up to n_bytes of MLX's memory wired inside the block, never more than the recommended working set.
 
-    Does nothing off Metal. All work that was started must be finished, or waited for, before the block ends; it waits.
+    Runs under way at the same time share the largest of their limits; the last to end puts the old one back, in
+    whatever order they end. Does nothing off Metal. All work that was started must be finished, or waited for, before
+    the block ends; it waits.
     """
     mx = import_mlx()
     if backend_name() != "metal":
         yield
         return
-    before = mx.set_wired_limit(min(n_bytes, limit_bytes()))
+    before = mx.set_wired_limit(min(max(n_bytes, *_wired, 0), limit_bytes()))
+    if not _wired:
+        _found.append(before)
+    _wired.append(n_bytes)
     try:
         yield
     finally:
         mx.synchronize()
-        mx.set_wired_limit(before)
+        _wired.remove(n_bytes)
+        mx.set_wired_limit(min(max(_wired), limit_bytes()) if _wired else _found.pop())
 
 
 @contextmanager

@@ -4,17 +4,17 @@ peak = weights + KV cache at the whole context + the larger of what prefill and 
 weights and the cache are exact: they are counted as MLX allocates them. What a pass of S ids holds beside them is an
 estimate of the intermediates that are alive at once:
 
-    MLP         3 S * intermediate
-    attention   9 S * hidden, and one layer's keys and values at the old length when the cache grows
-    scores      1.5 for every head, id and position, where attention is not fused (CPU backend, or a quantized cache);
-                of MLP and scores the smaller counts 0.4, since one has mostly gone when the other comes
-    decode      logits and the sampler's copies, 8 vocabularies of float32
+    fused       3 S * intermediate + 9 S * hidden, and one layer's keys and values at the old length as the cache grows
+    not fused   (CPU backend, or a quantized cache) 3 S * intermediate, the scores of every head, id and position once
+                with their mask, 15 S * hidden or 0.7 of the scores if that is less, and one layer's cache where it is
+                quantized (it is copied), two in a decode step
+    decode      besides, logits and the sampler's copies, 8 vocabularies of float32
 
-The factors are fitted to 8 shapes on the CPU backend, where they are within a fifth of what was measured. The whole
-peak of the pocket model is planned within 1 % at 128 and 1,024 positions there, and 10 to 12 % too high at 4,096 with
-passes of 512 ids, where scores are most of it. Not measured on Metal or CUDA, nor at the size of QwQ-32B. Scores are
-why a quantized cache can need more than a plain one: with 2,048 ids a pass 8 GB at 32,768 positions of QwQ, with 256
-1 GB.
+MLX works ahead of itself, so what is alive at once is an estimate, and depends a little on the machine. On the CPU
+backend 10 settings of pocket-like shapes (scripts/measure_memory.py; 128 to 512 ids, 256 to 4,096 positions, plain, 8
+and 4 bits) are planned from 2 % below to 6 % above the measured peak. Not measured on Metal; what a quantized cache
+needs on a GPU is a guess on the safe side (scores counted 1.5 times). Scores are why a quantized cache can need more
+than a plain one: with 2,048 ids a pass 8 GB at 32,768 positions of QwQ, with 256 1 GB.
 
 On Metal the limit is the recommended working set, two thirds of the memory up to 32 GiB and three quarters above (not
 measured on Metal: 16 and 32 GiB as in abetlen/llama-cpp-python#687 and ollama/ollama#434, 96 GiB as in
@@ -309,9 +309,13 @@ def _decode_bytes(config: Qwen2Config, workload: Workload, context: int, backend
 def _pass_bytes(config: Qwen2Config, workload: Workload, n_ids: int, context: int, backend: Backend) -> int:
     """Intermediates of n_ids that attend to the whole context."""
     float_bytes = _float_bytes(backend)
-    is_fused = backend != "cpu" and workload.kv_bits is None
-    n_scores = 0 if is_fused else 3 * config.num_attention_heads * n_ids * context // 2
-    n_mlp = 3 * n_ids * config.intermediate_size
-    n_values = max(n_mlp, n_scores) + 2 * min(n_mlp, n_scores) // 5 + 9 * n_ids * config.hidden_size
-    grown = _kv_bytes_per_token(config, workload.kv_bits, float_bytes) // config.num_hidden_layers * context
-    return n_values * float_bytes + grown
+    layer = _kv_bytes_per_token(config, workload.kv_bits, float_bytes) // config.num_hidden_layers * context
+    n_mlp, n_hidden = 3 * n_ids * config.intermediate_size, n_ids * config.hidden_size
+    if backend != "cpu" and workload.kv_bits is None:
+        return (n_mlp + 9 * n_hidden) * float_bytes + layer
+    n_scores = config.num_attention_heads * n_ids * context
+    n_beside = min(15 * n_hidden, 7 * n_scores // 10)
+    n_layers = (0 if n_ids > 1 else 1) if workload.kv_bits is None else (1 if n_ids > 1 else 2)
+    copies = 2 if backend == "cpu" else 3  # halves
+    mask_bytes = n_ids * context
+    return (n_mlp + n_scores * copies // 2 + n_beside) * float_bytes + mask_bytes + n_layers * layer

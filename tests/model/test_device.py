@@ -63,6 +63,16 @@ def test_never_more_than_the_working_set_is_wired_and_a_failure_puts_it_back_too
     assert metal.wired_bytes == 7
 
 
+def test_runs_that_overlap_share_the_largest_limit_and_the_last_puts_the_old_one_back(metal: FakeMlx) -> None:
+    first, second = device.wired(800), device.wired(500)
+    with first:
+        second.__enter__()
+        assert metal.wired_bytes == 800
+    assert metal.wired_bytes == 500, "the first has ended, the second has not"
+    second.__exit__(None, None, None)
+    assert metal.wired_bytes == 7
+
+
 @pytest.mark.parametrize(
     ("info", "expected"), [({"free_memory": 60, "total_memory": 80}, 60), ({"total_memory": 80}, 80)]
 )
