@@ -157,9 +157,9 @@ class Reasoner:
     ) -> Run:
         """Go on with a run that `Run.save` wrote, as if it had never stopped; its settings are the file's.
 
-        max_tokens: of the whole output, to go on after "length". context: to go on after "context_full". inspect: of the
-        Steps from here on; None shows what the saved run showed. What it saw is in the file; a logits_hook has to be
-        given again.
+        max_tokens: of the whole output, to go on after "length". context: to go on after "context_full".
+        inspect: of the Steps from here on; None shows what the saved run showed. What it saw is in the file; a
+        logits_hook has to be given again.
         Raises SourceError for a file that is damaged, of another model or compute type, or of a run that has ended;
         OptionError for max_tokens or a context below what there is, or a logits_hook that is missing; FitError.
         """

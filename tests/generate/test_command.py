@@ -420,6 +420,10 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--seed", "9"], "seed", 9),
     (["--max-tokens", "11"], "max_tokens", 11),
     (["--context", "99"], "context", 99),
+    (["--kv-bits", "8"], "kv_bits", 8),
+    (["--kv-bits", "auto"], "kv_bits", "auto"),
+    (["--prefill-step", "64"], "prefill_step", 64),
+    (["--force"], "force", True),
     (["--stop", "END", "--stop", "FIN"], "stop", ("END", "FIN")),
     (["--ban", "a b", "--ban", "c"], "banned", ("a b", "c")),
     (["--think-tokens", "100"], "think_tokens", 100),
@@ -440,14 +444,15 @@ class _ReachedError(Exception):
 def test_every_flag_reaches_the_code_it_names(
     flag: list[str], name: str, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fake_load(folder: Path) -> Any:
+    def fake_load(folder: Path, *, limits: Limits, force: bool) -> Any:
         def stream(
             messages: str, *, system_prompt: Any, sampling: Sampling, limits: Limits, thinking: Thinking, progress: Any
         ) -> None:
             values = {each: getattr(sampling, each) for each in Sampling.__slots__}
             values |= {each: getattr(limits, each) for each in Limits.__slots__}
             values |= {each: getattr(thinking, each) for each in Thinking.__slots__}
-            raise _ReachedError(values | {"messages": messages, "system_prompt": system_prompt, "folder": folder})
+            given = {"messages": messages, "system_prompt": system_prompt, "folder": folder, "force": force}
+            raise _ReachedError(values | given)
 
         return SimpleNamespace(stream=stream)
 
