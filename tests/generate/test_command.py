@@ -287,8 +287,8 @@ class _Poisoned:
 def test_logits_that_are_not_finite_are_one_message_and_nothing_shown_is_lost(
     given: list[str], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, here: Callable[..., tuple[int, str, str]]
 ) -> None:
-    def poisoned(folder: Path) -> Any:
-        reasoner = load(folder)
+    def poisoned(folder: Path, **options: Any) -> Any:
+        reasoner = load(folder, **options)
         reasoner.model = replace(reasoner.model, module=_Poisoned(reasoner.model.module))
         return reasoner
 
