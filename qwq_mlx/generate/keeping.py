@@ -8,6 +8,7 @@ Does not: decide what a checkpoint holds (`run.Run.save` does), or print.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +38,8 @@ class Keeper:
 
     def __enter__(self) -> Keeper:
         self._lock.__enter__()
+        for left in self._path.parent.glob(f".{glob.escape(self._path.name)}.*.tmp"):
+            left.unlink()  # of a process that was killed while it wrote; nobody else writes, the lock is ours
         return self
 
     def __exit__(

@@ -129,6 +129,14 @@ def test_a_second_keeper_of_one_file_is_refused(tmp_path: Path) -> None:
             pass
 
 
+def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".run.123.tmp", ".other.123.tmp", "run"):
+        (tmp_path / name).write_text("x")
+    with Keeper(tmp_path / "run", every=None, warn=print):
+        pass
+    assert sorted(each.name for each in tmp_path.iterdir()) == [".other.123.tmp", "run"]
+
+
 def test_saving_never_and_nowhere_are_refused(
     tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
