@@ -37,7 +37,9 @@ class ModelFolder:
             return f"{'/'.join(dtypes)} weights"
         bits = sorted({packing.bits for packing in self.packed.values()})
         groups = sorted({packing.group_size for packing in self.packed.values()})
-        return f"{'/'.join(map(str, bits))}-bit weights, group {'/'.join(map(str, groups))}"
+        modes = sorted({packing.mode for packing in self.packed.values()} - {"affine"})
+        named = f"{'/'.join(modes)} " if modes else ""
+        return f"{named}{'/'.join(map(str, bits))}-bit weights, group {'/'.join(map(str, groups))}"
 
 
 def open_model_folder(folder: str | Path) -> ModelFolder:

@@ -1,35 +1,26 @@
 """What each file tensor of a model folder must look like: the architecture's table, seen through its quantization.
 
-A conversion replaces a matrix `X.weight` (out, in) by three tensors: codes `X.weight` (out, in * bits / 32) uint32, and
-`X.scales`, `X.biases` (out, in / group). config.json says so in `quantization`, with one entry for all layers and
-entries by name for those that differ (the layout mlx-lm reads). Here that is checked before anything is allocated.
+A conversion replaces a matrix `X.weight` (out, in) by codes `X.weight` (out, in * bits / 32) uint32 and `X.scales`
+(out, in / group); in mode "affine" both scales and `X.biases` are floats, in the others scales are uint8 and there are
+no biases. config.json says so in `quantization`, with one entry for all layers and entries by name for those that
+differ (the layout mlx-lm reads). Here that is checked before anything is allocated.
 
-Does not: read files or arrays, or know modes other than "affine".
+Does not: read files or arrays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from qwq_mlx.errors import LoadError
+from qwq_mlx.errors import LoadError, OptionError
 from qwq_mlx.model.architecture import Qwen2Config, check_tensors, tensor_shapes
+from qwq_mlx.quant.modes import Packing
 
 __all__ = ["Packing", "check_layout", "packings"]
 
-_BITS = (2, 3, 4, 5, 6, 8)
-_GROUPS = (32, 64, 128)
 _FLOATS = ("BF16", "F16", "F32")
 _MAX_NAMES = 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packing:
-    """How one matrix is packed: bits per weight and weights per group."""
-
-    bits: int
-    group_size: int
 
 
 def packings(
@@ -38,7 +29,7 @@ def packings(
     """Matrix path (without ".weight") -> its packing; a matrix that stays whole is not in it.
 
     found: the names of the folder's tensors; a matrix is packed when its scales are there, as mlx-lm decides it.
-    Raises LoadError for settings that MLX's affine mode does not have.
+    Raises LoadError for settings that MLX does not have.
     """
     settings = config_json.get("quantization")
     if settings is None:
@@ -62,16 +53,12 @@ def packings(
 def _packing(settings: Any, name: str, where: str) -> Packing:
     if not isinstance(settings, Mapping):
         raise LoadError(f"{where}: quantization of {name} is {settings!r}, expected an object or false.")
-    mode = settings.get("mode", "affine")
-    if mode != "affine":
-        raise LoadError(f"{where}: quantization mode of {name} is {mode!r}, expected 'affine', the one qwq_mlx runs.")
-    for field, allowed in (("bits", _BITS), ("group_size", _GROUPS)):
-        value = settings.get(field)
-        if type(value) is not int or value not in allowed:
-            raise LoadError(
-                f"{where}: {field} of {name} is {value!r}, expected one of {allowed}. Convert the source again."
-            )
-    return Packing(bits=settings["bits"], group_size=settings["group_size"])
+    bits: Any = settings.get("bits")
+    group_size: Any = settings.get("group_size")
+    try:
+        return Packing(mode=settings.get("mode", "affine"), bits=bits, group_size=group_size)
+    except OptionError as error:
+        raise LoadError(f"{where}: quantization of {name}: {error} Convert the source again.") from error
 
 
 def check_layout(
@@ -86,7 +73,7 @@ def check_layout(
     Raises LoadError naming every tensor that is missing, unknown, misshaped, or of another type.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    codes = set()
+    dtypes: dict[str, tuple[str, ...]] = {}
     for name, shape in tensor_shapes(config).items():
         path = name.removesuffix(".weight")
         packing = packed.get(path)
@@ -99,14 +86,17 @@ def check_layout(
                 f"{where}: {name} has {columns} columns, which groups of {packing.group_size} at {packing.bits} bits "
                 "do not divide. Convert the source again."
             )
-        codes.add(name)
-        shapes[name] = (rows, columns * packing.bits // 32)
-        shapes[f"{path}.scales"] = shapes[f"{path}.biases"] = (rows, columns // packing.group_size)
+        shapes[name], dtypes[name] = (rows, columns * packing.bits // 32), ("U32",)
+        shapes[f"{path}.scales"] = (rows, columns // packing.group_size)
+        if packing.is_affine:
+            shapes[f"{path}.biases"] = shapes[f"{path}.scales"]
+        else:
+            dtypes[f"{path}.scales"] = ("U8",)
     check_tensors(shapes, {name: shape for name, (_, shape) in found.items()}, where=where)
     wrong = [
-        f"{name} {dtype}, expected {'U32' if name in codes else ' or '.join(_FLOATS)}"
+        f"{name} {dtype}, expected {' or '.join(dtypes.get(name, _FLOATS))}"
         for name, (dtype, _) in sorted(found.items())
-        if dtype not in (("U32",) if name in codes else _FLOATS)
+        if dtype not in dtypes.get(name, _FLOATS)
     ]
     if wrong:
         more = f" and {len(wrong) - _MAX_NAMES:,} more" if len(wrong) > _MAX_NAMES else ""

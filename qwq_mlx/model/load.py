@@ -193,7 +193,7 @@ def pack_module(module: Any, packed: Mapping[str, Packing], prefix: str = "") ->
 
 def packing_arguments(packing: Packing) -> dict[str, Any]:
     """A packing as the arguments of MLX's quantized functions."""
-    return {"group_size": packing.group_size, "bits": packing.bits}
+    return {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
 
 
 def _load_weights(files: ModelFolder, compute_type: ComputeType) -> Any:
@@ -220,6 +220,5 @@ def _map_shard(shard: Header, compute_type: ComputeType) -> dict[str, Any]:
     except (RuntimeError, ValueError) as error:
         raise LoadError(f"{shard.path}: MLX cannot read it ({error}). Convert or fetch the model again.") from error
     dtype = getattr(mx, compute_type)
-    return {
-        name: arrays[name] if arrays[name].dtype == mx.uint32 else arrays[name].astype(dtype) for name in shard.tensors
-    }
+    whole = (mx.uint32, mx.uint8)  # codes, and the scales of modes other than affine
+    return {name: arrays[name] if arrays[name].dtype in whole else arrays[name].astype(dtype) for name in shard.tensors}

@@ -271,7 +271,8 @@ def _weights_bytes(config: Qwen2Config, packed: Mapping[str, Packing], float_byt
         if packing is None:
             total += n_weights * float_bytes
         else:
-            total += n_weights * packing.bits // 8 + 2 * float_bytes * (n_weights // packing.group_size)
+            group_bytes = 2 * float_bytes if packing.is_affine else 1
+            total += n_weights * packing.bits // 8 + group_bytes * (n_weights // packing.group_size)
     return total
 
 
@@ -282,7 +283,7 @@ def _load_bytes(model: ModelFolder | ModelShape, float_bytes: int) -> int:
     groups: dict[str, int] = {}
     for name, (_, entry) in model.checkpoint.tensors.items():
         size = entry.end - entry.start
-        is_cast = entry.dtype != "U32" and size != math.prod(entry.shape) * float_bytes
+        is_cast = entry.dtype not in ("U32", "U8") and size != math.prod(entry.shape) * float_bytes
         group = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else ""
         groups[group] = groups.get(group, 0) + (size if is_cast else 0)
     return max(groups.values())

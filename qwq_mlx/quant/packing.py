@@ -15,50 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwq_mlx.errors import OptionError
+from qwq_mlx.quant.modes import MODES, Packing
 
 __all__ = ["DTYPES", "FITS", "MODES", "Packed", "Packing", "float_values", "pack_groups", "round_to", "unpack_codes"]
-
-MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
-    "mxfp4": ((4,), (32,)),
-    "nvfp4": ((4,), (16,)),
-    "mxfp8": ((8,), (32,)),
-}
-"""Mode -> the bits and the group sizes that MLX has for it (affine has 1 bit too, which no model survives)."""
 
 FITS = ("min-max", "least-squares", "calibrated")
 """Ways to choose scale, bias and codes (qwq_mlx.quant.fit); a recipe names one. Modes beside affine have the first."""
 
 DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 """Weight dtypes, in safetensors spelling -> the numpy dtype that holds them; bfloat16 travels as its 16 bits."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packing:
-    """How one matrix is packed.
-
-    mode: a key of MODES. bits: per weight. group_size: neighbours along the input axis that share a scale.
-    Raises OptionError for a combination that MLX does not have.
-    """
-
-    mode: str = "affine"
-    bits: int = 4
-    group_size: int = 64
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise OptionError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}.")
-        all_bits, groups = MODES[self.mode]
-        for name, value, allowed in (("bits", self.bits, all_bits), ("group_size", self.group_size, groups)):
-            if type(value) is not int or value not in allowed:
-                listed = ", ".join(map(str, allowed))
-                raise OptionError(f"{name} is {value!r}, expected {listed} in mode {self.mode!r}.")
-
-    @property
-    def is_affine(self) -> bool:
-        """Whether weight = scale * code + bias; the other modes have 8-bit scales and no bias."""
-        return self.mode == "affine"
 
 
 @dataclass(frozen=True, slots=True)

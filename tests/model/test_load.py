@@ -199,7 +199,7 @@ def test_a_compute_type_that_does_not_exist_is_refused_first(tmp_path: Path) -> 
 
 
 def test_a_shard_that_mlx_cannot_read_is_named(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(path: str) -> None:
+    def fails(path: str, format: str) -> None:
         raise RuntimeError("[read] failed")
 
     monkeypatch.setattr(mx, "load", fails)
@@ -271,3 +271,19 @@ def test_the_folder_alone_can_be_opened_without_mlx(tiny_checkpoint: Path) -> No
     )
     assert in_child(script, str(tiny_checkpoint)) == "bf16 weights []\n"
     assert open_model_folder(tiny_checkpoint).packed == {}
+
+
+@pytest.mark.parametrize("recipe", ["mxfp4", "nvfp4", "mxfp8"])
+def test_other_modes_give_the_logits_of_mlx_lm(tiny_checkpoint: Path, tmp_path: Path, recipe: str) -> None:
+    from mlx_lm.utils import load_model as load_theirs
+
+    from qwq_mlx import convert_checkpoint
+
+    folder = tmp_path / recipe
+    convert_checkpoint(tiny_checkpoint, folder, recipe=recipe)
+    model = load_model(folder)
+    assert model.weights.startswith(f"{recipe} ")
+    theirs, _ = load_theirs(folder)
+    theirs.set_dtype(mx.float32)
+    ids = mx.array([[3, 1, 4, 1, 5]])
+    assert mx.array_equal(model.module(ids), theirs(ids))

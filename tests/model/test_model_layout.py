@@ -52,6 +52,18 @@ def test_a_conversion_of_any_affine_width_passes(bits: int) -> None:
     assert check({**GLOBAL, "bits": bits}, found) == dict.fromkeys(MATRICES, Packing(bits=bits, group_size=64))
 
 
+@pytest.mark.parametrize(("mode", "bits", "group_size"), [("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32)])
+def test_a_conversion_of_any_other_mode_has_byte_scales_and_no_biases(mode: str, bits: int, group_size: int) -> None:
+    found = packed(dict.fromkeys(MATRICES, bits), group_size)
+    for path in MATRICES:
+        del found[f"{path}.biases"]
+        found[f"{path}.scales"] = ("U8", found[f"{path}.scales"][1])
+    settings = {"mode": mode, "bits": bits, "group_size": group_size}
+    assert check(settings, found) == dict.fromkeys(MATRICES, Packing(**settings))
+    with pytest.raises(LoadError, match=f"{DOWN}.scales BF16, expected U8"):
+        check(settings, found | {f"{DOWN}.scales": ("BF16", found[f"{DOWN}.scales"][1])})
+
+
 def test_entries_by_name_win_over_the_entry_for_all() -> None:
     bits = dict.fromkeys(MATRICES, 4) | {DOWN: 8}
     result = check({**GLOBAL, DOWN: {"bits": 8, "group_size": 64}}, packed(bits))
@@ -74,11 +86,12 @@ def test_a_matrix_without_scales_stays_whole_as_mlx_lm_reads_it() -> None:
             "names 'model.layers.9.mlp.down_proj', which is no matrix",
         ),
         ({**GLOBAL, DOWN: True}, f"quantization of {DOWN} is True, expected an object or false"),
-        ({**GLOBAL, "mode": "mxfp4"}, "quantization mode of quantization is 'mxfp4', expected 'affine'"),
-        ({**GLOBAL, "bits": 7}, "bits of quantization is 7, expected one of"),
-        ({**GLOBAL, DOWN: {"bits": "4", "group_size": 64}}, f"bits of {DOWN} is '4', expected one of"),
-        ({**GLOBAL, "group_size": 16}, "group_size of quantization is 16, expected one of"),
-        ({"bits": 4}, "group_size of quantization is None, expected one of"),
+        ({**GLOBAL, "mode": "gguf"}, "quantization of quantization: mode is 'gguf', expected one of affine, mxfp4"),
+        ({**GLOBAL, "mode": "mxfp4"}, "group_size is 64, expected 32 in mode 'mxfp4'. Convert the source again"),
+        ({**GLOBAL, "bits": 7}, "quantization of quantization: bits is 7, expected 2, 3, 4, 5, 6, 8 in mode 'affine'"),
+        ({**GLOBAL, DOWN: {"bits": "4", "group_size": 64}}, f"quantization of {DOWN}: bits is '4', expected 2, 3"),
+        ({**GLOBAL, "group_size": 16}, "group_size is 16, expected 32, 64, 128 in mode 'affine'"),
+        ({"bits": 4}, "group_size is None, expected 32, 64, 128 in mode 'affine'"),
     ],
 )
 def test_settings_that_mlx_does_not_have_are_refused(settings: Any, text: str) -> None:

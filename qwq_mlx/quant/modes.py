@@ -1,0 +1,47 @@
+"""The ways MLX has to pack a matrix: mode, bits and group, refused where MLX has no such thing.
+
+Does not: import numpy or MLX, so that a plan from headers alone stays light; `packing` has the bits and bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwq_mlx.errors import OptionError
+
+__all__ = ["MODES", "Packing"]
+
+MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "nvfp4": ((4,), (16,)),
+    "mxfp8": ((8,), (32,)),
+}
+"""Mode -> the bits and the group sizes that MLX has for it (affine has 1 bit too, which no model survives)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """How one matrix is packed.
+
+    mode: a key of MODES. bits: per weight. group_size: neighbours along the input axis that share a scale.
+    Raises OptionError for a combination that MLX does not have.
+    """
+
+    mode: str = "affine"
+    bits: int = 4
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise OptionError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}.")
+        all_bits, groups = MODES[self.mode]
+        for name, value, allowed in (("bits", self.bits, all_bits), ("group_size", self.group_size, groups)):
+            if type(value) is not int or value not in allowed:
+                listed = ", ".join(map(str, allowed))
+                raise OptionError(f"{name} is {value!r}, expected {listed} in mode {self.mode!r}.")
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether weight = scale * code + bias; the other modes have 8-bit scales and no bias."""
+        return self.mode == "affine"
