@@ -142,3 +142,9 @@ def test_nothing_is_swallowed_and_nothing_executed(path: Path) -> None:
 def test_every_room_and_file_says_what_it_is_for() -> None:
     for path in FILES:
         assert ast.get_docstring(_tree(path)), _name(path)
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by name, and a second one of a name is an error that only the whole run shows."""
+    names = [path.name for path in (PACKAGE.parent / "tests").rglob("*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
