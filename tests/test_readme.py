@@ -69,7 +69,7 @@ def test_the_python_prints_what_the_readme_says(
     program, printed = re.findall(r"```(?:python|text)\n(.*?)```", after, re.DOTALL)[:2]
     convert_checkpoint(FOLDER, tmp_path / "conversions" / "pocket-4bit", recipe="pocket-4bit")
     monkeypatch.chdir(tmp_path)
-    exec(compile(program, "README.md", "exec"), {})  # noqa: S102 - the text is the repository's own
+    exec(compile(program, "README.md", "exec"), {})
     assert capsys.readouterr().out == printed
 
 

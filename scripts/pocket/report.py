@@ -9,12 +9,18 @@ Does not: train or score.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pocket.data import KINDS
 
 __all__ = ["write_readme"]
+
+_LOST = (
+    "Not shown: the record of the run that made these weights was lost with the machine it ran on. Training again "
+    "(`--stage train`, then `--stage readme`) draws it."
+)
 
 # Yao et al. 2023, arXiv 2305.10601, table 2: GPT-4 on rows 901 to 1000 of the same list.
 TREE_OF_THOUGHTS = (
@@ -29,11 +35,17 @@ PICTURE = "loss.svg"
 
 
 def write_readme(history: Path, folder: Path) -> None:
-    """Write README.md and the picture into `folder`, from `history` and folder/evaluation.json."""
-    told = json.loads(history.read_text(encoding="utf-8"))
+    """Write README.md and the picture into `folder`, from `history` and folder/evaluation.json.
+
+    Where there is no `history`, the README says so in place of the picture, and the recipe is the code's own.
+    """
     scores = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    _draw(told, folder / PICTURE)
-    (folder / "README.md").write_text(_text(told, scores), encoding="utf-8")
+    losses = _LOST
+    if history.exists():
+        told = json.loads(history.read_text(encoding="utf-8"))
+        _draw(told, folder / PICTURE)
+        losses = f"![training loss, nats per learned token over steps]({PICTURE})\n\n{_about_losses(told)}"
+    (folder / "README.md").write_text(_text(losses, scores), encoding="utf-8")
 
 
 def _draw(history: dict[str, Any], path: Path) -> None:
@@ -52,8 +64,11 @@ def _draw(history: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _text(history: dict[str, Any], scores: dict[str, Any]) -> str:
-    config, plan = history["config"], history["plan"]
+def _text(losses: str, scores: dict[str, Any]) -> str:
+    from pocket.model import CONFIG
+    from pocket.train import Plan
+
+    config, plan = CONFIG, asdict(Plan())
     settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in plan.items())
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in KINDS.items())
     return f"""# The pocket model: a reasoner small enough to ship
@@ -102,9 +117,7 @@ a plain search with at most five first moves into one output. The rows say how w
 
 ## Loss
 
-![training loss, nats per learned token over steps]({PICTURE})
-
-{_about_losses(history)}
+{losses}
 """
 
 
@@ -133,11 +146,5 @@ def _games(scores: dict[str, Any]) -> str:
 
 def _about_losses(history: dict[str, Any]) -> str:
     last, planned = history["losses"][-1], history["plan"]["steps"]
-    seconds = f"{last[2]:,.0f} s"
-    if last[0] >= planned - 100:
-        return f"All {planned:,} steps, {seconds}; the loss at the end is {last[1]:.2g}."
-    return (
-        "The record of the run that made these weights was lost with the machine it ran on. The picture is a second "
-        f"run of the same recipe and seed, cut off after {last[0]:,} of {planned:,} steps ({seconds}, loss "
-        f"{last[1]:.2g})."
-    )
+    whole = "" if last[0] >= planned - 100 else ", where the run was cut off"
+    return f"{last[0]:,} of {planned:,} steps{whole}; {last[2]:,.0f} s; the last loss is {last[1]:.2g}."
