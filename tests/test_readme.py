@@ -77,15 +77,15 @@ def test_every_file_that_the_readme_names_is_there() -> None:
     tree = re.search(r"## Files\n.*?```\n(.*?)```", TEXT, re.DOTALL)
     assert tree is not None
     stack: list[tuple[int, Path]] = []
-    named = []
+    named: list[Path] = []
     for line in tree.group(1).splitlines():
-        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        indent = len(line) - len(line.lstrip())
         while stack and stack[-1][0] >= indent:
             stack.pop()
-        path = (stack[-1][1] if stack else REPOSITORY) / name
-        named.append(path)
-        if name.endswith("/"):
-            stack.append((indent, path))
+        for name in re.split(r"\s{2,}", line.strip())[0].split():
+            named.append((stack[-1][1] if stack else REPOSITORY) / name)
+        if named[-1].is_dir():
+            stack.append((indent, named[-1]))
     assert len(named) > 30
     assert [str(path) for path in named if not path.exists()] == []
 
