@@ -40,7 +40,8 @@ def hook(event, arguments):
     elif event == "import":
         bad = inside(arguments[1], [HOSTILE])
     elif event == "ctypes.dlopen":
-        bad = inside(arguments[0], [HOSTILE])
+        # a bare name is looked for in the system's folders, never here; PyTorch's CUDA build asks for libdl so
+        bad = inside(arguments[0], [HOSTILE]) if "/" in str(arguments[0]) else ""
     elif event == "open" and isinstance(arguments[0], (str, bytes)):
         path, flags = os.fsdecode(arguments[0]), arguments[2]
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not inside(path, ALLOWED) and path != os.devnull:
@@ -51,7 +52,9 @@ def hook(event, arguments):
         is_checked_elsewhere = isinstance(arguments[0], int) or (event != "os.truncate" and arguments[-1] != -1)
         bad = "" if is_checked_elsewhere or inside(arguments[0], ALLOWED) else arguments[0]  # by its open
     elif event == "subprocess.Popen":
-        bad = "" if str(arguments[1][-1]).endswith("template_child.py") else str(arguments[1])
+        # the template's own child, and what PyTorch's CUDA build asks the system when it is imported
+        known = str(arguments[1][-1]).endswith("template_child.py") or arguments[1] == ["/sbin/ldconfig", "-p"]
+        bad = "" if known else str(arguments[1])
     elif event in ("socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "pickle.find_class", "pty.spawn"):
         bad = repr(arguments)
     if bad:
