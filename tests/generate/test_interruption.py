@@ -21,6 +21,7 @@ from qwq_mlx.generate.reasoner import load
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2]), "NO_COLOR": "1"}
 CTRL_C = b"\x03"
+N_STARTS = 6
 ASKED = QUESTION.strip()
 # Makes stdin the terminal that controls the process, so that its keys send signals.
 ON_TERMINAL = (
@@ -53,17 +54,30 @@ class Terminal:
         os.write(self._leader, keys)
 
     def wait_for(self, text: bytes, n: int = 1) -> None:
+        assert self.shows(text, n), self.shown
+
+    def shows(self, text: bytes, n: int = 1) -> bool:
+        """Whether the text comes n times before the process ends (or a minute is over)."""
         deadline = time.monotonic() + 60
         while self.shown.count(text) < n and time.monotonic() < deadline:
             if select.select([self._leader], [], [], 0.2)[0]:
-                self.shown += self._read()
-        assert self.shown.count(text) >= n, self.shown
+                if not (data := self._read()):
+                    break
+                self.shown += data
+        return self.shown.count(text) >= n
 
     def end(self) -> int:
         """The exit code, once everything was read."""
         while data := self._read():
             self.shown += data
         return self.process.wait(timeout=60)
+
+    def ends_within(self, seconds: float) -> bool:
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def close(self) -> None:
         self.process.kill()
@@ -86,12 +100,21 @@ def terminals() -> Iterator[list[Terminal]]:
 
 
 def start(terminals: list[Terminal], folder: Path, model: Path, *given: str) -> Terminal:
-    terminal = Terminal(folder, *given, model=model)
-    terminals.append(terminal)
-    terminal.wait_for(b"greedy")
-    terminal.type(CTRL_C)
-    terminal.wait_for(ASKED)
-    return terminal
+    """A run whose Ctrl-C was answered with the question.
+
+    About one key in ten, on a busy machine, the terminal shows ^C and the kernel sends nobody a signal (a handler's
+    wakeup descriptor stays empty): the run then ends as if nothing was typed, and another is started.
+    """
+    for _ in range(N_STARTS):
+        terminal = Terminal(folder, *given, model=model)
+        terminals.append(terminal)
+        terminal.wait_for(b"greedy")
+        terminal.type(CTRL_C)
+        if terminal.shows(ASKED):
+            return terminal
+        for path in folder.iterdir():
+            path.unlink()
+    raise AssertionError(terminal.shown)
 
 
 def test_answer_now_asks_for_the_answer_and_the_command_ends_well(
@@ -137,7 +160,10 @@ def test_save_writes_a_run_that_goes_on_under_a_name_with_the_time(
 
 def test_a_second_ctrl_c_ends_at_once(terminals: list[Terminal], tmp_path: Path, tiny_checkpoint: Path) -> None:
     terminal = start(terminals, tmp_path, tiny_checkpoint, "--save", "mine")
-    terminal.type(CTRL_C)
+    for _ in range(N_STARTS):  # a lost key leaves the question open
+        terminal.type(CTRL_C)
+        if terminal.ends_within(5):
+            break
     assert terminal.end() == 130, terminal.shown
     assert b"interrupted: at once" in terminal.shown and b"Traceback" not in terminal.shown
     assert list(tmp_path.iterdir()) == []
