@@ -243,7 +243,7 @@ def _parts(text: str) -> tuple[str, list[str]]:
             return ("set" if text[0] == "{" else text[0] + text[-1]), parts
         if text[0] == "{":
             return "set", parts
-    parts = _at_commas(re.sub(r"\s(?:and|or)\s|\\text\s*\{\s*(?:and|or)\s*\}", ", ", text))
+    parts = _at_commas(re.sub(r",?\s(?:and|or)\s|\\text\s*\{\s*(?:and|or)\s*\}", ", ", text))
     if len(parts) > 1 and all(part.strip() for part in parts):
         return "list", parts
     return ("list", [text]) if "\\pm" in text or "±" in text else ("one", [text])

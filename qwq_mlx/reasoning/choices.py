@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["Choices", "choose", "offered"]
+__all__ = ["Choices", "choose", "named_letter", "offered"]
 
 Choices = tuple[tuple[str, str], ...]
 """(label, plain text) of each choice, in order: ("C", "jupiter")."""
@@ -22,6 +22,8 @@ _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 _ORDINAL = re.compile(
     rf"(?:the )?({'|'.join(_ORDINALS)})(?: (?:option|choice|answer|statement|one)\b.*)?", re.I | re.DOTALL
 )
+_LETTERED = re.compile(r"(?:\(|\b[Oo]ption |\b[Cc]hoice |选项?)\s*([A-J])(?![A-Za-z'’])")
+_BARE = re.compile(r"(?<![A-Za-z'’-])([B-HJ])(?![A-Za-z'’-])")
 _MAX_OFFER = 8_000  # characters at a prompt's end in which its choices stand
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")  # each Han character is a word
 
@@ -46,8 +48,23 @@ def choose(value: str, choices: Choices, *, is_part: bool = False) -> str | None
     if ordinal and _ORDINALS.index(ordinal[1].lower()) < len(choices):
         return choices[_ORDINALS.index(ordinal[1].lower())][0]
     plain = f" {_plain(re.sub(r'^[(]?(?:[A-J]|[0-9]{1,2})[.):] +', '', value.strip()))} "
+    named = re.fullmatch(r"(.+?)\s*[(\uff08]([A-J])[)\uff09]", value.strip(), re.DOTALL)
+    if named and f" {_plain(named[1])} " in {f" {text} " for label, text in choices if label == named[2]}:
+        return named[2]
     fitting = [label for label, text in choices if plain == f" {text} " or (is_part and f" {text} " in plain)]
     return fitting[0] if len(fitting) == 1 else None
+
+
+def named_letter(text: str, choices: Choices, *, is_bare: bool) -> str | None:
+    """The one label among a prompt's choices that a sentence names by its letter: "(B)", "option B".
+
+    is_bare: a letter alone counts too, but for "A" and "I", which are words.
+    """
+    labels = {label for label, _ in choices if label.isalpha()}
+    named = {found[1] for found in _LETTERED.finditer(text)} & labels
+    if is_bare:
+        named |= set(_BARE.findall(text)) & labels
+    return named.pop() if len(named) == 1 else None
 
 
 def _run(found: list[tuple[str, str]]) -> Choices:

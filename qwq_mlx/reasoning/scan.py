@@ -20,10 +20,13 @@ MAX_VALUE = 2048
 _REACH = 48
 _KEPT = 4096
 _HEADING = (
-    r"(?:\*\*|#{1,4} ?(?:\*\*)?)(?:the )?(?:final (?:answer|solution|result|code)|answer[*:]|最终答案|答案|最终解答)"
+    r"(?:\*\*|#{1,4} ?(?:\*\*)?)(?:step \d{1,2}[:.] ?)?(?:the )?"
+    r"(?:final (?:answer|solution|result|code)|answer[*:]|最终答案|答案|最终解答)"
     r"|\\(?:text|math)bf\{final answer"
 )
-_HEADING_LINE = re.compile(r"#{1,4} ?answer\s*", re.IGNORECASE)
+_HEADING_LINE = re.compile(
+    r"#{1,4} ?answer\s*|(?:the )?final (?:answer|solution):?\s*|最终答案[:\uff1a]?\s*", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,21 +14,18 @@ beginning of a line and says something else after it is split there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
-
-from qwq_mlx.reasoning.choices import choose, offered
+from qwq_mlx.reasoning.choices import choose, named_letter, offered
+from qwq_mlx.reasoning.closing import concluded, displayed, said_yes_or_no, unmarked
+from qwq_mlx.reasoning.fences import Fences
+from qwq_mlx.reasoning.found import Candidate, Kind, Place, Segment, Split
+from qwq_mlx.reasoning.parts import begins_explanation, is_example, is_item, part_of
 from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.reasoning.scan import Mark, Scanner
-from qwq_mlx.reasoning.statement import announces, asks_for_code, concluded, requested_tags, revises, stated, unmarked
+from qwq_mlx.reasoning.statement import announces, asks_for_code, asks_yes_or_no, requested_tags, revises, stated
 
 __all__ = ["Kind", "Segment", "Split", "Splitter"]
 
-Segment = Literal["thinking", "answer"]
-Kind = Literal["heading", "tag", "box", "closed", "sentence", "code", "paragraph", "none"]
-
 _PIECE = 1024  # characters scanned at once
-_CAPTURED = 16_384  # characters of a conclusion that are kept to find a value without a box in it
 _FAR = 1_500  # characters after a mark from which on it is less likely to be the last word
 _SHORT = 200  # characters of a line that can be an answer by itself
 _BESIDE = 24  # characters between two boxes that belong together: \boxed{2} and \boxed{3}
@@ -47,59 +44,6 @@ _SURE: dict[Kind, float] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """Where the answer is.
-
-    thinking, conclusion: (start, end) in token indices, end not included; conclusion is None where the text never
-    concludes. thinking_chars, conclusion_chars: the same in characters, without the thinking's own tags.
-    answer: the extracted value as written (a box's or tag's content, a stated value), None where there is none.
-    confidence: 0 to 1, how sure it is that this is the model's last word. kind: what it was told by.
-    is_revised: the text went on to doubt the answer without giving another.
-    """
-
-    thinking: tuple[int, int]
-    conclusion: tuple[int, int] | None
-    thinking_chars: tuple[int, int]
-    conclusion_chars: tuple[int, int] | None
-    answer: str | None
-    confidence: float
-    kind: Kind
-    is_revised: bool = False
-
-
-@dataclass(slots=True)
-class _Place:
-    """A character and the token that holds it; token is None until that character arrives."""
-
-    char: int
-    token: int | None
-
-
-@dataclass(slots=True)
-class _Candidate:
-    """What may be the answer: where its conclusion starts, its value, and the end of its last mark."""
-
-    kind: Kind
-    place: _Place
-    end: int
-    value: str | None = None
-    text: list[str] = field(default_factory=list)
-    n_captured: int = 0
-    is_revised: bool = False
-
-    def capture(self, text: str) -> None:
-        """Keep the beginning of what follows: the answer may stand there without a box."""
-        if self.n_captured < _CAPTURED:
-            self.text.append(text)
-            self.n_captured += len(text)
-
-    @property
-    def captured(self) -> str:
-        """What follows, cut to the same length however it arrived."""
-        return "".join(self.text)[:_CAPTURED]
-
-
 class Splitter:
     """Splits one output. `prompt` is the whole templated prompt's text, or the question's; None where it is unknown.
 
@@ -114,22 +58,28 @@ class Splitter:
         self._choices = offered(prompt or "")
         self._n_tokens = 0
         self._token_start = 0  # character at which the current token's text begins
-        self._pending: list[_Place] = []
+        self._pending: list[Place] = []
         start = self._place(0)
         self._line = self._previous = self._sentence = start
-        self._strong: _Candidate | None = None
-        self._weak: _Candidate | None = None
+        self._strong: Candidate | None = None
+        self._weak: Candidate | None = None
         self._is_announced = self._is_introducing = False
+        self._part = 0  # of a question in several parts: the number that a line began with, since the heading
+        self._is_yes_or_no = asks_yes_or_no(prompt or "")
         # The last code block, which is the answer where code was asked for and nothing is marked.
         self._expects_code = prompt is None or asks_for_code(prompt)
-        self._block: _Candidate | None = None
-        self._code: _Candidate | None = None
+        self._fences = Fences()
+        self._block = start
+        self._before = ""  # the last line that was not blank
+        self._is_example = False  # the block shows how another is used
+        self._code: Candidate | None = None
+        self._fenced: Candidate | None = None  # a box in a code block counts where nothing else does
         self._thinking_chars = [0, 0]
         # With tags: what follows the thinking. A prompt that does not open the thinking gets an answer at once.
-        self._reply: _Candidate | None = None
+        self._reply: Candidate | None = None
         self._is_closed = False
         if profile.has_tags and prompt is not None and not prompt.rstrip().endswith(profile.open_tag or ""):
-            self._reply = _Candidate("closed", start, 0)
+            self._reply = Candidate("closed", start, 0)
 
     def feed(self, text: str) -> Segment:
         """Take the text that one token released ("" if none yet); returns the part it belongs to as far as known."""
@@ -201,9 +151,9 @@ class Splitter:
         for mark in self._scanner.feed(text):
             self._take(mark)
 
-    def _place(self, char: int) -> _Place:
+    def _place(self, char: int) -> Place:
         is_here = self._token_start <= char < self._scanner.n_chars
-        place = _Place(char, self._n_tokens if is_here else None)
+        place = Place(char, self._n_tokens if is_here else None)
         if not is_here:
             self._pending.append(place)
         return place
@@ -223,10 +173,25 @@ class Splitter:
         elif self._profile.has_tags and self._reply is None:
             pass  # a box in a thinking that is not closed yet
         elif mark.kind == "heading":
-            self._strong, self._weak = _Candidate("heading", self._line, mark.end), None
-            self._strong.capture(self._scanner.tail(mark.end))
-        elif mark.kind in ("box", "tag"):
-            self._take_value("box" if mark.kind == "box" else "tag", mark)
+            self._take_heading(mark)
+        elif mark.kind == "box":
+            self._take_box(mark)
+        elif mark.kind == "tag":
+            self._take_value("tag", mark)
+
+    def _take_heading(self, mark: Mark) -> None:
+        if self._fences.is_open:
+            if self._scanner.tail(mark.start).lstrip().startswith("#"):
+                return  # a comment in code
+            self._fences.close()
+        self._strong, self._weak, self._part = Candidate("heading", self._line, mark.end), None, 0
+        self._strong.capture(self._scanner.tail(mark.end))
+
+    def _take_box(self, mark: Mark) -> None:
+        if self._fences.is_open:
+            self._fenced = Candidate("box", self._line, mark.end, mark.value.strip())
+        elif self._strong is None or self._strong.is_revised or not self._is_explaining(self._strong):
+            self._take_value("box", mark)
 
     def _open(self, mark: Mark) -> None:
         """The thinking opens; behind an answer only at the beginning of a line, or it is a quotation."""
@@ -244,38 +209,42 @@ class Splitter:
         self._thinking_chars[1] = mark.start
         self._line = self._previous = self._sentence = self._place(mark.end)
         self._strong = self._weak = None
-        self._reply = _Candidate("closed", self._line, mark.end)
+        self._reply = Candidate("closed", self._line, mark.end)
         self._reply.capture(self._scanner.tail(mark.end))
+
+    def _is_explaining(self, strong: Candidate) -> bool:
+        is_later = strong.value is not None and strong.end <= self._line.char
+        return strong.is_explained or (is_later and begins_explanation(self._scanner.line))
 
     def _take_line(self, line: str, end: int, *, is_whole: bool = True) -> None:
         """A line is complete: it may take the answer back, state one, or be the answer that the last one announced."""
         strong = self._strong
-        if strong and strong.end <= self._line.char and revises(line, strictly=strong.value is None):
-            strong.is_revised = True
+        if strong and strong.end <= self._line.char:
+            strong.is_revised |= revises(line, strictly=strong.value is None)
+            strong.is_explained |= strong.value is not None and begins_explanation(line)
+        self._part = part_of(line) or self._part
         if is_whole and (strong is None or strong.is_revised):
             value, start = stated(line), self._line
             if value is None and self._is_announced and line.strip() and len(line) <= _SHORT:
                 value, start = unmarked(line), self._previous
             if value is not None:
-                self._weak = _Candidate("sentence", start, end, value)
+                self._weak = Candidate("sentence", start, end, value)
+        self._take_code(line, end)
         if line.strip():
-            self._take_code(line, end)
+            self._before = line
             self._is_announced = announces(line)
             self._is_introducing = line.rstrip().endswith((":", "："))
 
     def _take_code(self, line: str, end: int) -> None:
         """A line of text or code: fences open and close a block."""
-        is_fence = line.lstrip().startswith("```")
-        if self._block is None:
-            if is_fence and self._expects_code:
-                self._block = _Candidate("code", self._previous if self._is_introducing else self._line, end)
-        elif is_fence:
-            code = self._block.captured.strip("\n")
-            if code:
-                self._code = _Candidate("code", self._block.place, end, code)
-            self._block = None
-        else:
-            self._block.capture(line.rstrip("\n") + "\n")
+        was_open = self._fences.is_open
+        code = self._fences.take(line.removesuffix("\n"))
+        if self._fences.is_open and not was_open:
+            self._block = self._previous if self._is_introducing else self._line
+            self._is_example = is_example(self._before)
+        if code is not None and self._expects_code and not (self._is_example and self._code is not None):
+            told = stated(code) if "\n" not in code else None
+            self._code = Candidate("code", self._block, end, told or code)
 
     def _take_value(self, kind: Kind, mark: Mark) -> None:
         value = mark.value.strip()
@@ -285,30 +254,38 @@ class Splitter:
         if strong and mark.kind == "tag" and mark.start < strong.end:  # a box in the tag is its value
             strong.end, strong.kind = mark.end, "tag" if strong.kind == "box" else strong.kind
             return
-        if strong and not strong.is_revised and (strong.kind == "heading" or strong.end > self._line.char):
-            strong.value = self._joined(strong, value, mark)
-            strong.end = mark.end
+        part = part_of(self._scanner.line) or self._part
+        is_next = strong is not None and (0 < strong.part == part - 1 or self._is_next_item(strong))
+        if strong and not strong.is_revised and (is_next or strong.kind == "heading" or strong.end > self._line.char):
+            strong.value = f"{strong.value}, {value}" if is_next else self._joined(strong, value, mark)
+            strong.end, strong.part = mark.end, part if is_next or part == 1 else 0
             return
         start = self._previous if self._is_announced else self._sentence
-        self._strong, self._weak = _Candidate(kind, start, mark.end, value), None
+        self._strong, self._weak = Candidate(kind, start, mark.end, value, part=part if part == 1 else 0), None
 
-    def _joined(self, strong: _Candidate, value: str, mark: Mark) -> str:
+    def _is_next_item(self, strong: Candidate) -> bool:
+        """Whether this box and the last one stand in neighbouring items of the conclusion's list."""
+        is_list = strong.kind == "heading" and is_item(self._scanner.line) and is_item(self._before)
+        return is_list and self._previous.char < strong.end <= self._line.char
+
+    def _joined(self, strong: Candidate, value: str, mark: Mark) -> str:
         """Boxes side by side in one line are one answer, unless they are equal; otherwise the last box counts."""
         gap = mark.start - strong.end
         is_beside = strong.value is not None and strong.end > self._line.char and 0 <= gap <= _BESIDE
         if not is_beside or value == strong.value or "\\boxed" not in self._scanner.tail(mark.start):
             return value
         between = self._scanner.tail(strong.end)[:gap].strip(" $")
-        return value if between.startswith(("=", "\\approx", "or")) else f"{strong.value}, {value}"
+        is_same = between.startswith(("=", "\\approx")) or (between.startswith("or") and "=" not in between)
+        return value if is_same else f"{strong.value}, {value}"
 
     def _take_open_tag(self) -> None:
         """An answer tag that the text, or a stop string, ended before it was closed: "<answer>5"."""
         text = self._scanner.open_tag_text.strip()
         if text and len(text) <= _SHORT and "\n" not in text and not text.lower().startswith("tag"):
             end = self._scanner.n_chars
-            self._strong, self._weak = _Candidate("tag", self._sentence, end, text), None
+            self._strong, self._weak = Candidate("tag", self._sentence, end, text), None
 
-    def _best(self, is_ended: bool) -> _Candidate | None:
+    def _best(self, is_ended: bool) -> Candidate | None:
         """The candidate that is the model's last word, its value filled in."""
         strong, weak = self._strong, self._weak
         if self._profile.has_tags and self._reply is None:
@@ -323,23 +300,43 @@ class Splitter:
                 return strong
             return weak
         if strong is not None:
-            return strong
+            return self._later(strong) if strong.is_revised and is_ended else strong
         code = self._code
         if code is not None and is_ended and (weak is None or code.end > weak.end):
             return code
         if weak is not None and (is_ended or not self._is_far(weak)):
             return weak
+        if self._fenced is not None:
+            return self._fenced
         if self._reply is not None:
             self._reply.value = self._labelled(unmarked(self._reply.captured))
             return self._reply
         if is_ended and self._scanner.n_chars:
             last = self._line if self._scanner.line.strip() else self._previous
-            text = self._scanner.tail(last.char)
-            value = choose(text, self._choices, is_part=True) if self._choices else concluded(text)
-            return _Candidate("paragraph", last, self._scanner.n_chars, value)
+            return Candidate("paragraph", last, self._scanner.n_chars, self._guessed(self._scanner.tail(last.char)))
         return None
 
-    def _unboxed(self, strong: _Candidate, is_ended: bool) -> str | None:
+    def _later(self, strong: Candidate) -> Candidate:
+        """Of an answer that was taken back: what the last paragraph comes to, where it comes to something else."""
+        last = self._line if self._scanner.line.strip() else self._previous
+        value = self._guessed(self._scanner.tail(last.char)) if last.char >= strong.end else None
+        if value is None or value == strong.value:
+            return strong
+        return Candidate("paragraph", last, self._scanner.n_chars, value)
+
+    def _guessed(self, text: str) -> str | None:
+        """What the last paragraph of an output comes to that marks no answer."""
+        if self._choices:
+            return (
+                named_letter(text, self._choices, is_bare=False)
+                or choose(text, self._choices, is_part=True)
+                or named_letter(text, self._choices, is_bare=True)
+            )
+        if self._is_yes_or_no and (value := said_yes_or_no(text)) is not None:
+            return value
+        return concluded(text) or displayed(self._scanner.tail(0))
+
+    def _unboxed(self, strong: Candidate, is_ended: bool) -> str | None:
         """What a conclusion without a box says; of a cut one only its whole lines count, and an open box is none."""
         if self._scanner.is_inside:
             return None
@@ -352,7 +349,7 @@ class Splitter:
         """An answer in words that repeats one of the prompt's choices, as its label; boxes and tags stay as written."""
         return value and (choose(value, self._choices) or value)
 
-    def _confidence(self, best: _Candidate) -> float:
+    def _confidence(self, best: Candidate) -> float:
         sure = _SURE[best.kind]
         if best.value is None:
             sure *= 0.2
@@ -362,5 +359,5 @@ class Splitter:
             sure *= 0.3 if best.kind == "sentence" else 0.7
         return round(sure, 3)
 
-    def _is_far(self, candidate: _Candidate) -> bool:
+    def _is_far(self, candidate: Candidate) -> bool:
         return self._scanner.n_chars - candidate.end > _FAR

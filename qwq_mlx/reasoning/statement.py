@@ -10,23 +10,36 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["MAX_LINE", "announces", "asks_for_code", "concluded", "requested_tags", "revises", "stated", "unmarked"]
+__all__ = [
+    "MAX_LINE",
+    "announces",
+    "asks_for_code",
+    "asks_yes_or_no",
+    "requested_tags",
+    "revises",
+    "stated",
+    "value_of",
+]
 
 MAX_LINE = 1024
 """Characters of a line that are looked at, from its end."""
 
-_NOUN = r"(?:answer|option|choice|solution|result|conclusion)"
-_IS = r"(?:is|are|was|should be|must be|would be|will be|has to be|seems to be|appears to be|remains|becomes)"
+_NOUN = r"(?:answers?|option|choice|solutions?|results?|conclusion)"
+_IS = (
+    r"(?:is|are|was|were|equals|should be|must be|would be|will be|has to be|seems to be|appears to be|remains|becomes"
+    r"|(?:come|turn|work)s? out (?:to be|as|at|to)|ends up (?:being|as))"
+)
 _STATED = re.compile(
-    rf"(?:^\W{{0,8}}|\b(?:the|my|our|this)\s+)(?:(?:final|correct|right|best|only|required|desired|overall|same)\s+){{0,2}}{_NOUN}"
-    rf"(?:\s+(?:here|then|to (?:the|this) (?:question|problem)|for (?:the|this) (?:question|problem)))?,?\s+"
-    rf"(?:(?:indeed|still|clearly|definitely|simply|therefore|thus|probably|likely)\s+)?{_IS}(?![\w-])"
+    r"(?:^\W{0,8}|\b(?:the|my|our|this)\s+)(?:(?:final|correct|right|best|only|required|desired|overall|same)\s+){0,2}"
+    rf"(?:{_NOUN}|(?<=correct )one|(?<=right )one)(?:\s+(?:here|then|(?:to|for) (?:the|this|our) (?:question|problem)"
+    r"|(?:that |which )?(?:i|we|you|they)(?:'re|'m| are| am| were)? [\w ]{1,24}))?,?(?:\s+|(?='s\s))"
+    rf"(?:(?:indeed|still|clearly|definitely|simply|therefore|thus|probably|likely)\s+)?(?:{_IS}|'s)(?![\w-])"
     r"(?:\s+(?:indeed|still|clearly|definitely|simply|that|therefore|thus|probably|likely|just))*"
     r"(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _LABELLED = re.compile(
-    r"^[^\w\n]{0,12}(?:(?:final|correct|the|my)\s+){0,2}(?:answer|solution|result)[\s*_]*[:=][\s*_]*(?P<rest>\S.*)",
+    r"^[^\w\n]{0,12}(?:(?:final|correct|the|my)\s+){0,2}(?:answers?|solution|result)[\s*_]*[:=][\s*_]*(?P<rest>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _JSON = re.compile(r'"(?:final_)?answer"\s*:\s*(?P<rest>"(?:[^"\\]|\\.)*"|[-\w.]+)', re.IGNORECASE)
@@ -38,7 +51,8 @@ _CHOSEN = re.compile(
 _PICKED = re.compile(
     r"\b(?:i|we)(?:'ll|'d| will| would)?\s+(?:choose|pick|select|go with|opt for)\s+(?:option\s+|choice\s+|answer\s+)?"
     r"\(?(?P<rest>[A-J])\)?\s*[.!]?\s*$"
-    r"|^(?:so|thus|therefore|hence),?\s+it(?:'s| is| must be)\s+(?:option\s+)?\(?(?P<bare>[A-J])\)?\s*[.!]?\s*$"
+    r"|^(?:so|thus|therefore|hence),?\s+it(?:'s| is| must be)\s+(?:option\s+)?\(?(?P<bare>[A-J])\)?\s*(?:[.!]?\s*$|,\s)"
+    r"|\bleav(?:es|ing)\s+(?:us with\s+|only\s+|just\s+){0,2}(?:option\s+|choice\s+)?\(?(?P<left>[A-J])\)?\s*[.!]?\s*$"
     r"|^#{3,4}\s*(?P<number>[-+]?\$?\d[\d,.]*)\s*$",  # as GSM8K writes its answers
     re.IGNORECASE,
 )
@@ -47,19 +61,20 @@ _CALLED_RIGHT = re.compile(
     r"the\s+(?:correct|right|best)\s+(?:answer|option|choice)|选项\s*[(\uff08]?(?P<chinese>[A-J])[)\uff09]?\s*(?:是|为)?正确",
     re.IGNORECASE,
 )
+_NAMED = re.compile(
+    r"(?:^|,\s+|\b(?:so|thus|hence|therefore|that makes|which makes|making)\s+)"
+    r"(?P<rest>[-+]?[$\\(\[]{0,2}[\w{][^\s,;]{0,60})"
+    r"(?:\s+(?:is|must be|should be)(?:\s+indeed)?)?\s+(?:the|my|our)\s+(?:final |correct |right )?answer\W*$"
+    r"|\b(?:to )?answer (?:the|this|your|our) question[:,]\s+(?P<told>\S.*)",
+    re.IGNORECASE,
+)
 _CHINESE = re.compile(
-    r"(?:(?:答案|结果|(?:正确|最佳)选项)(?:应该|应当|应|就)?(?:是|为|等于|选|[:\uff1a])|^答[:\uff1a])\s*(?P<rest>\S.*)",
+    r"(?:(?:答案|结果|(?:正确|最佳)的?(?:选项|答案))(?:应该|应当|应|就)?(?:是|为|等于|选择?|[:\uff1a])|^答[:\uff1a])\s*(?P<rest>\S.*)",
     re.DOTALL,
 )
 _CHINESE_CHOSEN = re.compile(
     r"(?<!不)选择?(?:答案|选项)?[:\uff1a]?\s*[(\uff08]?(?P<rest>[A-J])(?![A-Za-z])[)\uff09]?(?!\s*(?:错|不对|不正确|是错))"
 )
-_CONCLUDES = re.compile(
-    r"^[\s*_]*(?:(?:so|thus|therefore|hence|consequently|in conclusion|finally)\b|所以|因此|故|综上所述)"
-    r".{0,200}?(?:\b(?:is|are|equals?|has to be|must be)\s+|=\s*|是|为|等于)(?P<rest>\S.{0,80})$",
-    re.IGNORECASE | re.DOTALL,
-)
-_MARKED = re.compile(r"\*\*([^*\n]{1,80})\*\*|\$([^$\n]{1,80})\$|\\\(([^\n]{1,80}?)\\\)")
 
 _REVISES = re.compile(
     r"^[\s>*_-]*(?:(?:oh|ah|hmm+|no|but|and|so|well|okay|ok),?\s+)?"
@@ -73,18 +88,32 @@ _REVISES_STRICTLY = re.compile(
     r"^[\s>*_-]*(?:(?:oh|ah|hmm+|no|but|and|so|well|okay|ok),?\s+)?(?:wait\b|hold on\b|hmm+\b|等等|等一下|不对)",
     re.IGNORECASE,
 )
-_PART = re.compile(r"\(?(?:\d|[a-h]|i{1,3}|iv)[).:]\s")
-_MEASURED = re.compile(
-    r"[^\n]{1,120}?\s(?:is|are|equals?|=)\s+(?P<value>-?\$?\d[\d.,/]*(?<=\d)(?:\s?[^\W\d_%°]{1,12}|[%°]){0,2})[.。]?"
-)
 _ASKS_FOR_CODE = re.compile(
     r"\b(?:code|function|program|script|class|implement\w*|algorithm|python|javascript|java|sql|bash|rust|c\+\+)\b"
     r"|代码|函数|程序|编写",
     re.IGNORECASE,
 )
-_CODE = re.compile(r"```[^\n`]*\n(.*?)\n```", re.DOTALL)
 _NO_VALUE = re.compile(
     r"^(?:not\b|n't\b|correct\b|right\b|wrong\b|incorrect\b|clear\b|in the\b|to be\b|what\b|still\b$)", re.I
+)
+_HEDGE = re.compile(
+    r"^(?:(?:approximately|about|roughly|around|nearly|exactly|at|on|just|only|simply|indeed|equal to|given by)\s+)+"
+    r"(?=\S)",
+    re.I,
+)
+# What follows a value and says why: the value ends before it. Only behind a number, a formula or a short word.
+_REASON = re.compile(
+    r"(?<=[\d\w)$}*%\]]),?\s+(?:because|since|as (?:we|i|it|the|each|shown|found)|which|given that|due to"
+    r"|so (?:we|the|i)|where|rather than|instead of"
+    r"|or (?:about|approximately|roughly|equivalently|simply))\b"
+    r"|(?<=[\d)$}%\]]),\s+(?:not|as|but|and (?:not|we|i|this|that|it))\b",
+    re.I,
+)
+_YES_OR_NO = re.compile(
+    r"\byes(?: |/| or | and |, )*no\b|\btrue(?: |/| or )+false\b"
+    r"|(?:^|[.!?:\n]\s*)(?:is|are|was|were|do|does|did|can|could|will|would|should|has|have|must)\b[^.!?\n]{2,200}\?\W*$"
+    r"|是否|对吗|吗[?\uff1f]",
+    re.I,
 )
 _ANNOUNCES = re.compile(
     r"(?:\banswers?\b|\bcorrect (?:option|choice)|\b(?:final|correct) (?:result|solution)|答案)[^.!?\n]{0,60}[:：]\W*$"
@@ -101,14 +130,14 @@ def stated(line: str) -> str | None:
     Markup around the value and the end of its sentence are taken off: "So the answer is **(B)**." gives "B".
     """
     line = line[-MAX_LINE:]
-    for pattern in (_JSON, _LABELLED, _STATED, _CHOSEN, _CALLED_RIGHT, _PICKED, _CHINESE, _CHINESE_CHOSEN):
+    for pattern in (_JSON, _LABELLED, _STATED, _CHOSEN, _CALLED_RIGHT, _PICKED, _NAMED, _CHINESE, _CHINESE_CHOSEN):
         matches = list(pattern.finditer(line))
         if not matches:
             continue
         found = matches[-1].groupdict()
         rest = next((part for part in found.values() if part), "")
         deeper = stated(rest) if pattern in (_STATED, _LABELLED) and len(rest) < len(line) else None
-        value = deeper or _value(rest)
+        value = deeper or value_of(rest)
         if value is not None:
             return value
     return None
@@ -127,35 +156,16 @@ def revises(line: str, *, strictly: bool = False) -> bool:
     return bool((_REVISES_STRICTLY if strictly else _REVISES).match(line[:200]))
 
 
-def unmarked(text: str) -> str | None:
-    """The value of a conclusion without a box: its code block, the answer it states, or a short first line.
-
-    Returns None where the text is longer and states nothing.
-    """
-    code = _CODE.findall(text)
-    if code:
-        return str(code[-1]).strip("\n") or None
-    lines = [line.strip() for line in text.strip("*_:# \n").splitlines() if line.strip()]
-    for line in reversed(lines):
-        if (value := stated(line)) is not None:
-            return value
-    first = lines[0] if lines else ""
-    if len(lines) > 1 and all(_PART.match(line) for line in lines) and sum(map(len, lines)) <= 200:
-        return "\n".join(lines)
-    marked = [next(part for part in found if part) for found in _MARKED.findall(first)]
-    if len(marked) == 1 and len(first) <= 200:
-        return marked[0].strip().strip(".。") or None
-    first = first.strip("*_`$").strip()
-    if (measured := _MEASURED.fullmatch(first)) is not None:
-        return measured["value"]
-    if first.startswith(("\\(", "\\[")) and first.endswith(("\\)", "\\]")):
-        first = first[2:-2].strip()
-    return first.rstrip(".。") or None if len(first) <= 200 else None
-
-
 def asks_for_code(prompt: str) -> bool:
     """Whether a prompt speaks of code, so that a code block can be its answer."""
     return bool(_ASKS_FOR_CODE.search(prompt[:_MAX_OFFER]) or _ASKS_FOR_CODE.search(prompt[-_MAX_OFFER:]))
+
+
+def asks_yes_or_no(prompt: str) -> bool:
+    """Whether a prompt can be answered by yes or no: it says so, or ends in a question that begins with its verb."""
+    return bool(
+        _YES_OR_NO.search(prompt[-1000:].replace("<|im_end|>", "").replace("<|im_start|>assistant", "").rstrip())
+    )
 
 
 def requested_tags(prompt: str) -> tuple[str, ...]:
@@ -176,16 +186,6 @@ def requested_tags(prompt: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def concluded(line: str) -> str | None:
-    """What a closing sentence comes to: "Thus, the value of x is 7." gives "7"; None unless it is a number, a formula
-    or marked. The last line of an output only: a thinking is full of such sentences."""
-    line = re.sub(r"\s+", " ", line[-MAX_LINE:]).strip()
-    sentence = re.split(r"(?<=[.!?])\s+|。", line.rstrip("。"))[-1]
-    found = _CONCLUDES.match(sentence)
-    value = _value(found["rest"]) if found else None
-    return value if value and (re.search(r"\d|\\", value) or "**" in sentence) else None
-
-
 def _bold(value: str) -> str:
     """The part in bold where a value has one, also where its opening ** was taken off with the label before it."""
     before, mark, after = value.partition("**")
@@ -196,18 +196,24 @@ def _bold(value: str) -> str:
     return after.partition("**")[0] or value
 
 
-def _value(rest: str) -> str | None:
-    """The value at the beginning of what follows "the answer is"."""
+def value_of(rest: str) -> str | None:
+    """The value at the beginning of what follows "the answer is", without hedges, markup and reasons; None for none."""
     value = rest.strip().lstrip(":：").strip()
     if value.startswith('"') and (end := value.find('"', 1)) > 0:
         return value[1:end].strip() or None
     value = re.split(r"(?<=[^\d\W])[.!?。！](?=\s|$)|(?<=[\d)\]}*$])[.!?。！](?=\s|$)|\n|[。！]", value, maxsplit=1)[0]
-    value = _bold(value).strip().strip("*_`").strip()
-    value = re.sub(r"^(?:option|choice|number)\s+(?=\(?[A-Ja-j\d]\b)", "", value, flags=re.IGNORECASE)
-    choice = re.match(r"^\(?([A-J]|\d{1,2})\)?(?:[:.)\uff0e\uff1a]\s+\S|\s*[,;-]\s+\S|\s*\()", value)
-    choice = choice or re.fullmatch(r"[(\uff08]?([A-J])(?:[)\uff09]|[)\uff09\uff0e、].*)", value, re.DOTALL)
+    value = _HEDGE.sub("", _bold(value).strip().strip("*_`").strip())
+    value = _REASON.split(value, maxsplit=1)[0]
+    value = re.sub(r"^(yes|no),\s.*", r"\1", value, flags=re.IGNORECASE)
+    value = re.sub(
+        r"^(?:(?:option|choice|number)\s+|选项\s*)(?=[(\uff08]?[A-Ja-j\d](?![A-Za-z]))", "", value, flags=re.IGNORECASE
+    )
+    choice = re.match(
+        r"^(\()?([A-J]|\d{1,2})(?(1)\)|\)?)(?:[:.)\uff0e\uff1a]\s+\S|\s*[,;-]\s+[A-Za-z]{2}|\s*\()", value
+    )
+    choice = choice or re.fullmatch(r"([(\uff08])?([A-J])(?:[)\uff09]|[)\uff09\uff0e、].*)", value, re.DOTALL)
     if choice:
-        value = choice[1]
+        value = choice[2]
     value = value.strip(" .;,:!*_`")
     if value.startswith("\\(") and value.endswith("\\)"):
         value = value[2:-2].strip()

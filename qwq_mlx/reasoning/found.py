@@ -1,0 +1,71 @@
+"""What a splitter finds and keeps: the `Split` of a text, a `Candidate` for its answer, a `Place` in it.
+
+Does not: look for anything (`split` does).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = ["Candidate", "Kind", "Place", "Segment", "Split"]
+
+Segment = Literal["thinking", "answer"]
+Kind = Literal["heading", "tag", "box", "closed", "sentence", "code", "paragraph", "none"]
+
+MAX_CAPTURED = 16_384  # characters of a conclusion that are kept to find a value without a box in it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Where the answer is.
+
+    thinking, conclusion: (start, end) in token indices, end not included; conclusion is None where the text never
+    concludes. thinking_chars, conclusion_chars: the same in characters, without the thinking's own tags.
+    answer: the extracted value as written (a box's or tag's content, a stated value), None where there is none.
+    confidence: 0 to 1, how sure it is that this is the model's last word. kind: what it was told by.
+    is_revised: the text went on to doubt the answer without giving another.
+    """
+
+    thinking: tuple[int, int]
+    conclusion: tuple[int, int] | None
+    thinking_chars: tuple[int, int]
+    conclusion_chars: tuple[int, int] | None
+    answer: str | None
+    confidence: float
+    kind: Kind
+    is_revised: bool = False
+
+
+@dataclass(slots=True)
+class Place:
+    """A character and the token that holds it; token is None until that character arrives."""
+
+    char: int
+    token: int | None
+
+
+@dataclass(slots=True)
+class Candidate:
+    """What may be the answer: where its conclusion starts, its value, and the end of its last mark."""
+
+    kind: Kind
+    place: Place
+    end: int
+    value: str | None = None
+    text: list[str] = field(default_factory=list)
+    n_captured: int = 0
+    is_revised: bool = False
+    part: int = 0  # of a question in several parts, the one that the last box answered
+    is_explained: bool = False  # what follows only explains it
+
+    def capture(self, text: str) -> None:
+        """Keep the beginning of what follows: the answer may stand there without a box."""
+        if self.n_captured < MAX_CAPTURED:
+            self.text.append(text)
+            self.n_captured += len(text)
+
+    @property
+    def captured(self) -> str:
+        """What follows, cut to the same length however it arrived."""
+        return "".join(self.text)[:MAX_CAPTURED]
