@@ -15,7 +15,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwq_mlx.convert.job import Conversion, convert_checkpoint
+    from qwq_mlx.convert.job import convert_checkpoint, convert_recipes
+    from qwq_mlx.convert.options import ConvertOptions
+    from qwq_mlx.convert.result import Conversion
     from qwq_mlx.errors import (
         BackendError,
         ConversionError,
@@ -39,6 +41,7 @@ __all__ = [
     "BackendError",
     "Conversion",
     "ConversionError",
+    "ConvertOptions",
     "FitError",
     "GenerationError",
     "Inspect",
@@ -57,6 +60,7 @@ __all__ = [
     "Thinking",
     "Trace",
     "convert_checkpoint",
+    "convert_recipes",
     "load",
     "plan_memory",
 ]
@@ -64,7 +68,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Conversion": "convert.job",
+    "Conversion": "convert.result",
+    "ConvertOptions": "convert.options",
     "Inspect": "generate.inspection",
     "Limits": "generate.options",
     "MemoryPlan": "model.memory",
@@ -74,6 +79,7 @@ _HOMES = {
     "Thinking": "generate.options",
     "Trace": "generate.trace",
     "convert_checkpoint": "convert.job",
+    "convert_recipes": "convert.job",
     "load": "generate.reasoner",
     "plan_memory": "model.memory",
 }

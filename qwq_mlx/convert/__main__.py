@@ -1,5 +1,7 @@
 """`python -m qwq_mlx.convert --source DIR --output DIR`: a checkpoint becomes packed MLX weights.
 
+--recipe and --output may be given several times, in the same order: one pass over the source makes all outputs.
+
 Arguments are read before anything heavy is imported, so --help answers at once. Plan, progress and result go to stderr;
 stdout stays empty but for --json. An interrupted run says how to go on.
 
@@ -23,9 +25,9 @@ from qwq_mlx.errors import OptionError, QwqError
 from qwq_mlx.quant import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
-    from qwq_mlx.convert.job import Conversion
     from qwq_mlx.convert.plan import Plan
     from qwq_mlx.convert.progress import Progress
+    from qwq_mlx.convert.result import Conversion
 
 
 class _TerminatedError(BaseException):
@@ -38,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _terminate)
     screen = _Screen(quiet=options.quiet)
     try:
-        conversion = _convert(options, screen)
-        if options.json:
-            print(json.dumps({**asdict(conversion), "output": str(conversion.output)}))
+        for conversion in _convert(options, screen):
+            if options.json:
+                print(json.dumps({**asdict(conversion), "output": str(conversion.output)}))
     except OptionError as error:
         return screen.complain(f"error: {error}", 2)
     except QwqError as error:
@@ -70,12 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         help="the checkpoint's folder, or a repository of the Hub (Qwen/QwQ-32B-Preview), fetched shard by shard",
     )
     add("--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
-    add("--output", metavar="DIR", required=True, help="the folder to make")
+    add("--output", metavar="DIR", required=True, action="append", help="the folder to make; once for every --recipe")
     add(
         "--recipe",
         metavar="NAME",
-        default=DEFAULT_RECIPE,
-        help="a recipe under conversions/, or the path of a .toml file (default: %(default)s)",
+        action="append",
+        help="a recipe under conversions/, or the path of a .toml file; several, each with an --output in the same "
+        f"order, are made in one pass over the source (default: {DEFAULT_RECIPE})",
     )
     add(
         "--calibrate",
@@ -104,14 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _convert(options: argparse.Namespace, screen: _Screen) -> Conversion:
-    from qwq_mlx.convert.job import convert_checkpoint
+def _convert(options: argparse.Namespace, screen: _Screen) -> tuple[Conversion, ...]:
+    outputs = _outputs(options)
+    from qwq_mlx.convert.job import convert_recipes
+    from qwq_mlx.convert.options import ConvertOptions
     from qwq_mlx.convert.report import result_text
 
-    conversion = convert_checkpoint(
-        options.source,
-        options.output,
-        recipe=options.recipe,
+    chosen = ConvertOptions(
         calibrate=options.calibrate,
         force=options.force,
         restart=options.restart,
@@ -121,15 +123,38 @@ def _convert(options: argparse.Namespace, screen: _Screen) -> Conversion:
         n_workers=options.workers,
         quality=False if options.no_quality else options.quality,
         quality_tokens=options.quality_tokens,
-        on_plan=lambda plan: screen.show_plan(plan, options.output),
+    )
+    conversions = convert_recipes(
+        options.source,
+        outputs,
+        chosen,
+        on_plan=lambda plans: screen.show_plans(plans, list(outputs)),
         progress=None if options.quiet else screen.show_progress,
     )
-    if options.quiet:
-        for warning in conversion.warnings:
-            screen.say(f"warning: {warning}")
-    else:
-        screen.say(result_text(conversion))
-    return conversion
+    for conversion in conversions:
+        if options.quiet:
+            for warning in conversion.warnings:
+                screen.say(f"warning: {warning}")
+        else:
+            screen.say(result_text(conversion))
+    return conversions
+
+
+def _outputs(options: argparse.Namespace) -> dict[str | Path, str | Path]:
+    """Output -> recipe, in the order given. Raises OptionError where the two do not pair up."""
+    recipes = options.recipe or [DEFAULT_RECIPE]
+    if len(options.output) != len(recipes):
+        stem = options.output[0].rstrip("/")
+        shown = " ".join(f"--recipe {each} --output {stem}-{Path(each).stem}" for each in recipes)
+        if len(recipes) == 1:
+            shown = " ".join(f"--recipe NAME --output {each}" for each in options.output)
+        raise OptionError(
+            f"{len(recipes)} recipes and {len(options.output)} outputs do not pair up: every --recipe needs its own "
+            f"--output, in the same order. For instance: {shown}"
+        )
+    if len(set(options.output)) != len(options.output):
+        raise OptionError(f"--output {' and '.join(options.output)}: two are one folder. Give each recipe its own.")
+    return dict(zip(options.output, recipes, strict=True))
 
 
 class _Screen:
@@ -149,12 +174,12 @@ class _Screen:
         self.say(text)
         return code
 
-    def show_plan(self, plan: Plan, output: str) -> None:
+    def show_plans(self, plans: Sequence[Plan], outputs: Sequence[str | Path]) -> None:
         from qwq_mlx.convert.report import plan_text
 
         if not self._quiet:
-            parent = next(each for each in Path(output).absolute().parents if each.exists())
-            self.say(plan_text(plan, output, shutil.disk_usage(parent).free))
+            parent = next(each for each in Path(outputs[0]).absolute().parents if each.exists())
+            self.say(plan_text(plans, list(map(str, outputs)), shutil.disk_usage(parent).free))
 
     def show_progress(self, progress: Progress) -> None:
         from qwq_mlx.convert.report import ProgressLine
@@ -178,12 +203,12 @@ class _Screen:
 
 
 def _how_to_go_on(options: argparse.Namespace) -> str:
-    partial = Path(options.output).absolute()
-    partial = partial.with_name(f"{partial.name}.partial")
-    if not partial.exists():
+    paths = [Path(each).absolute() for each in options.output]
+    kept = [str(each) for path in paths if (each := path.with_name(f"{path.name}.partial")).exists()]
+    if not kept:
         return "interrupted: nothing was kept."
     return (
-        f"interrupted: what is finished is kept in {partial}. "
+        f"interrupted: what is finished is kept in {', '.join(kept)}. "
         "Run the same command again to go on from there, or add --restart to begin anew."
     )
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,22 +151,25 @@ def _conversation(tokenizer: LoadedTokenizer, messages: list[Any]) -> list[int]:
 
 
 def importance_of(
-    calibration: Calibration, checkpoint: Checkpoint, kept: Path, progress: Callable[[str], None]
+    calibration: Calibration, checkpoint: Checkpoint, kept: Sequence[Path], progress: Callable[[str], None]
 ) -> Importance:
-    """The importance of every input channel: from the file `kept` if it is there and of this text, else by a run.
+    """The importance of every input channel: from the first file of `kept` that is of this text, else by a run.
 
-    progress: called with the name of each layer. Raises SourceError; ConversionError for activations that are not
-    finite; OSError where `kept` cannot be written.
+    Afterwards all of `kept` hold it. progress: called with the name of each layer. Raises SourceError; ConversionError
+    for activations that are not finite; OSError where `kept` cannot be written.
     """
     wanted = json.dumps(calibration.as_mapping(), sort_keys=True)
-    if (found := _load(kept, wanted)) is not None:
-        return found
-    importance = _run(calibration, checkpoint, progress)
+    found = {path: _load(path, wanted) for path in kept}
+    importance = next((each for each in found.values() if each is not None), None)
+    if importance is None:
+        importance = _run(calibration, checkpoint, progress)
     head, entries = place_tensors(
         [(name, "F32", values.shape) for name, values in importance.items()], {"calibration": wanted}
     )
     data = head + b"".join(importance[entry.name].astype("<f4").tobytes() for entry in entries)
-    write_file(kept, data)
+    for path in kept:
+        if found[path] is None:
+            write_file(path, data)
     return importance
 
 

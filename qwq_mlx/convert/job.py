@@ -1,75 +1,58 @@
-"""One conversion from a source's folder to a published folder: the whole of journey 1, in its order.
+"""Conversions of one source, from its folder to published folders: the whole of journey 1, in its order.
 
     check -> plan -> [output.partial/: journal.jsonl, model/, source/] -> pack -> measure quality -> read back
     -> manifest -> rename
 
 Nothing is written before every check has passed. From then on the work lives in the partial folder; the final name
-appears by one rename. Whatever ends a run, the same call again continues it and repeats at most one tensor.
+appears by one rename. Whatever ends a run, the same call again continues it and repeats at most one tensor. Several
+recipes share one pass over the source; each has its own partial folder, journal, lock and final name.
 
-Does not: print. The plan and the progress go to the callbacks.
+Does not: print. The plans and the progress go to the callbacks.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwq_mlx.convert.calibration import Importance, importance_of, read_calibration
-from qwq_mlx.convert.check import check_disk, check_fit, check_output, check_source, partial_path
-from qwq_mlx.convert.finish import describe, finish, keep_small_files, write_small_files
-from qwq_mlx.convert.journal import Journal, read_description
-from qwq_mlx.convert.judge import Judge, plan_judge
-from qwq_mlx.convert.memory import peak_memory_bytes
-from qwq_mlx.convert.origin import open_origin
-from qwq_mlx.convert.pipeline import run_pipeline
+from qwq_mlx.convert.check import check_apart, check_disk, check_fit, check_output, check_source, partial_path
+from qwq_mlx.convert.finish import finish, keep_small_files, write_small_files
+from qwq_mlx.convert.journal import Journal
+from qwq_mlx.convert.judge import Judge, measure_quality, plan_judge
+from qwq_mlx.convert.options import ConvertOptions
+from qwq_mlx.convert.origin import Origin, open_origin
+from qwq_mlx.convert.partial import (
+    MODEL,
+    SOURCE,
+    importance_path,
+    is_marked,
+    open_partial,
+    published,
+    remove_partial,
+    unfinished_source,
+)
+from qwq_mlx.convert.pipeline import Target, run_pipeline
 from qwq_mlx.convert.plan import Plan, make_plan
 from qwq_mlx.convert.progress import Progress, Report
-from qwq_mlx.convert.write import create_shards, disk_fault
-from qwq_mlx.errors import ConversionError, OptionError
-from qwq_mlx.files.atomic import fsync_folder, publish
+from qwq_mlx.convert.result import Conversion, conversion_of
+from qwq_mlx.convert.write import disk_fault
+from qwq_mlx.errors import OptionError
+from qwq_mlx.files.atomic import publish
 from qwq_mlx.files.lock import FolderLock
+from qwq_mlx.files.manifest import read_manifest
 from qwq_mlx.model.device import small_cache
 from qwq_mlx.quality.result import Quality
 from qwq_mlx.quant import DEFAULT_RECIPE
-from qwq_mlx.quant.recipe import load_recipe
+from qwq_mlx.quant.recipe import Recipe, load_recipe
 
-__all__ = ["Conversion", "convert_checkpoint"]
+__all__ = ["Conversion", "convert_checkpoint", "convert_recipes"]
 
-_JOURNAL = "journal.jsonl"
-_MODEL = "model"
-_SOURCE = "source"
-_CALIBRATION = "calibration"
 _MAX_WORKERS = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversion:
-    """What a conversion did.
-
-    output: the folder. is_written: False for a dry run. relative_error: of all packed weights together (see
-    quant.measure); None for a dry run. kl, top1_agreement: against the source (see quality.result), None where that was
-    not measured. resumed_bytes: of source_bytes, what an earlier run had done.
-    warnings: what was converted but looks odd, in sentences.
-    """
-
-    output: Path
-    is_written: bool
-    n_tensors: int
-    source_bytes: int
-    output_bytes: int
-    bits_per_weight: float
-    relative_error: float | None
-    kl: float | None
-    top1_agreement: float | None
-    wall_s: float
-    peak_memory_bytes: int
-    resumed_bytes: int
-    warnings: tuple[str, ...]
 
 
 def convert_checkpoint(
@@ -103,70 +86,164 @@ def convert_checkpoint(
     while shards are fetched.
     Raises OptionError, RecipeError, SourceError, LoadError, ConversionError; see `convert.check` for what is refused.
     """
-    started = time.monotonic()
-    output = Path(os.path.abspath(output))  # noqa: PTH100 - a link at the end is not followed
-    chosen, workers = load_recipe(recipe), _n_workers(n_workers)
-    check_output(output, Path(source) if os.path.lexists(source) else None, force=force)
-    unfinished = None if restart else _unfinished(partial_path(output))
-    with open_origin(source, revision=revision, unfinished=unfinished) as opened:
-        check_fit(chosen, calibrate, is_remote=opened.is_remote)
-        local = None if opened.is_remote else opened.checkpoint.folder
-        config = check_source(opened.checkpoint, chosen)
-        text = None if calibrate is None else read_calibration(calibrate, opened.checkpoint, config)
-        fetched = output.with_name(f"{output.name}.source") if keep_source else partial_path(output) / _SOURCE
-        origin = opened.placed_in(fetched) if opened.is_remote else opened
-        plan = make_plan(origin, config, chosen, n_workers=workers, keep_source=keep_source, calibration=text)
-        check_disk(plan, output)
-        judge = plan_judge(plan, quality, n_tokens=quality_tokens, keep_source=keep_source)
-        plan = replace(plan, quality_note=judge.note)
+    options = ConvertOptions(
+        revision=revision,
+        calibrate=calibrate,
+        force=force,
+        restart=restart,
+        keep_source=keep_source,
+        dry_run=dry_run,
+        n_workers=n_workers,
+        quality=quality,
+        quality_tokens=quality_tokens,
+    )
+    told = None if on_plan is None else lambda plans: on_plan(plans[0])
+    return convert_recipes(source, {output: recipe}, options, on_plan=told, progress=progress)[0]
+
+
+def convert_recipes(
+    source: str | Path,
+    outputs: Mapping[str | Path, str | Path],
+    options: ConvertOptions | None = None,
+    *,
+    on_plan: Callable[[Sequence[Plan]], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> tuple[Conversion, ...]:
+    """Convert a checkpoint by several recipes in one pass: every byte of the source is read, and fetched, once.
+
+    outputs: folder to make -> its recipe. Each folder is what `convert_checkpoint` makes, byte for byte but for the
+    figures of the run in its manifest. on_plan: called once with all plans, in that order. Returns a result for each.
+    After a kill the same call goes on with every output from where it was; a finished one is left alone. An output
+    that is there from another run is refused as in `convert_checkpoint`.
+    Raises what that raises; OptionError for outputs that lie in each other.
+    """
+    started, options = time.monotonic(), options or ConvertOptions()
+    recipes = {Path(os.path.abspath(each)): load_recipe(recipe) for each, recipe in outputs.items()}  # noqa: PTH100 - a link at the end is not followed
+    if len(recipes) < max(1, len(outputs)):
+        raise OptionError(f"outputs are {', '.join(map(str, outputs))}, expected one or more different folders.")
+    check_apart(recipes)
+    n_workers, local = _n_workers(options.n_workers), Path(source) if os.path.lexists(source) else None
+    for output in recipes:
+        check_output(output, local, force=options.force or (is_marked(output) and not options.restart))
+    known = (None if options.restart else unfinished_source(each) for each in recipes)
+    unfinished = next((each for each in known if each is not None), None)
+    with open_origin(source, revision=options.revision, unfinished=unfinished) as opened:
+        plans = _plans(opened, recipes, options, n_workers)
+        judges = [
+            plan_judge(each, options.quality, n_tokens=options.quality_tokens, keep_source=options.keep_source)
+            for each in plans.values()
+        ]
+        pairs = zip(plans.items(), judges, strict=True)
+        plans = {output: replace(plan, quality_note=judge.note) for (output, plan), judge in pairs}
         if on_plan is not None:
-            on_plan(plan)
-        if dry_run:
-            return _conversion(plan, output, None, started, quality=None, resumed_bytes=0)
+            on_plan(tuple(plans.values()))
+        if options.dry_run:
+            return tuple(conversion_of(plan, output, None, started) for output, plan in plans.items())
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            with FolderLock(output):
-                check_output(output, local, force=force)  # again: another process may have finished it meanwhile
-                job = _Job(plan, output, judge, force, restart, keep_source, progress)
-                return job.run(started)
+            for output in plans:
+                output.parent.mkdir(parents=True, exist_ok=True)
+            with ExitStack() as locks:
+                for output in plans:
+                    locks.enter_context(FolderLock(output))
+                return _Job(plans, tuple(judges), None if opened.is_remote else local, options, progress).run(started)
         except OSError as error:
-            raise disk_fault(error, output, plan.output_bytes) from error
+            raise disk_fault(error, next(iter(plans)), sum(each.output_bytes for each in plans.values())) from error
+
+
+def _plans(opened: Origin, recipes: Mapping[Path, Recipe], options: ConvertOptions, n_workers: int) -> dict[Path, Plan]:
+    """Everything that can be refused from headers and texts alone is refused here."""
+    for recipe in recipes.values():
+        check_fit(recipe, options.calibrate, is_remote=opened.is_remote)
+    config = check_source(opened.checkpoint, recipes.values())
+    text = None if options.calibrate is None else read_calibration(options.calibrate, opened.checkpoint, config)
+    first = next(iter(recipes))
+    fetched = first.with_name(f"{first.name}.source") if options.keep_source else partial_path(first) / SOURCE
+    origin = opened.placed_in(fetched) if opened.is_remote else opened
+    plans = {
+        output: make_plan(
+            origin,
+            config,
+            recipe,
+            n_workers=n_workers,
+            keep_source=options.keep_source,
+            calibration=text,
+            n_together=len(recipes),
+        )
+        for output, recipe in recipes.items()
+    }
+    done = {each for each, plan in plans.items() if not options.restart and published(plan, each) is not None}
+    peaks = {output: 0 if output in done else plan.output_bytes for output, plan in plans.items()}
+    check_disk({**peaks, first: peaks[first] + plans[first].fetched_bytes})
+    return plans
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """An accepted conversion, under its lock."""
+    """Accepted conversions, under their locks. local: the source's folder, None where it is fetched."""
 
-    plan: Plan
-    output: Path
-    judge: Judge
-    force: bool
-    restart: bool
-    keep_source: bool
+    plans: Mapping[Path, Plan]
+    judges: Sequence[Judge]
+    local: Path | None
+    options: ConvertOptions
     progress: Callable[[Progress], None] | None
 
-    def run(self, started: float) -> Conversion:
-        plan, partial = self.plan, partial_path(self.output)
-        journal = _open_partial(plan, partial, restart=self.restart)
-        resumed = sum(e.source.end - e.source.start for e in plan.tensors if e.source.name in journal.done)
-        try:
-            self._pack(partial / _MODEL, journal, self._importance(partial / _CALIBRATION))
-        finally:
-            journal.close()
-        run: dict[str, float] = {"n_workers": plan.n_workers, "resumed_bytes": resumed}
-        write_small_files(plan, partial / _MODEL)
-        quality = self.judge.measure(plan, partial / _MODEL, self.progress)
-        run["wall_s"] = round(time.monotonic() - started, 3)
-        finish(plan, partial / _MODEL, journal.done, run, quality=quality, progress=self.progress)
-        publish(partial / _MODEL, self.output, replace=self.force)
-        shutil.rmtree(partial)
-        fsync_folder(self.output.parent)
-        return _conversion(plan, self.output, journal, started, quality=quality, resumed_bytes=resumed)
+    def run(self, started: float) -> tuple[Conversion, ...]:
+        finished: dict[Path, Conversion] = {}
+        for output, plan in self.plans.items():
+            if not self.options.restart and (journal := published(plan, output)) is not None:
+                finished[output] = self._as_before(plan, output, journal, started)
+        left = [each for each in self.plans if each not in finished]
+        for output in left:  # again: another process may have finished it meanwhile
+            check_output(output, self.local, force=self.options.force)
+        with ExitStack() as journals:
+            targets = [self._target(output, journals) for output in left]
+            resumed = [_done_bytes(each) for each in targets]
+            if targets:
+                self._pack(targets, self._importance(left))
+        for target in targets:
+            write_small_files(target.plan, target.folder)
+        judges = [judge for output, judge in zip(self.plans, self.judges, strict=True) if output in left]
+        plans, folders = [each.plan for each in targets], [each.folder for each in targets]
+        qualities = measure_quality(judges, plans, folders, self.progress)
+        for output, target, resumed_bytes, quality in zip(left, targets, resumed, qualities, strict=True):
+            finished[output] = self._finish(output, target, resumed_bytes, quality, started)
+        for output in self.plans:
+            remove_partial(output)
+        return tuple(finished[each] for each in self.plans)
 
-    def _importance(self, folder: Path) -> Importance:
-        """What the calibration text says, empty without one. folder: where it is kept."""
-        plan, text = self.plan, self.plan.calibration
-        if text is None:
+    def _target(self, output: Path, journals: ExitStack) -> Target:
+        journal = open_partial(self.plans[output], output, restart=self.options.restart)
+        journals.callback(journal.close)
+        return Target(self.plans[output], partial_path(output) / MODEL, journal)
+
+    def _finish(
+        self, output: Path, target: Target, resumed_bytes: int, quality: Quality | None, started: float
+    ) -> Conversion:
+        plan, done = target.plan, target.journal.done
+        wall_s = round(time.monotonic() - started, 3)
+        run: dict[str, float] = {"n_workers": plan.n_workers, "resumed_bytes": resumed_bytes, "wall_s": wall_s}
+        finish(plan, target.folder, done, run, quality=quality, progress=self.progress)
+        publish(target.folder, output, replace=self.options.force)
+        kl, agreement = (None, None) if quality is None else (quality.kl, quality.top1_agreement)
+        return conversion_of(plan, output, done, started, kl=kl, top1_agreement=agreement, resumed_bytes=resumed_bytes)
+
+    def _as_before(self, plan: Plan, output: Path, journal: Journal, started: float) -> Conversion:
+        """Of an output that an earlier run of this job has published."""
+        quality = read_manifest(output).quality or {}
+        return conversion_of(
+            plan,
+            output,
+            journal.done,
+            started,
+            kl=quality.get("kl"),
+            top1_agreement=quality.get("top1_agreement"),
+            resumed_bytes=_done_bytes(Target(plan, output, journal)),
+        )
+
+    def _importance(self, outputs: Sequence[Path]) -> Importance:
+        """What the calibration text says, empty without one."""
+        plan = self.plans[outputs[0]]
+        if plan.calibration is None:
             return {}
         n_layers, total = plan.config.num_hidden_layers, plan.source_bytes
 
@@ -176,119 +253,31 @@ class _Job:
                 done = total * layer // n_layers
                 self.progress(Progress(phase="calibrate", what=path, done_bytes=done, total_bytes=total))
 
-        folder.mkdir(exist_ok=True)
         with small_cache():
-            return importance_of(text, plan.checkpoint, folder / "importance.safetensors", show)
+            return importance_of(plan.calibration, plan.checkpoint, [importance_path(each) for each in outputs], show)
 
-    def _pack(self, folder: Path, journal: Journal, importance: Importance) -> None:
-        plan, report = (
-            self.plan,
-            Report(self.progress, sum(each.source.end - each.source.start for each in self.plan.tensors)),
-        )
+    def _pack(self, targets: Sequence[Target], importance: Importance) -> None:
+        plan = targets[0].plan
+        report = Report(self.progress, sum(each.source.end - each.source.start for each in plan.tensors))
         wanted = list(plan.checkpoint.shards)
         if plan.origin.is_remote:
-            left = {each.shard for each in plan.tensors if each.source.name not in journal.done}
-            wanted = [plan.checkpoint.shards[index] for index in sorted(left)]
+            lacking = {each.shard for t in targets for each in t.plan.tensors if each.source.name not in t.journal.done}
+            wanted = [plan.checkpoint.shards[index] for index in sorted(lacking)]
             report.fetched(plan.source_bytes - sum(shard.size_bytes for shard in wanted))
             fetched = plan.checkpoint.shards[0].path.parent
             fetched.mkdir(exist_ok=True)
-            if self.keep_source:
+            if self.options.keep_source:
                 keep_small_files(plan, fetched)
         with (
-            plan.origin.shards(wanted, keep=self.keep_source, progress=report.fetched) as shards,
+            plan.origin.shards(wanted, keep=self.options.keep_source, progress=report.fetched) as shards,
             small_cache(),
         ):
-            run_pipeline(plan, folder, journal, shards, report.packed, importance)
+            run_pipeline(targets, shards, report.packed, importance)
 
 
-def _unfinished(partial: Path) -> tuple[str, str] | None:
-    """Repository and commit that an unfinished conversion is made from."""
-    description = read_description(partial / _JOURNAL)
-    repository, commit = description.get("repository"), description.get("commit")
-    return (repository, commit) if isinstance(repository, str) and isinstance(commit, str) else None
-
-
-def _open_partial(plan: Plan, partial: Path, *, restart: bool) -> Journal:
-    """Continue the unfinished conversion in `partial`, or lay out a new one."""
-    path, model = partial / _JOURNAL, partial / _MODEL
-    if os.path.lexists(partial):
-        if not partial.is_dir() or {each.name for each in partial.iterdir()} - {
-            _JOURNAL,
-            _MODEL,
-            _SOURCE,
-            _CALIBRATION,
-        }:
-            raise ConversionError(
-                f"{partial}: is not an unfinished conversion, but has the name of one. "
-                "Move it away, or choose another output."
-            )
-        if path.is_file() and model.is_dir() and not restart:
-            journal = Journal.resume(path, describe(plan))
-            if journal is not None:
-                for each in model.iterdir():  # a kill may have left a small file's temporary, named after its process
-                    if each.name not in {shard.name for shard in plan.shards}:
-                        each.unlink()
-                return journal
-        for each in (path, model, partial / _CALIBRATION):  # what was fetched is proven again, so it may stay
-            _remove(each)
-    model.mkdir(parents=True)
-    create_shards(plan, model)
-    journal = Journal.create(path, describe(plan))
-    fsync_folder(partial)
-    fsync_folder(partial.parent)
-    return journal
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _conversion(
-    plan: Plan,
-    output: Path,
-    journal: Journal | None,
-    started: float,
-    *,
-    quality: Quality | None,
-    resumed_bytes: int,
-) -> Conversion:
-    packed = [each.source.name for each in plan.tensors if each.packing is not None]
-    done = [] if journal is None else [journal.done[name] for name in packed]
-    error2, weight2 = sum(each.error2 for each in done), sum(each.weight2 for each in done)
-    return Conversion(
-        output=output,
-        is_written=journal is not None,
-        n_tensors=len(plan.tensors),
-        source_bytes=plan.source_bytes,
-        output_bytes=plan.output_bytes,
-        bits_per_weight=plan.bits_per_weight,
-        relative_error=math.sqrt(error2 / weight2) if weight2 else None,
-        kl=None if quality is None else quality.kl,
-        top1_agreement=None if quality is None else quality.top1_agreement,
-        wall_s=time.monotonic() - started,
-        peak_memory_bytes=peak_memory_bytes(),
-        resumed_bytes=resumed_bytes,
-        warnings=_warnings(plan, journal),
-    )
-
-
-def _warnings(plan: Plan, journal: Journal | None) -> tuple[str, ...]:
-    if journal is None:
-        return ()
-    found = []
-    for tensor in plan.tensors:
-        done, path = journal.done[tensor.source.name], plan.checkpoint.shards[tensor.shard].path.name
-        if done.weight2 == 0:
-            found.append(f"{path}: every weight of {done.name} is zero. Compare the shard's sha256 with the source's.")
-        elif done.zero_pages:
-            found.append(
-                f"{path}: {done.name} has {done.zero_pages:,} pages (4,096 bytes) of zeros, as lost writes leave them. "
-                "Compare the shard's sha256 with the source's."
-            )
-    return tuple(found)
+def _done_bytes(target: Target) -> int:
+    """Of the source, what the journal has."""
+    return sum(e.source.end - e.source.start for e in target.plan.tensors if e.source.name in target.journal.done)
 
 
 def _n_workers(n: int | None) -> int:

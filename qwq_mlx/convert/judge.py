@@ -10,7 +10,7 @@ Does not: decide whether the number is good, or measure a source whose shards ar
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwq_mlx.quality.result import Quality
     from qwq_mlx.quality.text import QualityText
 
-__all__ = ["SMALL_BYTES", "Judge", "plan_judge"]
+__all__ = ["SMALL_BYTES", "Judge", "measure_quality", "plan_judge"]
 
 SMALL_BYTES = 2_000_000_000
 """Sources up to this are measured without being asked: about a billion weights, a minute on a small Mac (estimated)."""
@@ -38,23 +38,36 @@ class Judge:
     text: QualityText | None = None
     tokenizer: LoadedTokenizer | None = None
 
-    def measure(self, plan: Plan, folder: Path, progress: Callable[[Progress], None] | None) -> Quality | None:
-        """Compare the packed model in `folder` (config and shards are there) with its source. Raises SourceError."""
-        if self.text is None or self.tokenizer is None:
-            return None
-        from qwq_mlx.convert.progress import Progress
-        from qwq_mlx.model.folder import open_model_folder
-        from qwq_mlx.quality.measure import measure
-        from qwq_mlx.quality.result import summarise
 
-        def advance(done_bytes: int, total_bytes: int) -> None:
-            if progress is not None:
-                what = f"on {self.text.name}" if self.text is not None else ""
-                progress(Progress(phase="quality", what=what, done_bytes=done_bytes, total_bytes=total_bytes))
+def measure_quality(
+    judges: Sequence[Judge], plans: Sequence[Plan], folders: Sequence[Path], progress: Callable[[Progress], None] | None
+) -> list[Quality | None]:
+    """Compare packed models with their source, all in one pass over it. Raises SourceError.
 
-        source = open_model_folder(plan.checkpoint.shards[0].path.parent)
-        measured = measure(source, [open_model_folder(folder)], self.text, progress=advance)
-        return summarise(measured[0], self.text, self.tokenizer)
+    judges, plans: of conversions of one source. folders: of the packed models; config and shards are there.
+    """
+    from qwq_mlx.convert.progress import Progress
+    from qwq_mlx.model.folder import open_model_folder
+    from qwq_mlx.quality.measure import measure
+    from qwq_mlx.quality.result import summarise
+
+    chosen = [place for place, judge in enumerate(judges) if judge.text is not None]
+    found: list[Quality | None] = [None] * len(judges)
+    if not chosen:
+        return found
+    text, tokenizer = judges[chosen[0]].text, judges[chosen[0]].tokenizer  # all have the same
+    assert text is not None and tokenizer is not None
+
+    def advance(done_bytes: int, total_bytes: int) -> None:
+        if progress is not None:
+            what = f"on {text.name}"
+            progress(Progress(phase="quality", what=what, done_bytes=done_bytes, total_bytes=total_bytes))
+
+    source = open_model_folder(plans[0].checkpoint.shards[0].path.parent)
+    measured = measure(source, [open_model_folder(folders[place]) for place in chosen], text, progress=advance)
+    for place, each in zip(chosen, measured, strict=True):
+        found[place] = summarise(each, text, tokenizer)
+    return found
 
 
 def plan_judge(plan: Plan, wanted: str | Path | bool | None, *, n_tokens: int | None, keep_source: bool) -> Judge:

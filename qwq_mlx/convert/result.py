@@ -1,0 +1,89 @@
+"""What a conversion did, as a value.
+
+Does not: print it (`report` makes text of it).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwq_mlx.convert.journal import Done
+from qwq_mlx.convert.memory import peak_memory_bytes
+from qwq_mlx.convert.plan import Plan
+
+__all__ = ["Conversion", "conversion_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """What a conversion did.
+
+    output: the folder. is_written: False for a dry run. relative_error: of all packed weights together (see
+    quant.measure); None for a dry run. kl, top1_agreement: against the source (see quality.result), None where that was
+    not measured. resumed_bytes: of source_bytes, what an earlier run had done. wall_s, peak_memory_bytes: of the whole
+    run, whatever else was converted in it.
+    warnings: what was converted but looks odd, in sentences.
+    """
+
+    output: Path
+    is_written: bool
+    n_tensors: int
+    source_bytes: int
+    output_bytes: int
+    bits_per_weight: float
+    relative_error: float | None
+    kl: float | None
+    top1_agreement: float | None
+    wall_s: float
+    peak_memory_bytes: int
+    resumed_bytes: int
+    warnings: tuple[str, ...]
+
+
+def conversion_of(
+    plan: Plan,
+    output: Path,
+    done: Mapping[str, Done] | None,
+    started: float,
+    *,
+    kl: float | None = None,
+    top1_agreement: float | None = None,
+    resumed_bytes: int = 0,
+) -> Conversion:
+    """done: every tensor's record, or None for a dry run. started: time.monotonic() of the run's begin."""
+    packed = [each.source.name for each in plan.tensors if each.packing is not None]
+    records = [] if done is None else [done[name] for name in packed]
+    error2, weight2 = sum(each.error2 for each in records), sum(each.weight2 for each in records)
+    return Conversion(
+        output=output,
+        is_written=done is not None,
+        n_tensors=len(plan.tensors),
+        source_bytes=plan.source_bytes,
+        output_bytes=plan.output_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        relative_error=math.sqrt(error2 / weight2) if weight2 else None,
+        kl=kl,
+        top1_agreement=top1_agreement,
+        wall_s=time.monotonic() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+        resumed_bytes=resumed_bytes,
+        warnings=() if done is None else tuple(_warnings(plan, done)),
+    )
+
+
+def _warnings(plan: Plan, records: Mapping[str, Done]) -> list[str]:
+    found = []
+    for tensor in plan.tensors:
+        done, path = records[tensor.source.name], plan.checkpoint.shards[tensor.shard].path.name
+        if done.weight2 == 0:
+            found.append(f"{path}: every weight of {done.name} is zero. Compare the shard's sha256 with the source's.")
+        elif done.zero_pages:
+            found.append(
+                f"{path}: {done.name} has {done.zero_pages:,} pages (4,096 bytes) of zeros, as lost writes leave them. "
+                "Compare the shard's sha256 with the source's."
+            )
+    return found
