@@ -9,6 +9,7 @@ Does not: read or write files, or know about blocks before and after.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,20 +62,26 @@ def pack_block(block: Block, *, fit: str, shard: Path, importance: NDArray[np.fl
     """
     tensor, source = block.tensor, block.tensor.source
     raw: NDArray[Any] = block.data.view(DTYPES[source.dtype]).reshape(block.n_rows, -1)
-    if (index := first_non_finite(raw, source.dtype)) is not None:
-        row, column = divmod(index, raw.shape[1])
-        where = (
-            f"row {block.first_row + row:,}, column {column:,}" if len(source.shape) == 2 else f"position {column:,}"
-        )
-        raise ConversionError(
-            f"{shard}: tensor {source.name}: the weight at {where} is NaN or infinite, expected finite numbers. "
-            "The checkpoint is damaged or training failed; fetch the shard again."
-        )
     zero_pages = count_zero_pages(block.data)
     if tensor.packing is None:
         weight2 = sum_of_squares(float_values(raw, source.dtype))
+        _check_finite(block, raw, weight2, shard)
         return PackedBlock(block, (block.data,), 0.0, weight2, zero_pages)
     packed, error = fit_block(raw, source.dtype, tensor.packing, fit=fit, scratch=_scratch(), importance=importance)
+    _check_finite(block, raw, error.weight2, shard)
     arrays = [packed.codes, packed.scales, *([] if packed.biases is None else [packed.biases])]
     outputs = tuple(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)
     return PackedBlock(block, outputs, error.error2, error.weight2, zero_pages)
+
+
+def _check_finite(block: Block, raw: NDArray[Any], weight2: float, shard: Path) -> None:
+    """NaN and infinity make the sum of squares no number too, so only then is it worth looking for one."""
+    source = block.tensor.source
+    if math.isfinite(weight2) or (index := first_non_finite(raw, source.dtype)) is None:
+        return
+    row, column = divmod(index, raw.shape[1])
+    where = f"row {block.first_row + row:,}, column {column:,}" if len(source.shape) == 2 else f"position {column:,}"
+    raise ConversionError(
+        f"{shard}: tensor {source.name}: the weight at {where} is NaN or infinite, expected finite numbers. "
+        "The checkpoint is damaged or training failed; fetch the shard again."
+    )

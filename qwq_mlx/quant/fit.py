@@ -44,9 +44,10 @@ def fit_block(
 ) -> tuple[Packed, BlockError]:
     """Pack a block of rows.
 
-    raw: (rows, columns), DTYPES[dtype], finite; columns a multiple of the group. fit: a name of FITS; in the modes
-    beside affine "min-max" is all there is. scratch: the caller's thread's own. importance: (columns,), positive
-    float32, of each input channel; for "calibrated", which without it is "least-squares".
+    raw: (rows, columns), DTYPES[dtype]; columns a multiple of the group. A NaN or infinity is not refused here, but the
+    error's weight2 is then not finite. fit: a name of FITS; in the modes beside affine "min-max" is all there is.
+    scratch: the caller's thread's own. importance: (columns,), positive float32, of each input channel; for
+    "calibrated", which without it is "least-squares".
     For float32 weights |w - unpacked| <= |scale| in affine mode by "min-max"; scale and bias rounded to bfloat16 add
     their rounding. By the other fits no group's sum of (weighted) squared errors is larger than by "min-max".
     Raises OptionError for a fit that there is not, or not in this mode, and for columns that the group does not divide.
@@ -59,14 +60,12 @@ def fit_block(
             f"a row has {raw.shape[1]} weights, expected a multiple of the group size {packing.group_size}. "
             "Use a recipe with a smaller group."
         )
-    if not packing.is_affine:
-        if fit != "min-max":
-            raise OptionError(
-                f"fit is {fit!r}, but mode {packing.mode!r} has only 'min-max'. Use a recipe of that fit."
-            )
-        packed = _by_mlx(raw, dtype, packing, scratch.stream)
-        return packed, block_error(raw, dtype, packed, packing, stream=scratch.stream)
+    if not packing.is_affine and fit != "min-max":
+        raise OptionError(f"fit is {fit!r}, but mode {packing.mode!r} has only 'min-max'. Use a recipe of that fit.")
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # weights near the end of float32, as in MLX
+        if not packing.is_affine:
+            packed = _by_mlx(raw, dtype, packing, scratch.stream)
+            return packed, block_error(raw, dtype, packed, packing, stream=scratch.stream)
         return _affine(raw, dtype, packing, scratch, fit != "min-max", importance if fit == "calibrated" else None)
 
 
@@ -103,12 +102,12 @@ def _affine(
 def _fit_tile(tile: Tile, dtype: str, bits: int, is_refined: bool, importance: Floats | None) -> _Fitted:
     """Fills tile.codes."""
     line = min_max(tile.weights, bits)
+    if not is_refined:
+        return _by_min_max(tile, line, dtype, bits)
     tile.divide(line, tile.steps)
     tile.round(tile.steps, bits)
     tile.keep_codes()
     first = _measured(tile, line, dtype, importance, spare=tile.values)
-    if not is_refined:
-        return first
     line = _as_stored(closest_line(tile, line, bits, importance), dtype)
     tile.divide(line, tile.steps)
     tile.round(tile.steps, bits)
@@ -118,6 +117,20 @@ def _fit_tile(tile: Tile, dtype: str, bits: int, is_refined: bool, importance: F
     tile.values[:, worse] = tile.codes[:, worse]
     tile.keep_codes()
     return _Fitted(*(np.where(is_better, getattr(second, n), getattr(first, n)) for n in _Fitted.__slots__))
+
+
+def _by_min_max(tile: Tile, line: Line, dtype: str, bits: int) -> _Fitted:
+    """Fills tile.codes. The bias is a weight or zero, so it is stored as it is and errors are counted from it: a sweep
+    and a fourth of the memory fewer than `_measured`."""
+    np.subtract(tile.weights, line.bias, out=tile.steps)
+    np.divide(tile.steps, line.scale, out=tile.values)
+    tile.round(tile.values, bits)
+    tile.keep_codes()
+    scale = round_to(line.scale, dtype)
+    np.multiply(tile.values, float_values(scale, dtype), out=tile.values)
+    np.subtract(tile.values, tile.steps, out=tile.values)
+    errors = squares(tile.values)
+    return _Fitted(scale, round_to(line.bias, dtype), errors, errors)
 
 
 def _as_stored(line: Line, dtype: str) -> Line:

@@ -107,3 +107,16 @@ def test_an_unknown_fit_is_refused() -> None:
 def test_a_mode_beside_affine_knows_only_min_max(packing: Packing) -> None:
     with pytest.raises(OptionError, match=f"fit is 'least-squares', but mode '{packing.mode}' has only 'min-max'"):
         fit_block(np.zeros((2, 64), np.uint16), "BF16", packing, fit="least-squares", scratch=Scratch())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", MX)
+@pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: f"{p.mode}-{p.bits}-g{p.group_size}")
+def test_a_weight_that_is_no_number_shows_in_the_sum_of_squares(packing: Packing, dtype: str, value: float) -> None:
+    """What the conversion relies on to look for one: a sweep over every weight less."""
+    rows = awkward_rows(3)
+    rows[-1, -1] = value
+    raw = round_to(rows, "F32" if dtype == "BF16" else dtype)
+    raw = (raw.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else raw
+    for fit in ("min-max", "least-squares") if packing.is_affine else ("min-max",):
+        assert not np.isfinite(fit_block(raw, dtype, packing, fit=fit, scratch=Scratch())[1].weight2)
