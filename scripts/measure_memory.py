@@ -54,7 +54,9 @@ def _main() -> int:
         "layers": shape.config.num_hidden_layers,
         "built_s": round(built_s, 1),
         "weights_bytes": active,
-        "planned_weights_bytes": plan_memory(shape, backend=backend_name()).weights_bytes,
+        "planned_weights_bytes": plan_memory(
+            shape, Workload(compute_type=options.compute_type), backend=backend_name()
+        ).weights_bytes,
         "settings": [],
         "left_out": [],
     }
@@ -94,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--rate-tokens", type=int, default=64, help="decode steps where speed is measured (default: %(default)s)")
     add("--whole", action="store_true", help="feed the whole prompt instead of filling the cache")
     add("--no-rates", action="store_true", help="memory only")
+    add(
+        "--compute-type", choices=("float32", "bfloat16"), help="of the random model and its cache (default: backend's)"
+    )
     add("--budget", type=float, default=80.0, metavar="S", help="start no setting after S seconds (default: 80)")
     return parser
 
@@ -113,19 +118,21 @@ def _model(options: argparse.Namespace) -> tuple[Any, ModelShape]:
         "vocab_size": options.vocab,
     }
     config = replace(config, **{name: value for name, value in given.items() if value is not None})
-    return random_module(config, packed, default_compute_type(), seed=0), ModelShape(config=config, packed=packed)
+    compute_type = options.compute_type or default_compute_type()
+    return random_module(config, packed, compute_type, seed=0), ModelShape(config=config, packed=packed)
 
 
 def peak(
     module: Any, shape: ModelShape, context: int, kv_bits: int | None, step: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Planned and measured bytes of one run that fills its context."""
-    plan = plan_memory(shape, Workload(context=context, kv_bits=kv_bits, prefill_step=step), backend=backend_name())
+    asked = Workload(context=context, kv_bits=kv_bits, prefill_step=step, compute_type=options.compute_type)
+    plan = plan_memory(shape, asked, backend=backend_name())
     mx.clear_cache()
     cache = new_cache(module, kv_bits)
     n_prompt = context - options.tokens
     n_filled = 0 if options.whole else max(0, (n_prompt - 2) // step * step)
-    fill(cache, shape, n_filled)
+    fill(cache, shape, n_filled, options.compute_type)
     mx.clear_cache()
     mx.reset_peak_memory()
     decoder = Decoder(module, _sampler(shape), n_ids=shape.config.vocab_size, cache=cache)
@@ -148,7 +155,7 @@ def peak(
             "peak": plan.peak_bytes,
             "kv": plan.kv_bytes,
             "prefill": plan.prefill_bytes,
-            "decode": plan.decode_bytes,
+            "decode": plan.decode_bytes + plan.logits_bytes + plan.sampler_bytes,
         },
         "measured": {"peak": measured, "kv": kv_bytes, "prefill": prefill_peak - base, "decode": decode_peak - base},
         "n_filled": n_filled,
@@ -156,13 +163,13 @@ def peak(
     }
 
 
-def fill(cache: Sequence[Any], shape: ModelShape, n_ids: int) -> None:
+def fill(cache: Sequence[Any], shape: ModelShape, n_ids: int, compute_type: str | None = None) -> None:
     """Random keys and values at n_ids positions, layer by layer, as a prefill in passes would have left them."""
     if n_ids == 0:
         return
     config = shape.config
     dims = (1, config.num_key_value_heads, n_ids, config.head_dim)
-    dtype = getattr(mx, default_compute_type())
+    dtype = getattr(mx, compute_type or default_compute_type())
     for layer in cache:
         layer.update_and_fetch(mx.random.normal(dims).astype(dtype), mx.random.normal(dims).astype(dtype))
         mx.eval(layer.state)

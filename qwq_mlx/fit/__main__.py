@@ -12,10 +12,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 from qwq_mlx.errors import OptionError, QwqError
+
+if TYPE_CHECKING:
+    from qwq_mlx.model.memory import MemoryPlan
 
 _GIB = 1 << 30
 
@@ -54,6 +57,15 @@ def _parser() -> argparse.ArgumentParser:
         default=own.prefill_step,
         help="prompt ids per pass (default: %(default)s)",
     )
+    add("--compute-type", metavar="TYPE", help="float32 or bfloat16 (default: by backend)")
+    add("--draft", metavar="FOLDER", help="plan a draft model beside it, for programs that decode with one")
+    add(
+        "--draft-tokens",
+        type=int,
+        metavar="N",
+        default=own.n_draft,
+        help="ids that it guesses at a time (default: %(default)s)",
+    )
     add(
         "--reserve",
         type=float,
@@ -69,16 +81,20 @@ def _report(options: argparse.Namespace) -> str:
     from qwq_mlx.facts import QWQ_32B_PREVIEW
     from qwq_mlx.model.advice import cheapest_change, table_of_macs
     from qwq_mlx.model.folder import open_model_folder
-    from qwq_mlx.model.memory import Backend, Workload, metal_limit_bytes, plan_memory, shape_of_facts
+    from qwq_mlx.model.memory import Backend, ModelShape, Workload, metal_limit_bytes, plan_memory, shape_of_facts
 
     for name, value in (("ram", options.ram), ("reserve", options.reserve)):
         if value is not None and not 0 <= value < 1e6:
             raise OptionError(f"{name} is {value!r}, expected a number from 0 to 1,000,000.")
+    draft = open_model_folder(options.draft) if options.draft is not None else None
     workload = Workload(
         context=options.context,
         kv_bits=options.kv_bits,
         n_sequences=options.samples,
         prefill_step=options.prefill_step,
+        compute_type=options.compute_type,
+        draft=None if draft is None else ModelShape(config=draft.config, packed=draft.packed),
+        n_draft=options.draft_tokens,
     )
     reserve_bytes = int(options.reserve * 1e9)
     backend: Backend = "metal"
@@ -94,7 +110,7 @@ def _report(options: argparse.Namespace) -> str:
     plan = plan_memory(model, workload, limit_bytes=limit_bytes, reserve_bytes=reserve_bytes, backend=backend)
     change = cheapest_change(model, plan)
     if options.json:
-        return json.dumps(_as_json(plan) | {"model": name, "change": change and change.text})
+        return json.dumps(_as_json(plan, options.draft) | {"model": name, "change": change and change.text})
     lines = [name, plan.arithmetic(), f"largest context that fits: {plan.largest_context:,}"]
     if not plan.fits:
         lines.append(
@@ -111,8 +127,9 @@ def _report(options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _as_json(plan: Any) -> dict[str, Any]:
-    return {**asdict(plan), "peak_bytes": plan.peak_bytes, "fits": plan.fits, "binds": plan.binds}
+def _as_json(plan: MemoryPlan, draft: str | None) -> dict[str, Any]:
+    workload = {**asdict(replace(plan.workload, draft=None)), "draft": draft}
+    return {**asdict(plan), "workload": workload, "peak_bytes": plan.peak_bytes, "fits": plan.fits, "binds": plan.binds}
 
 
 def _complain(text: str, code: int) -> int:

@@ -10,6 +10,7 @@ Does not: choose a quantized cache unasked, or look at the prompt (its length do
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qwq_mlx.errors import FitError
@@ -30,14 +31,31 @@ class Fitted:
     note: str
 
 
-def fitted(model: ModelFolder | ModelShape, limits: Limits, *, limit_bytes: int | None, backend: Backend) -> Fitted:
+def fitted(
+    model: ModelFolder | ModelShape,
+    limits: Limits,
+    *,
+    limit_bytes: int | None,
+    backend: Backend,
+    compute_type: str | None = None,
+) -> Fitted:
     """The limits that this machine can keep. limit_bytes: what the device gives; None forces whatever is asked.
+
+    compute_type: None picks by backend.
 
     Raises FitError where nothing, or not the context asked for, fits; OptionError for a context beyond the model's.
     """
     own = model.config.max_position_embeddings
-    limits, note = _with_bits(model, limits, limit_bytes, backend)
-    plan = _plan(model, limits, limit_bytes, backend)
+
+    def planned(limits: Limits) -> MemoryPlan:
+        kv_bits = None if limits.kv_bits == "auto" else limits.kv_bits
+        workload = Workload(
+            context=limits.context, kv_bits=kv_bits, prefill_step=limits.prefill_step, compute_type=compute_type
+        )
+        return plan_memory(model, workload, limit_bytes=limit_bytes, backend=backend)
+
+    limits, note = _with_bits(model, limits, planned)
+    plan = planned(limits)
     if plan.fits:
         return Fitted(limits=replace(limits, context=plan.context), plan=plan, note=note)
     if limits.context is not None or plan.largest_context < 2:
@@ -50,26 +68,20 @@ def fitted(model: ModelFolder | ModelShape, limits: Limits, *, limit_bytes: int 
         )
     capped = replace(limits, context=plan.largest_context)
     note += f"the context is capped to {plan.largest_context:,} of {own:,} positions, more does not fit the memory"
-    return Fitted(limits=capped, plan=_plan(model, capped, limit_bytes, backend), note=note)
+    return Fitted(limits=capped, plan=planned(capped), note=note)
 
 
 def _with_bits(
-    model: ModelFolder | ModelShape, limits: Limits, limit_bytes: int | None, backend: Backend
+    model: ModelFolder | ModelShape, limits: Limits, planned: Callable[[Limits], MemoryPlan]
 ) -> tuple[Limits, str]:
     if limits.kv_bits != "auto":
         return limits, ""
     plain = replace(limits, kv_bits=None)
-    if not can_quantize(model.config) or _plan(model, plain, limit_bytes, backend).fits:
+    if not can_quantize(model.config) or planned(plain).fits:
         return plain, ""
     small = replace(plain, prefill_step=min(limits.prefill_step, SMALL_STEP))
     for bits in (8, 4):
         tried = replace(small, kv_bits=bits)
-        if _plan(model, tried, limit_bytes, backend).fits or bits == 4:
+        if planned(tried).fits or bits == 4:
             break
     return tried, f"the KV cache is quantized to {bits} bits to fit the memory; "
-
-
-def _plan(model: ModelFolder | ModelShape, limits: Limits, limit_bytes: int | None, backend: Backend) -> MemoryPlan:
-    kv_bits = None if limits.kv_bits == "auto" else limits.kv_bits
-    workload = Workload(context=limits.context, kv_bits=kv_bits, prefill_step=limits.prefill_step)
-    return plan_memory(model, workload, limit_bytes=limit_bytes, backend=backend)

@@ -47,7 +47,8 @@ def load(
     Raises LoadError, SourceError or BackendError; FitError with the arithmetic.
     """
     limit = None if force else limit_bytes()
-    fitted(open_model_folder(folder), limits or Limits(), limit_bytes=limit, backend=backend_name())
+    files, asked = open_model_folder(folder), limits or Limits()
+    fitted(files, asked, limit_bytes=limit, backend=backend_name(), compute_type=compute_type)
     return Reasoner(load_model(folder, compute_type=compute_type), limit_bytes=limit)
 
 
@@ -256,8 +257,11 @@ class Reasoner:
 
     def fit(self, limits: Limits) -> Fitted:
         """These limits as this machine can keep them, and the memory plan. Raises FitError or OptionError."""
-        shape = ModelShape(config=self.model.config, packed=self.model.packed)
-        return fitted(shape, limits, limit_bytes=self._limit_bytes, backend=backend_name())
+        model = self.model
+        shape = ModelShape(config=model.config, packed=model.packed)
+        return fitted(
+            shape, limits, limit_bytes=self._limit_bytes, backend=backend_name(), compute_type=model.compute_type
+        )
 
 
 def _raised(limits: Limits, *, n_prompt: int, max_tokens: int | None, context: int | None) -> Limits:

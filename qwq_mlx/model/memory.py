@@ -1,26 +1,17 @@
 """What a run needs in memory, from headers alone, before a weight is read.
 
-peak = weights + KV cache at the whole context + the larger of what prefill and a decode step hold beside them. The
-weights and the cache are exact: they are counted as MLX allocates them. What a pass of S ids holds beside them is an
-estimate of the intermediates that are alive at once:
-
-    fused       3 S * intermediate + 9 S * hidden, and one layer's keys and values at the old length as the cache grows
-    not fused   (CPU backend, or a quantized cache) 3 S * intermediate, the scores of every head, id and position once
-                with their mask, 15 S * hidden or 0.7 of the scores if that is less, and one layer's cache where it is
-                quantized (it is copied), two in a decode step
-    decode      besides, logits and the sampler's copies, 8 vocabularies of float32
-
-MLX works ahead of itself, so what is alive at once is an estimate, and depends a little on the machine. On the CPU
-backend 10 settings of pocket-like shapes (scripts/measure_memory.py; 128 to 512 ids, 256 to 4,096 positions, plain, 8
-and 4 bits) are planned from 2 % below to 6 % above the measured peak. Not measured on Metal; what a quantized cache
-needs on a GPU is a guess on the safe side (scores counted 1.5 times). Scores are why a quantized cache can need more
-than a plain one: with 2,048 ids a pass 8 GB at 32,768 positions of QwQ, with 256 1 GB.
+peak = weights + KV cache at the whole context + the larger of what prefill and a decode step (with its logits and what
+the sampler makes of them) hold beside them + what more sequences and a draft model add. Weights and cache are exact:
+they are counted as MLX allocates them. What a pass holds beside them is an estimate (`activations`): MLX works ahead of
+itself, so what is alive at once depends a little on the machine. Scores are why a quantized cache can need more than a
+plain one: with 2,048 ids a pass 8 GB at 32,768 positions of QwQ, with 256 1 GB.
 
 On Metal the limit is the recommended working set, two thirds of the memory up to 32 GiB and three quarters above (not
 measured on Metal: 16 and 32 GiB as in abetlen/llama-cpp-python#687 and ollama/ollama#434, 96 GiB as in
 ggml-org/llama.cpp#3213; on the Mac itself `model.device` asks the system).
 
-Does not: read weights, import MLX, know other programs, or change a limit.
+Does not: read weights, import MLX, know other programs, or change a limit. A draft model and sequences side by side are
+planned for whoever decodes so; `generate` decodes one sequence by itself.
 """
 
 from __future__ import annotations
@@ -33,6 +24,7 @@ from typing import Literal
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import ModelFacts
+from qwq_mlx.model.activations import CACHE_STEP, logits_bytes, pass_bytes, sampler_bytes
 from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.layout import Packing
@@ -55,9 +47,9 @@ BACKENDS: tuple[Backend, ...] = ("metal", "cuda", "cpu")
 RESERVE_BYTES = 500_000_000
 """Left free below the limit: buffers that MLX keeps for reuse, the rest of the process. A choice, not measured."""
 
-_CACHE_STEP = 256  # mlx_lm's KVCache grows by so many positions
 KV_GROUP = 64
 """Numbers of a quantized cache that share a scale and a bias."""
+_FLOAT_BYTES = {"float32": 4, "bfloat16": 2}
 _GIB = 1 << 30
 
 
@@ -75,19 +67,24 @@ class Workload:
 
     context: positions, prompt and output together; None is the model's whole context. kv_bits: None keeps the cache in
     the compute type, 8 and 4 quantize it in groups of 64. n_sequences: decoded side by side, each with its own cache.
-    prefill_step: prompt ids per pass.
+    prefill_step: prompt ids per pass. compute_type: "float32" or "bfloat16"; None picks by backend. draft: a smaller
+    model that guesses n_draft ids at a time, which the model then checks in one pass.
     """
 
     context: int | None = None
     kv_bits: int | None = None
     n_sequences: int = 1
     prefill_step: int = 2048
+    compute_type: str | None = None
+    draft: ModelShape | None = None
+    n_draft: int = 3
 
     def __post_init__(self) -> None:
         for name, value, high in (
             ("context", self.context, 2**31 - 1),
             ("n_sequences", self.n_sequences, 100_000),
             ("prefill_step", self.prefill_step, 2**31 - 1),
+            ("n_draft", self.n_draft, 1_000),
         ):
             if name == "context" and value is None:
                 continue
@@ -95,16 +92,20 @@ class Workload:
                 raise OptionError(f"{name} is {value!r}, expected a whole number from 1 to {high:,}.")
         if self.kv_bits not in (None, 4, 8):
             raise OptionError(f"kv_bits is {self.kv_bits!r}, expected None, 8 or 4.")
+        if self.compute_type not in (None, *_FLOAT_BYTES):
+            raise OptionError(f"compute_type is {self.compute_type!r}, expected None, float32 or bfloat16.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """The arithmetic, every part in bytes.
 
-    weights_bytes: in memory, in the compute type. kv_bytes: the cache at the whole context, of all sequences.
-    prefill_bytes, decode_bytes: held beside both in a pass. load_bytes: held beside the weights while they are read.
-    limit_bytes: what the device gives, None if not asked. largest_context: the most positions (of one sequence) that
-    fit under the limit, 0 if none; without a limit the context planned.
+    weights_bytes: in memory, in the compute type. kv_bytes: the cache at the whole context. prefill_bytes,
+    decode_bytes: held beside both in a pass. logits_bytes, sampler_bytes: beside a decode step. All of these for one
+    sequence; batch_bytes: what the others add. speculative_bytes: a draft model's weights and cache, and the rows that
+    are checked at once. load_bytes: held beside the weights while they are read. limit_bytes: what the device gives,
+    None if not asked. largest_context: the most positions (of one sequence) that fit under the limit, 0 if none;
+    without a limit the context planned.
     """
 
     backend: Backend
@@ -115,6 +116,10 @@ class MemoryPlan:
     kv_bytes_per_token: int
     prefill_bytes: int
     decode_bytes: int
+    logits_bytes: int
+    sampler_bytes: int
+    batch_bytes: int
+    speculative_bytes: int
     load_bytes: int
     reserve_bytes: int
     limit_bytes: int | None
@@ -123,7 +128,8 @@ class MemoryPlan:
     @property
     def peak_bytes(self) -> int:
         """The most that is held at any time."""
-        running = self.kv_bytes + max(self.prefill_bytes, self.decode_bytes)
+        decode = self.decode_bytes + self.logits_bytes + self.sampler_bytes
+        running = self.kv_bytes + max(self.prefill_bytes, decode) + self.batch_bytes + self.speculative_bytes
         return self.weights_bytes + max(running, self.load_bytes)
 
     @property
@@ -133,28 +139,39 @@ class MemoryPlan:
 
     @property
     def binds(self) -> str:
-        """The largest part: "weights", "KV cache", "prefill" or "decode"."""
+        """The largest part: "weights", "KV cache", "prefill", "decode", "batch" or "speculative"."""
         parts = {
             "weights": self.weights_bytes,
             "KV cache": self.kv_bytes,
             "prefill": self.prefill_bytes,
-            "decode": self.decode_bytes,
+            "decode": self.decode_bytes + self.logits_bytes + self.sampler_bytes,
+            "batch": self.batch_bytes,
+            "speculative": self.speculative_bytes,
         }
         return max(parts, key=lambda name: parts[name])
 
     def arithmetic(self) -> str:
-        """One line a part, in GB, for people."""
+        """One line a part, in GB and in bytes, for people."""
         rows = [
             ("weights", self.weights_bytes, ""),
             ("KV cache", self.kv_bytes, f"{self.context:,} positions of {self.kv_bytes_per_token:,} bytes"),
             ("prefill", self.prefill_bytes, f"{self.workload.prefill_step:,} ids per pass"),
             ("decode", self.decode_bytes, "not at the same time as prefill"),
+            ("logits", self.logits_bytes, "beside decode"),
+            ("sampler", self.sampler_bytes, "beside decode"),
+            ("batch", self.batch_bytes, f"{self.workload.n_sequences:,} sequences"),
+            ("speculative", self.speculative_bytes, f"{self.workload.n_draft:,} ids guessed by a draft model"),
             ("peak", self.peak_bytes, ""),
             ("reserve", self.reserve_bytes, ""),
         ]
         if self.limit_bytes is not None:
             rows.append(("limit", self.limit_bytes, f"{'fits' if self.fits else 'does not fit'}, {self.backend}"))
-        return "\n".join(f"{name:<9}{size / 1e9:>8.2f} GB  {note}".rstrip() for name, size, note in rows)
+        unused = {"batch": self.workload.n_sequences == 1, "speculative": self.workload.draft is None}
+        return "\n".join(
+            f"{name:<11}{size / 1e9:>8.2f} GB {size:>18,} bytes  {note}".rstrip()
+            for name, size, note in rows
+            if not unused.get(name)
+        )
 
 
 def shape_of_facts(facts: ModelFacts, *, bits: int = 4, group_size: int = 64, context: int = 32_768) -> ModelShape:
@@ -193,7 +210,8 @@ def plan_memory(
     """Plan a run: what it needs, whether it fits, and the largest context that does.
 
     model: a folder (only headers are read) or a shape. limit_bytes: what the device gives; None plans without one.
-    backend: "metal" and "cuda" compute in bfloat16 with fused attention, "cpu" in float32 without.
+    backend: "metal" and "cuda" have fused attention and compute in bfloat16 if not told otherwise, "cpu" has none and
+    computes in float32.
     Raises OptionError for a context beyond the model's; LoadError or SourceError as `open_model_folder`.
     """
     if backend not in BACKENDS:
@@ -217,23 +235,57 @@ def _plan(
     limit_bytes: int | None,
     reserve_bytes: int,
 ) -> MemoryPlan:
-    config, float_bytes = model.config, _float_bytes(backend)
+    config, float_bytes = model.config, _float_bytes(workload, backend)
     per_token = _kv_bytes_per_token(config, workload.kv_bits, float_bytes)
-    n_positions = math.ceil(context / _CACHE_STEP) * _CACHE_STEP
+    kv_bytes = _n_positions(context) * per_token
+    decode, logits, sampler = _pass(config, workload, 1, context, backend), logits_bytes(config), sampler_bytes(config)
     return MemoryPlan(
         backend=backend,
         workload=workload,
         context=context,
         weights_bytes=_weights_bytes(config, model.packed, float_bytes),
-        kv_bytes=workload.n_sequences * n_positions * per_token,
+        kv_bytes=kv_bytes,
         kv_bytes_per_token=per_token,
-        prefill_bytes=_prefill_bytes(config, workload, context, backend),
-        decode_bytes=_decode_bytes(config, workload, context, backend),
+        # one prompt is fed at a time, whatever number of sequences then goes on from it
+        prefill_bytes=_pass(config, workload, min(workload.prefill_step, context), context, backend),
+        decode_bytes=decode,
+        logits_bytes=logits,
+        sampler_bytes=sampler,
+        batch_bytes=(workload.n_sequences - 1) * (kv_bytes + decode + logits + sampler),
+        speculative_bytes=_speculative_bytes(config, workload, context, backend),
         load_bytes=_load_bytes(model, float_bytes),
         reserve_bytes=reserve_bytes,
         limit_bytes=limit_bytes,
         largest_context=context,
     )
+
+
+def _pass(config: Qwen2Config, workload: Workload, n_ids: int, context: int, backend: Backend) -> int:
+    float_bytes = _float_bytes(workload, backend)
+    return pass_bytes(
+        config,
+        n_ids=n_ids,
+        context=context,
+        float_bytes=float_bytes,
+        is_quantized=workload.kv_bits is not None,
+        layer_bytes=_kv_bytes_per_token(config, workload.kv_bits, float_bytes) // config.num_hidden_layers,
+        on_cpu=backend == "cpu",
+    )
+
+
+def _speculative_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
+    """The draft model with its cache and logits, and a pass that checks n_draft ids more than the one drawn."""
+    if workload.draft is None:
+        return 0
+    draft, float_bytes, n_more = workload.draft, _float_bytes(workload, backend), workload.n_draft
+    cache = _n_positions(context) * _kv_bytes_per_token(draft.config, None, float_bytes)
+    own = _weights_bytes(draft.config, draft.packed, float_bytes) + logits_bytes(draft.config)
+    check = _pass(config, workload, 1 + n_more, context, backend) - _pass(config, workload, 1, context, backend)
+    return own + workload.n_sequences * (cache + check + n_more * logits_bytes(config))
+
+
+def _n_positions(context: int) -> int:
+    return math.ceil(context / CACHE_STEP) * CACHE_STEP
 
 
 def _largest_context(model: ModelFolder | ModelShape, plan: MemoryPlan, own: int) -> int:
@@ -246,8 +298,8 @@ def _largest_context(model: ModelFolder | ModelShape, plan: MemoryPlan, own: int
     return low
 
 
-def _float_bytes(backend: Backend) -> int:
-    return 4 if backend == "cpu" else 2
+def _float_bytes(workload: Workload, backend: Backend) -> int:
+    return _FLOAT_BYTES[workload.compute_type or ("float32" if backend == "cpu" else "bfloat16")]
 
 
 def can_quantize(config: Qwen2Config) -> bool:
@@ -294,29 +346,3 @@ def _kv_bytes_per_token(config: Qwen2Config, kv_bits: int | None, float_bytes: i
     if kv_bits is None:
         return n_values * float_bytes
     return n_values * kv_bits // 8 + 2 * float_bytes * (n_values // KV_GROUP)
-
-
-def _prefill_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
-    """One prompt is fed at a time, whatever number of sequences then goes on from it."""
-    return _pass_bytes(config, workload, min(workload.prefill_step, context), context, backend)
-
-
-def _decode_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
-    """One id of every sequence."""
-    logits = 8 * workload.n_sequences * config.vocab_size * 4
-    return logits + workload.n_sequences * _pass_bytes(config, workload, 1, context, backend)
-
-
-def _pass_bytes(config: Qwen2Config, workload: Workload, n_ids: int, context: int, backend: Backend) -> int:
-    """Intermediates of n_ids that attend to the whole context."""
-    float_bytes = _float_bytes(backend)
-    layer = _kv_bytes_per_token(config, workload.kv_bits, float_bytes) // config.num_hidden_layers * context
-    n_mlp, n_hidden = 3 * n_ids * config.intermediate_size, n_ids * config.hidden_size
-    if backend != "cpu" and workload.kv_bits is None:
-        return (n_mlp + 9 * n_hidden) * float_bytes + layer
-    n_scores = config.num_attention_heads * n_ids * context
-    n_beside = min(15 * n_hidden, 7 * n_scores // 10)
-    n_layers = (0 if n_ids > 1 else 1) if workload.kv_bits is None else (1 if n_ids > 1 else 2)
-    copies = 2 if backend == "cpu" else 3  # halves
-    mask_bytes = n_ids * context
-    return (n_mlp + n_scores * copies // 2 + n_beside) * float_bytes + mask_bytes + n_layers * layer

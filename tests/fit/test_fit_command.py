@@ -83,7 +83,7 @@ def test_the_text_shows_the_arithmetic_and_the_table(capsys: pytest.CaptureFixtu
     assert "the least that would fit: nothing; take fewer bits or more memory" in run(capsys, "--ram", "16")[1]
 
 
-def test_every_flag_reaches_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flag_reaches_the_plan(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [
         "--ram",
         "32",
@@ -97,13 +97,23 @@ def test_every_flag_reaches_the_plan(capsys: pytest.CaptureFixture[str]) -> None
         "128",
         "--reserve",
         "2",
+        "--compute-type",
+        "float32",
+        "--draft",
+        str(tiny_checkpoint),
+        "--draft-tokens",
+        "7",
         "--json",
     ]
     code, out, _ = run(capsys, *flags)
     found = json.loads(out)
     assert code == 0
-    assert found["workload"] == {"context": 4096, "kv_bits": 8, "n_sequences": 3, "prefill_step": 128}
+    assert found["workload"] == {
+        **{"context": 4096, "kv_bits": 8, "n_sequences": 3, "prefill_step": 128, "compute_type": "float32"},
+        **{"draft": str(tiny_checkpoint), "n_draft": 7},
+    }
     assert found["reserve_bytes"] == 2_000_000_000
+    assert found["speculative_bytes"] > 0 and found["batch_bytes"] > 0
     assert found["limit_bytes"] == metal_limit_bytes(32 * GIB)
     assert (found["context"], found["backend"]) == (4096, "metal")
 

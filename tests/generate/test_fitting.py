@@ -46,7 +46,8 @@ def test_a_context_that_was_asked_for_is_refused_with_the_arithmetic() -> None:
         on_mac(32, context=32_768)
     text = str(caught.value)
     assert "A context of 32,768 does not fit the memory of this machine" in text
-    assert "weights     18.43 GB" in text and "limit       22.91 GB  does not fit, metal" in text
+    assert "weights       18.43 GB" in text
+    assert "limit         22.91 GB     22,906,492,245 bytes  does not fit, metal" in text
     assert "The largest context that fits is 1" in text
     assert "The cheapest change: 4-bit cache, prefill passes of 256 ids" in text and "--force" in text
 

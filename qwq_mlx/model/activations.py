@@ -1,0 +1,85 @@
+"""What a pass of S ids holds beside weights and cache: the intermediates that are alive at once, in bytes.
+
+MLX makes a layer's arrays while those before it are still at work, so the peak is where attention's scores meet the
+arrays of the layer before. With H hidden, I intermediate, K the width of one layer's keys, C the context:
+
+    fused       3 S I + 9 S H, and one layer's cache at its old length as it grows: attention never holds scores
+    not fused   (CPU backend, or a quantized cache) the scores of every head, id and position once, for mask, softmax
+                and scores share one buffer; their mask, a byte each; 2 S I, for swiglu writes over its gate; 13 S H, of
+                which 7.5 are float32 whatever the compute type (rotary embedding), 6 S K; a layer as it grows
+    quantized   on the CPU, besides, one layer's cache once for every query head of a key head: MLX's quantized_matmul
+                copies what it broadcasts; two of the 13 S H are gone by then. On a GPU it reads them in place, and
+                scores are counted 1.5 times, which is a guess
+
+The factors for the CPU come from doubling each size in turn (MLX 0.32.4, 4 to 8 heads, 64 to 256 ids, 256 to 4,096
+positions, float32 and bfloat16) and reading what grew. Not measured on Metal.
+
+Does not: count weights or cache (`memory` does).
+"""
+
+from __future__ import annotations
+
+from qwq_mlx.model.architecture import Qwen2Config
+
+__all__ = ["CACHE_STEP", "logits_bytes", "pass_bytes", "sampler_bytes"]
+
+CACHE_STEP = 256
+"""mlx_lm's KVCache grows by so many positions."""
+_LOGIT_COPIES = 2  # as the head gives them, and in float32
+_SAMPLER_COPIES = 6  # float32 rows: tempered, ordered with their ids, summed, kept, and those of the statistics
+
+
+def logits_bytes(config: Qwen2Config) -> int:
+    """Logits of one position."""
+    return _LOGIT_COPIES * config.vocab_size * 4
+
+
+def sampler_bytes(config: Qwen2Config) -> int:
+    """What drawing one id holds beside its logits; every sampler setting fits into it."""
+    return _SAMPLER_COPIES * config.vocab_size * 4
+
+
+def pass_bytes(
+    config: Qwen2Config,
+    *,
+    n_ids: int,
+    context: int,
+    float_bytes: int,
+    is_quantized: bool,
+    layer_bytes: int,
+    on_cpu: bool,
+) -> int:
+    """Intermediates of n_ids that attend to at most context positions.
+
+    float_bytes: of the compute type. layer_bytes: one layer's keys and values of one position.
+    """
+    old = (context - 1) // CACHE_STEP * CACHE_STEP  # positions there before the cache grew for the last time
+    at_growth = min(context, old + n_ids)
+
+    def held(n_positions: int) -> int:
+        if not on_cpu and not is_quantized:
+            return (3 * n_ids * config.intermediate_size + 9 * n_ids * config.hidden_size) * float_bytes
+        return _unfused_bytes(config, n_ids, n_positions, float_bytes, is_quantized, layer_bytes, on_cpu)
+
+    return max(held(context), held(at_growth) + old * layer_bytes)
+
+
+def _unfused_bytes(
+    config: Qwen2Config,
+    n_ids: int,
+    context: int,
+    float_bytes: int,
+    is_quantized: bool,
+    layer_bytes: int,
+    on_cpu: bool,
+) -> int:
+    n_heads, n_kv_heads = config.num_attention_heads, config.num_key_value_heads
+    scores = n_heads * n_ids * context * float_bytes
+    if not on_cpu:
+        scores = scores * 3 // 2
+    n_mixed = 3.5 if is_quantized else 5.5
+    hidden = int(n_ids * config.hidden_size * (n_mixed * float_bytes + 7.5 * 4))
+    beside = n_ids * (2 * config.intermediate_size + 6 * n_kv_heads * config.head_dim) * float_bytes
+    copied = n_heads // n_kv_heads * layer_bytes * context if on_cpu and is_quantized else 0
+    mask = n_ids * context
+    return scores + mask + hidden + beside + copied
