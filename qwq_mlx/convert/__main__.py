@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import sys
@@ -81,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         f"order, are made in one pass over the source (default: {DEFAULT_RECIPE})",
     )
     add(
+        "--target-size",
+        metavar="SIZE",
+        help="choose the bits of every matrix so that the output fits this size, as 17GB (also GiB, MB, MiB): the "
+        "recipe's mode, group, fit and overrides stay, the output matrix and the layers where rounding hurts most get "
+        "more (default: the recipe's bits)",
+    )
+    add(
         "--calibrate",
         metavar="TEXT",
         help="a text, or .jsonl of {text} or {messages}, whose activations weigh the errors of the fit; the source is "
@@ -114,6 +122,7 @@ def _convert(options: argparse.Namespace, screen: _Screen) -> tuple[Conversion, 
     from qwq_mlx.convert.report import result_text
 
     chosen = ConvertOptions(
+        target_bytes=None if options.target_size is None else _bytes(options.target_size),
         calibrate=options.calibrate,
         force=options.force,
         restart=options.restart,
@@ -155,6 +164,14 @@ def _outputs(options: argparse.Namespace) -> dict[str | Path, str | Path]:
     if len(set(options.output)) != len(options.output):
         raise OptionError(f"--output {' and '.join(options.output)}: two are one folder. Give each recipe its own.")
     return dict(zip(options.output, recipes, strict=True))
+
+
+def _bytes(size: str) -> int:
+    """ "17GB" -> 17000000000. Raises OptionError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM]i?B)", size)
+    if found is None:
+        raise OptionError(f"--target-size is {size!r}, expected a number and GB, GiB, MB or MiB: 17GB, 16.5GiB.")
+    return int(float(found[1]) * {"GB": 10**9, "MB": 10**6, "GiB": 1 << 30, "MiB": 1 << 20}[found[2]])
 
 
 class _Screen:

@@ -40,6 +40,7 @@ from qwq_mlx.convert.pipeline import Target, run_pipeline
 from qwq_mlx.convert.plan import Plan, make_plan
 from qwq_mlx.convert.progress import Progress, Report
 from qwq_mlx.convert.result import Conversion, conversion_of
+from qwq_mlx.convert.target import recipes_for_size
 from qwq_mlx.convert.write import disk_fault
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.atomic import publish
@@ -61,6 +62,7 @@ def convert_checkpoint(
     *,
     revision: str | None = None,
     recipe: str | Path = DEFAULT_RECIPE,
+    target_bytes: int | None = None,
     calibrate: str | Path | None = None,
     force: bool = False,
     restart: bool = False,
@@ -76,18 +78,20 @@ def convert_checkpoint(
 
     source: a folder, or a repository of the Hub (OWNER/NAME) where no folder has that name; its shards are fetched one
     after another, two on the disk at most. revision: of the repository. recipe: a name under conversions/, or the path
-    of a .toml file. calibrate: a text (see `convert.calibration`) whose activations weigh the errors of the fit; None
-    fits as the recipe says. force: replace an existing conversion, once the new one is complete. restart: throw an
-    unfinished conversion of this output away instead of continuing it. keep_source: leave fetched shards and their
-    small files in `output`.source. dry_run: stop after the plan. n_workers: threads that pack; None is one per core.
-    quality: a text file to compare source and conversion on, True for a bundled text, False for nothing, None for the
-    bundled text where the source is small (convert.judge.SMALL_BYTES). quality_tokens: of that text, at most. on_plan:
-    called once with the plan, before anything is written. progress: called after every block and, from another thread,
-    while shards are fetched.
+    of a .toml file. target_bytes: choose the bits of every matrix so that the output, but for manifest and report, is
+    no larger (see `convert.target`); None takes the recipe's. calibrate: a text (see `convert.calibration`) whose
+    activations weigh the errors of the fit; None fits as the recipe says. force: replace an existing conversion, once
+    the new one is complete. restart: throw an unfinished conversion of this output away instead of continuing it.
+    keep_source: leave fetched shards and their small files in `output`.source. dry_run: stop after the plan. n_workers:
+    threads that pack; None is one per core. quality: a text file to compare source and conversion on, True for a
+    bundled text, False for nothing, None for the bundled text where the source is small (convert.judge.SMALL_BYTES).
+    quality_tokens: of that text, at most. on_plan: called once with the plan, before anything is written. progress:
+    called after every block and, from another thread, while shards are fetched.
     Raises OptionError, RecipeError, SourceError, LoadError, ConversionError; see `convert.check` for what is refused.
     """
     options = ConvertOptions(
         revision=revision,
+        target_bytes=target_bytes,
         calibrate=calibrate,
         force=force,
         restart=restart,
@@ -155,6 +159,8 @@ def _plans(opened: Origin, recipes: Mapping[Path, Recipe], options: ConvertOptio
     for recipe in recipes.values():
         check_fit(recipe, options.calibrate, is_remote=opened.is_remote)
     config = check_source(opened.checkpoint, recipes.values())
+    if options.target_bytes is not None:
+        recipes = recipes_for_size(opened, config, recipes, options.target_bytes)
     text = None if options.calibrate is None else read_calibration(options.calibrate, opened.checkpoint, config)
     first = next(iter(recipes))
     fetched = first.with_name(f"{first.name}.source") if options.keep_source else partial_path(first) / SOURCE

@@ -19,6 +19,7 @@ class ConvertOptions:
     """
 
     revision: str | None = None
+    target_bytes: int | None = None
     calibrate: str | Path | None = None
     force: bool = False
     restart: bool = False

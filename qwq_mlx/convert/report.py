@@ -6,6 +6,7 @@ Does not: print.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ def plan_text(plans: Sequence[Plan], outputs: Sequence[str], free_bytes: int) ->
 
 def _output_rows(plan: Plan, output: str) -> tuple[tuple[str, str], ...]:
     recipe, packing, text = plan.recipe, plan.recipe.packing, plan.calibration
-    overrides = f", {len(recipe.overrides)} overrides" if recipe.overrides else ""
+    overrides = f", {len(recipe.overrides)} overrides ({_widths(plan)})" if recipe.overrides else ""
     calibrated = "" if text is None else f" by {text.n_ids:,} tokens of {text.name}"
     return (
         (
@@ -85,6 +86,13 @@ def _output_rows(plan: Plan, output: str) -> tuple[tuple[str, str], ...]:
         ),
         ("quality", plan.quality_note),
     )
+
+
+def _widths(plan: Plan) -> str:
+    """Matrices by width: "9 in 5 bits, 39 in 4 bits, 1 as they are"."""
+    counts = Counter(each.packing.bits if each.packing else 0 for each in plan.tensors if len(each.source.shape) == 2)
+    parts = [f"{n} in {bits} bits" if bits else f"{n} as they are" for bits, n in sorted(counts.items(), reverse=True)]
+    return ", ".join(parts)
 
 
 def result_text(conversion: Conversion) -> str:

@@ -37,7 +37,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["DEFAULT_RECIPE", "Override", "Recipe", "load_recipe", "recipe_names", "recipe_of_mapping"]
+__all__ = [
+    "DEFAULT_RECIPE",
+    "Override",
+    "Recipe",
+    "is_sensitive_layer",
+    "load_recipe",
+    "recipe_names",
+    "recipe_of_mapping",
+    "recipe_of_text",
+]
 
 _FOLDER = Path(__file__).resolve().parent / "recipes"  # conversions/ of the checkout, and its copy in an installation
 _MAX_BYTES = 1 << 20
@@ -103,7 +112,12 @@ class Recipe:
 def _is_sensitive(path: str, n_layers: int) -> bool:
     """mlx-lm's use_more_bits; a matrix outside the layers counts as layer 0, as it does there."""
     found = re.search(r"\.layers\.(\d+)\.", f".{path}.")
-    layer, eighth = int(found.group(1)) if found else 0, n_layers // 8
+    return is_sensitive_layer(int(found.group(1)) if found else 0, n_layers)
+
+
+def is_sensitive_layer(layer: int, n_layers: int) -> bool:
+    """Whether `layers = "sensitive"` means this one: the first and last eighth, and every third between."""
+    eighth = n_layers // 8
     return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
 
 
@@ -125,7 +139,11 @@ def load_recipe(name: str | Path) -> Recipe:
                 f"There is no recipe {str(name)!r}. Recipes: {', '.join(recipe_names())}; "
                 "or give the path of a file of your own that ends in .toml."
             )
-    text = _read(path)
+    return recipe_of_text(_read(path), path=path)
+
+
+def recipe_of_text(text: str, *, path: Path) -> Recipe:
+    """A recipe from the text of its file. Raises RecipeError as `load_recipe` does."""
     try:
         parsed = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
