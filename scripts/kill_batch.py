@@ -1,10 +1,11 @@
 """Kill a batch of questions at random points until it is done, many times over, and count what was lost or done twice.
 
-    python scripts/kill_batch.py MODEL [--kills 100] [--questions 12] [--seed 0]
+    python scripts/kill_batch.py MODEL [--kills 100] [--questions 12] [--seed 0] [--signals KILL TERM]
 
-A process answers questions with few tokens each and is killed with SIGKILL after a random time, most of them while it
-answers or writes; the next one goes on. When a file is done it is compared with one that was never interrupted (all but
-"measured"), and the next file is begun. Prints one JSON object with the counts; exit code 1 where any file differs.
+A process answers questions with few tokens each and is killed (SIGKILL, or the signals named, in turns) after a random
+time, most of them while it answers or writes; the next one goes on. When a file is done it is compared with one that
+was never interrupted (all but "measured"), and the next file is begun. Prints one JSON object with the counts; exit
+code 1 where any file differs.
 
 MODEL should have a chat template that is known (the pocket has): any other starts a process for each question.
 
@@ -62,6 +63,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--questions", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM", "HUP"), default=["KILL"])
     options = parser.parse_args()
     draw = random.Random(options.seed)
     counts = dict.fromkeys(("kills", "kills_while_answering", "torn_lines", "files", "files_that_differ"), 0)
@@ -78,6 +80,7 @@ def main() -> int:
             counts["files"] += 1
             output = folder / f"out{counts['files']}.jsonl"
             while True:
+                number = signal.Signals[f"SIG{options.signals[counts['kills'] % len(options.signals)]}"]
                 child, code = _start(options.model, source, output), None
                 n_before = output.stat().st_size if output.exists() else 0
                 if counts["kills"] < options.kills:
@@ -86,11 +89,11 @@ def main() -> int:
                         time.sleep(0.0005)
                         code = _ended(child, os.WNOHANG)
                     if code is None:
-                        os.kill(child, signal.SIGKILL)
+                        os.kill(child, number)
                 code = _ended(child) if code is None else code
                 if code == 0:
                     break
-                if code != -signal.SIGKILL:
+                if code not in (-number, 128 + number):  # a signal that comes before the command listens ends it
                     sys.exit(f"{output}: the command ended with {code} by itself")
                 counts["kills"] += 1
                 data = output.read_bytes() if output.exists() else b""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qwq_mlx.generate.run import Run
     from qwq_mlx.generate.trace import Step
 
-_TERMINATED = 143
+_ENDED = (129, 143)  # the terminal was closed, or the process was asked to end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m qwq_mlx.chat",
         description="Talk with a model. A line is a message; a backslash at its end, or three double quotes before and "
         "behind, make it several lines. /help shows the commands.",
-        epilog="Exit codes: 0 ended, 1 failed, 2 wrong usage, 143 terminated.",
+        epilog="Exit codes: 0 ended, 1 failed, 2 wrong usage, 129 terminal closed, 143 terminated.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -135,8 +135,8 @@ class _Chat:
             except QwqError as error:
                 _note(f"error: {error}")
             except KeyboardInterrupt:
-                if self._interruption.exit_code == _TERMINATED:
-                    return _TERMINATED
+                if self._interruption.exit_code in _ENDED:
+                    return self._interruption.exit_code
                 self._interruption.exit_code = 0
                 _note("(/quit or Ctrl-D ends the chat)")
         return 0
@@ -210,7 +210,7 @@ class _Chat:
         turn = self._talk.close(run)
         if turn.finish_reason not in ("stop", "answered"):
             _note(f"({turn.finish_reason}: {run.trace().detail or 'the answer is kept as far as it came'})")
-        if self._interruption.exit_code == _TERMINATED:
+        if self._interruption.exit_code in _ENDED:
             raise KeyboardInterrupt
         self._interruption.exit_code = 0
 

@@ -61,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m qwq_mlx.generate",
         description="Answer one question. The model's text goes to stdout, everything else to stderr.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C), 143 terminated.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 129 terminal closed, 130 interrupted (Ctrl-C), "
+        "143 terminated.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--save",
         metavar="FILE",
-        help="when the run is cut short (Ctrl-C, SIGTERM, --max-tokens, full context), save it here to go on with",
+        help="when the run is cut short (Ctrl-C, a signal, --max-tokens, full context), save it here to go on with",
     )
     add("--save-every", type=int, metavar="N", help="besides, save every N tokens (default: only at the end)")
     add("--resume", metavar="FILE", help="go on with a saved run: its settings; --max-tokens, --context may rise")
@@ -314,11 +315,8 @@ def _answer(
         sys.stdout.flush()
     except GenerationError as error:
         return _failed(error, run, keeper, options)
-    except BrokenPipeError:
-        raise
     except OSError as error:
-        _without_stdout()
-        return _complain(f"stdout: cannot be written ({error.strerror}). Make room, or send it elsewhere.", 1)
+        return _unshown(error, run, keeper, interruption)
     finally:
         interruption.run = None
     if (keeper is not None or interruption.wants_save) and trace.is_resumable:
@@ -340,6 +338,16 @@ def _failed(error: GenerationError, run: Run, keeper: Keeper | None, options: ar
     if keeper is not None and keeper.save(run):
         _note(f"saved: go on with --resume {options.save}")
     return _complain(str(error), 1)
+
+
+def _unshown(error: OSError, run: Run, keeper: Keeper | None, interruption: Interruption) -> int:
+    """Stdout takes no more: its reader left, the disk is full, or the terminal was closed. What there is gets saved."""
+    _without_stdout()
+    if keeper is not None and keeper.save(run):
+        _note(f"saved: go on with --resume {keeper.path}")
+    if interruption.exit_code or isinstance(error, BrokenPipeError):
+        return interruption.exit_code
+    return _complain(f"stdout: cannot be written ({error.strerror}). Make room, or send it elsewhere.", 1)
 
 
 def _load(options: argparse.Namespace, limits: Limits) -> Reasoner:

@@ -1,8 +1,12 @@
-"""Ctrl-C and SIGTERM while a command generates: end in order at the first, at once at the second.
+"""Ctrl-C, SIGTERM and SIGHUP while a command generates: end in order at the first, at once at the second.
 
 At a terminal the first Ctrl-C asks instead: answer now, save and stop, stop, or go on. The question is asked inside the
 signal handler with plain reads and writes of the terminal's files, so it comes at once also in a long prefill, and
 never meets a half-written buffer.
+
+SIGHUP says that the terminal was closed. Nothing can be shown on it any more, so what is written there from then on
+goes nowhere instead of ending the command before it has saved. Shell and kernel may both send it, so a second one is
+none; where the command was started to outlive its terminal (nohup) it is left ignored.
 
 Does not: save anything or exit; the command reads `exit_code` and `wants_save`, and does.
 """
@@ -35,7 +39,7 @@ class Answerable(Stoppable, Protocol):
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM: the first ends the run after the token under way, the second ends the command at once.
+    """Ctrl-C, SIGTERM, SIGHUP: the first ends the run after the token under way, the second ends the command at once.
 
     asks: whether a first Ctrl-C asks what to do; None asks where stdin and stderr are a terminal. exit_code: 0, or what
     the command exits with where the run was interrupted. wants_save: the run is to be saved.
@@ -47,10 +51,13 @@ class Interruption:
         self.wants_save = False
         self._asks = sys.stdin.isatty() and sys.stderr.isatty() if asks is None else asks
         self._before: dict[int, Any] = {}
+        self._shown: list[int] = []
 
     def __enter__(self) -> Interruption:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        for number in (signal.SIGINT, signal.SIGTERM, *(() if ignored else (signal.SIGHUP,))):
             self._before[number] = signal.signal(number, self._on_signal)
+        self._shown = [file.fileno() for file in (sys.stdout, sys.stderr) if file.isatty()]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,6 +65,11 @@ class Interruption:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            for shown in self._shown:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), shown)
+            if self.exit_code:
+                return
         is_second = self.exit_code != 0
         self.exit_code = 128 + number
         if is_second or self.run is None:
@@ -73,8 +85,11 @@ class Interruption:
             return False
         error, stdin = sys.stderr.fileno(), sys.stdin.fileno()
         while True:
-            os.write(error, QUESTION)
-            line = os.read(stdin, 1024)
+            try:
+                os.write(error, QUESTION)
+                line = os.read(stdin, 1024)
+            except OSError:
+                line = b""
             if not line:
                 return False  # the terminal is gone
             answer = line.strip().lower()[:1]

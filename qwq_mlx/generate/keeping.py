@@ -24,21 +24,21 @@ __all__ = ["Keeper"]
 class Keeper:
     """`with Keeper(path, every=N, warn=...) as keeper:` holds the file; iterate over `keeper.steps(run)`.
 
-    every: tokens between two checkpoints, None for none before the end. warn: called with one line.
+    path: the file. every: tokens between two checkpoints, None for none before the end. warn: called with one line.
     Raises OptionError for every below 1, ConversionError naming the process that holds the file.
     """
 
     def __init__(self, path: Path, *, every: int | None, warn: Callable[[str], None]) -> None:
         if every is not None and every < 1:
             raise OptionError(f"save_every is {every}, expected a number of tokens of at least 1.")
-        self._path = path
+        self.path = path
         self._every = every
         self._warn = warn
         self._lock = FolderLock(path.resolve())
 
     def __enter__(self) -> Keeper:
         self._lock.__enter__()
-        for left in self._path.parent.glob(f".{glob.escape(self._path.name)}.*.tmp"):
+        for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
             left.unlink()  # of a process that was killed while it wrote; nobody else writes, the lock is ours
         return self
 
@@ -57,7 +57,7 @@ class Keeper:
     def save(self, run: Run) -> bool:
         """Write a checkpoint; a failure is a warning. Returns whether the file holds the run as it is."""
         try:
-            run.save(self._path)
+            run.save(self.path)
         except (GenerationError, RuntimeError, MemoryError) as error:
             self._warn(f"warning: not saved, the run goes on: {error}")
             return False

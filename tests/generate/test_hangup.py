@@ -1,0 +1,127 @@
+"""The terminal is closed (SIGHUP), or whoever read our output leaves: the run is saved, and the exit code says it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwq_mlx.generate import __main__ as command
+from qwq_mlx.generate.interruption import Interruption
+from qwq_mlx.generate.reasoner import load
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2]), "NO_COLOR": "1"}
+# Makes stdin the terminal that controls the process, so that closing it sends SIGHUP.
+ON_TERMINAL = (
+    "import fcntl, runpy, termios\n"
+    "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    "runpy.run_module('qwq_mlx.generate', run_name='__main__', alter_sys=True)\n"
+)
+
+
+class Stopped:
+    """Stands for a run."""
+
+    n_stops = 0
+
+    def stop(self) -> None:
+        self.n_stops += 1
+
+
+def endless(model: Path, *given: str) -> list[str]:
+    """Arguments of a run that only the context ends."""
+    bans = [f"--logit-bias={i}=-inf" for i in load(model).model.stop_ids]
+    return ["-p", "x", "--model", str(model), "--temp", "0", "--on-loop", "off", *bans, *given]
+
+
+def test_a_hangup_stops_the_run_once_and_another_signal_then_ends_at_once() -> None:
+    with Interruption(asks=False) as interruption:
+        interruption.run = run = Stopped()
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)  # the shell and the kernel both send it
+        assert (run.n_stops, interruption.exit_code) == (1, 129)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_command_that_is_to_outlive_its_terminal_does() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption(asks=False) as interruption:
+            interruption.run = run = Stopped()
+            signal.raise_signal(signal.SIGHUP)
+        assert (run.n_stops, interruption.exit_code) == (0, 0)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_saves_the_run(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", ON_TERMINAL, *endless(tiny_checkpoint, "--save", "mine")],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    try:
+        os.close(follower)
+        shown = b""
+        while b"greedy" not in shown:  # the run begins
+            assert select.select([leader], [], [], 60)[0], shown
+            shown += os.read(leader, 65_536)
+        os.read(leader, 1)
+    finally:
+        os.close(leader)
+    assert process.wait(timeout=60) == 129
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    reasoner = load(tiny_checkpoint)
+    run = reasoner.resume(tmp_path / "mine")
+    n_saved = len(run.trace().ids)
+    assert n_saved > 0 and len(run.trace().ids) + len(list(run)) > n_saved
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_saves_a_run_that_goes_on(number: signal.Signals, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    path = tmp_path / "mine"
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "qwq_mlx.generate", *endless(tiny_checkpoint, "--save", str(path))],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.send_signal(number)
+        process.stdout.read()
+        assert b"Traceback" not in process.stderr.read()
+        assert process.wait(timeout=60) == 128 + number
+    assert len(list(load(tiny_checkpoint).resume(path))) > 0
+
+
+def test_a_reader_that_leaves_costs_nothing_that_was_to_be_saved(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    path = tmp_path / "mine"
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "qwq_mlx.generate", *endless(tiny_checkpoint, "--save", str(path))],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        shown = process.stderr.read()
+        assert process.wait(timeout=60) == 0
+    assert f"saved: go on with --resume {path}\n".encode() in shown and b"Traceback" not in shown
+    assert len(list(load(tiny_checkpoint).resume(path))) > 0
