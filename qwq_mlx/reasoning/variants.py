@@ -97,6 +97,11 @@ class VariantsFinder:
         """The near and the far sum."""
         return self._sums[0].value, self._sums[1].value
 
+    @property
+    def is_counting(self) -> bool:
+        """Whether the last word belongs to a count, which is progress whatever it repeats."""
+        return self._counts.covers(self._n_words)
+
     def feed(self, text: str, index: int) -> Variants | None:
         """Take the text of token `index`."""
         for word in self._reader.feed(text):
@@ -111,7 +116,7 @@ class VariantsFinder:
     def _end_lines(self, n_lines: int) -> None:
         """One line end or more stood before this word. A row of a list takes back what it added."""
         self._n_lines += n_lines
-        self._counts.end_line()
+        self._counts.end_line(self._n_words)
         if self._rows.end_line():
             for each, value in zip(self._sums, self._at_line, strict=True):
                 each.value = min(each.value, value)
@@ -127,6 +132,7 @@ class VariantsFinder:
         if self._n_lines != self._reader.n_lines:
             self._end_lines(self._reader.n_lines - self._n_lines)
         self._rows.word(self._reader.word, word)
+        self._counts.word(self._reader.word, word, n_words)
         if word == "0":
             self._counts.number(self._reader.word, run, n_words, begins_line=self._reader.begins_line)
         is_word = word == "A" or word[0].isalpha()
