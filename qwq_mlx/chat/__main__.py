@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwq_mlx.chat.commands import COMMANDS, parse_line, think_tokens
+from qwq_mlx.chat.folding import folded
 from qwq_mlx.chat.reader import ReadLine, editing_reader, has_editing, plain_reader, read_message
 from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
 from qwq_mlx.generate.interruption import Interruption
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from qwq_mlx.chat.conversation import Conversation, Turn
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.generate.run import Run
-    from qwq_mlx.generate.trace import Step
 
 _ENDED = (129, 143)  # the terminal was closed, or the process was asked to end
 
@@ -198,7 +198,7 @@ class _Chat:
             _note(run.setup.note)
         self._interruption.run = run
         try:
-            show(_folded(run) if self._is_folded else run, sys.stdout, is_silent=False)
+            show(folded(run, _note, _report) if self._is_folded else run, sys.stdout, is_silent=False)
         except GenerationError:
             self._talk.drop_last()
             raise
@@ -215,19 +215,11 @@ class _Chat:
         self._interruption.exit_code = 0
 
 
-def _folded(steps: Iterable[Step]) -> Iterator[Step]:
-    """Only the answer; how long the thinking was is told before it."""
-    n_hidden = 0
-    for step in steps:
-        if step.segment == "thinking":
-            n_hidden += 1
-            continue
-        if n_hidden:
-            _note(f"(thought for {n_hidden:,} tokens)")
-            n_hidden = 0
-        yield step
-    if n_hidden:
-        _note(f"(thought for {n_hidden:,} tokens, no answer)")
+def _report(text: str) -> None:
+    """How far the folded thinking is, on a line of the terminal that the next text writes over."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
 
 
 def _cost(turn: Turn) -> str:

@@ -19,7 +19,7 @@ from qwq_mlx.files.atomic import write_file
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.generate.run import Run
-from qwq_mlx.model.prompt import ROLES, conversation
+from qwq_mlx.model.prompt import ROLES, conversation, prompt_ids
 
 __all__ = ["Conversation", "Turn"]
 
@@ -128,7 +128,10 @@ class Conversation:
             raise SourceError(f"{path}: cannot be written ({error.strerror}). Give another place.") from error
 
     def load(self, path: Path) -> None:
-        """Go on with a conversation that `save` wrote. Raises SourceError; this one is then as before."""
+        """Go on with a conversation that `save` wrote.
+
+        Raises SourceError, or PromptError where it is longer than the context; this one is then as before.
+        """
         try:
             value = json.loads(path.read_bytes())
         except OSError as error:
@@ -136,7 +139,10 @@ class Conversation:
         except ValueError as error:
             raise SourceError(f"{path}: not JSON ({error}). Give a file that /save wrote.") from error
         system_prompt, messages = _checked(value, path)
-        self.system_prompt, self.messages, self.turns, self._n_used = system_prompt, messages, [], 0
+        tokenizer, n_used = self.reasoner.model.tokenizer, 0
+        if messages:
+            n_used = len(prompt_ids(tokenizer, messages, system_prompt=system_prompt, context=self._context))
+        self.system_prompt, self.messages, self.turns, self._n_used = system_prompt, messages, [], n_used
 
     def _started(self, messages: list[dict[str, str]]) -> Run:
         sampling = self._sampling

@@ -117,6 +117,8 @@ def test_a_conversation_is_saved_and_loaded(reasoner: Reasoner, tmp_path: Path) 
     talk.save(tmp_path / "talk.json")
     other = talk_with(reasoner)
     other.load(tmp_path / "talk.json")
+    n_held = len(prompt_ids(reasoner.model.tokenizer, talk.messages, system_prompt="Be kind.", context=512))
+    assert other.n_left == other.context - n_held < 512, "what was loaded counts before it is fed"
     assert (other.system_prompt, other.messages) == ("Be kind.", talk.messages)
     assert talk.ask("two").setup.prompt_ids == other.ask("two").setup.prompt_ids
     with pytest.raises(SourceError, match="cannot be written"):
