@@ -9,6 +9,7 @@ Does not: run code of the folder, touch the network, or render chat templates (`
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import stat
@@ -28,24 +29,36 @@ _MAX_TEMPLATE_BYTES = 1 << 20
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: `hf` is kept where it is first made
 class LoadedTokenizer:
     """A tokenizer and what prompts and decoding need to know of it.
 
-    hf: transformers' fast tokenizer. n_ids: 1 + the largest id it has; ids from there on are padding of the embedding.
+    backend: of the tokenizers library. named: bos_token, eos_token and the like -> text.
+    n_ids: 1 + the largest id it has; ids from there on are padding of the embedding.
     added: text -> id of every added token (`<|im_end|>`, `<tool_call>`): only a template may write these.
     special: the texts among them that never belong to a message (`<|im_end|>`, but not `<think>`).
     plain: the same tokenizer without any added token, for text that must stay text.
     eos_id: the id that tokenizer_config.json names as end of a turn. chat_template: jinja text, or None.
     """
 
-    hf: Any
+    backend: Any
+    named: Mapping[str, str | None]
     n_ids: int
     added: Mapping[str, int]
     special: frozenset[str]
     plain: Any
     eos_id: int | None
     chat_template: str | None
+
+    @functools.cached_property
+    def hf(self) -> Any:
+        """transformers' fast tokenizer, made when first asked for.
+
+        Importing transformers takes a second; a conversion, which only checks, does without.
+        """
+        return import_transformers().PreTrainedTokenizerFast(
+            tokenizer_object=self.backend, clean_up_tokenization_spaces=False, **self.named
+        )
 
 
 def import_transformers() -> Any:
@@ -99,7 +112,8 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> LoadedTokenizer:
             "Copy both files from the model's source again."
         )
     return LoadedTokenizer(
-        hf=_fast(backend, {name: text for name, text in named.items() if text in vocabulary}),
+        backend=backend,
+        named={name: text for name, text in named.items() if text in vocabulary},
         n_ids=n_ids,
         added={token.content: token_id for token_id, token in added.items()},
         special=frozenset(token.content for token in added.values() if token.special),
@@ -164,12 +178,6 @@ def _check_added(path: Path, settings: Mapping[str, Any], vocabulary: Mapping[st
                 f"{path}: the added token {text!r} has the id {token_id}, tokenizer.json says {found}. "
                 "Copy both files from the model's source again."
             )
-
-
-def _fast(backend: Any, special: Mapping[str, str | None]) -> Any:
-    return import_transformers().PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
-    )
 
 
 def _token_text(value: Any) -> str | None:

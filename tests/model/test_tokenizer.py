@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,3 +196,13 @@ def test_a_template_that_cannot_be_read_is_refused(folder: Path, monkeypatch: py
     monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(LoadError, match=r"tokenizer\.json: cannot be read \(Permission denied\)\. Check the folder"):
         load_tokenizer(folder, vocab_size=320)
+
+
+def test_a_tokenizer_that_is_only_checked_does_not_import_transformers(tiny_checkpoint: Path) -> None:
+    """It takes a second: half of what a conversion did before its first byte."""
+    code = (
+        "import sys; from pathlib import Path; from qwq_mlx.model.tokenizer import load_tokenizer; "
+        f"load_tokenizer(Path({str(tiny_checkpoint)!r}), vocab_size=320); "
+        "sys.exit('transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
