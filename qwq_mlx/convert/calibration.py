@@ -3,12 +3,14 @@
 The importance of an input channel is the mean of its squared values over the text, over the mean of all channels of the
 matrix, and 0.01 so that a channel that was silent keeps some. The text passes the source's own weights one layer at a
 time (`model.layers`), so it costs the memory of one layer and of the hidden states, whatever the model's depth. What
-was found lies in the partial folder, whole and durable, before the first tensor is packed: a resumed run reads it.
+was found lies in the partial folder, whole and durable, before the first tensor is packed: a resumed run reads it. It
+stays in the conversion as calibration.data (a safetensors file by another name, so that no loader takes it for
+weights; 15 MB for the 32B): with it tensors can be packed again and compared (`qwq_mlx.verify`).
 
 The embedding is not weighted (its input is an id), unless it is tied to the output matrix. Figures are those of the
 device that ran them: another device, or another MLX, may differ in the last digits and so in some codes.
 
-Does not: pack anything, or fetch (from the Hub the whole source would have to be there first).
+Does not: pack anything, or fetch (from the Hub the whole source has to be there first).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 
 from qwq_mlx.errors import ConversionError, OptionError, PromptError, SourceError
 from qwq_mlx.files.atomic import write_file
-from qwq_mlx.files.header import place_tensors, read_header
+from qwq_mlx.files.header import TensorEntry, place_tensors, read_header
 from qwq_mlx.files.rows import read_rows
 from qwq_mlx.files.source import Checkpoint
 from qwq_mlx.model.architecture import Qwen2Config
@@ -36,13 +38,25 @@ from qwq_mlx.model.load import import_mlx
 from qwq_mlx.model.prompt import encode_text, prompt_ids
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
 
-__all__ = ["MIN_IDS", "Calibration", "Importance", "importance_of", "read_calibration"]
+__all__ = [
+    "MIN_IDS",
+    "STATISTICS_NAME",
+    "Calibration",
+    "Importance",
+    "importance_of",
+    "read_calibration",
+    "read_importance",
+    "statistics_bytes",
+]
 
 Importance = Mapping[str, NDArray[np.float32]]
 """Path of a matrix (without ".weight") -> (in,), the importance of each input channel, positive, about 1 on average."""
 
 MIN_IDS = 512
 """The fewest ids that a text must have: below, chance decides what looks important."""
+
+STATISTICS_NAME = "calibration.data"
+"""The file of a calibrated conversion that holds the importance of every channel."""
 
 _MAX_IDS = 16_384  # of a longer text the first ones are used: their hidden states stay in memory, 0.34 GB for the 32B
 _CHUNK = 512  # ids that attend to each other
@@ -158,14 +172,11 @@ def importance_of(
     Afterwards all of `kept` hold it. progress: called with the name of each layer. Raises SourceError; ConversionError
     for activations that are not finite; OSError where `kept` cannot be written.
     """
-    wanted = json.dumps(calibration.as_mapping(), sort_keys=True)
-    found = {path: _load(path, wanted) for path in kept}
+    found = {path: read_importance(path, calibration.as_mapping()) for path in kept}
     importance = next((each for each in found.values() if each is not None), None)
     if importance is None:
         importance = _run(calibration, checkpoint, progress)
-    head, entries = place_tensors(
-        [(name, "F32", values.shape) for name, values in importance.items()], {"calibration": wanted}
-    )
+    head, entries = _layout(calibration, {name: len(values) for name, values in importance.items()})
     data = head + b"".join(importance[entry.name].astype("<f4").tobytes() for entry in entries)
     for path in kept:
         if found[path] is None:
@@ -173,14 +184,35 @@ def importance_of(
     return importance
 
 
-def _load(kept: Path, wanted: str) -> Importance | None:
+def statistics_bytes(calibration: Calibration, checkpoint: Checkpoint, config: Qwen2Config) -> int:
+    """Size of the file that holds the importance of a checkpoint's channels."""
+    unseen = set() if config.tie_word_embeddings else {"model.embed_tokens"}
+    columns = {
+        name.removesuffix(".weight"): entry.shape[1]
+        for name, (_, entry) in checkpoint.tensors.items()
+        if len(entry.shape) == 2 and name.removesuffix(".weight") not in unseen
+    }
+    return _layout(calibration, columns)[1][-1].end
+
+
+def _layout(calibration: Calibration, columns: Mapping[str, int]) -> tuple[bytes, tuple[TensorEntry, ...]]:
+    """columns: path of a matrix -> its input channels."""
+    metadata = {"calibration": json.dumps(calibration.as_mapping(), sort_keys=True)}
+    return place_tensors([(name, "F32", (columns[name],)) for name in sorted(columns)], metadata)
+
+
+def read_importance(kept: Path, calibration: Mapping[str, Any]) -> Importance | None:
+    """The importance in a file; None where there is none, or it is not whole, or of another text.
+
+    calibration: the text, as `Calibration.as_mapping` says it.
+    """
     if not os.path.lexists(kept):
         return None
     try:
         header = read_header(kept)
     except SourceError:
         return None  # it was never whole; run again
-    if header.metadata.get("calibration") != wanted:
+    if header.metadata.get("calibration") != json.dumps(dict(calibration), sort_keys=True):
         return None
     return {name: read_rows(header, entry).reshape(-1).view("<f4") for name, entry in header.tensors.items()}
 
@@ -197,7 +229,7 @@ def _run(calibration: Calibration, checkpoint: Checkpoint, progress: Callable[[s
         for path in paths:
             sums[path] = sums.get(path, np.float64(0)) + np.array(squares).astype(np.float64)
 
-    LayerStream(open_model_folder(checkpoint.folder)).run(calibration.texts, observe)
+    LayerStream(open_model_folder(checkpoint.shards[0].path.parent)).run(calibration.texts, observe)
     wrong = sorted(path for path, values in sums.items() if not np.isfinite(values).all())
     if wrong:
         raise ConversionError(

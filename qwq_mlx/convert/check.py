@@ -91,8 +91,11 @@ def _check_recipe(checkpoint: Checkpoint, config: Qwen2Config, recipe: Recipe) -
         )
 
 
-def check_fit(recipe: Recipe, calibrate: str | Path | None, *, is_remote: bool) -> None:
-    """Refuse a recipe and a calibration text that do not go together. Raises OptionError."""
+def check_fit(recipe: Recipe, calibrate: str | Path | None, *, is_dropped: bool) -> None:
+    """Refuse a recipe and a calibration text that do not go together. Raises OptionError.
+
+    is_dropped: shards leave the disk as they are converted.
+    """
     if calibrate is None:
         if recipe.fit == "calibrated":
             raise OptionError(
@@ -100,10 +103,11 @@ def check_fit(recipe: Recipe, calibrate: str | Path | None, *, is_remote: bool) 
                 "a recipe whose fit is 'least-squares'."
             )
         return
-    if is_remote:
+    if is_dropped:
         raise OptionError(
-            f"--calibrate {calibrate} runs the whole source before the first tensor is packed, so it needs a local "
-            "folder, not a repository of the Hub. Fetch it first (huggingface-cli download), then give its folder."
+            f"--calibrate {calibrate} runs the whole source before the first tensor is packed, but shards from the Hub "
+            "are dropped as they are converted. Add --keep-source, which leaves them in OUTPUT.source (65.5 GB for the "
+            "32B; the plan says how much), or give the folder of a checkpoint that is there."
         )
     packings = [recipe.packing, *(each.packing for each in recipe.overrides)]
     if modes := sorted({each.mode for each in packings if each is not None and not each.is_affine}):

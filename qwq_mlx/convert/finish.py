@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from qwq_mlx.convert.calibration import STATISTICS_NAME
 from qwq_mlx.convert.journal import Done
 from qwq_mlx.convert.memory import peak_memory_bytes
 from qwq_mlx.convert.plan import BLOCK_BYTES, Plan
@@ -57,8 +58,13 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
-def write_small_files(plan: Plan, folder: Path) -> None:
-    """Write config, index and the copied files beside the finished shards, so that the folder is a model. OSError."""
+def write_small_files(plan: Plan, folder: Path, statistics: Path) -> None:
+    """Write config, index and the copied files beside the finished shards, so that the folder is a model. OSError.
+
+    statistics: where what a calibration text said is kept.
+    """
+    if plan.calibration is not None:
+        write_file(folder / STATISTICS_NAME, statistics.read_bytes())
     for name, data in {**_small_files(plan), CONFIG_NAME: plan.config_json, INDEX_NAME: plan.index_json}.items():
         if name in plan.copied or name in (CONFIG_NAME, INDEX_NAME):
             write_file(folder / name, data)
@@ -80,7 +86,9 @@ def finish(
     small, tensors = _small_files(plan), _tensor_records(plan, done)
     if quality is not None:
         write_file(folder / REPORT_NAME, report_page(_report_facts(plan, tensors), quality).encode())
-    files, digests = _read_back(plan, folder, [] if quality is None else [REPORT_NAME], progress)
+    others = [] if quality is None else [REPORT_NAME]
+    others += [] if plan.calibration is None else [STATISTICS_NAME]
+    files, digests = _read_back(plan, folder, others, progress)
     _check_tensors(plan, folder, digests, done)
     manifest = Manifest(
         source=_source_record(plan, small, done),

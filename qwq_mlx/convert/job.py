@@ -25,7 +25,7 @@ from qwq_mlx.convert.finish import finish, keep_small_files, write_small_files
 from qwq_mlx.convert.journal import Journal
 from qwq_mlx.convert.judge import Judge, measure_quality, plan_judge
 from qwq_mlx.convert.options import ConvertOptions
-from qwq_mlx.convert.origin import Origin, open_origin
+from qwq_mlx.convert.origin import Origin, Shards, open_origin
 from qwq_mlx.convert.partial import (
     MODEL,
     SOURCE,
@@ -44,6 +44,7 @@ from qwq_mlx.convert.target import recipes_for_size
 from qwq_mlx.convert.write import disk_fault
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.atomic import publish
+from qwq_mlx.files.header import Header
 from qwq_mlx.files.lock import FolderLock
 from qwq_mlx.files.manifest import read_manifest
 from qwq_mlx.model.device import small_cache
@@ -157,7 +158,7 @@ def convert_recipes(
 def _plans(opened: Origin, recipes: Mapping[Path, Recipe], options: ConvertOptions, n_workers: int) -> dict[Path, Plan]:
     """Everything that can be refused from headers and texts alone is refused here."""
     for recipe in recipes.values():
-        check_fit(recipe, options.calibrate, is_remote=opened.is_remote)
+        check_fit(recipe, options.calibrate, is_dropped=opened.is_remote and not options.keep_source)
     config = check_source(opened.checkpoint, recipes.values())
     if options.target_bytes is not None:
         recipes = recipes_for_size(opened, config, recipes, options.target_bytes)
@@ -205,9 +206,9 @@ class _Job:
             targets = [self._target(output, journals) for output in left]
             resumed = [_done_bytes(each) for each in targets]
             if targets:
-                self._pack(targets, self._importance(left))
-        for target in targets:
-            write_small_files(target.plan, target.folder)
+                self._pack(left, targets)
+        for output, target in zip(left, targets, strict=True):
+            write_small_files(target.plan, target.folder, importance_path(output))
         judges = [judge for output, judge in zip(self.plans, self.judges, strict=True) if output in left]
         plans, folders = [each.plan for each in targets], [each.folder for each in targets]
         qualities = measure_quality(judges, plans, folders, self.progress)
@@ -246,11 +247,17 @@ class _Job:
             resumed_bytes=_done_bytes(Target(plan, output, journal)),
         )
 
-    def _importance(self, outputs: Sequence[Path]) -> Importance:
-        """What the calibration text says, empty without one."""
+    def _importance(self, outputs: Sequence[Path], wanted: Sequence[Header], shards: Shards) -> Importance:
+        """What the calibration text says, empty without one. wanted: shards to wait for, should it run."""
         plan = self.plans[outputs[0]]
         if plan.calibration is None:
             return {}
+        kept = [importance_path(each) for each in outputs]
+        for each in kept:
+            each.parent.mkdir(exist_ok=True)
+        if not any(each.exists() for each in kept):
+            for shard in wanted:
+                shards.wait(shard.path.name)
         n_layers, total = plan.config.num_hidden_layers, plan.source_bytes
 
         def show(path: str) -> None:
@@ -259,10 +266,9 @@ class _Job:
                 done = total * layer // n_layers
                 self.progress(Progress(phase="calibrate", what=path, done_bytes=done, total_bytes=total))
 
-        with small_cache():
-            return importance_of(plan.calibration, plan.checkpoint, [importance_path(each) for each in outputs], show)
+        return importance_of(plan.calibration, plan.checkpoint, kept, show)
 
-    def _pack(self, targets: Sequence[Target], importance: Importance) -> None:
+    def _pack(self, outputs: Sequence[Path], targets: Sequence[Target]) -> None:
         plan = targets[0].plan
         report = Report(self.progress, sum(each.source.end - each.source.start for each in plan.tensors))
         wanted = list(plan.checkpoint.shards)
@@ -278,7 +284,7 @@ class _Job:
             plan.origin.shards(wanted, keep=self.options.keep_source, progress=report.fetched) as shards,
             small_cache(),
         ):
-            run_pipeline(targets, shards, report.packed, importance)
+            run_pipeline(targets, shards, report.packed, self._importance(outputs, wanted, shards))
 
 
 def _done_bytes(target: Target) -> int:

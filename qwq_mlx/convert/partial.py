@@ -109,10 +109,8 @@ def open_partial(plan: Plan, output: Path, *, restart: bool) -> Journal:
 
 
 def importance_path(output: Path) -> Path:
-    """Where the channels' importance is kept; its folder is made. Raises OSError."""
-    folder = partial_path(output) / _CALIBRATION
-    folder.mkdir(exist_ok=True)
-    return folder / "importance.safetensors"
+    """Where the channels' importance is kept until the output has it."""
+    return partial_path(output) / _CALIBRATION / "importance.safetensors"
 
 
 def remove_partial(output: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwq_mlx.convert.calibration import Calibration
+from qwq_mlx.convert.calibration import Calibration, statistics_bytes
 from qwq_mlx.convert.origin import Origin
 from qwq_mlx.files.header import DTYPE_BYTES, TensorEntry, place_tensors
 from qwq_mlx.files.json_object import read_json_object
@@ -186,6 +186,8 @@ def make_plan(
     index_json = _index_json(shards, places.values(), n_weights)
     copied_bytes = sum((checkpoint.folder / name).stat().st_size for name in copied)
     output_bytes = sum(shard.size_bytes for shard in shards) + len(config_json) + len(index_json) + copied_bytes
+    if calibration is not None:
+        output_bytes += statistics_bytes(calibration, checkpoint, config)
     return Plan(
         origin=origin,
         config=config,

@@ -4,8 +4,8 @@ The file proves the folder, and itself: it holds a digest of its own content, an
 this module writes for that content, so an edit or a flipped bit anywhere is seen. At every load `check_sizes` compares
 all sizes, the digests of small files and of the shards' headers (milliseconds); `verify_full` reads every byte.
 
-Schema 2, the keys of the JSON object:
-    schema      2
+Schema 3, the keys of the JSON object:
+    schema      3
     digest      sha256 of the file's own bytes with this text empty
     source      repository and commit (null for a folder that names none), files: name -> size_bytes, sha256
     recipe      the recipe in full, as its TOML file parses
@@ -19,8 +19,9 @@ Schema 2, the keys of the JSON object:
                 qwq_mlx.quality.result.Quality
     run         figures of the run: wall_s, n_workers, resumed_bytes (of the source, done by earlier runs),
                 peak_memory_bytes; they differ between runs, everything above does not
-Any change of a key or of its meaning gets another number; a manifest of an unknown number is refused. Schema 1 is the
-same without quality; it is read as if quality were null, and no longer written.
+Any change of a key or of its meaning gets another number; a manifest of an unknown number is refused. Schema 2 is the
+same without calibration (some builds before the first release wrote that key under 2; it is read where it stands), and
+schema 1 without quality too; they are read as if these were null, and no longer written.
 
 Does not: sign anything. Who can write the folder can write a manifest to match; compare its source digests with the
 Hub's to know where the weights came from.
@@ -59,9 +60,10 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA = 2
+SCHEMA = 3
 
-_READABLE = (1, SCHEMA)
+_READABLE = (1, 2, SCHEMA)
+_ADDED_SINCE: dict[int, dict[str, None]] = {1: {"quality": None, "calibration": None}, 2: {"calibration": None}, 3: {}}
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_NAMES = 10
 _SMALL_BYTES = 64 << 20  # hashed at every load: a tokenizer.json has 7 MB, which takes 5 ms
@@ -130,9 +132,11 @@ def read_manifest(folder: Path) -> Manifest:
     value = read_json_object(path, limit_bytes=_MAX_MANIFEST_BYTES, advice=_ADVICE)
     schema = value.pop("schema", None)
     if type(schema) is not int or schema not in _READABLE:
+        is_newer = type(schema) is int and schema > SCHEMA
         raise SourceError(
-            f"{path}: schema is {schema!r}, expected {' or '.join(map(str, _READABLE))}. "
-            "Use the qwq_mlx that made it, or convert again."
+            f"{path}: schema is {schema!r}, expected one of {', '.join(map(str, _READABLE))}. "
+            f"{'A newer qwq_mlx made it: update this one' if is_newer else 'Use the qwq_mlx that made it'}, "
+            "or convert again."
         )
     digest = value.pop("digest", None)
     try:
@@ -142,7 +146,7 @@ def read_manifest(folder: Path) -> Manifest:
     if _encode(value, schema) != raw:
         raise SourceError(f"{path}: its digest is {str(digest)[:80]!r}, which its content does not have. {_ADVICE}")
     try:
-        return _decode(value if schema > 1 else {**value, "quality": None})
+        return _decode({**_ADDED_SINCE[schema], **value})
     except (KeyError, TypeError, AttributeError) as error:  # only a forged digest leads here
         raise SourceError(f"{path}: lacks a field of schema {schema} ({error}). {_ADVICE}") from error
 
@@ -276,7 +280,7 @@ def _decode(value: Mapping[str, Any]) -> Manifest:
         ),
         recipe=value["recipe"],
         fit=value["fit"],
-        calibration=value.get("calibration"),
+        calibration=value["calibration"],
         versions=value["versions"],
         files=_file_records(value["files"]),
         tensors={

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from qwq_mlx.convert.calibration import STATISTICS_NAME, Importance, read_importance
 from qwq_mlx.convert.check import check_source
 from qwq_mlx.convert.origin import Origin
 from qwq_mlx.convert.pack import pack_block
@@ -89,11 +91,7 @@ def verify_conversion(
 
 
 def _pack_again(folder: Path, manifest: Manifest, source: Path, n_tensors: int, seed: int | None) -> tuple[str, ...]:
-    if manifest.calibration is not None:
-        raise OptionError(
-            f"{folder}: was calibrated with the text {manifest.calibration['file']}, which packing again would need "
-            "too. Verify it without --source; --full still reads every byte."
-        )
+    importance = _importance(folder, manifest)
     checkpoint = open_checkpoint(source)
     recipe = recipe_of_mapping(manifest.recipe, where=folder / "manifest.json")
     config = check_source(checkpoint, [recipe])
@@ -104,7 +102,8 @@ def _pack_again(folder: Path, manifest: Manifest, source: Path, n_tensors: int, 
     wrong = []
     for tensor in drawn:
         expected = [manifest.tensors[output.entry.name].sha256 for output in tensor.outputs]
-        if _digests(plan, tensor) != expected:
+        own = importance.get(tensor.source.name.removesuffix(".weight"))
+        if _digests(plan, tensor, manifest.fit, own) != expected:
             wrong.append(tensor.source.name)
     if wrong:
         raise SourceError(
@@ -112,6 +111,20 @@ def _pack_again(folder: Path, manifest: Manifest, source: Path, n_tensors: int, 
             f"{', '.join(sorted(wrong)[:10])}. The conversion is not of this source, or one of the two was changed."
         )
     return tuple(sorted(tensor.source.name for tensor in drawn))
+
+
+def _importance(folder: Path, manifest: Manifest) -> Importance:
+    """What weighed the errors of a calibrated conversion; its file is among those that the manifest has proven."""
+    if manifest.calibration is None:
+        return {}
+    found = read_importance(folder / STATISTICS_NAME, manifest.calibration)
+    if found is None or STATISTICS_NAME not in manifest.files:
+        raise OptionError(
+            f"{folder}: was calibrated with the text {manifest.calibration['file']} by a version that did not keep "
+            f"what it found ({STATISTICS_NAME}), without which no tensor can be packed again. Verify it without "
+            "--source (--full still reads every byte), or convert again."
+        )
+    return found
 
 
 def _check_names(folder: Path, manifest: Manifest, plan: Plan) -> None:
@@ -126,7 +139,7 @@ def _check_names(folder: Path, manifest: Manifest, plan: Plan) -> None:
         )
 
 
-def _digests(plan: Plan, tensor: PlannedTensor) -> list[str]:
+def _digests(plan: Plan, tensor: PlannedTensor, fit: str, importance: NDArray[np.float32] | None) -> list[str]:
     shard = plan.checkpoint.shards[tensor.shard]
     hashes: list[Any] = [hashlib.sha256() for _ in tensor.outputs]
     fd = open_shard(shard)
@@ -136,9 +149,8 @@ def _digests(plan: Plan, tensor: PlannedTensor) -> list[str]:
             data = np.empty(n_rows * tensor.row_bytes, np.uint8)
             read_into(fd, shard, tensor.source.start + first * tensor.row_bytes, data, tensor.source.name)
             block = Block(tensor=tensor, first_row=first, n_rows=n_rows, buffer=data, data=data, source_ctime_ns=0)
-            for sha256, output in zip(
-                hashes, pack_block(block, fit=plan.recipe.fit, shard=shard.path).outputs, strict=True
-            ):
+            packed = pack_block(block, fit=fit, shard=shard.path, importance=importance)
+            for sha256, output in zip(hashes, packed.outputs, strict=True):
                 sha256.update(output.data)
     finally:
         os.close(fd)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import write_tiny_checkpoint
+from hub_server import HubServer, Repository
 
 from qwq_mlx.convert import Progress, convert_checkpoint
 from qwq_mlx.convert import calibration as module
 from qwq_mlx.convert.__main__ import main
-from qwq_mlx.convert.calibration import importance_of, read_calibration
+from qwq_mlx.convert.calibration import STATISTICS_NAME, importance_of, read_calibration, read_importance
 from qwq_mlx.convert.check import check_fit
-from qwq_mlx.errors import ConversionError, OptionError
-from qwq_mlx.files.manifest import read_manifest
+from qwq_mlx.errors import ConversionError, OptionError, SourceError
+from qwq_mlx.files.manifest import read_manifest, write_manifest
 from qwq_mlx.files.source import open_checkpoint
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.load import load_model
@@ -99,8 +102,6 @@ def test_a_calibrated_conversion_is_the_weighted_fit_of_every_matrix_and_says_so
     convert_checkpoint(tiny_checkpoint, plain, recipe="4bit")
     assert read_manifest(plain).calibration is None
     assert not np.array_equal(weights(plain)["lm_head.weight"], found["lm_head.weight"])
-    with pytest.raises(OptionError, match=r"was calibrated with the text text\.txt, which packing again would need"):
-        verify_conversion(output, source=tiny_checkpoint)
 
 
 def test_a_resumed_run_reads_what_the_first_one_collected_and_another_text_is_refused(
@@ -140,6 +141,75 @@ def test_a_file_of_importance_that_is_torn_or_of_another_text_is_collected_again
         again = importance_of(calibration, checkpoint, [kept], runs.append)
         assert len(runs) == (9 if n_runs else 0) and kept.read_bytes() == good
         assert all(np.array_equal(again[name], found[name]) for name in found)
+
+
+def test_what_the_text_said_stays_in_the_conversion_and_packs_any_tensor_again(
+    tiny_checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    done = convert_checkpoint(tiny_checkpoint, output, calibrate=text)
+    assert done.output_bytes == sum(p.stat().st_size for p in output.iterdir() if p.name != "manifest.json")
+    found = read_importance(output / STATISTICS_NAME, calibrated(tiny_checkpoint, text).as_mapping())
+    assert found is not None and len(found) == 15
+    verified = verify_conversion(output, source=tiny_checkpoint, full=True, n_tensors=99)
+    assert len(verified.packed_again) == done.n_tensors
+    kept = (output / STATISTICS_NAME).read_bytes()
+    (output / STATISTICS_NAME).write_bytes(kept[:-4] + bytes(4))
+    with pytest.raises(SourceError, match=r"1 of other bytes than the manifest's: calibration\.data\."):
+        verify_conversion(output, source=tiny_checkpoint)
+    load_model(convert_checkpoint(tiny_checkpoint, tmp_path / "again", calibrate=text).output)
+
+
+def test_a_calibrated_conversion_of_an_early_build_cannot_be_packed_again_and_says_why(
+    tiny_checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    convert_checkpoint(tiny_checkpoint, output, calibrate=text)
+    manifest = read_manifest(output)
+    (output / STATISTICS_NAME).unlink()
+    files = {name: record for name, record in manifest.files.items() if name != STATISTICS_NAME}
+    write_manifest(output, replace(manifest, files=files))
+    verify_conversion(output, full=True)
+    with pytest.raises(OptionError, match=r"calibrated with the text text\.txt by a version that did not keep what it"):
+        verify_conversion(output, source=tiny_checkpoint)
+
+
+@pytest.fixture
+def server(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        server.repositories["a/b"] = Repository()
+        server.repositories["a/b"].push({path.name: path.read_bytes() for path in tiny_checkpoint.iterdir()})
+        yield server
+
+
+def test_a_repository_is_calibrated_where_its_shards_stay_and_refused_before_a_shard_is_fetched_where_not(
+    server: HubServer, tiny_checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=r"shards from the Hub are dropped as they are converted\. Add --keep-source"):
+        convert_checkpoint("a/b", tmp_path / "out", calibrate=text)
+    assert not list(tmp_path.glob("out*"))
+    phases: list[str] = []
+
+    def stop(progress: Progress) -> None:
+        phases.append(progress.phase)
+        if progress.what.endswith("layers.1.mlp.gate_proj"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint("a/b", tmp_path / "out", calibrate=text, keep_source=True, progress=stop)
+    assert "calibrate" in phases and (tmp_path / "out.source" / "config.json").is_file()
+    fetched = server.n_bytes_sent
+    convert_checkpoint("a/b", tmp_path / "out", calibrate=text, keep_source=True)
+    shards = sum(path.stat().st_size for path in tiny_checkpoint.glob("*.safetensors"))
+    assert server.n_bytes_sent - fetched <= shards  # headers, which are whole files of this size; no shard again
+    convert_checkpoint(tiny_checkpoint, tmp_path / "local", calibrate=text)
+    ours, local = weights(tmp_path / "out"), weights(tmp_path / "local")
+    assert all(np.array_equal(ours[name], local[name]) for name in local)
+    assert len(verify_conversion(tmp_path / "out", source=tmp_path / "out.source").packed_again) == 8
 
 
 def test_jsonl_holds_texts_and_conversations(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -205,12 +275,12 @@ def test_recipes_and_sources_that_do_not_go_with_a_text_are_refused(tmp_path: Pa
     own = tmp_path / "own.toml"
     own.write_text('[weights]\nfit = "calibrated"\n')
     with pytest.raises(OptionError, match=r"own\.toml: the fit 'calibrated' .* Give one with --calibrate TEXT"):
-        check_fit(load_recipe(own), None, is_remote=False)
-    check_fit(load_recipe(own), "text", is_remote=False)
-    with pytest.raises(OptionError, match=r"--calibrate text runs the whole source .* needs a local folder"):
-        check_fit(load_recipe("4bit"), "text", is_remote=True)
+        check_fit(load_recipe(own), None, is_dropped=False)
+    check_fit(load_recipe(own), "text", is_dropped=False)
+    with pytest.raises(OptionError, match=r"--calibrate text runs the whole source .* dropped .* Add --keep-source"):
+        check_fit(load_recipe("4bit"), "text", is_dropped=True)
     with pytest.raises(OptionError, match=r"mode 'affine', the recipe nvfp4 has nvfp4\. Leave --calibrate out"):
-        check_fit(load_recipe("nvfp4"), "text", is_remote=False)
+        check_fit(load_recipe("nvfp4"), "text", is_dropped=False)
 
 
 def test_activations_that_are_not_finite_are_refused(text: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from qwq_mlx.errors import SourceError
 from qwq_mlx.files import manifest as manifest_module
 from qwq_mlx.files.header import read_header
 from qwq_mlx.files.manifest import (
+    SCHEMA,
     FileRecord,
     Manifest,
     SourceRecord,
@@ -171,7 +172,7 @@ def test_a_manifest_that_leads_out_of_its_folder_finds_nothing(proven: Path, nam
         check_sizes(proven)
 
 
-def rewritten(proven: Path, *, schema: int = 2, **changes: object) -> None:
+def rewritten(proven: Path, *, schema: int = SCHEMA, **changes: object) -> None:
     """A manifest with changed fields and a digest that fits them."""
     value = json.loads((proven / "manifest.json").read_text())
     del value["digest"], value["schema"]
@@ -193,12 +194,18 @@ def test_missing_edited_and_foreign_manifests_are_refused(proven: Path) -> None:
     path.write_text(text.replace("\n", "\n\n", 1))
     with pytest.raises(SourceError, match="which its content does not have"):
         read_manifest(proven)
-    path.write_text(text.replace('"schema": 2', '"schema": 3'))
-    with pytest.raises(SourceError, match=r"schema is 3, expected 1 or 2\. Use the qwq_mlx that made it"):
+    path.write_text(text.replace('"schema": 3', '"schema": 4'))
+    with pytest.raises(
+        SourceError,
+        match=r"schema is 4, expected one of 1, 2, 3\. A newer qwq_mlx made it: update this one, or convert",
+    ):
+        read_manifest(proven)
+    path.write_text(text.replace('"schema": 3', '"schema": 0'))
+    with pytest.raises(SourceError, match=r"schema is 0, expected one of 1, 2, 3\. Use the qwq_mlx that made it, or"):
         read_manifest(proven)
     path.write_text(text)
     rewritten(proven, fit=None)
-    with pytest.raises(SourceError, match=r"lacks a field of schema 2 \('fit'\)"):
+    with pytest.raises(SourceError, match=r"lacks a field of schema 3 \('fit'\)"):
         read_manifest(proven)
     path.unlink()
     with pytest.raises(SourceError, match=r"manifest\.json: there is no such file\. Convert"):
@@ -226,10 +233,24 @@ def test_a_quality_record_comes_back_and_schema_1_had_none(proven: Path) -> None
     write_manifest(proven, replace(manifest, quality=record))
     assert read_manifest(proven).quality == record
     write_manifest(proven, manifest)
-    rewritten(proven, schema=1, quality=None)  # None: the key is left out
+    rewritten(proven, schema=1, quality=None, calibration=None)  # None: the key is left out
     assert json.loads((proven / "manifest.json").read_text())["schema"] == 1
     assert read_manifest(proven) == manifest
     verify_full(proven)
     rewritten(proven, schema=2, quality=None)
     with pytest.raises(SourceError, match=r"lacks a field of schema 2 \('quality'\)"):
+        read_manifest(proven)
+
+
+def test_a_manifest_of_schema_2_is_read_with_and_without_calibration_and_schema_3_needs_the_key(proven: Path) -> None:
+    """Schema 2 is from before that key; builds before the first release wrote it under 2 all the same."""
+    text = {"file": "text.txt", "sha256": "0" * 64, "n_texts": 2, "n_ids": 600}
+    for schema, calibration in ((2, None), (2, text), (3, text)):
+        rewritten(proven, schema=schema, calibration=calibration)
+        assert read_manifest(proven).calibration == calibration
+        verify_full(proven)
+    write_manifest(proven, replace(read_manifest(proven), calibration=None))
+    assert json.loads((proven / "manifest.json").read_text())["schema"] == SCHEMA == 3
+    rewritten(proven, schema=3, calibration=None)
+    with pytest.raises(SourceError, match=r"lacks a field of schema 3 \('calibration'\)"):
         read_manifest(proven)
