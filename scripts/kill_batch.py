@@ -80,11 +80,12 @@ def main() -> int:
             counts["files"] += 1
             output = folder / f"out{counts['files']}.jsonl"
             while True:
+                started_s = time.monotonic()
                 number = signal.Signals[f"SIG{options.signals[counts['kills'] % len(options.signals)]}"]
                 child, code = _start(options.model, source, output), None
                 n_before = output.stat().st_size if output.exists() else 0
                 if counts["kills"] < options.kills:
-                    deadline = time.monotonic() + draw.uniform(0.0, most_s)
+                    deadline = started_s + draw.uniform(0.0, most_s)
                     while code is None and time.monotonic() < deadline:
                         time.sleep(0.0005)
                         code = _ended(child, os.WNOHANG)
@@ -92,10 +93,12 @@ def main() -> int:
                         os.kill(child, number)
                 code = _ended(child) if code is None else code
                 if code == 0:
+                    most_s = min(most_s, 1.5 * (time.monotonic() - started_s))  # the first run may have had to wait
                     break
                 if code not in (-number, 128 + number):  # a signal that comes before the command listens ends it
                     sys.exit(f"{output}: the command ended with {code} by itself")
                 counts["kills"] += 1
+                sys.stderr.write(f"{counts}\n")
                 data = output.read_bytes() if output.exists() else b""
                 counts["kills_while_answering"] += len(data) != n_before
                 counts["torn_lines"] += not data.endswith(b"\n") and bool(data)

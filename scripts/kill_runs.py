@@ -54,8 +54,8 @@ def main() -> int:
             path.unlink(missing_ok=True)
             name = options.signals[counts["kills"] % len(options.signals)]
             code, _ = _ended(options, path, signal.Signals[f"SIG{name}"], wait_s=draws.uniform(0.0, length_s))
-            if code == 0:
-                continue  # it was done before
+            if code == 0 or (name != "KILL" and code < 0):
+                continue  # it was done before, and answers no signals any more
             counts["kills"] += 1
             codes[f"{name} {code}"] += 1
             counts["left_behind"] += len(list(Path(folder).glob("*.tmp"))) + len(list(Path(folder).glob(".*.tmp")))
