@@ -83,11 +83,13 @@ class Calibration:
         return {"file": self.name, "sha256": self.sha256, "n_texts": len(self.texts), "n_ids": self.n_ids}
 
     def peak_memory_bytes(self, config: Qwen2Config) -> int:
-        """One layer in float32, the hidden states, and what one text needs on its way; an estimate."""
+        """One layer in float32, two copies of its widest matrix as it is read, the hidden states, and what one text
+        needs on its way; an estimate. One layer of the 32B, 10,800 ids: 3.17 GB, measured 3.09 (scripts/qwq_shaped.py).
+        """
         width, inner = config.hidden_size, config.intermediate_size
         layer = 2 * width * (width + config.num_key_value_heads * config.head_dim) + 3 * width * inner
         text = _CHUNK * (3 * inner + 9 * width + 2 * config.num_attention_heads * _CHUNK)
-        return 4 * (layer + width * inner // 2 + self.n_ids * width + text)
+        return 4 * (layer + width * inner + self.n_ids * width + text)
 
 
 def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Config) -> Calibration:
