@@ -30,16 +30,17 @@ _CLEAR_EVERY = 256  # steps between two returns of unused buffers to the system,
 
 class Token(NamedTuple):
     """One id that was drawn. logprob, entropy: natural logarithms, over the model's own distribution (temperature 1, no
-    penalties) of the ids its tokenizer has. seen: what an Inspector saw."""
+    penalties) of the ids its tokenizer has; entropy is None where it was not asked for. seen: what an Inspector saw."""
 
     id: int
     logprob: float
-    entropy: float
+    entropy: float | None
     seen: Seen | None = None
 
 
 class _Pending(NamedTuple):
-    """A step under way: id (), stats (2,) = logprob and entropy, memory as it will be once the id is out."""
+    """A step under way: id (), stats (2,) = logprob, and entropy or the sum of the logits; memory as it will be once
+    the id is out."""
 
     id: Any
     stats: Any
@@ -52,6 +53,7 @@ class Decoder:
 
     module: mlx_lm's Qwen2. n_ids: ids the tokenizer has; rows of the embedding beyond are never drawn.
     cache: where to go on from; `ids` are then those it holds. inspector: looks into every step.
+    with_entropy: work out each step's entropy.
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class Decoder:
         n_ids: int,
         cache: list[Any] | None = None,
         inspector: Inspector | None = None,
+        with_entropy: bool = True,
     ) -> None:
         self.module = module
+        self._with_entropy = with_entropy
         self._inspector = inspector
         self.sampler = sampler
         self.n_ids = n_ids
@@ -114,8 +118,8 @@ class Decoder:
         self._pending = None
         if not is_last:
             self._pending = self._launch(current.id.reshape(1, 1), current.memory, self.n_output + 1)
-        logprob, entropy = current.stats.tolist()
-        if not (math.isfinite(entropy) and math.isfinite(logprob)):
+        logprob, second = current.stats.tolist()
+        if not (math.isfinite(second) and math.isfinite(logprob)):
             self._pending = None
             raise GenerationError(
                 f"Step {self.n_output:,}: the model's logits hold NaN or infinity, so the ids from here on would mean "
@@ -125,7 +129,8 @@ class Decoder:
         if self._inspector is not None and current.looking is not None:
             seen = self._inspector.read(current.looking, self.n_output)
         # rounding may put either on the wrong side of 0 where one id has all the probability
-        token = Token(int(current.id.item()), min(logprob, 0.0), max(entropy, 0.0), seen)
+        entropy = max(second, 0.0) if self._with_entropy else None
+        token = Token(int(current.id.item()), min(logprob, 0.0), entropy, seen)
         self.ids.append(token.id)
         self._memory = current.memory
         if is_last:
@@ -198,9 +203,10 @@ class Decoder:
         self._banned = ()
         drawn = self.sampler.draw(allowed, memory, index)
         log_total = mx.logsumexp(logits)
-        # a logit of -inf gives 0 * -inf = NaN here, so one number shows every logit that is not finite
-        entropy = log_total - (mx.exp(logits - log_total) * logits).sum()
-        stats = mx.stack([logits[drawn] - log_total, entropy])
+        # one number shows every logit that is not finite: of -inf the entropy makes 0 * -inf = NaN, the sum -inf
+        is_asked = self._with_entropy
+        second = log_total - (mx.exp(logits - log_total) * logits).sum() if is_asked else logits.sum()
+        stats = mx.stack([logits[drawn] - log_total, second])
         looking = None if inspector is None else inspector.look(logits, log_total)
         pending = _Pending(drawn, stats, self.sampler.push(memory, drawn), looking)
         mx.async_eval(  # type: ignore[no-untyped-call]

@@ -29,6 +29,7 @@ class Inspect:
       embedding, i what layer i - 1 gave, the number of layers what the head sees (after the final norm). Each is
       float32 (hidden_size,), 20 KiB a token and layer for QwQ-32B.
     loop_scores: how near the loop detector is to a report.
+    entropy: work it out; without it a step is shorter (scripts/measure_step_check.py), and entropies are None.
     logits_hook: changes the logits before penalties and sampling. log-probability, entropy and alternatives stay those
       of the model; a step that is drawn again (a ban, a nudge) calls it again.
     """
@@ -36,6 +37,7 @@ class Inspect:
     top_k: int = 0
     hidden_layers: tuple[int, ...] = ()
     loop_scores: bool = False
+    entropy: bool = True
     logits_hook: LogitsHook | None = None
 
     def __post_init__(self) -> None:
@@ -46,8 +48,9 @@ class Inspect:
             raise OptionError(f"hidden_layers is {layers!r}, expected a tuple of layer numbers, for example (0, 32).")
         if len(set(layers)) != len(layers):
             raise OptionError(f"hidden_layers is {layers!r}, expected each layer once.")
-        if not isinstance(self.loop_scores, bool):
-            raise OptionError(f"loop_scores is {self.loop_scores!r}, expected True or False.")
+        for name in ("loop_scores", "entropy"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} is {getattr(self, name)!r}, expected True or False.")
         if self.logits_hook is not None and not callable(self.logits_hook):
             raise OptionError(f"logits_hook is {self.logits_hook!r}, expected a function (index, ids, logits).")
 

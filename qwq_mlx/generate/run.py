@@ -65,7 +65,14 @@ class Run:
         inspector = None if setup.inspect.is_off else Inspector(setup.inspect, model.module, n_ids=n_ids)
         cache, self._n_cached = before.hand_over(setup) if before is not None else (None, 0)
         cache = cache or new_cache(model.module, setup.plan.workload.kv_bits)
-        self._decoder = Decoder(model.module, sampler, n_ids=n_ids, cache=cache, inspector=inspector)
+        self._decoder = Decoder(
+            model.module,
+            sampler,
+            n_ids=n_ids,
+            cache=cache,
+            inspector=inspector,
+            with_entropy=setup.inspect.entropy,
+        )
         self._source: Source = self._decoder
         if limits.banned:
             self._source = DrawnAhead(

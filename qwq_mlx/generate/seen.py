@@ -38,7 +38,7 @@ def seen_state(inspect: Inspect, steps: Sequence[Step], hidden_size: int) -> tup
         for layer in inspect.hidden_layers
         if steps
     }
-    is_asked = bool(inspect.top_k or inspect.hidden_layers or inspect.loop_scores)
+    is_asked = bool(inspect.top_k or inspect.hidden_layers or inspect.loop_scores or not inspect.entropy)
     return ({"asked": asked, "rows": rows} if is_asked else {}), arrays
 
 

@@ -151,7 +151,18 @@ class Trace:
             shown = self.answer if len(self.answer) <= _SHOWN else self.answer[: _SHOWN - 1] + "…"
             doubted = ", doubted afterwards" if self.is_revised else ""
             answer = f"answer {shown!r}{doubted}, confidence {self.confidence:.2f}"
-        return "; ".join(part for part in (why, answer, _WAYS_ON.get(self.finish_reason)) if part)
+        return "; ".join(part for part in (why, answer, self._way_on()) if part)
+
+    def _way_on(self) -> str | None:
+        """How to continue. A text that the model ended without an answer is drawn again up to shortly before its end,
+        and the answer asked for there."""
+        if self.finish_reason == "stop" and self.answer is None:
+            n_tokens, seed = max(0, len(self.ids) - 1 - _PATIENCE), self.settings.get("seed")
+            same = "" if seed is None else f" --seed {seed}"
+            return f"to have the answer asked for before its end, repeat it with{same} --think-tokens {n_tokens}"
+        if self.finish_reason == "answered" and self.answer is None:
+            return "to try again, another --seed"
+        return _WAYS_ON.get(self.finish_reason)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, the schema's version first; all but the hidden states."""
@@ -253,6 +264,7 @@ _WAYS_ON: dict[str, str] = {
     "context_full": "to go on, ask again with a shorter prompt",
     "interrupted": "to go on, --save the run and --resume it",
 }
+_PATIENCE = 64  # tokens at most between a budget and the cue (see `cue`)
 _SHOWN = 60  # characters of an answer in `describe`
 
 

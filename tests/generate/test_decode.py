@@ -146,10 +146,11 @@ def test_a_prompt_goes_in_by_chunks_that_can_be_watched(model: LoadedModel) -> N
     assert one.cache[0].offset == 10
 
 
+@pytest.mark.parametrize("with_entropy", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_logits_that_are_not_finite_stop_the_run_at_their_step(
-    model: LoadedModel, bad: float, settings: dict[str, Any]
+    model: LoadedModel, bad: float, settings: dict[str, Any], with_entropy: bool
 ) -> None:
     calls = 0
 
@@ -163,7 +164,8 @@ def test_logits_that_are_not_finite_stop_the_run_at_their_step(
 
     broken.layers = model.module.layers  # type: ignore[attr-defined]
     n_ids = model.tokenizer.n_ids
-    one = Decoder(broken, Sampler(Sampling(**settings).resolve(NEUTRAL), seed=0, n_ids=n_ids), n_ids=n_ids)
+    sampler = Sampler(Sampling(**settings).resolve(NEUTRAL), seed=0, n_ids=n_ids)
+    one = Decoder(broken, sampler, n_ids=n_ids, with_entropy=with_entropy)
     list(one.prefill(PROMPT[:3], step=2))  # one call
     with pytest.raises(GenerationError, match=r"Step 4: the model's logits hold NaN or infinity"):
         for _ in range(10):

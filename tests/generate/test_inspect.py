@@ -16,7 +16,7 @@ from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.run import Run
-from qwq_mlx.reasoning.loops import LoopDetector
+from qwq_mlx.reasoning.loops import LoopDetector, LoopOptions
 
 pytestmark = pytest.mark.tiny
 ALL = Inspect(top_k=5, hidden_layers=(0, 1, 2), loop_scores=True, logits_hook=lambda index, ids, logits: logits)
@@ -160,6 +160,7 @@ def test_a_hook_that_returns_no_logits_is_named(reasoner: Reasoner, result: Any,
         ({"hidden_layers": (-1,)}, r"hidden_layers is \(-1,\)"),
         ({"hidden_layers": (1, 1)}, r"hidden_layers is \(1, 1\), expected each layer once"),
         ({"loop_scores": 1}, "loop_scores is 1, expected True or False"),
+        ({"entropy": 0}, "entropy is 0, expected True or False"),
         ({"logits_hook": 3}, r"logits_hook is 3, expected a function \(index, ids, logits\)"),
     ],
 )
@@ -199,7 +200,7 @@ def test_loop_scores_rise_to_one_where_the_detector_reports(reasoner: Reasoner) 
     detector = LoopDetector()
     for place in range(4):
         detector.feed(place, "The answer is 7.\n")
-    assert detector.scores.candidate == pytest.approx(4 / 12, abs=1e-4)
+    assert detector.scores.candidate == pytest.approx(4 / LoopOptions().n_candidates, abs=1e-4)
 
 
 def test_a_fork_keeps_what_was_seen_and_looks_on(reasoner: Reasoner) -> None:
@@ -261,3 +262,16 @@ def test_a_resumed_run_has_seen_what_an_unbroken_one_saw(cut: int, reasoner: Rea
         np.testing.assert_array_equal(found.hidden[layer], expected.hidden[layer])
     plain = reasoner.resume(tmp_path / "run", inspect=Inspect())
     assert [step.id for step in plain] == [step.id for step in steps[cut:]] and plain.trace().alternatives == ()
+
+
+def test_without_entropy_ids_and_logprobs_are_the_same_and_a_checkpoint_remembers_it(
+    reasoner: Reasoner, tmp_path: Path
+) -> None:
+    plain, bare = started(reasoner, None, n=12), started(reasoner, Inspect(entropy=False), n=12)
+    expected = [(step.id, step.logprob) for step in plain]
+    steps = [next(bare) for _ in range(5)]
+    bare.save(tmp_path / "run")
+    steps += list(reasoner.resume(tmp_path / "run"))
+    assert [(step.id, step.logprob) for step in steps] == expected
+    assert all(step.entropy is None for step in steps)
+    assert None not in plain.trace().entropies

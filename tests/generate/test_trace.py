@@ -19,7 +19,8 @@ import safetensors.numpy
 
 from qwq_mlx.errors import GenerationError, SourceError
 from qwq_mlx.generate import trace_file
-from qwq_mlx.generate.trace import SCHEMA_VERSION, Alternative, FinishReason, Injection, Timings, Trace
+from qwq_mlx.generate.cue import PATIENCE
+from qwq_mlx.generate.trace import _PATIENCE, SCHEMA_VERSION, Alternative, FinishReason, Injection, Timings, Trace
 from qwq_mlx.reasoning.loops import LoopScores
 
 
@@ -189,10 +190,17 @@ def test_the_end_is_described_in_words(trace: Trace) -> None:
 
 
 @pytest.mark.parametrize("reason", get_args(FinishReason))
-def test_every_end_has_a_reason_and_all_but_the_models_own_a_way_on(trace: Trace, reason: FinishReason) -> None:
+def test_every_end_without_an_answer_has_a_reason_and_a_way_on(trace: Trace, reason: FinishReason) -> None:
     told = replace(trace, finish_reason=reason, detail="", answer=None).describe()
     assert "no answer" in told
-    assert reason in ("stop", "answered") or told.split("; ")[-1].startswith(("to ", "for "))
+    assert told.split("; ")[-1].startswith(("to ", "for "))
+
+
+def test_a_text_ended_without_an_answer_is_to_be_repeated_with_a_budget_before_its_end(trace: Trace) -> None:
+    assert PATIENCE == _PATIENCE
+    ended = replace(trace, finish_reason="stop", answer=None, ids=tuple(range(200)), settings={"seed": 7})
+    assert ended.describe().endswith("repeat it with --seed 7 --think-tokens 135")
+    assert "--think-tokens" not in replace(ended, answer="5").describe()
 
 
 def test_the_answer_is_told_with_its_confidence_and_doubts(trace: Trace) -> None:
