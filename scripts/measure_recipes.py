@@ -111,10 +111,7 @@ def measure_all(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]
                 **of_the_32b(load_recipe(recipe)),
             }
         )
-        if load_recipe(recipe).packing.is_affine:
-            folders[name] = folder
-        else:
-            rows[-1]["kl"] = "not measured: qwq_mlx runs affine weights only"
+        folders[name] = folder
     for bits in (4, 3, 2) if options.mlx_lm else ():
         for method in ("GPTQ", "AWQ"):
             row, folder = by_mlx_lm(method, bits, source, work, texts["ids"])

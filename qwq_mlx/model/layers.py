@@ -161,6 +161,7 @@ class LayerStream:
             self._read(f"{path}.scales", rows),
             self._read(biases, rows) if biases in self.files.checkpoint.tensors else None,
             packing_arguments(packing),
+            compute_type=self.compute_type,
         )
         if not self.unpack:
             return packed
@@ -186,14 +187,17 @@ class _Rows:
     scales: Any = None
     biases: Any = None
     packing: dict[str, Any] | None = None
+    compute_type: ComputeType = "float32"
     is_blas: bool = False
 
     def whole(self) -> Any:
-        """The rows as floats, (rows, in)."""
+        """The rows as floats, (rows, in), in the compute type."""
         if self.packing is None:
             return self.weight
         mx = import_mlx()
-        return mx.dequantize(self.weight, scales=self.scales, biases=self.biases, **self.packing)
+        # Affine codes come out in the type of their scales, those of the float modes in bfloat16 unless a type is named.
+        dtype = getattr(mx, self.compute_type)
+        return mx.dequantize(self.weight, scales=self.scales, biases=self.biases, dtype=dtype, **self.packing)
 
     def times(self, x: Any) -> Any:
         """x @ rows.T, (positions, rows)."""

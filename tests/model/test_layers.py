@@ -65,6 +65,18 @@ def test_tied_embeddings_and_every_float_type_stream(tmp_path: Path, dtype: str)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("recipe", ["mxfp4", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("unpack", [False, True])
+def test_float_modes_stream_packed_and_unpacked(
+    tmp_path: Path, tiny_checkpoint: Path, recipe: str, unpack: bool
+) -> None:
+    folder = tmp_path / recipe
+    convert_checkpoint(tiny_checkpoint, folder, recipe=recipe, quality=False)
+    stream = LayerStream(open_model_folder(folder), compute_type="float32", unpack=unpack)
+    for ours, theirs in zip(streamed_logits(stream, TEXTS, 100), whole_logits(folder, TEXTS, "float32"), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(np.abs(theirs).max()))
+
+
 @pytest.mark.pocket
 def test_the_pocket_streams_with_the_whole_models_logits() -> None:
     texts = [list(range(40, 80)), list(range(300, 560, 8))]
