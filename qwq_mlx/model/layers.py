@@ -195,7 +195,7 @@ class _Rows:
         if self.packing is None:
             return self.weight
         mx = import_mlx()
-        # Affine codes come out in the type of their scales, those of the float modes in bfloat16 unless a type is named.
+        # Unless a type is named, affine codes come out in that of their scales and the float modes in bfloat16.
         dtype = getattr(mx, self.compute_type)
         return mx.dequantize(self.weight, scales=self.scales, biases=self.biases, dtype=dtype, **self.packing)
 
