@@ -1,6 +1,6 @@
 """Break a conversion at every operation in every way, finish it, compare the bytes, and print the counts.
 
-    python scripts/break_conversion.py [--every N] [--seed N]
+    python scripts/break_conversion.py [--every N] [--seed N] [--budget SECONDS]
 
 At each file operation of a small conversion: a kill before it, a torn write, a full disk, a broken disk, a power cut
 that loses everything not synced, and one that loses a random part of it. A run is good when the final name never held
@@ -19,17 +19,17 @@ import re
 import shutil
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "convert")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "convert"), str(ROOT / "scripts")]
 
 from checkpoints import write_tiny_checkpoint  # noqa: E402 - the paths must be set first
 from faulty_disk import FaultyDisk  # noqa: E402
+from tally import Tally, add_budget  # noqa: E402
 
 from qwq_mlx.convert import convert_checkpoint, plan  # noqa: E402
 from qwq_mlx.convert.write import ShardWriter  # noqa: E402
@@ -47,7 +47,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--every", type=int, default=1, help="take every N-th operation (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
+    add_budget(parser)
     options = parser.parse_args()
+    tally = Tally(options.budget).stop_at_interrupt()
     plan.BLOCK_BYTES = 8192
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
@@ -55,20 +57,22 @@ def main() -> int:
         with FaultyDisk(_folder(home / "count")) as disk:
             convert_checkpoint(source, home / "count" / "out", n_workers=2, quality=True, quality_tokens=N_TOKENS)
         expected = content(home / "count" / "out")
-        bad = 0
         for way in WAYS:
-            bad += break_everywhere(way, source, home, expected, disk.n_operations, options)
-    print("all good" if not bad else f"{bad} NOT GOOD")
-    return 1 if bad else 0
+            tally.begin(way)
+            break_everywhere(
+                way, source, home, expected, range(0, disk.n_operations, options.every), tally, options.seed
+            )
+            tally.end()
+    return tally.finish()
 
 
 def break_everywhere(
-    way: str, source: Path, home: Path, expected: dict[str, object], n_operations: int, options: argparse.Namespace
-) -> int:
-    """One fault of a kind at every operation; prints a line of counts, returns how many runs were not good."""
-    counts: Counter[str] = Counter()
-    lot = random.Random(options.seed)
-    for at in range(0, n_operations, options.every):
+    way: str, source: Path, home: Path, expected: dict[str, object], operations: range, counts: Tally, seed: int
+) -> None:
+    """One fault of a kind at each of these operations."""
+    lot = random.Random(seed)
+    for number in counts.until("runs", len(operations)):
+        at = operations[number]
         folder = _folder(home / "run")
         output = folder / "out"
         with watched() as first, FaultyDisk(folder, at=at, kind=_KINDS.get(way, way)) as disk:
@@ -83,10 +87,6 @@ def break_everywhere(
         counts[outcome(source, output, expected, first)] += 1
         counts["runs"] += 1
         shutil.rmtree(folder)
-    shown = ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()))
-    print(f"{way}: {shown}", flush=True)
-    wrong = counts["A MESSAGE WITHOUT PATH AND BYTES"]
-    return wrong + counts["runs"] - counts["finished by the rerun"] - counts["published before the fault"]
 
 
 def outcome(source: Path, output: Path, expected: dict[str, object], first: list[str]) -> str:
@@ -95,13 +95,13 @@ def outcome(source: Path, output: Path, expected: dict[str, object], first: list
         try:
             verify_full(output)
         except QwqError:
-            return "DAMAGED under the final name"
+            return "DAMAGED UNDER THE FINAL NAME"
         return "published before the fault" if content(output) == expected else "OTHER BYTES"
     with watched() as second:
         convert_checkpoint(source, output, n_workers=2, quality=True, quality_tokens=N_TOKENS)
     if content(output) != expected:
-        return "OTHER BYTES after the rerun"
-    return "finished by the rerun" if len(set(first) & set(second)) <= 1 else "REPEATED more than one tensor"
+        return "OTHER BYTES AFTER THE RERUN"
+    return "finished by the rerun" if len(set(first) & set(second)) <= 1 else "REPEATED MORE THAN ONE TENSOR"
 
 
 def content(folder: Path) -> dict[str, object]:

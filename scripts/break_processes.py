@@ -1,6 +1,7 @@
 """Break whole processes: signals at random times, two converters on one output, kill -9 in the middle of a download.
 
     python scripts/break_processes.py [--kills N] [--signals N] [--races N] [--downloads N] [--seed N]
+        [--budget SECONDS]
 
 kills: kill -9 at random times, again and again until the conversion is through; it has the bytes of an undisturbed one.
 signals: SIGINT and SIGTERM at random times; the command ends within two seconds with 130 or 143, says how to go on,
@@ -8,7 +9,8 @@ shows no traceback, and the same command finishes. races: two commands at once o
 told which process is writing. downloads: kill -9 at random bytes of a shard that comes from a Hub on loopback; what was
 fetched twice is counted, and nothing is left beside the file.
 
-Prints the counts; the exit code is 1 if anything was not good.
+Prints the counts, on stderr as it goes; the exit code is 1 if anything was not good. At the end of the budget, or at
+Ctrl-C, what is under way ends and the counts so far are printed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "convert"),
 from break_conversion import content  # noqa: E402 - the paths must be set first
 from checkpoints import write_tiny_checkpoint  # noqa: E402
 from hub_server import Blob, Handler, HubServer, Repository, Request  # noqa: E402
+from tally import Tally, add_budget  # noqa: E402
 
 from qwq_mlx.errors import QwqError  # noqa: E402
 from qwq_mlx.files.manifest import verify_full  # noqa: E402
@@ -41,6 +43,7 @@ from qwq_mlx.files.manifest import verify_full  # noqa: E402
 MAX_TWICE_BYTES = 16_000_000
 MAX_STOP_S = 2.0
 _DOWNLOAD_BYTES = 64_000_000
+_MOST_TWICE = "bytes fetched twice a kill at most"
 _CHILD = """
 import sys
 from pathlib import Path
@@ -50,7 +53,6 @@ endpoint, url, size, sha256, to = sys.argv[1:]
 file = RemoteFile(name="s.safetensors", url=url, size_bytes=int(size), sha256=sha256, blob_id=None)
 Fetcher(endpoint, token=None, patience=Patience()).fetch_file(file, Path(to))
 """
-Counts = Counter[str]
 
 
 def main() -> int:
@@ -61,17 +63,16 @@ def main() -> int:
     parser.add_argument("--races", type=int, default=50, help="two converters at once (default: 50)")
     parser.add_argument("--downloads", type=int, default=100, help="kill -9 of downloads (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
+    add_budget(parser)
     options = parser.parse_args()
-    lot, bad = random.Random(options.seed), 0
+    lot, tally = random.Random(options.seed), Tally(options.budget).stop_at_interrupt()
     with tempfile.TemporaryDirectory() as temporary:
         work = _Work(Path(temporary))
         for part in (work.kill, work.send_signals, work.race, download):
-            counts: Counts = Counter()
-            part(options, lot, counts)
-            print(f"{part.__name__}: " + ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items())), flush=True)
-            bad += sum(n for what, n in counts.items() if what.isupper())
-    print("all good" if not bad else f"{bad} NOT GOOD")
-    return 1 if bad else 0
+            tally.begin(part.__name__)
+            part(options, lot, tally)
+            tally.end()
+    return tally.finish()
 
 
 class _Work:
@@ -80,52 +81,60 @@ class _Work:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.source = write_tiny_checkpoint(home / "source", n_layers=2)
-        started = time.monotonic()
-        self.start(home / "whole").wait()
-        self.whole_s = time.monotonic() - started
+        self.start(home / "whole").wait()  # the first one reads Python and MLX from the disk, so it is not timed
         self.expected = content(home / "whole")
+        started = time.monotonic()
+        self.start(home / "timed").wait()
+        self.whole_s = time.monotonic() - started
 
     def start(self, output: Path, *, said: bool = False) -> subprocess.Popen[str]:
         script, pipe = str(ROOT / "scripts" / "convert.py"), subprocess.PIPE if said else None
         command = [sys.executable, script, "--quiet", "--source", str(self.source), "--output", str(output)]
         command += ["--quality-tokens", "160"]  # kills fall into the measurement, too, and it stays short
-        return subprocess.Popen(command, stderr=pipe, text=True)
+        # a session of its own: Ctrl-C at the terminal is for this script alone
+        return subprocess.Popen(command, stderr=pipe, text=True, start_new_session=True)
 
-    def check(self, output: Path, counts: Counts) -> None:
+    def wait_at_random(self, child: subprocess.Popen[str], lot: random.Random) -> bool:
+        """Wait for a random part of a run's time, not the first: there Python and MLX start. Whether it still runs."""
+        started = time.monotonic()
+        try:
+            child.wait(lot.uniform(0.4, 1.05) * self.whole_s)
+        except subprocess.TimeoutExpired:
+            return True
+        if child.returncode == 0:  # on a machine whose load changes, a run's time does, too
+            self.whole_s = min(self.whole_s, (self.whole_s + time.monotonic() - started) / 2)
+        return False
+
+    def check(self, output: Path, counts: Tally) -> None:
         """The folder is there and is what it should be."""
         is_same = output.exists() and content(output) == self.expected
         counts["same bytes in the end" if is_same else "OTHER BYTES"] += 1
 
-    def at_random(self, lot: random.Random) -> float:
-        """Seconds into a run; in the first part only Python and MLX start."""
-        return lot.uniform(0.4, 1.05) * self.whole_s
-
-    def kill(self, options: argparse.Namespace, lot: random.Random, counts: Counts) -> None:
-        while counts["kills"] < options.kills:
+    def kill(self, options: argparse.Namespace, lot: random.Random, counts: Tally) -> None:
+        for _ in counts.until("kills", options.kills):
             output = _folder(self.home / f"kills-{counts['conversions']}") / "out"
             counts["conversions"] += 1
             while not output.exists():
                 child = self.start(output)
-                try:
-                    child.wait(self.at_random(lot))
-                except subprocess.TimeoutExpired:
+                if not counts.is_over and self.wait_at_random(child, lot):
                     child.send_signal(signal.SIGKILL)
-                    child.wait()
                     counts["kills"] += 1
+                child.wait()
+                if child.returncode > 0:
+                    counts["FAILED"] += 1
+                    break
                 if output.exists() and not _is_whole(output):
                     counts["DAMAGED"] += 1
             self.check(output, counts)
             shutil.rmtree(output.parent)
 
-    def send_signals(self, options: argparse.Namespace, lot: random.Random, counts: Counts) -> None:
-        while counts["stopped by a signal"] < options.signals:
+    def send_signals(self, options: argparse.Namespace, lot: random.Random, counts: Tally) -> None:
+        for _ in counts.until("stopped by a signal", options.signals):
             output = _folder(self.home / f"signals-{counts['conversions']}") / "out"
             counts["conversions"] += 1
             kind = (signal.SIGINT, signal.SIGTERM)[counts["conversions"] % 2]
             child = self.start(output, said=True)
-            try:
-                child.wait(self.at_random(lot))
-            except subprocess.TimeoutExpired:
+            if self.wait_at_random(child, lot):
                 child.send_signal(kind)
             sent = time.monotonic()
             _, said = child.communicate(timeout=60)
@@ -150,8 +159,8 @@ class _Work:
             self.check(output, counts)
             shutil.rmtree(output.parent)
 
-    def race(self, options: argparse.Namespace, lot: random.Random, counts: Counts) -> None:
-        for number in range(options.races):
+    def race(self, options: argparse.Namespace, lot: random.Random, counts: Tally) -> None:
+        for number in counts.until("races", options.races):
             output = _folder(self.home / f"race-{number}") / "out"
             children = [self.start(output, said=True)]
             time.sleep(lot.uniform(0, 0.15) * self.whole_s)
@@ -174,16 +183,15 @@ class _Work:
             shutil.rmtree(output.parent)
 
 
-def download(options: argparse.Namespace, lot: random.Random, counts: Counts) -> None:
+def download(options: argparse.Namespace, lot: random.Random, counts: Tally) -> None:
     """D1: kill -9 when a random byte of a shard was sent; each round goes on until the shard is there."""
     content = lot.randbytes(_DOWNLOAD_BYTES)
-    blob = Blob.of(content)
-    most = 0
+    blob, environment = Blob.of(content), {**os.environ, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as temporary, HubServer() as hub:
         hub.repositories["a/b"] = Repository()
         commit = hub.repositories["a/b"].push({"s.safetensors": blob})
         url = f"{hub.endpoint}/a/b/resolve/{commit}/s.safetensors"
-        while counts["kills"] < options.downloads:
+        for _ in counts.until("kills", options.downloads):
             to = _folder(Path(temporary) / f"round-{counts['files']}") / "s.safetensors"
             command = [sys.executable, "-c", _CHILD, hub.endpoint, url, str(len(content)), blob.sha256, str(to)]
             hub.requests.clear()
@@ -195,15 +203,15 @@ def download(options: argparse.Namespace, lot: random.Random, counts: Counts) ->
                 if at >= len(content):
                     break
                 hub.faults = [_stall(blob, at, stalled, killed)]
-                with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as child:
+                with subprocess.Popen(command, env=environment, start_new_session=True) as child:
                     stalled.wait(60)
                     child.kill()
                 killed.set()
                 n_kills += 1
             hub.faults = []
-            subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+            subprocess.run(command, env=environment, check=True, start_new_session=True)
             twice = hub.n_bytes_sent - len(content)
-            most = max(most, twice // max(n_kills, 1))
+            counts[_MOST_TWICE] = max(counts[_MOST_TWICE], twice // max(n_kills, 1))
             counts["kills"] += n_kills
             counts["files"] += 1
             if twice > n_kills * MAX_TWICE_BYTES:
@@ -213,7 +221,6 @@ def download(options: argparse.Namespace, lot: random.Random, counts: Counts) ->
             if [path.name for path in to.parent.iterdir()] != [to.name]:
                 counts["SOMETHING LEFT BESIDE THE FILE"] += 1
             shutil.rmtree(to.parent)
-    counts["bytes fetched twice a kill at most"] = most
 
 
 def _stall(

@@ -1,6 +1,7 @@
 """Break what a conversion reads, and what it made: at every read, between kill and rerun, in any weight, in any bit.
 
     python scripts/break_source.py [--every N] [--changes N] [--poisons N] [--flips N] [--seed N]
+        [--budget SECONDS]
 
 Reads: at each read of a shard an I/O error, a short file, a vanished shard. Changes: after a kill at a random operation
 the source gets a flipped bit (its time put back), another config, another length, or the recipe or MLX is another; the
@@ -21,7 +22,6 @@ import shutil
 import struct
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,13 +31,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "convert"),
 from break_conversion import content  # noqa: E402 - the paths must be set first
 from checkpoints import write_tiny_checkpoint  # noqa: E402
 from faulty_disk import FaultyDisk  # noqa: E402
+from tally import Tally, add_budget  # noqa: E402
 
 from qwq_mlx.convert import convert_checkpoint, finish, plan, read  # noqa: E402
 from qwq_mlx.errors import QwqError  # noqa: E402
 from qwq_mlx.files.header import TensorEntry, read_header  # noqa: E402
 from qwq_mlx.files.manifest import check_sizes, verify_full  # noqa: E402
-
-Counts = Counter[str]
 
 
 def main() -> int:
@@ -48,22 +47,21 @@ def main() -> int:
     parser.add_argument("--poisons", type=int, default=200, help="poisoned weights (default: 200)")
     parser.add_argument("--flips", type=int, default=60, help="flipped bits per region of 12 (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
+    add_budget(parser)
     options = parser.parse_args()
     plan.BLOCK_BYTES = 8192
-    lot, bad = random.Random(options.seed), 0
+    lot, tally = random.Random(options.seed), Tally(options.budget).stop_at_interrupt()
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
         source = write_tiny_checkpoint(home / "source", n_layers=1)
         for part in (break_reads, change_sources, poison, flip):
-            counts: Counts = Counter()
-            part(source, home, options, lot, counts)
-            print(f"{part.__name__}: " + ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items())), flush=True)
-            bad += sum(n for what, n in counts.items() if what.isupper())
-    print("all good" if not bad else f"{bad} NOT GOOD")
-    return 1 if bad else 0
+            tally.begin(part.__name__)
+            part(source, home, options, lot, tally)
+            tally.end()
+    return tally.finish()
 
 
-def break_reads(source: Path, home: Path, options: argparse.Namespace, lot: random.Random, counts: Counts) -> None:
+def break_reads(source: Path, home: Path, options: argparse.Namespace, lot: random.Random, counts: Tally) -> None:
     """C5: an error, an early end and a vanished shard at every read; each is named, and the rerun is whole."""
     expected = _converted(source, home / "whole")
     real, n_reads = read._pread, 0
@@ -75,42 +73,44 @@ def break_reads(source: Path, home: Path, options: argparse.Namespace, lot: rand
 
     read._pread = counted
     _converted(source, home / "count")
-    for way in ("error", "short", "half"):
-        for at in range(0, n_reads, options.every):
-            output, n = home / "out", 0
+    faults = [(way, at) for way in ("error", "short", "half") for at in range(0, n_reads, options.every)]
+    for number in counts.until("runs", len(faults)):
+        way, at = faults[number]
+        output, n = home / "out", 0
 
-            def broken(fd: int, view: memoryview, position: int, at: int = at, way: str = way) -> int:
-                nonlocal n
-                n += 1
-                if n <= at:
-                    return real(fd, view, position)
-                if way == "error":
-                    raise OSError(5, "Input/output error")
-                return 0 if way == "short" else real(fd, view[: max(1, len(view) // 2)], position)
+        def broken(fd: int, view: memoryview, position: int, at: int = at, way: str = way) -> int:
+            nonlocal n
+            n += 1
+            if n <= at:
+                return real(fd, view, position)
+            if way == "error":
+                raise OSError(5, "Input/output error")
+            return 0 if way == "short" else real(fd, view[: max(1, len(view) // 2)], position)
 
-            read._pread = broken
-            try:
-                convert_checkpoint(source, output, n_workers=2, quality=False)
-                counts["read to the end by halves" if way == "half" else "A FAULT UNNOTICED"] += 1
-            except QwqError as error:
-                is_named = ".safetensors: tensor " in str(error)
-                counts["refused, shard and tensor named" if is_named and not output.exists() else "NOT NAMED"] += 1
-            read._pread = real
-            if not output.exists():
-                convert_checkpoint(source, output, n_workers=2, quality=False)
-            counts["runs"] += 1
-            counts["same bytes in the end" if content(output) == expected else "OTHER BYTES"] += 1
-            shutil.rmtree(output)
+        read._pread = broken
+        try:
+            convert_checkpoint(source, output, n_workers=2, quality=False)
+            counts["read to the end by halves" if way == "half" else "A FAULT UNNOTICED"] += 1
+        except QwqError as error:
+            is_named = ".safetensors: tensor " in str(error)
+            counts["refused, shard and tensor named" if is_named and not output.exists() else "NOT NAMED"] += 1
+        read._pread = real
+        if not output.exists():
+            convert_checkpoint(source, output, n_workers=2, quality=False)
+        counts["runs"] += 1
+        counts["same bytes in the end" if content(output) == expected else "OTHER BYTES"] += 1
+        shutil.rmtree(output)
     read._pread = real
 
 
-def change_sources(source: Path, home: Path, options: argparse.Namespace, lot: random.Random, counts: Counts) -> None:
+def change_sources(source: Path, home: Path, options: argparse.Namespace, lot: random.Random, counts: Tally) -> None:
     """C8: the source, the recipe or MLX changes between a kill and the rerun."""
     with FaultyDisk(_folder(home / "operations")) as disk:
         convert_checkpoint(source, home / "operations" / "out", n_workers=2, quality=False)
     shards = sorted(path.name for path in source.glob("*.safetensors"))
     version = finish._version
-    for number in range(options.changes):
+    for number in counts.until("changes", options.changes):
+        counts["changes"] += 1
         folder = _folder(home / f"change-{number}")
         changed = Path(shutil.copytree(source, folder / "source"))
         with FaultyDisk(folder, at=lot.randrange(16, disk.n_operations - 16), kind="kill"):
@@ -138,9 +138,10 @@ def change_sources(source: Path, home: Path, options: argparse.Namespace, lot: r
         shutil.rmtree(folder)
 
 
-def poison(source: Path, home: Path, options: argparse.Namespace, lot: random.Random, counts: Counts) -> None:
+def poison(source: Path, home: Path, options: argparse.Namespace, lot: random.Random, counts: Tally) -> None:
     """C10: what is no number is refused by name and place; what is all zeros is named in a warning."""
-    for number in range(options.poisons):
+    for number in counts.until("poisons", options.poisons):
+        counts["poisons"] += 1
         folder = _folder(home / f"poison-{number}")
         damaged = Path(shutil.copytree(source, folder / "source"))
         path = lot.choice(sorted(damaged.glob("*.safetensors")))
@@ -168,7 +169,7 @@ def poison(source: Path, home: Path, options: argparse.Namespace, lot: random.Ra
         shutil.rmtree(folder)
 
 
-def flip(source: Path, home: Path, options: argparse.Namespace, lot: random.Random, counts: Counts) -> None:
+def flip(source: Path, home: Path, options: argparse.Namespace, lot: random.Random, counts: Tally) -> None:
     """D5: one bit, in twelve regions of the folder."""
     folder = home / "flipped"
     convert_checkpoint(source, folder, quality=False)
@@ -180,20 +181,21 @@ def flip(source: Path, home: Path, options: argparse.Namespace, lot: random.Rand
     regions["shard header"] = (shard, [(0, head)])
     for kind, belongs in _PARTS.items():
         regions[kind] = (shard, [(each.start, each.end) for each in entries.values() if belongs(each)])
-    for name, (path, spans) in regions.items():
+    tries = [name for name in regions for _ in range(options.flips)]
+    for number in counts.until("flips", len(tries)):
+        name = tries[number]
+        path, spans = regions[name]
         before = path.read_bytes()
-        for _ in range(options.flips):
-            start, end = lot.choice(spans)
-            position, bit = lot.randrange(start, end), lot.randrange(8)
-            _put(path, position, bytes([before[position] ^ 1 << bit]))
-            counts["flips"] += 1
-            counts["found by verify --full" if _refuses(verify_full, folder) else "NOT FOUND BY VERIFY --FULL"] += 1
-            is_weight = name in _PARTS
-            if not is_weight:
-                counts["outside the weights"] += 1
-                key = "of these found by every load" if _refuses(check_sizes, folder) else "NOT FOUND BY A LOAD"
-                counts[key] += 1
-            path.write_bytes(before)
+        start, end = lot.choice(spans)
+        position, bit = lot.randrange(start, end), lot.randrange(8)
+        _put(path, position, bytes([before[position] ^ 1 << bit]))
+        counts["flips"] += 1
+        counts["found by verify --full" if _refuses(verify_full, folder) else "NOT FOUND BY VERIFY --FULL"] += 1
+        if name not in _PARTS:
+            counts["outside the weights"] += 1
+            key = "of these found by every load" if _refuses(check_sizes, folder) else "NOT FOUND BY A LOAD"
+            counts[key] += 1
+        path.write_bytes(before)
     counts["regions"] = len(regions)
     for path in sorted(folder.iterdir()):  # and every file cut short
         before = path.read_bytes()

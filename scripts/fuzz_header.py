@@ -1,10 +1,10 @@
 """Look for a safetensors header that our reader takes and the reference refuses, or that makes ours fail otherwise.
 
-    python scripts/fuzz_header.py --minutes 10 [--seed 0]
+    python scripts/fuzz_header.py [--headers N] [--seed N] [--budget SECONDS]
 
 Starts from good files and mutates bytes, numbers and whole fields. A mutation that reaches a line of the reader that no
-earlier one reached in that state (previous line, this line) joins the seeds: the coverage guides. Prints one line of
-figures at the end; the first input that breaks a promise is written to --save and the exit code is 1.
+earlier one reached in that state (previous line, this line) joins the seeds: the coverage guides. Prints the counts, on
+stderr as it goes; the first input that breaks a promise is written to --save and the exit code is 1.
 
 Does not: look into tensor data, which the reader does not read.
 """
@@ -23,10 +23,15 @@ from typing import Any
 
 from safetensors import SafetensorError, deserialize
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from qwq_mlx.errors import SourceError
-from qwq_mlx.files.header import read_header_by
+from tally import Tally, add_budget  # noqa: E402 - the paths must be set first
+
+from qwq_mlx.errors import SourceError  # noqa: E402
+from qwq_mlx.files.header import read_header_by  # noqa: E402
+
+_EVERY = 100_000  # headers between two lines
 
 _TOKENS = (
     b'0 1 2 4 8 -1 -0 1.0 1e3 9223372036854775807 18446744073709551615 4294967296 null true NaN [] {} [ ] { } : , " \\ '
@@ -123,16 +128,16 @@ def reference_accepts(content: bytes) -> bool:
     return True
 
 
-def run(minutes: float, seed: int, save: Path) -> int:
-    """Fuzz for a while; 0 when every promise held."""
+def run(n_headers: int, seed: int, save: Path, tally: Tally) -> int:
+    """Fuzz; 0 when every promise held."""
     choose, pool, coverage = random.Random(seed), seeds(), Coverage()
-    n_tried = n_both = n_stricter = 0
-    slowest_s, started, used_s = 0.0, time.monotonic(), time.process_time()
-    while time.monotonic() - started < 60 * minutes:
+    slowest_s, used_s = 0.0, time.process_time()
+    tally.begin("fuzz")
+    for number in tally.until("headers", n_headers):
         content = mutate(choose.choice(pool), choose, pool)
         coverage.is_new = False
         began = time.process_time()
-        sys.settrace(coverage.trace if n_tried % 4 == 0 else None)  # tracing costs most of the time
+        sys.settrace(coverage.trace if number % 4 == 0 else None)  # tracing costs most of the time
         try:
             ours = accepts(content)
         except BaseException:
@@ -143,30 +148,33 @@ def run(minutes: float, seed: int, save: Path) -> int:
         sys.settrace(None)
         slowest_s = max(slowest_s, time.process_time() - began)
         theirs = reference_accepts(content)
+        tally["headers"] += 1
+        if ours or theirs:
+            tally["TAKEN BY US ALONE" if not theirs else f"taken by {'both' if ours else 'the reference alone'}"] += 1
         if ours and not theirs:
             save.write_bytes(content)
             print(f"we take {save}, the reference does not", file=sys.stderr)
-            return 1
-        n_tried, n_both, n_stricter = n_tried + 1, n_both + (ours and theirs), n_stricter + (theirs and not ours)
+            break
         if (coverage.is_new or (ours and choose.random() < 0.001)) and len(content) < 2_000:
             pool.append(content)
+    tally.end()
     print(
-        f"{n_tried:,} headers in {time.monotonic() - started:.0f} s ({time.process_time() - used_s:.0f} s CPU): "
-        f"{n_both:,} taken by both, {n_stricter:,} by the reference alone, 0 by us alone, 0 failures; "
-        f"{len(coverage.seen):,} line pairs, {len(pool):,} seeds, slowest {1e3 * slowest_s:.0f} ms"
+        f"{len(coverage.seen):,} line pairs, {len(pool):,} seeds, slowest {1e3 * slowest_s:.0f} ms, "
+        f"{time.process_time() - used_s:.0f} s CPU"
     )
-    return 0
+    return tally.finish()
 
 
 def main() -> int:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=1.0, help="how long (default 1)")
+    parser.add_argument("--headers", type=int, default=1_000_000, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations (default 0)")
     default = Path(tempfile.gettempdir()) / "fuzz.safetensors"
     parser.add_argument("--save", type=Path, default=default, help="where an input that breaks a promise goes")
+    add_budget(parser)
     options = parser.parse_args()
-    return run(options.minutes, options.seed, options.save)
+    return run(options.headers, options.seed, options.save, Tally(options.budget, _EVERY).stop_at_interrupt())
 
 
 if __name__ == "__main__":
