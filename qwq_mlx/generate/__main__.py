@@ -132,7 +132,7 @@ def _add_sampling(add: Callable[..., Any]) -> None:
         "--language-guard",
         action="store_true",
         default=None,
-        help="no letters of scripts that the question does not use",
+        help="no letters of scripts that the question does not use, but quoted, in formulas or in brackets",
     )
     add("--order", choices=("hf", "mlx-lm"), help=f"order of the sampling steps (default: {order})")
 

@@ -1,19 +1,37 @@
-"""The language guard's mask: ids that would write letters of scripts the question does not use.
+"""The language guard: no letters of scripts that the question does not use, but in quotations, formulas and brackets.
 
+Which ids are masked depends on whether the output is inside a quotation, and the next step starts before the last id is
+read. So the state machine of `reasoning.quotation` is worked out for every id beforehand, as tables on the device: each
+state's mask, and the state that each id leads to. A step looks up one row and one number.
+
+An opening mark is no way round the guard: what is open ends with its line, and a line has `QUOTED` foreign ids at most.
 A Chinese character is often spread over two or three byte tokens, so a token that begins a character without finishing
 it is judged by the characters it can begin.
 
-Does not: know languages that share a script, or look at what is being written: the mask stands for the whole run.
+Does not: know languages that share a script, or see a quotation mark that is spread over several ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
 
 from qwq_mlx.generate.text import Pieces
 from qwq_mlx.reasoning.language import ScriptWatcher, allowed, script_of
+from qwq_mlx.reasoning.quotation import MARKS, Quoting, followed
 
-__all__ = ["foreign_ids", "home_scripts"]
+__all__ = ["QUOTED", "LanguageGuard", "home_scripts"]
+
+QUOTED = 64
+"""Foreign ids that quotations, formulas and brackets may hold in one line."""
+
+_FOREIGN = "水"  # stands for letters of another script in a shape
+_WORD = re.compile(r"[A-Za-z0-9]+")
+_OTHER = re.compile(f"[^A-Za-z0-9{_FOREIGN}{re.escape(''.join(sorted(MARKS)))}]+")
 
 
 def home_scripts(question: str) -> frozenset[str]:
@@ -21,15 +39,83 @@ def home_scripts(question: str) -> frozenset[str]:
     return ScriptWatcher(question).home
 
 
-def foreign_ids(pieces: Pieces, home: Collection[str]) -> list[int]:
-    """Ids whose text has, or begins, a letter of another script. Walks the whole vocabulary once."""
-    return [token_id for token_id in range(pieces.n_ids) if _is_foreign(pieces[token_id], home)]
+class LanguageGuard:
+    """The masks of one vocabulary and question. home: `home_scripts`. Walks the whole vocabulary once.
+
+    Its state after some output is a (2,) int32 array: where in a quotation, and the foreign ids on this line.
+    foreign: (n_ids,) bool, on the host: ids whose text has, or begins, a letter of another script.
+    """
+
+    def __init__(self, pieces: Pieces, home: Collection[str]) -> None:
+        shapes = [_shape(pieces[token_id], home) for token_id in range(pieces.n_ids)]
+        kinds = {shape: kind for kind, shape in enumerate(dict.fromkeys(shapes))}
+        kind_of = np.array([kinds[shape] for shape in shapes])
+        after, masks = _tables(list(kinds))
+        self.foreign = np.array([_FOREIGN in shape for shape in kinds])[kind_of]
+        self._breaks = np.array(["\n" in shape for shape in kinds])[kind_of]
+        self._after = after[:, kind_of]
+        self._strict = len(masks)  # the row behind those of the states: nothing foreign, quoted or not
+        masks = np.concatenate([masks[:, kind_of], self.foreign[None]])
+        self._tables = mx.array(self._after), mx.array(masks), mx.array(self._breaks), mx.array(self.foreign)
+
+    def start(self, ids: Sequence[int]) -> Any:
+        """The state after this output, worked out on the host."""
+        state = n_foreign = 0
+        line = next((place for place in range(len(ids) - 1, -1, -1) if self._breaks[ids[place]]), 0)
+        for token_id in ids[line:]:  # what comes before a line break does not matter behind it
+            state = int(self._after[state, token_id])
+            n_foreign = (0 if self._breaks[token_id] else n_foreign) + int(self.foreign[token_id])
+        return mx.array([state, n_foreign], mx.int32)
+
+    def push(self, state: Any, token_id: Any) -> Any:
+        """The state once this id (scalar array, perhaps unread) came."""
+        after, _, breaks, foreign = self._tables
+        n_foreign = mx.where(breaks[token_id], 0, state[1]) + foreign[token_id].astype(mx.int32)
+        return mx.stack([after[state[0], token_id].astype(mx.int32), n_foreign])
+
+    def masked(self, logits: Any, state: Any) -> Any:
+        """Logits, (n_ids,) float32, with -inf for every id that may not come next."""
+        row = mx.where(state[1] < QUOTED, state[0], self._strict)
+        return mx.where(self._tables[1][row], -mx.inf, logits)
 
 
-def _is_foreign(piece: bytes, home: Collection[str]) -> bool:
+def _tables(shapes: Sequence[str]) -> tuple[Any, Any]:
+    """after: (states, shapes) uint8, the state that each leads to. masks: (states, shapes) bool, whether each has
+    foreign letters that nothing quotes. The states are those that can be reached, the beginning's first."""
+    states = [Quoting()]
+    after, masks = [], []
+    for state in states:  # which grows meanwhile
+        ends, is_foreign = zip(*(_walked(state, shape) for shape in shapes), strict=True)
+        states += sorted(set(ends).difference(states))
+        after.append([states.index(end) for end in ends])
+        masks.append(is_foreign)
+    return np.array(after, np.uint8), np.array(masks)
+
+
+def _walked(state: Quoting, shape: str) -> tuple[Quoting, bool]:
+    """The state behind a shape, and whether foreign letters in it stand outside of a quotation."""
+    is_foreign = False
+    for char in shape:
+        is_foreign |= char == _FOREIGN and not state.is_open
+        state = followed(state, char, brackets=True)
+    return state, is_foreign
+
+
+def _shape(piece: bytes, home: Collection[str]) -> str:
+    """What the guard sees of a piece: its marks as they are, and one character for each run of anything else."""
     text = piece.decode("utf-8", errors="ignore")
-    if not allowed(text, home):
-        return True
+    if not text.isascii():
+        text = "".join(char if char.isascii() or char in MARKS else _sign(char, home) for char in text)
+    shape = _OTHER.sub(" ", _WORD.sub("a", text))
+    return re.sub(f"{_FOREIGN}+", _FOREIGN, shape + _FOREIGN * _begins_foreign(piece, home))
+
+
+def _sign(char: str, home: Collection[str]) -> str:
+    return " " if allowed(char, home) else _FOREIGN
+
+
+def _begins_foreign(piece: bytes, home: Collection[str]) -> bool:
+    """Whether a piece ends in the beginning of a character that can only be a letter of another script."""
     scripts = {script_of(character) for character in _beginnings(piece)}
     return bool(scripts) and None not in scripts and not scripts & set(home)
 

@@ -145,8 +145,8 @@ class Limits:
     max_tokens: ids to produce at most; None is the room left in the context.
     context: positions to use at most, prompt included; None is the model's own (max_position_embeddings).
     stop: texts that end the run; they are not part of the text.
-    banned: texts that are never written. language_guard: write no letters of scripts that the question does not use
-      (Latin and Greek letters, digits, punctuation and symbols stay allowed).
+    banned: texts that are never written. language_guard: write no letters of scripts that the question does not use,
+      but in quotations, formulas and brackets (Latin and Greek letters, digits, punctuation and symbols stay allowed).
     prefill_step: prompt ids per prefill pass.
     kv_bits: 8 or 4 quantize the KV cache in groups of 64, at some cost in quality; None keeps the compute type, "auto"
       quantizes where the context would not fit the memory otherwise.

@@ -27,7 +27,7 @@ from qwq_mlx.generate.clock import Clock
 from qwq_mlx.generate.cue import Asking, cue_ids
 from qwq_mlx.generate.decode import Decoder, Token
 from qwq_mlx.generate.ended import trace_of
-from qwq_mlx.generate.guard import foreign_ids, home_scripts
+from qwq_mlx.generate.guard import LanguageGuard, home_scripts
 from qwq_mlx.generate.inspector import Inspector
 from qwq_mlx.generate.noticed import Noticed
 from qwq_mlx.generate.nudge import Nudges
@@ -59,7 +59,7 @@ class Run:
             seed=given(sampling.seed),
             n_ids=n_ids,
             breaker_ids=pieces.holding(sampling.dry_breakers) if sampling.dry_multiplier else (),
-            forbidden_ids=foreign_ids(pieces, home_scripts(setup.question)) if limits.language_guard else (),
+            guard=LanguageGuard(pieces, home_scripts(setup.question)) if limits.language_guard else None,
         )
         self._n_most = given(limits.max_tokens)
         inspector = None if setup.inspect.is_off else Inspector(setup.inspect, model.module, n_ids=n_ids)

@@ -2,8 +2,7 @@
 
 QwQ drifts, most often from English to Chinese and back. Scripts, not languages, are what characters tell for certain:
 Latin, Han, Kana, Hangul, Cyrillic, Greek, Arabic, Hebrew, Devanagari, Thai and "Other". Digits, punctuation, spaces and
-symbols belong to none. Greek letters and text between $...$, \\(...\\), \\[...\\], backquotes or quotation marks are
-formulas or quotations and are not counted.
+symbols belong to none. Greek letters, formulas and quotations (`quotation` says where they are) are not counted.
 
 Does not: tell English from French, or mask tokens; `allowed` says what a guard may let through, `generate` applies it.
 """
@@ -15,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from qwq_mlx.reasoning.quotation import Quoting, followed
+
 __all__ = ["ScriptWatcher", "Switch", "allowed", "script_of", "scripts_of"]
 
 _NAMES = (
@@ -23,7 +24,6 @@ _NAMES = (
     ("DEVANAGARI", "Devanagari"), ("THAI", "Thai"), ("FULLWIDTH LATIN", "Latin"), ("IDEOGRAPHIC", "Han"),
 )  # fmt: skip
 _FORMULA = "Greek"  # letters that formulas use whatever the language
-_QUOTES = {'"': '"', "“": "”", "「": "」", "『": "』", "«": "»", "`": "`", "$": "$"}
 _MAX_QUOTE = 400  # characters; a quotation mark that nobody closes must not hide the rest
 _MIN_LETTERS = 2  # foreign letters in a step that count as a switch
 _MIN_LATIN = 20  # Latin letters, which names and units bring into any text: so many, and
@@ -90,9 +90,8 @@ class ScriptWatcher:
         self._n_tokens = 0
         self._start = 0
         self._counts: dict[str, int] = {}
-        self._quote = ""  # what closes the quotation that is open
-        self._n_quoted = 0
-        self._previous = ""
+        self._quoting = Quoting()
+        self._n_quoted = 0  # characters since the quotation that is open began
         self.totals: dict[str, int] = {}
 
     @property
@@ -116,17 +115,12 @@ class ScriptWatcher:
         return self._end_step(self._n_tokens)
 
     def _take(self, char: str) -> None:
-        previous, self._previous = self._previous, char
-        if self._quote:
-            self._n_quoted += 1
-            if char == self._quote or (previous == "\\" and char in ")]") or self._n_quoted > _MAX_QUOTE:
-                self._quote = ""
-            return
-        if previous == "\\" and char in "([":
-            self._quote, self._n_quoted = ("\0", 0)
-            return
-        if char in _QUOTES:
-            self._quote, self._n_quoted = _QUOTES[char], 0
+        was_open = self._quoting.is_open
+        self._quoting = followed(self._quoting, char)
+        self._n_quoted = self._n_quoted + 1 if was_open else 0
+        if self._n_quoted > _MAX_QUOTE:
+            self._quoting = Quoting()
+        if was_open or self._quoting.is_open:
             return
         script = script_of(char)
         if script is not None:
@@ -135,7 +129,7 @@ class ScriptWatcher:
 
     def _end_step(self, end: int) -> Switch | None:
         counts, first, start = self._counts, self._first, self._start
-        self._counts, self._first, self._start, self._quote = {}, {}, end, ""
+        self._counts, self._first, self._start, self._quoting = {}, {}, end, Quoting()
         for script, count in counts.items():
             self.totals[script] = self.totals.get(script, 0) + count
         foreign = {script: count for script, count in counts.items() if script not in self._home}
