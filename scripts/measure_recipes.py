@@ -246,9 +246,8 @@ def of_the_32b(recipe: Recipe) -> dict[str, Any]:
         per_weight = 16 if packing is None else packing.bits + per_group / packing.group_size
         n_bits += int(math.prod(size) * per_weight)
     kind = type(next(iter(shape.packed.values())))
-    # The plan counts scales of two bytes and biases, so the float modes come out a little too large.
     planned = {
-        path: kind(bits=packing.bits, group_size=packing.group_size)
+        path: kind(mode=packing.mode, bits=packing.bits, group_size=packing.group_size)
         for path, packing in packed.items()
         if packing is not None
     }
