@@ -92,7 +92,7 @@ def _affine(
         at = slice(first, first + step)
         tile = scratch.tile(raw[at], dtype, packing)
         fitted = _fit_tile(tile, dtype, packing.bits, is_refined, importance)
-        codes[at] = pack_groups(tile.codes, packing.bits).reshape(-1, codes.shape[1])
+        pack_groups(tile.codes, packing.bits, out=codes[at])
         scales[at], biases[at] = fitted.scale.reshape(-1, shape[1]), fitted.bias.reshape(-1, shape[1])
         error2 += float(fitted.errors.sum(dtype=np.float64))
         weight2 += float(squares(tile.weights).sum(dtype=np.float64))

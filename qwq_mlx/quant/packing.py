@@ -60,10 +60,11 @@ def round_to(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     return values.astype(DTYPES[dtype])
 
 
-def pack_groups(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
+def pack_groups(codes: NDArray[np.uint8], bits: int, out: NDArray[np.uint32] | None = None) -> NDArray[np.uint32]:
     """Codes (group size, groups) below 2**bits, one group after another, to (groups, group size * bits / 32) uint32.
 
     The groups of a row follow each other, so what comes out reshapes to (rows, columns * bits / 32).
+    out: a contiguous array of that size to fill.
     """
     group, n_groups = codes.shape
     n_bytes = bits // math.gcd(bits, 8)  # which `period` codes fill
@@ -76,8 +77,10 @@ def pack_groups(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
             part = periods[:, place]
             # numpy multiplies bytes nine times as fast as it shifts them left
             packed[:, byte] |= part * np.uint8(1 << shift) if shift >= 0 else np.right_shift(part, -shift)
-    rows: NDArray[np.uint8] = np.ascontiguousarray(packed.reshape(group * bits // 8, n_groups).T)
-    return rows.view("<u4")
+    if out is None:
+        out = np.empty((n_groups, group * bits // 32), np.uint32)
+    np.copyto(out.view(np.uint8).reshape(n_groups, -1), packed.reshape(-1, n_groups).T)
+    return out
 
 
 _PER_BYTE = {2: 4, 4: 2}

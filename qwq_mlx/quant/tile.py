@@ -48,8 +48,32 @@ class Scratch:
             self._codes = np.empty(n, np.uint8)
         shape = (group, n // group)
         weights, values, steps, products = (each[:n].reshape(shape) for each in self._floats)
-        float_values(part.reshape(-1, group), dtype, weights.T)  # a transpose: read along the rows, written across
+        if dtype == "BF16":
+            _across(part.reshape(-1, group), weights, steps, products)
+        else:
+            float_values(part.reshape(-1, group), dtype, weights.T)  # read along the rows, written across
         return Tile(weights, values, steps, products, self._codes[:n].reshape(shape))
+
+
+_HIGH = np.uint32(0xFFFF0000)
+
+
+def _across(groups: NDArray[np.uint16], weights: Floats, spare: Floats, other: Floats) -> None:
+    """bfloat16 (groups, group size) to float32 `weights` (group size, groups), as `float_values` of the transpose.
+
+    Four weights cross over in one piece and are parted afterwards: crossing costs by the piece. spare, other: as
+    weights, are written.
+    """
+    fours = spare.reshape(-1)[: groups.size // 2].view(np.uint64).reshape(-1, len(groups))
+    np.copyto(fours, groups.view(np.uint64).T)
+    pair = other.reshape(-1)[: fours.size].view(np.uint32).reshape(fours.shape)
+    parted = weights.view(np.uint32).reshape(len(fours), 4, -1)
+    for place in (0, 2):
+        if place:
+            np.right_shift(fours, 32, out=fours)
+        np.copyto(pair, fours, casting="unsafe")
+        np.left_shift(pair, 16, out=parted[:, place])
+        np.bitwise_and(pair, _HIGH, out=parted[:, place + 1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +125,13 @@ def squares(values: Floats) -> Floats:
 def min_max(weights: Floats, bits: int) -> Line:
     """The line that spreads the codes over each group's range: each step is that of mlx::core::quantize."""
     high, low = weights.max(axis=0), weights.min(axis=0)
-    is_low = np.abs(low) > np.abs(high)
+    longer = np.abs(high) - np.abs(low)
+    edge = np.where(longer < 0, low, high)
     scale = np.maximum((high - low) / np.float32((1 << bits) - 1), _EPS)
-    scale = np.where(is_low, scale, -scale)
-    edge = np.where(is_low, low, high)
+    np.copysign(scale, -longer, out=scale)  # downwards from high, where both are as long, too
     steps = np.rint(edge / scale)
     is_zero = steps == 0
+    if not is_zero.any():  # nearly every tile; numpy selects slowly
+        return Line(edge / steps, edge)
     scale = np.where(is_zero, scale, edge / np.where(is_zero, np.float32(1), steps))
     return Line(scale, np.where(is_zero, np.float32(0), edge))
