@@ -52,7 +52,7 @@ SHOWN: dict[str, dict[str, str]] = {
         "--dry-run --workers --quality --no-quality --quality-tokens --quiet",
         "convert/test_convert_command.py::test_a_dry_run_prints_the_plan_and_writes_nothing": "--json",
     },
-    "verify": {_VERIFY: "--full --source --tensors --seed --json --quiet"},
+    "verify": {_VERIFY: "--full --sample --source --tensors --seed --json --quiet"},
     "compare": {
         _COMPARE: "--reference --text --tokens --json",
         "compare/test_compare.py::test_progress_is_shown_on_a_terminal_unless_quiet": "--quiet",

@@ -1,8 +1,8 @@
-"""Three depths of looking at a conversion: sizes and headers, every byte, and tensors packed again from the source.
+"""Depths of looking at a conversion: sizes and headers, some or all bytes, and tensors packed again from the source.
 
 The first is what every load does (milliseconds). The second reads the folder (18 GB in some ten seconds) and finds any
-flipped bit. The third needs the source: it packs some tensors again with the manifest's own recipe and compares their
-digests, which only the right source, recipe and arithmetic can match.
+flipped bit, or a part of it that is drawn by lot (`sample`). The third needs the source: it packs some tensors again
+with the manifest's own recipe and compares their digests, which only the right source, recipe and arithmetic can match.
 
 Does not: change anything, fetch from the network, or judge quality.
 """
@@ -31,6 +31,7 @@ from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.manifest import Manifest, check_sizes, verify_full
 from qwq_mlx.files.source import open_checkpoint
 from qwq_mlx.quant.recipe import recipe_of_mapping
+from qwq_mlx.verify.sample import check_share, verify_sample
 
 __all__ = ["DEFAULT_TENSORS", "Verification", "verify_conversion"]
 
@@ -42,14 +43,16 @@ DEFAULT_TENSORS = 8
 class Verification:
     """What was found right (anything wrong is raised).
 
-    is_full: every byte was read. packed_again: names of the source tensors whose packed bytes were made anew and are
-    the same. repository, commit: what the manifest names as the source.
+    is_full: every byte was read. sampled: names of the tensors that were drawn and read. packed_again: names of the
+    source tensors whose packed bytes were made anew and are the same. repository, commit: what the manifest names as
+    the source.
     """
 
     folder: Path
     n_files: int
     n_bytes: int
     is_full: bool
+    sampled: tuple[str, ...]
     packed_again: tuple[str, ...]
     repository: str | None
     commit: str | None
@@ -60,6 +63,7 @@ def verify_conversion(
     folder: str | Path,
     *,
     full: bool = False,
+    sample: float | None = None,
     source: str | Path | None = None,
     n_tensors: int = DEFAULT_TENSORS,
     seed: int | None = None,
@@ -67,8 +71,9 @@ def verify_conversion(
 ) -> Verification:
     """Check a conversion against its manifest, and against its source where one is given.
 
-    full: read and hash every byte. source: the checkpoint's folder; n_tensors of its tensors, drawn by `seed` (None:
-    another draw each time), are packed again. progress: called with bytes read, from several threads.
+    full: read and hash every byte. sample: read and hash tensors drawn by lot, at least so many percent of all bytes;
+    None draws none. source: the checkpoint's folder; n_tensors of its tensors are packed again. seed: of
+    both draws; None: others each time. progress: called with bytes read, from several threads.
     Raises OptionError; SourceError naming every difference; LoadError and ConversionError for a source that could not
     be converted.
     """
@@ -76,13 +81,19 @@ def verify_conversion(
     folder = Path(folder)
     if type(n_tensors) is not int or n_tensors < 1:
         raise OptionError(f"n_tensors is {n_tensors!r}, expected a whole number of at least 1.")
+    if sample is not None:
+        check_share(sample)
+        if full:
+            raise OptionError("full reads every byte, so there is nothing left to sample. Give one of the two.")
     manifest = verify_full(folder, progress) if full else check_sizes(folder)
+    sampled = () if sample is None else verify_sample(folder, manifest, sample, seed, progress)
     again = () if source is None else _pack_again(folder, manifest, Path(source), n_tensors, seed)
     return Verification(
         folder=folder,
         n_files=len(manifest.files),
         n_bytes=sum(record.size_bytes for record in manifest.files.values()),
         is_full=full,
+        sampled=sampled,
         packed_again=again,
         repository=manifest.source.repository,
         commit=manifest.source.commit,

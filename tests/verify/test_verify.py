@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -17,10 +18,12 @@ from checkpoints import write_tiny_checkpoint
 from qwq_mlx.convert import convert_checkpoint
 from qwq_mlx.errors import LoadError, OptionError, RecipeError, SourceError
 from qwq_mlx.files import manifest
+from qwq_mlx.files.header import read_header
 from qwq_mlx.generate.reasoner import load
 from qwq_mlx.quant.recipe import load_recipe, recipe_of_mapping
 from qwq_mlx.verify import verify_conversion
 from qwq_mlx.verify.__main__ import main
+from qwq_mlx.verify.sample import verify_sample
 
 pytestmark = pytest.mark.tiny
 MIXED = (
@@ -151,6 +154,73 @@ def test_no_tensors_is_refused(converted: tuple[Path, Path]) -> None:
         verify_conversion(converted[1], source=converted[0], n_tensors=0)
 
 
+def test_a_sample_reads_at_least_its_share_and_every_tensor_at_last(converted: tuple[Path, Path]) -> None:
+    model = converted[1]
+    shard = next(model.glob("*.safetensors"))
+    sizes = {name: entry.end - entry.start for name, entry in read_header(shard).tensors.items()}
+    seen: set[str] = set()
+    for seed in range(12):
+        read: list[int] = []
+        drawn = verify_conversion(model, sample=25, seed=seed, progress=read.append).sampled
+        n_bytes = sum(sizes[name] for name in drawn)
+        assert sum(read) == n_bytes >= sum(sizes.values()) / 4
+        assert n_bytes - max(sizes[name] for name in drawn) < sum(sizes.values()) / 4, "the last one drawn was needed"
+        assert drawn == verify_conversion(model, sample=25, seed=seed).sampled
+        seen |= set(drawn)
+    assert seen == set(sizes) == set(verify_conversion(model, sample=100).sampled)
+
+
+def test_a_flipped_bit_is_found_when_its_tensor_is_drawn_and_only_then(model: Path) -> None:
+    shard = next(model.glob("*.safetensors"))
+    entry = read_header(shard).tensors["lm_head.weight"]
+    with shard.open("r+b") as file:
+        file.seek(entry.end - 1)
+        last = file.read(1)[0]
+        file.seek(entry.end - 1)
+        file.write(bytes([last ^ 1]))
+    n_found = 0
+    for seed in range(20):
+        try:
+            assert entry.name not in verify_conversion(model, sample=5, seed=seed).sampled
+        except SourceError as error:
+            assert re.search(
+                rf"model: 1 of \d+ tensors drawn have other bytes than its manifest says: {entry.name}\. Run --full to",
+                str(error),
+            )
+            n_found += 1
+    assert 0 < n_found < 20
+
+
+@pytest.mark.parametrize("share", [0, -1, 100.5, float("nan"), True, "5"])
+def test_a_share_that_is_none_is_refused(converted: tuple[Path, Path], share: float) -> None:
+    with pytest.raises(OptionError, match=r"sample is .*, expected a number above 0, at most 100, in percent of"):
+        verify_conversion(converted[1], sample=share)
+
+
+def test_a_sample_of_all_that_is_read_anyway_is_refused(converted: tuple[Path, Path]) -> None:
+    with pytest.raises(OptionError, match="full reads every byte, so there is nothing left to sample"):
+        verify_conversion(converted[1], sample=5, full=True)
+
+
+def test_a_tensor_that_the_shard_lacks_and_a_shard_that_goes_away_are_named(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = manifest.check_sizes(model)
+    record = next(iter(found.tensors.values()))
+    more = dataclasses.replace(found, tensors={**found.tensors, "model.other": record})
+    with pytest.raises(SourceError, match=r"safetensors: has no tensor model\.other, which the manifest has there"):
+        verify_sample(model, more, 100, 0, None)
+
+    def failing(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    headers = {each: read_header(each) for each in model.glob("*.safetensors")}
+    monkeypatch.setattr("qwq_mlx.verify.sample.read_header", headers.__getitem__)
+    monkeypatch.setattr(os, "pread", failing)
+    with pytest.raises(SourceError, match=r"safetensors: cannot be read \(Input/output error\)\. Check the disk"):
+        verify_sample(model, found, 1, 0, None)
+
+
 def test_a_recipe_survives_its_manifest(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text(MIXED)
     recipe = load_recipe(tmp_path / "own.toml")
@@ -173,6 +243,10 @@ def test_the_command_speaks_on_stderr_and_in_json(
     )
     found = json.loads(out)
     assert found["is_full"] is True and len(found["packed_again"]) == 2
+    assert main([str(model), "--sample", "30", "--seed", "5", "--json"]) == 0
+    out, err = capsys.readouterr()
+    drawn = json.loads(out)["sampled"]
+    assert f"drawn by lot and read, as the manifest says: {len(drawn)} tensors" in err and len(drawn) > 1
     assert main([str(model), "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
 
@@ -181,7 +255,11 @@ def test_the_command_names_what_is_wrong_with_the_right_code(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main([str(model), "--seed", "1"]) == 2
-    assert "--tensors and --seed say what to pack again, which needs --source DIR." in capsys.readouterr().err
+    assert (
+        "--seed says which tensors are drawn, which needs --source DIR or --sample PERCENT." in capsys.readouterr().err
+    )
+    assert main([str(model), "--sample", "5", "--tensors", "1"]) == 2
+    assert "--tensors says how many to pack again, which needs --source DIR." in capsys.readouterr().err
     (model / "config.json").write_text("{}")
     assert main([str(model)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {model}: is not the folder that its manifest.json describes.")
