@@ -1,9 +1,10 @@
 """A run on disk: everything that the next token depends on, in one safetensors file that proves itself.
 
-The header's metadata holds the state as JSON (ids, settings, place in the stream of random numbers, what was noticed),
-the tensors are the KV cache, and a sha256 covers both. The file gets its name by a rename once its bytes are on the
-disk, so a kill or a full disk leaves the old file, or none. Whether weights and tokenizer are the same is decided by a
-digest of the model folder.
+The tensors are the KV cache and, last, the bytes of the state as JSON: ids, settings, place in the stream of random
+numbers, what was noticed. (As a text of the header it would be cut short: `read_header` takes no text above 65,536
+bytes, some 1,300 tokens.) A sha256 in the header covers all. The file gets its name by a rename once its bytes are on
+the disk, so a kill or a full disk leaves the old file, or none. A digest of the model folder decides whether weights
+and tokenizer are the same.
 
 Does not: know what a run is (`run` does), or compress the cache: it is 256 KiB a token for QwQ-32B.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from qwq_mlx.errors import GenerationError, SourceError
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
@@ -26,9 +28,10 @@ from qwq_mlx.files.manifest import MANIFEST_NAME
 
 __all__ = ["SCHEMA_VERSION", "model_digest", "read_checkpoint", "write_checkpoint"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _FORMAT = "qwq_mlx run"
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint32": "U32"}
+_STATE = "state"
+_DTYPES = {"uint8": "U8", "bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint32": "U32"}
 _CHUNK_BYTES = 8 << 20
 
 
@@ -37,8 +40,9 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], arrays: Mapping[str, 
 
     Raises GenerationError where the disk does not take it; the run itself is not touched by that.
     """
-    text = json.dumps(state, ensure_ascii=True, separators=(",", ":"))
-    total = hashlib.sha256(text.encode())
+    text = json.dumps(state, ensure_ascii=True, separators=(",", ":")).encode()
+    arrays = {**arrays, _STATE: mx.array(np.frombuffer(text, np.uint8))}
+    total = hashlib.sha256()
     entries, start = [], 0
     for name, array in arrays.items():
         data = _bytes_of(array)
@@ -49,7 +53,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], arrays: Mapping[str, 
         )
         start += len(data)
     total.update(_layout(entries))
-    metadata = {"format": _FORMAT, "schema": str(SCHEMA_VERSION), "state": text, "sha256": total.hexdigest()}
+    metadata = {"format": _FORMAT, "schema": str(SCHEMA_VERSION), "sha256": total.hexdigest()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -82,8 +86,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
             f"{path}: is a saved run of schema {found[1]}, expected {SCHEMA_VERSION}. "
             "Resume it with the version of qwq_mlx that wrote it."
         )
-    text = header.metadata.get("state", "")
-    total = hashlib.sha256(text.encode())
+    total = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(header.data_start)
         for chunk in _chunks(file):
@@ -91,8 +94,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     total.update(_layout(sorted(header.tensors.values(), key=lambda entry: entry.start)))
     if total.hexdigest() != header.metadata.get("sha256"):
         raise SourceError(f"{path}: the sha256 does not fit, so the file is damaged or edited. It cannot be resumed.")
-    arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors") if header.tensors else {}  # type: ignore[assignment]
-    return json.loads(text), arrays
+    arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
+    return json.loads(_bytes_of(arrays.pop(_STATE))), arrays
 
 
 def model_digest(folder: Path) -> str:

@@ -75,6 +75,14 @@ def test_a_run_cut_at_its_length_can_be_given_more(reasoner: Reasoner, tmp_path:
     assert list(resumed.trace().ids) == longer
 
 
+def test_a_state_as_long_as_a_full_context_is_read_back(tmp_path: Path) -> None:
+    """Above 65,536 bytes, some 1,300 tokens, a file was written that could not be read: it was a text of the header."""
+    state = {"steps": [[n, -1.25 / (n + 1), 2.5 / (n + 1), False] for n in range(32_768)]}
+    write_checkpoint(tmp_path / "run", state, {"x": mx.ones((3,))})
+    found, arrays = read_checkpoint(tmp_path / "run")
+    assert found == state and list(arrays) == ["x"] and arrays["x"].tolist() == [1, 1, 1]
+
+
 def test_a_run_saved_in_its_prompt_starts_again(reasoner: Reasoner, tmp_path: Path) -> None:
     run = started(reasoner, "sampled")
     run.save(tmp_path / "run")
@@ -157,7 +165,7 @@ def test_every_flipped_byte_and_every_cut_is_refused(tmp_path: Path) -> None:
     ("name", "value", "message"),
     [
         ("_FORMAT", "other", "is no saved run of qwq_mlx"),
-        ("SCHEMA_VERSION", 9, "is a saved run of schema 9, expected 1"),
+        ("SCHEMA_VERSION", 9, "is a saved run of schema 9, expected 2"),
     ],
 )
 def test_other_files_and_schemas_are_refused_by_name(
