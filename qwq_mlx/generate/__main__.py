@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
+from qwq_mlx.generate.flags import add_limits, add_sampling
 from qwq_mlx.generate.interruption import Interruption
-from qwq_mlx.generate.options import LOOP_ACTIONS, Limits, Sampling, Thinking
+from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.show import batch_bar, batch_line, settings_line, show, summary_line
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.input is not None or options.output is not None:
                 _refuse_beside_input(options)
                 return _batch(options, asked, interruption)
+            if options.answer_now and options.resume is None:
+                raise OptionError("--answer-now asks a saved run for its answer. Give its file with --resume FILE.")
             if options.resume is not None:
                 _refuse_beside_resume(options, asked)
                 return _generate(options, None, asked, interruption)
@@ -72,10 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--save",
         metavar="FILE",
-        help="when the run is cut short (Ctrl-C, a signal, --max-tokens, full context), save it here to go on with",
+        help="when the run is cut short (Ctrl-C, a signal, --max-tokens, full context) or ends without an answer, "
+        "save it here to go on with",
     )
     add("--save-every", type=int, metavar="N", help="besides, save every N tokens (default: only at the end)")
     add("--resume", metavar="FILE", help="go on with a saved run: its settings; --max-tokens, --context may rise")
+    add("--answer-now", action="store_true", help="with --resume: ask for the answer at once, also of a run that ended")
     add("--force", action="store_true", help="run even where the memory plan says that it does not fit")
     add("--receipt", metavar="FILE", help="write what the output followed from, for python -m qwq_mlx.replay FILE")
     add("--json", action="store_true", help="print the whole trace as one line of JSON instead of the text")
@@ -83,62 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("many questions").add_argument
     add("--input", metavar="FILE", help='JSON lines of {"question" or "messages", "id", "expected"}')
     add("--output", metavar="FILE", help="their traces, a line each; where it has some, the rest is answered")
-    _add_limits(parser.add_argument_group("where it ends").add_argument)
-    _add_sampling(
+    add_limits(parser.add_argument_group("where it ends").add_argument)
+    add_sampling(
         parser.add_argument_group("how ids are drawn (default: the model's generation_config.json)").add_argument
     )
     return parser
-
-
-def _add_limits(add: Callable[..., Any]) -> None:
-    answer_tokens, on_loop = _default(Thinking, "answer_tokens"), _default(Thinking, "on_loop")
-    add("--max-tokens", type=int, metavar="N", help="tokens to produce at most (default: the room left in the context)")
-    add("--context", type=int, metavar="N", help="positions to use at most, prompt included (default: the model's own)")
-    add("--kv-bits", type=_bits, choices=(8, 4, "auto"), help="quantize the KV cache (default: not)")
-    add(
-        "--prefill-step",
-        type=int,
-        metavar="N",
-        help=f"prompt ids per pass (default: {_default(Limits, 'prefill_step')})",
-    )
-    add("--stop", action="append", metavar="TEXT", help="end where this text comes, without it; repeatable")
-    add(
-        "--think-tokens",
-        type=int,
-        metavar="N",
-        help="ask for the answer after N tokens of thinking (default: no budget)",
-    )
-    add("--answer-tokens", type=int, metavar="N", help=f"tokens of an answer asked for (default: {answer_tokens})")
-    add("--on-loop", choices=LOOP_ACTIONS, help=f"what to do when the text goes round in a loop (default: {on_loop})")
-
-
-def _add_sampling(add: Callable[..., Any]) -> None:
-    multiplier, base = _default(Sampling, "dry_multiplier"), _default(Sampling, "dry_base")
-    length, order = _default(Sampling, "dry_allowed_length"), _default(Sampling, "order")
-    add("--temp", type=float, metavar="T", dest="temperature", help="temperature; 0 is greedy")
-    add("--top-p", type=float, metavar="P", help="keep the likeliest ids that hold P together; 1 keeps all")
-    add("--top-k", type=int, metavar="K", help="keep the K likeliest ids; 0 keeps all")
-    add("--min-p", type=float, metavar="P", help="drop ids below P times the likeliest one's probability")
-    add("--seed", type=int, metavar="N", help="of the draws (default: drawn, and shown)")
-    add("--repetition-penalty", type=float, metavar="X", help="over prompt and output; 1 is off")
-    add("--presence-penalty", type=float, metavar="X", help="over the output; 0 is off")
-    add("--frequency-penalty", type=float, metavar="X", help="over the output; 0 is off")
-    add("--dry-multiplier", type=float, metavar="X", help=f"strength of DRY; 0 is off (default: {multiplier})")
-    add("--dry-base", type=float, metavar="X", help=f"growth of DRY per repeated id (default: {base})")
-    add("--dry-allowed-length", type=int, metavar="N", help=f"repeat that DRY allows (default: {length})")
-    add("--logit-bias", action="append", metavar="ID=X", help="add X to the logit of an id, -inf bans it; repeatable")
-    add("--ban", action="append", metavar="TEXT", dest="banned", help="a text that is never written; repeatable")
-    add(
-        "--language-guard",
-        action="store_true",
-        default=None,
-        help="no letters of scripts that the question does not use, but quoted, in formulas or in brackets",
-    )
-    add("--order", choices=("hf", "mlx-lm"), help=f"order of the sampling steps (default: {order})")
-
-
-def _default(options: type, name: str) -> Any:
-    return next(each.default for each in fields(options) if each.name == name)
 
 
 def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
@@ -151,10 +105,6 @@ def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
 def _sampling(options: argparse.Namespace) -> Sampling:
     given = _given(options, Sampling) | {"logit_bias": dict(_bias_of(text) for text in options.logit_bias or ())}
     return Sampling(**given)
-
-
-def _bits(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def _bias_of(text: str) -> tuple[int, float]:
@@ -202,9 +152,9 @@ def _refuse_beside_resume(options: argparse.Namespace, asked: _Asked) -> None:
     others = _Asked(Sampling(), Limits(max_tokens=asked.limits.max_tokens, context=asked.limits.context), Thinking())
     if asked != others or options.prompt is not None or options.system_prompt is not None:
         raise OptionError(
-            "--resume goes on with the settings of the file, so only --model, --max-tokens, --context, --save, "
-            "--save-every, --force, --receipt, --json and --quiet can be given beside it. Leave the others out, or "
-            "start a new run."
+            "--resume goes on with the settings of the file, so only --model, --max-tokens, --context, --answer-now, "
+            "--save, --save-every, --force, --receipt, --json and --quiet can be given beside it. "
+            "Leave the others out, or start a new run."
         )
 
 
@@ -213,7 +163,7 @@ def _refuse_beside_input(options: argparse.Namespace) -> None:
     if options.input is None or options.output is None:
         missing = "--input" if options.input is None else "--output"
         raise OptionError(f"{missing} is missing. A file of questions takes --input FILE and --output FILE together.")
-    for name in ("prompt", "resume", "save", "save_every", "receipt", "json"):
+    for name in ("prompt", "resume", "save", "save_every", "receipt", "json", "answer_now"):
         if getattr(options, name) not in (None, False):
             raise OptionError(
                 f"--{name.replace('_', '-')} belongs to one question and cannot be given beside --input. Leave it out."
@@ -292,7 +242,12 @@ def _answer(
         conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
     reasoner = _load(options, asked.limits)
     if prompt is None:
-        run = reasoner.resume(options.resume, max_tokens=asked.limits.max_tokens, context=asked.limits.context)
+        run = reasoner.resume(
+            options.resume,
+            max_tokens=asked.limits.max_tokens,
+            context=asked.limits.context,
+            answer_now=options.answer_now,
+        )
     else:
         run = reasoner.stream(
             prompt,
@@ -319,10 +274,10 @@ def _answer(
         return _unshown(error, run, keeper, interruption)
     finally:
         interruption.run = None
-    if (keeper is not None or interruption.wants_save) and trace.is_resumable:
+    if (keeper is not None or interruption.wants_save) and (trace.is_resumable or trace.can_be_asked):
         path = options.save or time.strftime("qwq-run-%Y%m%d-%H%M%S")
         run.save(path)
-        _note(f"saved: go on with --resume {path}")
+        _note(f"saved: go on with --resume {path}{'' if trace.is_resumable else ' --answer-now'}")
     if options.receipt is not None:
         reasoner.receipt(trace).save(options.receipt)
     if not options.quiet or trace.finish_reason not in ("stop", "answered"):

@@ -31,7 +31,7 @@ _KEPT = 64  # characters of the latest text, enough for any end of a sentence
 class Asking:
     """Decides when the answer is asked for; at most once in a run.
 
-    is_due_at_once: the budget is 0, so the cue comes before the first token.
+    due_at_once: why the cue comes before anything is drawn: "budget" where the budget is 0, else None.
     """
 
     def __init__(self, thinking: Thinking) -> None:
@@ -40,7 +40,8 @@ class Asking:
         self._reason: FinishReason | None = None
         self._asked_at = 0
         self._tail = ""
-        self._is_over = self.is_due_at_once = thinking.think_tokens == 0
+        self.due_at_once: FinishReason | None = "budget" if thinking.think_tokens == 0 else None
+        self._is_over = self.due_at_once is not None
 
     def ask(self, reason: FinishReason) -> None:
         """Ask for the answer from now on; the first reason given stays."""
@@ -52,10 +53,11 @@ class Asking:
         """What was asked for and not yet done: why, and after how many tokens it was asked."""
         return None if self._is_over or self._reason is None else (self._reason, self._asked_at)
 
-    def restore(self, *, is_over: bool, pending: tuple[FinishReason, int] | None) -> None:
-        """Take over what a saved run had asked for; the tokens so far were fed to `due` already."""
-        self._is_over = is_over
+    def restore(self, *, is_over: bool, pending: tuple[FinishReason, int] | None, at_once: bool) -> None:
+        """Take over what a saved run had asked for; the tokens so far were fed to `due` already. at_once: ask now."""
+        self._is_over = is_over or at_once
         self._reason, self._asked_at = pending or (None, 0)
+        self.due_at_once = "answered" if at_once else None
 
     def rewind(self, n_tokens: int) -> None:
         """The output went back to its first n_tokens."""

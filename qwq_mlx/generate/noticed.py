@@ -69,5 +69,7 @@ class Noticed:
         return [each for each in self.events if each["end"] <= end]
 
     def restore(self, events: Iterable[dict[str, Any]]) -> None:
-        """Take over a saved run's events; its tokens come through `replay`."""
-        self.events = list(events)
+        """Take over a saved run's events, behind the `replay` of its tokens. A switch in a line that had not ended is
+        left out: the line goes on, and tells it at its end."""
+        line = self._scripts.line_start
+        self.events = [each for each in events if each["event"] == "loop" or each["start"] < line]

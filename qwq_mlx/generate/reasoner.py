@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qwq_mlx.errors import OptionError, SourceError
+from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
 from qwq_mlx.generate.cache import saved_layers
-from qwq_mlx.generate.checkpoint import model_digest, read_checkpoint
+from qwq_mlx.generate.checkpoint import read_checkpoint
 from qwq_mlx.generate.fitting import Fitted, fitted
 from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.receipt import Receipt, make_receipt
+from qwq_mlx.generate.resuming import check_saved, opened, raised, within
 from qwq_mlx.generate.run import Run
 from qwq_mlx.generate.seen import inspect_of
 from qwq_mlx.generate.settings import from_json
@@ -119,7 +120,7 @@ class Reasoner:
             ids,
             question=" ".join(message["content"] for message in conversation(messages, system_prompt=system_prompt)),
             sampling=self.resolved(sampling or Sampling()),
-            fit=replace(fit, limits=_within(fit.limits, len(ids))),
+            fit=replace(fit, limits=within(fit.limits, len(ids))),
             thinking=thinking or Thinking(),
             inspect=inspect or Inspect(),
         )
@@ -154,49 +155,34 @@ class Reasoner:
         *,
         max_tokens: int | None = None,
         context: int | None = None,
+        answer_now: bool = False,
         inspect: Inspect | None = None,
     ) -> Run:
         """Go on with a run that `Run.save` wrote, as if it had never stopped; its settings are the file's.
 
-        max_tokens: of the whole output, to go on after "length". context: to go on after "context_full".
+        max_tokens: of the whole output, to go on after "length". context: to go on after "context_full". answer_now:
+        ask for the answer where the run stands, also where the model had ended its text ("stop") or it was a loop.
         inspect: of the Steps from here on; None shows what the saved run showed. What it saw is in the file; a
         logits_hook has to be given again.
         Raises SourceError for a file that is damaged, of another model or compute type, or of a run that has ended;
-        OptionError for max_tokens or a context below what there is, or a logits_hook that is missing; FitError.
+        OptionError for max_tokens or a context below what there is, for answer_now where there is an answer or no room
+        for one, or a logits_hook that is missing; FitError.
         """
         state, arrays = read_checkpoint(Path(path))
-        if state["model_sha256"] != model_digest(self.model.folder):
-            raise SourceError(
-                f"{path}: was saved with another model than {self.model.folder} (their digests differ). "
-                "Give the folder that the run was started with."
-            )
-        if state["compute_type"] != self.model.compute_type:
-            raise SourceError(
-                f"{path}: was computed in {state['compute_type']}, this model computes in {self.model.compute_type}. "
-                f"Load it with compute_type={state['compute_type']!r}."
-            )
-        if state["finish_reason"] not in (None, "interrupted", "length", "context_full"):
-            raise SourceError(f"{path}: the run has ended ({state['finish_reason']}), so there is nothing to resume.")
+        check_saved(state, self.model, inspect, path=Path(path))
+        state = opened(state, self.model, path=Path(path), answer_now=answer_now)
         sampling, limits, thinking = from_json(state["settings"], where=str(path))
-        ids, n_output = state["prompt_ids"], len(state["steps"])
-        limits = _raised(limits, n_prompt=len(ids), max_tokens=max_tokens, context=context)
-        if given(limits.context) <= len(ids) + n_output:
-            raise OptionError(
-                f"context is {limits.context:,}, but the run has {len(ids) + n_output:,} positions already. "
-                "Give more to go on."
-            )
-        if limits.max_tokens is not None and limits.max_tokens <= n_output:
-            raise OptionError(
-                f"max_tokens is {limits.max_tokens:,}, but the run has {n_output:,} already. Give more to go on."
-            )
-        if state["settings"].get("logits_hook") and (inspect is None or inspect.logits_hook is None):
-            raise OptionError(
-                f"{path}: the run had a logits_hook, which no file can hold. Give it again: "
-                "resume(..., inspect=Inspect(logits_hook=...))."
-            )
+        limits = raised(
+            limits,
+            state,
+            max_tokens=max_tokens,
+            context=context,
+            model=self.model,
+            cue=self.profile if answer_now else None,
+        )
         run = Run(
             self._setup(
-                ids,
+                state["prompt_ids"],
                 question=state["question"],
                 sampling=sampling,
                 fit=self.fit(limits),
@@ -205,7 +191,7 @@ class Reasoner:
                 forked_at=state["settings"].get("forked_at", 0),
             )
         )
-        run.restore(state, saved_layers(arrays, state["capacities"]), arrays)
+        run.restore(state, saved_layers(arrays, state["capacities"]), arrays, answer_now=answer_now)
         return run
 
     def _setup(
@@ -262,16 +248,3 @@ class Reasoner:
         return fitted(
             shape, limits, limit_bytes=self._limit_bytes, backend=backend_name(), compute_type=model.compute_type
         )
-
-
-def _raised(limits: Limits, *, n_prompt: int, max_tokens: int | None, context: int | None) -> Limits:
-    """A saved run's limits with those that were given; what the old context alone had bounded grows with it."""
-    if max_tokens is None and limits.max_tokens != given(limits.context) - n_prompt:
-        max_tokens = limits.max_tokens
-    return _within(replace(limits, max_tokens=max_tokens, context=context or limits.context), n_prompt)
-
-
-def _within(limits: Limits, n_prompt: int) -> Limits:
-    """With max_tokens as the room that the context leaves, or less where less was asked for."""
-    room = given(limits.context) - n_prompt
-    return replace(limits, max_tokens=room if limits.max_tokens is None else min(limits.max_tokens, room))

@@ -173,11 +173,17 @@ class Run:
         write_checkpoint(Path(path), state, arrays)
 
     def restore(
-        self, state: Mapping[str, Any], layers: Sequence[Layer], arrays: Mapping[str, mx.array] | None = None
+        self,
+        state: Mapping[str, Any],
+        layers: Sequence[Layer],
+        arrays: Mapping[str, mx.array] | None = None,
+        *,
+        answer_now: bool = False,
     ) -> None:
         """Take over a saved run of the same setup before the first Step.
 
-        layers: its cache (`Decoder.cached`). arrays: of the file, with the hidden states that were seen.
+        layers: its cache (`Decoder.cached`). arrays: of the file, with the hidden states that were seen. answer_now:
+        begin with the answer cue.
         """
         self._decoder.sampler = self._nudges.restored(tuple(state["nudges"]), self._decoder.sampler)
         for token_id, logprob, entropy, is_injected in state["steps"]:
@@ -190,7 +196,9 @@ class Run:
         self._injections = [Injection(**each) for each in state["injections"]]
         self._noticed.restore(state["events"])
         pending = state["asking"]
-        self._asking.restore(is_over=bool(self._injections), pending=tuple(pending) if pending else None)
+        self._asking.restore(
+            is_over=bool(self._injections), pending=tuple(pending) if pending else None, at_once=answer_now
+        )
         self._needs_refill = bool(self._written.steps) and not layers
         if layers:
             cache = filled_cache(self.setup.model.module, layers, self.setup.plan.workload.kv_bits)
@@ -256,8 +264,8 @@ class Run:
                 if self._is_stopped:
                     self._finish = ("interrupted", "")
                     return
-            if self._asking.is_due_at_once and not self._written.steps:
-                yield from self._inject("budget")
+            if self._asking.due_at_once is not None:
+                yield from self._inject(self._asking.due_at_once)
             while self._finish is None:
                 step = self._step()
                 yield step

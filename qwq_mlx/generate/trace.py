@@ -142,6 +142,12 @@ class Trace:
         """Whether a run that ended so can be gone on with from a checkpoint."""
         return self.finish_reason in ("interrupted", "length", "context_full")
 
+    @property
+    def can_be_asked(self) -> bool:
+        """Whether a run ended by itself without an answer, and can be asked for one from a checkpoint."""
+        ended = (self.finish_reason == "stop" and not self.detail) or self.finish_reason == "loop"
+        return ended and self.answer is None and not self.injections
+
     def describe(self) -> str:
         """Why the run ended, the answer and how sure it is, and how to continue where that makes sense."""
         why = _DESCRIPTIONS[self.finish_reason] + (f" ({self.detail})" if self.detail else "")
@@ -154,12 +160,13 @@ class Trace:
         return "; ".join(part for part in (why, answer, self._way_on()) if part)
 
     def _way_on(self) -> str | None:
-        """How to continue. A text that the model ended without an answer is drawn again up to shortly before its end,
-        and the answer asked for there."""
+        """How to continue. Without a saved file, a text that the model ended without an answer is drawn again up to
+        shortly before its end, and the answer asked for there."""
         if self.finish_reason == "stop" and self.answer is None:
             n_tokens, seed = max(0, len(self.ids) - 1 - _PATIENCE), self.settings.get("seed")
             same = "" if seed is None else f" --seed {seed}"
-            return f"to have the answer asked for before its end, repeat it with{same} --think-tokens {n_tokens}"
+            saved = "--save the run and --resume it with --answer-now, or " if self.can_be_asked else ""
+            return f"to have the answer asked for, {saved}repeat it with{same} --think-tokens {n_tokens}"
         if self.finish_reason == "answered" and self.answer is None:
             return "to try again, another --seed"
         return _WAYS_ON.get(self.finish_reason)
@@ -260,7 +267,7 @@ _DESCRIPTIONS: dict[str, str] = {
 _WAYS_ON: dict[str, str] = {
     "length": "to go on, --save the run and --resume it with more --max-tokens",
     "budget": "for a longer thinking, more --think-tokens",
-    "loop": "to get past it, --on-loop nudge or another --seed",
+    "loop": "to get past it, --on-loop nudge or answer, another --seed, or --save it and --resume it with --answer-now",
     "context_full": "to go on, ask again with a shorter prompt",
     "interrupted": "to go on, --save the run and --resume it",
 }

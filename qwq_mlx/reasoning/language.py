@@ -99,6 +99,11 @@ class ScriptWatcher:
         """Scripts that are no switch."""
         return frozenset(self._home)
 
+    @property
+    def line_start(self) -> int:
+        """The token that begins the line under way; where none is, the number of tokens so far."""
+        return self._start
+
     def feed(self, text: str) -> Switch | None:
         """Take one token's text."""
         found = None

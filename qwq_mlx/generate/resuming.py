@@ -1,0 +1,108 @@
+"""What a saved run needs before it goes on: the same model, room, and an end that can be taken back.
+
+A run that ended without an answer can be asked for it later. The id that ended its text is taken off, and the answer
+cue stands in its place.
+
+Does not: read files, or run anything (`reasoner` and `run` do).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qwq_mlx.errors import OptionError, SourceError
+from qwq_mlx.generate.checkpoint import model_digest
+from qwq_mlx.generate.cue import cue_ids
+from qwq_mlx.generate.inspection import Inspect
+from qwq_mlx.generate.options import Limits
+from qwq_mlx.generate.setup import given
+from qwq_mlx.model.load import LoadedModel
+from qwq_mlx.reasoning.profile import Profile
+
+__all__ = ["check_saved", "opened", "raised", "within"]
+
+_GOES_ON = (None, "interrupted", "length", "context_full")
+
+
+def check_saved(state: dict[str, Any], model: LoadedModel, inspect: Inspect | None, *, path: Path) -> None:
+    """Raises SourceError where the run was another model's or type's, OptionError where its logits_hook is missing."""
+    if state["model_sha256"] != model_digest(model.folder):
+        raise SourceError(
+            f"{path}: was saved with another model than {model.folder} (their digests differ). "
+            "Give the folder that the run was started with."
+        )
+    if state["compute_type"] != model.compute_type:
+        raise SourceError(
+            f"{path}: was computed in {state['compute_type']}, this model computes in {model.compute_type}. "
+            f"Load it with compute_type={state['compute_type']!r}."
+        )
+    if state["settings"].get("logits_hook") and (inspect is None or inspect.logits_hook is None):
+        raise OptionError(
+            f"{path}: the run had a logits_hook, which no file can hold. Give it again: "
+            "resume(..., inspect=Inspect(logits_hook=...))."
+        )
+
+
+def opened(state: dict[str, Any], model: LoadedModel, *, path: Path, answer_now: bool) -> dict[str, Any]:
+    """The state to go on from. answer_now: without the id that ended the text, if one did.
+
+    Raises SourceError where the run has ended and is not asked for its answer; OptionError where it cannot be.
+    """
+    reason, steps = state["finish_reason"], state["steps"]
+    if not answer_now:
+        if reason not in _GOES_ON:
+            raise SourceError(
+                f"{path}: the run has ended ({reason}), so there is nothing to resume. If it has no answer, "
+                "--answer-now (answer_now=True) asks for it."
+            )
+        return state
+    if state["injections"]:
+        raise OptionError(f"answer_now: {path} was asked for its answer already. Start another run.")
+    if reason != "stop":
+        return state
+    if steps[-1][0] not in model.stop_ids:
+        raise OptionError(f"answer_now: {path} ended with a stop text, so it would end at once. Start another run.")
+    return {**state, "steps": steps[:-1]}
+
+
+def raised(
+    limits: Limits,
+    state: dict[str, Any],
+    *,
+    max_tokens: int | None,
+    context: int | None,
+    model: LoadedModel,
+    cue: Profile | None,
+) -> Limits:
+    """A saved run's limits with those that were given; what the old context alone had bounded grows with it.
+
+    cue: whose answer cue has to find room. Raises OptionError where there is none to go on.
+    """
+    n_prompt, n_output = len(state["prompt_ids"]), len(state["steps"])
+    if max_tokens is None and limits.max_tokens != given(limits.context) - n_prompt:
+        max_tokens = limits.max_tokens
+    limits = within(replace(limits, max_tokens=max_tokens, context=context or limits.context), n_prompt)
+    if given(limits.context) <= n_prompt + n_output:
+        raise OptionError(
+            f"context is {limits.context:,}, but the run has {n_prompt + n_output:,} positions already. "
+            "Give more to go on."
+        )
+    if given(limits.max_tokens) <= n_output:
+        raise OptionError(
+            f"max_tokens is {limits.max_tokens:,}, but the run has {n_output:,} already. Give more to go on."
+        )
+    n_cue = 0 if cue is None else len(cue_ids(model.tokenizer, cue, after=".."))
+    if given(limits.max_tokens) <= n_output + n_cue:
+        raise OptionError(
+            f"max_tokens is {limits.max_tokens:,}, but the run has {n_output:,} already and the words that ask for the "
+            f"answer take {n_cue}. Give more of it, or of context, to go on."
+        )
+    return limits
+
+
+def within(limits: Limits, n_prompt: int) -> Limits:
+    """With max_tokens as the room that the context leaves, or less where less was asked for."""
+    room = given(limits.context) - n_prompt
+    return replace(limits, max_tokens=room if limits.max_tokens is None else min(limits.max_tokens, room))
