@@ -58,7 +58,8 @@ def _scratch() -> Scratch:
 def pack_block(block: Block, *, fit: str, shard: Path, importance: NDArray[np.float32] | None = None) -> PackedBlock:
     """Check a block, fit and measure it. shard: for messages. importance: as `fit_block` takes it.
 
-    Raises ConversionError naming shard, tensor, row and column of a weight that is NaN or infinite.
+    Raises ConversionError naming shard, tensor, row and column of a weight that is NaN, infinite, or so large that
+    squares overflow float32 (1.8e19), so that nothing could be said of its error.
     """
     tensor, source = block.tensor, block.tensor.source
     raw: NDArray[Any] = block.data.view(DTYPES[source.dtype]).reshape(block.n_rows, -1)
@@ -75,13 +76,16 @@ def pack_block(block: Block, *, fit: str, shard: Path, importance: NDArray[np.fl
 
 
 def _check_finite(block: Block, raw: NDArray[Any], weight2: float, shard: Path) -> None:
-    """NaN and infinity make the sum of squares no number too, so only then is it worth looking for one."""
-    source = block.tensor.source
-    if math.isfinite(weight2) or (index := first_non_finite(raw, source.dtype)) is None:
+    """NaN, infinity and what is near it make the sum of squares no number, so only then is it worth looking for one."""
+    if math.isfinite(weight2):
         return
+    source = block.tensor.source
+    if (index := first_non_finite(raw, source.dtype)) is not None:
+        found = "is NaN or infinite, expected finite numbers. The checkpoint is damaged or training failed; fetch"
+    else:
+        sizes = np.abs(float_values(raw, source.dtype)).reshape(-1)
+        index = int(np.argmax(sizes))
+        found = f"has the size {sizes[index]:.3g}, expected none near 1e19. A flipped bit looks like that; fetch"
     row, column = divmod(index, raw.shape[1])
     where = f"row {block.first_row + row:,}, column {column:,}" if len(source.shape) == 2 else f"position {column:,}"
-    raise ConversionError(
-        f"{shard}: tensor {source.name}: the weight at {where} is NaN or infinite, expected finite numbers. "
-        "The checkpoint is damaged or training failed; fetch the shard again."
-    )
+    raise ConversionError(f"{shard}: tensor {source.name}: the weight at {where} {found} the shard again.")

@@ -6,6 +6,7 @@ Does not: print it (`report` makes text of it).
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +14,17 @@ from pathlib import Path
 
 from qwq_mlx.convert.journal import Done
 from qwq_mlx.convert.memory import peak_memory_bytes
-from qwq_mlx.convert.plan import Plan
+from qwq_mlx.convert.plan import Plan, PlannedTensor
+from qwq_mlx.model.template import is_known, template_digest
+from qwq_mlx.model.tokenizer import read_chat_template
+from qwq_mlx.quant.packing import Packing
 
-__all__ = ["Conversion", "conversion_of"]
+__all__ = ["MAX_UNLIKE", "Conversion", "conversion_of"]
+
+MAX_UNLIKE = 2.0
+"""A matrix whose error is this many times the median of those packed alike, or that part of it, is warned of."""
+
+_MIN_ALIKE = 5  # of fewer the median says little
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,4 +95,41 @@ def _warnings(plan: Plan, records: Mapping[str, Done]) -> list[str]:
                 f"{path}: {done.name} has {done.zero_pages:,} pages (4,096 bytes) of zeros, as lost writes leave them. "
                 "Compare the shard's sha256 with the source's."
             )
+    return [*found, *_unlike(plan, records), *_unknown_template(plan)]
+
+
+def _unknown_template(plan: Plan) -> list[str]:
+    template = read_chat_template(plan.checkpoint.folder)
+    if template is None or is_known(template):
+        return []
+    return [
+        f"the chat template (sha256 {template_digest(template)}) is none that this package knows. It is a program of "
+        "the source that writes every prompt; it will run in a process of its own, with limits. Compare it with the "
+        "publisher's."
+    ]
+
+
+def _unlike(plan: Plan, records: Mapping[str, Done]) -> list[str]:
+    """Matrices whose error is as unlike that of the others packed alike as if they had a bit more or less.
+
+    A bit halves the error. In a trained model the largest is 1.6 times the median (the pocket, in 15 recipes).
+    """
+    alike: dict[Packing, dict[PlannedTensor, float]] = {}
+    for tensor in plan.tensors:
+        done = records[tensor.source.name]
+        if tensor.packing is not None and done.weight2:
+            alike.setdefault(tensor.packing, {})[tensor] = math.sqrt(done.error2 / done.weight2)
+    found = []
+    for errors in alike.values():
+        middle = statistics.median(errors.values())
+        if len(errors) < _MIN_ALIKE or not middle:
+            continue
+        found += [
+            f"{plan.checkpoint.shards[tensor.shard].path.name}: rounding cost {tensor.source.name} {100 * error:.3g} % "
+            f"of its size, the median of {len(errors):,} matrices packed alike is {100 * middle:.3g} %. Weights far "
+            "larger than the rest, as a flipped bit leaves them, look like that. Compare the shard's sha256 with the "
+            "source's."
+            for tensor, error in errors.items()
+            if not middle / MAX_UNLIKE <= error <= middle * MAX_UNLIKE
+        ]
     return found

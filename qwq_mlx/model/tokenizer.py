@@ -21,7 +21,7 @@ from typing import Any
 from qwq_mlx.errors import LoadError
 from qwq_mlx.files.json_object import read_json_object
 
-__all__ = ["LoadedTokenizer", "import_transformers", "load_tokenizer"]
+__all__ = ["LoadedTokenizer", "import_transformers", "load_tokenizer", "read_chat_template"]
 
 _MAX_TOKENIZER_BYTES = 256 << 20  # Qwen2's is 7 MB
 _MAX_SETTINGS_BYTES = 16 << 20
@@ -87,11 +87,7 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> LoadedTokenizer:
             f"{path}: there is no such file, so text cannot become ids. "
             "Copy tokenizer.json and tokenizer_config.json from the model's source into this folder."
         )
-    settings_path = folder / "tokenizer_config.json"
-    settings: dict[str, Any] = {}
-    if settings_path.exists():
-        advice = "Copy it from the model's source again."
-        settings = read_json_object(settings_path, limit_bytes=_MAX_SETTINGS_BYTES, advice=advice)
+    settings_path, settings = folder / "tokenizer_config.json", _settings(folder)
     backend = _backend(path)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     if not vocabulary:
@@ -185,6 +181,18 @@ def _token_text(value: Any) -> str | None:
     if isinstance(value, Mapping):
         value = value.get("content")
     return value if isinstance(value, str) else None
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The jinja text that turns messages into a prompt, as `load_tokenizer` finds it, or None. Raises as that does."""
+    return _chat_template(folder, _settings(folder))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return {}
+    return read_json_object(path, limit_bytes=_MAX_SETTINGS_BYTES, advice="Copy it from the model's source again.")
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:

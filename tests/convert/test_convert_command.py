@@ -183,7 +183,8 @@ def test_quiet_leaves_warnings_and_errors_alone(
     shard.write_bytes(raw[:-8192] + bytes(8192))
     assert main(["--source", str(source), "--output", str(tmp_path / "out"), "--quiet"]) == 0
     err = capsys.readouterr().err
-    assert err.startswith(f"warning: {shard.name}: lm_head.weight has 2 pages") and err.count("\n") == 1
+    assert err.startswith(f"warning: {shard.name}: lm_head.weight has 2 pages") and err.count("\n") == 2
+    assert "\nwarning: the chat template (sha256 " in err
 
 
 def test_progress_on_a_terminal_replaces_its_line_and_in_a_file_adds_lines(

@@ -265,26 +265,6 @@ def test_a_nan_in_a_vector_is_named_with_its_position(source: Path) -> None:
     convert_into(source, source.parent / "out", r"k_proj\.bias: the weight at position 3 is NaN or infinite")
 
 
-def test_zero_tensors_and_zero_pages_are_converted_with_a_warning(source: Path) -> None:
-    from qwq_mlx.files.header import read_header
-
-    header = read_header(source / SHARDS[0])
-    raw = bytearray((source / SHARDS[0]).read_bytes())
-    bias = header.tensors["model.layers.0.self_attn.k_proj.bias"]
-    raw[bias.start : bias.end] = bytes(bias.end - bias.start)
-    whole, part = (header.tensors[f"model.layers.0.{name}.weight"] for name in ("self_attn.q_proj", "mlp.up_proj"))
-    raw[whole.start : whole.end] = bytes(whole.end - whole.start)
-    raw[part.start : part.start + 8192] = bytes(8192)
-    (source / SHARDS[0]).write_bytes(raw)
-    warnings = convert_checkpoint(source, source.parent / "out").warnings
-    compare = "Compare the shard's sha256 with the source's."
-    assert warnings == (
-        f"{SHARDS[0]}: {part.name} has 2 pages (4,096 bytes) of zeros, as lost writes leave them. {compare}",
-        f"{SHARDS[0]}: every weight of {bias.name} is zero. {compare}",
-        f"{SHARDS[0]}: every weight of {whole.name} is zero. {compare}",
-    )
-
-
 def test_code_of_the_source_is_neither_run_nor_copied_nor_named(source: Path) -> None:
     (source / "modeling_evil.py").write_text("raise SystemExit('ran')")
     (source / "README.md").write_text("card")
