@@ -23,7 +23,7 @@ from qwq_mlx.generate.cache import Layer, layers_of, new_cache
 from qwq_mlx.generate.inspector import Inspector, Looking, Seen
 from qwq_mlx.generate.sample import Memory, Sampler
 
-__all__ = ["Decoder", "Token"]
+__all__ = ["Decoder", "Token", "check_ids"]
 
 _CLEAR_EVERY = 256  # steps between two returns of unused buffers to the system, as in mlx-lm
 
@@ -89,7 +89,7 @@ class Decoder:
 
         n_cached: how many leading ids the cache holds already. Raises OptionError for ids beyond the vocabulary.
         """
-        self._check(ids)
+        check_ids(ids, self.n_ids)
         if not 0 <= n_cached < len(ids):
             raise OptionError(f"n_cached is {n_cached}, expected from 0 to {len(ids) - 1}, the prompt's last place.")
         last = len(ids) - 1
@@ -141,6 +141,7 @@ class Decoder:
 
     def restore(self, prompt_ids: Sequence[int], output_ids: Sequence[int], cache: list[Any]) -> None:
         """Go on from a cache that holds a beginning of prompt and output; their rest is fed with the next draw."""
+        check_ids([*prompt_ids, *output_ids], self.n_ids)
         self.cache = cache
         self.ids = [*prompt_ids, *output_ids]
         self.n_prompt = len(prompt_ids)
@@ -168,7 +169,7 @@ class Decoder:
 
     def force(self, ids: Sequence[int]) -> None:
         """Append ids that were not drawn; the next draw follows them. What is under way is dropped."""
-        self._check(ids)
+        check_ids(ids, self.n_ids)
         self._pending = None
         self._banned = ()
         for token_id in ids:
@@ -214,12 +215,16 @@ class Decoder:
         )
         return pending
 
-    def _check(self, ids: Sequence[int]) -> None:
-        """An id beyond the embedding reads foreign memory on the CPU and on Metal."""
-        if not ids:
-            raise OptionError("There are no ids, expected at least one.")
-        for place, token_id in enumerate(ids):
-            if type(token_id) is not int or not 0 <= token_id < self.n_ids:
-                raise OptionError(
-                    f"Place {place:,} holds the id {token_id!r}, expected a whole number from 0 to {self.n_ids - 1:,}."
-                )
+
+def check_ids(ids: Sequence[int], n_ids: int) -> None:
+    """Raises OptionError naming the place of an id that the tokenizer does not have.
+
+    One beyond the embedding reads foreign memory on the CPU and on Metal, or ends the process.
+    """
+    if not ids:
+        raise OptionError("There are no ids, expected at least one.")
+    for place, token_id in enumerate(ids):
+        if type(token_id) is not int or not 0 <= token_id < n_ids:
+            raise OptionError(
+                f"Place {place:,} holds the id {token_id!r}, expected a whole number from 0 to {n_ids - 1:,}."
+            )

@@ -17,6 +17,7 @@ from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
 from qwq_mlx.generate.cache import saved_layers
 from qwq_mlx.generate.checkpoint import read_checkpoint
+from qwq_mlx.generate.decode import check_ids
 from qwq_mlx.generate.fitting import Fitted, fitted
 from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
@@ -206,6 +207,7 @@ class Reasoner:
         forked_at: int = 0,
     ) -> Setup:
         n_ids, n_layers = self.model.tokenizer.n_ids, self.model.config.num_hidden_layers
+        check_ids(ids, n_ids)
         inspect.check(n_ids=n_ids, n_layers=n_layers, detects_loops=thinking.on_loop != "off")
         return Setup(
             model=self.model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,26 @@ def test_other_models_and_ended_runs_are_refused(reasoner: Reasoner, tiny_checkp
     ended.save(tmp_path / "ended")
     with pytest.raises(SourceError, match=r"ended: the run has ended \(stop\)"):
         reasoner.resume(tmp_path / "ended")
+
+
+@pytest.mark.parametrize("bad", [-1, 298, 10**6, 2**31, "5", True])
+def test_ids_that_the_model_has_not_are_refused_wherever_a_file_brings_them(
+    reasoner: Reasoner, bad: Any, tmp_path: Path
+) -> None:
+    """A receipt or a saved run with the id 1,000,000 ended the process with a segmentation fault."""
+    run = started(reasoner, "sampled", 4)
+    list(run)
+    run.save(tmp_path / "run")
+    text = rf"holds the id {bad!r}, expected a whole number from 0 to 297\."
+    for place in ("prompt_ids", "steps"):
+        state, arrays = read_checkpoint(tmp_path / "run")
+        state[place][-1] = bad if place == "prompt_ids" else [bad, *state[place][-1][1:]]
+        write_checkpoint(tmp_path / "edited", state, arrays)
+        with pytest.raises(SourceError, match=rf"edited: Place \d+ {text} The file is edited; it cannot be resumed"):
+            reasoner.resume(tmp_path / "edited", max_tokens=9)
+    receipt = reasoner.receipt(run.trace())
+    with pytest.raises(OptionError, match=text):
+        reasoner.rerun(replace(receipt, prompt_ids=(*receipt.prompt_ids[:-1], bad)))
 
 
 def test_every_flipped_byte_and_every_cut_is_refused(tmp_path: Path) -> None:
