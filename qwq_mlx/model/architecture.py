@@ -8,7 +8,6 @@ Does not: hold weights, run the model (mlx_lm's Qwen2 does), or read files.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,8 @@ _LIMITS = {
     "vocab_size": 4_194_304,
     "max_position_embeddings": 16_777_216,
 }
+# Published ones: 1e-5 and 1e-6; 1e4 to 4e9 (contexts of a million). Beyond these only damage has been.
+_RANGES = {"rms_norm_eps": (1e-12, 1e-2), "rope_theta": (1e2, 1e12)}
 _MAX_NAMES = 20  # names listed in one message; the rest is counted
 
 
@@ -86,7 +87,7 @@ class Qwen2Config:
             )
         return cls(
             **sizes,
-            rms_norm_eps=_positive(config, "rms_norm_eps", where),
+            rms_norm_eps=_number(config, "rms_norm_eps", where),
             rope_theta=_rope_theta(config, where),
             tie_word_embeddings=_flag(config, "tie_word_embeddings", where),
             eos_token_ids=_eos(config, where, sizes["vocab_size"]),
@@ -133,13 +134,13 @@ def _rope_theta(config: Mapping[str, Any], where: str) -> float:
     """transformers 5 writes rope_parameters in place of rope_theta; for neither, every program has another default."""
     parameters = config.get("rope_parameters")
     if parameters is None:
-        return _positive(config, "rope_theta", where)
+        return _number(config, "rope_theta", where)
     if not isinstance(parameters, Mapping) or parameters.get("rope_type", "default") != "default":
         raise LoadError(
             f"{where}: rope_parameters is {parameters!r:.200}, expected rope_type 'default'. "
             "Scaled rotary positions are not supported yet."
         )
-    theta = _positive(parameters, "rope_theta", f"{where}: rope_parameters")
+    theta = _number(parameters, "rope_theta", f"{where}: rope_parameters")
     if "rope_theta" in config and config["rope_theta"] != theta:
         raise LoadError(
             f"{where}: rope_theta is {config['rope_theta']!r}, but rope_parameters says {theta!r}. "
@@ -148,13 +149,15 @@ def _rope_theta(config: Mapping[str, Any], where: str) -> float:
     return theta
 
 
-def _positive(config: Mapping[str, Any], name: str, where: str) -> float:
+def _number(config: Mapping[str, Any], name: str, where: str) -> float:
+    low, high = _RANGES[name]
     if name not in config:
         raise LoadError(f"{where}: {name} is missing. Take config.json from the source again.")
     value = config[name]
-    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+    if type(value) not in (int, float) or not low <= value <= high:
         raise LoadError(
-            f"{where}: {name} is {value!r}, expected a positive number. Take config.json from the source again."
+            f"{where}: {name} is {value!r}, expected a number from {low:g} to {high:g}. "
+            "Take config.json from the source again."
         )
     return float(value)
 
