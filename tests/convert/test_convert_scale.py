@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,13 +121,14 @@ def test_own_peak_memory_is_not_that_of_the_parent(repository: Path, monkeypatch
 
 
 def test_the_comparison_prints_its_figures_against_the_bars() -> None:
-    ours = {"wall_s": 6.0, "cpu_s": 11.0, "peak_bytes": 240_000_000, "output_bytes": 1_150_000_000}
+    ours = {"wall_s": 6.0, "cpu_s": 11.0, "peak_bytes": 240_000_000, "output_bytes": 1_150_000_000, "others": 0.02}
     theirs = {**ours, "wall_s": 10.0, "peak_bytes": 4_400_000_000}
     text = measure_conversion.table(
         {
             "layers": 1,
             "cores": 2,
             "runs": {measure_conversion.OURS: [ours] * 3, measure_conversion.THEIRS: [theirs] * 3},
+            "is_quiet": True,
             "same_packed_bits": True,
             "wall_ratio": 0.6,
             "peak_ratio": 0.055,
@@ -136,6 +139,50 @@ def test_the_comparison_prints_its_figures_against_the_bars() -> None:
     assert "qwq_mlx.convert             6.0     11.0     0.24      1.150" in text
     assert "ours, 8 layers: peak 0.240 GB, 6.0 s" in text
     assert text.endswith("bars: peak <= 1.2 GB, wall <= 0.7 of mlx_lm.convert: reached")
+
+
+def test_rounds_beside_other_work_are_measured_again_and_never_reach_the_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """others: what the rest of the machine used in each run; two runs a round, then one for the flat peak."""
+    options = argparse.Namespace(layers=1, rounds=2, flat="1", tiny=True)
+    monkeypatch.setattr(measure_conversion, "warm", lambda folder: None)
+    monkeypatch.setattr(measure_conversion, "packed_digests", lambda folder: {})
+
+    def measured(*others: float | None) -> dict[str, Any]:
+        left = iter(others)
+
+        def run(command: list[str], output: Path) -> measure_conversion.Run:
+            output.mkdir(exist_ok=True)
+            wall_s = 1.0 if "qwq_mlx.convert" in command else 2.0
+            is_source = "qwq_shaped.py" in command[1]
+            noise = 0.0 if is_source else next(left)
+            return measure_conversion.Run(wall_s=wall_s, cpu_s=1.0, peak_bytes=1, output_bytes=1, others=noise)
+
+        monkeypatch.setattr(measure_conversion, "run", run)
+        found = measure_conversion.measure(tmp_path, options)
+        assert next(left, "none left") == "none left"
+        return found
+
+    quiet = measured(0.0, 0.9, 0.9, 0.0, 0.1, 0.0, 0.0, 0.1, 0.9)
+    assert (quiet["is_quiet"], quiet["is_within_bars"], quiet["wall_ratio"]) == (True, True, 0.5)
+    assert [len(runs) for runs in quiet["runs"].values()] == [2, 2]
+    noisy = measured(*[0.0, 0.9] * 6, 0.0)
+    assert (noisy["is_quiet"], noisy["is_within_bars"], noisy["wall_ratio"]) == (False, False, 0.5)
+    assert [len(runs) for runs in noisy["runs"].values()] == [6, 6]
+    assert "NOT QUIET: other processes ran beside the rounds" in measure_conversion.table(noisy)
+    unknown = measured(None, None, None, None, None)
+    assert unknown["is_within_bars"] and "unknown" in measure_conversion.table(unknown)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not tell what it used")
+def test_what_others_use_beside_a_run_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        found = measure_conversion.run([sys.executable, "-c", "import time; time.sleep(1)"], tmp_path)
+        other.kill()
+    assert found.others is not None and found.others > measure_conversion.MAX_OTHERS
+    monkeypatch.setattr(measure_conversion, "_STAT", tmp_path / "none")
+    assert measure_conversion.run([sys.executable, "-c", ""], tmp_path).others is None
 
 
 def test_the_whole_way_from_the_hub_at_a_small_size(tmp_path: Path) -> None:
