@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from qwq_mlx.model.activations import n_positions
 from qwq_mlx.model.load import import_mlx_lm
 from qwq_mlx.model.memory import KV_GROUP
 
-__all__ = ["Layer", "filled_cache", "layers_of", "new_cache", "saved_layers"]
+__all__ = ["Layer", "filled_cache", "grow", "layers_of", "new_cache", "saved_layers"]
 
 _PARTS = ("codes", "scales", "biases")
 
@@ -35,6 +36,26 @@ def new_cache(module: Any, kv_bits: int | None = None) -> list[Any]:
     if kv_bits is None:
         return cache
     return [home.QuantizedKVCache(group_size=KV_GROUP, bits=kv_bits) for _ in cache]
+
+
+def grow(cache: Sequence[Any], n_ids: int) -> None:
+    """Make room for n_ids more positions, one layer after another.
+
+    Left to mlx_lm's caches, all layers grow within one step's graph, and the old ones live until the device is through
+    with it: twice the cache, every 256 ids. Here only one layer is held twice. An empty cache is left to its first use.
+    """
+    for each in cache:
+        if each.keys is None:
+            return
+        needed = each.offset + n_ids
+        for name in ("keys", "values"):
+            kept = getattr(each, name)
+            parts = [kept] if isinstance(kept, mx.array) else list(kept)
+            if needed <= parts[0].shape[2]:
+                return  # all layers are of one length
+            grown = [_padded(part[..., : each.offset, :], n_positions(needed)) for part in parts]
+            setattr(each, name, grown[0] if isinstance(kept, mx.array) else tuple(grown))
+            mx.eval(grown)
 
 
 def layers_of(cache: Sequence[Any], n_ids: int) -> list[Layer]:

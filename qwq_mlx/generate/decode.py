@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from qwq_mlx.errors import GenerationError, OptionError
-from qwq_mlx.generate.cache import Layer, layers_of, new_cache
+from qwq_mlx.generate.cache import Layer, grow, layers_of, new_cache
 from qwq_mlx.generate.inspector import Inspector, Looking, Seen
 from qwq_mlx.generate.sample import Memory, Sampler
 
@@ -96,8 +96,10 @@ class Decoder:
         done = n_cached
         while done < last:
             n_now = min(step, last - done)
+            grow(self.cache, n_now)
             self.module(mx.array([list(ids[done : done + n_now])]), cache=self.cache)
-            mx.eval([layer.state for layer in self.cache])
+            for layer in self.cache:
+                mx.eval(layer.state)  # one by one: the device's queue would hold the intermediates of many layers
             mx.clear_cache()
             done += n_now
             yield done
@@ -197,6 +199,7 @@ class Decoder:
     def _launch(self, ids: Any, memory: Memory, index: int) -> _Pending:
         """Build and start one step. ids: (1, n), perhaps unread; index: of the output id that it draws."""
         inspector, n_before = self._inspector, self.cache[0].offset
+        grow(self.cache, ids.shape[1])
         module = self.module if inspector is None else inspector.module
         logits = module(ids, cache=self.cache)[0, -1, : self.n_ids].astype(mx.float32)
         offered = logits if inspector is None else inspector.offered(logits, self.ids[:n_before], ids, index)

@@ -21,12 +21,17 @@ from __future__ import annotations
 
 from qwq_mlx.model.architecture import Qwen2Config
 
-__all__ = ["CACHE_STEP", "logits_bytes", "pass_bytes", "sampler_bytes"]
+__all__ = ["CACHE_STEP", "logits_bytes", "n_positions", "pass_bytes", "sampler_bytes"]
 
 CACHE_STEP = 256
-"""mlx_lm's KVCache grows by so many positions."""
+"""A cache grows by so many positions, as mlx_lm's do."""
 _LOGIT_COPIES = 2  # as the head gives them, and in float32
 _SAMPLER_COPIES = 6  # float32 rows: tempered, ordered with their ids, summed, kept, and those of the statistics
+
+
+def n_positions(context: int) -> int:
+    """Positions that a cache has room for when it holds this many."""
+    return -(-context // CACHE_STEP) * CACHE_STEP
 
 
 def logits_bytes(config: Qwen2Config) -> int:
@@ -53,15 +58,12 @@ def pass_bytes(
 
     float_bytes: of the compute type. layer_bytes: one layer's keys and values of one position.
     """
-    old = (context - 1) // CACHE_STEP * CACHE_STEP  # positions there before the cache grew for the last time
-    at_growth = min(context, old + n_ids)
-
-    def held(n_positions: int) -> int:
-        if not on_cpu and not is_quantized:
-            return (3 * n_ids * config.intermediate_size + 9 * n_ids * config.hidden_size) * float_bytes
-        return _unfused_bytes(config, n_ids, n_positions, float_bytes, is_quantized, layer_bytes, on_cpu)
-
-    return max(held(context), held(at_growth) + old * layer_bytes)
+    if on_cpu or is_quantized:
+        held = _unfused_bytes(config, n_ids, context, float_bytes, is_quantized, layer_bytes, on_cpu)
+    else:
+        held = (4 * n_ids * config.intermediate_size + 12 * n_ids * config.hidden_size) * float_bytes
+    n_before_growth = (context - 1) // CACHE_STEP * CACHE_STEP
+    return max(held, n_before_growth * layer_bytes // 2)  # keys grow, then values, before a pass
 
 
 def _unfused_bytes(

@@ -24,7 +24,7 @@ from typing import Literal
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import ModelFacts
-from qwq_mlx.model.activations import CACHE_STEP, logits_bytes, pass_bytes, sampler_bytes
+from qwq_mlx.model.activations import logits_bytes, n_positions, pass_bytes, sampler_bytes
 from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.layout import Packing
@@ -237,7 +237,7 @@ def _plan(
 ) -> MemoryPlan:
     config, float_bytes = model.config, _float_bytes(workload, backend)
     per_token = _kv_bytes_per_token(config, workload.kv_bits, float_bytes)
-    kv_bytes = _n_positions(context) * per_token
+    kv_bytes = n_positions(context) * per_token
     decode, logits, sampler = _pass(config, workload, 1, context, backend), logits_bytes(config), sampler_bytes(config)
     return MemoryPlan(
         backend=backend,
@@ -278,14 +278,10 @@ def _speculative_bytes(config: Qwen2Config, workload: Workload, context: int, ba
     if workload.draft is None:
         return 0
     draft, float_bytes, n_more = workload.draft, _float_bytes(workload, backend), workload.n_draft
-    cache = _n_positions(context) * _kv_bytes_per_token(draft.config, None, float_bytes)
+    cache = n_positions(context) * _kv_bytes_per_token(draft.config, None, float_bytes)
     own = _weights_bytes(draft.config, draft.packed, float_bytes) + logits_bytes(draft.config)
     check = _pass(config, workload, 1 + n_more, context, backend) - _pass(config, workload, 1, context, backend)
     return own + workload.n_sequences * (cache + check + n_more * logits_bytes(config))
-
-
-def _n_positions(context: int) -> int:
-    return math.ceil(context / CACHE_STEP) * CACHE_STEP
 
 
 def _largest_context(model: ModelFolder | ModelShape, plan: MemoryPlan, own: int) -> int:

@@ -11,6 +11,7 @@ import pytest
 from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.errors import GenerationError, OptionError
+from qwq_mlx.generate.cache import grow, layers_of, new_cache
 from qwq_mlx.generate.decode import Decoder
 from qwq_mlx.generate.options import NEUTRAL, Sampling
 from qwq_mlx.generate.sample import Sampler
@@ -186,3 +187,46 @@ def test_ids_beyond_the_vocabulary_never_reach_the_device(model: LoadedModel, ba
         list(one.prefill([1, 2], step=4, n_cached=2))
     with pytest.raises(OptionError, match="Cannot go back to output id 1; there are 0"):
         one.rewind(1)
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_a_cache_grows_by_blocks_with_one_part_of_one_layer_held_twice(tmp_path: Path, kv_bits: Any) -> None:
+    model = load_model(write_tiny_checkpoint(tmp_path, n_layers=4, n_heads=2, n_kv_heads=1, n_shards=1))
+    cache = new_cache(model.module, kv_bits)
+    grow(cache, 5)
+    assert cache[0].keys is None, "an empty cache is left to its first use"
+    model.module(mx.array([PROMPT]), cache=cache)
+
+    def held() -> list[dict[str, np.ndarray]]:
+        return [{n: np.array(a) for n, a in layer.arrays.items()} for layer in layers_of(cache, len(PROMPT))]
+
+    before = held()
+    grow(cache, 256 - len(PROMPT))
+    assert {layer.capacity for layer in layers_of(cache, 1)} == {256}
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    start = mx.get_active_memory()
+    grow(cache, 257 - len(PROMPT))
+    n_added, peak = mx.get_active_memory() - start, mx.get_peak_memory() - start
+    assert {layer.capacity for layer in layers_of(cache, 1)} == {512}
+    assert n_added == pytest.approx(sum(layer.nbytes for layer in cache) / 2, rel=0.1)  # small buffers are rounded up
+    assert peak <= n_added * (1 + 1 / len(cache)), "the old keys, or values, of one layer beside the new"
+    assert cache[0].offset == len(PROMPT)
+    for old, new in zip(before, held(), strict=True):
+        for name, array in old.items():
+            np.testing.assert_array_equal(array, new[name], name)
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_ids_over_a_growth_are_those_of_a_cache_that_mlx_lm_grows(tmp_path: Path, kv_bits: Any) -> None:
+    model = load_model(write_tiny_checkpoint(tmp_path, n_heads=2, n_kv_heads=1))
+    generate_step = import_mlx_lm("mlx_lm.generate").generate_step
+    prompt = [(7 * place) % 250 for place in range(250)]
+    quantized = {} if kv_bits is None else {"prompt_cache": new_cache(model.module, kv_bits)}
+    theirs = [int(token) for token, _ in generate_step(mx.array(prompt), model.module, max_tokens=12, **quantized)]
+    n_ids = model.tokenizer.n_ids
+    sampler = Sampler(Sampling(temperature=0.0).resolve(NEUTRAL), seed=0, n_ids=n_ids)
+    one = Decoder(model.module, sampler, n_ids=n_ids, cache=new_cache(model.module, kv_bits))
+    for _ in one.prefill(prompt, step=100):
+        pass
+    assert [one.next(is_last=n == 11).id for n in range(12)] == theirs
