@@ -1,6 +1,6 @@
 """Break a conversion at every operation in every way, finish it, compare the bytes, and print the counts.
 
-    python scripts/break_conversion.py [--every N] [--seed N] [--budget SECONDS]
+    python scripts/break_conversion.py [--every N] [--ways WAY ...] [--seed N] [--budget SECONDS]
 
 At each file operation of a small conversion: a kill before it, a torn write, a full disk, a broken disk, a power cut
 that loses everything not synced, and one that loses a random part of it. A run is good when the final name never held
@@ -46,6 +46,7 @@ def main() -> int:
     """Run everything; 1 if anything was not good."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--every", type=int, default=1, help="take every N-th operation (default: 1)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help="default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
     add_budget(parser)
     options = parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> int:
         with FaultyDisk(_folder(home / "count")) as disk:
             convert_checkpoint(source, home / "count" / "out", n_workers=2, quality=True, quality_tokens=N_TOKENS)
         expected = content(home / "count" / "out")
-        for way in WAYS:
+        for way in options.ways:
             tally.begin(way)
             break_everywhere(
                 way, source, home, expected, range(0, disk.n_operations, options.every), tally, options.seed

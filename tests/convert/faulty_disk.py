@@ -14,6 +14,7 @@ import fcntl
 import os
 import random
 import shutil
+import stat
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -70,6 +71,8 @@ class FaultyDisk:
         real = self._real[name]
 
         def operation(*arguments: Any, **options: Any) -> Any:
+            if name == "write" and not stat.S_ISREG(os.fstat(arguments[0]).st_mode):
+                return real(*arguments, **options)  # a pipe to a child process is no disk
             with self._lock:
                 if self.crashed:
                     raise CrashError
