@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from qwq_mlx.convert.report import size_text
 from qwq_mlx.errors import ConversionError, OptionError, SourceError
 from qwq_mlx.files.source import CONFIG_NAME, Checkpoint
 from qwq_mlx.model.architecture import Qwen2Config, check_tensors, tensor_shapes
@@ -177,7 +178,7 @@ def check_disk(peaks: Mapping[Path, int]) -> None:
         if free < more:
             together = " with the other outputs" if len(peaks) > 1 else ""
             raise ConversionError(
-                f"{output}: needs {more / 1e9:.1f} GB more on its disk{together}, {free / 1e9:.1f} GB are free. "
+                f"{output}: needs {size_text(more)} more on its disk{together}, {size_text(free)} are free. "
                 "Free some space or choose an output on another disk."
             )
 

@@ -318,7 +318,10 @@ def test_disk_and_memory_are_planned_for_all_together(
     assert four.peak_memory_bytes == eight.peak_memory_bytes
     free = int(1.05 * (four.output_bytes + eight.output_bytes)) - 100
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    with pytest.raises(ConversionError, match=r"a: needs 0\.0 GB more on its disk with the other outputs, 0\.0 GB are"):
+    needed, there = f"{(free + 100) / 1e3:.2f} kB", f"{free / 1e3:.2f} kB"
+    with pytest.raises(
+        ConversionError, match=f"a: needs {needed} more on its disk with the other outputs, {there} are"
+    ):
         convert_recipes(source, {tmp_path / "a": "4bit", tmp_path / "b": "8bit"})
     assert convert_checkpoint(source, tmp_path / "b", recipe="8bit").is_written
 
