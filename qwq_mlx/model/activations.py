@@ -1,18 +1,21 @@
 """What a pass of S ids holds beside weights and cache: the intermediates that are alive at once, in bytes.
 
-MLX makes a layer's arrays while those before it are still at work, so the peak is where attention's scores meet the
-arrays of the layer before. With H hidden, I intermediate, K the width of one layer's keys, C the context:
+A pass is evaluated layer by layer, so what is alive belongs to one layer: left to itself MLX queues many, and on an
+H100 passes of 2,048 ids of the 32B held 10 GB (now 0.34). With H hidden, I intermediate, K the width of one layer's
+keys, C the context:
 
-    fused       3 S I + 9 S H, and one layer's cache at its old length as it grows: attention never holds scores
+    fused       3 S I + 9 S H, for attention never holds scores; on an H100 3 S I + 3 S H were measured, the rest is
+                room for Metal, which frees later (not measured on Metal)
     not fused   (CPU backend, or a quantized cache) the scores of every head, id and position once, for mask, softmax
                 and scores share one buffer; their mask, a byte each; 2 S I, for swiglu writes over its gate; 13 S H, of
-                which 7.5 are float32 whatever the compute type (rotary embedding), 6 S K; a layer as it grows
+                which 7.5 are float32 whatever the compute type (rotary embedding), 6 S K
     quantized   on the CPU, besides, one layer's cache once for every query head of a key head: MLX's quantized_matmul
-                copies what it broadcasts; two of the 13 S H are gone by then. On a GPU it reads them in place, and
+                copies what it broadcasts; two of the 13 S H are gone by then. On Metal it reads them in place, and
                 scores are counted 1.5 times, which is a guess
+    growth      before a pass, a layer's old keys, or values, beside the new ones: half a layer's cache
 
 The factors for the CPU come from doubling each size in turn (MLX 0.32.4, 4 to 8 heads, 64 to 256 ids, 256 to 4,096
-positions, float32 and bfloat16) and reading what grew. Not measured on Metal.
+positions, float32 and bfloat16) and reading what grew.
 
 Does not: count weights or cache (`memory` does).
 """
@@ -61,7 +64,7 @@ def pass_bytes(
     if on_cpu or is_quantized:
         held = _unfused_bytes(config, n_ids, context, float_bytes, is_quantized, layer_bytes, on_cpu)
     else:
-        held = (4 * n_ids * config.intermediate_size + 12 * n_ids * config.hidden_size) * float_bytes
+        held = (3 * n_ids * config.intermediate_size + 9 * n_ids * config.hidden_size) * float_bytes
     n_before_growth = (context - 1) // CACHE_STEP * CACHE_STEP
     return max(held, n_before_growth * layer_bytes // 2)  # keys grow, then values, before a pass
 

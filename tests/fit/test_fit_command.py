@@ -72,10 +72,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 def test_the_text_shows_the_arithmetic_and_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "--ram", "32")
     assert (code, err) == (0, "")
+    largest = plan_memory(shape_of_facts(QWQ_32B_PREVIEW), limit_bytes=metal_limit_bytes(32 << 30)).largest_context
     for text in (
         "QwQ-32B-Preview, 4-bit weights, group 64",
         "does not fit, metal",
-        "largest context that fits: 12,800",
+        f"largest context that fits: {largest:,}",
         "the least that would fit: 4-bit cache",
         "512 GiB",
     ):
