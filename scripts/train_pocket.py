@@ -56,7 +56,7 @@ def run(stage: str, work: Path, steps: int | None, game24: Path | None) -> None:
     else:
         from pocket.report import write_readme
 
-        write_readme(work / "history.json", FOLDER.parent)
+        write_readme(work, FOLDER.parent)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,12 @@ from pocket.data import KINDS
 
 __all__ = ["write_readme"]
 
-_LOST = (
-    "Not shown: the record of the run that made these weights was lost with the machine it ran on. Training again "
-    "(`--stage train`, then `--stage readme`) draws it."
+_NO_RECORD = (
+    "Not shown: there is no record of a training run. Training (`--stage train`, then `--stage readme`) makes one."
+)
+_ANOTHER = (
+    "It is a second run of this recipe with this seed, not the one whose weights ship, of which no record is left; a\n"
+    "GPU does not add in the same order every time, so two runs need not end with the same bits."
 )
 
 # Yao et al. 2023, arXiv 2305.10601, table 2: GPT-4 on rows 901 to 1000 of the same list.
@@ -32,20 +35,36 @@ TREE_OF_THOUGHTS = (
 )
 GAME = "Game of 24, rows 901 to 1000"
 PICTURE = "loss.svg"
+RECORD = "training.json"
 
 
-def write_readme(history: Path, folder: Path) -> None:
-    """Write README.md and the picture into `folder`, from `history` and folder/evaluation.json.
+def write_readme(work: Path, folder: Path) -> None:
+    """Write README.md and the picture into `folder`, from its evaluation.json and the record of training.
 
-    Where there is no `history`, the README says so in place of the picture, and the recipe is the code's own.
+    The record is work/history.json, which is kept as folder/training.json; where `work` has none, the one kept before.
     """
     scores = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    losses = _LOST
+    history, record = work / "history.json", folder / RECORD
     if history.exists():
         told = json.loads(history.read_text(encoding="utf-8"))
+        told["is_shipped"] = _is_shipped(work / "weights.pt", folder / "checkpoint")
+        record.write_text(json.dumps(told) + "\n", encoding="utf-8")
+    losses = _NO_RECORD
+    if record.exists():
+        told = json.loads(record.read_text(encoding="utf-8"))
         _draw(told, folder / PICTURE)
-        losses = f"![training loss, nats per learned token over steps]({PICTURE})\n\n{_about_losses(told)}"
+        losses = f"![loss and held-out problems solved over steps]({PICTURE})\n\n{_about_losses(told)}"
     (folder / "README.md").write_text(_text(losses, scores), encoding="utf-8")
+
+
+def _is_shipped(weights: Path, checkpoint: Path) -> bool:
+    """Whether these weights are those of the checkpoint, bit for bit."""
+    import torch
+    from safetensors.torch import load_file
+
+    shipped = {name: tensor for path in checkpoint.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    state: dict[str, torch.Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
+    return state.keys() == shipped.keys() and all(torch.equal(state[name], shipped[name]) for name in state)
 
 
 def _draw(history: dict[str, Any], path: Path) -> None:
@@ -58,8 +77,14 @@ def _draw(history: dict[str, Any], path: Path) -> None:
     steps, losses = [row[0] for row in history["losses"]], [row[1] for row in history["losses"]]
     figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
     axes.plot(steps, losses, color="#1f5fa8", linewidth=1.4)
-    axes.set(yscale="log", xlabel="step (24 rows of 4,096 tokens)", ylabel="nats per learned token")
+    axes.set(yscale="log", xlabel="step (24 rows of 4,096 tokens)", ylabel="nats per learned token (line)")
     axes.grid(visible=True, which="both", linewidth=0.3)
+    solved, scores = axes.twinx(), history["scores"]
+    for marker, kind in zip("os^", ("parentheses", "letters", "arithmetic"), strict=True):
+        shares = [100 * row[f"{kind} 4bit"] for row in scores]
+        solved.plot([row["step"] for row in scores], shares, marker, color="#b04a2f", markersize=4, label=kind)
+    solved.set(ylim=(0, 103), ylabel="% of traces right, 4 bits (dots)")
+    solved.legend(loc="center")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
@@ -147,4 +172,9 @@ def _games(scores: dict[str, Any]) -> str:
 def _about_losses(history: dict[str, Any]) -> str:
     last, planned = history["losses"][-1], history["plan"]["steps"]
     whole = "" if last[0] >= planned - 100 else ", where the run was cut off"
-    return f"{last[0]:,} of {planned:,} steps{whole}; {last[2]:,.0f} s; the last loss is {last[1]:.2g}."
+    text = f"{last[0]:,} of {planned:,} steps{whole}; {last[2]:,.0f} s on one H100; the last loss is {last[1]:.2g}."
+    if history["scores"]:
+        best = history["scores"][-1]
+        shares = ", ".join(f"{kind} {best[f'{kind} 4bit']:.1%}" for kind in ("parentheses", "letters", "arithmetic"))
+        text += f"\nHeld-out traces right to the last id at step {best['step']:,}, with 4-bit weights: {shares}."
+    return text if history["is_shipped"] else f"{text}\n{_ANOTHER}"
