@@ -36,14 +36,15 @@ from qwq_mlx.reasoning.split import Splitter
 
 _TOKEN = re.compile(r"\s?[^\W\d_]+|\d|\s+|[^\w\s]|_")
 _HEADROOM = 4 / 3
-_NEVER = LoopOptions(near_limit=10_000, far_limit=10_000, n_candidates=10_000, n_doubts=10_000)
-_REPETITIONS = (4, 6, 8, 15)
+_NEVER = LoopOptions(soon_limit=10_000, near_limit=10_000, far_limit=10_000, n_candidates=10_000, n_doubts=10_000)
+_REPETITIONS = (4, 6, 8, 10, 15)
 _N_CUTS = 6  # places at which each output is cut to see what a splitter then says
 
 
 class Scores(NamedTuple):
     """The highest that each finder's score came to; as limits, what each reports at."""
 
+    soon: float
     near: float
     far: float
     candidate: float
@@ -89,7 +90,7 @@ def _half(trace_id: str) -> int:
 
 def _defaults() -> Scores:
     options = LoopOptions()
-    return Scores(options.near_limit, options.far_limit, options.n_candidates, options.n_doubts)
+    return Scores(options.soon_limit, options.near_limit, options.far_limit, options.n_candidates, options.n_doubts)
 
 
 def highest(text: str) -> Scores:
@@ -100,15 +101,15 @@ def highest(text: str) -> Scores:
 def _highest_at(text: str, places: Sequence[int]) -> list[Scores]:
     """The highest scores up to each of the characters, and up to the end."""
     detector, ids = LoopDetector(_NEVER), dict[str, int]()
-    best, found, n_chars, left = Scores(0, 0, 0, 0), list[Scores](), 0, list(places)
+    best, found, n_chars, left = Scores(0, 0, 0, 0, 0), list[Scores](), 0, list(places)
     for token in _TOKEN.findall(text + "\n"):
         while left and n_chars >= left[0]:
             found.append(best)
             left.pop(0)
         detector.feed(ids.setdefault(token, len(ids)), token)
         n_chars += len(token)
-        near, far = detector.sums
-        best = best._replace(near=max(best.near, near), far=max(best.far, far))
+        soon, near, far = detector.sums
+        best = best._replace(soon=max(best.soon, soon), near=max(best.near, near), far=max(best.far, far))
         if "\n" in token:
             scores, most = detector.scores, _NEVER.n_doubts
             best = best._replace(

@@ -33,16 +33,17 @@ _MAX_SEEN = 20_000  # distinct words remembered
 class LoopOptions:
     """When to report a loop. Larger numbers report later and more rarely.
 
-    cycle_margin: tokens beyond three exact repetitions. near_limit, far_limit: sums of stale over fresh words, for
-    steps that return at once and for long rounds (see `variants`). n_candidates: how often one answer is stated within
-    `candidate_tokens`. n_doubts: lines that open with a doubt ("Wait") and bring at most one new word, less the
-    words never used before: a cumulative sum, never below zero.
+    cycle_margin: tokens beyond three exact repetitions. soon_limit, near_limit, far_limit: sums of stale over fresh
+    words, for steps that return at once, for those that return changed, and for long rounds (see `variants`).
+    n_candidates: how often one answer is stated within `candidate_tokens`. n_doubts: lines that open with a doubt
+    ("Wait") and bring at most one new word, less the words never used before: a cumulative sum, never below zero.
     The defaults are 4/3 of the highest scores of 265 finished outputs (scripts/choose_limits.py, which also judges
     such limits on outputs that they were not chosen by).
     Raises OptionError for a value that could never report, or would at once.
     """
 
     cycle_margin: int = 48
+    soon_limit: float = 32.0
     near_limit: float = 41.0
     far_limit: float = 36.0
     n_candidates: int = 10
@@ -52,6 +53,7 @@ class LoopOptions:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("cycle_margin", 0, 4096),
+            ("soon_limit", 1, 10_000),
             ("near_limit", 1, 10_000),
             ("far_limit", 1, 10_000),
             ("n_candidates", 2, 10_000),
@@ -101,7 +103,9 @@ class LoopDetector:
         """Forget everything but the token count: the run was changed to leave the loop."""
         options = self._options
         self._cycles = CycleFinder(margin=options.cycle_margin)
-        self._variants = VariantsFinder(near_limit=options.near_limit, far_limit=options.far_limit)
+        self._variants = VariantsFinder(
+            soon_limit=options.soon_limit, near_limit=options.near_limit, far_limit=options.far_limit
+        )
         self._line: list[str] = []
         self._line_chars = 0
         self._stated: deque[tuple[int, str]] = deque()
@@ -114,18 +118,19 @@ class LoopDetector:
     def scores(self) -> LoopScores:
         """The finders' running scores. Candidates and doubts change at the ends of lines."""
         options = self._options
-        near, far = self._variants.scores
+        limits = (options.soon_limit, options.near_limit, options.far_limit)
+        variants = max(value / limit for value, limit in zip(self._variants.scores, limits, strict=True))
         stated_most = max(Counter(value for _, value in self._stated).values(), default=0)
         return LoopScores(
             cycle=round(self._cycles.score, 4),
-            variants=round(max(near / options.near_limit, far / options.far_limit), 4),
+            variants=round(variants, 4),
             candidate=round(stated_most / options.n_candidates, 4),
             doubts=round(self._n_doubts / options.n_doubts, 4),
         )
 
     @property
-    def sums(self) -> tuple[float, float]:
-        """The near and the far sum of stale over fresh words, which near_limit and far_limit are compared with."""
+    def sums(self) -> tuple[float, float, float]:
+        """The sums of stale over fresh words that soon_limit, near_limit and far_limit are compared with."""
         return self._variants.scores
 
     def feed(self, token_id: int, text: str) -> Loop | None:

@@ -3,8 +3,9 @@
 The idea: a run of four word templates (see `words`) is stale when it stood several times not long before. A reasoning
 that gets on is mostly fresh; one that goes round becomes stale and stays so. A cumulative sum adds 1 - drift for a
 stale word and takes drift for a fresh one, never below zero, and a loop is reported when it reaches its limit: the
-shortest delay for a given rate of false alarms (Page's test). Two such sums run side by side: `NEAR` for steps that
-return at once (twice within 300 words), `FAR` for long rounds (three times within 2,000). Numbers never count as
+shortest delay for a given rate of false alarms (Page's test). Three such sums run side by side: `SOON` for steps that
+return at once and nearly word by word (once within 150 words), `NEAR` for those that return changed (twice within 300),
+`FAR` for long rounds (three times within 2,000). Numbers never count as
 stale, so tables of digits and lists of trials, whose news is their numbers, stay below; nor do words of a count that
 goes on (see `counting`), and new rows of a list take back what they added (see `rows`).
 
@@ -20,7 +21,7 @@ from qwq_mlx.reasoning.counting import CountWatcher
 from qwq_mlx.reasoning.rows import RowWatcher
 from qwq_mlx.reasoning.words import TemplateReader
 
-__all__ = ["FAR", "NEAR", "Scale", "Variants", "VariantsFinder"]
+__all__ = ["FAR", "NEAR", "SOON", "Scale", "Variants", "VariantsFinder"]
 
 _RUN = 4
 _N_DISTANCES = 64
@@ -36,10 +37,11 @@ class Scale:
     drift: float
 
 
+SOON = Scale(n_earlier=1, horizon=150, drift=0.65)
 NEAR = Scale(n_earlier=2, horizon=300, drift=0.5)
 FAR = Scale(n_earlier=3, horizon=2000, drift=0.6)
-_N_PLACES = max(NEAR.n_earlier, FAR.n_earlier)
-_HORIZON = max(NEAR.horizon, FAR.horizon)
+_N_PLACES = max(SOON.n_earlier, NEAR.n_earlier, FAR.n_earlier)
+_HORIZON = max(SOON.horizon, NEAR.horizon, FAR.horizon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +81,12 @@ class _Sum:
 class VariantsFinder:
     """Feed each token's text with its index; `feed` returns what it found while a sum is at its limit or above."""
 
-    def __init__(self, *, near_limit: float, far_limit: float) -> None:
-        self._sums = (_Sum(NEAR, near_limit), _Sum(FAR, far_limit))
+    def __init__(self, *, soon_limit: float, near_limit: float, far_limit: float) -> None:
+        self._sums = (_Sum(SOON, soon_limit), _Sum(NEAR, near_limit), _Sum(FAR, far_limit))
         self._reader = TemplateReader()
         self._counts = CountWatcher()
         self._rows = RowWatcher()
-        self._at_line = [0.0, 0.0]  # the sums where the line began
+        self._at_line = [0.0] * len(self._sums)  # the sums where the line began
         self._n_lines = 0
         self._run: tuple[str, ...] = ()
         self._n_words = 0
@@ -93,9 +95,10 @@ class VariantsFinder:
         self._tokens: dict[int, int] = {}  # run -> token where it stood last
 
     @property
-    def scores(self) -> tuple[float, float]:
-        """The near and the far sum."""
-        return self._sums[0].value, self._sums[1].value
+    def scores(self) -> tuple[float, float, float]:
+        """The sums: soon, near and far."""
+        soon, near, far = self._sums
+        return soon.value, near.value, far.value
 
     @property
     def is_counting(self) -> bool:

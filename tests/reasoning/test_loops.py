@@ -188,6 +188,7 @@ def test_doubt_after_doubt_without_a_new_word_is_a_loop() -> None:
     ("name", "value", "match"),
     [
         ("cycle_margin", -1, "cycle_margin is -1, expected 0 to 4096"),
+        ("soon_limit", 0, "soon_limit is 0, expected 1 to 10000"),
         ("near_limit", 0, "near_limit is 0, expected 1 to 10000"),
         ("far_limit", 0.5, "far_limit is 0.5, expected 1 to 10000"),
         ("n_candidates", 1, "n_candidates is 1, expected 2 to"),
