@@ -17,12 +17,13 @@ from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
 from qwq_mlx.generate.cache import saved_layers
 from qwq_mlx.generate.checkpoint import read_checkpoint
+from qwq_mlx.generate.cue import cue_ids
 from qwq_mlx.generate.decode import check_ids
 from qwq_mlx.generate.fitting import Fitted, fitted
 from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.receipt import Receipt, make_receipt
-from qwq_mlx.generate.resuming import check_saved, opened, raised, within
+from qwq_mlx.generate.resuming import check_saved, opened, raised, with_room, within
 from qwq_mlx.generate.run import Run
 from qwq_mlx.generate.seen import inspect_of
 from qwq_mlx.generate.settings import from_json
@@ -162,7 +163,8 @@ class Reasoner:
         """Go on with a run that `Run.save` wrote, as if it had never stopped; its settings are the file's.
 
         max_tokens: of the whole output, to go on after "length". context: to go on after "context_full". answer_now:
-        ask for the answer where the run stands, also where the model had ended its text ("stop") or it was a loop.
+        ask for the answer where the run stands, also where the model had ended its text ("stop"), it was a loop, or the
+        context is full: its last tokens then make room.
         inspect: of the Steps from here on; None shows what the saved run showed. What it saw is in the file; a
         logits_hook has to be given again.
         Raises SourceError for a file that is damaged, of another model or compute type, or of a run that has ended;
@@ -173,14 +175,9 @@ class Reasoner:
         check_saved(state, self.model, inspect, path=Path(path))
         state = opened(state, self.model, path=Path(path), answer_now=answer_now)
         sampling, limits, thinking = from_json(state["settings"], where=str(path))
-        limits = raised(
-            limits,
-            state,
-            max_tokens=max_tokens,
-            context=context,
-            model=self.model,
-            cue=self.profile if answer_now else None,
-        )
+        limits = raised(limits, state, max_tokens=max_tokens, context=context)
+        n_cue = len(cue_ids(self.model.tokenizer, self.profile, after="..")) if answer_now else 0
+        state = with_room(state, limits, n_cue=n_cue, answer_tokens=thinking.answer_tokens)
         run = Run(
             self._setup(
                 state["prompt_ids"],

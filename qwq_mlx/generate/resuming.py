@@ -1,7 +1,7 @@
 """What a saved run needs before it goes on: the same model, room, and an end that can be taken back.
 
-A run that ended without an answer can be asked for it later. The id that ended its text is taken off, and the answer
-cue stands in its place.
+A run that ended without an answer can be asked for it later. The id that ended its text is taken off, or the last
+tokens of a full context, and the answer cue stands in their place.
 
 Does not: read files, or run anything (`reasoner` and `run` do).
 """
@@ -14,15 +14,13 @@ from typing import Any
 
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.generate.checkpoint import model_digest
-from qwq_mlx.generate.cue import cue_ids
 from qwq_mlx.generate.decode import check_ids
 from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits
 from qwq_mlx.generate.setup import given
 from qwq_mlx.model.load import LoadedModel
-from qwq_mlx.reasoning.profile import Profile
 
-__all__ = ["check_saved", "opened", "raised", "within"]
+__all__ = ["check_saved", "opened", "raised", "with_room", "within"]
 
 _GOES_ON = (None, "interrupted", "length", "context_full")
 
@@ -73,39 +71,38 @@ def opened(state: dict[str, Any], model: LoadedModel, *, path: Path, answer_now:
     return {**state, "steps": steps[:-1]}
 
 
-def raised(
-    limits: Limits,
-    state: dict[str, Any],
-    *,
-    max_tokens: int | None,
-    context: int | None,
-    model: LoadedModel,
-    cue: Profile | None,
-) -> Limits:
-    """A saved run's limits with those that were given; what the old context alone had bounded grows with it.
-
-    cue: whose answer cue has to find room. Raises OptionError where there is none to go on.
-    """
-    n_prompt, n_output = len(state["prompt_ids"]), len(state["steps"])
+def raised(limits: Limits, state: dict[str, Any], *, max_tokens: int | None, context: int | None) -> Limits:
+    """A saved run's limits with those that were given; what the old context alone had bounded grows with it."""
+    n_prompt = len(state["prompt_ids"])
     if max_tokens is None and limits.max_tokens != given(limits.context) - n_prompt:
         max_tokens = limits.max_tokens
-    limits = within(replace(limits, max_tokens=max_tokens, context=context or limits.context), n_prompt)
-    if given(limits.context) <= n_prompt + n_output:
+    return within(replace(limits, max_tokens=max_tokens, context=context or limits.context), n_prompt)
+
+
+def with_room(state: dict[str, Any], limits: Limits, *, n_cue: int, answer_tokens: int) -> dict[str, Any]:
+    """The state, checked for room to go on. n_cue: ids of an answer cue that comes first, 0 for none.
+
+    Where the context was full and a cue comes, the last tokens make room for it and for the answer: `answer_tokens`,
+    but a quarter of the output at most. Raises OptionError where there is no room.
+    """
+    n_most, steps = given(limits.max_tokens), state["steps"]
+    if n_cue and state["finish_reason"] == "context_full":
+        n_answer = min(answer_tokens, n_most // 4) + 1  # one more, so that the answer's own limit ends it
+        steps = steps[: max(0, n_most - n_cue - n_answer)]
+    n_output = len(steps)
+    n_known = len(state["prompt_ids"]) + n_output
+    if given(limits.context) <= n_known:
         raise OptionError(
-            f"context is {limits.context:,}, but the run has {n_prompt + n_output:,} positions already. "
-            "Give more to go on."
+            f"context is {limits.context:,}, but the run has {n_known:,} positions already. Give more to go on."
         )
-    if given(limits.max_tokens) <= n_output:
+    if n_most <= n_output:
+        raise OptionError(f"max_tokens is {n_most:,}, but the run has {n_output:,} already. Give more to go on.")
+    if n_most <= n_output + n_cue:
         raise OptionError(
-            f"max_tokens is {limits.max_tokens:,}, but the run has {n_output:,} already. Give more to go on."
+            f"max_tokens is {n_most:,}, but the run has {n_output:,} already and the words that ask for the answer "
+            f"take {n_cue}. Give more of it, or of context, to go on."
         )
-    n_cue = 0 if cue is None else len(cue_ids(model.tokenizer, cue, after=".."))
-    if given(limits.max_tokens) <= n_output + n_cue:
-        raise OptionError(
-            f"max_tokens is {limits.max_tokens:,}, but the run has {n_output:,} already and the words that ask for the "
-            f"answer take {n_cue}. Give more of it, or of context, to go on."
-        )
-    return limits
+    return {**state, "steps": steps, "events": [each for each in state["events"] if each["end"] <= n_output]}
 
 
 def within(limits: Limits, n_prompt: int) -> Limits:

@@ -195,15 +195,15 @@ class Run:
         self._written.steps = with_seen(self._written.steps, state.get("seen", {}), arrays or {})
         self._injections = [Injection(**each) for each in state["injections"]]
         self._noticed.restore(state["events"])
-        pending = state["asking"]
-        self._asking.restore(
-            is_over=bool(self._injections), pending=tuple(pending) if pending else None, at_once=answer_now
-        )
+        pending = tuple(state["asking"]) if state["asking"] else None
+        self._asking.restore(is_over=bool(self._injections), pending=pending, at_once=answer_now)
         self._needs_refill = bool(self._written.steps) and not layers
         if layers:
             cache = filled_cache(self.setup.model.module, layers, self.setup.plan.workload.kv_bits)
             output_ids = [step.id for step in self._written.steps]
             self._decoder.restore(self.setup.prompt_ids, output_ids, cache)
+            if answer_now:  # what the cache holds beyond these ids was taken off
+                self._decoder.rewind(len(output_ids))
             if isinstance(self._source, DrawnAhead):
                 self._source.resume()
 

@@ -162,6 +162,7 @@ class Trace:
     def _way_on(self) -> str | None:
         """How to continue. Without a saved file, a text that the model ended without an answer is drawn again up to
         shortly before its end, and the answer asked for there."""
+        can_ask = self.answer is None and not self.injections
         if self.finish_reason == "stop" and self.answer is None:
             n_tokens, seed = max(0, len(self.ids) - 1 - _PATIENCE), self.settings.get("seed")
             same = "" if seed is None else f" --seed {seed}"
@@ -169,6 +170,8 @@ class Trace:
             return f"to have the answer asked for, {saved}repeat it with{same} --think-tokens {n_tokens}"
         if self.finish_reason == "answered" and self.answer is None:
             return "to try again, another --seed"
+        if can_ask and self.finish_reason in ("loop", "context_full"):
+            return f"{_WAYS_ON[self.finish_reason]}; for an answer, --save the run and --resume it with --answer-now"
         return _WAYS_ON.get(self.finish_reason)
 
     def to_json(self) -> dict[str, Any]:
@@ -267,7 +270,7 @@ _DESCRIPTIONS: dict[str, str] = {
 _WAYS_ON: dict[str, str] = {
     "length": "to go on, --save the run and --resume it with more --max-tokens",
     "budget": "for a longer thinking, more --think-tokens",
-    "loop": "to get past it, --on-loop nudge or answer, another --seed, or --save it and --resume it with --answer-now",
+    "loop": "to get past it, --on-loop nudge or another --seed",
     "context_full": "to go on, ask again with a shorter prompt",
     "interrupted": "to go on, --save the run and --resume it",
 }

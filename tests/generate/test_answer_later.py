@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.run import Run
 from qwq_mlx.generate.sample import Sampler
+from qwq_mlx.generate.trace import Trace
 
 pytestmark = pytest.mark.tiny
 
@@ -33,6 +35,11 @@ def ended(reasoner: Reasoner, **options: Any) -> Run:
     run = reasoner.stream("x", sampling=Sampling(temperature=1.0, seed=SEED), **chosen)
     list(run)
     return run
+
+
+def finished(run: Run) -> Trace:
+    list(run)
+    return run.trace()
 
 
 @pytest.mark.parametrize("banned", [(), ("never written",)])
@@ -90,12 +97,42 @@ def test_a_loop_a_cut_run_and_a_run_that_wrote_nothing_are_asked_too(reasoner: R
         list(run)
         first = run.trace()
         assert first.finish_reason == reason and (first.can_be_asked or first.is_resumable)
+        assert ("--answer-now" in first.describe()) == (reason != "length")
         run.save(tmp_path / "run")
         asked = reasoner.resume(tmp_path / "run", answer_now=True, max_tokens=300)
         list(asked)
         trace = asked.trace()
         assert trace.finish_reason == "answered"
+        for each in ("loop", "context_full"):
+            assert "--answer-now" not in replace(trace, finish_reason=each).describe(), "once is enough"
         assert trace.injections[0].start == len(first.ids) - (reason == "stop")
+
+
+def test_the_last_tokens_of_a_full_context_make_room_for_the_answer(reasoner: Reasoner, tmp_path: Path) -> None:
+    sampling = Sampling(temperature=1.0, seed=1, logit_bias=dict.fromkeys(reasoner.model.stop_ids, float("-inf")))
+    thinking = Thinking(on_loop="off", answer_tokens=30)
+    run = reasoner.stream("x", sampling=sampling, thinking=thinking)
+    list(run)
+    first = run.trace()
+    assert first.finish_reason == "context_full" and "--resume it with --answer-now" in first.describe()
+    run.save(tmp_path / "run")
+    trace = finished(reasoner.resume(tmp_path / "run", answer_now=True))
+    (cut,) = trace.injections
+    assert trace.ids[: cut.start] == first.ids[: cut.start] and trace.finish_reason == "answered"
+    assert cut.end + 30 == len(trace.ids) and len(first.ids) - 3 <= len(trace.ids) < len(first.ids)
+    n_ids, module = reasoner.model.tokenizer.n_ids, reasoner.model.module
+    alone = Decoder(module, Sampler(reasoner.resolved(sampling), seed=1, n_ids=n_ids), n_ids=n_ids)
+    list(alone.prefill(first.prompt_ids, step=512))
+    alone.force(list(trace.ids[: cut.end]))
+    assert [alone.next().id for _ in range(30)] == list(trace.ids[cut.end :])
+
+    small = reasoner.stream("x", sampling=sampling, thinking=Thinking(on_loop="off"), limits=Limits(context=100))
+    n_output = len(finished(small).ids)
+    small.save(tmp_path / "run")
+    (cut,) = finished(reasoner.resume(tmp_path / "run", answer_now=True)).injections
+    assert n_output - n_output // 4 - 3 <= cut.end < n_output - n_output // 4, "no more than a quarter"
+    (cut,) = finished(reasoner.resume(tmp_path / "run", answer_now=True, context=200)).injections
+    assert cut.start == n_output, "with room enough nothing is taken off"
 
 
 def test_what_cannot_be_asked_is_refused(reasoner: Reasoner, tmp_path: Path) -> None:
