@@ -164,7 +164,7 @@ class Trace:
         shortly before its end, and the answer asked for there."""
         can_ask = self.answer is None and not self.injections
         if self.finish_reason == "stop" and self.answer is None:
-            n_tokens, seed = max(0, len(self.ids) - 1 - _PATIENCE), self.settings.get("seed")
+            n_tokens, seed = max(0, len(self.ids) - 1 - _PATIENCE), self.settings["sampling"].get("seed")
             same = "" if seed is None else f" --seed {seed}"
             saved = "--save the run and --resume it with --answer-now, or " if self.can_be_asked else ""
             return f"to have the answer asked for, {saved}repeat it with{same} --think-tokens {n_tokens}"

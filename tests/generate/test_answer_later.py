@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,22 @@ def test_the_answer_is_asked_for_in_place_of_the_end(
     some = [next(half) for _ in range(len(cue) + 3)]
     half.save(tmp_path / "half")
     assert some + list(reasoner.resume(tmp_path / "half")) == steps
+
+
+def test_the_advice_to_repeat_such_a_run_leads_to_its_answer(reasoner: Reasoner) -> None:
+    """It named no seed: it looked for it in another place than a real Trace has it."""
+    first = ended(reasoner).trace()
+    advised = re.search(r"repeat it with --seed (\d+) --think-tokens (\d+)$", first.describe())
+    assert advised is not None, first.describe()
+    seed, think_tokens = map(int, advised.groups())
+    again = reasoner.generate(
+        "x",
+        sampling=Sampling(temperature=1.0, seed=seed),
+        limits=Limits(max_tokens=400),
+        thinking=Thinking(on_loop="off", think_tokens=think_tokens, answer_tokens=30),
+    )
+    (cut,) = again.injections
+    assert again.finish_reason == "budget" and again.ids[: cut.start] == first.ids[: cut.start]
 
 
 def test_a_loop_a_cut_run_and_a_run_that_wrote_nothing_are_asked_too(reasoner: Reasoner, tmp_path: Path) -> None:
