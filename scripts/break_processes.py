@@ -16,6 +16,7 @@ Ctrl-C, what is under way ends and the counts so far are printed.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import re
@@ -39,9 +40,11 @@ from tally import Tally, add_budget  # noqa: E402
 
 from qwq_mlx.errors import QwqError  # noqa: E402
 from qwq_mlx.files.manifest import verify_full  # noqa: E402
+from qwq_mlx.generate.default_model import pocket_checkpoint  # noqa: E402
 
 MAX_TWICE_BYTES = 16_000_000
 MAX_STOP_S = 2.0
+_SETTINGS = "tokenizer_config.json"
 _DOWNLOAD_BYTES = 64_000_000
 _MOST_TWICE = "bytes fetched twice a kill at most"
 _CHILD = """
@@ -81,6 +84,9 @@ class _Work:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.source = write_tiny_checkpoint(home / "source", n_layers=2)
+        settings, known = (json.loads((each / _SETTINGS).read_text()) for each in (self.source, pocket_checkpoint()))
+        settings["chat_template"] = known["chat_template"]  # an unknown one is warned of, in every run
+        (self.source / _SETTINGS).write_text(json.dumps(settings))
         self.start(home / "whole").wait()  # the first one reads Python and MLX from the disk, so it is not timed
         self.expected = content(home / "whole")
         started = time.monotonic()
@@ -90,7 +96,7 @@ class _Work:
     def start(self, output: Path, *, said: bool = False) -> subprocess.Popen[str]:
         script, pipe = str(ROOT / "scripts" / "convert.py"), subprocess.PIPE if said else None
         command = [sys.executable, script, "--quiet", "--source", str(self.source), "--output", str(output)]
-        command += ["--quality-tokens", "160"]  # kills fall into the measurement, too, and it stays short
+        command += ["--quality-tokens", "400"]  # kills fall into the measurement, too, and it stays short
         # a session of its own: Ctrl-C at the terminal is for this script alone
         return subprocess.Popen(command, stderr=pipe, text=True, start_new_session=True)
 
