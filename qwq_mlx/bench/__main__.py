@@ -16,6 +16,7 @@ from qwq_mlx.errors import OptionError, QwqError
 
 if TYPE_CHECKING:
     from qwq_mlx.bench.decode import Row
+    from qwq_mlx.generate.default_model import Converter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,20 +62,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(named: str | None, options: BenchOptions) -> list[Row]:
     from qwq_mlx.bench.decode import bench_folder, bench_qwq_shaped
-    from qwq_mlx.generate.default_model import choose_model
+    from qwq_mlx.generate.default_model import ready_model
 
-    choice = choose_model(named)
-    if choice.note:
-        _note(choice.note)
-    if choice.source is not None:
-        from qwq_mlx.convert import convert_checkpoint
-
-        choice.folder.parent.mkdir(parents=True, exist_ok=True)
-        convert_checkpoint(choice.source, choice.folder, quality=False)
-    rows = bench_folder(choice.folder, options, _note)
+    rows = bench_folder(ready_model(named, _converter, _note), options, _note)
     if options.n_layers > 0:
         rows.append(bench_qwq_shaped(options, _note))
     return rows
+
+
+def _converter() -> Converter:
+    from qwq_mlx.convert import convert_checkpoint
+
+    return convert_checkpoint
 
 
 def _table(rows: Sequence[Row]) -> str:

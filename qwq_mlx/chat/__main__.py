@@ -25,6 +25,7 @@ from qwq_mlx.generate.show import show
 
 if TYPE_CHECKING:
     from qwq_mlx.chat.conversation import Conversation, Turn
+    from qwq_mlx.generate.default_model import Converter
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.generate.run import Run
 
@@ -85,21 +86,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(options: argparse.Namespace, limits: Limits) -> Reasoner:
-    from qwq_mlx.generate.default_model import POCKET_RECIPE, choose_model, made_ready
-
-    choice = choose_model(options.model)
-    if choice.note:
-        _note(choice.note)
-
-    def convert(source: Path, folder: Path) -> None:
-        from qwq_mlx.convert import convert_checkpoint
-
-        convert_checkpoint(source, folder, recipe=POCKET_RECIPE)
-
-    folder = made_ready(choice, convert)
+    from qwq_mlx.generate.default_model import ready_model
     from qwq_mlx.generate.reasoner import load
 
-    return load(folder, limits=limits, force=options.force)
+    return load(ready_model(options.model, _converter, _note), limits=limits, force=options.force)
+
+
+def _converter() -> Converter:
+    from qwq_mlx.convert import convert_checkpoint
+
+    return convert_checkpoint
 
 
 def _reader() -> ReadLine:

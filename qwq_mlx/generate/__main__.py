@@ -25,6 +25,7 @@ from qwq_mlx.generate.show import batch_bar, batch_line, settings_line, show, su
 
 if TYPE_CHECKING:
     from qwq_mlx.generate.batch import Stand
+    from qwq_mlx.generate.default_model import Converter
     from qwq_mlx.generate.keeping import Keeper
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.generate.run import Run
@@ -306,23 +307,17 @@ def _unshown(error: OSError, run: Run, keeper: Keeper | None, interruption: Inte
 
 
 def _load(options: argparse.Namespace, limits: Limits) -> Reasoner:
-    from qwq_mlx.generate.default_model import POCKET_RECIPE, choose_model, made_ready
-
-    choice = choose_model(options.model)
-    if choice.note and not options.quiet:
-        _note(choice.note)
-
-    def convert(source: Path, folder: Path) -> None:
-        from qwq_mlx.convert import convert_checkpoint
-
-        if not options.quiet:
-            _note(f"converting the pocket model to 4 bits, once: {folder}")
-        convert_checkpoint(source, folder, recipe=POCKET_RECIPE, quality=False)
-
-    folder = made_ready(choice, convert)
+    from qwq_mlx.generate.default_model import ready_model
     from qwq_mlx.generate.reasoner import load
 
+    folder = ready_model(options.model, _converter, _silent if options.quiet else _note)
     return load(folder, limits=limits, force=options.force)
+
+
+def _converter() -> Converter:
+    from qwq_mlx.convert import convert_checkpoint
+
+    return convert_checkpoint
 
 
 def _prefill_progress() -> Any:
@@ -333,6 +328,10 @@ def _prefill_progress() -> Any:
             sys.stderr.flush()
 
     return show
+
+
+def _silent(text: str) -> None:
+    """--quiet."""
 
 
 def _note(text: str) -> None:

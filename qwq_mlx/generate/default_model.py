@@ -2,8 +2,8 @@
 
 In order: --model, $QWQ_MLX_MODEL, the first finished conversion of a QwQ-32B under conversions/ (of the current folder,
 then of the checkout this package lies in), else the pocket model that ships with the package. The pocket's 4-bit
-conversion is made once in the user's cache folder; its folder is named after the checkpoint's digest, so another
-checkpoint gets another conversion.
+conversion is made once in the user's cache folder, by whichever command comes first; its folder is named after the
+digest of checkpoint and recipe, so another one of these gets another conversion.
 
 Does not: convert (the command hands `made_ready` the converter, which this package does not know), load, or download.
 """
@@ -17,14 +17,15 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from qwq_mlx.errors import ConversionError, LoadError
 from qwq_mlx.facts import MODELS
+from qwq_mlx.quant.recipe import load_recipe
 
-__all__ = ["POCKET_RECIPE", "Choice", "choose_model", "made_ready", "pocket_checkpoint", "user_cache_folder"]
+__all__ = ["Choice", "Converter", "choose_model", "made_ready", "pocket_checkpoint", "ready_model", "user_cache_folder"]
 
-POCKET_RECIPE = "pocket-4bit"
-
+_RECIPE = "pocket-4bit"
 _PACKAGE = Path(__file__).resolve().parent.parent
 _VARIABLE = "QWQ_MLX_MODEL"
 
@@ -39,6 +40,13 @@ class Choice:
     folder: Path
     note: str = ""
     source: Path | None = None
+
+
+class Converter(Protocol):
+    """`qwq_mlx.convert_checkpoint`, as far as it is used here."""
+
+    def __call__(self, source: Path, output: Path, /, *, recipe: str, quality: bool) -> object:
+        """Convert source to the new folder output."""
 
 
 def choose_model(named: str | None, environment: Mapping[str, str] | None = None) -> Choice:
@@ -57,15 +65,26 @@ def choose_model(named: str | None, environment: Mapping[str, str] | None = None
     return _pocket(environment)
 
 
-def made_ready(choice: Choice, convert: Callable[[Path, Path], object]) -> Path:
-    """The folder of a choice, converted first where that is needed. convert: takes source and folder.
+def ready_model(named: str | None, converter: Callable[[], Converter], note: Callable[[str], None]) -> Path:
+    """The folder of the model for a command, there and whole: `choose_model`, a line about it, `made_ready`."""
+    choice = choose_model(named)
+    if choice.note:
+        note(choice.note)
+    return made_ready(choice, converter, note)
 
-    Two commands at once: the one that comes second uses what the first made.
+
+def made_ready(choice: Choice, converter: Callable[[], Converter], note: Callable[[str], None]) -> Path:
+    """The folder of a choice, converted first where that is needed, which a line says.
+
+    converter: gives the function that converts; called only where it is needed, since it comes with heavy imports.
+    note: shows the line. Two commands at once: the one that comes second uses what the first made.
+    Raises LoadError where the cache folder cannot be written, and what the converter raises.
     """
     if choice.source is not None:
         try:
             choice.folder.parent.mkdir(parents=True, exist_ok=True)
-            convert(choice.source, choice.folder)
+            note(f"converting the pocket model to 4 bits, once: {choice.folder}")
+            converter()(choice.source, choice.folder, recipe=_RECIPE, quality=False)
         except OSError as error:
             raise LoadError(
                 f"{choice.folder}: cannot be written ({error.strerror}), so the pocket model has no place. "
@@ -84,7 +103,7 @@ def _pocket(environment: Mapping[str, str]) -> Choice:
             f"{source}: the pocket model is not there, and no other model is named. "
             f"Give --model FOLDER or set {_VARIABLE}; python -m qwq_mlx.convert makes a folder from a checkpoint."
         )
-    folder = user_cache_folder(environment) / f"pocket-4bit-{_digest(source)[:16]}"
+    folder = user_cache_folder(environment) / f"{_RECIPE}-{_digest(source)[:16]}"
     note = (
         "model: the bundled pocket model, which knows only small puzzles. For QwQ-32B-Preview: "
         "python -m qwq_mlx.convert, then --model FOLDER"
@@ -128,8 +147,8 @@ def _is_big(config: Path) -> bool:
 
 
 def _digest(folder: Path) -> str:
-    """sha256 over names and bytes of the pocket checkpoint's files (24 MB at most, 20 ms)."""
-    total = hashlib.sha256()
+    """sha256 over the recipe and the names and bytes of the pocket checkpoint's files (24 MB at most, 20 ms)."""
+    total = hashlib.sha256(load_recipe(_RECIPE).text.encode())
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         total.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         total.update(path.read_bytes())

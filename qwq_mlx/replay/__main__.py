@@ -12,12 +12,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwq_mlx.errors import QwqError
 
 if TYPE_CHECKING:
+    from qwq_mlx.generate.default_model import Converter
     from qwq_mlx.replay.compare import Replay
 
 
@@ -57,21 +57,22 @@ def _replay(options: argparse.Namespace) -> Replay:
     from qwq_mlx.generate.receipt import read_receipt
 
     receipt = read_receipt(options.receipt)  # a damaged one is told before a model is loaded
-    from qwq_mlx.generate.default_model import POCKET_RECIPE, choose_model, made_ready
-
-    def convert(source: Path, folder: Path) -> None:
-        from qwq_mlx.convert import convert_checkpoint
-
-        convert_checkpoint(source, folder, recipe=POCKET_RECIPE)
-
-    folder = made_ready(choose_model(options.model), convert)
+    from qwq_mlx.generate.default_model import ready_model
     from qwq_mlx.generate.reasoner import load
+
+    folder = ready_model(options.model, _converter, _silent if options.quiet else _note)
     from qwq_mlx.replay.compare import check_model, replay
 
     reasoner = load(folder, compute_type=receipt.model["compute_type"])
     if not options.other_weights:
         check_model(reasoner, receipt)
     return replay(reasoner, receipt, progress=_progress() if sys.stderr.isatty() and not options.quiet else None)
+
+
+def _converter() -> Converter:
+    from qwq_mlx.convert import convert_checkpoint
+
+    return convert_checkpoint
 
 
 def _progress() -> Callable[[int, int], None]:
@@ -93,8 +94,16 @@ def _text(found: Replay) -> str:
     return "\n".join(lines)
 
 
+def _silent(text: str) -> None:
+    """--quiet."""
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _complain(text: str, code: int) -> int:
-    print(text, file=sys.stderr)
+    _note(text)
     return code
 
 

@@ -207,7 +207,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
-def test_the_pocket_is_converted_where_no_conversion_is_there_yet(
+def test_the_pocket_is_converted_as_for_every_command_where_no_conversion_is_there_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import qwq_mlx.convert
@@ -215,11 +215,13 @@ def test_the_pocket_is_converted_where_no_conversion_is_there_yet(
 
     choice = default_model.Choice(folder=tmp_path / "cache" / "pocket", note="model: the pocket", source=tmp_path)
     monkeypatch.setattr(default_model, "choose_model", lambda named: choice)
-    converted: list[tuple[Path, Path]] = []
-    monkeypatch.setattr(qwq_mlx.convert, "convert_checkpoint", lambda *paths, quality: converted.append(paths))
+    converted: list[tuple[Path, Path, str]] = []
+    monkeypatch.setattr(
+        qwq_mlx.convert, "convert_checkpoint", lambda *paths, recipe, quality: converted.append((*paths, recipe))
+    )
     monkeypatch.setattr(contest, "bench_folder", lambda folder, *_: [SimpleNamespace(folder=folder)])
     rows = command._measure(None, BenchOptions(n_layers=0))
-    assert converted == [(tmp_path, choice.folder)]
+    assert converted == [(tmp_path, choice.folder, "pocket-4bit")]
     assert rows[0].folder == choice.folder
     assert "model: the pocket" in capsys.readouterr().err
 

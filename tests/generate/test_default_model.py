@@ -10,7 +10,7 @@ from checkpoints import write_json
 from qwq_mlx.errors import ConversionError, LoadError
 from qwq_mlx.facts import POCKET, QWQ_32B_PREVIEW, ModelFacts
 from qwq_mlx.generate import default_model
-from qwq_mlx.generate.default_model import Choice, choose_model, made_ready, user_cache_folder
+from qwq_mlx.generate.default_model import Choice, choose_model, made_ready, ready_model, user_cache_folder
 
 
 @pytest.fixture
@@ -60,7 +60,9 @@ def test_then_the_first_finished_conversion_of_a_32b(package: Path, tmp_path: Pa
     assert choose_model(None, {}).folder == own, "the current folder comes before the checkout"
 
 
-def test_else_the_pocket_with_a_line_that_says_so(package: Path, tmp_path: Path) -> None:
+def test_else_the_pocket_with_a_line_that_says_so(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     choice = choose_model(None, environment)
     assert choice.folder.parent == tmp_path / "cache" / "qwq-mlx"
@@ -70,7 +72,10 @@ def test_else_the_pocket_with_a_line_that_says_so(package: Path, tmp_path: Path)
     conversion(choice.folder, POCKET)
     assert choose_model(None, environment).source is None
     (package / "pocket" / "checkpoint" / "config.json").write_text('{"other": 1}')
-    assert choose_model(None, environment).folder != choice.folder, "another checkpoint, another conversion"
+    other = choose_model(None, environment).folder
+    assert other != choice.folder, "another checkpoint, another conversion"
+    monkeypatch.setattr(default_model, "_RECIPE", "4bit")
+    assert choose_model(None, environment).folder.name.removeprefix("4bit") != other.name.removeprefix("pocket-4bit")
 
 
 def test_the_cache_folder_follows_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,28 +94,38 @@ def test_no_model_at_all_says_what_to_do(package: Path) -> None:
 
 def test_a_choice_is_made_ready_once_and_a_race_is_no_error(package: Path, tmp_path: Path) -> None:
     choice = choose_model(None, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
-    made: list[tuple[Path, Path]] = []
+    made: list[tuple[Path, Path, str, bool]] = []
+    told: list[str] = []
 
-    def convert(source: Path, folder: Path) -> None:
-        made.append((source, folder))
-        conversion(folder, POCKET)
-
-    def convert_too_late(source: Path, folder: Path) -> None:
-        convert(source, folder)
+    def convert_too_late(source: Path, output: Path, /, *, recipe: str, quality: bool) -> None:
+        made.append((source, output, recipe, quality))
+        conversion(output, POCKET)
         raise ConversionError("another process holds the folder")
 
-    def convert_in_vain(source: Path, folder: Path) -> None:
+    def convert_in_vain(source: Path, output: Path, /, *, recipe: str, quality: bool) -> None:
         raise ConversionError("no room")
 
     with pytest.raises(ConversionError, match="no room"):
-        made_ready(choice, convert_in_vain)
-    assert made_ready(choice, convert_too_late) == choice.folder
-    assert made == [(choice.source, choice.folder)]
-    assert made_ready(Choice(folder=choice.folder), convert) == choice.folder and len(made) == 1
+        made_ready(choice, lambda: convert_in_vain, told.append)
+    assert made_ready(choice, lambda: convert_too_late, told.append) == choice.folder
+    assert made == [(choice.source, choice.folder, "pocket-4bit", False)]
+    assert told == [f"converting the pocket model to 4 bits, once: {choice.folder}"] * 2
+    there = Choice(folder=choice.folder)
+    assert made_ready(there, lambda: pytest.fail("was converted again"), told.append) == choice.folder
+    assert len(told) == 2
+
+
+def test_every_command_tells_which_model_it_took(package: Path) -> None:
+    told: list[str] = []
+    assert ready_model("some/where", lambda: pytest.fail("was converted"), told.append) == Path("some/where")
+    assert told == []
+    folder = conversion(package.parent / "conversions" / "a", QWQ_32B_PREVIEW)
+    assert ready_model(None, lambda: pytest.fail("was converted"), told.append) == folder
+    assert told == [f"model: {folder}"]
 
 
 def test_a_cache_folder_that_cannot_be_written_says_what_to_do(package: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     choice = choose_model(None, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
     with pytest.raises(LoadError, match=r"cannot be written .*Set XDG_CACHE_HOME"):
-        made_ready(choice, lambda source, folder: None)
+        made_ready(choice, lambda: pytest.fail("was converted"), lambda text: None)
