@@ -66,8 +66,7 @@ class Interruption:
 
     def _on_signal(self, number: int, _: object) -> None:
         if number == signal.SIGHUP:
-            for shown in self._shown:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), shown)
+            self._silence()
             if self.exit_code:
                 return
         is_second = self.exit_code != 0
@@ -78,6 +77,12 @@ class Interruption:
             self.exit_code = 0  # the run goes on, and the next Ctrl-C asks again
             return
         self.run.stop()
+
+    def _silence(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for shown in self._shown:
+            os.dup2(nowhere, shown)
+        os.close(nowhere)
 
     def _goes_on(self, run: Stoppable) -> bool:
         """Ask until there is an answer; a signal meanwhile is the second."""

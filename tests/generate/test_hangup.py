@@ -50,6 +50,19 @@ def test_a_hangup_stops_the_run_once_and_another_signal_then_ends_at_once() -> N
             signal.raise_signal(signal.SIGTERM)
 
 
+def test_what_was_shown_goes_nowhere_after_a_hangup_and_no_file_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, follower = pty.openpty()
+    with os.fdopen(leader, "rb"), os.fdopen(follower, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        with Interruption(asks=False) as interruption:
+            interruption.run = Stopped()
+            before = sorted(Path("/dev/fd").iterdir())
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+            assert sorted(Path("/dev/fd").iterdir()) == before
+        assert os.fstat(follower).st_rdev == Path(os.devnull).stat().st_rdev
+
+
 def test_a_command_that_is_to_outlive_its_terminal_does() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
