@@ -49,7 +49,7 @@ from qwq_mlx.pocket.problems import is_held_out  # noqa: E402
 from qwq_mlx.quality.measure import measure  # noqa: E402
 from qwq_mlx.quality.result import summarise  # noqa: E402
 from qwq_mlx.quality.text import read_text  # noqa: E402
-from qwq_mlx.quant.packing import FITS  # noqa: E402
+from qwq_mlx.quant.modes import FITS  # noqa: E402
 from qwq_mlx.quant.recipe import Recipe, load_recipe, recipe_names  # noqa: E402
 
 MACS_GIB = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)

@@ -50,7 +50,7 @@ from qwq_mlx.files.manifest import read_manifest
 from qwq_mlx.model.device import small_cache
 from qwq_mlx.quality.result import Quality
 from qwq_mlx.quant import DEFAULT_RECIPE
-from qwq_mlx.quant.recipe import Recipe, load_recipe
+from qwq_mlx.quant.recipe import Recipe, layer_of, load_recipe
 
 __all__ = ["Conversion", "convert_checkpoint", "convert_recipes"]
 
@@ -262,8 +262,8 @@ class _Job:
 
         def show(path: str) -> None:
             if self.progress is not None:
-                layer = int(path.split(".")[2]) if path.startswith("model.layers.") else n_layers
-                done = total * layer // n_layers
+                layer = layer_of(path)
+                done = total if layer is None else total * layer // n_layers
                 self.progress(Progress(phase="calibrate", what=path, done_bytes=done, total_bytes=total))
 
         return importance_of(plan.calibration, plan.checkpoint, kept, show)

@@ -128,7 +128,7 @@ class Plan:
 
     @property
     def fit(self) -> str:
-        """How scales are chosen: a name of quant's FITS."""
+        """How scales are chosen: a name of quant.modes.FITS."""
         return self.recipe.fit if self.calibration is None else "calibrated"
 
     @property

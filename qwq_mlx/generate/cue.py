@@ -1,6 +1,6 @@
 """Ending the thinking of a model that writes no tags: when, and with which ids.
 
-Asked for at some token, the cut waits for the end of a paragraph; after half of `PATIENCE` the end of a line or of a
+Asked for at some token, the cut waits for the end of a paragraph; after half of CUE_PATIENCE the end of a line or of a
 sentence will do, and after all of it the cue comes in any case. A model that has begun its answer meanwhile is left
 alone.
 
@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import re
 
-from qwq_mlx.generate.options import Thinking
+from qwq_mlx.generate.options import CUE_PATIENCE, Thinking
 from qwq_mlx.generate.trace import FinishReason
 from qwq_mlx.model.tokenizer import LoadedTokenizer
 from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.reasoning.split import Segment
 
-__all__ = ["PATIENCE", "Asking", "cue_ids"]
-
-PATIENCE = 64
-"""Tokens that a cut waits for the end of a sentence."""
+__all__ = ["Asking", "cue_ids"]
 
 _PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*$")
 # a full stop behind a digit may be the point of a number
@@ -74,8 +71,8 @@ class Asking:
         if self._reason is None:
             return None
         n_waited = self._n_tokens - self._asked_at
-        is_sentence = 2 * n_waited >= PATIENCE and _SENTENCE_END.search(self._tail) is not None
-        if is_sentence or n_waited >= PATIENCE or _PARAGRAPH_END.search(self._tail):
+        is_sentence = 2 * n_waited >= CUE_PATIENCE and _SENTENCE_END.search(self._tail) is not None
+        if is_sentence or n_waited >= CUE_PATIENCE or _PARAGRAPH_END.search(self._tail):
             self._is_over = True
             return self._reason
         return None

@@ -17,9 +17,12 @@ from typing import Any, Literal
 
 from qwq_mlx.errors import OptionError
 
-__all__ = ["LOOP_ACTIONS", "NEUTRAL", "Limits", "Sampling", "Thinking"]
+__all__ = ["CUE_PATIENCE", "LOOP_ACTIONS", "NEUTRAL", "Limits", "Sampling", "Thinking"]
 
 LOOP_ACTIONS = ("answer", "stop", "nudge", "off")
+
+CUE_PATIENCE = 64
+"""Tokens that the answer cue waits at most for the end of a sentence (see `cue`)."""
 
 _MAX_SEED = 2**64 - 1  # mlx.random.key takes an unsigned 64-bit number
 _MAX_ID = 2**31 - 1

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qwq_mlx.errors import SourceError
+from qwq_mlx.generate.options import CUE_PATIENCE
 from qwq_mlx.generate.trace_file import read_trace, write_trace
 from qwq_mlx.reasoning.loops import LoopScores
 
@@ -164,7 +165,7 @@ class Trace:
         shortly before its end, and the answer asked for there."""
         can_ask = self.answer is None and not self.injections
         if self.finish_reason == "stop" and self.answer is None:
-            n_tokens, seed = max(0, len(self.ids) - 1 - _PATIENCE), self.settings["sampling"].get("seed")
+            n_tokens, seed = max(0, len(self.ids) - 1 - CUE_PATIENCE), self.settings["sampling"].get("seed")
             same = "" if seed is None else f" --seed {seed}"
             saved = "--save the run and --resume it with --answer-now, or " if self.can_be_asked else ""
             return f"to have the answer asked for, {saved}repeat it with{same} --think-tokens {n_tokens}"
@@ -274,7 +275,6 @@ _WAYS_ON: dict[str, str] = {
     "context_full": "to go on, ask again with a shorter prompt",
     "interrupted": "to go on, --save the run and --resume it",
 }
-_PATIENCE = 64  # tokens at most between a budget and the cue (see `cue`)
 _SHOWN = 60  # characters of an answer in `describe`
 
 

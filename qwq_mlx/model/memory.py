@@ -28,6 +28,7 @@ from qwq_mlx.model.activations import logits_bytes, n_positions, pass_bytes, sam
 from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.layout import Packing
+from qwq_mlx.quant.recipe import layer_of
 
 __all__ = [
     "KV_GROUP",
@@ -334,12 +335,12 @@ def _load_bytes(model: ModelFolder | ModelShape, float_bytes: int) -> int:
     """Floats that are cast stand in memory twice, the largest group that is read at once: a layer, or what is left."""
     if not isinstance(model, ModelFolder):
         return 0
-    groups: dict[str, int] = {}
+    groups: dict[int | None, int] = {}
     for name, (_, entry) in model.checkpoint.tensors.items():
         size = entry.end - entry.start
         is_cast = entry.dtype not in ("U32", "U8") and size != math.prod(entry.shape) * float_bytes
-        group = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else ""
-        groups[group] = groups.get(group, 0) + (size if is_cast else 0)
+        layer = layer_of(name)
+        groups[layer] = groups.get(layer, 0) + (size if is_cast else 0)
     return max(groups.values())
 
 

@@ -8,19 +8,18 @@ Does not: measure, or judge what is good enough.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from qwq_mlx.quality.result import KL_EDGES, Quality, WorstToken
 from qwq_mlx.quality.svg import bars, lines
+from qwq_mlx.quant.recipe import layer_of
 
 __all__ = ["REPORT_NAME", "ReportFacts", "report_page"]
 
 REPORT_NAME = "report.html"
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.weight$")
 _KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _STYLE = """
@@ -113,9 +112,9 @@ def _plots(facts: ReportFacts, quality: Quality) -> str:
     by_kind: dict[str, list[tuple[float, float]]] = {}
     for kind in _KINDS:
         points = sorted(
-            (float(found[1]) + 1, 100 * error)
+            (float(layer) + 1, 100 * error)
             for name, error in facts.tensor_errors.items()
-            if (found := _LAYER.match(name)) and found[2] == kind
+            if name.endswith(f".{kind}.weight") and (layer := layer_of(name)) is not None
         )
         if points:
             by_kind[kind.removesuffix("_proj")] = points

@@ -19,13 +19,11 @@ from __future__ import annotations
 
 import heapq
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qwq_mlx.quant.modes import MODES
-from qwq_mlx.quant.packing import Packing
-from qwq_mlx.quant.recipe import Override, Recipe, is_sensitive_layer, recipe_of_text
+from qwq_mlx.quant.modes import MODES, Packing
+from qwq_mlx.quant.recipe import Override, Recipe, is_sensitive_layer, layer_of, recipe_of_text
 
 __all__ = ["SENSITIVE", "allocate_bits", "free_matrices", "recipe_of_bits"]
 
@@ -68,12 +66,12 @@ def allocate_bits(matrices: Mapping[str, int], *, n_layers: int, output: str, bu
 def _step(path: str, bits: int, n_layers: int, output: str) -> tuple[float, tuple[bool, int, int], str, int]:
     """From `bits` to the next width, as a heap sorts it: minus its worth, its rank among equals, path, the width."""
     wider = _BITS[_BITS.index(bits) + 1]
-    kind, found = path.rpartition(".")[2], re.search(r"\.layers\.(\d+)\.", f".{path}.")
-    is_in_sensitive = found is not None and is_sensitive_layer(int(found.group(1)), n_layers)
+    kind, layer = path.rpartition(".")[2], layer_of(path)
+    is_in_sensitive = layer is not None and is_sensitive_layer(layer, n_layers)
     counts = SENSITIVE if path == output or (is_in_sensitive and kind in ("v_proj", "down_proj")) else 1.0
     worth = counts * (_error(bits) - _error(wider)) / (wider - bits)
     rank = _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
-    return -worth, (not is_in_sensitive, rank, -int(found.group(1)) if found else -n_layers), path, wider
+    return -worth, (not is_in_sensitive, rank, -n_layers if layer is None else -layer), path, wider
 
 
 def _error(bits: int) -> float:

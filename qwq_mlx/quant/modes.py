@@ -1,6 +1,6 @@
-"""The ways MLX has to pack a matrix: mode, bits and group, refused where MLX has no such thing.
+"""The ways MLX has to pack a matrix: mode, bits and group, refused where MLX has no such thing; the names of the fits.
 
-Does not: import numpy or MLX, so that a plan from headers alone stays light; `packing` has the bits and bytes.
+Does not: import numpy or MLX, so that a recipe, or a plan from headers alone, stays light; `packing` has the bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 from qwq_mlx.errors import OptionError
 
-__all__ = ["MODES", "Packing"]
+__all__ = ["FITS", "MODES", "Packing"]
+
+FITS = ("min-max", "least-squares", "calibrated")
+"""Ways to choose scale, bias and codes (qwq_mlx.quant.fit); a recipe names one. Modes beside affine have the first."""
 
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),

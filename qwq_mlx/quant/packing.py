@@ -18,10 +18,7 @@ from numpy.typing import NDArray
 
 from qwq_mlx.quant.modes import MODES, Packing
 
-__all__ = ["DTYPES", "FITS", "MODES", "Packed", "Packing", "float_values", "pack_groups", "round_to", "unpack_codes"]
-
-FITS = ("min-max", "least-squares", "calibrated")
-"""Ways to choose scale, bias and codes (qwq_mlx.quant.fit); a recipe names one. Modes beside affine have the first."""
+__all__ = ["DTYPES", "MODES", "Packed", "Packing", "float_values", "pack_groups", "round_to", "unpack_codes"]
 
 DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 """Weight dtypes, in safetensors spelling -> the numpy dtype that holds them; bfloat16 travels as its 16 bits."""

@@ -30,7 +30,7 @@ from typing import Any
 
 from qwq_mlx.errors import OptionError, RecipeError
 from qwq_mlx.quant import DEFAULT_RECIPE
-from qwq_mlx.quant.packing import FITS, Packing
+from qwq_mlx.quant.modes import FITS, Packing
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,6 +42,7 @@ __all__ = [
     "Override",
     "Recipe",
     "is_sensitive_layer",
+    "layer_of",
     "load_recipe",
     "recipe_names",
     "recipe_of_mapping",
@@ -111,8 +112,13 @@ class Recipe:
 
 def _is_sensitive(path: str, n_layers: int) -> bool:
     """mlx-lm's use_more_bits; a matrix outside the layers counts as layer 0, as it does there."""
-    found = re.search(r"\.layers\.(\d+)\.", f".{path}.")
-    return is_sensitive_layer(int(found.group(1)) if found else 0, n_layers)
+    return is_sensitive_layer(layer_of(path) or 0, n_layers)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor or matrix of this name belongs to, from 0; None where it stands outside the layers."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return None if found is None else int(found[1])
 
 
 def is_sensitive_layer(layer: int, n_layers: int) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from checkpoints import tokenizer_json, write_json
 
-from qwq_mlx.generate.cue import PATIENCE, Asking, cue_ids
-from qwq_mlx.generate.options import Limits, Sampling, Thinking
+from qwq_mlx.generate.cue import Asking, cue_ids
+from qwq_mlx.generate.options import CUE_PATIENCE, Limits, Sampling, Thinking
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.model.tokenizer import load_tokenizer
 from qwq_mlx.reasoning.profile import find_profile
@@ -24,7 +24,7 @@ def first_due(asking: Asking, texts: list[str]) -> int | None:
     return found[0] if found else None
 
 
-HALF = PATIENCE // 2
+HALF = CUE_PATIENCE // 2
 
 
 @pytest.mark.parametrize(
@@ -44,11 +44,11 @@ def test_the_cut_waits_for_a_good_place(texts: list[str], expected: int | None) 
 
 
 def test_the_cut_waits_no_longer_than_its_patience() -> None:
-    assert first_due(Asking(Thinking(think_tokens=10)), [" word"] * 300) == 10 + PATIENCE
+    assert first_due(Asking(Thinking(think_tokens=10)), [" word"] * 300) == 10 + CUE_PATIENCE
     asking = Asking(Thinking())
     assert first_due(asking, [" word"] * 300) is None
     asking.ask("answered")
-    assert first_due(asking, [" word"] * 300) == PATIENCE
+    assert first_due(asking, [" word"] * 300) == CUE_PATIENCE
 
 
 def test_the_first_reason_stays_and_an_answer_begun_is_left_alone() -> None:
@@ -102,7 +102,7 @@ def test_a_spent_budget_asks_for_the_answer_and_says_so(reasoner: Reasoner) -> N
     steps = list(run)
     trace = run.trace()
     (injection,) = trace.injections
-    assert 30 <= injection.start < 30 + PATIENCE + 1 and injection.reason == "budget"
+    assert 30 <= injection.start < 30 + CUE_PATIENCE + 1 and injection.reason == "budget"
     assert injection.text.strip() == CUE.strip()
     assert trace.finish_reason == "budget"
     assert trace.detail == f"the answer was asked for after {injection.start} tokens; the answer was cut at 20 tokens"
@@ -133,7 +133,7 @@ def test_a_running_thought_can_be_asked_for_its_answer(reasoner: Reasoner) -> No
     trace = run.trace()
     assert len(first) + len(rest) == len(trace.ids)
     assert trace.finish_reason == "answered"
-    assert 7 < trace.injections[0].start <= 7 + PATIENCE + 1
+    assert 7 < trace.injections[0].start <= 7 + CUE_PATIENCE + 1
 
 
 @pytest.mark.tiny

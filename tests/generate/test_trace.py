@@ -19,8 +19,7 @@ import safetensors.numpy
 
 from qwq_mlx.errors import GenerationError, SourceError
 from qwq_mlx.generate import trace_file
-from qwq_mlx.generate.cue import PATIENCE
-from qwq_mlx.generate.trace import _PATIENCE, SCHEMA_VERSION, Alternative, FinishReason, Injection, Timings, Trace
+from qwq_mlx.generate.trace import SCHEMA_VERSION, Alternative, FinishReason, Injection, Timings, Trace
 from qwq_mlx.reasoning.loops import LoopScores
 
 
@@ -197,7 +196,6 @@ def test_every_end_without_an_answer_has_a_reason_and_a_way_on(trace: Trace, rea
 
 
 def test_a_text_ended_without_an_answer_is_to_be_repeated_with_a_budget_before_its_end(trace: Trace) -> None:
-    assert PATIENCE == _PATIENCE
     ended = replace(trace, finish_reason="stop", answer=None, ids=tuple(range(200)), settings={"sampling": {"seed": 7}})
     assert ended.describe().endswith("repeat it with --seed 7 --think-tokens 135")
     assert "--think-tokens" not in replace(ended, answer="5").describe()

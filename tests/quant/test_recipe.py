@@ -9,7 +9,7 @@ import pytest
 
 from qwq_mlx.errors import RecipeError
 from qwq_mlx.quant.packing import Packing
-from qwq_mlx.quant.recipe import DEFAULT_RECIPE, load_recipe, recipe_names
+from qwq_mlx.quant.recipe import DEFAULT_RECIPE, layer_of, load_recipe, recipe_names
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -50,6 +50,22 @@ keep = true
     assert recipe.packing_of("model.layers.0.self_attn.v_proj", n_layers=8) == Packing(bits=6)
     assert recipe.packing_of("model.layers.1.self_attn.v_proj", n_layers=8) is None
     assert recipe.packing_of("lm_head", n_layers=8) == Packing(bits=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.layers.0.mlp.up_proj", 0),
+        ("model.layers.63.self_attn.q_proj.weight", 63),
+        ("layers.7.keys", 7),
+        ("model.embed_tokens.weight", None),
+        ("lm_head", None),
+        ("model.players.3.weight", None),
+        ("model.layers.norm.weight", None),
+    ],
+)
+def test_a_name_says_its_layer(name: str, layer: int | None) -> None:
+    assert layer_of(name) == layer
 
 
 @pytest.mark.parametrize("n_layers", [2, 8, 17, 64])
