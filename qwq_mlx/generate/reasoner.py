@@ -168,8 +168,8 @@ class Reasoner:
         inspect: of the Steps from here on; None shows what the saved run showed. What it saw is in the file; a
         logits_hook has to be given again.
         Raises SourceError for a file that is damaged, of another model or compute type, or of a run that has ended;
-        OptionError for max_tokens or a context below what there is, for answer_now where there is an answer or no room
-        for one, or a logits_hook that is missing; FitError.
+        OptionError for max_tokens or a context below what there is, for answer_now where the answer has begun or has no
+        room, or a logits_hook that is missing; FitError.
         """
         state, arrays = read_checkpoint(Path(path))
         check_saved(state, self.model, inspect, path=Path(path))

@@ -66,12 +66,7 @@ class Run:
         cache, self._n_cached = before.hand_over(setup) if before is not None else (None, 0)
         cache = cache or new_cache(model.module, setup.plan.workload.kv_bits)
         self._decoder = Decoder(
-            model.module,
-            sampler,
-            n_ids=n_ids,
-            cache=cache,
-            inspector=inspector,
-            with_entropy=setup.inspect.entropy,
+            model.module, sampler, n_ids=n_ids, cache=cache, inspector=inspector, with_entropy=setup.inspect.entropy
         )
         self._source: Source = self._decoder
         if limits.banned:
@@ -183,15 +178,18 @@ class Run:
         """Take over a saved run of the same setup before the first Step.
 
         layers: its cache (`Decoder.cached`). arrays: of the file, with the hidden states that were seen. answer_now:
-        begin with the answer cue.
+        begin with the answer cue. Raises OptionError where the answer has begun.
         """
         self._decoder.sampler = self._nudges.restored(tuple(state["nudges"]), self._decoder.sampler)
+        asked_at = min((each["start"] for each in state["injections"]), default=len(state["steps"]))
         for token_id, logprob, entropy, is_injected in state["steps"]:
             text = self._written.release(token_id)
             step = self._written.add(token_id, text, logprob=logprob, entropy=entropy, is_injected=is_injected)
-            self._noticed.replay(step, sees_loops=not is_injected and not self._injections)
+            self._noticed.replay(step, sees_loops=step.index < asked_at)
             if not is_injected:
                 self._asking.due(text, self._written.segment)
+        if answer_now and self._written.segment == "answer":
+            raise OptionError("answer_now: the answer has begun. Resume without it, or start another run if it ended.")
         self._written.steps = with_seen(self._written.steps, state.get("seen", {}), arrays or {})
         self._injections = [Injection(**each) for each in state["injections"]]
         self._noticed.restore(state["events"])

@@ -12,6 +12,7 @@ import pytest
 
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.generate import __main__ as command
+from qwq_mlx.generate.checkpoint import read_checkpoint, write_checkpoint
 from qwq_mlx.generate.cue import cue_ids
 from qwq_mlx.generate.decode import Decoder
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
@@ -166,6 +167,14 @@ def test_what_cannot_be_asked_is_refused(reasoner: Reasoner, tmp_path: Path) -> 
     asked.save(path)
     with pytest.raises(OptionError, match=r"answer_now: .*run was asked for its answer already\. Start another"):
         reasoner.resume(path, answer_now=True)
+    begun = reasoner.stream("x", sampling=Sampling(temperature=1.0, seed=SEED), limits=Limits(max_tokens=9))
+    begun.save(path)
+    state, arrays = read_checkpoint(path)
+    ids = reasoner.pieces._backend.encode("**Final Answer**\n\n 5", add_special_tokens=False).ids
+    state["steps"] = [[each, -1.0, 1.0, False] for each in ids]
+    write_checkpoint(path, state, arrays)
+    with pytest.raises(OptionError, match=r"answer_now: the answer has begun\. Resume without it, or start another"):
+        reasoner.resume(path, answer_now=True, max_tokens=99)
     text = run.trace().text[3:6]
     by_text = ended(reasoner, limits=Limits(max_tokens=400, stop=(text,)))
     assert by_text.trace().finish_reason == "stop" and not by_text.trace().can_be_asked

@@ -15,6 +15,7 @@ from checkpoints import write_tiny_checkpoint
 from qwq_mlx.errors import GenerationError, OptionError, SourceError
 from qwq_mlx.generate import checkpoint
 from qwq_mlx.generate.checkpoint import model_digest, read_checkpoint, write_checkpoint
+from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.run import Run
@@ -111,6 +112,24 @@ def test_a_nudged_run_is_resumed_with_its_heat(reasoner: Reasoner, tmp_path: Pat
         run.save(tmp_path / "run")
         assert first + list(reasoner.resume(tmp_path / "run")) == steps
         assert first + list(run) == steps
+
+
+def test_loop_scores_of_an_answer_stay_at_nothing_in_a_resumed_run(reasoner: Reasoner, tmp_path: Path) -> None:
+    letter = next(i for i in range(reasoner.pieces.n_ids) if reasoner.pieces[i] == b"a")
+
+    def start() -> Run:
+        return reasoner.stream(
+            "x",
+            sampling=Sampling(temperature=0.0, logit_bias={letter: 1e4}),
+            limits=Limits(max_tokens=50),
+            thinking=Thinking(think_tokens=0),
+            inspect=Inspect(loop_scores=True),
+        )
+
+    run = start()
+    first = [next(run) for _ in range(40)]
+    run.save(tmp_path / "run")
+    assert first + list(reasoner.resume(tmp_path / "run")) == list(start())
 
 
 def test_a_fork_shares_the_beginning_and_draws_on_by_itself(reasoner: Reasoner) -> None:
