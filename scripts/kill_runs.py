@@ -1,13 +1,12 @@
 """End a run that saves itself every 3 tokens at random points, and go on from its file every time.
 
-    python scripts/kill_runs.py --model FOLDER [--kills 100] [--tokens 300] [--seed 0] [--signals KILL TERM HUP]
+    python scripts/kill_runs.py --model FOLDER [--kills 100] [--tokens 300] [--signals KILL TERM HUP] [--budget SECONDS]
 
-The run is `python -m qwq_mlx.generate --save FILE --save-every 3`, ended by the signals in turns, a random part of its
-length after its first checkpoint. Counts, as one JSON line: signals sent, files that were whole, runs that went on to
-the very ids of an undisturbed run, exit codes, and temporary files that a kill left (the next run
-removes them).
-Exit code 1 where one file was not whole, one id differed, or a signal that can be caught gave another exit code than
-128 and its number.
+The run is `python -m qwq_mlx.generate --save FILE --save-every 3`, ended by the signals in turns: after a random number
+of its checkpoints and a random part of the time that one takes, so that kills spread over the whole run on a busy
+machine, too. Good is a file that is whole, goes on to the very ids of an undisturbed run, and, after a signal that can
+be caught, an exit code of 128 and its number. Also counted: kills that left a temporary file, which the next run
+removes. Every kill prints the counts, so a run that is cut short loses none.
 
 Does not: cut power (fsync is trusted).
 """
@@ -16,60 +15,99 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-from qwq_mlx.errors import QwqError
-from qwq_mlx.generate.checkpoint import read_checkpoint
-from qwq_mlx.generate.options import Limits, Sampling
-from qwq_mlx.generate.reasoner import load
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+from tally import Tally, add_budget  # noqa: E402 - the path must be set first
+
+import qwq_mlx.generate.default_model  # noqa: E402
+import qwq_mlx.generate.keeping  # noqa: E402, F401
+from qwq_mlx.errors import QwqError  # noqa: E402
+from qwq_mlx.generate import __main__ as command  # noqa: E402
+from qwq_mlx.generate.checkpoint import read_checkpoint  # noqa: E402
+from qwq_mlx.generate.options import Limits, Sampling  # noqa: E402
+from qwq_mlx.generate.reasoner import load  # noqa: E402
+from qwq_mlx.model.load import import_mlx_lm  # noqa: E402
+
+for _module in ("mlx_lm.models.qwen2", "mlx_lm.models.cache"):
+    import_mlx_lm(_module)  # imported here, run only in the children: MLX does not survive a fork once it computed
 
 _SEED = 4
+_EVERY = 3
+_OUTCOMES = ("went on to the same ids", "were saved at their end already", "OTHER IDS", "A FILE THAT CANNOT BE RESUMED")
 
 
 def main() -> int:
-    """Run the script; returns its exit code."""
+    """Run the script; 1 if anything was not good."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM", "HUP", "INT"), default=["KILL"])
+    add_budget(parser)
     options = parser.parse_args()
-    reasoner = load(options.model)
-    run = reasoner.stream("x", sampling=Sampling(temperature=1.0, seed=_SEED), limits=Limits(max_tokens=options.tokens))
-    whole = [step.id for step in run]
-    draws, counts, codes = random.Random(options.seed), Counter(kills=0, whole=0, same_ids=0, left_behind=0), Counter()
+    tally = Tally(options.budget, every=1).stop_at_interrupt()
+    draws = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run"
-        length_s = _ended(options, path, None, wait_s=0.0)[1]
-        sys.stderr.write(f"{len(whole)} tokens, {length_s:.2f} s from the first checkpoint on\n")
-        while counts["kills"] < options.kills:
+        path, undisturbed = Path(folder) / "run", Path(folder) / "undisturbed"
+        began_s = time.monotonic()
+        if _ended(_forked(lambda: _write_ids(options, undisturbed))):
+            sys.exit("the undisturbed run failed")
+        n_tokens = len(json.loads(undisturbed.read_text()))
+        one_s = (time.monotonic() - began_s) * _EVERY / n_tokens
+        tally.begin(f"runs of {n_tokens:,} tokens")
+        for _ in tally.until("kills", options.kills):
             path.unlink(missing_ok=True)
-            name = options.signals[counts["kills"] % len(options.signals)]
-            code, _ = _ended(options, path, signal.Signals[f"SIG{name}"], wait_s=draws.uniform(0.0, length_s))
-            if code == 0 or (name != "KILL" and code < 0):
-                continue  # it was done before, and answers no signals any more
-            counts["kills"] += 1
-            codes[f"{name} {code}"] += 1
-            counts["left_behind"] += len(list(Path(folder).glob("*.tmp"))) + len(list(Path(folder).glob(".*.tmp")))
-            try:
-                n_saved = len(read_checkpoint(path)[0]["steps"])
-            except QwqError as error:
-                sys.stderr.write(f"{error}\n")
+            name = options.signals[tally["kills"] % len(options.signals)]
+            child = _forked(lambda: _run(options, path))
+            n_most, delay_s = draws.randint(1, n_tokens // _EVERY), draws.uniform(0.0, one_s)
+            code = _killed(child, path, signal.Signals[f"SIG{name}"], n_most=n_most, delay_s=delay_s)
+            if code == 0:
+                tally["runs that were done before"] += 1
                 continue
-            counts["whole"] += 1
-            counts["same_ids"] += whole[:n_saved] + [step.id for step in reasoner.resume(path)] == whole
-            sys.stderr.write(f"{name}, exit {code}, {n_saved} tokens saved: {dict(counts)}\n")
-    print(json.dumps({**counts, "exit_codes": codes, "tokens": len(whole)}))
-    expected = {f"{name} {_code_of(name)}" for name in options.signals}
-    return 0 if counts["whole"] == counts["same_ids"] == counts["kills"] and set(codes) <= expected else 1
+            tally["kills"] += 1
+            tally[f"SIG{name} with exit code {code}" if code == _code_of(name) else f"SIG{name} WITH CODE {code}"] += 1
+            tally["kills that left a temporary file"] += any(Path(folder).glob(".*.tmp"))
+            tally[_OUTCOMES[_ended(_forked(lambda: _outcome(options, path, undisturbed)))]] += 1
+        tally.end()
+    return tally.finish()
+
+
+def _run(options: argparse.Namespace, path: Path) -> int:
+    os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
+    given = ["--model", options.model, "--prompt", "x", "--temp", "1", "--seed", str(_SEED), "--quiet"]
+    return command.main([*given, "--max-tokens", str(options.tokens), "--save", str(path), "--save-every", str(_EVERY)])
+
+
+def _write_ids(options: argparse.Namespace, path: Path) -> int:
+    limits, sampling = Limits(max_tokens=options.tokens), Sampling(temperature=1.0, seed=_SEED)
+    path.write_text(json.dumps([step.id for step in load(options.model).stream("x", sampling=sampling, limits=limits)]))
+    return 0
+
+
+def _outcome(options: argparse.Namespace, path: Path, undisturbed: Path) -> int:
+    """What a file is worth, as a place in _OUTCOMES."""
+    whole = json.loads(undisturbed.read_text())
+    try:
+        state = read_checkpoint(path)[0]
+        saved = [step[0] for step in state["steps"]]
+        if state["finish_reason"] == "stop" and saved == whole:
+            return 1
+        rest = [step.id for step in load(options.model).resume(path)]
+    except QwqError as error:
+        print(error, file=sys.stderr, flush=True)
+        return 3
+    return 0 if saved + rest == whole else 2
 
 
 def _code_of(name: str) -> int:
@@ -77,20 +115,42 @@ def _code_of(name: str) -> int:
     return -number if name == "KILL" else 128 + number
 
 
-def _ended(options: argparse.Namespace, path: Path, number: int | None, *, wait_s: float) -> tuple[int, float]:
-    """One run, ended wait_s after its first checkpoint; its exit code and the seconds it went on from there."""
-    command = [sys.executable, "-m", "qwq_mlx.generate", "--model", options.model, "--prompt", "x", "--temp", "1"]
-    command += ["--seed", str(_SEED), "--max-tokens", str(options.tokens), "--save", str(path), "--save-every", "3"]
-    process = subprocess.Popen([*command, "--quiet"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not path.is_file() and process.poll() is None:
-        time.sleep(0.002)
-    began_s = time.monotonic()
-    if number is not None:
+def _forked(work: Callable[[], int]) -> int:
+    """The process that does the work, with all imports done and nothing on stdout; it exits with what work returns."""
+    child = os.fork()
+    if not child:
+        code = 70  # whatever work raises, the child must not go on as its parent
         try:
-            process.wait(wait_s)
-        except subprocess.TimeoutExpired:
-            process.send_signal(number)
-    return process.wait(), time.monotonic() - began_s
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            os._exit(code)
+    return child
+
+
+def _ended(child: int, flags: int = 0) -> int | None:
+    """Its exit code, or minus the signal that ended it; None while it runs."""
+    pid, status = os.waitpid(child, flags)
+    return os.waitstatus_to_exitcode(status) if pid else None
+
+
+def _killed(child: int, path: Path, number: int, *, n_most: int, delay_s: float) -> int | None:
+    """Signal the run delay_s after its n_most-th checkpoint; its exit code."""
+    n_seen, last, code = 0, None, None
+    while code is None and n_seen < n_most:
+        time.sleep(0.001)
+        now = path.stat().st_mtime_ns if path.is_file() else None
+        n_seen, last = n_seen + (now != last), now
+        code = _ended(child, os.WNOHANG)
+    if code is not None:
+        return code
+    time.sleep(delay_s)
+    os.kill(child, number)
+    return _ended(child)
 
 
 if __name__ == "__main__":
