@@ -8,14 +8,15 @@ keys, C the context:
                 room for Metal, which frees later (not measured on Metal)
     not fused   (CPU backend, or a quantized cache) the scores of every head, id and position once, for mask, softmax
                 and scores share one buffer; their mask, a byte each; 2 S I, for swiglu writes over its gate; 13 S H, of
-                which 7.5 are float32 whatever the compute type (rotary embedding), 6 S K
+                which 7.5 are float32 whatever the compute type (rotary embedding), as are the angles of one head,
+                twice, and, where the compute type is another, S K
     quantized   on the CPU, besides, one layer's cache once for every query head of a key head: MLX's quantized_matmul
-                copies what it broadcasts; two of the 13 S H are gone by then. On Metal it reads them in place, and
+                copies what it broadcasts; one of the 13 S H is gone by then. On Metal it reads them in place, and
                 scores are counted 1.5 times, which is a guess
     growth      before a pass, a layer's old keys, or values, beside the new ones: half a layer's cache
 
-The factors for the CPU come from doubling each size in turn (MLX 0.32.4, 4 to 8 heads, 64 to 256 ids, 256 to 4,096
-positions, float32 and bfloat16) and reading what grew.
+The factors for the CPU come from doubling each size in turn (MLX 0.32.4, 4 to 8 heads, 1 to 4 key heads, 64 to 256
+ids, 256 to 4,096 positions, float32 and bfloat16) and reading what grew.
 
 Does not: count weights or cache (`memory` does).
 """
@@ -30,6 +31,8 @@ CACHE_STEP = 256
 """A cache grows by so many positions, as mlx_lm's do."""
 _LOGIT_COPIES = 2  # as the head gives them, and in float32
 _SAMPLER_COPIES = 6  # float32 rows: tempered, ordered with their ids, summed, kept, and those of the statistics
+
+_ROTARY_BYTES = 4  # the rotary embedding is worked out in float32
 
 
 def n_positions(context: int) -> int:
@@ -82,9 +85,11 @@ def _unfused_bytes(
     scores = n_heads * n_ids * context * float_bytes
     if not on_cpu:
         scores = scores * 3 // 2
-    n_mixed = 3.5 if is_quantized else 5.5
-    hidden = int(n_ids * config.hidden_size * (n_mixed * float_bytes + 7.5 * 4))
-    beside = n_ids * (2 * config.intermediate_size + 6 * n_kv_heads * config.head_dim) * float_bytes
+    n_mixed = 4.5 if is_quantized else 5.5
+    hidden = int(n_ids * config.hidden_size * (n_mixed * float_bytes + 7.5 * _ROTARY_BYTES))
+    angles = 2 * n_ids * config.head_dim * _ROTARY_BYTES
+    keys = n_ids * n_kv_heads * config.head_dim * _ROTARY_BYTES if float_bytes != _ROTARY_BYTES else 0
+    gate = 2 * n_ids * config.intermediate_size * float_bytes
     copied = n_heads // n_kv_heads * layer_bytes * context if on_cpu and is_quantized else 0
     mask = n_ids * context
-    return scores + mask + hidden + beside + copied
+    return scores + mask + hidden + angles + keys + gate + copied

@@ -15,6 +15,9 @@ from mlx.utils import tree_flatten
 from qwq_mlx.errors import LoadError, OptionError
 from qwq_mlx.facts import QWQ_32B_PREVIEW
 from qwq_mlx.generate.cache import new_cache
+from qwq_mlx.generate.decode import Decoder
+from qwq_mlx.generate.options import NEUTRAL, Sampling
+from qwq_mlx.generate.sample import Sampler
 from qwq_mlx.model.load import import_mlx_lm, load_model
 from qwq_mlx.model.memory import (
     RESERVE_BYTES,
@@ -76,13 +79,21 @@ def test_the_cache_is_counted_as_mlx_counts_it(tmp_path: Path, kv_bits: int | No
 
 @pytest.mark.tiny
 @pytest.mark.parametrize(
-    ("compute_type", "kv_bits", "step"),
-    [("float32", None, 64), ("float32", 8, 128), ("float32", 4, 128), ("bfloat16", None, 128), ("bfloat16", 4, 64)],
+    ("compute_type", "kv_bits", "step", "n_kv_heads"),
+    [
+        ("float32", None, 64, 1),
+        ("float32", None, 128, 4),
+        ("float32", 8, 128, 1),
+        ("float32", 4, 128, 1),
+        ("bfloat16", None, 128, 1),
+        ("bfloat16", 4, 64, 1),
+        ("bfloat16", 8, 128, 2),
+    ],
 )
 def test_the_planned_peak_is_near_the_measured_one(
-    tmp_path: Path, compute_type: Any, kv_bits: int | None, step: int
+    tmp_path: Path, compute_type: Any, kv_bits: int | None, step: int, n_kv_heads: int
 ) -> None:
-    """A shape of four query heads a key head, on the CPU: within 5 % of MLX's own count.
+    """Four query heads to one key head, two or four, on the CPU: within 5 % of MLX's own count, 2 % from below.
 
     Other work of this process would count too, so the plan's side is compared with the growth over what was there.
     """
@@ -92,7 +103,7 @@ def test_the_planned_peak_is_near_the_measured_one(
         hidden_size=256,
         intermediate_size=512,
         n_heads=4,
-        n_kv_heads=1,
+        n_kv_heads=n_kv_heads,
         max_position_embeddings=512,
     )
     mx.clear_cache()
@@ -100,12 +111,12 @@ def test_the_planned_peak_is_near_the_measured_one(
     model = load_model(folder, compute_type=compute_type)
     cache = new_cache(model.module, kv_bits)
     mx.reset_peak_memory()
-    for _ in range(512 // step):
-        model.module(mx.array([[7] * step]), cache=cache)
-        mx.eval([layer.state for layer in cache])
+    sampler = Sampler(Sampling(seed=0).resolve(NEUTRAL), seed=0, n_ids=model.tokenizer.n_ids)
+    decoder = Decoder(model.module, sampler, n_ids=model.tokenizer.n_ids, cache=cache)
+    assert list(decoder.prefill([7] * 513, step=step))[-1] == 512
     measured = mx.get_peak_memory() - before
     workload = Workload(prefill_step=step, kv_bits=kv_bits, compute_type=compute_type)
-    assert 0.95 < plan_memory(folder, workload, backend="cpu").peak_bytes / measured < 1.05
+    assert 0.98 < plan_memory(folder, workload, backend="cpu").peak_bytes / measured < 1.05
 
 
 def test_more_is_never_planned_as_less() -> None:
