@@ -102,7 +102,9 @@ def with_room(state: dict[str, Any], limits: Limits, *, n_cue: int, answer_token
             f"max_tokens is {n_most:,}, but the run has {n_output:,} already and the words that ask for the answer "
             f"take {n_cue}. Give more of it, or of context, to go on."
         )
-    return {**state, "steps": steps, "events": [each for each in state["events"] if each["end"] <= n_output]}
+    # a loop that a nudge took back may lie behind the end, and stays written down
+    events = [each for each in state["events"] if each["end"] <= n_output or each.get("action") == "nudge"]
+    return {**state, "steps": steps, "events": events}
 
 
 def within(limits: Limits, n_prompt: int) -> Limits:

@@ -110,7 +110,9 @@ def test_a_nudged_run_is_resumed_with_its_heat(reasoner: Reasoner, tmp_path: Pat
         run = start()
         first = [next(run) for _ in range(cut)]
         run.save(tmp_path / "run")
-        assert first + list(reasoner.resume(tmp_path / "run")) == steps
+        resumed = reasoner.resume(tmp_path / "run")
+        assert first + list(resumed) == steps
+        assert resumed.trace().events == whole.trace().events, "the loops that a nudge took back stay written down"
         assert first + list(run) == steps
 
 
