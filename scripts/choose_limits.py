@@ -2,7 +2,7 @@
 
     python scripts/choose_limits.py TRACES.jsonl [--known-loop ID ...] [--seeds 100]
 
-The file is that of measure_traces.py. The halves are fixed, by the parity of sha256 of each id. A limit is 4/3 of
+The file is as `recorded` says. The halves are fixed, by the parity of sha256 of each id. A limit is 4/3 of
 the highest score that any finished output of the one half reaches, rounded up; what it reports on the other half, and
 the share of loops spliced from the other half's outputs that it finds, are printed, both ways. Then the limits from all
 outputs, which are the defaults. Confidences: per kind of answer, the share that is right on each half.
@@ -27,14 +27,14 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "reasoning"))  # the generator of loops
 
-from splices import doubting, renamed, restating, splice
+from recorded import is_finished, read_rows
+from splices import PIECE, doubting, renamed, restating, splice
 
 from qwq_mlx.reasoning.answer import compare
 from qwq_mlx.reasoning.loops import LoopDetector, LoopOptions
 from qwq_mlx.reasoning.profile import find_profile
 from qwq_mlx.reasoning.split import Splitter
 
-_TOKEN = re.compile(r"\s?[^\W\d_]+|\d|\s+|[^\w\s]|_")
 _HEADROOM = 4 / 3
 _NEVER = LoopOptions(soon_limit=10_000, near_limit=10_000, far_limit=10_000, n_candidates=10_000, n_doubts=10_000)
 _REPETITIONS = (4, 6, 8, 10, 15)
@@ -62,8 +62,7 @@ def main() -> None:
     parser.add_argument("--known-loop", action="append", default=[], metavar="ID", help="no limit is chosen by it")
     parser.add_argument("--seeds", type=int, default=100, help="spliced loops of each kind (default: %(default)s)")
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.traces.read_text(encoding="utf-8").splitlines() if line.strip()]
-    finished = [row for row in rows if not str(row.get("finish", "")).startswith("length")]
+    finished = [row for row in read_rows(options.traces) if is_finished(row)]
     halves = [[row for row in finished if _half(row["id"]) == half] for half in (0, 1)]
     known = set(options.known_loop)
     if not all(any(row["id"] not in known for row in half) for half in halves):
@@ -102,7 +101,7 @@ def _highest_at(text: str, places: Sequence[int]) -> list[Scores]:
     """The highest scores up to each of the characters, and up to the end."""
     detector, ids = LoopDetector(_NEVER), dict[str, int]()
     best, found, n_chars, left = Scores(0, 0, 0, 0, 0), list[Scores](), 0, list(places)
-    for token in _TOKEN.findall(text + "\n"):
+    for token in PIECE.findall(text + "\n"):
         while left and n_chars >= left[0]:
             found.append(best)
             left.pop(0)

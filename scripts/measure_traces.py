@@ -2,9 +2,8 @@
 
     python scripts/measure_traces.py TRACES.jsonl [--tokenizer tokenizer.json] [--seeds 300]
 
-Each line of the file is an object with "id", "prompt", "response", and optionally "expected" (the right answer, if it
-is a text) and "finish" ("length..." where the output was cut). Loops are spliced from the outputs themselves, with
-seeds from 5,000 on; the detector's limits were chosen with others. Prints text, and with --json one object on one line.
+The file is as `recorded` says. Loops are spliced from the outputs themselves, with seeds from 5,000 on; no limit of the
+detector was chosen by spliced loops. Prints indented JSON, with --json on one line.
 
 Does not: run a model, or know whether an output's own reasoning is right.
 """
@@ -24,7 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "reasoning"))  # the generator of loops
 
-from splices import doubting, renamed, restating, splice
+from recorded import is_finished, read_rows
+from splices import PIECE, doubting, renamed, restating, splice
 
 from qwq_mlx.reasoning.answer import compare
 from qwq_mlx.reasoning.language import ScriptWatcher
@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; without it, word-like pieces stand for tokens")
     parser.add_argument("--profile", default="qwq-preview", help="reasoning profile (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=300, help="spliced loops (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--json", action="store_true", help="one line instead of many")
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.traces.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = read_rows(options.traces)
     cut = _cutter(options.tokenizer)
     result = {
         "traces": len(rows),
@@ -64,7 +64,7 @@ def _cutter(tokenizer: Path | None) -> Cutter:
         seen: dict[str, int] = {}
 
         def by_words(text: str) -> tuple[list[int], list[str]]:
-            pieces = re.findall(r"\s?[^\W\d_]+|\d|\s+|[^\w\s]|_", text)
+            pieces = PIECE.findall(text)
             return [seen.setdefault(piece, len(seen)) for piece in pieces], pieces
 
         return by_words
@@ -83,10 +83,6 @@ def _cutter(tokenizer: Path | None) -> Cutter:
     return by_tokens
 
 
-def _is_finished(row: dict[str, Any]) -> bool:
-    return not str(row.get("finish", "")).startswith("length")
-
-
 def measure_answers(rows: Sequence[dict[str, Any]], cut: Cutter, profile: str) -> dict[str, Any]:
     """How many expected answers are found, by what, and how often each level of confidence is right."""
     kinds: Counter[str] = Counter()
@@ -97,7 +93,7 @@ def measure_answers(rows: Sequence[dict[str, Any]], cut: Cutter, profile: str) -
     for row in rows:
         splitter = Splitter(find_profile(profile), prompt=row["prompt"])
         segments = [splitter.feed(text) for text in cut(row["response"])[1]]
-        found: Split = splitter.finish(is_ended=_is_finished(row))
+        found: Split = splitter.finish(is_ended=is_finished(row))
         kinds[found.kind] += 1
         if found.answer is None:
             without.append(row["id"])
@@ -146,17 +142,17 @@ def _first_loop(ids: Sequence[int], texts: Sequence[str]) -> tuple[int, str] | N
 def measure_alarms(rows: Sequence[dict[str, Any]], cut: Cutter) -> dict[str, Any]:
     """Alarms on the recorded outputs, finished and cut ones apart."""
     found = {row["id"]: hit for row in rows if (hit := _first_loop(*cut(row["response"]))) is not None}
-    finished = [row for row in rows if _is_finished(row)]
+    finished = [row for row in rows if is_finished(row)]
     return {
         "finished": len(finished),
         "alarms_on_finished": {row["id"]: found[row["id"]] for row in finished if row["id"] in found},
-        "alarms_on_cut": {row["id"]: found[row["id"]] for row in rows if not _is_finished(row) and row["id"] in found},
+        "alarms_on_cut": {row["id"]: found[row["id"]] for row in rows if not is_finished(row) and row["id"] in found},
     }
 
 
 def measure_loops(rows: Sequence[dict[str, Any]], cut: Cutter, n_seeds: int) -> dict[str, Any]:
     """Recall on spliced near-variants by repetitions, and on exact cycles by the deadline of three and 64 tokens."""
-    texts = [row["response"] for row in rows if _is_finished(row) and len(row["response"]) > 1500]
+    texts = [row["response"] for row in rows if is_finished(row) and len(row["response"]) > 1500]
     texts = [text for text in texts if "```" not in text and _first_loop(*cut(text)) is None]
     recall: dict[str, dict[str, float]] = {}
     if not texts or not n_seeds:

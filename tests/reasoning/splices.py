@@ -11,6 +11,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+PIECE = re.compile(r"\s?[^\W\d_]+|\d|\s+|[^\w\s]|_")
+"""Cuts a text into word-like pieces, which stand for tokens where there is no tokenizer; none of the text is lost."""
+
 _NAMES = ("Alice", "Robert", "Tom", "Maria", "Kevin", "Laura", "Peter", "Nina", "Oscar", "Ruth", "Sam", "Ivan", "Grace")
 _OPENINGS = (
     "Wait, ", "Hmm, ", "Wait a minute. ", "Let me check again. ", "Alternatively, ", "No, wait. ", "But ",

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from splices import doubting, renamed, restating, splice
+from splices import PIECE, doubting, renamed, restating, splice
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.reasoning.cycle import _HISTORY, MAX_PERIOD, CycleFinder
@@ -20,13 +19,11 @@ from qwq_mlx.reasoning.loops import Loop, LoopDetector, LoopOptions
 from qwq_mlx.reasoning.variants import _HORIZON
 from qwq_mlx.reasoning.words import TemplateReader
 
-TOKEN = re.compile(r"\s?[^\W\d_]+|\d|\s+|[^\w\s]|_")
-
 
 def watch(text: str, options: LoopOptions | None = None) -> list[Loop]:
     """Every report over a text cut into word-like tokens, with ids by spelling."""
     detector, ids, loops = LoopDetector(options), {}, []
-    for token in TOKEN.findall(text):
+    for token in PIECE.findall(text):
         loop = detector.feed(ids.setdefault(token, len(ids)), token)
         if loop is not None:
             loops.append(loop)

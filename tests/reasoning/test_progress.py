@@ -5,21 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import re
 from collections.abc import Callable, Iterable
 
 import pytest
+from splices import PIECE
 
 from qwq_mlx.reasoning.loops import LoopDetector
 from qwq_mlx.reasoning.rows import MAX_CREDIT, RowWatcher
 
-TOKEN = re.compile(r"\s?[^\W\d_]+|\d|\s+|[^\w\s]|_")
 WORDS = "strawberryraspberry"
 
 
 def alarms(text: str) -> list[str]:
     detector, ids = LoopDetector(), dict[str, int]()
-    fed = (detector.feed(ids.setdefault(token, len(ids)), token) for token in TOKEN.findall(text))
+    fed = (detector.feed(ids.setdefault(token, len(ids)), token) for token in PIECE.findall(text))
     return [loop.kind for loop in fed if loop is not None]
 
 

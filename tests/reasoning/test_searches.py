@@ -5,21 +5,20 @@ from __future__ import annotations
 
 import itertools
 import random
-import re
 from collections.abc import Iterator
 
 import pytest
+from splices import PIECE
 
 from qwq_mlx.reasoning.loops import LoopDetector
 from qwq_mlx.reasoning.sums import SumReader
 
-TOKEN = re.compile(r"\s?[^\W\d_]+|\d|\s+|[^\w\s]|_")
 PRIMES = [n for n in range(2, 300) if all(n % d for d in range(2, n))][:60]
 
 
 def alarms(text: str) -> list[str]:
     detector, ids = LoopDetector(), dict[str, int]()
-    fed = (detector.feed(ids.setdefault(token, len(ids)), token) for token in TOKEN.findall(text + "\n"))
+    fed = (detector.feed(ids.setdefault(token, len(ids)), token) for token in PIECE.findall(text + "\n"))
     return [loop.kind for loop in fed if loop is not None]
 
 
