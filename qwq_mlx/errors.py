@@ -9,15 +9,20 @@
     |- FitError              a run that does not fit the memory of this machine; nothing was loaded for it
     |- PromptError           messages that cannot become a prompt
     |  `- TemplateLimitError an unknown chat template took too long or too much; on a busy machine it may not next time
-    |- GenerationError       decoding went wrong (for example NaN logits); `.trace` keeps what was produced
+    |- GenerationError       decoding went wrong; `.trace` keeps what was produced
+    |  |- NotFiniteError      a logit was NaN or infinite; exit code 4
+    |  `- OutOfMemoryError    an allocation failed though the plan fitted; exit code 5
     `- BackendError          MLX has no usable backend on this machine
 
-Every message says where, what was found, what was expected, and what to do next.
+`generate` exits with an error's `exit_code`, which is 1 where the tree names no other; commands without a run in them
+know 1 and 2. Every message says where, what was found, what was expected, and what to do next.
 
 Does not: wrap programming errors. A TypeError or an AssertionError is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
+
+import re
 
 __all__ = [
     "BackendError",
@@ -25,7 +30,9 @@ __all__ = [
     "FitError",
     "GenerationError",
     "LoadError",
+    "NotFiniteError",
     "OptionError",
+    "OutOfMemoryError",
     "PromptError",
     "QwqError",
     "RecipeError",
@@ -33,13 +40,20 @@ __all__ = [
     "TemplateLimitError",
 ]
 
+_NO_MEMORY = re.compile(r"alloc|out of memory|insufficient memory", re.IGNORECASE)
+
 
 class QwqError(Exception):
     """Base of all errors of this package; `str(error)` is meant for a person."""
 
+    exit_code = 1
+    """What a command exits with because of it."""
+
 
 class OptionError(QwqError, ValueError):
     """An argument or a flag has a value that cannot be honoured."""
+
+    exit_code = 2
 
 
 class RecipeError(OptionError):
@@ -79,6 +93,26 @@ class GenerationError(QwqError):
     def __init__(self, message: str, *, trace: object | None = None) -> None:
         super().__init__(message)
         self.trace = trace
+
+
+class NotFiniteError(GenerationError):
+    """A logit was NaN or infinite, so the ids from there on would mean nothing."""
+
+    exit_code = 4
+
+
+class OutOfMemoryError(GenerationError):
+    """An allocation failed while loading or in mid-run, though the plan fitted.
+
+    Others took the memory meanwhile, or the plan is wrong.
+    """
+
+    exit_code = 5
+
+    @staticmethod
+    def is_meant_by(error: Exception) -> bool:
+        """Whether what MLX raised (RuntimeError for everything) says on any backend that an allocation failed."""
+        return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
 class BackendError(QwqError):

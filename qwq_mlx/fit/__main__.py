@@ -58,7 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         help="prompt ids per pass (default: %(default)s)",
     )
     add("--compute-type", metavar="TYPE", help="float32 or bfloat16 (default: by backend)")
-    add("--draft", metavar="FOLDER", help="plan a draft model beside it, for programs that decode with one")
+    add(
+        "--draft",
+        metavar="FOLDER",
+        help="plan a draft model beside it, for programs that decode with one (nothing here does; the formula is unmeasured)",
+    )
     add(
         "--draft-tokens",
         type=int,

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OptionError as error:
             return _complain(_with_flag(str(error)), 2)
         except QwqError as error:
-            return _complain(str(error), 1)
+            return _complain(str(error), error.exit_code)
         except BrokenPipeError:
             return _without_stdout()
         except KeyboardInterrupt:
@@ -65,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m qwq_mlx.generate",
         description="Answer one question. The model's text goes to stdout, everything else to stderr.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 129 terminal closed, 130 interrupted (Ctrl-C), "
-        "143 terminated.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 4 the model's logits were NaN or infinite, 5 memory ran "
+        "out while loading or in mid-run, 129 terminal closed, 130 interrupted (Ctrl-C), 143 terminated. After 4 and "
+        "above, what there was of the run is in the file of --save.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -293,7 +294,7 @@ def _failed(error: GenerationError, run: Run, keeper: Keeper | None, options: ar
     sys.stdout.flush()
     if keeper is not None and keeper.save(run):
         _note(f"saved: go on with --resume {options.save}")
-    return _complain(str(error), 1)
+    return _complain(str(error), error.exit_code)
 
 
 def _unshown(error: OSError, run: Run, keeper: Keeper | None, interruption: Interruption) -> int:
@@ -340,7 +341,7 @@ def _note(text: str) -> None:
 
 
 def _complain(message: str, code: int) -> int:
-    _note(f"error: {message}" if code in (1, 2) else message)
+    _note(f"error: {message}" if code < 128 else message)
     return code
 
 

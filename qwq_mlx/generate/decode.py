@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from qwq_mlx.errors import GenerationError, OptionError
+from qwq_mlx.errors import NotFiniteError, OptionError
 from qwq_mlx.generate.cache import Layer, grow, layers_of, new_cache
 from qwq_mlx.generate.inspector import Inspector, Looking, Seen
 from qwq_mlx.generate.sample import Memory, Sampler
@@ -111,7 +111,7 @@ class Decoder:
     def next(self, *, is_last: bool = False) -> Token:
         """Draw the next id. is_last: start no step after it.
 
-        Raises GenerationError naming the step where a logit is NaN or infinite.
+        Raises NotFiniteError naming the step where a logit is NaN or infinite.
         """
         current = self._pending
         if current is None:
@@ -123,7 +123,7 @@ class Decoder:
         logprob, second = current.stats.tolist()
         if not (math.isfinite(second) and math.isfinite(logprob)):
             self._pending = None
-            raise GenerationError(
+            raise NotFiniteError(
                 f"Step {self.n_output:,}: the model's logits hold NaN or infinity, so the ids from here on would mean "
                 "nothing. Check the weights (python -m qwq_mlx.verify FOLDER), or convert the source again."
             )

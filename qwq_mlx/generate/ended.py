@@ -1,4 +1,4 @@
-"""What a run leaves behind: its parts put together into a Trace.
+"""What a run leaves behind: its parts put together into a Trace, and a failure of MLX put into words.
 
 Does not: decide why a run ends (`run` does).
 """
@@ -8,12 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwq_mlx.errors import GenerationError, OutOfMemoryError
 from qwq_mlx.generate.seen import hidden_rows
 from qwq_mlx.generate.setup import Setup
 from qwq_mlx.generate.trace import FinishReason, Injection, Timings, Trace
 from qwq_mlx.generate.written import Written
 
-__all__ = ["trace_of"]
+__all__ = ["failure_of", "trace_of"]
+
+
+def failure_of(error: Exception, trace: Trace, *, planned_bytes: int) -> GenerationError:
+    """What MLX raised in mid-run as an error that has the trace: OutOfMemoryError where an allocation failed."""
+    said = f"{type(error).__name__}: {error}"
+    where, kept = f"Step {len(trace.ids):,}:", "What was written until then is in the trace."
+    if not OutOfMemoryError.is_meant_by(error):
+        return GenerationError(f"{where} MLX could not go on ({said}). {kept}", trace=trace)
+    return OutOfMemoryError(
+        f"{where} memory ran out ({said}), though {planned_bytes / 1e9:,.2f} GB were planned and there. End what else "
+        f"takes memory, or start with a smaller --context, --prefill-step 256 or --kv-bits 8. {kept}",
+        trace=trace,
+    )
 
 
 def trace_of(

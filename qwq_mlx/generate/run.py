@@ -26,7 +26,7 @@ from qwq_mlx.generate.checkpoint import model_digest, write_checkpoint
 from qwq_mlx.generate.clock import Clock
 from qwq_mlx.generate.cue import Asking, cue_ids
 from qwq_mlx.generate.decode import Decoder, Token
-from qwq_mlx.generate.ended import trace_of
+from qwq_mlx.generate.ended import failure_of, trace_of
 from qwq_mlx.generate.guard import LanguageGuard, home_scripts
 from qwq_mlx.generate.inspector import Inspector
 from qwq_mlx.generate.noticed import Noticed
@@ -237,12 +237,7 @@ class Run:
         except (RuntimeError, MemoryError) as error:
             self._has_failed = True
             self._finish = ("interrupted", f"MLX failed: {error}")
-            raise GenerationError(
-                f"Step {len(self._written.steps):,}: MLX could not go on ({type(error).__name__}: {error}). If memory "
-                "ran out, a smaller --context, --prefill-step 256 or --kv-bits 8 needs less. What was written until "
-                "then is in the trace.",
-                trace=self.trace(),
-            ) from error
+            raise failure_of(error, self.trace(), planned_bytes=self.setup.plan.peak_bytes) from error
 
     def _prefill(self) -> Iterator[int]:
         """Feed what the cache does not hold: the prompt, or after a failure everything there is."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, cast, get_args
 
-from qwq_mlx.errors import BackendError, LoadError, OptionError
+from qwq_mlx.errors import BackendError, LoadError, OptionError, OutOfMemoryError
 from qwq_mlx.files.header import Header
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
@@ -206,9 +206,17 @@ def _load_weights(files: ModelFolder, compute_type: ComputeType) -> Any:
     module.load_weights(list(weights.items()), strict=True)
     weights.clear()  # from here on only the module holds them, so each layer's source bytes go when it is cast
     module.eval()
-    for layer in module.layers:
-        mx.eval(layer.parameters())
-    mx.eval(module.parameters())
+    try:
+        for layer in module.layers:
+            mx.eval(layer.parameters())
+        mx.eval(module.parameters())
+    except (RuntimeError, MemoryError) as error:
+        if not OutOfMemoryError.is_meant_by(error):
+            raise
+        raise OutOfMemoryError(
+            f"{files.path}: memory ran out while the weights were read ({type(error).__name__}: {error}). "
+            "End what else takes memory, or take a model of fewer bits."
+        ) from error
     return module
 
 

@@ -18,7 +18,7 @@ import mlx.core as mx
 import pytest
 from checkpoints import write_tiny_checkpoint
 
-from qwq_mlx.errors import ConversionError, GenerationError, OptionError
+from qwq_mlx.errors import ConversionError, GenerationError, OptionError, OutOfMemoryError
 from qwq_mlx.generate import __main__ as command
 from qwq_mlx.generate import checkpoint, keeping
 from qwq_mlx.generate.checkpoint import read_checkpoint
@@ -179,6 +179,7 @@ class _Failing:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
         self.n_calls, self.fails_at, self.error = 0, 0, RuntimeError
+        self.text = "[malloc] Unable to allocate 1048576 bytes."
         for owner, name in ((mx, "eval"), (mx, "async_eval"), (type(module), "__call__")):
             monkeypatch.setattr(owner, name, self._counting(getattr(owner, name)))
 
@@ -186,7 +187,7 @@ class _Failing:
         def call(*arguments: Any, **named: Any) -> Any:
             self.n_calls += 1
             if self.n_calls == self.fails_at:
-                raise self.error("[malloc] Unable to allocate 1048576 bytes.")
+                raise self.error(self.text)
             return real(*arguments, **named)
 
         return call
@@ -208,7 +209,7 @@ def test_a_failure_at_any_allocation_keeps_the_trace_and_can_be_resumed(
         failing.error = MemoryError if number % 2 else RuntimeError
         run = started(reasoner, 6, prefill_step=32)
         with pytest.raises(
-            GenerationError, match=r"MLX could not go on \(.*Unable to allocate 1048576 bytes"
+            OutOfMemoryError, match=r"memory ran out \(.*Unable to allocate 1048576 bytes.*GB were planned"
         ) as caught:
             ids(run)
         trace = caught.value.trace
@@ -233,17 +234,39 @@ def test_a_refilled_run_with_banned_texts_goes_on_without_them(
     assert "e" not in resumed.trace().text and "99" not in resumed.trace().text
 
 
-def test_the_command_saves_what_a_failure_left_and_exits_1(
-    reasoner: Reasoner, failing: _Failing, tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+NO_MEMORY = "memory ran out ({}: {}), though 0.0"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "code", "told"),
+    [
+        (RuntimeError, "[malloc] Unable to allocate 1048576 bytes.", 5, NO_MEMORY),
+        (RuntimeError, "[METAL] Command buffer execution failed: Insufficient Memory (00000008)", 5, NO_MEMORY),
+        (RuntimeError, "cudaMallocAsync(&data, size, stream) failed: out of memory", 5, NO_MEMORY),
+        (MemoryError, "", 5, NO_MEMORY),
+        (RuntimeError, "Failed to compile kernel", 1, "MLX could not go on ({}: {})."),
+    ],
+)
+def test_the_command_saves_what_a_failure_left_and_exits_with_5_where_memory_ran_out(
+    kind: type[Exception],
+    text: str,
+    code: int,
+    told: str,
+    failing: _Failing,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    failing.fails_at = 30
+    failing.fails_at, failing.error, failing.text = 30, kind, text
     path = tmp_path / "run"
     given = ["-p", "x", "--model", str(tiny_checkpoint), "--max-tokens", "60", "--save", str(path), "--json"]
-    assert command.main([*given, "--seed", "4"]) == 1
+    assert command.main([*given, "--seed", "4"]) == code
     out, err = capsys.readouterr()
     trace = Trace.from_json(json.loads(out), where="stdout")
     assert trace.finish_reason == "interrupted"
-    assert "error: Step" in err and "MLX could not go on" in err and f"saved: go on with --resume {path}" in err
+    assert (
+        "error: Step" in err and told.format(kind.__name__, text) in err and f"saved: go on with --resume {path}" in err
+    )
     assert [entry[0] for entry in read_checkpoint(path)[0]["steps"]] == list(trace.ids)
 
 

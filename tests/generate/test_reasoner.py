@@ -211,7 +211,7 @@ def test_nan_in_the_weights_is_an_error_that_keeps_the_trace(tmp_path: Path) -> 
         for step in run:
             first.append(step)
     trace = caught.value.trace
-    assert isinstance(trace, Trace)
+    assert isinstance(trace, Trace) and caught.value.exit_code == 4
     assert trace.ids == tuple(step.id for step in first) and len(trace.ids) == len(trace.logprobs)
     assert trace.text.startswith("".join(step.text for step in first))
     assert "logits hold NaN" in trace.detail

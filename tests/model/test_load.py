@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from checkpoints import write_tiny_checkpoint
 
-from qwq_mlx.errors import BackendError, LoadError, OptionError, QwqError
+from qwq_mlx.errors import BackendError, LoadError, OptionError, OutOfMemoryError, QwqError
 from qwq_mlx.model import load
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import import_mlx_lm, load_model
@@ -287,3 +287,24 @@ def test_other_modes_give_the_logits_of_mlx_lm(tiny_checkpoint: Path, tmp_path: 
     theirs.set_dtype(mx.float32)
     ids = mx.array([[3, 1, 4, 1, 5]])
     assert mx.array_equal(model.module(ids), theirs(ids))
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
+def test_memory_that_runs_out_while_weights_are_read_is_told(
+    kind: type[Exception], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise kind("[malloc] Unable to allocate 1048576 bytes.")
+
+    monkeypatch.setattr(mx, "eval", fail)
+    with pytest.raises(OutOfMemoryError, match=r"memory ran out while the weights were read \(.*take a model of fewer"):
+        load_model(tiny_checkpoint)
+
+
+def test_another_failure_of_mlx_keeps_its_name(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(mx, "eval", fail)
+    with pytest.raises(RuntimeError, match=r"^a defect$"):
+        load_model(tiny_checkpoint)
