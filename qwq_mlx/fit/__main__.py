@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--draft",
         metavar="FOLDER",
-        help="plan a draft model beside it, for programs that decode with one (nothing here does; the formula is unmeasured)",
+        help="plan a draft model beside it, for programs that decode with one (not held to a test against them)",
     )
     add(
         "--draft-tokens",
