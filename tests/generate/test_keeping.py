@@ -39,7 +39,9 @@ def reasoner(tiny_checkpoint: Path) -> Reasoner:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Reasoner:
-    return load(write_tiny_checkpoint(tmp_path_factory.mktemp("wide"), n_heads=2, n_kv_heads=1))
+    return load(
+        write_tiny_checkpoint(tmp_path_factory.mktemp("wide"), n_heads=2, n_kv_heads=1, max_position_embeddings=1024)
+    )
 
 
 def started(reasoner: Reasoner, n: int = 30, **limits: Any) -> Run:
@@ -67,6 +69,40 @@ def test_a_run_with_a_quantized_cache_resumes_forks_and_goes_back_bit_for_bit(
     assert [(s.id, s.logprob, s.entropy) for s in first + rest] == [(s.id, s.logprob, s.entropy) for s in whole]
     forked = resumed.fork(at=cut, seed=SAMPLED.seed or 0)
     assert [step.id for step in forked] == [step.id for step in whole[cut:]]
+
+
+@pytest.mark.parametrize("boundary", [256, 512])
+@pytest.mark.parametrize("kv_bits", [None, 8])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_run_resumes_and_forks_bit_for_bit_where_its_cache_grows(
+    temperature: float, kv_bits: int | None, boundary: int, wide: Reasoner, tmp_path: Path
+) -> None:
+    """A cache of 256 positions is full, or has just grown, when the run is saved; the last cuts lie a step behind."""
+    n_around = len(wide.stream("7").trace().prompt_ids) - 1
+    n_prompt = boundary - 4
+
+    def start() -> Run:
+        return wide.stream(
+            "7" * (n_prompt - n_around),
+            sampling=Sampling(temperature=temperature, seed=4),
+            limits=Limits(max_tokens=12, kv_bits=kv_bits),
+            thinking=Thinking(on_loop="off"),
+        )
+
+    whole = [(step.id, step.logprob, step.entropy) for step in start()]
+    run = start()
+    assert len(run.setup.prompt_ids) == n_prompt
+    assert len(whole) == 12
+    capacities = []
+    for number, step in enumerate(run, start=1):
+        assert (step.id, step.logprob, step.entropy) == whole[number - 1]
+        if not -1 <= n_prompt + number - boundary <= 3:
+            continue
+        run.save(tmp_path / "run")
+        capacities += read_checkpoint(tmp_path / "run")[0]["capacities"]
+        for other in (wide.resume(tmp_path / "run"), run.fork(at=number, seed=4)):
+            assert [(step.id, step.logprob, step.entropy) for step in other] == whole[number:], number
+    assert set(capacities) == {boundary, boundary + 256}, "saved before and after the growth"
 
 
 def test_a_quantized_cache_is_another_computation_than_a_plain_one(wide: Reasoner) -> None:
