@@ -92,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
         "--calibrate",
         metavar="TEXT",
         help="a text, or .jsonl of {text} or {messages}, whose activations weigh the errors of the fit; the source is "
-        "run on it first, one layer in memory (at least 512 tokens; from the Hub with --keep-source; default: no text)",
+        "run on it first, one layer in memory (at least 512 tokens; from the Hub every shard is fetched twice, or once "
+        "with --keep-source; default: no text)",
     )
     add("--force", action="store_true", help="replace an existing output, once the new one is complete")
     add("--restart", action="store_true", help="throw an unfinished conversion away instead of continuing it")

@@ -10,7 +10,7 @@ weights; 15 MB for the 32B): with it tensors can be packed again and compared (`
 The embedding is not weighted (its input is an id), unless it is tied to the output matrix. Figures are those of the
 device that ran them: another device, or another MLX, may differ in the last digits and so in some codes.
 
-Does not: pack anything, or fetch (from the Hub the whole source has to be there first).
+Does not: pack anything, or fetch (`first_pass` does, for a source of the Hub).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qwq_mlx.files.header import TensorEntry, place_tensors, read_header
 from qwq_mlx.files.rows import read_rows
 from qwq_mlx.files.source import Checkpoint
 from qwq_mlx.model.architecture import Qwen2Config
-from qwq_mlx.model.folder import open_model_folder
+from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.layers import LayerStream
 from qwq_mlx.model.load import import_mlx
 from qwq_mlx.model.prompt import encode_text, prompt_ids
@@ -167,17 +167,23 @@ def _conversation(tokenizer: LoadedTokenizer, messages: list[Any]) -> list[int]:
 
 
 def importance_of(
-    calibration: Calibration, checkpoint: Checkpoint, kept: Sequence[Path], progress: Callable[[str], None]
+    calibration: Calibration,
+    checkpoint: Checkpoint,
+    kept: Sequence[Path],
+    progress: Callable[[str], None],
+    *,
+    before: Callable[[str], None] = lambda part: None,
 ) -> Importance:
     """The importance of every input channel: from the first file of `kept` that is of this text, else by a run.
 
-    Afterwards all of `kept` hold it. progress: called with the name of each layer. Raises SourceError; ConversionError
+    Afterwards all of `kept` hold it. progress: called with the name of each layer. before: called by a run, see
+    `LayerStream.run`; from then on the tensors that it names have to be there. Raises SourceError; ConversionError
     for activations that are not finite; OSError where `kept` cannot be written.
     """
     found = {path: read_importance(path, calibration.as_mapping()) for path in kept}
     importance = next((each for each in found.values() if each is not None), None)
     if importance is None:
-        importance = _run(calibration, checkpoint, progress)
+        importance = _run(calibration, checkpoint, progress, before)
     head, entries = _layout(calibration, {name: len(values) for name, values in importance.items()})
     data = head + b"".join(importance[entry.name].astype("<f4").tobytes() for entry in entries)
     for path in kept:
@@ -219,7 +225,9 @@ def read_importance(kept: Path, calibration: Mapping[str, Any]) -> Importance | 
     return {name: read_rows(header, entry).reshape(-1).view("<f4") for name, entry in header.tensors.items()}
 
 
-def _run(calibration: Calibration, checkpoint: Checkpoint, progress: Callable[[str], None]) -> Importance:
+def _run(
+    calibration: Calibration, checkpoint: Checkpoint, progress: Callable[[str], None], before: Callable[[str], None]
+) -> Importance:
     mx = import_mlx()
     sums: dict[str, NDArray[np.float64]] = {}
 
@@ -231,7 +239,10 @@ def _run(calibration: Calibration, checkpoint: Checkpoint, progress: Callable[[s
         for path in paths:
             sums[path] = sums.get(path, np.float64(0)) + np.array(squares).astype(np.float64)
 
-    LayerStream(open_model_folder(checkpoint.shards[0].path.parent)).run(calibration.texts, observe)
+    folder = checkpoint.shards[0].path.parent
+    config = Qwen2Config.from_json(checkpoint.config, where=str(folder))
+    files = ModelFolder(path=folder, checkpoint=checkpoint, config=config, packed={})
+    LayerStream(files).run(calibration.texts, observe, before=before)
     wrong = sorted(path for path, values in sums.items() if not np.isfinite(values).all())
     if wrong:
         raise ConversionError(

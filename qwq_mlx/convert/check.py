@@ -92,11 +92,8 @@ def _check_recipe(checkpoint: Checkpoint, config: Qwen2Config, recipe: Recipe) -
         )
 
 
-def check_fit(recipe: Recipe, calibrate: str | Path | None, *, is_dropped: bool) -> None:
-    """Refuse a recipe and a calibration text that do not go together. Raises OptionError.
-
-    is_dropped: shards leave the disk as they are converted.
-    """
+def check_fit(recipe: Recipe, calibrate: str | Path | None) -> None:
+    """Refuse a recipe and a calibration text that do not go together. Raises OptionError."""
     if calibrate is None:
         if recipe.fit == "calibrated":
             raise OptionError(
@@ -104,12 +101,6 @@ def check_fit(recipe: Recipe, calibrate: str | Path | None, *, is_dropped: bool)
                 "a recipe whose fit is 'least-squares'."
             )
         return
-    if is_dropped:
-        raise OptionError(
-            f"--calibrate {calibrate} runs the whole source before the first tensor is packed, but shards from the Hub "
-            "are dropped as they are converted. Add --keep-source, which leaves them in OUTPUT.source (65.5 GB for the "
-            "32B; the plan says how much), or give the folder of a checkpoint that is there."
-        )
     packings = [recipe.packing, *(each.packing for each in recipe.overrides)]
     if modes := sorted({each.mode for each in packings if each is not None and not each.is_affine}):
         raise OptionError(

@@ -19,13 +19,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwq_mlx.convert.calibration import Importance, importance_of, read_calibration
+from qwq_mlx.convert.calibration import read_calibration
 from qwq_mlx.convert.check import check_apart, check_disk, check_fit, check_output, check_source, partial_path
+from qwq_mlx.convert.collect import importance_at_once, importance_by_passing
 from qwq_mlx.convert.finish import finish, keep_small_files, write_small_files
+from qwq_mlx.convert.first_pass import pass_order
 from qwq_mlx.convert.journal import Journal
 from qwq_mlx.convert.judge import Judge, measure_quality, plan_judge
 from qwq_mlx.convert.options import ConvertOptions
-from qwq_mlx.convert.origin import Origin, Shards, open_origin
+from qwq_mlx.convert.origin import Origin, open_origin
 from qwq_mlx.convert.partial import (
     MODEL,
     SOURCE,
@@ -44,13 +46,12 @@ from qwq_mlx.convert.target import recipes_for_size
 from qwq_mlx.convert.write import disk_fault
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.atomic import publish
-from qwq_mlx.files.header import Header
 from qwq_mlx.files.lock import FolderLock
 from qwq_mlx.files.manifest import read_manifest
 from qwq_mlx.model.device import small_cache
 from qwq_mlx.quality.result import Quality
 from qwq_mlx.quant import DEFAULT_RECIPE
-from qwq_mlx.quant.recipe import Recipe, layer_of, load_recipe
+from qwq_mlx.quant.recipe import Recipe, load_recipe
 
 __all__ = ["Conversion", "convert_checkpoint", "convert_recipes"]
 
@@ -158,11 +159,13 @@ def convert_recipes(
 def _plans(opened: Origin, recipes: Mapping[Path, Recipe], options: ConvertOptions, n_workers: int) -> dict[Path, Plan]:
     """Everything that can be refused from headers and texts alone is refused here."""
     for recipe in recipes.values():
-        check_fit(recipe, options.calibrate, is_dropped=opened.is_remote and not options.keep_source)
+        check_fit(recipe, options.calibrate)
     config = check_source(opened.checkpoint, recipes.values())
     if options.target_bytes is not None:
         recipes = recipes_for_size(opened, config, recipes, options.target_bytes)
     text = None if options.calibrate is None else read_calibration(options.calibrate, opened.checkpoint, config)
+    if text is not None and opened.is_remote and not options.keep_source:
+        pass_order(opened.checkpoint, config, text.name)
     first = next(iter(recipes))
     fetched = first.with_name(f"{first.name}.source") if options.keep_source else partial_path(first) / SOURCE
     origin = opened.placed_in(fetched) if opened.is_remote else opened
@@ -247,27 +250,6 @@ class _Job:
             resumed_bytes=_done_bytes(Target(plan, output, journal)),
         )
 
-    def _importance(self, outputs: Sequence[Path], wanted: Sequence[Header], shards: Shards) -> Importance:
-        """What the calibration text says, empty without one. wanted: shards to wait for, should it run."""
-        plan = self.plans[outputs[0]]
-        if plan.calibration is None:
-            return {}
-        kept = [importance_path(each) for each in outputs]
-        for each in kept:
-            each.parent.mkdir(exist_ok=True)
-        if not any(each.exists() for each in kept):
-            for shard in wanted:
-                shards.wait(shard.path.name)
-        n_layers, total = plan.config.num_hidden_layers, plan.source_bytes
-
-        def show(path: str) -> None:
-            if self.progress is not None:
-                layer = layer_of(path)
-                done = total if layer is None else total * layer // n_layers
-                self.progress(Progress(phase="calibrate", what=path, done_bytes=done, total_bytes=total))
-
-        return importance_of(plan.calibration, plan.checkpoint, kept, show)
-
     def _pack(self, outputs: Sequence[Path], targets: Sequence[Target]) -> None:
         plan = targets[0].plan
         report = Report(self.progress, sum(each.source.end - each.source.start for each in plan.tensors))
@@ -280,11 +262,11 @@ class _Job:
             fetched.mkdir(exist_ok=True)
             if self.options.keep_source:
                 keep_small_files(plan, fetched)
-        with (
-            plan.origin.shards(wanted, keep=self.options.keep_source, progress=report.fetched) as shards,
-            small_cache(),
-        ):
-            run_pipeline(targets, shards, report.packed, self._importance(outputs, wanted, shards))
+        keep, collected = self.options.keep_source, [importance_path(each) for each in outputs]
+        passed = importance_by_passing(plan, collected, self.progress) if plan.n_fetches > 1 else None
+        with plan.origin.shards(wanted, keep=keep, progress=report.fetched) as shards, small_cache():
+            importance = passed or importance_at_once(plan, collected, self.progress, wanted, shards)
+            run_pipeline(targets, shards, report.packed, importance)
 
 
 def _done_bytes(target: Target) -> int:

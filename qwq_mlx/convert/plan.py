@@ -106,7 +106,8 @@ class Plan:
     quality_note: what is measured of it afterwards, in words.
     copied: names of the files that are copied byte for byte. config_json, index_json: the bytes of those output files.
     peak_memory_bytes is an estimate for n_workers and all conversions that are made together. fetched_bytes: of the
-    source, on the disk at a time. The rest is exact. calibration: None packs by the recipe's own fit.
+    source, on the disk at a time. n_fetches: how often all of it is fetched: 0 for a local one, 2 where a calibration
+    text passes shards that do not stay. The rest is exact. calibration: None packs by the recipe's own fit.
     """
 
     origin: Origin
@@ -123,6 +124,7 @@ class Plan:
     n_workers: int
     peak_memory_bytes: int
     fetched_bytes: int
+    n_fetches: int
     quality_note: str = "not measured"
     calibration: Calibration | None = None
 
@@ -203,6 +205,7 @@ def make_plan(
         n_workers=n_workers,
         peak_memory_bytes=_peak_memory(tensors, n_workers, config, calibration, n_together),
         fetched_bytes=_fetched_bytes(origin, keep_source),
+        n_fetches=0 if not origin.is_remote else 1 if calibration is None or keep_source else 2,
         calibration=calibration,
     )
 

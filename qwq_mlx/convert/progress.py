@@ -31,13 +31,15 @@ class Progress:
 
 
 class Report:
-    """Joins what the packing and the fetching thread say, and passes it on, one value at a time."""
+    """Joins what the working and the fetching thread say, and passes it on, one value at a time."""
 
-    def __init__(self, progress: Callable[[Progress], None] | None, total_bytes: int) -> None:
+    def __init__(
+        self, progress: Callable[[Progress], None] | None, total_bytes: int, *, phase: str = "convert"
+    ) -> None:
         self._progress = progress
         self._lock = threading.Lock()
         self._fetched_bytes: int | None = None
-        self._last = Progress(phase="convert", what="", done_bytes=0, total_bytes=total_bytes)
+        self._last = Progress(phase=phase, what="", done_bytes=0, total_bytes=total_bytes)
 
     def packed(self, value: Progress) -> None:
         """A block was written."""

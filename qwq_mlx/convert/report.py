@@ -58,12 +58,15 @@ def plan_text(plans: Sequence[Plan], outputs: Sequence[str], free_bytes: int) ->
         rows += _output_rows(each, output)
     disk_bytes = plan.fetched_bytes + sum(each.output_bytes for each in plans)
     together = f" for all {len(plans)} outputs" if len(plans) > 1 else ""
+    twice = ""
+    if plan.n_fetches > 1:
+        twice = f"; the source is fetched twice, to calibrate and to pack ({size_text(plan.source_bytes)} each)"
     rows += [
         ("memory", f"about {size_text(plan.peak_memory_bytes)} at peak, with {plan.n_workers} workers"),
         (
             "disk",
             f"{size_text(disk_bytes)} at peak{together}{'' if origin.is_remote else ' beside the source'}, "
-            f"{size_text(free_bytes)} free",
+            f"{size_text(free_bytes)} free{twice}",
         ),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in rows)

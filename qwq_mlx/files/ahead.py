@@ -18,9 +18,11 @@ from qwq_mlx.files.digest import Progress
 from qwq_mlx.files.header import Header, read_header
 from qwq_mlx.files.hub import Hub, Snapshot
 
-__all__ = ["ShardsAhead"]
+__all__ = ["N_ON_DISK", "ShardsAhead"]
 
-_N_ON_DISK = 2
+N_ON_DISK = 2
+"""Shards of a repository that are there at a time, unless they are kept."""
+
 _JOIN_S = 1.0
 
 
@@ -49,7 +51,7 @@ class ShardsAhead:
         self._headers = {header.path.name: header for header in headers}
         self._changed = threading.Condition()
         self._ready: set[str] = set()
-        self._n_free = len(self._headers) if keep else _N_ON_DISK
+        self._n_free = len(self._headers) if keep else N_ON_DISK
         self._error: BaseException | None = None
         self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="fetch shards", daemon=True)

@@ -105,17 +105,28 @@ class LayerStream:
         tensors = self.files.checkpoint.tensors
         return sum(entry.end - entry.start for name, (_, entry) in tensors.items() if name.startswith(prefix))
 
-    def run(self, texts: Sequence[Sequence[int]], observe: Observe | None = None) -> list[Any]:
+    def run(
+        self,
+        texts: Sequence[Sequence[int]],
+        observe: Observe | None = None,
+        *,
+        before: Callable[[str], None] = lambda part: None,
+    ) -> list[Any]:
         """All texts through all layers; returns the normed hidden states that `HeadBlock.logits` takes.
 
-        texts: ids, each text by itself from position 0. Returns one (positions, hidden) for each.
+        texts: ids, each text by itself from position 0. before: called with how the names of the tensors begin that are
+        read next: "model.embed_tokens.", "model.layers.0." and so on, "model.norm.".
+        Returns one (positions, hidden) for each.
         """
+        before("model.embed_tokens.")
         hidden = [self.embed(text) for text in texts]
         for index in range(self.config.num_hidden_layers):
+            before(f"model.layers.{index}.")
             layer = self.layer(index)
             for place, each in enumerate(hidden):
                 hidden[place] = layer(each, observe)
             del layer  # before the next is read
+        before("model.norm.")
         head = self.head()
         for place, each in enumerate(hidden):
             hidden[place] = head.norm(each)

@@ -186,12 +186,9 @@ def server(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[H
         yield server
 
 
-def test_a_repository_is_calibrated_where_its_shards_stay_and_refused_before_a_shard_is_fetched_where_not(
+def test_a_repository_whose_shards_stay_is_calibrated_with_every_shard_fetched_once(
     server: HubServer, tiny_checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(OptionError, match=r"shards from the Hub are dropped as they are converted\. Add --keep-source"):
-        convert_checkpoint("a/b", tmp_path / "out", calibrate=text)
-    assert not list(tmp_path.glob("out*"))
     phases: list[str] = []
 
     def stop(progress: Progress) -> None:
@@ -210,6 +207,72 @@ def test_a_repository_is_calibrated_where_its_shards_stay_and_refused_before_a_s
     ours, local = weights(tmp_path / "out"), weights(tmp_path / "local")
     assert all(np.array_equal(ours[name], local[name]) for name in local)
     assert len(verify_conversion(tmp_path / "out", source=tmp_path / "out.source").packed_again) == 8
+
+
+def pushed(server: HubServer, folder: Path) -> Path:
+    server.repositories["a/b"].push({path.name: path.read_bytes() for path in folder.iterdir()})
+    return folder
+
+
+def test_a_repository_whose_shards_are_dropped_passes_twice_with_two_shards_on_the_disk(
+    server: HubServer, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = pushed(server, write_tiny_checkpoint(tmp_path / "source", n_layers=4, n_shards=4))
+    n_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    most, fetched = {"calibrate": 0, "convert": 0}, {"calibrate": 0, "convert": 0}
+
+    def look(progress: Progress) -> None:
+        if progress.phase in most:
+            here = list((tmp_path / "out.partial" / "source").glob("*model-*"))
+            most[progress.phase] = max(most[progress.phase], len(here))
+            fetched[progress.phase] = progress.fetched_bytes or 0
+
+    convert_checkpoint("a/b", tmp_path / "out", calibrate=text, progress=look)
+    assert most["calibrate"] in (1, 2) and most["convert"] in (1, 2)
+    assert fetched["convert"] == n_bytes and 0.5 * n_bytes < fetched["calibrate"] <= n_bytes
+    convert_checkpoint(source, tmp_path / "local", calibrate=text)
+    ours, local = weights(tmp_path / "out"), weights(tmp_path / "local")
+    assert ours.keys() == local.keys() and all(np.array_equal(ours[name], local[name]) for name in local)
+    assert (tmp_path / "out" / STATISTICS_NAME).read_bytes() == (tmp_path / "local" / STATISTICS_NAME).read_bytes()
+    assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out.source").exists()
+    arguments = ["--source", "a/b", "--output", str(tmp_path / "two"), "--calibrate", str(text), "--dry-run"]
+    assert main(arguments) == 0 and "the source is fetched twice, to calibrate and to pack" in capsys.readouterr().err
+    assert main([*arguments, "--keep-source"]) == 0 and "fetched twice" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("phase", ["calibrate", "convert"])
+def test_a_run_that_was_stopped_in_either_pass_ends_with_the_same_bytes(
+    phase: str, server: HubServer, text: Path, tmp_path: Path
+) -> None:
+    source = pushed(server, write_tiny_checkpoint(tmp_path / "source", n_layers=4, n_shards=4))
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == phase and "layers.2" in progress.what:
+            raise KeyboardInterrupt
+
+    phases: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint("a/b", tmp_path / "out", calibrate=text, progress=stop)
+    convert_checkpoint("a/b", tmp_path / "out", calibrate=text, progress=lambda each: phases.append(each.phase))
+    assert ("calibrate" in phases) == (phase == "calibrate")  # what the first pass found is kept
+    convert_checkpoint(source, tmp_path / "local", calibrate=text)
+    ours, local = weights(tmp_path / "out"), weights(tmp_path / "local")
+    assert all(np.array_equal(ours[name], local[name]) for name in local)
+
+
+def test_shards_that_a_text_would_need_all_at_a_time_are_refused_before_one_is_fetched(
+    server: HubServer, text: Path, tmp_path: Path
+) -> None:
+    source = pushed(server, write_tiny_checkpoint(tmp_path / "source", n_layers=1, n_shards=5))
+    with pytest.raises(
+        OptionError,
+        match=r"--calibrate text\.txt: the text passes the layers one by one, and at model\.layers\.0 \d shards would "
+        r"have to be on the disk \(model-0000\d-of-00005\.safetensors, .* 2 are there at a time\. Add --keep-source",
+    ):
+        convert_checkpoint("a/b", tmp_path / "out", calibrate=text)
+    assert not list(tmp_path.glob("out*"))
+    convert_checkpoint("a/b", tmp_path / "out", calibrate=text, keep_source=True)
+    assert len(list((tmp_path / "out.source").glob("*.safetensors"))) == len(list(source.glob("*.safetensors")))
 
 
 def test_jsonl_holds_texts_and_conversations(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -275,12 +338,10 @@ def test_recipes_and_sources_that_do_not_go_with_a_text_are_refused(tmp_path: Pa
     own = tmp_path / "own.toml"
     own.write_text('[weights]\nfit = "calibrated"\n')
     with pytest.raises(OptionError, match=r"own\.toml: the fit 'calibrated' .* Give one with --calibrate TEXT"):
-        check_fit(load_recipe(own), None, is_dropped=False)
-    check_fit(load_recipe(own), "text", is_dropped=False)
-    with pytest.raises(OptionError, match=r"--calibrate text runs the whole source .* dropped .* Add --keep-source"):
-        check_fit(load_recipe("4bit"), "text", is_dropped=True)
+        check_fit(load_recipe(own), None)
+    check_fit(load_recipe(own), "text")
     with pytest.raises(OptionError, match=r"mode 'affine', the recipe nvfp4 has nvfp4\. Leave --calibrate out"):
-        check_fit(load_recipe("nvfp4"), "text", is_dropped=False)
+        check_fit(load_recipe("nvfp4"), "text")
 
 
 def test_activations_that_are_not_finite_are_refused(text: Path, tmp_path: Path) -> None:

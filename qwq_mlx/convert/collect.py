@@ -1,0 +1,75 @@
+"""What a calibration text says of the channels, before the first tensor is packed: at once, or shard by shard.
+
+A source that is there, or that stays once it is fetched, is run where it lies. From the Hub without --keep-source its
+shards pass by twice: this pass first, then the packing one, each with two shards on the disk at most.
+
+Does not: compute the importance (`calibration` does) or order shards (`first_pass` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from qwq_mlx.convert.calibration import Importance, importance_of, read_importance
+from qwq_mlx.convert.first_pass import PassingShards, pass_order
+from qwq_mlx.convert.origin import Shards
+from qwq_mlx.convert.plan import Plan
+from qwq_mlx.convert.progress import Progress, Report
+from qwq_mlx.files.header import Header
+from qwq_mlx.model.device import small_cache
+from qwq_mlx.quant.recipe import layer_of
+
+__all__ = ["importance_at_once", "importance_by_passing"]
+
+Show = Callable[[Progress], None] | None
+
+
+def importance_at_once(
+    plan: Plan, kept: Sequence[Path], progress: Show, wanted: Sequence[Header], shards: Shards
+) -> Importance:
+    """By a source whose shards stay; empty without a text. kept: files that hold it afterwards, and may already.
+
+    wanted: shards to wait for, should the text be run. Raises as `importance_of` does.
+    """
+    if plan.calibration is None:
+        return {}
+    _make_folders(kept)
+    if not any(each.exists() for each in kept):
+        for shard in wanted:
+            shards.wait(shard.path.name)
+    report = Report(progress, plan.source_bytes)
+    return importance_of(plan.calibration, plan.checkpoint, kept, _show(plan, report))
+
+
+def importance_by_passing(plan: Plan, kept: Sequence[Path], progress: Show) -> Importance:
+    """By shards that are fetched for this pass alone; none, where one of `kept` is of this text. Raises as above."""
+    assert plan.calibration is not None
+    _make_folders(kept)
+    order = pass_order(plan.checkpoint, plan.config, plan.calibration.name)
+    report = Report(progress, plan.source_bytes, phase="calibrate")
+    known = any(read_importance(each, plan.calibration.as_mapping()) is not None for each in kept)
+    with (
+        plan.origin.shards(() if known else order.shards, keep=False, progress=report.fetched) as shards,
+        small_cache(),
+    ):
+        passing = PassingShards(order, shards)
+        found = importance_of(plan.calibration, plan.checkpoint, kept, _show(plan, report), before=passing.before)
+        passing.after()
+    return found
+
+
+def _make_folders(kept: Sequence[Path]) -> None:
+    for each in kept:
+        each.parent.mkdir(exist_ok=True)
+
+
+def _show(plan: Plan, report: Report) -> Callable[[str], None]:
+    n_layers, total = plan.config.num_hidden_layers, plan.source_bytes
+
+    def show(path: str) -> None:
+        layer = layer_of(path)
+        done = total if layer is None else total * layer // n_layers
+        report.packed(Progress(phase="calibrate", what=path, done_bytes=done, total_bytes=total))
+
+    return show
