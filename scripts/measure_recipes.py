@@ -1,13 +1,14 @@
 """What each recipe loses on the pocket model, and what it makes of QwQ-32B-Preview: the README's table of recipes.
 
-    python scripts/measure_recipes.py [--tokens 2048] [--problems 0] [--only min-max-4 ...] [--mlx-lm]
+    python scripts/measure_recipes.py [--tokens 2048] [--problems 0] [--only min-max-4 ...] [--mlx-lm [GPTQ ...]]
 
 2, 3 and 4 bits in groups of 64 by min/max, least squares and calibrated fits, then the recipes of conversions/. For
 each: bits per weight, relative error of the weights, mean KL to bfloat16 and top-1 agreement on held-out traces, and
 with --problems how many held-out equations of 9 numbers it solves; the size of the 32B and the smallest Mac that the
 memory plan gives 8,192 positions on. The calibration text is drawn as training text is, never held-out problems.
---mlx-lm runs mlx-lm's own GPTQ and AWQ on the same calibration text where they run. A table goes to stderr as it
-grows, one JSON object to stdout.
+--mlx-lm runs mlx-lm's own GPTQ, AWQ and DWQ (scripts/pocket/mlx_lm_methods.py): GPTQ and AWQ on the ids that the
+calibrated fit reads, DWQ on 65,536 more; what does not run has a row that says why. Rows go to stderr as they come, one
+JSON object to stdout. On a CPU, preload OpenBLAS's libblas.so.3: float32 products are then some 50 times faster.
 
 The pocket was trained with steps on the min/max grid of 4 bits in groups of 64 (scripts/pocket/quantization.py): there
 min/max looks better than on other models. --off-grid measures on a checkpoint of the same function that is not on that
@@ -20,6 +21,7 @@ Does not: time anything, or run on Metal.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -27,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ from pocket import data  # noqa: E402
 
 from qwq_mlx import facts  # noqa: E402
 from qwq_mlx.convert import convert_checkpoint  # noqa: E402
+from qwq_mlx.convert.calibration import read_calibration  # noqa: E402
 from qwq_mlx.model.architecture import tensor_shapes  # noqa: E402
 from qwq_mlx.model.folder import open_model_folder  # noqa: E402
 from qwq_mlx.model.memory import ModelShape, Workload, metal_limit_bytes, plan_memory, shape_of_facts  # noqa: E402
@@ -54,26 +58,10 @@ from qwq_mlx.quant.recipe import Recipe, load_recipe, recipe_names  # noqa: E402
 
 MACS_GIB = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)
 CONTEXT = 8192
-N_CALIBRATION = 40  # conversations, about 16,000 tokens
+ROW = 512  # ids of mlx-lm's calibration rows; its own default
 
-THEIRS = """
-import json, sys
-import mlx.core as mx
-mx.set_default_device(mx.cpu)
-from mlx_lm.utils import load, save
-method, source, output, bits, ids = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
-model, tokenizer, config = load(source, lazy=True, return_config=True)
-rows = mx.array(json.load(open(ids)))
-if method == "GPTQ":
-    from mlx_lm.quant.gptq import gptq_quantize
-    model, config["quantization"] = gptq_quantize(model, rows, bits, 64, bits, 64)
-else:
-    from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize, update_config
-    awq_quantize(model, rows, AWQ_MODEL_CONFIGS[config["model_type"]], bits=bits, group_size=64,
-                 embed_bits=bits, embed_group_size=64)
-    config = update_config(model, config)
-save(output, source, model, tokenizer, config)
-"""
+METHODS = ("GPTQ", "AWQ", "DWQ")
+N_DISTILLED = 128  # rows of 512 ids that DWQ learns from, beside the text that all others calibrate with
 
 
 def main() -> int:
@@ -83,7 +71,14 @@ def main() -> int:
     parser.add_argument("--problems", type=int, default=0, help="equations to solve with each (default: %(default)s)")
     parser.add_argument("--off-grid", action="store_true", help="on a pocket of the same function, off the 4-bit grid")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="rows to measure (default: all)")
-    parser.add_argument("--mlx-lm", action="store_true", help="mlx-lm's GPTQ and AWQ as well, at 2, 3 and 4 bits")
+    parser.add_argument(
+        "--conversations", type=int, default=40, help="to calibrate with, 410 ids each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--mlx-lm", nargs="*", choices=METHODS, metavar="METHOD", help=f"mlx-lm's {', '.join(METHODS)} (no name: all)"
+    )
+    parser.add_argument("--bits", type=int, nargs="*", default=(4, 3, 2), help="of those (default: 4 3 2)")
+    parser.add_argument("--limit", type=int, default=900, help="seconds for one of those (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         rows = measure_all(Path(temporary), options)
@@ -93,7 +88,7 @@ def main() -> int:
 
 def measure_all(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for every form of the pocket."""
-    texts = write_texts(work)
+    texts = write_texts(work, options.conversations)
     source = off_grid(work / "off-grid") if options.off_grid else FOLDER
     rows: list[dict[str, Any]] = []
     folders: dict[str, Path] = {}
@@ -112,18 +107,18 @@ def measure_all(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]
             }
         )
         folders[name] = folder
-    for bits in (4, 3, 2) if options.mlx_lm else ():
-        for method in ("GPTQ", "AWQ"):
-            row, folder = by_mlx_lm(method, bits, source, work, texts["ids"])
-            rows.append(row)
-            if "failed" not in row:
-                folders[row["name"]] = folder
-    measured = [row for row in rows if row["name"] in folders]
-    add_divergence(source, measured, list(folders.values()), texts["held-out"], options.tokens)
+    add_divergence(source, rows, list(folders.values()), texts["held-out"], options.tokens)
     for row in rows:
-        if options.problems and row["name"] in folders:
-            row["solved"], row["n_problems"] = solved(folders[row["name"]], options.problems), options.problems
+        add_solved(row, folders[row["name"]], options.problems)
         say(row)
+    chosen = () if options.mlx_lm is None else options.mlx_lm or METHODS
+    for bits, method in itertools.product(options.bits if chosen else (), chosen):
+        row, folder = by_mlx_lm(method, bits, source, work, texts, options.limit)
+        if "not_run" not in row:
+            add_divergence(source, [row], [folder], texts["held-out"], options.tokens)
+            add_solved(row, folder, options.problems)
+        say(row)
+        rows.append(row)
     return rows
 
 
@@ -140,8 +135,11 @@ def forms(work: Path) -> list[tuple[str, str | Path, str]]:
     return found + [(name, name, "as it says") for name in recipe_names() if name not in done]
 
 
-def write_texts(work: Path) -> dict[str, Path]:
-    """Held-out traces to measure on; conversations as training draws them to calibrate with, also as rows of ids."""
+def write_texts(work: Path, n_conversations: int = 40) -> dict[str, Path]:
+    """Held-out traces to measure on; conversations as training draws them to calibrate with.
+
+    Of these "ids" has what `calibrated` reads, cut into rows for mlx-lm, and "distilled" more of their kind for DWQ.
+    """
     rng = random.Random(0)
     held_out = [
         problem
@@ -154,14 +152,23 @@ def write_texts(work: Path) -> dict[str, Path]:
     lines = [{"question": problem.question, "reply": data.solve(problem, rng)} for problem in held_out]
     texts["held-out"].write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     drawn = data.conversations(seed=22)
-    talks = [next(drawn) for _ in range(N_CALIBRATION)]
+    talks = list(itertools.islice(drawn, n_conversations))
     texts["calibration"].write_text("\n".join(json.dumps({"messages": talk}) for talk in talks), encoding="utf-8")
-    tokenizer = load_tokenizer(FOLDER, vocab_size=facts.POCKET.vocab_size)
-    ids = [id_ for talk in talks for message in talk for id_ in tokenizer.hf.encode(message["content"])]
+    pocket = open_model_folder(FOLDER)
+    read = read_calibration(texts["calibration"], pocket.checkpoint, pocket.config)
     texts["ids"] = work / "ids.json"
-    rows = [ids[start : start + 512] for start in range(0, min(len(ids), 16_384) - 511, 512)]
-    texts["ids"].write_text(json.dumps(rows), encoding="utf-8")
+    texts["ids"].write_text(json.dumps(in_rows(itertools.chain(*read.texts))), encoding="utf-8")
+    tokenizer = load_tokenizer(FOLDER, vocab_size=facts.POCKET.vocab_size)
+    more = (id_ for talk in drawn for message in talk for id_ in tokenizer.hf.encode(message["content"]))
+    texts["distilled"] = work / "distilled.json"
+    texts["distilled"].write_text(json.dumps(in_rows(itertools.islice(more, N_DISTILLED * ROW))), encoding="utf-8")
     return texts
+
+
+def in_rows(ids: Iterable[int]) -> list[list[int]]:
+    """Rows of ROW ids; the rest is left out."""
+    whole = list(ids)
+    return [whole[start : start + ROW] for start in range(0, len(whole) - ROW + 1, ROW)]
 
 
 def off_grid(folder: Path) -> Path:
@@ -198,22 +205,27 @@ def off_grid(folder: Path) -> Path:
     return folder
 
 
-def by_mlx_lm(method: str, bits: int, source: Path, work: Path, ids: Path) -> tuple[dict[str, Any], Path]:
+def by_mlx_lm(
+    method: str, bits: int, source: Path, work: Path, texts: dict[str, Path], limit_s: float
+) -> tuple[dict[str, Any], Path]:
     """mlx-lm's own method in a process of its own; a row that says why, where it does not run."""
     name, output = f"mlx-lm {method} {bits}", work / f"{method}-{bits}"
-    done = subprocess.run(
-        [sys.executable, "-c", THEIRS, method, str(source), str(output), str(bits), str(ids)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ids = texts["distilled" if method == "DWQ" else "ids"]
+    command = [
+        sys.executable,
+        str(HERE / "pocket" / "mlx_lm_methods.py"),
+        method,
+        *map(str, (source, output, bits, ids)),
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return {"name": name, "not_run": f"over {limit_s:g} s"}, output
     if done.returncode:
-        row = {"name": name, "failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
-        say(row)
-        return row, output
-    size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    n_weights = sum(math.prod(shape) for shape in tensor_shapes(open_model_folder(FOLDER).config).values())
-    return {"name": name, "bits_per_weight": round(8 * size / n_weights, 3)}, output
+        return {"name": name, "not_run": (done.stderr.strip().splitlines() or ["killed"])[-1]}, output
+    made = open_model_folder(output)
+    n_weights = sum(math.prod(shape) for shape in tensor_shapes(made.config).values())
+    return {"name": name, "bits_per_weight": round(8 * made.checkpoint.tensor_bytes / n_weights, 3)}, output
 
 
 def add_divergence(source: Path, rows: list[dict[str, Any]], folders: list[Path], path: Path, n_positions: int) -> None:
@@ -226,12 +238,15 @@ def add_divergence(source: Path, rows: list[dict[str, Any]], folders: list[Path]
         row["kl"], row["top1_agreement"], row["n_tokens"] = quality.kl, quality.top1_agreement, quality.n_tokens
 
 
-def solved(folder: Path, count: int) -> int:
+def add_solved(row: dict[str, Any], folder: Path, count: int) -> None:
     """Held-out equations of 9 numbers that greedy decoding solves."""
+    if not count:
+        return
     from pocket.evaluate import Job, _run
 
     problems = data.held_out_problems("parentheses", count, seed=3, n=9)
-    return _run(Job(place=folder, weights="", task="", greedy=True, problems=problems))[1]
+    job = Job(place=folder, weights="", task="", greedy=True, problems=problems)
+    row["solved"], row["n_problems"] = _run(job)[1], count
 
 
 def of_the_32b(recipe: Recipe) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -15,14 +17,17 @@ from qwq_mlx.pocket import FOLDER
 from qwq_mlx.quant.recipe import load_recipe, recipe_names
 
 
-@pytest.fixture(scope="module")
-def script(repository: Path) -> ModuleType:
-    path = repository / "scripts" / "measure_recipes.py"
-    spec = importlib.util.spec_from_file_location("measure_recipes", path)
+def module_of(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script(repository: Path) -> ModuleType:
+    return module_of(repository / "scripts" / "measure_recipes.py")
 
 
 @pytest.mark.parametrize(
@@ -54,3 +59,36 @@ def test_the_pocket_off_the_grid_computes_what_the_pocket_does(script: ModuleTyp
         for each in folders
     )
     assert np.abs(one - two).max() > 0.2 * np.abs(one).max()
+
+
+@pytest.mark.parametrize(("bits", "has_bias"), [(2, False), (3, True), (4, False)])
+def test_mlx_lms_packed_layers_multiply_and_learn_as_mlx_has_it(repository: Path, bits: int, has_bias: bool) -> None:
+    multiply = module_of(repository / "scripts" / "pocket" / "mlx_lm_methods.py")._multiply_unpacked
+    mx.random.seed(bits)
+    layer = nn.QuantizedLinear(128, 32, bias=has_bias, group_size=64, bits=bits)
+    if has_bias:
+        layer.bias = mx.random.normal((32,))
+    x = mx.random.normal((5, 128))
+
+    def loss(call: Any, scales: mx.array, biases: mx.array) -> mx.array:
+        layer.scales, layer.biases = scales, biases
+        return mx.sum(mx.square(call(layer, x)))
+
+    given = layer.scales, layer.biases
+    ours, mlx = ([call(layer, x), *mx.grad(loss, (1, 2))(call, *given)] for call in (multiply, type(layer).__call__))
+    for one, other in zip(ours, mlx, strict=True):
+        np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-4, atol=1e-3)
+
+
+def test_a_method_of_mlx_lm_that_takes_too_long_or_fails_has_a_row_that_says_why(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    texts = {"ids": tmp_path / "none.json", "distilled": tmp_path / "none.json"}
+    row, _ = script.by_mlx_lm("AWQ", 2, tmp_path, tmp_path, texts, 0.001)
+    assert row == {"name": "mlx-lm AWQ 2", "not_run": "over 0.001 s"}
+    row, _ = script.by_mlx_lm("GPTQ", 2, tmp_path, tmp_path, texts, 60)
+    assert row["name"] == "mlx-lm GPTQ 2" and "config.json" in row["not_run"]
+
+
+def test_rows_of_ids_are_whole_and_in_order(script: ModuleType) -> None:
+    assert script.in_rows(iter(range(1200))) == [list(range(512)), list(range(512, 1024))]
