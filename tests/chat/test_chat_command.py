@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from commands import ENVIRONMENT
 
 from qwq_mlx.chat import __main__ as command
 from qwq_mlx.chat import reader
@@ -24,7 +25,6 @@ from qwq_mlx.chat.reader import plain_reader, read_message
 from qwq_mlx.errors import FitError, OptionError
 from qwq_mlx.generate.reasoner import Reasoner, load
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])}
 Chat = Callable[..., tuple[int, str, str]]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import write_tiny_checkpoint
+from commands import ENVIRONMENT
 
 from qwq_mlx.convert import convert_checkpoint
 from qwq_mlx.files.manifest import verify_full
@@ -79,7 +79,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         [sys.executable, "-c", THEIRS, json.dumps(jobs)],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**ENVIRONMENT, "HF_HUB_OFFLINE": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr

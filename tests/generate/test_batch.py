@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import ENVIRONMENT
 
 from qwq_mlx.errors import ConversionError, GenerationError, OptionError, SourceError, TemplateLimitError
 from qwq_mlx.generate import __main__ as command
@@ -308,9 +309,6 @@ def test_the_bar_says_how_fast_and_how_long() -> None:
         n_done=1, n_total=9, n_before=0, n_failed=0, n_tokens=9, seconds=900, last={"id": 4, "error": "It broke."}
     )
     assert batch_line(slow).startswith("4: It broke.; [##") and batch_line(slow).endswith("2:00:00 left")
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])}
 
 
 def arguments(whole: Path, output: Path, model: Path) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from checkpoints import write_json
+from commands import ENVIRONMENT
 
 from qwq_mlx.generate import __main__ as command
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
@@ -30,7 +31,6 @@ from qwq_mlx.generate.trace import Trace
 pytestmark = pytest.mark.tiny
 
 # The checkout's package, wherever the command runs.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])}
 Done = subprocess.CompletedProcess[bytes]
 SUMMARY = re.compile(
     r"(\w+): .+; prompt \d+ tokens at [\d,.]+ tok/s, output \d+ tokens( at [\d,.]+ tok/s)?, peak memory \d+\.\d\d GB"

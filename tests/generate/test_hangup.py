@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import ENVIRONMENT
 
-from qwq_mlx.generate import __main__ as command
 from qwq_mlx.generate.interruption import Interruption
 from qwq_mlx.generate.reasoner import load
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2]), "NO_COLOR": "1"}
+PLAIN = {**ENVIRONMENT, "NO_COLOR": "1"}
 # Makes stdin the terminal that controls the process, so that closing it sends SIGHUP.
 ON_TERMINAL = (
     "import fcntl, runpy, termios\n"
@@ -83,7 +83,7 @@ def test_a_closed_terminal_saves_the_run(tmp_path: Path, tiny_checkpoint: Path) 
         stdout=follower,
         stderr=follower,
         cwd=tmp_path,
-        env=ENVIRONMENT,
+        env=PLAIN,
         start_new_session=True,
     )
     try:
@@ -111,7 +111,7 @@ def test_a_signal_saves_a_run_that_goes_on(number: signal.Signals, tmp_path: Pat
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
+        env=PLAIN,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.read(1)
@@ -129,7 +129,7 @@ def test_a_reader_that_leaves_costs_nothing_that_was_to_be_saved(tmp_path: Path,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
+        env=PLAIN,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.read(1)

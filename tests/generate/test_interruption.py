@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import ENVIRONMENT
 
-from qwq_mlx.generate import __main__ as command
 from qwq_mlx.generate.interruption import QUESTION, Interruption
 from qwq_mlx.generate.reasoner import load
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2]), "NO_COLOR": "1"}
+PLAIN = {**ENVIRONMENT, "NO_COLOR": "1"}
 CTRL_C = b"\x03"
 N_STARTS = 6
 ASKED = QUESTION.strip()
@@ -45,7 +45,7 @@ class Terminal:
             stdout=follower,
             stderr=follower,
             cwd=folder,
-            env=ENVIRONMENT,
+            env=PLAIN,
             start_new_session=True,
         )  # fmt: skip
         os.close(follower)

@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from checkpoints import write_tiny_checkpoint
+from commands import ENVIRONMENT
 
 from qwq_mlx.errors import ConversionError, GenerationError, OptionError, OutOfMemoryError
 from qwq_mlx.generate import __main__ as command
@@ -321,7 +322,7 @@ def test_killed_at_any_moment_the_file_is_whole_and_goes_on_to_the_same_ids(
         "with Keeper(Path(sys.argv[2]), every=3, warn=print) as keeper:\n"
         "    for step in keeper.steps(run): pass\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tiny_checkpoint), str(path)])
+    process = subprocess.Popen([sys.executable, "-c", script, str(tiny_checkpoint), str(path)], env=ENVIRONMENT)
     deadline = time.monotonic() + 60
     while not path.is_file() and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import write_tiny_checkpoint
+from commands import ENVIRONMENT
 
 from qwq_mlx.errors import BackendError, LoadError, OptionError, OutOfMemoryError, QwqError
 from qwq_mlx.model import load
@@ -244,8 +244,7 @@ def test_no_code_of_a_folder_is_run(folder: Path) -> None:
 def in_child(script: str, *arguments: str, cwd: Path | None = None) -> str:
     """stdout of a fresh interpreter in which warnings are errors."""
     command = [sys.executable, "-W", "error", "-c", script, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(load.__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from checkpoints import write_tiny_checkpoint
+from commands import ENVIRONMENT
 
 from qwq_mlx.errors import GenerationError, OptionError, SourceError
 from qwq_mlx.generate import __main__ as generate
@@ -196,10 +197,9 @@ def test_the_commands_write_a_receipt_and_repeat_it(
     assert generate.main(asked) == 0
     text = capfd.readouterr().out
     assert read_receipt(path).text_sha256 == hashlib.sha256(text.encode()).hexdigest()
-    environment = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "qwq_mlx.replay", *given(known_checkpoint, path)],
-        env=environment,
+        env=ENVIRONMENT,
         capture_output=True,
         timeout=120,
         check=False,
