@@ -295,7 +295,7 @@ def test_logits_that_are_not_finite_are_one_message_and_nothing_shown_is_lost(
     bans = [f"--logit-bias={i}=-inf" for i in load(tiny_checkpoint).model.stop_ids]
     monkeypatch.setattr("qwq_mlx.generate.reasoner.load", poisoned)
     code, out, err = here("-p", "x", "--model", str(tiny_checkpoint), "--seed", "1", *bans, *given)
-    assert code == 1 and re.search(r"error: Step \d: the model's logits hold NaN or infinity", err), err
+    assert code == 4 and re.search(r"error: Step \d: the model's logits hold NaN or infinity", err), err
     if given:
         trace = Trace.from_json(json.loads(out), where="stdout")
         assert len(trace.ids) >= 5 and "logits hold NaN" in trace.detail
