@@ -66,6 +66,6 @@ def _check_is_folder(path: Path) -> None:
     if path.exists():
         raise LoadError(f"{path}: is a file, expected a model folder (config.json, *.safetensors, tokenizer.json).")
     raise LoadError(
-        f"{path}: there is no such folder. Give a model folder with --model; "
+        f"{path}: there is no such folder. Give the folder of a model; "
         "python -m qwq_mlx.convert makes one from a checkpoint."
     )

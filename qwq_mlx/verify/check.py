@@ -85,6 +85,11 @@ def verify_conversion(
         check_share(sample)
         if full:
             raise OptionError("full reads every byte, so there is nothing left to sample. Give one of the two.")
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "there is no such folder"
+        raise SourceError(
+            f"{folder}: {found}, expected the folder of a conversion. Give the one that holds manifest.json."
+        )
     manifest = verify_full(folder, progress) if full else check_sizes(folder)
     sampled = () if sample is None else verify_sample(folder, manifest, sample, seed, progress)
     again = () if source is None else _pack_again(folder, manifest, Path(source), n_tensors, seed)

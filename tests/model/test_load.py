@@ -182,9 +182,7 @@ def test_a_damaged_folder_is_refused_before_mlx_reads_a_weight(
 
 
 def test_a_folder_that_is_not_there_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(
-        LoadError, match=r"nowhere: there is no such folder\. Give a model folder with --model; python -m"
-    ):
+    with pytest.raises(LoadError, match=r"nowhere: there is no such folder\. Give the folder of a model; python -m"):
         load_model(tmp_path / "nowhere")
 
 

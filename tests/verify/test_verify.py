@@ -144,6 +144,16 @@ def test_a_source_of_another_shape_is_named_and_one_that_is_none_is_refused(
         verify_conversion(converted[1], source=other)
 
 
+def test_no_folder_and_a_file_in_its_place_are_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(
+        SourceError, match=r"nowhere: there is no such folder, expected the folder of a conversion\. Give"
+    ):
+        verify_conversion(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("{}")
+    with pytest.raises(SourceError, match=r"file: is a file, expected the folder of a conversion\. Give the one that"):
+        verify_conversion(tmp_path / "file")
+
+
 def test_a_folder_without_a_manifest_says_what_to_do(converted: tuple[Path, Path]) -> None:
     with pytest.raises(SourceError, match=r"manifest\.json: there is no such file\. Convert the source again"):
         verify_conversion(converted[0])
