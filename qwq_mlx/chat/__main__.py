@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.generate.run import Run
 
+_MORE_ROOM = "/back makes room, or /save FILE, start again with a larger --context and /load FILE"
 _ENDED = (129, 143)  # the terminal was closed, or the process was asked to end
 
 
@@ -148,12 +149,13 @@ class _Chat:
         try:
             self._answer(self._talk.ask(text))
         except PromptError as error:
-            raise PromptError(
-                f"{error} /retry and /load change the conversation; the question was not taken."
-            ) from error
+            raise PromptError(f"{error} The question was not taken; {_MORE_ROOM}.") from error
 
     def _do_retry(self, _: str) -> None:
         self._answer(self._talk.retry())
+
+    def _do_back(self, _: str) -> None:
+        _note(f"taken off: {self._talk.back()}")
 
     def _do_system(self, text: str) -> None:
         if text:
@@ -206,6 +208,8 @@ class _Chat:
         turn = self._talk.close(run)
         if turn.finish_reason not in ("stop", "answered"):
             _note(f"({turn.finish_reason}: {run.trace().detail or 'the answer is kept as far as it came'})")
+        if turn.finish_reason == "context_full":
+            _note(f"(the answer is kept as far as it came; {_MORE_ROOM})")
         if self._interruption.exit_code in _ENDED:
             raise KeyboardInterrupt
         self._interruption.exit_code = 0

@@ -16,6 +16,7 @@ COMMANDS = {
     "/save": "FILE  write the conversation",
     "/load": "FILE  go on with a saved conversation",
     "/retry": "answer the last question again",
+    "/back": "take the last question and its answer off",
     "/think": "N | off  ask for the answer after N tokens of thinking",
     "/fold": "show thinking as one line, or in full again",
     "/stats": "what the turns cost, and the context that is left",

@@ -24,6 +24,7 @@ from qwq_mlx.model.prompt import ROLES, conversation, prompt_ids
 __all__ = ["Conversation", "Turn"]
 
 _SCHEMA = 1
+_ANY = 1 << 31  # a context that nothing is too long for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,14 +89,17 @@ class Conversation:
 
         Raises OptionError where nothing was asked yet.
         """
-        kept = list(self.messages)
-        while kept and kept[-1]["role"] == "assistant":
-            kept.pop()
-        if not kept:
-            raise OptionError("There is no question to answer again; ask one first.")
+        kept = self._up_to_question()
         run = self._started(kept)
         self.messages = kept
         return run
+
+    def back(self) -> str:
+        """Take the last question and its answer off; returns the question. Raises OptionError where there is none."""
+        kept = self._up_to_question()
+        question = kept.pop()
+        self.messages, self._n_used = kept, self._n_held(kept, self.system_prompt)
+        return question["content"]
 
     def close(self, run: Run) -> Turn:
         """Take the answer, whole or cut short, into the conversation."""
@@ -119,6 +123,21 @@ class Conversation:
         if self.messages and self.messages[-1]["role"] == "user":
             self.messages.pop()
 
+    def _up_to_question(self) -> list[dict[str, str]]:
+        kept = list(self.messages)
+        while kept and kept[-1]["role"] != "user":
+            kept.pop()
+        if not kept:
+            raise OptionError("There is no question yet; ask one first.")
+        return kept
+
+    def _n_held(self, messages: list[dict[str, str]], system_prompt: str | None) -> int:
+        """Positions that the messages take; at most all, for the last answer may have filled them."""
+        if not any(message["role"] == "user" for message in messages):
+            return 0
+        tokenizer = self.reasoner.model.tokenizer
+        return min(self._context, len(prompt_ids(tokenizer, messages, system_prompt=system_prompt, context=_ANY)))
+
     def save(self, path: Path) -> None:
         """Write system prompt and messages as JSON; the file appears whole or not at all."""
         value = {"schema_version": _SCHEMA, "system_prompt": self.system_prompt, "messages": self.messages}
@@ -130,7 +149,8 @@ class Conversation:
     def load(self, path: Path) -> None:
         """Go on with a conversation that `save` wrote.
 
-        Raises SourceError, or PromptError where it is longer than the context; this one is then as before.
+        Raises SourceError, or PromptError where the context does not hold it up to its last question; this one is then
+        as before.
         """
         try:
             value = json.loads(path.read_bytes())
@@ -139,9 +159,11 @@ class Conversation:
         except ValueError as error:
             raise SourceError(f"{path}: not JSON ({error}). Give a file that /save wrote.") from error
         system_prompt, messages = _checked(value, path)
-        tokenizer, n_used = self.reasoner.model.tokenizer, 0
-        if messages:
-            n_used = len(prompt_ids(tokenizer, messages, system_prompt=system_prompt, context=self._context))
+        asked = messages[: -1 if messages and messages[-1]["role"] == "assistant" else None]
+        if asked:  # the last answer may have filled the context, and /retry and /back still work then
+            tokenizer = self.reasoner.model.tokenizer
+            prompt_ids(tokenizer, asked, system_prompt=system_prompt, context=self._context)
+        n_used = self._n_held(messages, system_prompt)
         self.system_prompt, self.messages, self.turns, self._n_used = system_prompt, messages, [], n_used
 
     def _started(self, messages: list[dict[str, str]]) -> Run:

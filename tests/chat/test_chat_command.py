@@ -172,7 +172,20 @@ def test_the_model_and_force_reach_the_loader(
 def test_a_question_beyond_the_context_is_an_error_line_and_the_chat_goes_on(chat: Chat) -> None:
     code, out, err = chat(f"{'x' * 700}\none\n")
     assert code == 0 and out
-    assert "error: The prompt is " in err and "the question was not taken" in err
+    assert "error: The prompt is " in err and "The question was not taken; /back makes room" in err
+
+
+@pytest.mark.tiny
+def test_back_takes_a_turn_off_and_a_full_context_says_what_helps(
+    chat: Chat, loaded: Reasoner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = chat("one\n/back\n/back\n")
+    assert code == 0 and out
+    assert "taken off: one" in err and "error: There is no question yet; ask one first." in err
+    n_prompt = len(loaded.stream("one").setup.prompt_ids)
+    code, out, err = chat("one\n", "--max-tokens", "9", "--context", str(n_prompt + 5))
+    assert f"(context_full: {n_prompt + 5} of {n_prompt + 5} positions)" in err
+    assert "the answer is kept as far as it came; /back makes room, or /save FILE" in err
 
 
 @pytest.mark.tiny

@@ -89,7 +89,7 @@ def test_another_system_prompt_starts_the_cache_anew(reasoner: Reasoner) -> None
 
 def test_a_retry_answers_the_same_question_with_other_draws(reasoner: Reasoner) -> None:
     talk = talk_with(reasoner, sampling=Sampling(temperature=1.0, seed=4))
-    with pytest.raises(OptionError, match="There is no question to answer again; ask one first"):
+    with pytest.raises(OptionError, match="There is no question yet; ask one first"):
         talk.retry()
     first = talk.ask("one")
     ids = answered(talk, first)
@@ -108,6 +108,45 @@ def test_a_question_that_outgrows_the_context_is_refused_and_the_conversation_st
         talk.ask("x" * 300)
     assert talk.messages == before
     answered(talk, talk.ask("two"))
+
+
+def test_a_conversation_that_fills_the_context_can_be_saved_loaded_and_answered_again(
+    reasoner: Reasoner, tmp_path: Path
+) -> None:
+    talk = talk_with(reasoner, n=500, context=200)
+    run = talk.ask("one")
+    answered(talk, run)
+    assert run.trace().finish_reason == "context_full" and talk.n_left == 0
+    with pytest.raises(PromptError, match="the context is 200"):
+        talk.ask("two")
+    talk.save(tmp_path / "talk.json")
+    other = talk_with(reasoner, n=500, context=200)
+    other.load(tmp_path / "talk.json")
+    assert (other.messages, other.n_left) == (talk.messages, 0)
+    other.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "talk.json").read_bytes()
+    assert other.retry().setup.prompt_ids == run.setup.prompt_ids
+    narrow = talk_with(reasoner, context=20)
+    with pytest.raises(PromptError, match="the context is 20 "):
+        narrow.load(tmp_path / "talk.json")
+    assert narrow.messages == []
+
+
+def test_a_turn_is_taken_back_and_the_next_goes_on_from_what_is_left(reasoner: Reasoner) -> None:
+    talk = talk_with(reasoner)
+    answered(talk, talk.ask("one"))
+    kept = list(talk.messages)
+    alone = answered(talk, talk.ask("two"))
+    assert talk.back() == "two" and talk.messages == kept
+    n_held = len(prompt_ids(reasoner.model.tokenizer, kept, context=512))
+    assert talk.n_left == talk.context - n_held
+    again = talk.ask("two")
+    assert again.n_cached > 0, "the cache of what is left is kept"
+    assert answered(talk, again) == alone
+    assert (talk.back(), talk.back()) == ("two", "one")
+    assert (talk.messages, talk.n_left) == ([], talk.context)
+    with pytest.raises(OptionError, match="There is no question yet; ask one first"):
+        talk.back()
 
 
 def test_a_conversation_is_saved_and_loaded(reasoner: Reasoner, tmp_path: Path) -> None:
