@@ -135,8 +135,8 @@ def forms(work: Path) -> list[tuple[str, str | Path, str]]:
     return found + [(name, name, "as it says") for name in recipe_names() if name not in done]
 
 
-def write_texts(work: Path, n_conversations: int = 40) -> dict[str, Path]:
-    """Held-out traces to measure on; conversations as training draws them to calibrate with.
+def write_texts(work: Path, n_conversations: int = 40, *, seed: int = 21) -> dict[str, Path]:
+    """Held-out traces to measure on, drawn by `seed`; conversations as training draws them to calibrate with.
 
     Of these "ids" has what `calibrated` reads, cut into rows for mlx-lm, and "distilled" more of their kind for DWQ.
     """
@@ -144,7 +144,7 @@ def write_texts(work: Path, n_conversations: int = 40) -> dict[str, Path]:
     held_out = [
         problem
         for kind, n in (("parentheses", 9), ("letters", None), ("arithmetic", None), ("game24", None))
-        for problem in data.held_out_problems(kind, 4, seed=21, n=n)
+        for problem in data.held_out_problems(kind, 4, seed=seed, n=n)
     ]
     assert all(map(is_held_out, held_out))
     rng.shuffle(held_out)

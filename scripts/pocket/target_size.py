@@ -1,10 +1,12 @@
-"""What a target size is worth: bits chosen by `--target-size` beside the uniform recipe of the same bytes, by KL.
+"""What a target size is worth: bits chosen by `--target-size` beside recipes of the package of the same bytes, by KL.
 
-    python scripts/pocket/target_size.py [--tokens 2048] [--on-grid]
+    python scripts/pocket/target_size.py [--tokens 2048] [--texts 3] [--only 2bit-g32 ...] [--problems 0] [--on-grid]
 
-For 2.5 to 6 bits: uniform least squares where there is such a recipe, and a target size of exactly its bytes; between
-them sizes that no uniform recipe has. The source is the pocket off the 4-bit grid that it was trained on (see
-measure_recipes.py), the text held-out traces. A table goes to stderr, one JSON object to stdout.
+For each recipe of 2.5 to 6.5 bits per weight: the recipe, and a target size of exactly its bytes. The source is the
+pocket off the 4-bit grid that it was trained on (see measure_recipes.py), the texts held-out traces of other draws.
+Below 4 bits a few tokens carry most of the KL, so one text of a thousand tokens may turn an order around: see the KL of
+each text beside their mean, and with --problems how many held-out equations of 9 numbers are solved. Rows go to stderr
+as they come, one JSON object to stdout.
 
 Does not: measure the 32B, or run on Metal.
 """
@@ -12,7 +14,6 @@ Does not: measure the 32B, or run on Metal.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import tempfile
@@ -22,46 +23,60 @@ from typing import Any
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from measure_recipes import add_divergence, off_grid, write_texts  # noqa: E402
+from measure_recipes import add_divergence, add_solved, off_grid, say, write_texts  # noqa: E402
 
-from qwq_mlx.convert import convert_checkpoint, convert_recipes  # noqa: E402
-from qwq_mlx.convert.options import ConvertOptions  # noqa: E402
+from qwq_mlx.convert import convert_checkpoint  # noqa: E402
 from qwq_mlx.pocket import FOLDER  # noqa: E402
 
-UNIFORM = {"2bit": 2, "3bit": 3, "4bit": 4, "5bit": 5, "6bit": 6}
+RECIPES = ("2bit", "2bit-g32", "mixed_2_6", "3bit", "mixed_3_4", "4bit", "5bit", "6bit")
+FIRST_SEED = 21
 
 
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048, help="positions of held-out traces (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=2048, help="positions of each text (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=3, help="draws of held-out traces (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=RECIPES, metavar="RECIPE", help="(default: all)")
+    parser.add_argument("--problems", type=int, default=0, help="equations to solve with each (default: %(default)s)")
     parser.add_argument("--on-grid", action="store_true", help="on the pocket as it was trained")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         source = FOLDER if options.on_grid else off_grid(work / "off-grid")
-        rows = measure_all(source, work, options.tokens)
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr)
+        rows = convert_all(source, work, options.only)
+        folders = [work / row["name"] for row in rows]
+        for number in range(options.texts):
+            home = work / f"text-{number}"
+            home.mkdir()
+            text = write_texts(home, seed=FIRST_SEED + number)["held-out"]
+            one: list[dict[str, Any]] = [{} for _ in rows]
+            add_divergence(source, one, folders, text, options.tokens)
+            for row, found in zip(rows, one, strict=True):
+                row["kl_of_texts"].append(found["kl"])
+                row["n_tokens"] += found["n_tokens"]
+                row["kl"] = sum(row["kl_of_texts"]) / len(row["kl_of_texts"])
+                say(row)
+        for row, folder in zip(rows, folders, strict=True):
+            add_solved(row, folder, options.problems)
+            say(row)
     print(json.dumps({"text_positions": options.tokens, "rows": rows}))
     return 0
 
 
-def measure_all(source: Path, work: Path, n_positions: int) -> list[dict[str, Any]]:
-    """Rows of a name, bits per weight, bytes and KL, by size."""
-    quiet = ConvertOptions(quality=False)
-    done = list(convert_recipes(source, {work / name: name for name in UNIFORM}, quiet))
-    sizes = [each.output_bytes for each in done]
-    between = [(low + high) // 2 for low, high in itertools.pairwise(sizes)]
-    for n_bytes in sorted([*sizes[1:], *between]):
-        folder = work / f"target-{n_bytes}"
-        done.append(convert_checkpoint(source, folder, recipe="4bit", target_bytes=n_bytes, quality=False))
-    done.sort(key=lambda each: each.output_bytes)
-    rows: list[dict[str, Any]] = [
-        {"name": each.output.name, "bits_per_weight": round(each.bits_per_weight, 3), "bytes": each.output_bytes}
-        for each in done
-    ]
-    add_divergence(source, rows, [each.output for each in done], write_texts(work)["held-out"], n_positions)
+def convert_all(source: Path, work: Path, recipes: list[str]) -> list[dict[str, Any]]:
+    """A row for each recipe and for the target size of its bytes, whose bits are fitted by least squares."""
+    rows: list[dict[str, Any]] = []
+    for name in recipes:
+        known = convert_checkpoint(source, work / name, recipe=name, quality=False)
+        target = work / f"as-{name}"
+        chosen = convert_checkpoint(source, target, recipe="4bit", target_bytes=known.output_bytes, quality=False)
+        rows += [
+            {"name": each.output.name, "bits_per_weight": round(each.bits_per_weight, 3), "n_tokens": 0}
+            for each in (known, chosen)
+        ]
+    for row in rows:
+        row["kl_of_texts"] = []
     return rows
 
 
