@@ -131,7 +131,7 @@ def peak(
     mx.clear_cache()
     cache = new_cache(module, kv_bits)
     n_prompt = context - options.tokens
-    n_filled = 0 if options.whole else max(0, (n_prompt - 2) // step * step)
+    n_filled = 0 if options.whole else max(0, n_prompt - 1 - step)  # the last pass is a whole one
     fill(cache, shape, n_filled, options.compute_type)
     mx.clear_cache()
     mx.reset_peak_memory()

@@ -49,7 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--ram", type=float, metavar="GIB", help="memory of the Mac to plan for, in GiB (default: this machine)")
     add("--context", type=int, metavar="N", help="positions, prompt and output together (default: the model's own)")
     add("--kv-bits", type=int, metavar="B", help="quantize the KV cache to 8 or 4 bits (default: not)")
-    add("--samples", type=int, metavar="K", default=own.n_sequences, help="sequences at once (default: %(default)s)")
+    add(
+        "--samples",
+        type=int,
+        metavar="K",
+        default=own.n_sequences,
+        help="sequences at once (default: %(default)s); mlx-lm's batches held up to 1.5 times their plan",
+    )
     add(
         "--prefill-step",
         type=int,
@@ -61,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--draft",
         metavar="FOLDER",
-        help="plan a draft model beside it, for programs that decode with one (not held to a test against them)",
+        help="plan a draft model beside it, for programs that decode with one",
     )
     add(
         "--draft-tokens",
