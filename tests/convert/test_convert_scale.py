@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ import measure_conversion  # noqa: E402 - the path must be set first
 import qwq_shaped  # noqa: E402
 
 from qwq_mlx.convert import convert_checkpoint, memory, write  # noqa: E402
+from qwq_mlx.convert.first_pass import PassingShards, pass_order  # noqa: E402
 from qwq_mlx.errors import ConversionError  # noqa: E402
+from qwq_mlx.facts import QWQ_32B_PREVIEW  # noqa: E402
 from qwq_mlx.files.source import open_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.tiny
@@ -35,6 +38,41 @@ def test_the_full_layout_is_qwqs_771_tensors_in_17_shards(shared: Path) -> None:
     assert {entry.name: list(entry.shape) for entry in entries} == known["tensors"]
     assert sum(entry.end - entry.start for entry in entries) == known["metadata"]["total_size"] == 65_527_752_704
     assert len(checkpoint.shards) == known["metadata"]["shards"] == 17
+
+
+class TwoAtATime:
+    """Shards that are handed out and taken back, in order."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.held: set[str] = set()
+
+    def wait(self, name: str) -> Path:
+        self.names += [] if name in self.names else [name]
+        self.held.add(name)
+        assert len(self.held) <= 2
+        return Path(name)
+
+    def drop(self, name: str) -> None:
+        self.held.remove(name)
+
+
+def test_a_calibration_text_passes_the_32b_with_two_shards_at_a_time() -> None:
+    checkpoint = qwq_shaped.synthetic_checkpoint(n_layers=64)
+    tensors = {
+        entry.name: (SimpleNamespace(path=Path(shard.name)), entry)
+        for shard in checkpoint.shards
+        for entry in shard.entries
+    }
+    order = pass_order(SimpleNamespace(tensors=tensors), QWQ_32B_PREVIEW, "text")
+    shards = TwoAtATime()
+    passing = PassingShards(order, shards)
+    for part in order.needed:
+        passing.before(part)
+        assert {header.path.name for name, (header, _) in tensors.items() if name.startswith(part)} <= shards.held
+    passing.after()
+    assert not shards.held and shards.names == [each.name for each in checkpoint.shards]
+    assert sum(len(names) == 2 for names in order.needed.values()) > 10  # layers that reach into the next shard
 
 
 def test_any_range_of_a_synthetic_shard_is_a_cut_of_the_whole(tmp_path: Path) -> None:
