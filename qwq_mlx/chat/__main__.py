@@ -49,10 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 reasoner, system_prompt=options.system_prompt, sampling=sampling, limits=limits, thinking=thinking
             )
             return _Chat(talk, interruption).hold(_reader())
-        except OptionError as error:
-            return _complain(str(error), 2)
         except QwqError as error:
-            return _complain(str(error), 1)
+            return _complain(str(error), error.exit_code)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -65,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m qwq_mlx.chat",
         description="Talk with a model. A line is a message; a backslash at its end, or three double quotes before and "
         "behind, make it several lines. /help shows the commands.",
-        epilog="Exit codes: 0 ended, 1 failed, 2 wrong usage, 129 terminal closed, 143 terminated.",
+        epilog="Exit codes: 0 ended, 1 failed, 2 wrong usage, 5 memory ran out while loading, 129 terminal "
+        "closed, 143 terminated.",
         allow_abbrev=False,
     )
     add = parser.add_argument

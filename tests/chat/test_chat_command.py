@@ -169,6 +169,18 @@ def test_the_model_and_force_reach_the_loader(
 
 
 @pytest.mark.tiny
+def test_memory_that_runs_out_while_loading_exits_with_5(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("[malloc] Unable to allocate 1048576 bytes.")
+
+    monkeypatch.setattr("mlx.core.eval", fail)
+    assert command.main(["--model", str(tiny_checkpoint)]) == 5
+    assert "error: " in (err := capsys.readouterr().err) and "memory ran out while the weights were read" in err
+
+
+@pytest.mark.tiny
 def test_a_question_beyond_the_context_is_an_error_line_and_the_chat_goes_on(chat: Chat) -> None:
     code, out, err = chat(f"{'x' * 700}\none\n")
     assert code == 0 and out
