@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 
 import pytest
 from checkpoints import write_json, write_tiny_checkpoint
@@ -177,7 +178,7 @@ def test_twelve_hostile_folders_are_data_to_convert_verify_load_and_prompt(tmp_p
     allowed = [str(tmp_path / "out"), str(log)]
     hook = HOOK.format(hostile=str(tmp_path / "hostile"), allowed=allowed, log=str(log), suffixes=CODE_SUFFIXES)
     child = f"{hook}\nimport runpy\nrunpy.run_path(sys.argv[-1], run_name='__main__')\n"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I {tmp_path / "child.py"} "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec {quote(sys.executable)} -I {quote(str(tmp_path / "child.py"))} "$@"\n')
     python.chmod(0o700)
     (tmp_path / "child.py").write_text(child)
     drive = DRIVE.format(python=str(python), out=str(tmp_path / "out"))
