@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qwq_mlx.errors import (
         BackendError,
         ConversionError,
+        DiskFullError,
         FitError,
         GenerationError,
         LoadError,
@@ -44,6 +45,7 @@ __all__ = [
     "Conversion",
     "ConversionError",
     "ConvertOptions",
+    "DiskFullError",
     "FitError",
     "GenerationError",
     "Inspect",

@@ -5,6 +5,7 @@
     |  `- RecipeError        a wrong recipe file, with its line
     |- SourceError           a checkpoint or download that is missing, damaged or not what it claims
     |- ConversionError       a conversion that cannot start, go on or be published
+    |  `- DiskFullError       the disk is full, or would be; exit code 3
     |- LoadError             a model folder that does not hold the model its config describes
     |- FitError              a run that does not fit the memory of this machine; nothing was loaded for it
     |- PromptError           messages that cannot become a prompt
@@ -14,7 +15,7 @@
     |  `- OutOfMemoryError    an allocation failed though the plan fitted; exit code 5
     `- BackendError          MLX has no usable backend on this machine
 
-`generate` exits with an error's `exit_code`, which is 1 where the tree names no other; commands without a run in them
+`convert` and `generate` exit with an error's `exit_code`, which is 1 where the tree names no other; the other commands
 know 1 and 2. Every message says where, what was found, what was expected, and what to do next.
 
 Does not: wrap programming errors. A TypeError or an AssertionError is a defect of ours and keeps its traceback.
@@ -27,6 +28,7 @@ import re
 __all__ = [
     "BackendError",
     "ConversionError",
+    "DiskFullError",
     "FitError",
     "GenerationError",
     "LoadError",
@@ -66,6 +68,12 @@ class SourceError(QwqError):
 
 class ConversionError(QwqError):
     """A conversion cannot start, go on, or be published."""
+
+
+class DiskFullError(ConversionError):
+    """The disk of the output is full, or has less room than the plan needs."""
+
+    exit_code = 3
 
 
 class LoadError(QwqError):

@@ -44,10 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for conversion in _convert(options, screen):
             if options.json:
                 print(json.dumps({**asdict(conversion), "output": str(conversion.output)}))
-    except OptionError as error:
-        return screen.complain(f"error: {error}", 2)
     except QwqError as error:
-        return screen.complain(f"error: {error}", 1)
+        return screen.complain(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
         return screen.complain(_how_to_go_on(options), 130)
     except _TerminatedError:
@@ -62,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m qwq_mlx.convert",
         description="Convert a Qwen2 checkpoint (QwQ-32B-Preview) to packed MLX weights, in bounded memory. "
         "An interrupted conversion goes on where it was when the same command runs again.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C), 143 terminated.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 disk full, 130 interrupted (Ctrl-C), 143 terminated.",
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qwq_mlx.convert.report import size_text
-from qwq_mlx.errors import ConversionError, OptionError, SourceError
+from qwq_mlx.errors import ConversionError, DiskFullError, OptionError, SourceError
 from qwq_mlx.files.source import CONFIG_NAME, Checkpoint
 from qwq_mlx.model.architecture import Qwen2Config, check_tensors, tensor_shapes
 from qwq_mlx.model.generation_config import read_generation_defaults
@@ -156,7 +156,7 @@ def check_apart(outputs: Iterable[Path]) -> None:
 def check_disk(peaks: Mapping[Path, int]) -> None:
     """Refuse when a disk has less than all that goes there and 5 %; what unfinished conversions already take counts.
 
-    peaks: output -> bytes it takes at its peak, with what is fetched. Raises ConversionError with the figures.
+    peaks: output -> bytes it takes at its peak, with what is fetched. Raises DiskFullError with the figures.
     """
     needed: dict[int, int] = {}
     for output, peak_bytes in peaks.items():
@@ -168,7 +168,7 @@ def check_disk(peaks: Mapping[Path, int]) -> None:
         free, more = shutil.disk_usage(parent).free, needed[parent.stat().st_dev]
         if free < more:
             together = " with the other outputs" if len(peaks) > 1 else ""
-            raise ConversionError(
+            raise DiskFullError(
                 f"{output}: needs {size_text(more)} more on its disk{together}, {size_text(free)} are free. "
                 "Free some space or choose an output on another disk."
             )

@@ -20,7 +20,7 @@ from typing import Any
 
 from qwq_mlx.convert.pack import PackedBlock
 from qwq_mlx.convert.plan import OutputShard, Plan, PlannedTensor
-from qwq_mlx.errors import ConversionError
+from qwq_mlx.errors import ConversionError, DiskFullError
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
 
 __all__ = ["ShardWriter", "create_shards", "disk_fault"]
@@ -139,7 +139,7 @@ def disk_fault(error: OSError, path: Path, n_bytes: int) -> ConversionError:
     """An error of the disk while writing, as a message that says what is needed and what is kept."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(path.parent if path.parent.exists() else "/").free
-        return ConversionError(
+        return DiskFullError(
             f"{path}: the disk is full: writing {n_bytes:,} bytes failed, {free:,} are free. "
             "Free some space and run the same command again; finished tensors are kept."
         )

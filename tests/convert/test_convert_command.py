@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from faulty_disk import FaultyDisk
 
 from qwq_mlx.convert import Progress, __main__, convert_checkpoint
 from qwq_mlx.convert.__main__ import main
@@ -53,6 +54,21 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert result["is_written"] is False and result["relative_error"] is None
     assert list(tmp_path.iterdir()) == []
     assert convert_checkpoint(tiny_checkpoint, tmp_path / "out").output_bytes == result["output_bytes"]
+
+
+def test_a_full_disk_exits_with_3_before_the_first_byte_and_in_the_middle(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--source", str(tiny_checkpoint), "--output", str(tmp_path / "out"), "--no-quality"]
+    with monkeypatch.context() as patch:
+        patch.setattr("qwq_mlx.convert.check._MARGIN", 1e12)
+        assert main(arguments) == 3
+        assert "more on its disk" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    with FaultyDisk(tmp_path, at=12, kind="full"):
+        assert main(arguments) == 3
+    assert "the disk is full: writing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(arguments) == 0
 
 
 def test_several_recipes_each_with_its_output_are_one_plan_one_pass_and_a_line_each(

@@ -24,7 +24,7 @@ import qwq_shaped  # noqa: E402
 
 from qwq_mlx.convert import convert_checkpoint, memory, write  # noqa: E402
 from qwq_mlx.convert.first_pass import PassingShards, pass_order  # noqa: E402
-from qwq_mlx.errors import ConversionError  # noqa: E402
+from qwq_mlx.errors import DiskFullError  # noqa: E402
 from qwq_mlx.facts import QWQ_32B_PREVIEW  # noqa: E402
 from qwq_mlx.files.source import open_checkpoint  # noqa: E402
 
@@ -122,7 +122,7 @@ def test_what_a_sync_beside_the_work_meets_ends_the_run_and_the_next_one_finishe
         patch.setattr(write, "_SYNC_BYTES", 1000)
         patch.setattr(os, "fsync", full)
         message = r"model-00001-of-00001\.safetensors: the disk is full: writing [\d,]+ bytes failed, [\d,]+ are free"
-        with pytest.raises(ConversionError, match=message):
+        with pytest.raises(DiskFullError, match=message):
             convert_checkpoint(tiny_checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert convert_checkpoint(tiny_checkpoint, tmp_path / "out").is_written
