@@ -19,7 +19,7 @@ from qwq_mlx.chat.commands import COMMANDS, parse_line, think_tokens
 from qwq_mlx.chat.folding import folded
 from qwq_mlx.chat.reader import ReadLine, editing_reader, has_editing, plain_reader, read_message
 from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
-from qwq_mlx.generate.interruption import Interruption
+from qwq_mlx.generate.interruption import Interruption, silence
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.show import show
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except QwqError as error:
             return _complain(str(error), error.exit_code)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            silence(sys.stdout.fileno())
             return 0
         except KeyboardInterrupt:
             return interruption.exit_code or 130

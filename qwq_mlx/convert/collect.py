@@ -35,7 +35,7 @@ def importance_at_once(
     if plan.calibration is None:
         return {}
     _make_folders(kept)
-    if not any(each.exists() for each in kept):
+    if not _is_known(plan, kept):
         for shard in wanted:
             shards.wait(shard.path.name)
     report = Report(progress, plan.source_bytes)
@@ -48,9 +48,10 @@ def importance_by_passing(plan: Plan, kept: Sequence[Path], progress: Show) -> I
     _make_folders(kept)
     order = pass_order(plan.checkpoint, plan.config, plan.calibration.name)
     report = Report(progress, plan.source_bytes, phase="calibrate")
-    known = any(read_importance(each, plan.calibration.as_mapping()) is not None for each in kept)
     with (
-        plan.origin.shards(() if known else order.shards, keep=False, progress=report.fetched) as shards,
+        plan.origin.shards(
+            () if _is_known(plan, kept) else order.shards, keep=False, progress=report.fetched
+        ) as shards,
         small_cache(),
     ):
         passing = PassingShards(order, shards)
@@ -62,6 +63,12 @@ def importance_by_passing(plan: Plan, kept: Sequence[Path], progress: Show) -> I
 def _make_folders(kept: Sequence[Path]) -> None:
     for each in kept:
         each.parent.mkdir(exist_ok=True)
+
+
+def _is_known(plan: Plan, kept: Sequence[Path]) -> bool:
+    """Whether one of `kept` is of the plan's text, so that it need not be run."""
+    wanted = None if plan.calibration is None else plan.calibration.as_mapping()
+    return wanted is not None and any(read_importance(each, wanted) is not None for each in kept)
 
 
 def _show(plan: Plan, report: Report) -> Callable[[str], None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
 from qwq_mlx.generate.flags import add_limits, add_sampling
-from qwq_mlx.generate.interruption import Interruption
+from qwq_mlx.generate.interruption import Interruption, silence
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.show import batch_bar, batch_line, settings_line, show, summary_line
 
@@ -347,7 +346,7 @@ def _complain(message: str, code: int) -> int:
 
 def _without_stdout() -> int:
     """Whoever read our output has left, which is their right; keep Python from complaining at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    silence(sys.stdout.fileno())
     return 0
 
 

@@ -18,7 +18,7 @@ import signal
 import sys
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["QUESTION", "Interruption"]
+__all__ = ["QUESTION", "Interruption", "silence"]
 
 QUESTION = b"\n[a]nswer now, [s]ave and stop, s[t]op; Enter goes on, Ctrl-C ends at once: "
 
@@ -36,6 +36,14 @@ class Answerable(Stoppable, Protocol):
 
     def answer_now(self) -> None:
         """End the thinking and ask for the answer."""
+
+
+def silence(*descriptors: int) -> None:
+    """From now on what is written to these open files goes nowhere, without an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for each in descriptors:
+        os.dup2(nowhere, each)
+    os.close(nowhere)
 
 
 class Interruption:
@@ -66,7 +74,7 @@ class Interruption:
 
     def _on_signal(self, number: int, _: object) -> None:
         if number == signal.SIGHUP:
-            self._silence()
+            silence(*self._shown)
             if self.exit_code:
                 return
         is_second = self.exit_code != 0
@@ -77,12 +85,6 @@ class Interruption:
             self.exit_code = 0  # the run goes on, and the next Ctrl-C asks again
             return
         self.run.stop()
-
-    def _silence(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for shown in self._shown:
-            os.dup2(nowhere, shown)
-        os.close(nowhere)
 
     def _goes_on(self, run: Stoppable) -> bool:
         """Ask until there is an answer; a signal meanwhile is the second."""

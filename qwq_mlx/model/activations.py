@@ -68,7 +68,7 @@ def pass_bytes(
         held = _unfused_bytes(config, n_ids, context, float_bytes, is_quantized, layer_bytes, on_cpu)
     else:
         held = (3 * n_ids * config.intermediate_size + 9 * n_ids * config.hidden_size) * float_bytes
-    n_before_growth = (context - 1) // CACHE_STEP * CACHE_STEP
+    n_before_growth = n_positions(context) - CACHE_STEP
     return max(held, n_before_growth * layer_bytes // 2)  # keys grow, then values, before a pass
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,16 +27,22 @@ def interrupt() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that stands still; its `now` is set by the test."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    return clock
+
+
 def test_a_line_per_so_many_events_tells_rate_and_rest(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
 ) -> None:
-    now = 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
     tally = Tally(every=10)
     tally.begin("kill")
     for _ in tally.until("kills", 25):
         tally["kills"] += 1
-        now += 6
+        clock.now += 6
     tally.end()
     assert tally.finish() == 0
     said = capsys.readouterr()
@@ -58,16 +65,14 @@ def test_a_count_in_capitals_makes_the_run_fail_though_a_later_part_is_good(caps
 
 
 def test_at_the_end_of_the_budget_the_counts_so_far_are_printed_and_the_rest_is_not_begun(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
     tally = Tally(budget_s=10)
     for part in ("kill", "race"):
         tally.begin(part)
         for _ in tally.until("runs", 100):
             tally["runs"] += 1
-            now += 4
+            clock.now += 4
         tally.end()
     assert tally.finish() == 0
     assert capsys.readouterr().out == (
