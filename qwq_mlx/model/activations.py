@@ -82,6 +82,8 @@ def _unfused_bytes(
     on_cpu: bool,
 ) -> int:
     n_heads, n_kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if is_quantized:
+        context = n_positions(context)  # attention reads all of its room
     scores = n_heads * n_ids * context * float_bytes
     if not on_cpu:
         scores = scores * 3 // 2

@@ -225,7 +225,7 @@ def plan_memory(
     context = own if workload.context is None else workload.context
     if context > own:
         raise OptionError(f"context is {context:,}, expected at most {own:,}, which is what the model has.")
-    _check_bits(files.config, workload, backend)
+    _check_bits(files.config, workload)
     plan = _plan(files, workload, context, backend, limit_bytes, reserve_bytes)
     return plan if limit_bytes is None else replace(plan, largest_context=_largest_context(files, plan, own))
 
@@ -301,19 +301,14 @@ def _float_bytes(workload: Workload, backend: Backend) -> int:
     return _FLOAT_BYTES[workload.compute_type or ("float32" if backend == "cpu" else "bfloat16")]
 
 
-def can_quantize(config: Qwen2Config, backend: Backend) -> bool:
-    """Whether the KV cache of such heads can be quantized, and multiplied by on this backend."""
-    return config.head_dim % KV_GROUP == 0 and backend != "cuda"
+def can_quantize(config: Qwen2Config) -> bool:
+    """Whether the KV cache of such heads can be quantized."""
+    return config.head_dim % KV_GROUP == 0
 
 
-def _check_bits(config: Qwen2Config, workload: Workload, backend: Backend) -> None:
-    if workload.kv_bits is None or can_quantize(config, backend):
+def _check_bits(config: Qwen2Config, workload: Workload) -> None:
+    if workload.kv_bits is None or can_quantize(config):
         return
-    if backend == "cuda":
-        raise OptionError(
-            f"kv_bits is {workload.kv_bits}, but MLX 0.32.4 on CUDA has no quantized_matmul for a cache (it ends with "
-            "'No implementation for problem shape'). Leave kv_bits out."
-        )
     raise OptionError(
         f"kv_bits is {workload.kv_bits}, but heads of width {config.head_dim} are no multiple of the group "
         f"{KV_GROUP}. Leave kv_bits out."

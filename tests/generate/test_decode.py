@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,15 @@ def test_ids_beyond_the_vocabulary_never_reach_the_device(model: LoadedModel, ba
         one.rewind(1)
 
 
+@pytest.fixture
+def exact_buffers() -> Iterator[None]:
+    """Without this MLX may lay a small array into a freed buffer of up to twice its size, and counts that."""
+    old = mx.set_cache_limit(0)
+    yield
+    mx.set_cache_limit(old)
+
+
+@pytest.mark.usefixtures("exact_buffers")
 @pytest.mark.parametrize("kv_bits", [None, 8])
 def test_a_cache_grows_by_blocks_with_one_part_of_one_layer_held_twice(tmp_path: Path, kv_bits: Any) -> None:
     model = load_model(write_tiny_checkpoint(tmp_path, n_layers=4, n_heads=2, n_kv_heads=1, n_shards=1))
@@ -222,7 +232,10 @@ def test_ids_over_a_growth_are_those_of_a_cache_that_mlx_lm_grows(tmp_path: Path
     model = load_model(write_tiny_checkpoint(tmp_path, n_heads=2, n_kv_heads=1))
     generate_step = import_mlx_lm("mlx_lm.generate").generate_step
     prompt = [(7 * place) % 250 for place in range(250)]
-    quantized = {} if kv_bits is None else {"prompt_cache": new_cache(model.module, kv_bits)}
+    home = import_mlx_lm("mlx_lm.models.cache")
+    quantized: dict[str, Any] = {}
+    if kv_bits is not None:
+        quantized["prompt_cache"] = [home.QuantizedKVCache(64, kv_bits) for _ in model.module.layers]
     theirs = [int(token) for token, _ in generate_step(mx.array(prompt), model.module, max_tokens=12, **quantized)]
     n_ids = model.tokenizer.n_ids
     sampler = Sampler(Sampling(temperature=0.0).resolve(NEUTRAL), seed=0, n_ids=n_ids)
@@ -230,3 +243,17 @@ def test_ids_over_a_growth_are_those_of_a_cache_that_mlx_lm_grows(tmp_path: Path
     for _ in one.prefill(prompt, step=100):
         pass
     assert [one.next(is_last=n == 11).id for n in range(12)] == theirs
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_attention_over_the_whole_room_of_a_quantized_cache_gives_the_numbers_of_the_filled_part(
+    tmp_path: Path, bits: int
+) -> None:
+    module = load_model(write_tiny_checkpoint(tmp_path, hidden_size=256, n_heads=4, n_kv_heads=2)).module
+    ours = new_cache(module, bits)
+    theirs = [import_mlx_lm("mlx_lm.models.cache").QuantizedKVCache(64, bits) for _ in ours]
+    for n_ids in (3, 1, 250, 1, 1, 2, 300, 1):  # within a block, to its end, over it, and over a whole one at once
+        ids = mx.array([[(7 * place) % 250 for place in range(n_ids)]])
+        one, other = module(ids, cache=ours), module(ids, cache=theirs)
+        assert ours[0].keys[0].shape[2] % 256 == 0 and ours[0].offset == theirs[0].offset
+        np.testing.assert_allclose(np.array(one), np.array(other), rtol=0, atol=1e-5)

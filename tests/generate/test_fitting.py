@@ -97,16 +97,6 @@ def test_load_refuses_before_a_weight_is_read(tiny_checkpoint: Path, monkeypatch
         load(tiny_checkpoint, force=True)
 
 
-def test_auto_bits_stay_plain_where_the_backend_cannot_multiply_by_a_quantized_cache() -> None:
-    limit = metal_limit_bytes(32 * GIB)
-    on_metal = fitted(QWQ, Limits(kv_bits="auto"), limit_bytes=limit, backend="metal")
-    on_cuda = fitted(QWQ, Limits(kv_bits="auto"), limit_bytes=limit, backend="cuda")
-    assert (on_metal.limits.kv_bits, on_cuda.limits.kv_bits) == (4, None)
-    assert on_cuda.limits.context is not None and on_cuda.limits.context < 32_768
-    with pytest.raises(FitError, match="The cheapest change: a context of"):
-        fitted(QWQ, Limits(context=32_768), limit_bytes=limit, backend="cuda")
-
-
 @pytest.mark.tiny
 @pytest.mark.usefixtures("no_weights")
 def test_the_command_refuses_in_words_before_a_weight_is_read(
