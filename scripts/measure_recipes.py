@@ -7,8 +7,8 @@ each: bits per weight, relative error of the weights, mean KL to bfloat16 and to
 with --problems how many held-out equations of 9 numbers it solves; the size of the 32B and the smallest Mac that the
 memory plan gives 8,192 positions on. The calibration text is drawn as training text is, never held-out problems.
 --mlx-lm runs mlx-lm's own GPTQ, AWQ and DWQ (scripts/pocket/mlx_lm_methods.py): GPTQ and AWQ on the ids that the
-calibrated fit reads, DWQ on 65,536 more; what does not run has a row that says why. Rows go to stderr as they come, one
-JSON object to stdout. On a CPU, preload OpenBLAS's libblas.so.3: float32 products are then some 50 times faster.
+calibrated fit reads, DWQ on a million more; what does not run has a row that says why. Rows go to stderr as they come,
+one JSON object to stdout. On a CPU, preload OpenBLAS's libblas.so.3: float32 products are then some 50 times faster.
 
 The pocket was trained with steps on the min/max grid of 4 bits in groups of 64 (scripts/pocket/quantization.py): there
 min/max looks better than on other models. --off-grid measures on a checkpoint of the same function that is not on that
@@ -61,7 +61,7 @@ CONTEXT = 8192
 ROW = 512  # ids of mlx-lm's calibration rows; its own default
 
 METHODS = ("GPTQ", "AWQ", "DWQ")
-N_DISTILLED = 128  # rows of 512 ids that DWQ learns from, beside the text that all others calibrate with
+N_DISTILLED = 2052  # rows of ROW ids that DWQ learns from: 512 steps of 4, as mlx-lm's default has, and 4 to watch
 
 
 def main() -> int:
@@ -88,7 +88,8 @@ def main() -> int:
 
 def measure_all(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for every form of the pocket."""
-    texts = write_texts(work, options.conversations)
+    chosen = () if options.mlx_lm is None else options.mlx_lm or METHODS
+    texts = write_texts(work, options.conversations, n_distilled=N_DISTILLED if "DWQ" in chosen else 0)
     source = off_grid(work / "off-grid") if options.off_grid else FOLDER
     rows: list[dict[str, Any]] = []
     folders: dict[str, Path] = {}
@@ -111,7 +112,6 @@ def measure_all(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]
     for row in rows:
         add_solved(row, folders[row["name"]], options.problems)
         say(row)
-    chosen = () if options.mlx_lm is None else options.mlx_lm or METHODS
     for bits, method in itertools.product(options.bits if chosen else (), chosen):
         row, folder = by_mlx_lm(method, bits, source, work, texts, options.limit)
         if "not_run" not in row:
@@ -135,10 +135,10 @@ def forms(work: Path) -> list[tuple[str, str | Path, str]]:
     return found + [(name, name, "as it says") for name in recipe_names() if name not in done]
 
 
-def write_texts(work: Path, n_conversations: int = 40, *, seed: int = 21) -> dict[str, Path]:
+def write_texts(work: Path, n_conversations: int = 40, *, seed: int = 21, n_distilled: int = 0) -> dict[str, Path]:
     """Held-out traces to measure on, drawn by `seed`; conversations as training draws them to calibrate with.
 
-    Of these "ids" has what `calibrated` reads, cut into rows for mlx-lm, and "distilled" more of their kind for DWQ.
+    Of these "ids" has what `calibrated` reads, cut into rows for mlx-lm, and "distilled" n_distilled rows more for DWQ.
     """
     rng = random.Random(0)
     held_out = [
@@ -161,7 +161,7 @@ def write_texts(work: Path, n_conversations: int = 40, *, seed: int = 21) -> dic
     tokenizer = load_tokenizer(FOLDER, vocab_size=facts.POCKET.vocab_size)
     more = (id_ for talk in drawn for message in talk for id_ in tokenizer.hf.encode(message["content"]))
     texts["distilled"] = work / "distilled.json"
-    texts["distilled"].write_text(json.dumps(in_rows(itertools.islice(more, N_DISTILLED * ROW))), encoding="utf-8")
+    texts["distilled"].write_text(json.dumps(in_rows(itertools.islice(more, n_distilled * ROW))), encoding="utf-8")
     return texts
 
 

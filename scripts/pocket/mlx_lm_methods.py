@@ -32,7 +32,6 @@ def main() -> int:
     method, source, output, bits, ids = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
     from mlx_lm.utils import load, save
 
-    mx.set_default_device(mx.cpu)
     mx.random.seed(0)
     nn.QuantizedLinear.__call__ = _multiply_unpacked
     model, tokenizer, config = load(source, return_config=True)
