@@ -1,14 +1,17 @@
-"""Choose the loop detector's limits and the splitter's confidences on half of the outputs, and judge them on the other.
+"""Choose the loop detector's limits and the splitter's confidences on some outputs, and judge them on the others.
 
-    python scripts/choose_limits.py TRACES.jsonl [--known-loop ID ...] [--seeds 100]
+    python scripts/choose_limits.py TRACES.jsonl [--known-loop ID ...] [--seeds 100] [--rounds 50]
 
-The file is as `recorded` says. The halves are fixed, by the parity of sha256 of each id. A limit is 4/3 of
-the highest score that any finished output of the one half reaches, rounded up; what it reports on the other half, and
-the share of loops spliced from the other half's outputs that it finds, are printed, both ways. Then the limits from all
-outputs, which are the defaults. Confidences: per kind of answer, the share that is right on each half.
+The file is as `recorded` says. A limit is 3/2 of the highest score that any finished output reaches, and at least 5
+more: some scores are small counts. "held_out" tells how such limits do on outputs that they were not chosen by: the
+outputs are shuffled and cut into 2, 5 or 10 parts, limits are chosen without each part and judged on it, in each of
+--rounds rounds with a seed of its own; alarms are per 250 outputs, their mean and the most of any round, with the ids
+and the rounds in which they were reported. Then fixed halves, by the parity of sha256 of each id, with the share of
+loops spliced from the one that the other's limits find; and the limits from all outputs, which are the defaults.
+Confidences: per kind of answer, the share that is right on each half.
 
-A trace named by --known-loop goes round in circles by a reader's judgement: no limit is chosen by it, but its alarm
-counts. Does not: run a model, or change a default.
+A trace named by --known-loop goes round in circles by a reader's judgement: no limit is chosen by it, and "held_out"
+leaves it out; on the halves its alarm counts. Does not: run a model, or change a default.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import math
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +39,9 @@ from qwq_mlx.reasoning.loops import LoopDetector, LoopOptions
 from qwq_mlx.reasoning.profile import find_profile
 from qwq_mlx.reasoning.split import Splitter
 
-_HEADROOM = 4 / 3
+_HEADROOM = 3 / 2
+_LEAST_ABOVE = 5
+_FOLDS = (2, 5, 10)
 _NEVER = LoopOptions(soon_limit=10_000, near_limit=10_000, far_limit=10_000, n_candidates=10_000, n_doubts=10_000)
 _REPETITIONS = (4, 6, 8, 10, 15)
 _N_CUTS = 6  # places at which each output is cut to see what a splitter then says
@@ -61,6 +67,9 @@ def main() -> None:
     parser.add_argument("traces", type=Path, help="JSON lines with id, prompt, response, perhaps expected and finish")
     parser.add_argument("--known-loop", action="append", default=[], metavar="ID", help="no limit is chosen by it")
     parser.add_argument("--seeds", type=int, default=100, help="spliced loops of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=50, help="shuffles for each number of parts (default: %(default)s)"
+    )
     options = parser.parse_args()
     finished = [row for row in read_rows(options.traces) if is_finished(row)]
     halves = [[row for row in finished if _half(row["id"]) == half] for half in (0, 1)]
@@ -72,8 +81,14 @@ def main() -> None:
     for chosen, judged in (halves, halves[::-1]):
         limits = choose(scores[row["id"]] for row in chosen if row["id"] not in known)
         folds.append({"limits": limits._asdict(), **judge(judged, scores, limits, options.seeds)})
-    everything = choose(scores[row["id"]] for row in finished if row["id"] not in known)
+    judged = [row for row in finished if row["id"] not in known]
+    everything = choose(scores[row["id"]] for row in judged)
     result = {
+        "held_out": {
+            f"{n_parts} parts": held_out({row["id"]: scores[row["id"]] for row in judged}, n_parts, options.rounds)
+            for n_parts in _FOLDS
+            if len(judged) >= n_parts
+        },
         "halves": [len(half) for half in halves],
         "chosen_on_one_half_judged_on_the_other": folds,
         "limits_of_all": everything._asdict(),
@@ -113,7 +128,7 @@ def _highest_at(text: str, places: Sequence[int]) -> list[Scores]:
             scores, most = detector.scores, _NEVER.n_doubts
             best = best._replace(
                 candidate=max(best.candidate, round(scores.candidate * most)),
-                doubts=max(best.doubts, round(scores.doubts * most)),
+                doubts=max(best.doubts, round(scores.doubts * most, 1)),
             )
     return found + [best] * (1 + len(left))
 
@@ -121,7 +136,28 @@ def _highest_at(text: str, places: Sequence[int]) -> list[Scores]:
 def choose(scores: Any) -> Scores:
     """Limits that none of these outputs reaches, with the headroom."""
     columns = zip(*scores, strict=True)
-    return Scores(*(math.ceil(_HEADROOM * max(column)) for column in columns))
+    return Scores(*(math.ceil(max(_HEADROOM * max(column), max(column) + _LEAST_ABOVE)) for column in columns))
+
+
+def held_out(scores: dict[str, Scores], n_parts: int, n_rounds: int) -> dict[str, Any]:
+    """Alarms per 250 outputs where each is judged by limits that were chosen without it."""
+    alarms, by_round = Counter[str](), list[int]()
+    for seed in range(n_rounds):
+        names = sorted(scores)
+        random.Random(seed).shuffle(names)
+        n_before = alarms.total()
+        for part in (set(names[at::n_parts]) for at in range(n_parts)):
+            limits = choose(score for name, score in scores.items() if name not in part)
+            alarms.update(name for name in part if scores[name].reports(limits))
+        by_round.append(alarms.total() - n_before)
+    per_250 = 250 / len(scores)
+    return {
+        "rounds": n_rounds,
+        "mean_per_250": round(per_250 * sum(by_round) / max(1, n_rounds), 2),
+        "most_per_250": round(per_250 * max(by_round, default=0), 2),
+        "rounds_with_more_than_one": sum(n > 1 for n in by_round),
+        "alarms": dict(alarms.most_common()),
+    }
 
 
 def judge(rows: Sequence[dict[str, Any]], scores: dict[str, Scores], limits: Scores, n_seeds: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ that put every repetition into new words.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ __all__ = ["Loop", "LoopDetector", "LoopOptions", "LoopScores"]
 LoopKind = Literal["cycle", "variants", "candidate", "doubts"]
 _WORD = re.compile(r"[^\W_]+")
 _BOX = re.compile(r"\\boxed\{([^{}]{1,80})\}")
-_MAX_SEEN = 20_000  # distinct words remembered
+_CONCLUSION = re.compile(r"[*#\s]{1,8}(?:the )?final (?:answer|solution)\b", re.I)
+_MAX_SEEN = 20_000  # distinct words and pairs of words remembered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,19 +38,20 @@ class LoopOptions:
     cycle_margin: tokens beyond three exact repetitions. soon_limit, near_limit, far_limit: sums of stale over fresh
     words, for steps that return at once, for those that return changed, and for long rounds (see `variants`).
     n_candidates: how often one answer is stated within `candidate_tokens`. n_doubts: lines that open with a doubt
-    ("Wait") and bring at most one new word, less the words never used before: a cumulative sum, never below zero.
-    The defaults are 4/3 of the highest scores of 265 finished outputs (scripts/choose_limits.py, which also judges
-    such limits on outputs that they were not chosen by).
+    ("Wait") and bring at most one new word, each as the share of its pairs of words that stood before, less such a
+    share of new pairs in every other line, less each word never used before: a cumulative sum, never below zero.
+    The defaults stand well above the highest scores of 265 finished outputs (scripts/choose_limits.py has the rule, and
+    judges it on outputs that limits were not chosen by).
     Raises OptionError for a value that could never report, or would at once.
     """
 
     cycle_margin: int = 48
-    soon_limit: float = 32.0
-    near_limit: float = 41.0
-    far_limit: float = 36.0
-    n_candidates: int = 10
+    soon_limit: float = 33.0
+    near_limit: float = 46.0
+    far_limit: float = 41.0
+    n_candidates: int = 12
     candidate_tokens: int = 6_000
-    n_doubts: int = 16
+    n_doubts: int = 12
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -109,10 +112,11 @@ class LoopDetector:
         self._line: list[str] = []
         self._line_chars = 0
         self._stated: deque[tuple[int, str]] = deque()
-        self._n_doubts = 0
+        self._doubts = 0.0
         self._first_doubt = 0  # token where the sum of doubts left zero
-        self._seen: set[str] = set()
+        self._seen: dict[int, None] = {}  # words, and pairs of them, the one not met for longest first
         self._reported: set[LoopKind] = set()
+        self._has_concluded = False
 
     @property
     def scores(self) -> LoopScores:
@@ -125,7 +129,7 @@ class LoopDetector:
             cycle=round(self._cycles.score, 4),
             variants=round(variants, 4),
             candidate=round(stated_most / options.n_candidates, 4),
-            doubts=round(self._n_doubts / options.n_doubts, 4),
+            doubts=round(self._doubts / options.n_doubts, 4),
         )
 
     @property
@@ -182,6 +186,9 @@ class LoopDetector:
     def _take_line(self, line: str, index: int) -> Loop | None:
         if not line:
             return None
+        if not self._has_concluded and _CONCLUSION.match(line):
+            self._has_concluded = True  # a conclusion may repeat the thinking, but only one may
+            self._variants.forget()
         return self._candidate(line, index) or self._doubt(line, index)
 
     def _candidate(self, line: str, index: int) -> Loop | None:
@@ -206,21 +213,31 @@ class LoopDetector:
         )
 
     def _doubt(self, line: str, index: int) -> Loop | None:
-        words = {word for word in _WORD.findall(line.lower()) if word not in self._seen}
-        if len(self._seen) < _MAX_SEEN:
-            self._seen |= words
-        if len(words) <= 1 and revises(line) and not self._variants.is_counting:
-            if not self._n_doubts:
-                self._first_doubt = index
-            self._n_doubts += 1
-        self._n_doubts = max(0, self._n_doubts - len(words))
-        if self._n_doubts < self._options.n_doubts:
+        words = _WORD.findall(line.lower())
+        n_new = sum(self._is_new(hash(word)) for word in dict.fromkeys(words))
+        pairs = [hash(pair) for pair in itertools.pairwise(words)]
+        known = sum(not self._is_new(pair) for pair in pairs) / max(1, len(pairs))
+        is_doubt = n_new <= 1 and revises(line) and not self._variants.is_counting
+        if is_doubt and not self._doubts:
+            self._first_doubt = index
+        gain = known if is_doubt else known - 1
+        self._doubts = max(0.0, self._doubts + gain - n_new)
+        if self._doubts < self._options.n_doubts:
             return None
         return Loop(
             kind="doubts",
             start=self._first_doubt,
             end=index + 1,
             period=None,
-            score=self._n_doubts,
-            evidence=f"{self._n_doubts} more doubts than new words in {index + 1 - self._first_doubt:,} tokens",
+            score=round(self._doubts, 1),
+            evidence=f"{self._doubts:.0f} more doubts than lines with news in {index + 1 - self._first_doubt:,} tokens",
         )
+
+    def _is_new(self, what: int) -> bool:
+        """Whether this was not met lately; it is from now on."""
+        is_new = what not in self._seen
+        self._seen.pop(what, None)
+        self._seen[what] = None
+        if len(self._seen) > _MAX_SEEN:
+            del self._seen[next(iter(self._seen))]
+        return is_new

@@ -105,6 +105,15 @@ class VariantsFinder:
         """Whether the last word belongs to a count, which is progress whatever it repeats."""
         return self._counts.covers(self._n_words)
 
+    def forget(self) -> None:
+        """Begin anew: what comes may repeat what stood before."""
+        for each in self._sums:
+            each.value = 0.0
+        self._at_line = [0.0] * len(self._sums)
+        self._recent.clear()
+        self._places.clear()
+        self._tokens.clear()
+
     def feed(self, text: str, index: int) -> Variants | None:
         """Take the text of token `index`."""
         for word in self._reader.feed(text):

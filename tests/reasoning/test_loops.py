@@ -167,11 +167,11 @@ def test_the_same_step_with_other_numbers_and_names_is_a_loop_of_variants() -> N
 def test_one_answer_stated_again_and_again_is_a_loop_of_its_candidate(statement: str) -> None:
     rng = random.Random(1)
     words = [chr(97 + a) + chr(97 + b) + chr(97 + c) for a in range(26) for b in range(26) for c in range(26)]
-    text = "\n\n".join(" ".join(rng.sample(words, 30)) + f"\n\n{statement}\n" for _ in range(10))
+    text = "\n\n".join(" ".join(rng.sample(words, 30)) + f"\n\n{statement}\n" for _ in range(12))
     loops = watch(text)
     assert [loop.kind for loop in loops] == ["candidate"]
-    assert loops[0].score == 10
-    assert "'17' was stated 10 times" in loops[0].evidence
+    assert loops[0].score == 12
+    assert "'17' was stated 12 times" in loops[0].evidence
 
 
 def test_doubt_after_doubt_without_a_new_word_is_a_loop() -> None:
@@ -179,6 +179,28 @@ def test_doubt_after_doubt_without_a_new_word_is_a_loop() -> None:
     words = list("abcdefghijklmnop")
     text = " ".join(words) + "\n\n" + "\n\n".join(f"Wait, {' '.join(rng.sample(words, 6))}." for _ in range(60))
     assert "doubts" in [loop.kind for loop in watch(text)]
+
+
+def test_doubts_that_put_known_words_together_anew_or_lie_apart_are_no_loop() -> None:
+    rng = random.Random(1)
+    words = [chr(97 + a) + chr(97 + b) for a in range(26) for b in range(26)]
+    anew = " ".join(words) + "\n\n" + "\n\n".join(f"Wait, {' '.join(rng.sample(words, 6))}." for _ in range(60))
+    assert watch(anew) == []
+    pairs = iter(rng.sample([f"{a} {b}" for a in words for b in words], 240))
+    apart = "\n\n".join(
+        f"{' '.join(next(pairs) for _ in range(6))}.\n\nWait, no, that is not right." for _ in range(40)
+    )
+    assert watch(" ".join(words) + "\n\n" + apart) == []
+
+
+def test_a_conclusion_may_repeat_the_thinking_but_only_once() -> None:
+    rng = random.Random(1)
+    words = [chr(97 + a) + chr(97 + b) for a in range(26) for b in range(26)]
+    thinking = " ".join(rng.sample(words, 100))
+    conclusion = f"\n\n**Final Answer**\n\n{thinking}"
+    assert watch(thinking + conclusion) == []
+    assert [loop.kind for loop in watch(thinking + 2 * conclusion)] == ["variants"]
+    assert [loop.kind for loop in watch(f"{thinking}\n\n{thinking}")] == ["variants"]
 
 
 @pytest.mark.parametrize(

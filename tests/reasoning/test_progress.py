@@ -126,6 +126,13 @@ def test_rows_are_new_alike_and_next_to_each_other() -> None:
     assert rows(["b b c", "so b d"]) == [False, False]
 
 
+def test_items_with_bullets_are_rows_across_a_blank_line_at_twice_the_cost() -> None:
+    lines = ["- a b c", "", "- a b d", "", "", "- a b e", "x", "", "x"]
+    assert [line for line, is_row in zip(lines, rows(lines), strict=True) if is_row] == ["- a b d", "- a b e"]
+    found = rows(line for n in range(MAX_CREDIT) for line in (f"- a b{n}", ""))
+    assert found.count(True) == MAX_CREDIT // 6
+
+
 def test_rows_are_progress_for_a_while_only() -> None:
     found = rows(f"a b c{n}" for n in range(MAX_CREDIT))
     assert found.count(True) == MAX_CREDIT // 3
