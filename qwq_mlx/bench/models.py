@@ -44,17 +44,19 @@ def qwq_shaped(n_layers: int) -> tuple[Qwen2Config, dict[str, Packing]]:
 
 
 def random_module(config: Qwen2Config, packed: Mapping[str, Packing], compute_type: ComputeType, *, seed: int) -> Any:
-    """A module of this shape with random weights, in memory. packed must hold every matrix."""
+    """A module of this shape with random weights, in memory. Matrices that packed does not name are not packed."""
     mx = import_mlx()
     module = build_module(config, packed)
     dtype = getattr(mx, compute_type)
-    keys = iter(mx.random.split(mx.random.key(seed), len(packed)))
+    keys = iter(mx.random.split(mx.random.key(seed), len(tensor_shapes(config))))
     weights: list[tuple[str, Any]] = []
     for name, shape in tensor_shapes(config).items():
         path = name.removesuffix(".weight")
         if path not in packed:
-            is_norm = name.endswith("norm.weight")
-            weights.append((name, mx.ones(shape, dtype) if is_norm else mx.zeros(shape, dtype)))
+            if len(shape) == 2:
+                weights.append((name, mx.random.normal(shape, dtype, scale=shape[1] ** -0.5, key=next(keys))))
+            else:
+                weights.append((name, (mx.ones if name.endswith("norm.weight") else mx.zeros)(shape, dtype)))
             continue
         rows, columns = shape
         packing = packed[path]

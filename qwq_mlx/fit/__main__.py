@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="K",
         default=own.n_sequences,
-        help="sequences at once (default: %(default)s); mlx-lm's batches held up to 1.5 times their plan",
+        help="sequences at once, as mlx-lm's batches hold them (default: %(default)s)",
     )
     add(
         "--prefill-step",
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--draft",
         metavar="FOLDER",
-        help="plan a draft model beside it, for programs that decode with one",
+        help="plan a draft model beside it, as mlx-lm decodes with one",
     )
     add(
         "--draft-tokens",

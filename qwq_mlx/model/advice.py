@@ -33,7 +33,8 @@ def cheapest_change(model: ModelShape | ModelFolder, plan: MemoryPlan) -> Change
     """The first change after which the plan fits its limit; None where it fits already, or nothing helps."""
     if plan.fits:
         return None
-    candidates = list(_candidates(plan.workload, has_quantized=can_quantize(model.config)))
+    has_quantized = can_quantize(model.config) and plan.workload.n_sequences == 1
+    candidates = list(_candidates(plan.workload, has_quantized=has_quantized))
     if plan.largest_context > 0:
         shorter = replace(plan.workload, context=plan.largest_context)
         candidates.append((f"a context of {plan.largest_context:,}", shorter))

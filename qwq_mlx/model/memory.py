@@ -1,7 +1,7 @@
 """What a run needs in memory, from headers alone, before a weight is read.
 
 peak = weights + KV cache at the whole context + the larger of what prefill and a decode step (with its logits and what
-the sampler makes of them) hold beside them + what more sequences and a draft model add. Weights and cache are exact:
+the sampler makes of them) hold beside them + what more sequences or a draft model add. Weights and cache are exact:
 they are counted as MLX allocates them. What a pass holds beside them is an estimate (`activations`): MLX works ahead of
 itself, so what is alive at once depends a little on the machine. Scores are why a quantized cache can need more than a
 plain one: with 2,048 ids a pass 8 GB at 32,768 positions of QwQ, with 256 1 GB.
@@ -10,27 +10,24 @@ On Metal the limit is the recommended working set, two thirds of the memory up t
 measured on Metal: 16 and 32 GiB as in abetlen/llama-cpp-python#687 and ollama/ollama#434, 96 GiB as in
 ggml-org/llama.cpp#3213; on the Mac itself `model.device` asks the system).
 
-Does not: read weights, import MLX, know other programs, or change a limit. A draft model and sequences side by side are
-planned for whoever decodes so; `generate` decodes one sequence by itself. Beside the plan, mlx-lm's
-speculative_generate_step held 0.79 to 1.00 of it (9 settings of a small model on the CPU), its BatchGenerator, which
-copies caches together as sequences join, 1.08 to 1.53 times it (4 and 8 sequences): leave room for that.
+Does not: read weights, import MLX, or change a limit. `generate` decodes one sequence by itself; a batch or a draft
+model is planned as mlx-lm decodes so (`mlx_lm_memory` says how close, and what is left out on a GPU).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import ModelFacts
-from qwq_mlx.model.activations import logits_bytes, n_positions, pass_bytes, sampler_bytes
+from qwq_mlx.model.activations import logits_bytes, n_positions, sampler_bytes
 from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.layout import Packing
-from qwq_mlx.quant.recipe import layer_of
+from qwq_mlx.model.mlx_lm_memory import batch_bytes, speculative_bytes
+from qwq_mlx.model.sizes import bytes_of_float, bytes_of_pass, kv_bytes_per_token, load_bytes, weights_bytes
+from qwq_mlx.model.workload import BACKENDS, KV_GROUP, Backend, ModelShape, Workload
 
 __all__ = [
     "KV_GROUP",
@@ -44,59 +41,10 @@ __all__ = [
     "shape_of_facts",
 ]
 
-Backend = Literal["metal", "cuda", "cpu"]
-BACKENDS: tuple[Backend, ...] = ("metal", "cuda", "cpu")
-
 RESERVE_BYTES = 500_000_000
 """Left free below the limit: buffers that MLX keeps for reuse, the rest of the process. A choice, not measured."""
 
-KV_GROUP = 64
-"""Numbers of a quantized cache that share a scale and a bias."""
-_FLOAT_BYTES = {"float32": 4, "bfloat16": 2}
 _GIB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """A config and how its matrices are packed: all that a plan needs of a model."""
-
-    config: Qwen2Config
-    packed: Mapping[str, Packing]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """What a run asks for.
-
-    context: positions, prompt and output together; None is the model's whole context. kv_bits: None keeps the cache in
-    the compute type, 8 and 4 quantize it in groups of 64. n_sequences: decoded side by side, each with its own cache.
-    prefill_step: prompt ids per pass. compute_type: "float32" or "bfloat16"; None picks by backend. draft: a smaller
-    model that guesses n_draft ids at a time, which the model then checks in one pass.
-    """
-
-    context: int | None = None
-    kv_bits: int | None = None
-    n_sequences: int = 1
-    prefill_step: int = 2048
-    compute_type: str | None = None
-    draft: ModelShape | None = None
-    n_draft: int = 3
-
-    def __post_init__(self) -> None:
-        for name, value, high in (
-            ("context", self.context, 2**31 - 1),
-            ("n_sequences", self.n_sequences, 100_000),
-            ("prefill_step", self.prefill_step, 2**31 - 1),
-            ("n_draft", self.n_draft, 1_000),
-        ):
-            if name == "context" and value is None:
-                continue
-            if type(value) is not int or not 1 <= value <= high:
-                raise OptionError(f"{name} is {value!r}, expected a whole number from 1 to {high:,}.")
-        if self.kv_bits not in (None, 4, 8):
-            raise OptionError(f"kv_bits is {self.kv_bits!r}, expected None, 8 or 4.")
-        if self.compute_type not in (None, *_FLOAT_BYTES):
-            raise OptionError(f"compute_type is {self.compute_type!r}, expected None, float32 or bfloat16.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +53,8 @@ class MemoryPlan:
 
     weights_bytes: in memory, in the compute type. kv_bytes: the cache at the whole context. prefill_bytes,
     decode_bytes: held beside both in a pass. logits_bytes, sampler_bytes: beside a decode step. All of these for one
-    sequence; batch_bytes: what the others add. speculative_bytes: a draft model's weights and cache, and the rows that
-    are checked at once. load_bytes: held beside the weights while they are read. limit_bytes: what the device gives,
+    sequence; batch_bytes, speculative_bytes: what mlx-lm holds more with other sequences beside it, or with a draft
+    model. load_bytes: held beside the weights while they are read. limit_bytes: what the device gives,
     None if not asked. largest_context: the most positions (of one sequence) that fit under the limit, 0 if none;
     without a limit the context planned.
     """
@@ -162,8 +110,12 @@ class MemoryPlan:
             ("decode", self.decode_bytes, "not at the same time as prefill"),
             ("logits", self.logits_bytes, "beside decode"),
             ("sampler", self.sampler_bytes, "beside decode"),
-            ("batch", self.batch_bytes, f"{self.workload.n_sequences:,} sequences"),
-            ("speculative", self.speculative_bytes, f"{self.workload.n_draft:,} ids guessed by a draft model"),
+            ("batch", self.batch_bytes, f"{self.workload.n_sequences:,} sequences, as mlx-lm's batches hold them"),
+            (
+                "speculative",
+                self.speculative_bytes,
+                f"{self.workload.n_draft:,} ids guessed by a draft model, as in mlx-lm",
+            ),
             ("peak", self.peak_bytes, ""),
             ("reserve", self.reserve_bytes, ""),
         ]
@@ -238,53 +190,38 @@ def _plan(
     limit_bytes: int | None,
     reserve_bytes: int,
 ) -> MemoryPlan:
-    config, float_bytes = model.config, _float_bytes(workload, backend)
-    per_token = _kv_bytes_per_token(config, workload.kv_bits, float_bytes)
+    config, float_bytes = model.config, bytes_of_float(workload, backend)
+    per_token = kv_bytes_per_token(config, workload.kv_bits, float_bytes)
     kv_bytes = n_positions(context) * per_token
-    decode, logits, sampler = _pass(config, workload, 1, context, backend), logits_bytes(config), sampler_bytes(config)
+    prefill = bytes_of_pass(config, workload, min(workload.prefill_step, context), context, backend)
+    decode, logits, sampler = (
+        bytes_of_pass(config, workload, 1, context, backend),
+        logits_bytes(config),
+        sampler_bytes(config),
+    )
+    alone = kv_bytes + max(prefill, decode + logits + sampler)
+    batch = batch_bytes(config, workload, context, backend) - alone if workload.n_sequences > 1 else 0
+    speculative = 0
+    if workload.draft is not None:
+        speculative = speculative_bytes(config, workload.draft, workload, context, backend) - alone
     return MemoryPlan(
         backend=backend,
         workload=workload,
         context=context,
-        weights_bytes=_weights_bytes(config, model.packed, float_bytes),
+        weights_bytes=weights_bytes(config, model.packed, float_bytes),
         kv_bytes=kv_bytes,
         kv_bytes_per_token=per_token,
-        # one prompt is fed at a time, whatever number of sequences then goes on from it
-        prefill_bytes=_pass(config, workload, min(workload.prefill_step, context), context, backend),
+        prefill_bytes=prefill,
         decode_bytes=decode,
         logits_bytes=logits,
         sampler_bytes=sampler,
-        batch_bytes=(workload.n_sequences - 1) * (kv_bytes + decode + logits + sampler),
-        speculative_bytes=_speculative_bytes(config, workload, context, backend),
-        load_bytes=_load_bytes(model, float_bytes),
+        batch_bytes=batch,
+        speculative_bytes=speculative,
+        load_bytes=load_bytes(model, float_bytes),
         reserve_bytes=reserve_bytes,
         limit_bytes=limit_bytes,
         largest_context=context,
     )
-
-
-def _pass(config: Qwen2Config, workload: Workload, n_ids: int, context: int, backend: Backend) -> int:
-    float_bytes = _float_bytes(workload, backend)
-    return pass_bytes(
-        config,
-        n_ids=n_ids,
-        context=context,
-        float_bytes=float_bytes,
-        is_quantized=workload.kv_bits is not None,
-        layer_bytes=_kv_bytes_per_token(config, workload.kv_bits, float_bytes) // config.num_hidden_layers,
-        on_cpu=backend == "cpu",
-    )
-
-
-def _speculative_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
-    """The draft model with its cache and logits, and a pass that checks n_draft ids more than the one drawn."""
-    if workload.draft is None:
-        return 0
-    draft, float_bytes, n_more = workload.draft, _float_bytes(workload, backend), workload.n_draft
-    cache = n_positions(context) * _kv_bytes_per_token(draft.config, None, float_bytes)
-    own = _weights_bytes(draft.config, draft.packed, float_bytes) + logits_bytes(draft.config)
-    check = _pass(config, workload, 1 + n_more, context, backend) - _pass(config, workload, 1, context, backend)
-    return own + workload.n_sequences * (cache + check + n_more * logits_bytes(config))
 
 
 def _largest_context(model: ModelFolder | ModelShape, plan: MemoryPlan, own: int) -> int:
@@ -295,10 +232,6 @@ def _largest_context(model: ModelFolder | ModelShape, plan: MemoryPlan, own: int
         tried = _plan(model, plan.workload, middle, plan.backend, plan.limit_bytes, plan.reserve_bytes)
         low, high = (middle, high) if tried.fits else (low, middle - 1)
     return low
-
-
-def _float_bytes(workload: Workload, backend: Backend) -> int:
-    return _FLOAT_BYTES[workload.compute_type or ("float32" if backend == "cpu" else "bfloat16")]
 
 
 def can_quantize(config: Qwen2Config) -> bool:
@@ -313,36 +246,3 @@ def _check_bits(config: Qwen2Config, workload: Workload) -> None:
         f"kv_bits is {workload.kv_bits}, but heads of width {config.head_dim} are no multiple of the group "
         f"{KV_GROUP}. Leave kv_bits out."
     )
-
-
-def _weights_bytes(config: Qwen2Config, packed: Mapping[str, Packing], float_bytes: int) -> int:
-    total = 0
-    for name, shape in tensor_shapes(config).items():
-        packing = packed.get(name.removesuffix(".weight"))
-        n_weights = math.prod(shape)
-        if packing is None:
-            total += n_weights * float_bytes
-        else:
-            group_bytes = 2 * float_bytes if packing.is_affine else 1
-            total += n_weights * packing.bits // 8 + group_bytes * (n_weights // packing.group_size)
-    return total
-
-
-def _load_bytes(model: ModelFolder | ModelShape, float_bytes: int) -> int:
-    """Floats that are cast stand in memory twice, the largest group that is read at once: a layer, or what is left."""
-    if not isinstance(model, ModelFolder):
-        return 0
-    groups: dict[int | None, int] = {}
-    for name, (_, entry) in model.checkpoint.tensors.items():
-        size = entry.end - entry.start
-        is_cast = entry.dtype not in ("U32", "U8") and size != math.prod(entry.shape) * float_bytes
-        layer = layer_of(name)
-        groups[layer] = groups.get(layer, 0) + (size if is_cast else 0)
-    return max(groups.values())
-
-
-def _kv_bytes_per_token(config: Qwen2Config, kv_bits: int | None, float_bytes: int) -> int:
-    n_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    if kv_bits is None:
-        return n_values * float_bytes
-    return n_values * kv_bits // 8 + 2 * float_bytes * (n_values // KV_GROUP)

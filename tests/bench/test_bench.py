@@ -139,6 +139,12 @@ def test_a_random_module_has_finite_logits_of_a_sane_size_and_its_twin_the_same_
     assert np.abs(close - logits).max() < 0.1 * np.abs(logits).max()
 
 
+def test_a_random_module_may_be_left_unpacked() -> None:
+    logits = np.array(random_module(SMALL, {}, "float32", seed=3)(mx.array([[1, 2, 3, 300]])))
+    assert logits.shape == (1, 4, 320)
+    assert 0.1 < logits.std() < 10
+
+
 @pytest.mark.tiny
 def test_both_loops_give_the_asked_number_of_ids_and_greedily_the_same(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch

@@ -54,6 +54,15 @@ def test_the_changes_are_named() -> None:
     assert text(8_900_000_000, prefill_step=64, kv_bits=4).startswith("a context of ")
 
 
+def test_a_quantized_cache_is_no_advice_for_a_batch() -> None:
+    """mlx-lm's batches have plain caches only."""
+    plan = plan_memory(QWQ, Workload(n_sequences=4))
+    change = cheapest_change(QWQ, plan_memory(QWQ, plan.workload, limit_bytes=plan.peak_bytes - 1))
+    assert change is not None
+    assert change.plan.fits
+    assert "cache" not in change.text
+
+
 def test_the_table_has_every_mac_and_grows() -> None:
     table = table_of_macs(QWQ, Workload(), reserve_bytes=RESERVE_BYTES)
     assert [gib for gib, _ in table] == list(MACS_GIB)
@@ -85,38 +94,22 @@ def test_the_text_shows_the_arithmetic_and_the_table(capsys: pytest.CaptureFixtu
 
 
 def test_every_flag_reaches_the_plan(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [
-        "--ram",
-        "32",
-        "--context",
-        "4096",
-        "--kv-bits",
-        "8",
-        "--samples",
-        "3",
-        "--prefill-step",
-        "128",
-        "--reserve",
-        "2",
-        "--compute-type",
-        "float32",
-        "--draft",
-        str(tiny_checkpoint),
-        "--draft-tokens",
-        "7",
-        "--json",
-    ]
-    code, out, _ = run(capsys, *flags)
+    flags = ["--ram", "32", "--context", "4096", "--prefill-step", "128", "--reserve", "2", "--json"]
+    drafted = ["--kv-bits", "8", "--compute-type", "float32", "--draft", str(tiny_checkpoint), "--draft-tokens", "7"]
+    code, out, _ = run(capsys, *flags, *drafted)
     found = json.loads(out)
     assert code == 0
     assert found["workload"] == {
-        **{"context": 4096, "kv_bits": 8, "n_sequences": 3, "prefill_step": 128, "compute_type": "float32"},
+        **{"context": 4096, "kv_bits": 8, "n_sequences": 1, "prefill_step": 128, "compute_type": "float32"},
         **{"draft": str(tiny_checkpoint), "n_draft": 7},
     }
     assert found["reserve_bytes"] == 2_000_000_000
-    assert found["speculative_bytes"] > 0 and found["batch_bytes"] > 0
+    assert found["speculative_bytes"] > 0 == found["batch_bytes"]
     assert found["limit_bytes"] == metal_limit_bytes(32 * GIB)
     assert (found["context"], found["backend"]) == (4096, "metal")
+    batched = json.loads(run(capsys, *flags, "--samples", "3")[1])
+    assert batched["workload"]["n_sequences"] == 3
+    assert batched["batch_bytes"] > 0 == batched["speculative_bytes"]
 
 
 def test_a_folder_is_planned_from_its_headers_on_this_machine(
@@ -136,6 +129,7 @@ def test_a_folder_is_planned_from_its_headers_on_this_machine(
         (["--ram", "-1"], 2, "ram is -1.0, expected a number from 0 to 1,000,000"),
         (["--reserve", "nan"], 2, "reserve is nan, expected a number from 0 to 1,000,000"),
         (["--ram", "32", "--kv-bits", "5"], 2, "kv_bits is 5, expected None, 8 or 4"),
+        (["--ram", "32", "--kv-bits", "8", "--samples", "2"], 2, "n_sequences is 2 beside kv_bits 8, but mlx-lm's"),
         (["--ram", "32", "--context", "40000"], 2, "context is 40,000, expected at most 32,768"),
         (["--ram", "32", "--model", "/nowhere"], 1, "/nowhere: there is no such folder"),
     ],

@@ -31,7 +31,6 @@ from qwq_mlx.model.memory import (
 
 GIB = 1 << 30
 QWQ = shape_of_facts(QWQ_32B_PREVIEW)
-TINY_DRAFT = replace(QWQ, config=replace(QWQ.config, num_hidden_layers=2))
 
 
 def test_the_weights_and_cache_of_qwq_are_the_published_arithmetic() -> None:
@@ -178,25 +177,6 @@ def test_the_arithmetic_adds_up_and_names_what_binds() -> None:
     assert len(plan_memory(QWQ).arithmetic().splitlines()) == 8
 
 
-def test_sequences_and_a_draft_model_are_planned_as_what_they_add() -> None:
-    alone = plan_memory(QWQ)
-    three = plan_memory(QWQ, Workload(n_sequences=3))
-    own = alone.kv_bytes + alone.decode_bytes + alone.logits_bytes + alone.sampler_bytes
-    assert (alone.batch_bytes, three.batch_bytes) == (0, 2 * own)
-    assert three.peak_bytes == alone.peak_bytes + 2 * own
-    drafted = plan_memory(QWQ, Workload(draft=TINY_DRAFT, n_draft=5))
-    draft = plan_memory(TINY_DRAFT, Workload(context=32_768))
-    least = draft.weights_bytes + draft.kv_bytes + 5 * alone.logits_bytes
-    assert alone.speculative_bytes == 0
-    assert least < drafted.speculative_bytes < least * 1.01
-    assert drafted.peak_bytes == alone.peak_bytes + drafted.speculative_bytes
-    assert plan_memory(QWQ, Workload(draft=TINY_DRAFT, n_draft=9)).speculative_bytes > drafted.speculative_bytes
-    lines = plan_memory(QWQ, Workload(n_sequences=3, draft=TINY_DRAFT)).arithmetic().splitlines()
-    assert lines[6].startswith("batch") and lines[6].endswith("bytes  3 sequences")
-    assert lines[7].startswith("speculative") and lines[7].endswith("bytes  3 ids guessed by a draft model")
-    assert plan_memory(TINY_DRAFT, Workload(draft=QWQ)).binds == "speculative"
-
-
 @pytest.mark.tiny
 def test_the_compute_type_counts_on_every_backend(tiny_checkpoint: Path) -> None:
     """A bfloat16 run on the CPU was planned as float32, and a float32 run on a GPU as bfloat16."""
@@ -234,6 +214,8 @@ def test_casting_at_load_is_counted_for_a_folder(tiny_checkpoint: Path) -> None:
         ({"n_draft": 0}, "n_draft is 0, expected a whole number from 1 to 1,000"),
         ({"compute_type": "float16"}, "compute_type is 'float16', expected None, float32 or bfloat16"),
         ({"kv_bits": 6}, "kv_bits is 6, expected None, 8 or 4"),
+        ({"kv_bits": 8, "n_sequences": 2}, "n_sequences is 2 beside kv_bits 8, but mlx-lm's batches have plain caches"),
+        ({"draft": QWQ, "n_sequences": 2}, "n_sequences is 2 beside a draft model, but mlx-lm's batches"),
     ],
 )
 def test_a_workload_that_cannot_be_is_refused(changes: dict[str, Any], text: str) -> None:

@@ -1,0 +1,74 @@
+"""What a memory plan is asked for: a model's shape, and what a run does with it.
+
+Does not: plan anything (`memory` does), or know how much memory there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from qwq_mlx.errors import OptionError
+from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.layout import Packing
+
+__all__ = ["BACKENDS", "FLOAT_BYTES", "KV_GROUP", "Backend", "ModelShape", "Workload"]
+
+Backend = Literal["metal", "cuda", "cpu"]
+BACKENDS: tuple[Backend, ...] = ("metal", "cuda", "cpu")
+
+KV_GROUP = 64
+"""Numbers of a quantized cache that share a scale and a bias."""
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A config and how its matrices are packed: all that a plan needs of a model."""
+
+    config: Qwen2Config
+    packed: Mapping[str, Packing]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a run asks for.
+
+    context: positions, prompt and output together; None is the model's whole context. kv_bits: None keeps the cache in
+    the compute type, 8 and 4 quantize it in groups of 64. n_sequences: decoded side by side, each with its own cache.
+    prefill_step: prompt ids per pass. compute_type: "float32" or "bfloat16"; None picks by backend. draft: a smaller
+    model that guesses n_draft ids at a time, which the model then checks in one pass. Several sequences, and a draft
+    model, are planned as mlx-lm decodes them (`mlx_lm_memory`), which combines neither with the other, nor batches with
+    a quantized cache: both are refused with OptionError.
+    """
+
+    context: int | None = None
+    kv_bits: int | None = None
+    n_sequences: int = 1
+    prefill_step: int = 2048
+    compute_type: str | None = None
+    draft: ModelShape | None = None
+    n_draft: int = 3
+
+    def __post_init__(self) -> None:
+        for name, value, high in (
+            ("context", self.context, 2**31 - 1),
+            ("n_sequences", self.n_sequences, 100_000),
+            ("prefill_step", self.prefill_step, 2**31 - 1),
+            ("n_draft", self.n_draft, 1_000),
+        ):
+            if name == "context" and value is None:
+                continue
+            if type(value) is not int or not 1 <= value <= high:
+                raise OptionError(f"{name} is {value!r}, expected a whole number from 1 to {high:,}.")
+        if self.kv_bits not in (None, 4, 8):
+            raise OptionError(f"kv_bits is {self.kv_bits!r}, expected None, 8 or 4.")
+        if self.compute_type not in (None, *FLOAT_BYTES):
+            raise OptionError(f"compute_type is {self.compute_type!r}, expected None, float32 or bfloat16.")
+        if self.n_sequences > 1 and (self.kv_bits is not None or self.draft is not None):
+            other = "a draft model" if self.kv_bits is None else f"kv_bits {self.kv_bits}"
+            raise OptionError(
+                f"n_sequences is {self.n_sequences:,} beside {other}, but mlx-lm's batches have plain caches and no "
+                "draft model. Plan one of the two."
+            )
