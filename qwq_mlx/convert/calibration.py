@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwq_mlx.convert.begun import Begun, Keeper, begun_path, read_begun
 from qwq_mlx.errors import ConversionError, OptionError, PromptError, SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.header import TensorEntry, place_tensors, read_header
@@ -34,7 +35,7 @@ from qwq_mlx.files.source import Checkpoint
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.layers import LayerStream
-from qwq_mlx.model.load import import_mlx
+from qwq_mlx.model.load import default_compute_type, import_mlx
 from qwq_mlx.model.prompt import encode_text, prompt_ids
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
 
@@ -43,6 +44,7 @@ __all__ = [
     "STATISTICS_NAME",
     "Calibration",
     "Importance",
+    "begun_run",
     "importance_of",
     "read_calibration",
     "read_importance",
@@ -173,23 +175,39 @@ def importance_of(
     progress: Callable[[str], None],
     *,
     before: Callable[[str], None] = lambda part: None,
+    begun: Begun | None = None,
 ) -> Importance:
     """The importance of every input channel: from the first file of `kept` that is of this text, else by a run.
 
     Afterwards all of `kept` hold it. progress: called with the name of each layer. before: called by a run, see
-    `LayerStream.run`; from then on the tensors that it names have to be there. Raises SourceError; ConversionError
-    for activations that are not finite; OSError where `kept` cannot be written.
+    `LayerStream.run`; from then on the tensors that it names have to be there. begun: what `begun_run` found, for a
+    run to go on from. A run that is stopped leaves such a file beside the first of `kept`. Raises SourceError;
+    ConversionError for activations that are not finite; OSError where a file cannot be written.
     """
     found = {path: read_importance(path, calibration.as_mapping()) for path in kept}
     importance = next((each for each in found.values() if each is not None), None)
     if importance is None:
-        importance = _run(calibration, checkpoint, progress, before)
+        keeper = Keeper(begun_path(kept[0]), _run_mapping(calibration))
+        importance = _run(calibration, checkpoint, progress, before, keeper, begun)
     head, entries = _layout(calibration, {name: len(values) for name, values in importance.items()})
     data = head + b"".join(importance[entry.name].astype("<f4").tobytes() for entry in entries)
     for path in kept:
         if found[path] is None:
             write_file(path, data)
+        begun_path(path).unlink(missing_ok=True)
     return importance
+
+
+def begun_run(calibration: Calibration, kept: Sequence[Path]) -> Begun | None:
+    """How far an earlier run of `importance_of` came with this text on this device; None where nothing is kept."""
+    return read_begun(begun_path(kept[0]), _run_mapping(calibration))
+
+
+def _run_mapping(calibration: Calibration) -> dict[str, Any]:
+    """What the bits of a run follow from, beside the checkpoint."""
+    mx = import_mlx()
+    device = str(mx.default_device())
+    return {**calibration.as_mapping(), "type": default_compute_type(), "device": device, "mlx": mx.__version__}
 
 
 def statistics_bytes(calibration: Calibration, checkpoint: Checkpoint, config: Qwen2Config) -> int:
@@ -226,10 +244,15 @@ def read_importance(kept: Path, calibration: Mapping[str, Any]) -> Importance | 
 
 
 def _run(
-    calibration: Calibration, checkpoint: Checkpoint, progress: Callable[[str], None], before: Callable[[str], None]
+    calibration: Calibration,
+    checkpoint: Checkpoint,
+    progress: Callable[[str], None],
+    before: Callable[[str], None],
+    keeper: Keeper,
+    begun: Begun | None,
 ) -> Importance:
     mx = import_mlx()
-    sums: dict[str, NDArray[np.float64]] = {}
+    sums: dict[str, NDArray[np.float64]] = {} if begun is None else dict(begun.sums)
 
     def observe(paths: tuple[str, ...], x: Any) -> None:
         squares = mx.sum(mx.square(x.astype(mx.float32)), axis=0)
@@ -239,10 +262,20 @@ def _run(
         for path in paths:
             sums[path] = sums.get(path, np.float64(0)) + np.array(squares).astype(np.float64)
 
+    def keep(n_layers: int, hidden: list[Any]) -> None:
+        if keeper.is_due():
+            floats = [np.array(each.astype(mx.float32)) for each in hidden]
+            keeper.keep(Begun(n_layers=n_layers, hidden=floats, sums=sums))
+
     folder = checkpoint.shards[0].path.parent
     config = Qwen2Config.from_json(checkpoint.config, where=str(folder))
     files = ModelFolder(path=folder, checkpoint=checkpoint, config=config, packed={})
-    LayerStream(files).run(calibration.texts, observe, before=before)
+    stream = LayerStream(files)
+    start = None
+    if begun is not None:
+        compute_type = getattr(mx, stream.compute_type)
+        start = begun.n_layers, [mx.array(each).astype(compute_type) for each in begun.hidden]
+    stream.run(calibration.texts, observe, before=before, after=keep, begun=start)
     wrong = sorted(path for path, values in sums.items() if not np.isfinite(values).all())
     if wrong:
         raise ConversionError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qwq_mlx.convert.calibration import Importance, importance_of, read_importance
+from qwq_mlx.convert.calibration import Importance, begun_run, importance_of, read_importance
 from qwq_mlx.convert.first_pass import PassingShards, pass_order
 from qwq_mlx.convert.origin import Shards
 from qwq_mlx.convert.plan import Plan
@@ -38,15 +38,17 @@ def importance_at_once(
     if not _is_known(plan, kept):
         for shard in wanted:
             shards.wait(shard.path.name)
-    report = Report(progress, plan.source_bytes)
-    return importance_of(plan.calibration, plan.checkpoint, kept, _show(plan, report))
+    report, begun = Report(progress, plan.source_bytes), begun_run(plan.calibration, kept)
+    return importance_of(plan.calibration, plan.checkpoint, kept, _show(plan, report), begun=begun)
 
 
 def importance_by_passing(plan: Plan, kept: Sequence[Path], progress: Show) -> Importance:
     """By shards that are fetched for this pass alone; none, where one of `kept` is of this text. Raises as above."""
     assert plan.calibration is not None
     _make_folders(kept)
-    order = pass_order(plan.checkpoint, plan.config, plan.calibration.name)
+    begun = begun_run(plan.calibration, kept)
+    n_done = 0 if begun is None else begun.n_layers
+    order = pass_order(plan.checkpoint, plan.config, plan.calibration.name, n_done=n_done)
     report = Report(progress, plan.source_bytes, phase="calibrate")
     with (
         plan.origin.shards(
@@ -55,7 +57,9 @@ def importance_by_passing(plan: Plan, kept: Sequence[Path], progress: Show) -> I
         small_cache(),
     ):
         passing = PassingShards(order, shards)
-        found = importance_of(plan.calibration, plan.checkpoint, kept, _show(plan, report), before=passing.before)
+        found = importance_of(
+            plan.calibration, plan.checkpoint, kept, _show(plan, report), before=passing.before, begun=begun
+        )
         passing.after()
     return found
 
@@ -63,6 +67,8 @@ def importance_by_passing(plan: Plan, kept: Sequence[Path], progress: Show) -> I
 def _make_folders(kept: Sequence[Path]) -> None:
     for each in kept:
         each.parent.mkdir(exist_ok=True)
+        for left in each.parent.glob(".*.tmp"):  # of a run that was killed as it wrote; it had the output's lock
+            left.unlink()
 
 
 def _is_known(plan: Plan, kept: Sequence[Path]) -> bool:

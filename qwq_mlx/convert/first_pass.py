@@ -5,7 +5,7 @@ these parts that lies in it to the last. In checkpoints as they are published th
 reaches from one shard into the next at most, so two shards are enough. The packing pass, which needs what this one
 found, fetches the shards again. A shard of the output matrix alone is not fetched here: only its input counts.
 
-Does not: run the text (`calibration` does), or remember a pass that was interrupted: it begins anew.
+Does not: run the text, or remember how far it came (`calibration` does both).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class PassOrder:
     needed: dict[str, tuple[str, ...]]
 
 
-def pass_order(checkpoint: Checkpoint, config: Qwen2Config, text: str | Path) -> PassOrder:
-    """The order for a checkpoint. text: the calibration text, for the message.
+def pass_order(checkpoint: Checkpoint, config: Qwen2Config, text: str | Path, *, n_done: int = 0) -> PassOrder:
+    """The order for a checkpoint. text: the calibration text, for the message. n_done: layers that it has passed.
 
     Raises OptionError for one whose parts lie so that more than two shards would have to be there at a time.
     """
-    layers = (f"model.layers.{index}." for index in range(config.num_hidden_layers))
+    layers = (f"model.layers.{index}." for index in range(n_done, config.num_hidden_layers))
     shards: dict[str, Header] = {}
     needed: dict[str, tuple[str, ...]] = {}
-    for part in ("model.embed_tokens.", *layers, "model.norm."):
+    for part in (*(() if n_done else ("model.embed_tokens.",)), *layers, "model.norm."):
         found = {h.path.name: h for name, (h, _) in checkpoint.tensors.items() if name.startswith(part)}
         shards.update(found)
         needed[part] = tuple(found)

@@ -3,7 +3,7 @@
     output.partial/  journal.jsonl   what is done (`journal`)
                      model/          the output shards; renamed to the output in the end
                      source/         shards that are fetched
-                     calibration/    what a calibration text said
+                     calibration/    what a calibration text said, or how far it came
 
 Of several conversions made together each has its own. It stays, without model/, until the last of them is published,
 so that a run after a kill knows the finished ones for its own work.

@@ -111,21 +111,27 @@ class LayerStream:
         observe: Observe | None = None,
         *,
         before: Callable[[str], None] = lambda part: None,
+        after: Callable[[int, list[Any]], None] = lambda n_layers, hidden: None,
+        begun: tuple[int, list[Any]] | None = None,
     ) -> list[Any]:
         """All texts through all layers; returns the normed hidden states that `HeadBlock.logits` takes.
 
         texts: ids, each text by itself from position 0. before: called with how the names of the tensors begin that are
-        read next: "model.embed_tokens.", "model.layers.0." and so on, "model.norm.".
+        read next: "model.embed_tokens.", "model.layers.0." and so on, "model.norm.". after: called behind each layer
+        with the number of layers done and the hidden states, as `begun` takes them to go on from there.
         Returns one (positions, hidden) for each.
         """
-        before("model.embed_tokens.")
-        hidden = [self.embed(text) for text in texts]
-        for index in range(self.config.num_hidden_layers):
+        if begun is None:
+            before("model.embed_tokens.")
+            begun = 0, [self.embed(text) for text in texts]
+        n_done, hidden = begun
+        for index in range(n_done, self.config.num_hidden_layers):
             before(f"model.layers.{index}.")
             layer = self.layer(index)
             for place, each in enumerate(hidden):
                 hidden[place] = layer(each, observe)
             del layer  # before the next is read
+            after(index + 1, hidden)
         before("model.norm.")
         head = self.head()
         for place, each in enumerate(hidden):
