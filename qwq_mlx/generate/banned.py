@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from qwq_mlx.generate.decode import Decoder, Token
+from qwq_mlx.generate.sample import Sampler
 from qwq_mlx.generate.text import Pieces, StopScanner, TextStream
 
 __all__ = ["DrawnAhead", "Source"]
@@ -25,6 +26,15 @@ class Source(Protocol):
 
     def next(self, *, is_last: bool = False) -> Token:
         """The next token."""
+
+    def force(self, ids: Sequence[int]) -> None:
+        """Append ids that were not drawn."""
+
+    def rewind(self, n_output: int, sampler: Sampler | None = None) -> None:
+        """Go back to the first n_output ids, and draw on with this sampler."""
+
+    def restore(self, prompt_ids: Sequence[int], output_ids: Sequence[int], cache: list[Any]) -> None:
+        """Go on from a cache that holds a beginning of these ids."""
 
 
 class DrawnAhead:
@@ -54,16 +64,28 @@ class DrawnAhead:
         self._n_settled -= 1
         return self._ahead.popleft()
 
-    def drop(self) -> None:
-        """Take back what was drawn ahead, before ids are injected."""
+    def force(self, ids: Sequence[int]) -> None:
+        """Append ids in place of what was drawn ahead."""
+        self._drop()
+        self._decoder.force(ids)
+        self._watch_from(self._decoder.n_output)
+
+    def rewind(self, n_output: int, sampler: Sampler | None = None) -> None:
+        """Go back to the first n_output ids of those handed out, and draw on with this sampler."""
+        self._drop()
+        self._decoder.rewind(n_output, sampler)
+        self._watch_from(n_output)
+
+    def restore(self, prompt_ids: Sequence[int], output_ids: Sequence[int], cache: list[Any]) -> None:
+        """Go on from a cache that holds a beginning of these ids."""
+        self._decoder.restore(prompt_ids, output_ids, cache)
+        self._watch_from(len(output_ids))
+
+    def _drop(self) -> None:
         if self._ahead:
             self._decoder.rewind(self._decoder.n_output - len(self._ahead))
         self._ahead.clear()
         self._n_settled = 0
-
-    def resume(self) -> None:
-        """Watch on, behind the ids that were injected."""
-        self._watch_from(self._decoder.n_output)
 
     def _watch_from(self, place: int) -> None:
         """Watch from this output place on; no banned text begins before it."""

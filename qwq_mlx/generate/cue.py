@@ -10,6 +10,7 @@ Does not: feed the ids (`decode.Decoder.force` does), or know why the answer is 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from qwq_mlx.generate.options import CUE_PATIENCE, Thinking
 from qwq_mlx.generate.trace import FinishReason
@@ -51,14 +52,15 @@ class Asking:
         return None if self._is_over or self._reason is None else (self._reason, self._asked_at)
 
     def restore(self, *, is_over: bool, pending: tuple[FinishReason, int] | None, at_once: bool) -> None:
-        """Take over what a saved run had asked for; the tokens so far were fed to `due` already. at_once: ask now."""
-        self._is_over = is_over or at_once
+        """Take over what a saved run had asked for, after `rewind` to its tokens. at_once: ask now."""
         self._reason, self._asked_at = pending or (None, 0)
-        self.due_at_once = "answered" if at_once else None
+        if at_once or is_over or self._n_tokens:  # else nothing was drawn, and a budget of 0 is due as in a new run
+            self._is_over = is_over or at_once
+            self.due_at_once = "answered" if at_once else None
 
-    def rewind(self, n_tokens: int) -> None:
-        """The output went back to its first n_tokens."""
-        self._n_tokens, self._tail = n_tokens, ""
+    def rewind(self, texts: Sequence[str]) -> None:
+        """Stand where `due` had taken these texts, and no more."""
+        self._n_tokens, self._tail = len(texts), "".join(texts[-_KEPT:])[-_KEPT:]
 
     def due(self, text: str, segment: Segment) -> FinishReason | None:
         """Take the next token's text and the part that follows it; the reason, once, where the cue belongs after it."""

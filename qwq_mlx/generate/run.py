@@ -86,13 +86,17 @@ class Run:
         self._has_failed = False
         self._needs_refill = False
         self._model_sha256 = ""
+        self._n_shown = 0  # steps handed out; an answer cue is written before its first one is
+        self._is_due = False  # what follows from the last step is still to be done
         self._iterator = self._guarded()
 
     def __iter__(self) -> Iterator[Step]:
         return self
 
     def __next__(self) -> Step:
-        return next(self._iterator)
+        step = next(self._iterator)
+        self._n_shown = step.index + 1
+        return step
 
     def stop(self) -> None:
         """End after the token under way, with finish_reason "interrupted". Safe to call from a signal handler."""
@@ -158,6 +162,8 @@ class Run:
             "nudges": self._nudges.state,
             "capacities": [layer.capacity for layer in layers],
             "finish_reason": self._finish[0] if self._finish is not None else None,
+            "n_shown": min(self._n_shown, len(steps)),
+            "is_due": self._is_due,
         }
         state["seen"], arrays = seen_state(self.setup.inspect, steps, self.setup.model.config.hidden_size)
         arrays |= {
@@ -186,24 +192,24 @@ class Run:
             text = self._written.release(token_id)
             step = self._written.add(token_id, text, logprob=logprob, entropy=entropy, is_injected=is_injected)
             self._noticed.replay(step, sees_loops=step.index < asked_at)
-            if not is_injected:
-                self._asking.due(text, self._written.segment)
         if answer_now and self._written.segment == "answer":
             raise OptionError("answer_now: the answer has begun. Resume without it, or start another run if it ended.")
         self._written.steps = with_seen(self._written.steps, state.get("seen", {}), arrays or {})
         self._injections = [Injection(**each) for each in state["injections"]]
         self._noticed.restore(state["events"])
+        self._n_shown = min(state["n_shown"], len(self._written.steps))
+        self._is_due = state["is_due"] and not answer_now
+        drawn = [step.text for step in self._written.steps if not step.is_injected]
+        self._asking.rewind(drawn[:-1] if self._is_due else drawn)  # `_follow` takes the last one
         pending = tuple(state["asking"]) if state["asking"] else None
         self._asking.restore(is_over=bool(self._injections), pending=pending, at_once=answer_now)
         self._needs_refill = bool(self._written.steps) and not layers
         if layers:
             cache = filled_cache(self.setup.model.module, layers, self.setup.plan.workload.kv_bits)
             output_ids = [step.id for step in self._written.steps]
-            self._decoder.restore(self.setup.prompt_ids, output_ids, cache)
+            self._source.restore(self.setup.prompt_ids, output_ids, cache)
             if answer_now:  # what the cache holds beyond these ids was taken off
-                self._decoder.rewind(len(output_ids))
-            if isinstance(self._source, DrawnAhead):
-                self._source.resume()
+                self._source.rewind(len(output_ids))
 
     def fork(self, *, at: int, seed: int) -> Run:
         """Another run with the first `at` output tokens of this one and draws of its own from there; no prefill.
@@ -220,6 +226,8 @@ class Run:
             "injections": [asdict(each) for each in self._injections if each.end <= at],
             "events": self._noticed.until(at),
             "asking": None,
+            "n_shown": at,
+            "is_due": not steps[at - 1].is_injected,
         }
         other.restore(state, self._decoder.cached(len(self.setup.prompt_ids) + at - 1))
         other._written.steps = steps[:at]  # with what was seen of them
@@ -244,9 +252,7 @@ class Run:
         known = (*self.setup.prompt_ids, *(step.id for step in self._written.steps if self._needs_refill))
         yield from self._decoder.prefill(known, step=self.setup.limits.prefill_step, n_cached=self._n_cached)
         if self._needs_refill:
-            self._decoder.restore(self.setup.prompt_ids, known[len(self.setup.prompt_ids) :], self._decoder.cache)
-            if isinstance(self._source, DrawnAhead):
-                self._source.resume()
+            self._source.restore(self.setup.prompt_ids, known[len(self.setup.prompt_ids) :], self._decoder.cache)
 
     def _steps(self) -> Iterator[Step]:
         mx.reset_peak_memory()
@@ -259,24 +265,32 @@ class Run:
                     return
             if self._asking.due_at_once is not None:
                 yield from self._inject(self._asking.due_at_once)
+            yield from self._written.steps[self._n_shown :]
+            yield from self._follow()
             while self._finish is None:
                 step = self._step()
+                self._is_due = True
                 yield step
-                if step.index >= len(self._written.steps):
-                    continue  # save() has gone back already
-                if self._due_nudge is not None:
-                    self._settle_nudge()
-                    continue
-                self._nudges.count(self._decoder)
-                reason = self._asking.due(step.text, self._written.segment)
-                if reason is not None and self._finish is None:
-                    yield from self._inject(reason)
+                yield from self._follow()
         except GenerationError as error:
             self._finish = ("interrupted", str(error))
             error.trace = self.trace()
             raise
         finally:
             self._peak_bytes = mx.get_peak_memory()
+
+    def _follow(self) -> Iterator[Step]:
+        """Do what follows from the last step, once: go back for a nudge, count its heat, or ask for the answer."""
+        if not self._is_due or self._finish is not None:
+            return
+        if self._due_nudge is not None:
+            self._settle_nudge()
+            return
+        self._is_due = False
+        self._nudges.count(self._decoder)
+        reason = self._asking.due(self._written.steps[-1].text, self._written.segment)
+        if reason is not None:
+            yield from self._inject(reason)
 
     def _step(self) -> Step:
         """Draw one token and take it through all stations."""
@@ -340,14 +354,10 @@ class Run:
 
     def _nudge(self, loop: Loop) -> None:
         """Go back to where the loop began and draw on with a higher temperature for a while."""
-        self._due_nudge = None
-        if isinstance(self._source, DrawnAhead):
-            self._source.drop()
-        self._decoder.rewind(loop.start, self._nudges.sampler(self._decoder.sampler))
-        if isinstance(self._source, DrawnAhead):
-            self._source.resume()
+        self._due_nudge, self._is_due = None, False
+        self._source.rewind(loop.start, self._nudges.sampler(self._decoder.sampler))
         self._written.rewind(loop.start)
-        self._asking.rewind(loop.start)
+        self._asking.rewind([step.text for step in self._written.steps])
         self._noticed.rewind(self._written.steps, start=loop.start)
 
     def _inject(self, reason: FinishReason) -> Iterator[Step]:
@@ -358,19 +368,12 @@ class Run:
         )
         if start + len(ids) >= self._n_most:
             return
-        steps = []
-        for token_id in ids:
-            text = self._written.release(token_id)
-            steps.append(self._written.add(token_id, text, logprob=None, entropy=None, is_injected=True))
-            self._noticed.scripts(text, is_final=self._finish is not None)
-            if self._written.stop_text is not None:
-                self._finish = ("stop", f"the text {self._written.stop_text!r} came")
-                break
-        if isinstance(self._source, DrawnAhead):
-            self._source.drop()
-        self._decoder.force([step.id for step in steps])
-        if isinstance(self._source, DrawnAhead):
-            self._source.resume()
+        steps = self._written.inject(ids)
+        for step in steps:
+            self._noticed.scripts(step.text, is_final=False)
+        if self._written.stop_text is not None:
+            self._finish = ("stop", f"the text {self._written.stop_text!r} came")
+        self._source.force([step.id for step in steps])
         text = "".join(step.text for step in steps)
         self._injections.append(Injection(start=start, end=start + len(steps), text=text, reason=reason))
         yield from steps

@@ -88,6 +88,15 @@ class Written:
         self.steps.append(step)
         return step
 
+    def inject(self, token_ids: Sequence[int]) -> list[Step]:
+        """Append ids that were not drawn, up to one that completes a stop text; returns their Steps."""
+        start = len(self.steps)
+        for token_id in token_ids:
+            self.add(token_id, self.release(token_id), logprob=None, entropy=None, is_injected=True)
+            if self.stop_text is not None:
+                break
+        return self.steps[start:]
+
     def _alone(self, token_id: int) -> str:
         """The text of an id by itself; bytes that are no character alone become U+FFFD."""
         return self._pieces[token_id].decode("utf-8", "replace")

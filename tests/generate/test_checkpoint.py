@@ -16,9 +16,11 @@ from qwq_mlx.errors import GenerationError, OptionError, SourceError
 from qwq_mlx.generate import checkpoint
 from qwq_mlx.generate.checkpoint import model_digest, read_checkpoint, write_checkpoint
 from qwq_mlx.generate.inspection import Inspect
+from qwq_mlx.generate.nudge import STRETCH
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.run import Run
+from qwq_mlx.generate.trace import Step
 
 pytestmark = pytest.mark.tiny
 
@@ -64,6 +66,64 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("ended_by", ["budget", "question", "loop"])
+def test_a_cut_anywhere_around_an_answer_cue_hands_out_every_step_once(
+    ended_by: str, reasoner: Reasoner, tmp_path: Path
+) -> None:
+    """Saved in the middle of a cue, its remaining Steps were lost; saved right before it, it came up to 64 tokens late;
+    saved in a prompt whose budget is 0, it came late, too."""
+    letter = next(i for i in range(reasoner.pieces.n_ids) if reasoner.pieces[i] == b"a")
+    sampling = Sampling(temperature=1.0, seed=4, logit_bias={letter: 1e4} if ended_by == "loop" else {})
+    budgets = (0, 9) if ended_by == "budget" else (None,)
+
+    def start(think_tokens: int | None) -> Run:
+        return reasoner.stream(
+            "x 数",
+            sampling=sampling,
+            limits=Limits(max_tokens=200),
+            thinking=Thinking(think_tokens=think_tokens, answer_tokens=3, on_loop="answer"),
+        )
+
+    def steps_of(run: Run, n: int | None = None) -> list[Step]:
+        steps = list[Step]()
+        while (n is None or len(steps) < n) and (step := next(run, None)) is not None:
+            steps.append(step)
+            if ended_by == "question" and step.index == 5:
+                run.answer_now()
+        return steps
+
+    for budget in budgets:
+        whole = start(budget)
+        expected = steps_of(whole)
+        (cue,) = whole.trace().injections
+        assert cue.end - cue.start > 1
+        for cut in range(max(0, cue.start - 2), cue.end + 2):
+            run = start(budget)
+            first = steps_of(run, cut)
+            run.save(tmp_path / "run")
+            resumed = reasoner.resume(tmp_path / "run")
+            assert first + list(resumed) == expected, (budget, cut)
+            assert resumed.trace().injections == whole.trace().injections
+        assert first + steps_of(run) == expected, "saving changes nothing"
+
+
+def test_a_run_cut_at_its_length_where_its_budget_ends_is_asked_when_it_goes_on(
+    reasoner: Reasoner, tmp_path: Path
+) -> None:
+    def start(n: int) -> Run:
+        return started(reasoner, "budget", n)
+
+    whole = start(120)
+    steps = list(whole)
+    place = whole.trace().injections[0].start
+    for n in (place - 1, place):
+        run = start(n)
+        first = list(run)
+        assert run.trace().finish_reason == "length"
+        run.save(tmp_path / "run")
+        assert first + list(reasoner.resume(tmp_path / "run", max_tokens=120)) == steps
+
+
 def test_a_run_cut_at_its_length_can_be_given_more(reasoner: Reasoner, tmp_path: Path) -> None:
     longer = [step.id for step in started(reasoner, "sampled", 60)]
     run = started(reasoner, "sampled", 20)
@@ -106,7 +166,9 @@ def test_a_nudged_run_is_resumed_with_its_heat(reasoner: Reasoner, tmp_path: Pat
     whole = start()
     steps = list(whole)
     n_back = next(n for n in range(1, len(steps)) if steps[n].index <= steps[n - 1].index)
-    for cut in (n_back, n_back + 5, len(steps) - 20):
+    n_cool = n_back + STRETCH  # the heat ends there
+    assert n_cool + 20 < len(steps)
+    for cut in (n_back, n_back + 5, n_cool - 1, n_cool, n_cool + 1, len(steps) - 20):
         run = start()
         first = [next(run) for _ in range(cut)]
         run.save(tmp_path / "run")
@@ -207,7 +269,7 @@ def test_every_flipped_byte_and_every_cut_is_refused(tmp_path: Path) -> None:
     ("name", "value", "message"),
     [
         ("_FORMAT", "other", "is no saved run of qwq_mlx"),
-        ("SCHEMA_VERSION", 9, "is a saved run of schema 9, expected 2"),
+        ("SCHEMA_VERSION", 9, "is a saved run of schema 9, expected 3"),
     ],
 )
 def test_other_files_and_schemas_are_refused_by_name(
