@@ -23,7 +23,7 @@ import numpy as np
 
 from qwq_mlx.errors import GenerationError, SourceError
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
-from qwq_mlx.files.header import TensorEntry, encode_header, read_header
+from qwq_mlx.files.header import Header, TensorEntry, encode_header, read_header
 from qwq_mlx.files.manifest import MANIFEST_NAME
 
 __all__ = ["SCHEMA_VERSION", "model_digest", "read_checkpoint", "write_checkpoint"]
@@ -72,10 +72,10 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], arrays: Mapping[str, 
         ) from error
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """State and arrays of a file that `write_checkpoint` wrote, every byte checked.
+def read_checkpoint(path: Path) -> tuple[Any, dict[str, mx.array]]:
+    """State and arrays of a file that `write_checkpoint` wrote, every byte checked; `saved` checks what they say.
 
-    Raises SourceError: no such file, another format or schema, or a digest that does not fit.
+    Raises SourceError: no such file, another format or schema, a digest that does not fit, or no state.
     """
     header = read_header(path)
     found = (header.metadata.get("format"), header.metadata.get("schema"))
@@ -94,8 +94,31 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     total.update(_layout(sorted(header.tensors.values(), key=lambda entry: entry.start)))
     if total.hexdigest() != header.metadata.get("sha256"):
         raise SourceError(f"{path}: the sha256 does not fit, so the file is damaged or edited. It cannot be resumed.")
+    return _loaded(path, header)
+
+
+def _loaded(path: Path, header: Header) -> tuple[Any, dict[str, mx.array]]:
+    """State and arrays of a file whose digest fits, which everybody can work out."""
+    known, entry = set(_DTYPES.values()), header.tensors.get(_STATE)
+    for each in header.tensors.values():
+        if each.dtype not in known:
+            raise SourceError(
+                f"{path}: the array {each.name} is {each.dtype}, expected one of {', '.join(sorted(known))}. "
+                "The file is edited; it cannot be resumed."
+            )
+    if entry is None or entry.dtype != _DTYPES["uint8"] or len(entry.shape) != 1:
+        found = "is missing" if entry is None else f"is {entry.dtype} {tuple(entry.shape)}"
+        raise SourceError(
+            f"{path}: the array {_STATE!r} {found}, expected U8 with one axis, the run's state as JSON. "
+            "The file is edited; it cannot be resumed."
+        )
     arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
-    return json.loads(_bytes_of(arrays.pop(_STATE))), arrays
+    try:
+        return json.loads(_bytes_of(arrays.pop(_STATE))), arrays
+    except (ValueError, RecursionError) as error:
+        raise SourceError(
+            f"{path}: the run's state is no JSON ({error}). The file is edited; it cannot be resumed."
+        ) from error
 
 
 def model_digest(folder: Path) -> str:

@@ -172,7 +172,7 @@ class Reasoner:
         room, or a logits_hook that is missing; FitError.
         """
         state, arrays = read_checkpoint(Path(path))
-        check_saved(state, self.model, inspect, path=Path(path))
+        check_saved(state, arrays, self.model, inspect, path=Path(path))
         state = opened(state, self.model, path=Path(path), answer_now=answer_now)
         sampling, limits, thinking = from_json(state["settings"], where=str(path))
         limits = raised(limits, state, max_tokens=max_tokens, context=context)

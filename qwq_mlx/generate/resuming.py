@@ -8,15 +8,16 @@ Does not: read files, or run anything (`reasoner` and `run` do).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.generate.checkpoint import model_digest
-from qwq_mlx.generate.decode import check_ids
 from qwq_mlx.generate.inspection import Inspect
 from qwq_mlx.generate.options import Limits
+from qwq_mlx.generate.saved import check_arrays, check_form
 from qwq_mlx.generate.setup import given
 from qwq_mlx.model.load import LoadedModel
 
@@ -25,9 +26,12 @@ __all__ = ["check_saved", "opened", "raised", "with_room", "within"]
 _GOES_ON = (None, "interrupted", "length", "context_full")
 
 
-def check_saved(state: dict[str, Any], model: LoadedModel, inspect: Inspect | None, *, path: Path) -> None:
-    """Raises SourceError where the run was another model's or type's, or has ids that this model has not; OptionError
-    where its logits_hook is missing."""
+def check_saved(
+    state: Any, arrays: Mapping[str, Any], model: LoadedModel, inspect: Inspect | None, *, path: Path
+) -> None:
+    """Raises SourceError where the file holds no run (see `saved`), or one of another model or type; OptionError where
+    its logits_hook is missing."""
+    check_form(state, path=path)
     if state["model_sha256"] != model_digest(model.folder):
         raise SourceError(
             f"{path}: was saved with another model than {model.folder} (their digests differ). "
@@ -38,15 +42,12 @@ def check_saved(state: dict[str, Any], model: LoadedModel, inspect: Inspect | No
             f"{path}: was computed in {state['compute_type']}, this model computes in {model.compute_type}. "
             f"Load it with compute_type={state['compute_type']!r}."
         )
-    try:
-        check_ids([*state["prompt_ids"], *(step[0] for step in state["steps"])], model.tokenizer.n_ids)
-    except OptionError as error:
-        raise SourceError(f"{path}: {error} The file is edited; it cannot be resumed.") from error
     if state["settings"].get("logits_hook") and (inspect is None or inspect.logits_hook is None):
         raise OptionError(
             f"{path}: the run had a logits_hook, which no file can hold. Give it again: "
             "resume(..., inspect=Inspect(logits_hook=...))."
         )
+    check_arrays(state, arrays, model, path=path)
 
 
 def opened(state: dict[str, Any], model: LoadedModel, *, path: Path, answer_now: bool) -> dict[str, Any]:
