@@ -8,13 +8,13 @@ Does not: decide how many bits are worth it (the caller does; scripts/measure_kv
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from qwq_mlx.model.activations import n_positions
+from qwq_mlx.model.attention import quantized_cache_class
 from qwq_mlx.model.load import import_mlx_lm
 from qwq_mlx.model.memory import KV_GROUP
 
@@ -36,31 +36,7 @@ def new_cache(module: Any, kv_bits: int | None = None) -> list[Any]:
     cache: list[Any] = home.make_prompt_cache(module)
     if kv_bits is None:
         return cache
-    return [_whole_quantized_cache()(group_size=KV_GROUP, bits=kv_bits) for _ in cache]
-
-
-@functools.cache
-def _whole_quantized_cache() -> type:
-    """mlx_lm's quantized layer, but attention reads all of its room, and a mask leaves out what is not filled.
-
-    mlx_lm hands out the filled part, a slice with gaps between the heads; on CUDA MLX 0.32.4 has no quantized_matmul
-    for that ("No implementation for problem shape"). What is masked weighs exactly 0, and is at most 255 positions.
-    """
-    home = import_mlx_lm("mlx_lm.models.cache")
-
-    class WholeQuantizedCache(home.QuantizedKVCache):  # type: ignore[misc, name-defined]
-        def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-            grow([self], keys.shape[2])
-            super().update_and_fetch(keys, values)
-            return self.keys, self.values
-
-        def make_mask(self, n_ids: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-            room = n_positions(self.offset + n_ids)
-            if self.keys is not None:
-                room = max(room, self.keys[0].shape[2])
-            return mx.arange(room) <= mx.arange(self.offset, self.offset + n_ids)[:, None]
-
-    return WholeQuantizedCache
+    return [quantized_cache_class()(group_size=KV_GROUP, bits=kv_bits) for _ in cache]
 
 
 def grow(cache: Sequence[Any], n_ids: int) -> None:

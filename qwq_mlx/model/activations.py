@@ -10,9 +10,8 @@ keys, C the context:
                 and scores share one buffer; their mask, a byte each; 2 S I, for swiglu writes over its gate; 13 S H, of
                 which 7.5 are float32 whatever the compute type (rotary embedding), as are the angles of one head,
                 twice, and, where the compute type is another, S K
-    quantized   on the CPU, besides, one layer's cache once for every query head of a key head: MLX's quantized_matmul
-                copies what it broadcasts; one of the 13 S H is gone by then. On Metal it reads them in place, and
-                scores are counted 1.5 times, which is a guess
+    quantized   all the room of the cache is seen, whole blocks of positions. On Metal scores are counted 1.5 times,
+                which is a guess
     growth      before a pass, a layer's old keys, or values, beside the new ones: half a layer's cache
 
 The factors for the CPU come from doubling each size in turn (MLX 0.32.4, 4 to 8 heads, 1 to 4 key heads, 64 to 256
@@ -58,40 +57,30 @@ def pass_bytes(
     float_bytes: int,
     is_quantized: bool,
     layer_bytes: int,
-    on_cpu: bool,
+    backend: str,
 ) -> int:
     """Intermediates of n_ids that attend to at most context positions.
 
-    float_bytes: of the compute type. layer_bytes: one layer's keys and values of one position.
+    float_bytes: of the compute type. layer_bytes: one layer's keys and values of one position. backend: "metal",
+    "cuda" or "cpu".
     """
-    if on_cpu or is_quantized:
-        held = _unfused_bytes(config, n_ids, context, float_bytes, is_quantized, layer_bytes, on_cpu)
+    if backend == "cpu" or is_quantized:
+        n_seen = n_positions(context) if is_quantized else context  # attention reads all the room of such a cache
+        held = _unfused_bytes(config, n_ids, n_seen, float_bytes, backend)
     else:
         held = (3 * n_ids * config.intermediate_size + 9 * n_ids * config.hidden_size) * float_bytes
     n_before_growth = n_positions(context) - CACHE_STEP
     return max(held, n_before_growth * layer_bytes // 2)  # keys grow, then values, before a pass
 
 
-def _unfused_bytes(
-    config: Qwen2Config,
-    n_ids: int,
-    context: int,
-    float_bytes: int,
-    is_quantized: bool,
-    layer_bytes: int,
-    on_cpu: bool,
-) -> int:
-    n_heads, n_kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if is_quantized:
-        context = n_positions(context)  # attention reads all of its room
-    scores = n_heads * n_ids * context * float_bytes
-    if not on_cpu:
+def _unfused_bytes(config: Qwen2Config, n_ids: int, n_seen: int, float_bytes: int, backend: str) -> int:
+    scores = config.num_attention_heads * n_ids * n_seen * float_bytes
+    if backend == "metal":
         scores = scores * 3 // 2
-    n_mixed = 4.5 if is_quantized else 5.5
-    hidden = int(n_ids * config.hidden_size * (n_mixed * float_bytes + 7.5 * _ROTARY_BYTES))
+    hidden = int(n_ids * config.hidden_size * (5.5 * float_bytes + 7.5 * _ROTARY_BYTES))
     angles = 2 * n_ids * config.head_dim * _ROTARY_BYTES
-    keys = n_ids * n_kv_heads * config.head_dim * _ROTARY_BYTES if float_bytes != _ROTARY_BYTES else 0
+    width = config.num_key_value_heads * config.head_dim
+    keys = n_ids * width * _ROTARY_BYTES if float_bytes != _ROTARY_BYTES else 0
     gate = 2 * n_ids * config.intermediate_size * float_bytes
-    copied = n_heads // n_kv_heads * layer_bytes * context if on_cpu and is_quantized else 0
-    mask = n_ids * context
-    return scores + mask + hidden + angles + keys + gate + copied
+    mask = n_ids * n_seen
+    return scores + mask + hidden + angles + keys + gate

@@ -33,7 +33,7 @@ def bytes_of_pass(config: Qwen2Config, workload: Workload, n_ids: int, context: 
         float_bytes=float_bytes,
         is_quantized=workload.kv_bits is not None,
         layer_bytes=kv_bytes_per_token(config, workload.kv_bits, float_bytes) // config.num_hidden_layers,
-        on_cpu=backend == "cpu",
+        backend=backend,
     )
 
 
