@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
+from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, QwqError
 from qwq_mlx.generate.flags import add_limits, add_sampling
 from qwq_mlx.generate.interruption import Interruption, silence
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
@@ -88,7 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="on stderr only errors, and the end of a run that did not end by itself")
     add = parser.add_argument_group("many questions").add_argument
     add("--input", metavar="FILE", help='JSON lines of {"question" or "messages", "id", "expected"}')
-    add("--output", metavar="FILE", help="their traces, a line each; where it has some, the rest is answered")
+    add(
+        "--output",
+        metavar="FILE",
+        help="their traces, a line each; where it has some, the rest is answered, and what ran out of memory",
+    )
     add_limits(parser.add_argument_group("where it ends").add_argument)
     add_sampling(
         parser.add_argument_group("how ids are drawn (default: the model's generation_config.json)").add_argument
@@ -198,7 +202,11 @@ def _batch(options: argparse.Namespace, asked: _Asked, interruption: Interruptio
         _note(f"interrupted: {stand.n_done:,} of {stand.n_total:,} are in {options.output}; run it again to go on")
         return interruption.exit_code
     if stand.n_failed:
-        return _complain(f"{options.output}: {stand.n_failed:,} questions were not answered; see their 'error'.", 1)
+        text = f"{options.output}: {stand.n_failed:,} questions were not answered; see their 'error'."
+        if not stand.n_out_of_memory:
+            return _complain(text, 1)
+        text += f" Memory ran out in {stand.n_out_of_memory:,}: make room and run it again, which tries those again."
+        return _complain(text, OutOfMemoryError.exit_code)
     return 0
 
 

@@ -1,8 +1,10 @@
 """A file of questions becomes a file of traces, one question at a time, and goes on by itself where it was cut off.
 
 Question i is drawn with a seed made from the batch's seed and i alone, so an interrupted file that was finished later
-is, but for "measured", byte for byte the file of one unbroken run. A line that is there is never written again, and one
-that depends on something else (weights, settings, seed, the question's own text) is refused instead of mixed with.
+is, but for "measured", byte for byte the file of one unbroken run. A line that is there is never written again, but
+where memory ran out, which is no answer: the next run tries that question again, and the others are not held up by it.
+A line that depends on something else (weights, settings, seed, the question's own text) is refused instead of mixed
+with.
 
 Does not: run questions side by side, or compare answers with what was expected.
 """
@@ -13,11 +15,11 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwq_mlx.errors import GenerationError, OptionError, PromptError, TemplateLimitError
+from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, TemplateLimitError
 from qwq_mlx.generate.checkpoint import model_digest
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.questions import Question
@@ -35,13 +37,15 @@ _TICK_S = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stand:
-    """Where a batch stands. n_done: lines in the file, of n_total; n_before: of them from earlier runs; n_failed: of
-    them with an error. n_tokens, seconds: of this run. last: the line just written, None before and between."""
+    """Where a batch stands. n_done: lines in the file, of n_total, but for those to be tried again; n_before: of them
+    from earlier runs; n_failed: of them with an error; n_out_of_memory: of those, what the next run tries again.
+    n_tokens, seconds: of this run. last: the line just written, None before and between."""
 
     n_done: int
     n_total: int
     n_before: int
     n_failed: int
+    n_out_of_memory: int
     n_tokens: int
     seconds: float
     last: dict[str, Any] | None
@@ -83,6 +87,7 @@ class Batch:
         self._progress: Callable[[Stand], None] | None = None
         self._started_s = self._told_s = 0.0
         self._n_before = self._n_tokens = 0
+        self._waiting: set[int] = set()
         self.is_stopped = False
         self._check()
 
@@ -96,17 +101,22 @@ class Batch:
         """Answer what is not answered yet; progress is told before the first question, after each, and meanwhile.
 
         A question that cannot be answered (too long for the context, logits that are not finite) gets a line with its
-        "error". Raises GenerationError where the disk does not take a line, TemplateLimitError where an unknown chat
-        template took too long; the lines before are whole.
+        "error", and so does one in which memory ran out; those of an earlier run are tried again first. Raises
+        GenerationError where the disk does not take a line, TemplateLimitError where an unknown chat template took too
+        long; the lines before are whole.
         """
-        self._started_s, self._n_before = time.perf_counter(), len(self._results.lines)
+        lines = self._results.lines
+        self._waiting = {line["index"] for line in lines if _ran_out(line)}
+        self._started_s, self._n_before = time.perf_counter(), len(lines) - len(self._waiting)
         self._n_tokens, self._progress = 0, progress
         stand = self._tell(0)
-        for question in self._questions[self._n_before :]:
+        again = [self._questions[index] for index in sorted(self._waiting)]
+        for question in [*again, *self._questions[len(lines) :]]:
             line = None if self.is_stopped else self._answered(question)
             if line is None:
                 break
-            self._results.append(line)
+            self._results.write(line)
+            self._waiting.discard(question.index)
             self._n_tokens += len(line["trace"]["ids"]) if "trace" in line else 0
             stand = self._tell(0, line)
         return stand
@@ -118,11 +128,13 @@ class Batch:
 
     def _tell(self, n_now: int, last: dict[str, Any] | None = None) -> Stand:
         lines, self._told_s = self._results.lines, time.perf_counter()
+        done = [line for line in lines if line["index"] not in self._waiting]
         stand = Stand(
-            n_done=len(lines),
+            n_done=len(done),
             n_total=len(self._questions),
             n_before=self._n_before,
-            n_failed=sum("error" in line for line in lines),
+            n_failed=sum("error" in line for line in done),
+            n_out_of_memory=sum(_ran_out(line) for line in done),
             n_tokens=self._n_tokens + n_now,
             seconds=self._told_s - self._started_s,
             last=last,
@@ -157,9 +169,9 @@ class Batch:
         except TemplateLimitError:
             raise  # the machine's fault, not the question's: it must not be written down as its answer
         except PromptError as error:
-            return {**head, "error": str(error)}
+            return {**head, "error": str(error), "error_type": type(error).__name__}
         except GenerationError as error:
-            failed = {**head, "error": str(error)}
+            failed = {**head, "error": str(error), "error_type": type(error).__name__}
             return result_line(failed, error.trace) if isinstance(error.trace, Trace) else failed
         finally:
             self._run = None
@@ -190,6 +202,10 @@ class Batch:
 def question_seed(seed: int, index: int) -> int:
     """The seed of question `index`: 32 bits of a sha256 of both, so neighbouring batches share no stream."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:4], "big")
+
+
+def _ran_out(line: Mapping[str, Any]) -> bool:
+    return line.get("error_type") == OutOfMemoryError.__name__
 
 
 def _seed_of(results: Results) -> int:

@@ -13,21 +13,32 @@ from qwq_mlx.generate.seen import hidden_rows
 from qwq_mlx.generate.setup import Setup
 from qwq_mlx.generate.trace import FinishReason, Injection, Timings, Trace
 from qwq_mlx.generate.written import Written
+from qwq_mlx.model.advice import lighter
 
 __all__ = ["failure_of", "trace_of"]
 
 
-def failure_of(error: Exception, trace: Trace, *, planned_bytes: int) -> GenerationError:
+def failure_of(error: Exception, trace: Trace, setup: Setup) -> GenerationError:
     """What MLX raised in mid-run as an error that has the trace: OutOfMemoryError where an allocation failed."""
     said = f"{type(error).__name__}: {error}"
     where, kept = f"Step {len(trace.ids):,}:", "What was written until then is in the trace."
     if not OutOfMemoryError.is_meant_by(error):
         return GenerationError(f"{where} MLX could not go on ({said}). {kept}", trace=trace)
     return OutOfMemoryError(
-        f"{where} memory ran out ({said}), though {planned_bytes / 1e9:,.2f} GB were planned and there. End what else "
-        f"takes memory, or start with a smaller --context, --prefill-step 256 or --kv-bits 8. {kept}",
+        f"{where} memory ran out ({said}), though {setup.plan.peak_bytes / 1e9:,.2f} GB were planned and there. End "
+        f"what else takes memory, or start with {_less(setup)}. {kept}",
         trace=trace,
     )
+
+
+def _less(setup: Setup) -> str:
+    """Flags of a run that needs less memory; only those that would be taken."""
+    asked = setup.plan.workload
+    lighter_ones = [each for _, each in lighter(setup.model.config, asked)]
+    flags = ["a smaller --context"]
+    flags += [f"--prefill-step {each.prefill_step}" for each in lighter_ones if each.kv_bits == asked.kv_bits]
+    flags += [f"--kv-bits {each.kv_bits}" for each in lighter_ones if each.kv_bits != asked.kv_bits][:1]
+    return " or ".join(flags)
 
 
 def trace_of(

@@ -1,10 +1,12 @@
 """The file that a batch writes: one JSON line a question, in order, each on the disk before the next is begun.
 
     {"index": 0, "id": "r1", "expected": "3", "question_sha256": "...", "run": {...}, "trace": {...}, "measured": {...}}
-    {"index": 1, "id": 1, "expected": null, "question_sha256": "...", "run": {...}, "error": "The prompt is ..."}
+    {"index": 1, "id": 1, "expected": null, "question_sha256": "...", "run": {...}, "error": "The prompt is ...",
+     "error_type": "PromptError"}
 
 A line counts once it ends in its newline. A process that is killed leaves at most one torn line, the last, which the
-next process cuts off; a line before it that cannot be read is damage and refused. "run" says what the line depends on
+next process cuts off; a line before it that cannot be read is damage and refused. A line is written again only where
+its question was tried again, by one rename of the whole file. "run" says what the line depends on
 besides its question; "measured" (times, memory) is the only part that two runs of the same need not share.
 
 Does not: run anything (`batch` does).
@@ -15,6 +17,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,7 +44,15 @@ class Results:
         self.lines: list[dict[str, Any]] = []
         self._lock = FolderLock(path)
         self._fd = -1
-        self._size = 0
+        self._ends: list[int] = []
+
+    @property
+    def _size(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def _temporary(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.again")
 
     def __enter__(self) -> Results:
         if not self.path.parent.is_dir():
@@ -53,7 +64,8 @@ class Results:
                 raise OSError(errno.EINVAL, "it is no regular file")  # a device or pipe would be read without end
             for line, end in _lines(self.path):
                 self.lines.append(_slim(line))
-                self._size = end
+                self._ends.append(end)
+            self._temporary.unlink(missing_ok=True)  # of a process that was killed
             os.ftruncate(self._fd, self._size)
             fsync_folder(self.path.parent)
         except OSError as error:
@@ -72,25 +84,56 @@ class Results:
             self._fd = -1
         self._lock.__exit__(None, None, None)
 
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Write one line; on return it is on the disk.
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Write one line, the next or one that is there already; on return it is on the disk.
 
-        Raises GenerationError where the disk does not take it; the file then ends with the line before.
+        Raises GenerationError where the disk does not take it; the file is then as it was before.
         """
         data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        is_next = line["index"] == len(self.lines)
+        try:
+            (self._append if is_next else self._replace)(data, line["index"])
+        except OSError as error:
+            raise GenerationError(
+                f"{self.path}: line {line['index'] + 1:,} cannot be written ({error.strerror}); the lines before it "
+                "are whole. Make room and run the same command again."
+            ) from error
+        self.lines[line["index"] :] = [_slim(line), *self.lines[line["index"] + 1 :]]
+
+    def _append(self, data: bytes, _: int) -> None:
         try:
             done = 0
             while done < len(data):
                 done += os.pwrite(self._fd, data[done:], self._size + done)
             fsync_file(self._fd)
-        except OSError as error:
+        except OSError:
             os.ftruncate(self._fd, self._size)
-            raise GenerationError(
-                f"{self.path}: line {len(self.lines) + 1:,} cannot be written ({error.strerror}); the lines before it "
-                "are whole. Make room and run the same command again."
-            ) from error
-        self._size += len(data)
-        self.lines.append(_slim(line))
+            raise
+        self._ends.append(self._size + len(data))
+
+    def _replace(self, data: bytes, index: int) -> None:
+        """A copy of the file with another line takes its name, so at every moment there is one whole file."""
+        start, end = ([0, *self._ends][index], self._ends[index])
+        fd = -1
+        try:
+            with self.path.open("rb") as old, self._temporary.open("wb") as new:
+                new.write(old.read(start))
+                new.write(data)
+                old.seek(end)
+                shutil.copyfileobj(old, new)
+                new.flush()
+                fsync_file(new.fileno())
+            fd = os.open(self._temporary, os.O_RDWR | os.O_CLOEXEC)
+            self._temporary.replace(self.path)
+        except OSError:
+            if fd >= 0:
+                os.close(fd)
+            self._temporary.unlink(missing_ok=True)
+            raise
+        os.close(self._fd)
+        self._fd = fd
+        fsync_folder(self.path.parent)
+        self._ends = self._ends[:index] + [each + start + len(data) - end for each in self._ends[index:]]
 
 
 def result_line(head: Mapping[str, Any], trace: Trace) -> dict[str, Any]:

@@ -245,7 +245,7 @@ class Run:
         except (RuntimeError, MemoryError) as error:
             self._has_failed = True
             self._finish = ("interrupted", f"MLX failed: {error}")
-            raise failure_of(error, self.trace(), planned_bytes=self.setup.plan.peak_bytes) from error
+            raise failure_of(error, self.trace(), self.setup) from error
 
     def _prefill(self) -> Iterator[int]:
         """Feed what the cache does not hold: the prompt, or after a failure everything there is."""

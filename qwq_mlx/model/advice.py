@@ -8,13 +8,13 @@ Does not: apply anything, or promise quality.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.memory import MemoryPlan, ModelShape, Workload, can_quantize, metal_limit_bytes, plan_memory
 
-__all__ = ["MACS_GIB", "SMALL_STEP", "Change", "cheapest_change", "table_of_macs"]
+__all__ = ["MACS_GIB", "SMALL_STEP", "Change", "cheapest_change", "lighter", "table_of_macs"]
 
 MACS_GIB = (16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 SMALL_STEP = 256
@@ -33,8 +33,7 @@ def cheapest_change(model: ModelShape | ModelFolder, plan: MemoryPlan) -> Change
     """The first change after which the plan fits its limit; None where it fits already, or nothing helps."""
     if plan.fits:
         return None
-    has_quantized = can_quantize(model.config) and plan.workload.n_sequences == 1
-    candidates = list(_candidates(plan.workload, has_quantized=has_quantized))
+    candidates = lighter(model.config, plan.workload)
     if plan.largest_context > 0:
         shorter = replace(plan.workload, context=plan.largest_context)
         candidates.append((f"a context of {plan.largest_context:,}", shorter))
@@ -47,13 +46,18 @@ def cheapest_change(model: ModelShape | ModelFolder, plan: MemoryPlan) -> Change
     return None
 
 
-def _candidates(asked: Workload, *, has_quantized: bool) -> Iterator[tuple[str, Workload]]:
+def lighter(config: Qwen2Config, asked: Workload) -> list[tuple[str, Workload]]:
+    """Workloads of the same context that need less and are not refused, the cheapest first, each with its text."""
     step = min(SMALL_STEP, asked.prefill_step)
+    found = []
     if step < asked.prefill_step:
-        yield f"prefill passes of {step} ids", replace(asked, prefill_step=step)
+        found.append((f"prefill passes of {step} ids", replace(asked, prefill_step=step)))
+    has_quantized = can_quantize(config) and asked.n_sequences == 1
     for bits in (8, 4) if has_quantized else ():
         if asked.kv_bits is None or bits < asked.kv_bits:
-            yield f"{bits}-bit cache, prefill passes of {step} ids", replace(asked, prefill_step=step, kv_bits=bits)
+            text = f"{bits}-bit cache, prefill passes of {step} ids"
+            found.append((text, replace(asked, prefill_step=step, kv_bits=bits)))
+    return found
 
 
 def table_of_macs(

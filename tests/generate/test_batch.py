@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -276,8 +277,155 @@ def test_logits_that_are_not_finite_fail_their_question_alone(
     stand = answered(reasoner, whole / "in.jsonl", tmp_path / "out")
     assert (stand.n_done, stand.n_failed) == (5, 2)
     lines, expected = compared(tmp_path / "out"), compared(whole / "out.jsonl")
-    assert lines[1]["error"] == "Step 0: NaN" and lines[1]["trace"]["ids"] == []
+    assert lines[1]["error"] == "Step 0: NaN" and lines[1]["error_type"] == "GenerationError"
+    assert lines[1]["trace"]["ids"] == []
+    good = (tmp_path / "out").read_bytes()
+    monkeypatch.undo()
+    assert answered(reasoner, whole / "in.jsonl", tmp_path / "out").n_failed == 2
+    assert (tmp_path / "out").read_bytes() == good, "only what memory ran out in is tried again"
     assert lines[:1] + lines[2:] == expected[:1] + expected[2:]
+
+
+@pytest.fixture
+def short_of_memory(reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
+    """Which questions, by their place among those asked from now on, memory runs out in at their third pass."""
+    module, real = type(reasoner.model.module), type(reasoner.model.module).__call__
+    real_stream, short, state = reasoner.stream, set(), {"question": -1, "pass": 0}
+
+    def stream(*given: Any, **options: Any) -> Any:
+        state["question"], state["pass"] = state["question"] + 1, 0
+        return real_stream(*given, **options)
+
+    def call(*given: Any, **options: Any) -> Any:
+        state["pass"] += 1
+        if state["question"] in short and state["pass"] == 3:
+            raise RuntimeError("[malloc] Unable to allocate 1048576 bytes.")
+        return real(*given, **options)
+
+    monkeypatch.setattr(module, "__call__", call)
+    monkeypatch.setattr(reasoner, "stream", stream)
+
+    def let_run_out(questions: set[int]) -> None:
+        state["question"] = -1
+        short.clear()
+        short.update(questions)
+
+    return let_run_out
+
+
+def test_what_memory_ran_out_in_is_tried_again_by_the_next_run(
+    whole: Path, reasoner: Reasoner, tmp_path: Path, short_of_memory: Callable[[set[int]], None]
+) -> None:
+    """It was written down as its answer, for ever; the others go on meanwhile."""
+    output, expected = tmp_path / "out", compared(whole / "out.jsonl")
+    short_of_memory({0, 4})
+    stand = answered(reasoner, whole / "in.jsonl", output)
+    assert (stand.n_done, stand.n_failed, stand.n_out_of_memory) == (5, 3, 2)
+    lines = compared(output)
+    assert lines[1:4] == expected[1:4]
+    for index in (0, 4):
+        assert "memory ran out" in lines[index]["error"] and lines[index]["error_type"] == "OutOfMemoryError"
+        assert len(lines[index]["trace"]["ids"]) < 6
+    short_of_memory({1})  # the second that is asked: question 4 again
+    stand = answered(reasoner, whole / "in.jsonl", output)
+    assert (stand.n_before, stand.n_done, stand.n_failed, stand.n_out_of_memory) == (3, 5, 2, 1)
+    assert compared(output)[:4] == expected[:4]
+    assert compared(output)[4]["error_type"] == "OutOfMemoryError"
+    short_of_memory(set())
+    stand = answered(reasoner, whole / "in.jsonl", output)
+    assert (stand.n_before, stand.n_done, stand.n_failed, stand.n_out_of_memory) == (4, 5, 1, 0)
+    assert compared(output) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_question_that_is_tried_again_may_be_interrupted(
+    whole: Path, reasoner: Reasoner, tmp_path: Path, short_of_memory: Callable[[set[int]], None]
+) -> None:
+    output = tmp_path / "out"
+    short_of_memory({1})
+    answered(reasoner, whole / "in.jsonl", output, stop_after=3)
+    before = output.read_bytes()
+    short_of_memory(set())
+    stand = answered(reasoner, whole / "in.jsonl", output, stop_after=2)  # at once: two of the three lines count
+    assert (stand.n_done, stand.n_failed) == (2, 0) and output.read_bytes() == before
+    stand = answered(reasoner, whole / "in.jsonl", output, stop_after=3)
+    assert compared(output) == compared(whole / "out.jsonl")[:3], "the one tried again comes first"
+    answered(reasoner, whole / "in.jsonl", output)
+    assert compared(output) == compared(whole / "out.jsonl")
+
+
+@pytest.mark.parametrize("broken", ["open", "write", "replace"])
+def test_a_line_that_cannot_be_written_again_leaves_the_file_as_it_was(
+    broken: str,
+    whole: Path,
+    reasoner: Reasoner,
+    tmp_path: Path,
+    short_of_memory: Callable[[set[int]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    short_of_memory({2})
+    answered(reasoner, whole / "in.jsonl", output)
+    before = output.read_bytes()
+    short_of_memory(set())
+
+    def full(*given: Any, **options: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        owner, name = {
+            "open": (results_module.Path, "open"),
+            "write": (results_module.shutil, "copyfileobj"),
+            "replace": (results_module.Path, "replace"),
+        }[broken]
+        with Results(output) as results:
+            batch = Batch(
+                reasoner,
+                read_questions(whole / "in.jsonl"),
+                results,
+                sampling=Sampling(temperature=1.0, seed=5),
+                limits=Limits(max_tokens=6),
+                thinking=Thinking(),
+            )
+            patched.setattr(owner, name, full)
+            with pytest.raises(GenerationError, match=r"line 3 cannot be written \(No space left on device\)"):
+                batch.work()
+            patched.undo()
+            short_of_memory(set())
+            assert output.read_bytes() == before
+            assert batch.work().n_out_of_memory == 0, "the file is still held, and takes the line now"
+    assert compared(output) == compared(whole / "out.jsonl")
+
+
+def test_what_a_kill_left_of_a_line_tried_again_is_removed(whole: Path, tmp_path: Path) -> None:
+    output, left = tmp_path / "out", tmp_path / ".out.again"
+    output.write_bytes((whole / "out.jsonl").read_bytes())
+    left.write_bytes(b"half a file")
+    with Results(output) as results:
+        assert len(results.lines) == 5
+    assert not left.exists()
+    assert output.read_bytes() == (whole / "out.jsonl").read_bytes()
+
+
+def test_the_command_ends_with_5_where_memory_ran_out_and_says_what_to_do(
+    whole: Path,
+    reasoner: Reasoner,
+    tmp_path: Path,
+    short_of_memory: Callable[[set[int]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    short_of_memory({1})
+    monkeypatch.setattr(command, "_load", lambda *_: reasoner)
+    given = f"--input {whole / 'in.jsonl'} --output {tmp_path / 'out'} --seed 5 --temp 1 --max-tokens 6"
+    assert command.main(given.split()) == 5
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {tmp_path / 'out'}: 2 questions were not answered; see their 'error'. Memory ran out in 1: make room "
+        "and run it again, which tries those again."
+    )
+    short_of_memory(set())
+    assert command.main(given.split()) == 1, "the other one is too long for the context"
+    assert "Memory" not in capsys.readouterr().err
 
 
 def test_a_template_that_a_busy_machine_slows_down_is_no_answer(
@@ -301,12 +449,21 @@ def test_a_template_that_a_busy_machine_slows_down_is_no_answer(
 
 
 def test_the_bar_says_how_fast_and_how_long() -> None:
-    stand = Stand(n_done=6, n_total=10, n_before=2, n_failed=1, n_tokens=800, seconds=20.0, last=None)
+    stand = Stand(
+        n_done=6, n_total=10, n_before=2, n_failed=1, n_out_of_memory=0, n_tokens=800, seconds=20.0, last=None
+    )
     assert batch_bar(stand) == "[############........] 6 of 10 questions, 1 failed, 40.0 tok/s, 0:20 left"
-    start = Stand(n_done=2, n_total=10, n_before=2, n_failed=0, n_tokens=0, seconds=0.0, last=None)
+    start = Stand(n_done=2, n_total=10, n_before=2, n_failed=0, n_out_of_memory=0, n_tokens=0, seconds=0.0, last=None)
     assert batch_bar(start) == "[####................] 2 of 10 questions"
     slow = Stand(
-        n_done=1, n_total=9, n_before=0, n_failed=0, n_tokens=9, seconds=900, last={"id": 4, "error": "It broke."}
+        n_done=1,
+        n_total=9,
+        n_before=0,
+        n_failed=0,
+        n_out_of_memory=0,
+        n_tokens=9,
+        seconds=900,
+        last={"id": 4, "error": "It broke."},
     )
     assert batch_line(slow).startswith("4: It broke.; [##") and batch_line(slow).endswith("2:00:00 left")
 

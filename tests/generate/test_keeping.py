@@ -23,6 +23,7 @@ from qwq_mlx.errors import ConversionError, GenerationError, OptionError, OutOfM
 from qwq_mlx.generate import __main__ as command
 from qwq_mlx.generate import checkpoint, keeping
 from qwq_mlx.generate.checkpoint import read_checkpoint
+from qwq_mlx.generate.ended import failure_of
 from qwq_mlx.generate.keeping import Keeper
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.reasoner import Reasoner, load
@@ -256,6 +257,25 @@ def test_a_failure_at_any_allocation_keeps_the_trace_and_can_be_resumed(
         assert [*trace.ids, *ids(reasoner.resume(tmp_path / "run"))] == whole, number
     failing.fails_at = 0
     assert ids(started(reasoner, 6, prefill_step=32)) == whole, "the model is as good as before"
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "advice"),
+    [
+        ("reasoner", {}, "a smaller --context or --prefill-step 256"),  # its heads are too narrow for kv_bits
+        ("reasoner", {"prefill_step": 256}, "a smaller --context"),
+        ("wide", {}, "a smaller --context or --prefill-step 256 or --kv-bits 8"),
+        ("wide", {"prefill_step": 64, "kv_bits": 8}, "a smaller --context or --kv-bits 4"),
+        ("wide", {"prefill_step": 64, "kv_bits": 4}, "a smaller --context"),
+    ],
+)
+def test_only_what_would_be_taken_is_advised(
+    name: str, limits: dict[str, Any], advice: str, request: pytest.FixtureRequest
+) -> None:
+    """--kv-bits 8 was advised where it is refused, and where it is given already."""
+    run = started(request.getfixturevalue(name), 6, **limits)
+    error = failure_of(RuntimeError("[malloc] Unable to allocate 8 bytes."), run.trace(), run.setup)
+    assert f"End what else takes memory, or start with {advice}. What was written" in str(error)
 
 
 def test_a_refilled_run_with_banned_texts_goes_on_without_them(
