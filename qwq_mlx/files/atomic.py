@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import sys
@@ -24,6 +23,8 @@ __all__ = ["fsync_file", "fsync_folder", "publish", "replaced_path", "write_file
 def fsync_file(fd: int) -> None:
     """Return when the file's bytes are on the disk itself. Raises OSError."""
     if sys.platform == "darwin":
+        import fcntl  # Windows has none, and plans (python -m qwq_mlx.fit) are made there too
+
         with contextlib.suppress(OSError):  # network and FAT volumes have no F_FULLFSYNC; fsync is the best they offer
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
             return

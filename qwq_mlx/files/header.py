@@ -22,6 +22,7 @@ from pathlib import Path
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.header_json import DTYPE_BYTES, MAX_HEADER_BYTES, METADATA, TensorEntry, parse_header
+from qwq_mlx.files.reading import open_to_read, read_at
 
 __all__ = [
     "DTYPE_BYTES",
@@ -58,7 +59,7 @@ def read_header(path: Path) -> Header:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise SourceError(f"{path}: is {_kind(status.st_mode)}, expected a safetensors file. {_AGAIN}")
-        return read_header_by(lambda start, n_bytes: os.pread(fd, n_bytes, start), path, status.st_size)
+        return read_header_by(lambda start, n_bytes: read_at(fd, n_bytes, start), path, status.st_size)
     finally:
         os.close(fd)
 
@@ -120,9 +121,8 @@ def encode_header(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | 
 
 
 def _open(path: Path) -> int:
-    """Open without waiting: a FIFO would otherwise block for ever."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open_to_read(path)
     except OSError as error:
         raise SourceError(
             f"{path}: cannot be opened ({error.strerror}). Check that it exists and is readable."

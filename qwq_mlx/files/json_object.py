@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.header import recognise
+from qwq_mlx.files.reading import open_to_read, read_at
 
 __all__ = ["read_json_object"]
 
@@ -41,7 +42,7 @@ def read_json_object(path: Path, *, limit_bytes: int, advice: str) -> dict[str, 
 
 def _read(path: Path, limit_bytes: int, advice: str) -> bytes:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_to_read(path)
     except FileNotFoundError as error:
         raise SourceError(f"{path}: there is no such file. {advice}") from error
     except OSError as error:
@@ -52,7 +53,7 @@ def _read(path: Path, limit_bytes: int, advice: str) -> bytes:
             raise SourceError(f"{path}: is not a regular file, expected JSON. {advice}")
         if status.st_size > limit_bytes:
             raise SourceError(f"{path}: has {status.st_size:,} bytes, expected at most {limit_bytes:,}. {advice}")
-        return os.pread(fd, status.st_size, 0)
+        return read_at(fd, status.st_size, 0)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}). {advice}") from error
     finally:

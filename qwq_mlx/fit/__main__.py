@@ -121,7 +121,8 @@ def _report(options: argparse.Namespace) -> str:
     change = cheapest_change(model, plan)
     if options.json:
         return json.dumps(_as_json(plan, options.draft) | {"model": name, "change": change and change.text})
-    lines = [name, plan.arithmetic(), f"largest context that fits: {plan.largest_context:,}"]
+    lines = [name, plan.arithmetic(), f"what binds: {plan.binds}"]
+    lines.append(f"largest context that fits: {plan.largest_context:,}")
     if not plan.fits:
         lines.append(
             f"the least that would fit: {change.text if change else 'nothing; take fewer bits or more memory'}"

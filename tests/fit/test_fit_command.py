@@ -85,6 +85,7 @@ def test_the_text_shows_the_arithmetic_and_the_table(capsys: pytest.CaptureFixtu
     for text in (
         "QwQ-32B-Preview, 4-bit weights, group 64",
         "does not fit, metal",
+        "\nwhat binds: weights\n",
         f"largest context that fits: {largest:,}",
         "the least that would fit: 4-bit cache",
         "512 GiB",
@@ -143,6 +144,28 @@ def test_wrong_use_ends_with_one_line(
     assert "Traceback" not in err
 
 
+def in_process(script: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    return done.stdout
+
+
+def test_a_plan_needs_nothing_that_only_posix_has(tiny_checkpoint: Path) -> None:
+    """Who looks for the right Mac may have Windows: Python has no fcntl there, and os none of these."""
+    script = (
+        "import os, sys\n"
+        "for name in ('fcntl', 'resource', 'termios', 'pwd', 'grp'):\n"
+        "    sys.modules[name] = None\n"
+        "for name in ('O_NONBLOCK', 'O_CLOEXEC', 'O_DIRECTORY', 'O_NOFOLLOW', 'pread', 'preadv', 'sysconf'):\n"
+        "    os.__dict__.pop(name, None)\n"
+        "from qwq_mlx.fit.__main__ import main\n"
+        f"main(['--ram', '32', '--model', {str(tiny_checkpoint)!r}])\n"
+    )
+    assert in_process(script) == in_process(
+        f"from qwq_mlx.fit.__main__ import main\nmain(['--ram', '32', '--model', {str(tiny_checkpoint)!r}])\n"
+    )
+
+
 def test_with_ram_given_mlx_is_not_imported() -> None:
     script = (
         "import sys\n"
@@ -150,6 +173,4 @@ def test_with_ram_given_mlx_is_not_imported() -> None:
         "main(['--ram', '32'])\n"
         "print(sorted({'mlx', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules)))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.endswith("\n[]\n")
+    assert in_process(script).endswith("\n[]\n")
