@@ -181,11 +181,12 @@ def rates(module: Any, shape: ModelShape, options: argparse.Namespace, active: i
     embedding = module.model.embed_tokens
     n_read = active - sum(value.nbytes for value in embedding.parameters().values())
     found: dict[str, Any] = {"copy_gb_s": round(bandwidth / 1e9, 1), "weights_read_gb": round(n_read / 1e9, 3)}
-    per_token = plan_memory(shape, backend=backend_name()).kv_bytes_per_token
     for n_ids in (16, max(options.contexts) - options.rate_tokens - 1):
-        for who, run in (("qwq_mlx", _ours), ("mlx-lm", _theirs)):
-            row = attempt(rate_of, run, module, shape, n_ids, options.rate_tokens)
+        for who, run, bits in (("qwq_mlx", _ours, None), ("mlx-lm", _theirs, None), *_quantized(options)):
+            row = attempt(rate_of, run, module, shape, n_ids, options.rate_tokens, bits)
             if "tok_s" in row:
+                asked = Workload(kv_bits=bits, compute_type=options.compute_type)
+                per_token = plan_memory(shape, asked, backend=backend_name()).kv_bytes_per_token
                 limit = bandwidth / (n_read + per_token * n_ids)
                 row["share_of_byte_limit"] = round(row["tok_s"] / limit, 3)
             found[f"decode at {n_ids}, {who}"] = row
@@ -200,6 +201,11 @@ def rates(module: Any, shape: ModelShape, options: argparse.Namespace, active: i
         found[f"prefill of {n_prompt}, {who}"] = {"tok_s": round(n_prompt / min(seconds), 1)}
         _note(f"prefill of {n_prompt}, {who}: {n_prompt / min(seconds):,.1f} tok/s")
     return found
+
+
+def _quantized(options: argparse.Namespace) -> list[tuple[str, Any, int]]:
+    """mlx-lm's own quantized cache is not timed: on CUDA its numbers are wrong (qwq_mlx/model/attention.py)."""
+    return [(f"qwq_mlx with {bits} bits", _ours, bits) for bits in options.kv_bits if bits]
 
 
 def copy_bandwidth() -> float:
@@ -217,8 +223,8 @@ def copy_bandwidth() -> float:
     return 2 * n_bytes * n_rounds / statistics.median(seconds[1:])
 
 
-def _ours(module: Any, shape: ModelShape, n_ids: int, n_tokens: int) -> Iterator[object]:
-    cache = new_cache(module)
+def _ours(module: Any, shape: ModelShape, n_ids: int, n_tokens: int, kv_bits: int | None = None) -> Iterator[object]:
+    cache = new_cache(module, kv_bits)
     fill(cache, shape, n_ids)
     decoder = Decoder(module, _sampler(shape), n_ids=shape.config.vocab_size, cache=cache)
     for _ in decoder.prefill(_prompt(shape, n_ids + 2), step=2048, n_cached=n_ids):
@@ -227,8 +233,8 @@ def _ours(module: Any, shape: ModelShape, n_ids: int, n_tokens: int) -> Iterator
         yield decoder.next(is_last=index + 1 == n_tokens)
 
 
-def _theirs(module: Any, shape: ModelShape, n_ids: int, n_tokens: int) -> Iterator[object]:
-    cache = new_cache(module)
+def _theirs(module: Any, shape: ModelShape, n_ids: int, n_tokens: int, kv_bits: int | None = None) -> Iterator[object]:
+    cache = new_cache(module, kv_bits)
     fill(cache, shape, n_ids)
     step = import_mlx_lm("mlx_lm.generate").generate_step
     made = import_mlx_lm("mlx_lm.sample_utils").make_sampler(
