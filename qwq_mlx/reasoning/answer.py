@@ -28,7 +28,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 _UNIT = re.compile(
     r"(?P<number>[-+]?(?:\\?\$\s*)?(?:\d[\d,]*\.?\d*|\.\d+)(?:\s*/\s*\d+)?|.*?[\d})])"
     r"(?:\s*\\(?:text|mbox|mathrm|textrm|textbf)\{(?P<unit>[^{}]*)\}(?:\^\{?\d\}?)?"
-    r"|\s+(?P<words>[A-Za-z][A-Za-z /²³^]*\d?))\s*$",
+    r"|\s+(?P<words>[A-Za-z][A-Za-z /²³^]*\d?)|\s*(?P<han>[\u3400-\u9fff]{1,6}))\s*$",
     re.DOTALL,
 )
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*\)?(?:[.:]\s*.*|\)\s+.*)?$", re.DOTALL)
@@ -169,6 +169,9 @@ def _bare(text: str) -> str:
         text = text.strip().rstrip(".。").strip()
         if text == before:
             break
+    text = re.sub(r"^(?:\\approx|≈|(?:approximately|about|roughly)\b)\s*(?=[-\d\\$])", "", text)
+    text = re.sub(r"(?<=\d)(?:\\[,;:! ]|~)(?=\d{3}(?!\d))", "", text)  # 1\,234 is a number
+    text = re.sub(r"\\varnothing(?![a-z])|∅|^\\\{\s*\\\}$", r"\\emptyset", text)
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[,!;: ]|\\q?quad(?![a-z])|~", " ", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text).replace("{,}", ",")
     text = (
@@ -207,7 +210,14 @@ def _sides(text: str) -> tuple[str, str] | None:
 
 
 def _is_name(side: str) -> bool:
-    return bool(re.fullmatch(r"\s*(?:\\?[a-zA-Z]+|[a-zA-Z](?:_\{?\w\}?|'|\([a-z]\)))\s*", side))
+    """A name, or several that an answer gives together: "x", "f(x)", "(x, y)", "m + n"."""
+    return bool(
+        re.fullmatch(
+            r"\s*(?:\\?[a-zA-Z]+|[a-zA-Z](?:_\{?\w\}?|'|\([a-z]\))"
+            r"|\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z]){1,7}\s*\)|[a-zA-Z](?:\s*\+\s*[a-zA-Z]){1,7})\s*",
+            side,
+        )
+    )
 
 
 def _value_side(text: str) -> str:
@@ -222,7 +232,7 @@ def _unit(text: str) -> tuple[str, str]:
     found = _UNIT.fullmatch(text.strip())
     if not found:
         return text, ""
-    return found["number"], (found["unit"] or found["words"] or "").strip()
+    return found["number"], (found["unit"] or found["words"] or found["han"] or "").strip()
 
 
 def _parts(text: str) -> tuple[str, list[str]]:

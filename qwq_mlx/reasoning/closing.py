@@ -9,11 +9,12 @@ Does not: look at a whole thinking, which is full of such sentences, or understa
 
 from __future__ import annotations
 
+import json
 import re
 
 from qwq_mlx.reasoning.statement import MAX_LINE, stated, value_of
 
-__all__ = ["concluded", "displayed", "said_yes_or_no", "unmarked"]
+__all__ = ["concluded", "displayed", "json_answer", "reduced", "said_yes_or_no", "unmarked"]
 
 _SHORT = 200  # characters of a conclusion that can be the answer as a whole
 _BLOCK = 600  # characters of a list or table that is the answer as a whole
@@ -23,7 +24,11 @@ _PART = re.compile(r"\(?(?:\d|[a-h]|i{1,3}|iv)[).:]\s|[-*•|]\s?\S")
 _MARKED = re.compile(r'\*\*([^*\n]{1,80})\*\*|\$([^$\n]{1,80})\$|\\\(([^\n]{1,80}?)\\\)|["“]([^"“”\n]{1,80})["”]')
 _FORMULA = re.compile(r"(?<!\\)\$((?:\\\$|[^$\n]){1,120})(?<!\\)\$|\\\(([^\n]{1,120}?)\\\)")
 _QUOTED = re.compile(r'["“]([^"“”\n]{1,80})["”]')
-_DISPLAYED = re.compile(r"[:\uff1a]\s*(?:\\\[|\$\$)\s*(\S.{0,500}?)\s*(?:\\\]|\$\$)\s*$", re.DOTALL)
+_DISPLAYED = re.compile(
+    r"(?:[:\uff1a]|\b(?:is|are|be|equals|of|as|by|get|gives?|have)|[是为])\s*"
+    r"(?:\\\[|\$\$)\s*(\S.{0,500}?)\s*(?:\\\]|\$\$)\s*$",
+    re.DOTALL | re.IGNORECASE,
+)
 _CONCLUDES = re.compile(
     r"^[\s*_]*(?:(?:and|okay|ok|yes)\b,?\s*)?(?:(?:so|thus|therefore|hence|consequently|in conclusion"
     r"|in (?:total|all|summary|short)"
@@ -61,6 +66,13 @@ _NAME = re.compile(
     r"|[^:]{1,80}\b(?:is|are):\s+(?P<told>.{1,80})|there (?:is|are|exists?)\s+(?P<none>no \w+(?: \w+)?)$"
 )
 _BARE = re.compile(rf"[=*`$\s]*(?P<value>{_NUMBER}%?)[*`$.\s]*")
+_COMPARED = re.compile(
+    r"(?P<value>[-−]?[$€£¥]?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[A-Z][\w'’-]+(?: [A-Z][\w'’-]+){0,2})"
+    r"\s+(?:is|was|has|weighs)\s+(?:\w+er|more|less)\b.{0,60}\bthan\b.{1,60}"
+)
+_REVISED = re.compile(
+    r"^[\s*_]*(?:wait|hmm|actually|no|but)\b.{0,400}?[,.;] (?=(?:so|thus|hence|therefore|which means)\b)", re.IGNORECASE
+)
 _INEQUALITY = re.compile(r"[-−+*/^().\d\sA-Za-zπ√∞]{1,30}(?:[<>≤≥]=?[-−+*/^().\d\sA-Za-zπ√∞]{1,30}){1,2}")
 _EXCEPT = re.compile(r"\b(?:is|are)\s+((?:all|any|every)\s[^,;]{1,60}\b(?:except|but|with|such that)\b.{1,40})$")
 _YES_NO = re.compile(
@@ -81,8 +93,8 @@ def unmarked(text: str) -> str | None:
         return formula[1].rstrip(" .")
     code = _CODE.findall(text)
     if code:
-        return str(code[-1]).strip("\n") or None
-    lines = [line.strip() for line in text.strip("*_:# \n").splitlines() if line.strip()]
+        return json_answer(code[-1]) or str(code[-1]).strip("\n") or None
+    lines = [line.strip() for line in text.strip("*_:：# \n").splitlines() if line.strip()]
     if len(lines) > 1 and all(_PART.match(line) for line in lines) and sum(map(len, lines)) <= _BLOCK:
         return "\n".join(lines)
     for line in reversed(lines):
@@ -114,8 +126,29 @@ def _told(line: str) -> str | None:
     return value if value and re.search(r"\d", value) and len(value) <= 60 else None
 
 
+def reduced(value: str) -> str:
+    """What a stated answer comes to that is a sentence: "the value of x is 9" gives "9"; any other stays."""
+    counted = _COUNTED.search(value)
+    if counted is not None and len(re.findall(r"\d+", value)) == 1:
+        return counted["value"]
+    return (_told(value) if re.match(r"[A-Za-z]{2,} ", value) else None) or value
+
+
+def json_answer(code: str) -> str | None:
+    """The value of "answer" or "final_answer" where a code block is a JSON object that has one."""
+    try:
+        found = json.loads(code) if code.lstrip().startswith("{") else None
+    except (ValueError, RecursionError):
+        return None
+    values = found.items() if isinstance(found, dict) else ()
+    answers = [value for key, value in values if key.casefold() in ("answer", "final_answer")]
+    if not answers:
+        return None
+    return answers[-1] if isinstance(answers[-1], str) else json.dumps(answers[-1], ensure_ascii=False)
+
+
 def displayed(text: str) -> str | None:
-    """The formula that a text ends with where a colon announced it: "so the inverse is:\\n\\n\\[ ... \\]"."""
+    """The formula that a text ends with where a colon or a verb announced it: "so the inverse is:\\n\\n\\[ ... \\]"."""
     found = _DISPLAYED.search(text[-2 * MAX_LINE :])
     return found[1].rstrip(" .") if found and "\\]" not in found[1] and "$$" not in found[1] else None
 
@@ -135,6 +168,7 @@ def concluded(line: str) -> str | None:
     sentence = re.split(r"(?<=[.?])\s+|(?<=[^\d\s]!)\s+|。", line.rstrip("。"))[-1].rstrip(" .!").replace("{,}", ",")
     if (bare := _BARE.fullmatch(line)) is not None:
         return bare["value"]
+    sentence = _REVISED.sub("", sentence)  # "Wait, the height is 5, so the area should be 30."
     opening = _CONCLUDES.match(sentence)
     if not opening:
         return None
@@ -145,6 +179,8 @@ def concluded(line: str) -> str | None:
         return str(bold[0]).strip(" .:") or None
     if _INEQUALITY.fullmatch(sentence) and not re.search(r"[A-Za-z]{3}", sentence):
         return sentence
+    if (compared := _COMPARED.fullmatch(sentence)) is not None:
+        return compared["value"]
     if (excepted := _EXCEPT.search(sentence)) is not None:
         return excepted[1]
     value = _equated(sentence) or _formulas(sentence) or _only_quantity(sentence)

@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import cmath
 import math
-import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 
+from qwq_mlx.reasoning.notation import MAX_CHARS, NotAFormula, tokens_of
+
 __all__ = ["MAX_CHARS", "Formula", "NotAFormula", "is_same_value"]
 
-MAX_CHARS = 600
 _MAX_DEPTH = 40
 _POINTS = (0.7310585786, -1.3132616875, 2.1269280110)
 
 Number = Fraction | complex
-_TOKEN = re.compile(
-    r"\s+|(?P<based>\d+_(?:\{\d+\}|\d))|(?P<number>\d+\.?\d*|\.\d+)|(?P<command>\\[a-zA-Z]+)|(?P<letter>[a-zA-Z])"
-    r"|(?P<sign>[-+*/^!(){}\[\]|_=,:']|\*\*)"
-)
 _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     "sin": cmath.sin,
     "cos": cmath.cos,
@@ -42,13 +38,6 @@ _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     "exp": cmath.exp,
 }
 _CONSTANTS: dict[str, complex] = {"pi": cmath.pi, "e": cmath.e, "i": 1j, "infty": complex(math.inf)}
-_WORDS = re.compile(
-    r"\\?\b(sqrt|pi|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp|frac|infty|infinity)(?![a-z])"
-)
-
-
-class NotAFormula(ValueError):  # noqa: N818 - it is an answer to a question, seldom an error
-    """The text is no formula that this module understands."""
 
 
 class Formula:
@@ -57,7 +46,7 @@ class Formula:
     def __init__(self, text: str) -> None:
         if len(text) > MAX_CHARS:
             raise NotAFormula(f"{len(text)} characters, at most {MAX_CHARS}")
-        self._tokens = _tokens(text)
+        self._tokens = tokens_of(text)
         self.names = sorted({token for kind, token in self._tokens if kind == "letter" and token not in ("e", "i")})
         self.value(_POINTS[0])
 
@@ -89,29 +78,6 @@ def _is_close(a: Number, b: Number) -> bool:
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
     return a == b or cmath.isclose(complex(a), complex(b), rel_tol=1e-9, abs_tol=1e-12)
-
-
-def _tokens(text: str) -> list[tuple[str, str]]:
-    text = re.sub(r"\\(?:left|right|big|Big|displaystyle|,|!|;|:|quad|qquad| )(?![a-z])", " ", text)
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
-    text = re.sub(r"(?<=\d),(?:\s*)(?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\circ|\\degree|°|\\?%", " ", text)
-    text = text.replace("π", "\\pi ").replace("√", "\\sqrt ").replace("−", "-").replace("×", "*").replace("·", "*")
-    text = text.replace("∞", "\\infty ").replace("²", "^2").replace("³", "^3").replace("**", "^")
-    text = _WORDS.sub(lambda found: "\\" + ("infty" if found[1] == "infinity" else found[1]) + " ", text)
-    tokens, at = [], 0
-    while at < len(text):
-        found = _TOKEN.match(text, at)
-        if found is None:
-            raise NotAFormula(f"{text[at]!r} at character {at}")
-        if found.lastgroup:
-            tokens.append((found.lastgroup, found[0]))
-        at = found.end()
-    # A word ("east", "even") would otherwise be a product of letters.
-    run = "".join(token if kind == "letter" else " " for kind, token in tokens)
-    if re.search(r"[a-zA-Z]{3}", run) or not tokens:
-        raise NotAFormula("words")
-    return tokens
 
 
 class _Reader:

@@ -1,11 +1,17 @@
-"""Code blocks between ``` fences, by the lines of a text: whether one is open, and what the last one held.
+"""Code blocks between ``` fences, by the lines of a text: whether one is open, what the last one held, and which is
+the answer where code was asked for.
 
 Does not: know languages, or read indented code. A fence that nobody closes keeps its block open until `close`.
 """
 
 from __future__ import annotations
 
-__all__ = ["MAX_CODE", "Fences"]
+from qwq_mlx.reasoning.closing import json_answer
+from qwq_mlx.reasoning.found import Candidate, Place
+from qwq_mlx.reasoning.parts import is_example
+from qwq_mlx.reasoning.statement import stated
+
+__all__ = ["MAX_CODE", "CodeAnswer", "Fences"]
 
 MAX_CODE = 16_384
 """Characters of a block that are kept."""
@@ -35,3 +41,30 @@ class Fences:
         """The block is over without a fence: a heading stands where code cannot."""
         self.is_open = False
         self._lines, self._n_chars = [], 0
+
+
+class CodeAnswer:
+    """The last code block that does not only show how the one before is used: `last`, None so far.
+
+    is_asked_for: whether code can be the answer at all; without it only fences are followed.
+    """
+
+    def __init__(self, start: Place, *, is_asked_for: bool) -> None:
+        self.fences = Fences()
+        self.last: Candidate | None = None
+        self._is_asked_for = is_asked_for
+        self._block = start  # where the open block's conclusion began
+        self._is_example = False
+
+    def take(self, text: str, end: int, *, line: Place, before: tuple[str, Place]) -> None:
+        """The next whole line, which begins at `line` and ends at the character `end`. before: the last line that was
+        not blank, and where it began."""
+        was_open = self.fences.is_open
+        code = self.fences.take(text.removesuffix("\n"))
+        if self.fences.is_open and not was_open:
+            is_introduced = before[0].rstrip().endswith((":", "\uff1a"))
+            self._block = before[1] if is_introduced else line
+            self._is_example = is_example(before[0])
+        if code is not None and self._is_asked_for and not (self._is_example and self.last is not None):
+            told = json_answer(code) or (stated(code) if "\n" not in code else None)
+            self.last = Candidate("code", self._block, end, told or code)

@@ -1,4 +1,5 @@
-"""Lines that begin a part: "(a) ...", "2. ...", and the line that begins an explanation of an answer given before.
+"""Parts of an answer: lines that begin one ("(a) ...", "2. ..."), boxes side by side, and the line that begins an
+explanation of an answer given before.
 
 Does not: know how many parts a question has.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["begins_explanation", "is_example", "is_item", "part_of"]
+__all__ = ["begins_explanation", "is_example", "is_item", "joined", "part_of"]
 
 _LABEL = re.compile(
     r"[\s>*_-]{0,8}(?:part|question|problem|item)?\s*[(\uff08]?(?:(?P<letter>[a-h])|(?P<roman>i{1,3}|iv|vi{0,3})|(?P<number>\d))"
@@ -16,7 +17,7 @@ _LABEL = re.compile(
 )
 _ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii")
 _EXAMPLE = re.compile(
-    r"\b(?:for example|examples?|usage|sample|to (?:run|test|use|call) (?:it|this)"
+    r"\b(?:for example|examples?|usage|sample|(?:run|test|try|use|call) (?:it|this|the (?:code|function|class|program))"
     r"|output|tests?|calling it)\b[^.]{0,40}[:\uff1a]\W*$|例如|示例|用法",
     re.IGNORECASE,
 )
@@ -42,6 +43,13 @@ def part_of(line: str) -> int | None:
 def is_item(line: str) -> bool:
     """Whether a line is an item of a list with bullets."""
     return line.lstrip().startswith(("- ", "* ", "• "))
+
+
+def joined(first: str, between: str, second: str) -> str:
+    """Two boxes side by side as one answer; only the second where it says the first again: "=", "or"."""
+    between = between.strip(" $")
+    is_again = between.startswith(("=", "\\approx")) or (between.startswith("or") and "=" not in between)
+    return second if first == second or is_again else f"{first}, {second}"
 
 
 def is_example(line: str) -> bool:

@@ -14,14 +14,14 @@ beginning of a line and says something else after it is split there.
 
 from __future__ import annotations
 
-from qwq_mlx.reasoning.choices import choose, named_letter, offered
-from qwq_mlx.reasoning.closing import concluded, displayed, said_yes_or_no, unmarked
-from qwq_mlx.reasoning.fences import Fences
+from qwq_mlx.reasoning.closing import reduced, unmarked
+from qwq_mlx.reasoning.fences import CodeAnswer
 from qwq_mlx.reasoning.found import Candidate, Kind, Place, Segment, Split
-from qwq_mlx.reasoning.parts import begins_explanation, is_example, is_item, part_of
+from qwq_mlx.reasoning.parts import begins_explanation, is_item, joined, part_of
 from qwq_mlx.reasoning.profile import Profile
+from qwq_mlx.reasoning.question import Question
 from qwq_mlx.reasoning.scan import Mark, Scanner
-from qwq_mlx.reasoning.statement import announces, asks_for_code, asks_yes_or_no, requested_tags, revises, stated
+from qwq_mlx.reasoning.statement import announces, revises, stated
 
 __all__ = ["Kind", "Segment", "Split", "Splitter"]
 
@@ -30,18 +30,6 @@ _FAR = 1_500  # characters after a mark from which on it is less likely to be th
 _SHORT = 200  # characters of a line that can be an answer by itself
 _BESIDE = 24  # characters between two boxes that belong together: \boxed{2} and \boxed{3}
 _LINE_ENDS = (".", "!", "。", "**", "$", "\\)", "\\]")  # a line that was cut here is whole: "the answer is 5" may go on
-# How often an answer of each kind is the one that the output goes on to give: measured where outputs are cut anywhere,
-# 0.91 for sentences and 0.65 for choices named in the last paragraph; rounded down.
-_SURE: dict[Kind, float] = {
-    "heading": 0.98,
-    "tag": 0.95,
-    "box": 0.9,
-    "closed": 0.9,
-    "sentence": 0.85,
-    "code": 0.7,
-    "paragraph": 0.5,
-    "none": 0.0,
-}
 
 
 class Splitter:
@@ -52,10 +40,8 @@ class Splitter:
 
     def __init__(self, profile: Profile, *, prompt: str | None = None) -> None:
         self._profile = profile
-        self._scanner = Scanner(
-            open_tag=profile.open_tag, close_tag=profile.close_tag, answer_tags=requested_tags(prompt or "")
-        )
-        self._choices = offered(prompt or "")
+        self._question = Question.of(prompt)
+        self._scanner = Scanner(open_tag=profile.open_tag, close_tag=profile.close_tag, answer_tags=self._question.tags)
         self._n_tokens = 0
         self._token_start = 0  # character at which the current token's text begins
         self._pending: list[Place] = []
@@ -63,16 +49,10 @@ class Splitter:
         self._line = self._previous = self._sentence = start
         self._strong: Candidate | None = None
         self._weak: Candidate | None = None
-        self._is_announced = self._is_introducing = False
+        self._is_announced = False
         self._part = 0  # of a question in several parts: the number that a line began with, since the heading
-        self._is_yes_or_no = asks_yes_or_no(prompt or "")
-        # The last code block, which is the answer where code was asked for and nothing is marked.
-        self._expects_code = prompt is None or asks_for_code(prompt)
-        self._fences = Fences()
-        self._block = start
+        self._code = CodeAnswer(start, is_asked_for=self._question.is_code)
         self._before = ""  # the last line that was not blank
-        self._is_example = False  # the block shows how another is used
-        self._code: Candidate | None = None
         self._fenced: Candidate | None = None  # a box in a code block counts where nothing else does
         self._thinking_chars = [0, 0]
         # With tags: what follows the thinking. A prompt that does not open the thinking gets an answer at once.
@@ -136,7 +116,7 @@ class Splitter:
             thinking_chars=(self._thinking_chars[0], self._thinking_chars[1] if self._is_closed else start.char),
             conclusion_chars=(start.char, n_chars),
             answer=best.value,
-            confidence=self._confidence(best),
+            confidence=best.confidence(is_far=self._is_far(best)),
             kind=best.kind,
             is_revised=best.is_revised,
         )
@@ -180,15 +160,15 @@ class Splitter:
             self._take_value("tag", mark)
 
     def _take_heading(self, mark: Mark) -> None:
-        if self._fences.is_open:
+        if self._code.fences.is_open:
             if self._scanner.tail(mark.start).lstrip().startswith("#"):
                 return  # a comment in code
-            self._fences.close()
+            self._code.fences.close()
         self._strong, self._weak, self._part = Candidate("heading", self._line, mark.end), None, 0
         self._strong.capture(self._scanner.tail(mark.end))
 
     def _take_box(self, mark: Mark) -> None:
-        if self._fences.is_open:
+        if self._code.fences.is_open:
             self._fenced = Candidate("box", self._line, mark.end, mark.value.strip())
         elif self._strong is None or self._strong.is_revised or not self._is_explaining(self._strong):
             self._take_value("box", mark)
@@ -228,30 +208,18 @@ class Splitter:
             if value is None and self._is_announced and line.strip() and len(line) <= _SHORT:
                 value, start = unmarked(line), self._previous
             if value is not None:
-                self._weak = Candidate("sentence", start, end, value)
-        self._take_code(line, end)
+                self._weak = Candidate("sentence", start, end, reduced(value))
+        self._code.take(line, end, line=self._line, before=(self._before, self._previous))
         if line.strip():
             self._before = line
             self._is_announced = announces(line)
-            self._is_introducing = line.rstrip().endswith((":", "："))
-
-    def _take_code(self, line: str, end: int) -> None:
-        """A line of text or code: fences open and close a block."""
-        was_open = self._fences.is_open
-        code = self._fences.take(line.removesuffix("\n"))
-        if self._fences.is_open and not was_open:
-            self._block = self._previous if self._is_introducing else self._line
-            self._is_example = is_example(self._before)
-        if code is not None and self._expects_code and not (self._is_example and self._code is not None):
-            told = stated(code) if "\n" not in code else None
-            self._code = Candidate("code", self._block, end, told or code)
 
     def _take_value(self, kind: Kind, mark: Mark) -> None:
         value = mark.value.strip()
         if not value.strip(" .…?_"):
             return  # a placeholder: \boxed{...}
         strong = self._strong
-        if strong and mark.kind == "tag" and mark.start < strong.end:  # a box in the tag is its value
+        if strong and strong.value is not None and mark.start < strong.end:  # a box in a tag, or a tag in a box
             strong.end, strong.kind = mark.end, "tag" if strong.kind == "box" else strong.kind
             return
         part = part_of(self._scanner.line) or self._part
@@ -269,14 +237,12 @@ class Splitter:
         return is_list and self._previous.char < strong.end <= self._line.char
 
     def _joined(self, strong: Candidate, value: str, mark: Mark) -> str:
-        """Boxes side by side in one line are one answer, unless they are equal; otherwise the last box counts."""
+        """Boxes side by side in one line are one answer; otherwise the last box counts."""
         gap = mark.start - strong.end
-        is_beside = strong.value is not None and strong.end > self._line.char and 0 <= gap <= _BESIDE
-        if not is_beside or value == strong.value or "\\boxed" not in self._scanner.tail(mark.start):
+        is_beside = strong.end > self._line.char and 0 <= gap <= _BESIDE
+        if strong.value is None or not is_beside or "\\boxed" not in self._scanner.tail(mark.start):
             return value
-        between = self._scanner.tail(strong.end)[:gap].strip(" $")
-        is_same = between.startswith(("=", "\\approx")) or (between.startswith("or") and "=" not in between)
-        return value if is_same else f"{strong.value}, {value}"
+        return joined(strong.value, self._scanner.tail(strong.end)[:gap], value)
 
     def _take_open_tag(self) -> None:
         """An answer tag that the text, or a stop string, ended before it was closed: "<answer>5"."""
@@ -291,9 +257,9 @@ class Splitter:
         if self._profile.has_tags and self._reply is None:
             return None
         if weak is not None:
-            weak.value = self._labelled(weak.value)
+            weak.value = self._question.labelled(weak.value)
         if strong is not None and strong.value is None:
-            strong.value = self._labelled(self._unboxed(strong, is_ended))
+            strong.value = self._question.labelled(self._unboxed(strong, is_ended))
         if strong is not None and strong.is_revised and weak is not None:
             if weak.value == strong.value:
                 strong.is_revised = False
@@ -301,7 +267,7 @@ class Splitter:
             return weak
         if strong is not None:
             return self._later(strong) if strong.is_revised and is_ended else strong
-        code = self._code
+        code = self._code.last
         if code is not None and is_ended and (weak is None or code.end > weak.end):
             return code
         if weak is not None and (is_ended or not self._is_far(weak)):
@@ -309,32 +275,23 @@ class Splitter:
         if self._fenced is not None:
             return self._fenced
         if self._reply is not None:
-            self._reply.value = self._labelled(unmarked(self._reply.captured))
+            self._reply.value = self._question.labelled(unmarked(self._reply.captured))
             return self._reply
         if is_ended and self._scanner.n_chars:
             last = self._line if self._scanner.line.strip() else self._previous
-            return Candidate("paragraph", last, self._scanner.n_chars, self._guessed(self._scanner.tail(last.char)))
+            return Candidate("paragraph", last, self._scanner.n_chars, self._guessed(last))
         return None
 
     def _later(self, strong: Candidate) -> Candidate:
         """Of an answer that was taken back: what the last paragraph comes to, where it comes to something else."""
         last = self._line if self._scanner.line.strip() else self._previous
-        value = self._guessed(self._scanner.tail(last.char)) if last.char >= strong.end else None
+        value = self._guessed(last) if last.char >= strong.end else None
         if value is None or value == strong.value:
             return strong
         return Candidate("paragraph", last, self._scanner.n_chars, value)
 
-    def _guessed(self, text: str) -> str | None:
-        """What the last paragraph of an output comes to that marks no answer."""
-        if self._choices:
-            return (
-                named_letter(text, self._choices, is_bare=False)
-                or choose(text, self._choices, is_part=True)
-                or named_letter(text, self._choices, is_bare=True)
-            )
-        if self._is_yes_or_no and (value := said_yes_or_no(text)) is not None:
-            return value
-        return concluded(text) or displayed(self._scanner.tail(0))
+    def _guessed(self, last: Place) -> str | None:
+        return self._question.guessed(self._scanner.tail(last.char), tail=self._scanner.tail(0))
 
     def _unboxed(self, strong: Candidate, is_ended: bool) -> str | None:
         """What a conclusion without a box says; of a cut one only its whole lines count, and an open box is none."""
@@ -344,20 +301,6 @@ class Splitter:
         if not is_ended and not text.rstrip().endswith((*_LINE_ENDS, "```")):
             text = text.rpartition("\n")[0]
         return unmarked(text)
-
-    def _labelled(self, value: str | None) -> str | None:
-        """An answer in words that repeats one of the prompt's choices, as its label; boxes and tags stay as written."""
-        return value and (choose(value, self._choices) or value)
-
-    def _confidence(self, best: Candidate) -> float:
-        sure = _SURE[best.kind]
-        if best.value is None:
-            sure *= 0.2
-        if best.is_revised:
-            sure *= 0.5
-        if best.kind != "heading" and self._is_far(best):
-            sure *= 0.3 if best.kind == "sentence" else 0.7
-        return round(sure, 3)
 
     def _is_far(self, candidate: Candidate) -> bool:
         return self._scanner.n_chars - candidate.end > _FAR

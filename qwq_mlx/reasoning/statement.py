@@ -24,7 +24,7 @@ __all__ = [
 MAX_LINE = 1024
 """Characters of a line that are looked at, from its end."""
 
-_NOUN = r"(?:answers?|option|choice|solutions?|results?|conclusion)"
+_NOUN = r"(?:answers?|options?|choices?|solutions?|results?|conclusion)"
 _IS = (
     r"(?:is|are|was|were|equals|should be|must be|would be|will be|has to be|seems to be|appears to be|remains|becomes"
     r"|(?:come|turn|work)s? out (?:to be|as|at|to)|ends up (?:being|as))"
@@ -42,7 +42,9 @@ _LABELLED = re.compile(
     r"^[^\w\n]{0,12}(?:(?:final|correct|the|my)\s+){0,2}(?:answers?|solution|result)[\s*_]*[:=][\s*_]*(?P<rest>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_JSON = re.compile(r'"(?:final_)?answer"\s*:\s*(?P<rest>"(?:[^"\\]|\\.)*"|[-\w.]+)', re.IGNORECASE)
+_JSON = re.compile(
+    r'"(?:final_)?answer"\s*:\s*(?P<rest>"(?:[^"\\]|\\.)*"|\[[^\[\]{}\n]{0,200}\]|[-\w.]+)', re.IGNORECASE
+)
 _CHOSEN = re.compile(
     r"\b(?:option|choice)\s+\(?(?P<rest>[A-J]|\d{1,2})\)?(?:\s+(?:is|seems|must be|should be|would be)\s+(?:\w+\s+)?"
     r"(?:correct|right|the (?:correct|right|best)\s+\w+)|\s*[.!]?\s*$)",
@@ -120,6 +122,7 @@ _ANNOUNCES = re.compile(
     r"|\banswer is\s*$",
     re.I,
 )
+_SEVERAL = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|&|\band\b|\bor\b|、|和)\s*(?:\band\b\s*)?\(?[A-J]\)?)+[\s.]*")
 _MAX_OFFER = 8_000  # characters at a prompt's ends in which its instructions stand
 _TAG_PAIR = re.compile(r"([<\[])([A-Za-z][\w-]{0,31})[>\]]")
 
@@ -201,6 +204,7 @@ def value_of(rest: str) -> str | None:
     value = rest.strip().lstrip(":：").strip()
     if value.startswith('"') and (end := value.find('"', 1)) > 0:
         return value[1:end].strip() or None
+    value = re.sub(r"^not\b[^.;]{1,80}?\bbut(?:\s+rather)?\s+(?=\S)", "", value, flags=re.IGNORECASE)
     value = re.split(r"(?<=[^\d\W])[.!?。！](?=\s|$)|(?<=[\d)\]}*$])[.!?。！](?=\s|$)|\n|[。！]", value, maxsplit=1)[0]
     value = _HEDGE.sub("", _bold(value).strip().strip("*_`").strip())
     value = _REASON.split(value, maxsplit=1)[0]
@@ -208,6 +212,8 @@ def value_of(rest: str) -> str | None:
     value = re.sub(
         r"^(?:(?:option|choice|number)\s+|选项\s*)(?=[(\uff08]?[A-Ja-j\d](?![A-Za-z]))", "", value, flags=re.IGNORECASE
     )
+    if _SEVERAL.fullmatch(value):
+        return ", ".join(re.findall(r"[A-J]", value))
     choice = re.match(
         r"^(\()?([A-J]|\d{1,2})(?(1)\)|\)?)(?:[:.)\uff0e\uff1a]\s+\S|\s*[,;-]\s+[A-Za-z]{2}|\s*\()", value
     )

@@ -136,7 +136,7 @@ ENDINGS: list[tuple[str, str | None, str | None]] = [  # ending, prompt, answer
     ("**最终答案**\n\n\\[ \\boxed{(-\\infty, 2)} \\]", None, "(-\\infty,2)"),
     ("所以 $x = 3$ 或 $x = -3$。", None, "3,-3"),
     ("所以小明有5个苹果。", None, "5"),
-    ("答：小明有5个苹果。", None, "小明有5个苹果"),
+    ("答：小明有5个苹果。", None, "5"),
     ("因此，函数的最大值为 $\\frac{5}{2}$。", None, "\\frac{5}{2}"),
     (
         "\\[ \\boxed{5} \\]\n\nHold on, I missed one. So it's six.\n\n\\[ \\boxed{6} \\]",

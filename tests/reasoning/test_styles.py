@@ -80,7 +80,7 @@ STYLES: list[tuple[str, str | None, str | None]] = [  # ending, prompt, answer
     ("最终答案:42", None, "42"),
     ("答案为 $\\frac{1}{2}$。", None, "\\frac{1}{2}"),
     ("所以,结果等于 42。", None, "42"),
-    ("所以这个数是42。\n\n答:一共有42只鸡。", None, "一共有42只鸡"),
+    ("所以这个数是42。\n\n答:一共有42只鸡。", None, "42"),
     ("**结论**\n\n正确答案是 (C)。", CHINESE, "C"),
     ("So the answer is \\(\\frac{\\sqrt{3}}{2}\\).", None, "\\frac{\\sqrt{3}}{2}"),
     ("So our final answer is $x = 3$.", None, "x = 3"),
