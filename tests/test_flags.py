@@ -34,6 +34,7 @@ SHOWN: dict[str, dict[str, str]] = {
         _TEXT: "--prompt",
         "generate/test_command.py::test_json_prints_the_whole_trace_as_one_line": "--json --quiet",
         _KEPT: "--save --save-every --resume",
+        "generate/test_hangup.py::test_without_save_a_run_cut_short_is_kept_unless_no_save_is_given": "--no-save",
         "generate/test_answer_later.py::test_the_command_saves_a_run_without_an_answer_and_asks_for_it": "--answer-now",
         "generate/test_batch.py::test_a_signal_ends_the_batch_with_its_lines_and_the_way_on": "--input --output",
         _REPLAY: "--receipt",

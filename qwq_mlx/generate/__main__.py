@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, QwqError
+from qwq_mlx.generate.asked import Asked, asked_for, with_flag
 from qwq_mlx.generate.flags import add_limits, add_sampling
 from qwq_mlx.generate.interruption import Interruption, silence
-from qwq_mlx.generate.options import Limits, Sampling, Thinking
+from qwq_mlx.generate.options import Limits
 from qwq_mlx.generate.show import batch_bar, batch_line, settings_line, show, summary_line
 
 if TYPE_CHECKING:
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
     from qwq_mlx.generate.keeping import Keeper
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.generate.run import Run
-
-_FLAGS = {"temperature": "--temp", "banned": "--ban"}
-_KINDS = (Sampling, Limits, Thinking)
+    from qwq_mlx.generate.trace import Trace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,18 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")  # type: ignore[union-attr]
     with Interruption() as interruption:
         try:
-            asked = _Asked(_sampling(options), Limits(**_given(options, Limits)), Thinking(**_given(options, Thinking)))
+            asked = asked_for(vars(options))
             if options.input is not None or options.output is not None:
-                _refuse_beside_input(options)
                 return _batch(options, asked, interruption)
-            if options.answer_now and options.resume is None:
-                raise OptionError("--answer-now asks a saved run for its answer. Give its file with --resume FILE.")
             if options.resume is not None:
-                _refuse_beside_resume(options, asked)
                 return _generate(options, None, asked, interruption)
             return _generate(options, _prompt(options), asked, interruption)
         except OptionError as error:
-            return _complain(_with_flag(str(error)), 2)
+            return _complain(with_flag(str(error)), 2)
         except QwqError as error:
             return _complain(str(error), error.exit_code)
         except BrokenPipeError:
@@ -66,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Answer one question. The model's text goes to stdout, everything else to stderr.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 4 the model's logits were NaN or infinite, 5 memory ran "
         "out while loading or in mid-run, 129 terminal closed, 130 interrupted (Ctrl-C), 143 terminated. After 4 and "
-        "above, what there was of the run is in the file of --save.",
+        "above, what there was of the run is in the file of --save; without it, after 5 and above, in one of its own.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -77,8 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         "--save",
         metavar="FILE",
         help="when the run is cut short (Ctrl-C, a signal, --max-tokens, full context) or ends without an answer, "
-        "save it here to go on with",
+        "save it here to go on with (default: qwq-run-DATE-TIME-PID where a signal or a full context cut it short)",
     )
+    add("--no-save", action="store_true", help="do not save a run that a signal or a full context cut short")
     add("--save-every", type=int, metavar="N", help="besides, save every N tokens (default: only at the end)")
     add("--resume", metavar="FILE", help="go on with a saved run: its settings; --max-tokens, --context may rise")
     add("--answer-now", action="store_true", help="with --resume: ask for the answer at once, also of a run that ended")
@@ -100,33 +96,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
-    """Only what was given; everything else keeps the one default that stands in its class."""
-    names = {each.name for each in fields(kind)}
-    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-
-
-def _sampling(options: argparse.Namespace) -> Sampling:
-    given = _given(options, Sampling) | {"logit_bias": dict(_bias_of(text) for text in options.logit_bias or ())}
-    return Sampling(**given)
-
-
-def _bias_of(text: str) -> tuple[int, float]:
-    token_id, _, value = text.partition("=")
-    try:
-        return int(token_id), float(value)
-    except ValueError as error:
-        raise OptionError(f"--logit-bias is {text!r}, expected ID=NUMBER, for example 198=-5 or 198=-inf.") from error
-
-
-def _with_flag(message: str) -> str:
-    """The flag's name instead of the field's, where the message begins with it."""
-    name, _, rest = message.partition(" ")
-    known = {each.name for kind in _KINDS for each in fields(kind)}
-    return f"{_FLAGS.get(name, '--' + name.replace('_', '-'))} {rest}" if name in known else message
-
-
 def _prompt(options: argparse.Namespace) -> str:
     """The question as it was given; checked for emptiness here, so that no model is loaded for nothing."""
     text: str | None = options.prompt
@@ -144,38 +113,7 @@ def _prompt(options: argparse.Namespace) -> str:
     return text
 
 
-class _Asked(NamedTuple):
-    """The options, checked."""
-
-    sampling: Sampling
-    limits: Limits
-    thinking: Thinking
-
-
-def _refuse_beside_resume(options: argparse.Namespace, asked: _Asked) -> None:
-    """A saved run has its own question and settings; options that would be ignored are refused."""
-    others = _Asked(Sampling(), Limits(max_tokens=asked.limits.max_tokens, context=asked.limits.context), Thinking())
-    if asked != others or options.prompt is not None or options.system_prompt is not None:
-        raise OptionError(
-            "--resume goes on with the settings of the file, so only --model, --max-tokens, --context, --answer-now, "
-            "--save, --save-every, --force, --receipt, --json and --quiet can be given beside it. "
-            "Leave the others out, or start a new run."
-        )
-
-
-def _refuse_beside_input(options: argparse.Namespace) -> None:
-    """A file of questions needs a file for the answers, and what belongs to one question is refused beside it."""
-    if options.input is None or options.output is None:
-        missing = "--input" if options.input is None else "--output"
-        raise OptionError(f"{missing} is missing. A file of questions takes --input FILE and --output FILE together.")
-    for name in ("prompt", "resume", "save", "save_every", "receipt", "json", "answer_now"):
-        if getattr(options, name) not in (None, False):
-            raise OptionError(
-                f"--{name.replace('_', '-')} belongs to one question and cannot be given beside --input. Leave it out."
-            )
-
-
-def _batch(options: argparse.Namespace, asked: _Asked, interruption: Interruption) -> int:
+def _batch(options: argparse.Namespace, asked: Asked, interruption: Interruption) -> int:
     from qwq_mlx.generate.questions import read_questions
     from qwq_mlx.generate.results import Results
 
@@ -225,10 +163,8 @@ def _batch_progress() -> Callable[[Stand], None]:
     return show
 
 
-def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, interruption: Interruption) -> int:
+def _generate(options: argparse.Namespace, prompt: str | None, asked: Asked, interruption: Interruption) -> int:
     if options.save is None:
-        if options.save_every is not None:
-            raise OptionError("--save-every says how often, but not where. Give --save FILE too.")
         return _answer(options, prompt, asked, interruption, None)
     from qwq_mlx.generate.keeping import Keeper
 
@@ -239,7 +175,7 @@ def _generate(options: argparse.Namespace, prompt: str | None, asked: _Asked, in
 def _answer(
     options: argparse.Namespace,
     prompt: str | None,
-    asked: _Asked,
+    asked: Asked,
     interruption: Interruption,
     keeper: Keeper | None,
 ) -> int:
@@ -283,15 +219,38 @@ def _answer(
         return _unshown(error, run, keeper, interruption)
     finally:
         interruption.run = None
-    if (keeper is not None or interruption.wants_save) and (trace.is_resumable or trace.can_be_asked):
-        path = options.save or time.strftime("qwq-run-%Y%m%d-%H%M%S")
-        run.save(path)
-        _note(f"saved: go on with --resume {path}{'' if trace.is_resumable else ' --answer-now'}")
+    if keeper is not None and (trace.is_resumable or trace.can_be_asked):
+        run.save(options.save)
+        _note(_way_on(trace, options.save))
+    elif keeper is None and _is_kept_unasked(trace, interruption, options):
+        _keep_unasked(run, trace)
     if options.receipt is not None:
         reasoner.receipt(trace).save(options.receipt)
     if not options.quiet or trace.finish_reason not in ("stop", "answered"):
         _note(summary_line(trace))
     return interruption.exit_code if trace.finish_reason == "interrupted" else 0
+
+
+def _is_kept_unasked(trace: Trace, interruption: Interruption, options: argparse.Namespace) -> bool:
+    """Whether hours may be lost otherwise: somebody answered so, or it was cut short and nobody could be asked."""
+    if interruption.wants_save is not None:
+        return interruption.wants_save and trace.is_resumable
+    return trace.finish_reason in ("interrupted", "context_full") and bool(trace.ids) and not options.no_save
+
+
+def _keep_unasked(run: Run, trace: Trace) -> None:
+    """Save under a name of its own. A run that MLX failed in is left without its cache, so the file is small."""
+    path = Path(f"{time.strftime('qwq-run-%Y%m%d-%H%M%S')}-{os.getpid()}")
+    try:
+        run.save(path)
+    except (GenerationError, RuntimeError, MemoryError) as error:
+        _note(f"warning: not saved: {error}")
+    else:
+        _note(_way_on(trace, str(path)))
+
+
+def _way_on(trace: Trace, path: str) -> str:
+    return f"saved: go on with --resume {path}{'' if trace.is_resumable else ' --answer-now'}"
 
 
 def _failed(error: GenerationError, run: Run, keeper: Keeper | None, options: argparse.Namespace) -> int:
@@ -301,6 +260,8 @@ def _failed(error: GenerationError, run: Run, keeper: Keeper | None, options: ar
     sys.stdout.flush()
     if keeper is not None and keeper.save(run):
         _note(f"saved: go on with --resume {options.save}")
+    if keeper is None and isinstance(error, OutOfMemoryError) and not options.no_save and run.trace().ids:
+        _keep_unasked(run, run.trace())
     return _complain(str(error), error.exit_code)
 
 

@@ -56,7 +56,7 @@ class Interruption:
     def __init__(self, *, asks: bool | None = None) -> None:
         self.run: Stoppable | None = None
         self.exit_code = 0
-        self.wants_save = False
+        self.wants_save: bool | None = None
         self._asks = sys.stdin.isatty() and sys.stderr.isatty() if asks is None else asks
         self._before: dict[int, Any] = {}
         self._shown: list[int] = []

@@ -127,6 +127,7 @@ USAGE: list[tuple[Sequence[str], str]] = [
     (["-p", " \n"], "error: The prompt is empty"),
     (["-p", "-"], "error: The prompt is empty"),
     ([], "error: The prompt is empty"),
+    (["-p", "x", "--save", "y", "--no-save"], "error: --no-save and --save cannot both be meant. Leave one out."),
     (["-p", "x", "--temp", "warm"], "argument --temp: invalid float value: 'warm'"),
     (["-p", "x", "--temperature", "1"], "unrecognized arguments: --temperature 1"),
     (["-p", "x", "--max", "5"], "unrecognized arguments: --max 5"),
@@ -245,13 +246,17 @@ def test_a_model_from_the_environment_is_named(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_ends_cleanly_with_what_was_produced(number: signal.Signals, tiny_checkpoint: Path) -> None:
+def test_an_interrupted_run_ends_cleanly_with_what_was_produced(
+    number: signal.Signals, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     bans = [f"--logit-bias={i}=-inf" for i in load(tiny_checkpoint).model.stop_ids]
     with subprocess.Popen(
         arguments("-p", "x", "--model", str(tiny_checkpoint), "--temp", "0", "--json", *bans),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        cwd=tmp_path,
     ) as process:
         assert process.stderr is not None and process.stdout is not None
         settings = process.stderr.readline()  # printed when the run begins

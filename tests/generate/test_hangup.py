@@ -122,6 +122,35 @@ def test_a_signal_saves_a_run_that_goes_on(number: signal.Signals, tmp_path: Pat
     assert len(list(load(tiny_checkpoint).resume(path))) > 0
 
 
+@pytest.mark.parametrize(
+    ("number", "flags"),
+    [(signal.SIGHUP, ()), (signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, ("--no-save",))],
+)
+def test_without_save_a_run_cut_short_is_kept_unless_no_save_is_given(
+    number: signal.Signals, flags: tuple[str, ...], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    """Nobody could be asked, and hours may be in it."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "qwq_mlx.generate", *endless(tiny_checkpoint, *flags)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=PLAIN,
+        cwd=tmp_path,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.send_signal(number)
+        process.stdout.read()
+        shown = process.stderr.read().decode()
+        assert process.wait(timeout=60) == 128 + number
+    kept = list(tmp_path.iterdir())
+    assert len(kept) == (0 if flags else 1)
+    for path in kept:
+        assert f"saved: go on with --resume {path.name}\n" in shown
+        assert len(list(load(tiny_checkpoint).resume(path))) > 0
+
+
 def test_a_reader_that_leaves_costs_nothing_that_was_to_be_saved(tmp_path: Path, tiny_checkpoint: Path) -> None:
     path = tmp_path / "mine"
     with subprocess.Popen(

@@ -144,6 +144,15 @@ def test_enter_goes_on_to_the_end(terminals: list[Terminal], tmp_path: Path, tin
     terminal.type(b"\n")
     assert terminal.end() == 0, terminal.shown
     assert b"context_full: " in terminal.shown
+    (saved,) = tmp_path.iterdir()
+    assert f"saved: go on with --resume {saved.name}".encode() in terminal.shown
+
+
+def test_stop_leaves_nothing_behind(terminals: list[Terminal], tmp_path: Path, tiny_checkpoint: Path) -> None:
+    terminal = start(terminals, tmp_path, tiny_checkpoint)
+    terminal.type(b"t\n")
+    assert terminal.end() == 130, terminal.shown
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_save_writes_a_run_that_goes_on_under_a_name_with_the_time(
@@ -154,7 +163,7 @@ def test_save_writes_a_run_that_goes_on_under_a_name_with_the_time(
     assert terminal.end() == 130, terminal.shown
     (saved,) = tmp_path.iterdir()
     assert f"saved: go on with --resume {saved.name}".encode() in terminal.shown
-    assert re.fullmatch(r"qwq-run-\d{8}-\d{6}", saved.name)
+    assert re.fullmatch(r"qwq-run-\d{8}-\d{6}-\d+", saved.name)
     assert len(list(load(tiny_checkpoint).resume(saved))) > 0
 
 
@@ -183,7 +192,7 @@ def test_without_a_terminal_the_first_signal_stops_and_the_second_interrupts(num
     with Interruption(asks=False) as interruption:
         interruption.run = run = Stopped()
         signal.raise_signal(number)
-        assert run.is_stopped and interruption.exit_code == code and not interruption.wants_save
+        assert run.is_stopped and interruption.exit_code == code and interruption.wants_save is None
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
 

@@ -204,10 +204,15 @@ def test_the_flags_reach_the_keeper_and_a_full_context_is_saved_and_gone_on_with
     assert "context_full: the context is full" in err and f"go on with --resume {path}" in err
     assert command.main(["--resume", str(path), *model]) == 2
     assert f"--context is {n_prompt + 20}, but the run has {n_prompt + 20} positions" in capsys.readouterr().err
-    assert command.main(["--resume", str(path), *model, "--context", str(n_prompt + 40), "--json"]) == 0
+    more = ["--context", str(n_prompt + 40), "--json", "--no-save"]
+    assert command.main(["--resume", str(path), *model, *more]) == 0
     trace = json.loads(capsys.readouterr().out)
+    monkeypatch.chdir(tmp_path)
     assert command.main(["-p", "x", *model, *options, "--context", str(n_prompt + 40)]) == 0
-    whole = capsys.readouterr().out
+    whole, err = capsys.readouterr()
+    (unasked,) = tmp_path.glob("qwq-run-*")
+    assert f"saved: go on with --resume {unasked.name}\n" in err
+    assert len(ids(reasoner.resume(unasked, context=n_prompt + 45))) == 5
     assert trace["finish_reason"] == "context_full" and len(trace["ids"]) == 40
     assert trace["text"] == whole and whole.startswith(out)
 
@@ -325,6 +330,28 @@ def test_the_command_saves_what_a_failure_left_and_exits_with_5_where_memory_ran
         "error: Step" in err and told.format(kind.__name__, text) in err and f"saved: go on with --resume {path}" in err
     )
     assert [entry[0] for entry in read_checkpoint(path)[0]["steps"]] == list(trace.ids)
+
+
+def test_what_memory_ran_out_in_is_kept_unasked_where_the_disk_takes_it(
+    failing: _Failing,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["-p", "x", "--model", str(tiny_checkpoint), "--max-tokens", "60", "--seed", "4"]
+    for flags, n_kept in ((["--no-save"], 0), ([], 1)):
+        failing.n_calls, failing.fails_at = 0, 30
+        assert command.main([*given, *flags]) == 5
+        assert len(list(tmp_path.iterdir())) == n_kept
+    (kept,) = tmp_path.iterdir()
+    assert f"saved: go on with --resume {kept.name}\n" in capsys.readouterr().err
+    assert read_checkpoint(kept)[1] == {}, "no cache, so it is small"
+    failing.n_calls, failing.fails_at = 0, 30
+    monkeypatch.setattr(Run, "save", lambda *_: (_ for _ in ()).throw(GenerationError("the disk is full")))
+    assert command.main(given) == 5
+    assert "warning: not saved: the disk is full\n" in capsys.readouterr().err
 
 
 def test_killed_at_any_moment_the_file_is_whole_and_goes_on_to_the_same_ids(
