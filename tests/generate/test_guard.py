@@ -110,6 +110,47 @@ def test_tokens_that_open_or_close_and_write_at_once(real: Pieces, english: Lang
     assert masked(real, english, "“x”的") == "”的"
 
 
+def test_marks_that_are_spread_over_tokens_quote_too(real: Pieces, english: LanguageGuard) -> None:
+    """ " ‹" is two tokens in Qwen's vocabulary; any mark may come in pieces."""
+    by_bytes = {real[each]: each for each in range(real.n_ids - 1, -1, -1)}
+    thought = ids_of(real, "思考")
+
+    def masked_of(parts: list[bytes]) -> list[bool]:
+        """Whether a run could not have drawn "思考" behind these pieces, and behind a space more."""
+        found = []
+        for more in ([], [b" "]):
+            ids = [by_bytes[part] for part in (*parts, *more)]
+            state = english.start([])
+            for each in ids:
+                state = english.push(state, mx.array(each, mx.uint32))
+            assert state.tolist() == english.start(ids).tolist()
+            found.append(english.masked(mx.zeros(real.n_ids), state)[thought[0]].item() == -math.inf)
+        return found
+
+    assert len(ids_of(real, " ‹")) == 2
+    n_cut = 0
+    for opening, closing in ("“”", "‘’", "„“", "「」", "『』", "«»", "‹›", "《》", "（）"):
+        for mark, before, is_masked in ((opening, b"", False), (closing, opening.encode(), True)):
+            raw = mark.encode()
+            for cuts in ([1], [2], [1, 2]) if len(raw) == 3 else ([1],):
+                parts = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+                if all(part in by_bytes for part in parts):
+                    n_cut += 1
+                    assert masked_of([before, *parts] if before else parts) == [is_masked] * 2, (mark, cuts)
+    assert n_cut > 30
+    # what only begins like a mark opens nothing: "…", a broken byte, and a mark's end alone
+    for parts in (
+        [b"\xe2\x80", b"\xa6"],
+        [b"\xe2\x80", b"a"],
+        [b"\x9c"],
+        [b"\xe3\x80", b"\xe3\x80"],
+        [b"\xe2", b"\x9c"],
+    ):
+        if all(part in by_bytes for part in parts):
+            assert masked_of(parts) == [True, True], parts
+    assert masked_of([b"\xe3\x80", b"\xe3\x80", b"\x8c"]) == [False, False], "the second beginning counts"
+
+
 def test_where_qwq_really_drifted_the_guard_masks_it(real: Pieces, english: LanguageGuard, shared: Path) -> None:
     n_drifts = 0
     for row in (shared / "traces" / "qwq_preview_traces.jsonl").read_text().splitlines():
