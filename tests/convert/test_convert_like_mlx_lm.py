@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from commands import ENVIRONMENT
 from qwq_mlx.convert import convert_checkpoint
 from qwq_mlx.files.manifest import verify_full
 from qwq_mlx.files.source import INDEX_NAME, open_checkpoint
+from qwq_mlx.quant.modes import MODES
 from qwq_mlx.quant.recipe import load_recipe, recipe_names
 
 pytestmark = pytest.mark.tiny
@@ -30,6 +32,9 @@ from mlx_lm.convert import convert
 from mlx_lm.generate import generate_step
 question = [{"role": "user", "content": "wait, is the answer 479?"}]
 for source, ours, theirs, options in json.loads(sys.argv[1]):
+    packings = options.get("quant_predicate")
+    if isinstance(packings, dict):
+        options["quant_predicate"] = lambda path, *_: packings.get(path, True)
     convert(source, theirs, quantize=True, **options)
     for folder in (ours, theirs):
         model, tokenizer = load(folder)
@@ -45,6 +50,27 @@ OPTIONS = {
     **{name: {"q_mode": name, "q_bits": bits, "q_group_size": group} for name, bits, group in FLOATS},
 }
 """Recipe -> the arguments with which mlx_lm.convert makes the same."""
+
+
+EVERY = "every"
+"""Every number of bits with every group, each in a matrix of one model: a recipe of overrides."""
+PACKINGS = {
+    f"model.layers.{layer}.{part}_proj": {"bits": bits, "group_size": group, "mode": "affine"}
+    for (layer, part), (bits, group) in zip(
+        itertools.product(range(3), ("self_attn.q", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")),
+        itertools.product(*MODES["affine"]),
+        strict=True,
+    )
+}
+
+
+def write_every(folder: Path) -> Path:
+    tables = (
+        f'[[override]]\nmatch = "{path}"\nbits = {packing["bits"]}\ngroup_size = {packing["group_size"]}\n'
+        for path, packing in PACKINGS.items()
+    )
+    (folder / f"{EVERY}.toml").write_text("[weights]\n" + "".join(tables), encoding="utf-8")
+    return folder / f"{EVERY}.toml"
 
 
 @dataclass(frozen=True)
@@ -63,17 +89,21 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """Conversions by us and by mlx-lm, theirs in one process."""
     folder = tmp_path_factory.mktemp("cases")
     plain = write_tiny_checkpoint(folder / "plain")
+    every = write_tiny_checkpoint(folder / "source-of-every", n_layers=3, intermediate_size=256)
+    recipes = {EVERY: write_every(folder)}
+    options = {**OPTIONS, EVERY: {**OPTIONS[PLAIN], "quant_predicate": PACKINGS}}
     sources = {
         "tied-f16": write_tiny_checkpoint(folder / "f16", dtype="F16", tie=True, n_layers=1, n_shards=3),
         "f32": write_tiny_checkpoint(folder / "f32", dtype="F32", n_layers=1, n_shards=1),
         **dict.fromkeys(OPTIONS, plain),
+        EVERY: every,
     }
     jobs = []
     for name, source in sources.items():
-        recipe = name if name in OPTIONS else PLAIN
-        convert_checkpoint(source, folder / f"{name}-ours", recipe=recipe)
+        recipe = name if name in options else PLAIN
+        convert_checkpoint(source, folder / f"{name}-ours", recipe=recipes.get(recipe, recipe))
         jobs.append(
-            [*(str(each) for each in (source, folder / f"{name}-ours", folder / f"{name}-theirs")), OPTIONS[recipe]]
+            [*(str(each) for each in (source, folder / f"{name}-ours", folder / f"{name}-theirs")), options[recipe]]
         )
     done = subprocess.run(
         [sys.executable, "-c", THEIRS, json.dumps(jobs)],
@@ -96,7 +126,7 @@ def plain(cases: dict[str, Case]) -> Case:
     return cases[PLAIN]
 
 
-CASES = pytest.mark.parametrize("name", ["tied-f16", "f32", *OPTIONS])
+CASES = pytest.mark.parametrize("name", ["tied-f16", "f32", *OPTIONS, EVERY])
 
 
 def arrays(folder: Path) -> dict[str, mx.array]:
