@@ -83,9 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         "--target-size",
         metavar="SIZE",
         help="choose the bits of every matrix so that the output fits this size, as 17GB (also GiB, MB, MiB): the "
-        "recipe's mode, group, fit and overrides stay, the output matrix and the layers where rounding hurts most get "
-        "more. Below 3.5 bits per weight it was no better on the bundled model than the recipes 2bit-g32 and mixed_2_6 "
-        "(default: the recipe's bits)",
+        "recipe's mode, group, fit and overrides stay; the output matrix, narrow matrices and the layers where "
+        "rounding hurts most get more (default: the recipe's bits)",
     )
     add(
         "--calibrate",

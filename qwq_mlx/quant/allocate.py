@@ -1,18 +1,24 @@
 """Bits for every matrix, so that a model fits a size: a recipe with explicit overrides, from shapes alone.
 
-Every matrix begins with 2 bits. Then, again and again, the matrix gets its next width (3, 4, 5, 6, 8) whose weighted
-error falls most for a bit: the squared error of b bits is taken as 1 / (2**b - 1)**2 of the group's range for all
-matrices alike, and counts SENSITIVE times for the output matrix and for v_proj and down_proj of the layers that a
-recipe calls "sensitive". Two bits more are worth a factor of about 16, and two bits more are what mlx-lm's mixed recipe
-4_6 and llama.cpp's K mixes give these very matrices. Where two steps are worth the same, the sensitive layers and the
-later ones go first. Nothing is measured, so it costs nothing and works from headers; the activations of a text do not
-enter, --calibrate or not.
+What is made small is a sum over all matrices of the harm of their bits. From 4 bits on harm is the relative squared
+error of the weights, a fourth for each bit more. Below, the loss of a model grows faster than that: on the pocket
+model's KL 3 bits everywhere cost 6 times and 2 bits 130 times what 4 do, where the errors are 4 and 15 times as large.
+So nearly all get a third bit before any gets a fourth. To first order the loss is a sum of relative errors with a
+factor for each matrix that its size does not enter (the linearity theorem of HIGGS, Malinovskii et al. 2024, arXiv
+2411.17525), so that a narrow matrix, k_proj or v_proj, earns more bits than a wide one; here a matrix of n weights
+counts sqrt(n), half-way to counting every weight alike. The output matrix counts OUTPUT times besides, for its errors
+reach the logits undiluted; v_proj and down_proj of the layers that a recipe calls "sensitive" count SENSITIVE times, as
+mlx-lm's mixed recipes and llama.cpp's K mixes give these more.
 
-On the pocket model off its training grid (scripts/pocket/target_size.py): KL at the bytes of 3 uniform bits 0.000047
-(uniform: 0.000236), at those of 4 bits 0.0000131 (0.0000184); 1,298 tokens, one text. Between 2 and 3 bits no gain over
-recipes of the same bytes is shown: 0.0078 against 0.0041 of 2bit-g32 (3.0 bits per weight) and 0.0110 against 0.0071 of
-mixed_2_6 (3.2), means of four texts, 5,455 tokens. A few tokens carry most of that KL: by text the first pair's ratio
-lay between 0.68 and 19. Not measured on the 32B.
+Every matrix begins with 2 bits; then, again and again, the one gets its next width (3, 4, 5, 6, 8) whose harm falls
+most for a byte. Where two steps are worth the same, the sensitive layers and the later ones go first. Nothing is
+measured, so it costs nothing and works from headers; the activations of a text do not enter, --calibrate or not.
+
+KL of the pocket model off its training grid, beside recipes of the same bytes, means of four texts that nothing was
+chosen on (5,259 tokens, scripts/pocket/target_size.py --first-seed 51): 0.00072 where 2bit-g32 has 0.0061, 0.00034
+(mixed_2_6: 0.0047), 0.00020 (3bit: 0.00034), 0.000063 (mixed_3_4: 0.00014), 0.00018 (mixed_3_6: 0.00032). From 4 to 5
+bits per weight it is a draw: 0.000074 (4bit: 0.000065), and one token of one text makes it 0.00039 at the bytes of
+4bit-g128 (0.000036). Above, 0.000031 (5bit: 0.000083) and 0.0000018 (6bit: 0.0000024). Not measured on the 32B.
 
 Does not: look at weights, or know about files beside the codes (`convert.target` does).
 """
@@ -21,16 +27,22 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from qwq_mlx.quant.modes import MODES, Packing
 from qwq_mlx.quant.recipe import Override, Recipe, is_sensitive_layer, layer_of, recipe_of_text
 
-__all__ = ["SENSITIVE", "allocate_bits", "free_matrices", "recipe_of_bits"]
+__all__ = ["HARM", "OUTPUT", "SENSITIVE", "allocate_bits", "free_matrices", "recipe_of_bits"]
 
-SENSITIVE = 16.0
-"""How many times the error of a sensitive matrix counts."""
+HARM = {2: 132.0, 3: 6.0, 4: 1.0, 5: 0.244, 6: 0.061, 8: 0.0044}
+"""Bits -> what they cost, 4 bits as 1, for groups of 64 by least squares. Other groups and min-max cost other amounts
+in nearly the same proportions, and only these enter."""
+OUTPUT = 64.0
+"""How many times the harm of the output matrix counts."""
+SENSITIVE = 4.0
+"""How many times the harm of v_proj and down_proj of a sensitive layer counts."""
 
 _BITS = MODES["affine"][0]
 _KINDS = ("lm_head", "down_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "embed_tokens")
@@ -52,7 +64,7 @@ def allocate_bits(matrices: Mapping[str, int], *, n_layers: int, output: str, bu
     """
     bits = dict.fromkeys(matrices, _BITS[0])
     used = sum(_BITS[0] * n for n in matrices.values())
-    steps = [_step(path, _BITS[0], n_layers, output) for path in matrices]
+    steps = [_step(path, _BITS[0], n, n_layers, output) for path, n in matrices.items()]
     heapq.heapify(steps)
     while steps:
         _, _, path, wider = heapq.heappop(steps)
@@ -61,23 +73,19 @@ def allocate_bits(matrices: Mapping[str, int], *, n_layers: int, output: str, bu
             continue  # a smaller matrix may still fit
         bits[path], used = wider, used + more
         if wider != _BITS[-1]:
-            heapq.heappush(steps, _step(path, wider, n_layers, output))
+            heapq.heappush(steps, _step(path, wider, matrices[path], n_layers, output))
     return bits
 
 
-def _step(path: str, bits: int, n_layers: int, output: str) -> tuple[float, tuple[bool, int, int], str, int]:
+def _step(path: str, bits: int, n: int, n_layers: int, output: str) -> tuple[float, tuple[bool, int, int], str, int]:
     """From `bits` to the next width, as a heap sorts it: minus its worth, its rank among equals, path, the width."""
     wider = _BITS[_BITS.index(bits) + 1]
     kind, layer = path.rpartition(".")[2], layer_of(path)
     is_in_sensitive = layer is not None and is_sensitive_layer(layer, n_layers)
-    counts = SENSITIVE if path == output or (is_in_sensitive and kind in ("v_proj", "down_proj")) else 1.0
-    worth = counts * (_error(bits) - _error(wider)) / (wider - bits)
+    counts = OUTPUT if path == output else SENSITIVE if is_in_sensitive and kind in ("v_proj", "down_proj") else 1.0
+    worth = counts * (HARM[bits] - HARM[wider]) / ((wider - bits) * math.sqrt(n))  # sqrt(n) times, for n weights
     rank = _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
     return -worth, (not is_in_sensitive, rank, -n_layers if layer is None else -layer), path, wider
-
-
-def _error(bits: int) -> float:
-    return 1.0 / ((1 << bits) - 1) ** 2
 
 
 def recipe_of_bits(recipe: Recipe, bits: Mapping[str, int], *, name: str) -> Recipe:

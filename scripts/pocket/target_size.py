@@ -1,6 +1,6 @@
 """What a target size is worth: bits chosen by `--target-size` beside recipes of the package of the same bytes, by KL.
 
-    python scripts/pocket/target_size.py [--tokens 2048] [--texts 3] [--only 2bit-g32 ...] [--problems 0] [--on-grid]
+    python scripts/pocket/target_size.py [--texts 4] [--first-seed 21] [--only 2bit-g32 ...] [--problems 0] [--on-grid]
 
 For each recipe of 2.5 to 6.5 bits per weight: the recipe, and a target size of exactly its bytes. The source is the
 pocket off the 4-bit grid that it was trained on (see measure_recipes.py), the texts held-out traces of other draws.
@@ -28,15 +28,18 @@ from measure_recipes import add_divergence, add_solved, off_grid, say, write_tex
 from qwq_mlx.convert import convert_checkpoint  # noqa: E402
 from qwq_mlx.pocket import FOLDER  # noqa: E402
 
-RECIPES = ("2bit", "2bit-g32", "mixed_2_6", "3bit", "mixed_3_4", "4bit", "5bit", "6bit")
-FIRST_SEED = 21
+RECIPES = (
+    *("2bit", "2bit-g32", "mixed_2_6", "3bit", "mixed_3_4", "mixed_3_6", "3bit-g32"),
+    *("4bit-g128", "4bit", "mixed_4_6", "4bit-g32", "5bit", "6bit"),
+)
 
 
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048, help="positions of each text (default: %(default)s)")
-    parser.add_argument("--texts", type=int, default=3, help="draws of held-out traces (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=4, help="draws of held-out traces (default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=21, help="of these draws (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=RECIPES, metavar="RECIPE", help="(default: all)")
     parser.add_argument("--problems", type=int, default=0, help="equations to solve with each (default: %(default)s)")
     parser.add_argument("--on-grid", action="store_true", help="on the pocket as it was trained")
@@ -49,7 +52,7 @@ def main() -> int:
         for number in range(options.texts):
             home = work / f"text-{number}"
             home.mkdir()
-            text = write_texts(home, seed=FIRST_SEED + number)["held-out"]
+            text = write_texts(home, seed=options.first_seed + number)["held-out"]
             one: list[dict[str, Any]] = [{} for _ in rows]
             add_divergence(source, one, folders, text, options.tokens)
             for row, found in zip(rows, one, strict=True):
