@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         PromptError,
         QwqError,
         RecipeError,
+        SavingError,
         SourceError,
         TemplateLimitError,
     )
@@ -60,6 +61,7 @@ __all__ = [
     "Reasoner",
     "RecipeError",
     "Sampling",
+    "SavingError",
     "SourceError",
     "Step",
     "TemplateLimitError",

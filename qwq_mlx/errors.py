@@ -12,7 +12,8 @@
     |  `- TemplateLimitError an unknown chat template took too long or too much; on a busy machine it may not next time
     |- GenerationError       decoding went wrong; `.trace` keeps what was produced
     |  |- NotFiniteError      a logit was NaN or infinite; exit code 4
-    |  `- OutOfMemoryError    an allocation failed though the plan fitted; exit code 5
+    |  |- OutOfMemoryError    an allocation failed though the plan fitted; exit code 5
+    |  `- SavingError         a run, trace, receipt or line cannot be written; exit code 3 where the disk is full
     `- BackendError          MLX has no usable backend on this machine
 
 `convert` and `generate` exit with an error's `exit_code`, which is 1 where the tree names no other; the other commands
@@ -23,6 +24,7 @@ Does not: wrap programming errors. A TypeError or an AssertionError is a defect 
 
 from __future__ import annotations
 
+import errno
 import re
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "PromptError",
     "QwqError",
     "RecipeError",
+    "SavingError",
     "SourceError",
     "TemplateLimitError",
 ]
@@ -74,6 +77,11 @@ class DiskFullError(ConversionError):
     """The disk of the output is full, or has less room than the plan needs."""
 
     exit_code = 3
+
+    @staticmethod
+    def is_meant_by(error: OSError) -> bool:
+        """Whether a write failed for want of room: the disk's, the user's, or that of a file of this file system."""
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class LoadError(QwqError):
@@ -121,6 +129,18 @@ class OutOfMemoryError(GenerationError):
     def is_meant_by(error: Exception) -> bool:
         """Whether what MLX raised (RuntimeError for everything) says on any backend that an allocation failed."""
         return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
+class SavingError(GenerationError):
+    """What was generated cannot be written; what was there before is whole.
+
+    error: what the system said. Where it is that the disk is full, the exit code is 3.
+    """
+
+    def __init__(self, message: str, error: OSError) -> None:
+        super().__init__(message)
+        if DiskFullError.is_meant_by(error):
+            self.exit_code = DiskFullError.exit_code
 
 
 class BackendError(QwqError):

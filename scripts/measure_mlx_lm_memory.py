@@ -3,10 +3,11 @@
     python scripts/measure_mlx_lm_memory.py                  # a random model of QwQ's proportions, small
     python scripts/measure_mlx_lm_memory.py --model FOLDER   # a conversion or checkpoint
 
-Batches go through mlx_lm's BatchGenerator, as its batch_generate uses it: K prompts that fill the context with
---tokens to go. "together": all end at the last position. "apart": each ends a few tokens before the next, so caches are
-copied while most are full. "ragged": prompts of different lengths besides. A draft model of half the layers goes
-through speculative_generate_step; random models never agree, which is when a cache is rewound most.
+Batches go through mlx_lm's BatchGenerator, as its batch_generate uses it: K prompts of whole passes, at most --contexts
+with --tokens to go. "together": all end at the last position. "apart": each ends a few tokens before the next, so
+caches are copied while most are full. "ragged": prompts of different lengths besides, whose caches mlx-lm rolls into
+place, old and new beside each other; a plan is for equal ones and may be below that. A draft model of half the layers
+goes through speculative_generate_step; random models never agree, which is when a cache is rewound most.
 
 Prints one JSON line per setting and, as the last line of stdout, the range of all; exit code 1 where a plan is below
 what was held by more than 2 %.
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--vocab", type=int, default=512, help="of the random model (default: %(default)s)")
     add("--packed", action="store_true", help="4-bit weights in the random model; slow on the CPU")
     add("--samples", type=int, nargs="*", default=[2, 4, 8], metavar="K", help="sequences (default: 2 4 8)")
-    add("--patterns", nargs="+", default=list(PATTERNS), choices=PATTERNS, help="how they end (default: all)")
+    add("--patterns", nargs="+", default=["together", "apart"], choices=PATTERNS, help="(default: together apart)")
     add("--drafts", type=int, nargs="*", default=[2, 5], metavar="N", help="ids guessed at a time (default: 2 5)")
     add("--contexts", type=int, nargs="+", default=[700, 1800], metavar="N", help="positions (default: 700 1800)")
     add("--prefill-steps", type=int, nargs="+", default=[64, 512], metavar="N", help="(default: 64 512)")
@@ -94,7 +95,8 @@ def _model(options: argparse.Namespace, n_layers: int) -> tuple[Any, ModelShape]
 def _rows(module: Any, shape: ModelShape, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for context in options.contexts:
         for step in options.prefill_steps:
-            asked = Workload(context=context, prefill_step=step, compute_type=options.compute_type)
+            n_prompt = 1 + (context - options.tokens - 1) // step * step  # of which the last id is fed by itself
+            asked = Workload(context=n_prompt + options.tokens, prefill_step=step, compute_type=options.compute_type)
             for n_sequences in options.samples:
                 for pattern in options.patterns:
                     workload = replace(asked, n_sequences=n_sequences)

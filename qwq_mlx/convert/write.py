@@ -9,7 +9,6 @@ Does not: publish anything; the files lie in the partial folder.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -137,7 +136,7 @@ class ShardWriter:
 
 def disk_fault(error: OSError, path: Path, n_bytes: int) -> ConversionError:
     """An error of the disk while writing, as a message that says what is needed and what is kept."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if DiskFullError.is_meant_by(error):
         free = shutil.disk_usage(path.parent if path.parent.exists() else "/").free
         return DiskFullError(
             f"{path}: the disk is full: writing {n_bytes:,} bytes failed, {free:,} are free. "

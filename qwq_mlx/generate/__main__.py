@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, QwqError
+from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, QwqError, SavingError
 from qwq_mlx.generate.asked import Asked, asked_for, with_flag
 from qwq_mlx.generate.flags import add_limits, add_sampling
 from qwq_mlx.generate.interruption import Interruption, silence
@@ -59,9 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m qwq_mlx.generate",
         description="Answer one question. The model's text goes to stdout, everything else to stderr.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 4 the model's logits were NaN or infinite, 5 memory ran "
-        "out while loading or in mid-run, 129 terminal closed, 130 interrupted (Ctrl-C), 143 terminated. After 4 and "
-        "above, what there was of the run is in the file of --save; without it, after 5 and above, in one of its own.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the disk is full, 4 the model's logits were NaN or "
+        "infinite, 5 memory ran out while loading or in mid-run, 129 terminal closed, 130 interrupted (Ctrl-C), 143 "
+        "terminated. After 4 and above, what there was of the run is in the file of --save; without it, after 5 and "
+        "above, in one of its own.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -272,7 +273,8 @@ def _unshown(error: OSError, run: Run, keeper: Keeper | None, interruption: Inte
         _note(f"saved: go on with --resume {keeper.path}")
     if interruption.exit_code or isinstance(error, BrokenPipeError):
         return interruption.exit_code
-    return _complain(f"stdout: cannot be written ({error.strerror}). Make room, or send it elsewhere.", 1)
+    unshown = SavingError(f"stdout: cannot be written ({error.strerror}). Make room, or send it elsewhere.", error)
+    return _complain(str(unshown), unshown.exit_code)
 
 
 def _load(options: argparse.Namespace, limits: Limits) -> Reasoner:

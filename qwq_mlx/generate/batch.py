@@ -102,7 +102,7 @@ class Batch:
 
         A question that cannot be answered (too long for the context, logits that are not finite) gets a line with its
         "error", and so does one in which memory ran out; those of an earlier run are tried again first. Raises
-        GenerationError where the disk does not take a line, TemplateLimitError where an unknown chat template took too
+        SavingError where the disk does not take a line, TemplateLimitError where an unknown chat template took too
         long; the lines before are whole.
         """
         lines = self._results.lines

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from qwq_mlx.errors import GenerationError, SourceError
+from qwq_mlx.errors import SavingError, SourceError
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
 from qwq_mlx.files.header import Header, TensorEntry, encode_header, read_header
 from qwq_mlx.files.manifest import MANIFEST_NAME
@@ -38,7 +38,7 @@ _CHUNK_BYTES = 8 << 20
 def write_checkpoint(path: Path, state: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> None:
     """Write state and arrays; the file appears whole or not at all.
 
-    Raises GenerationError where the disk does not take it; the run itself is not touched by that.
+    Raises SavingError where the disk does not take it; the run itself is not touched by that.
     """
     text = json.dumps(state, ensure_ascii=True, separators=(",", ":")).encode()
     arrays = {**arrays, _STATE: mx.array(np.frombuffer(text, np.uint8))}
@@ -66,9 +66,10 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], arrays: Mapping[str, 
         fsync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise GenerationError(
+        raise SavingError(
             f"{path}: the run cannot be saved ({error.strerror}); {start:,} bytes are needed. "
-            "Make room, or give another place."
+            "Make room, or give another place.",
+            error,
         ) from error
 
 

@@ -1,6 +1,7 @@
 """What a run leaves behind: its parts put together into a Trace, and a failure of MLX put into words.
 
-Does not: decide why a run ends (`run` does).
+Does not: decide why a run ends (`run` does), or see what MLX does not raise: on the CPU MLX 0.32.4 writes through the
+null pointer of a failed malloc, which ends the process (a limit of address space shows it). --save-every helps there.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwq_mlx.errors import GenerationError, OptionError
+from qwq_mlx.errors import OptionError, SavingError
 from qwq_mlx.reasoning.candidates import candidates
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _THINKING, _ANSWER, _LOOP, _INJECTED = "#dfe7f1", "#dcefdc", "#c0392b", "#8e44ad
 def plot_trace(trace: Trace, path: Path) -> None:
     """Draw a trace into a .png, .pdf or .svg file.
 
-    Raises OptionError for another kind of file, a missing matplotlib or a trace without tokens; GenerationError where
+    Raises OptionError for another kind of file, a missing matplotlib or a trace without tokens; SavingError where
     the disk does not take it.
     """
     if path.suffix not in _SUFFIXES:
@@ -61,8 +61,8 @@ def plot_trace(trace: Trace, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:
-        raise GenerationError(
-            f"{path}: the picture cannot be saved ({error.strerror}). Make room, or give another place."
+        raise SavingError(
+            f"{path}: the picture cannot be saved ({error.strerror}). Make room, or give another place.", error
         ) from error
 
 

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import GenerationError, SourceError
+from qwq_mlx.errors import SavingError, SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.generate.checkpoint import model_digest
@@ -59,14 +59,14 @@ class Receipt:
     system: str
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON; it appears whole or not at all. Raises GenerationError where the disk does not take it."""
+        """Write it as JSON; it appears whole or not at all. Raises SavingError where the disk does not take it."""
         values = {"format": _FORMAT, "schema_version": _SCHEMA, **asdict(self)}
         values["sha256"] = _digest(values)
         try:
             write_file(Path(path), (json.dumps(values, ensure_ascii=False) + "\n").encode())
         except OSError as error:
-            raise GenerationError(
-                f"{path}: the receipt cannot be saved ({error.strerror}). Make room, or give another place."
+            raise SavingError(
+                f"{path}: the receipt cannot be saved ({error.strerror}). Make room, or give another place.", error
             ) from error
 
 

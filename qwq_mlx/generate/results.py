@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import GenerationError, SourceError
+from qwq_mlx.errors import SavingError, SourceError
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
 from qwq_mlx.files.lock import FolderLock
 from qwq_mlx.generate.trace import Trace
@@ -87,16 +87,17 @@ class Results:
     def write(self, line: Mapping[str, Any]) -> None:
         """Write one line, the next or one that is there already; on return it is on the disk.
 
-        Raises GenerationError where the disk does not take it; the file is then as it was before.
+        Raises SavingError where the disk does not take it; the file is then as it was before.
         """
         data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
         is_next = line["index"] == len(self.lines)
         try:
             (self._append if is_next else self._replace)(data, line["index"])
         except OSError as error:
-            raise GenerationError(
+            raise SavingError(
                 f"{self.path}: line {line['index'] + 1:,} cannot be written ({error.strerror}); the lines before it "
-                "are whole. Make room and run the same command again."
+                "are whole. Make room and run the same command again.",
+                error,
             ) from error
         self.lines[line["index"] :] = [_slim(line), *self.lines[line["index"] + 1 :]]
 

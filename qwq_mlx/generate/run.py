@@ -141,7 +141,7 @@ class Run:
 
         After a failure of MLX the cache is not to be trusted and is left out: who resumes works it out again from the
         ids, in larger passes, so there the ids may differ.
-        Raises GenerationError where the disk does not take it; the run can go on all the same.
+        Raises SavingError where the disk does not take it; the run can go on all the same.
         """
         self._settle_nudge()
         steps = self._written.steps

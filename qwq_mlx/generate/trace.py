@@ -184,7 +184,7 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Write JSON lines, hidden states beside them (`trace_file`); the file appears whole or not at all.
 
-        Raises GenerationError where the disk does not take it.
+        Raises SavingError where the disk does not take it.
         """
         fields = self.to_json()
         del fields["schema_version"], fields["text"]
@@ -196,7 +196,7 @@ class Trace:
     def plot(self, path: str | Path) -> None:
         """Draw entropy and log-probability with segments, stated answers and loops (see `plot`; needs matplotlib).
 
-        Raises OptionError; GenerationError where the disk does not take it.
+        Raises OptionError; SavingError where the disk does not take it.
         """
         from qwq_mlx.generate.plot import plot_trace
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from qwq_mlx.errors import GenerationError, SourceError
+from qwq_mlx.errors import SavingError, SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.header import TensorEntry, encode_header, read_header
 
@@ -37,7 +37,7 @@ def write_trace(
 ) -> None:
     """Write a trace; the file appears whole or not at all. hidden: layer -> (tokens, hidden_size) float32.
 
-    Raises GenerationError where the disk does not take it.
+    Raises SavingError where the disk does not take it.
     """
     arrays = _arrays_bytes(hidden) if hidden else None
     beside, is_new = path, False
@@ -59,8 +59,8 @@ def write_trace(
     except OSError as error:
         if is_new:
             beside.unlink(missing_ok=True)  # no lines name it
-        raise GenerationError(
-            f"{path}: the trace cannot be saved ({error.strerror}). Make room, or give another place."
+        raise SavingError(
+            f"{path}: the trace cannot be saved ({error.strerror}). Make room, or give another place.", error
         ) from error
 
 

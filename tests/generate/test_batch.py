@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from commands import ENVIRONMENT
 
-from qwq_mlx.errors import ConversionError, GenerationError, OptionError, SourceError, TemplateLimitError
+from qwq_mlx.errors import ConversionError, GenerationError, OptionError, SavingError, SourceError, TemplateLimitError
 from qwq_mlx.generate import __main__ as command
 from qwq_mlx.generate import results as results_module
 from qwq_mlx.generate.batch import Batch, Stand, question_seed
@@ -253,7 +253,7 @@ def test_a_full_disk_keeps_the_lines_before(
     with monkeypatch.context() as patched:
         patched.setattr(results_module.os, "pwrite", full)
         # the lock writes with pwrite too: its line is the first of the two
-        with pytest.raises(GenerationError, match=r"line 2 cannot be written \(No space left on device\); the lines"):
+        with pytest.raises(SavingError, match=r"line 2 cannot be written \(No space left on device\); the lines"):
             answered(reasoner, whole / "in.jsonl", output)
     assert compared(output) == compared(whole / "out.jsonl")[:1]
     answered(reasoner, whole / "in.jsonl", output)
@@ -388,7 +388,7 @@ def test_a_line_that_cannot_be_written_again_leaves_the_file_as_it_was(
                 thinking=Thinking(),
             )
             patched.setattr(owner, name, full)
-            with pytest.raises(GenerationError, match=r"line 3 cannot be written \(No space left on device\)"):
+            with pytest.raises(SavingError, match=r"line 3 cannot be written \(No space left on device\)"):
                 batch.work()
             patched.undo()
             short_of_memory(set())

@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 from checkpoints import write_tiny_checkpoint
 
-from qwq_mlx.errors import GenerationError, OptionError, SourceError
+from qwq_mlx.errors import OptionError, SavingError, SourceError
 from qwq_mlx.generate import checkpoint
 from qwq_mlx.generate.checkpoint import model_digest, read_checkpoint, write_checkpoint
 from qwq_mlx.generate.inspection import Inspect
@@ -295,8 +295,11 @@ def test_a_full_disk_leaves_the_old_file_and_the_run_goes_on(
 
     monkeypatch.setattr(checkpoint, "fsync_file", full)
     first.append(next(run))
-    with pytest.raises(GenerationError, match=r"the run cannot be saved \(No space left on device\); [\d,]+ bytes"):
+    with pytest.raises(
+        SavingError, match=r"the run cannot be saved \(No space left on device\); [\d,]+ bytes"
+    ) as caught:
         run.save(tmp_path / "run")
+    assert caught.value.exit_code == 3
     assert (tmp_path / "run").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
     assert first + list(run) == list(started(reasoner, "sampled"))
 

@@ -347,7 +347,7 @@ def test_a_full_disk_under_stdout_is_one_message(given: list[str], tiny_checkpoi
             check=False,
         )
     expected = b"error: stdout: cannot be written (No space left on device). Make room, or send it elsewhere.\n"
-    assert (done.returncode, done.stderr) == (1, expected)
+    assert (done.returncode, done.stderr) == (3, expected)
 
 
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])

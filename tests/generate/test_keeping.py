@@ -153,6 +153,26 @@ def test_a_full_disk_costs_a_warning_and_leaves_the_checkpoint_before(
     assert [each.name for each in tmp_path.iterdir()] == ["run"], "no half file"
 
 
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 3), (errno.EDQUOT, 3), (errno.EACCES, 1)])
+def test_the_exit_code_tells_a_full_disk_from_another_fault(
+    number: int,
+    code: int,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(fd: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "fsync_file", fails)
+    given = ["-p", "x", "--model", str(tiny_checkpoint), "--max-tokens", "4", "--temp", "0"]
+    assert command.main([*given, "--save", str(tmp_path / "run")]) == code
+    out, err = capsys.readouterr()
+    assert f"error: {tmp_path / 'run'}: the run cannot be saved ({os.strerror(number)})" in err
+    assert out, "the text was shown before"
+
+
 def test_a_second_keeper_of_one_file_is_refused(tmp_path: Path) -> None:
     with Keeper(tmp_path / "run", every=None, warn=print):
         script = (

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from qwq_mlx.errors import GenerationError, SourceError
+from qwq_mlx.errors import SavingError, SourceError
 from qwq_mlx.generate import trace_file
 from qwq_mlx.generate.trace import SCHEMA_VERSION, Alternative, FinishReason, Injection, Timings, Trace
 from qwq_mlx.reasoning.loops import LoopScores
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_the_old_trace(
         real(path, data)
 
     monkeypatch.setattr(trace_file, "write_file", full)
-    with pytest.raises(GenerationError, match=r"the trace cannot be saved \(No space left on device\)\. Make room"):
+    with pytest.raises(SavingError, match=r"the trace cannot be saved \(No space left on device\)\. Make room"):
         dataclasses.replace(trace, hidden={1: np.zeros((2, 3), np.float32)}).save(path)
     assert Trace.load(path) == inspected(trace) and len(list(tmp_path.iterdir())) == 2
 

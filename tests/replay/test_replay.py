@@ -18,7 +18,7 @@ import pytest
 from checkpoints import write_tiny_checkpoint
 from commands import ENVIRONMENT
 
-from qwq_mlx.errors import GenerationError, OptionError, SourceError
+from qwq_mlx.errors import OptionError, SavingError, SourceError
 from qwq_mlx.generate import __main__ as generate
 from qwq_mlx.generate import receipt as receipt_module
 from qwq_mlx.generate.inspection import Inspect
@@ -179,7 +179,7 @@ def test_a_full_disk_is_told_with_the_path(reasoner: Reasoner, tmp_path: Path, m
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(receipt_module, "write_file", full)
-    with pytest.raises(GenerationError, match=r"r\.json: the receipt cannot be saved \(No space left on device\)"):
+    with pytest.raises(SavingError, match=r"r\.json: the receipt cannot be saved \(No space left on device\)"):
         reasoner.receipt(written(reasoner)).save(tmp_path / "r.json")
 
 
