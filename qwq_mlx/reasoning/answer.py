@@ -169,6 +169,9 @@ def _bare(text: str) -> str:
         text = text.strip().rstrip(".。").strip()
         if text == before:
             break
+    text = re.sub(
+        r"^(?:\\text\s*\{\s*)?(?:the )?(?:final )?answer(?: is:?|:)\s*(?:\}\s*(?=\S)|(?=[^{}]+$))", "", text, flags=re.I
+    )
     text = re.sub(r"^(?:\\approx|≈|(?:approximately|about|roughly)\b)\s*(?=[-\d\\$])", "", text)
     text = re.sub(r"(?<=\d)(?:\\[,;:! ]|~)(?=\d{3}(?!\d))", "", text)  # 1\,234 is a number
     text = re.sub(r"\\varnothing(?![a-z])|∅|^\\\{\s*\\\}$", r"\\emptyset", text)
@@ -238,6 +241,9 @@ def _unit(text: str) -> tuple[str, str]:
 def _parts(text: str) -> tuple[str, list[str]]:
     """What kind of collection a text is, and its parts: "one", "list", "set", "union", "matrix", or its brackets."""
     text = re.sub(r"^\s*[a-zA-Z]\s*\\in(?![a-z])", "", text).replace("∪", "\\cup ").strip()
+    lines = re.fullmatch(r"\\begin\{(cases|aligned|gathered)\}(.*)\\end\{\1\}", text, re.DOTALL)
+    if lines:
+        return "list", [row.replace("&", " ").strip(" ,;") for row in lines[2].split("\\\\") if row.strip()]
     matrix = re.fullmatch(r"\\begin\{[pbv]?matrix\}(.*)\\end\{[pbv]?matrix\}", text, re.DOTALL)
     if matrix:
         rows = [row for row in matrix[1].split("\\\\") if row.strip()]

@@ -86,7 +86,8 @@ _YES_NO = re.compile(
 def unmarked(text: str) -> str | None:
     """The value of a conclusion without a box: its code block, the answer it states, or a short first line or list.
 
-    Returns None where the text is longer and states nothing.
+    A longer paragraph that stands alone is the answer as a whole. Returns None where the text is longer and states
+    nothing.
     """
     formula = re.fullmatch(r"[\s*:]*(?:\\\[|\$\$)\s*(.{1,600}?)\s*(?:\\\]|\$\$)\s*", text, re.DOTALL)
     if formula and "\\]" not in formula[1]:
@@ -102,7 +103,7 @@ def unmarked(text: str) -> str | None:
             return value
     first = lines[0] if lines else ""
     if len(first) > _SHORT:
-        return None
+        return first.strip("*_ ") if len(lines) == 1 and len(first) <= _BLOCK else None
     return _told(first) or first.strip("*_`$").strip().rstrip(".。") or None
 
 
@@ -225,6 +226,8 @@ def _only_quantity(sentence: str) -> str | None:
     found = list(_QUANTITY.finditer(plain))
     if len(found) > 1:
         return None
+    if found and re.match(r"\s*(?:is|are|was|were)(?:n't| not)\b", plain[found[0].end("value") :]):
+        return None  # "91 is not a prime" is about 91, and says something else
     if found:
         return found[0]["value"].strip()
     words = _WORD_NUMBER.findall(plain)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["begins_explanation", "is_example", "is_item", "joined", "part_of"]
+__all__ = ["begins_explanation", "is_example", "is_item", "is_remark", "joined", "part_of"]
 
 _LABEL = re.compile(
     r"[\s>*_-]{0,8}(?:part|question|problem|item)?\s*[(\uff08]?(?:(?P<letter>[a-h])|(?P<roman>i{1,3}|iv|vi{0,3})|(?P<number>\d))"
@@ -19,6 +19,13 @@ _ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii")
 _EXAMPLE = re.compile(
     r"\b(?:for example|examples?|usage|sample|(?:run|test|try|use|call) (?:it|this|the (?:code|function|class|program))"
     r"|output|tests?|calling it)\b[^.]{0,40}[:\uff1a]\W*$|例如|示例|用法",
+    re.IGNORECASE,
+)
+_REMARK = re.compile(
+    r"[\s*_]*(?:so,? |and |yes,? |okay,? |alright,? )?"
+    r"(?:i'm|i am|i think|i believe|i hope|i've|that|this|it|everything|yes|done)\b"
+    r"[^\d$\\\"“`\n]{0,60}\b(?:confident|correct|right|sense|should be (?:it|all)|that's it|helps|double-checked"
+    r"|checks? out|is it|done|sure)\b[^\d$\\\"“`\n]{0,30}[.!]\s*",
     re.IGNORECASE,
 )
 _EXPLAINS = re.compile(
@@ -50,6 +57,11 @@ def joined(first: str, between: str, second: str) -> str:
     between = between.strip(" $")
     is_again = between.startswith(("=", "\\approx")) or (between.startswith("or") and "=" not in between)
     return second if first == second or is_again else f"{first}, {second}"
+
+
+def is_remark(line: str) -> bool:
+    """Whether a line says only that what stands before it is right (I'm confident in this answer)."""
+    return len(line) <= 120 and bool(_REMARK.fullmatch(line)) and not re.search(r"\b[A-HJ]\b", line)
 
 
 def is_example(line: str) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from qwq_mlx.reasoning.closing import reduced, unmarked
 from qwq_mlx.reasoning.fences import CodeAnswer
 from qwq_mlx.reasoning.found import Candidate, Kind, Place, Segment, Split
-from qwq_mlx.reasoning.parts import begins_explanation, is_item, joined, part_of
+from qwq_mlx.reasoning.parts import begins_explanation, is_item, is_remark, joined, part_of
 from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.reasoning.question import Question
 from qwq_mlx.reasoning.scan import Mark, Scanner
@@ -141,7 +141,7 @@ class Splitter:
     def _take(self, mark: Mark) -> None:
         if mark.kind == "line":
             self._take_line(mark.value, mark.end)
-            if mark.value.strip():
+            if mark.value.strip() and not is_remark(mark.value):
                 self._previous = self._line
             self._line = self._sentence = self._place(mark.end)
         elif mark.kind == "sentence":
@@ -278,20 +278,21 @@ class Splitter:
             self._reply.value = self._question.labelled(unmarked(self._reply.captured))
             return self._reply
         if is_ended and self._scanner.n_chars:
-            last = self._line if self._scanner.line.strip() else self._previous
-            return Candidate("paragraph", last, self._scanner.n_chars, self._guessed(last))
+            return self._guessed()
         return None
 
     def _later(self, strong: Candidate) -> Candidate:
         """Of an answer that was taken back: what the last paragraph comes to, where it comes to something else."""
-        last = self._line if self._scanner.line.strip() else self._previous
-        value = self._guessed(last) if last.char >= strong.end else None
-        if value is None or value == strong.value:
-            return strong
-        return Candidate("paragraph", last, self._scanner.n_chars, value)
+        guess = self._guessed()
+        return strong if guess.place.char < strong.end or guess.value in (None, strong.value) else guess
 
-    def _guessed(self, last: Place) -> str | None:
-        return self._question.guessed(self._scanner.tail(last.char), tail=self._scanner.tail(0))
+    def _guessed(self) -> Candidate:
+        """What the last line comes to that says more than that all before it is right."""
+        line = self._scanner.line
+        last = self._line if line.strip() and not is_remark(line) else self._previous
+        text = self._scanner.tail(last.char).partition("\n")[0]
+        value = self._question.guessed(text, tail=self._scanner.tail(0))
+        return Candidate("paragraph", last, self._scanner.n_chars, value)
 
     def _unboxed(self, strong: Candidate, is_ended: bool) -> str | None:
         """What a conclusion without a box says; of a cut one only its whole lines count, and an open box is none."""

@@ -39,7 +39,7 @@ _STATED = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _LABELLED = re.compile(
-    r"^[^\w\n]{0,12}(?:(?:final|correct|the|my)\s+){0,2}(?:answers?|solution|result)[\s*_]*[:=][\s*_]*(?P<rest>\S.*)",
+    r"^[^\w\n]{0,12}(?:(?:final|correct|the|my)\s+){0,2}(?:ans|answers?|solution|result)[\s*_]*[:=][\s*_]*(?P<rest>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _JSON = re.compile(
@@ -108,7 +108,7 @@ _REASON = re.compile(
     r"(?<=[\d\w)$}*%\]]),?\s+(?:because|since|as (?:we|i|it|the|each|shown|found)|which|given that|due to"
     r"|so (?:we|the|i)|where|rather than|instead of"
     r"|or (?:about|approximately|roughly|equivalently|simply))\b"
-    r"|(?<=[\d)$}%\]]),\s+(?:not|as|but|and (?:not|we|i|this|that|it))\b",
+    r"|(?<=[\d)$}%\]]),\s+(?:not|as|but|and (?:not|we|i|this|that|it)|i (?:believe|think|guess|suppose))\b",
     re.I,
 )
 _YES_OR_NO = re.compile(

@@ -224,3 +224,40 @@ def test_different_reference_answers_are_told_apart(shared: Path) -> None:
     for left, right in zip(answers, answers[7:] + answers[:7], strict=True):
         assert compare(left, f"${right}$") == compare(left, right)
         assert compare(left, rf"\[ {left} \]"), left
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "is_same"),
+    [
+        ("\\approx 3.14", "3.14", True),
+        ("about 12", "12", True),
+        ("1\\,234\\,567", "1234567", True),
+        ("1\\,23", "123", False),
+        ("0.\\overline{3}", "\\frac{1}{3}", True),
+        ("0.1\\overline{6}", "1/6", True),
+        ("0.\\overline{3}", "0.3", False),
+        ("\\varnothing", "\\{\\}", True),
+        ("\\emptyset", "∅", True),
+        ("\\emptyset", "0", False),
+        ("(x, y) = (2, 3)", "(2, 3)", True),
+        ("(x, y) = (2, 3)", "(3, 2)", False),
+        ("m + n = 11", "11", True),
+        ("m + n = 11", "12", False),
+        ("m + 2n = 11", "11", False),
+        ("36个", "36", True),
+        ("\\text{The answer is } 42", "42", True),
+        ("\\text{Answer: } 42", "41", False),
+        ("\\begin{cases} x = 2 \\\\ y = 5 \\end{cases}", "x = 2, y = 5", True),
+        ("\\begin{cases} x = 2 \\\\ y = 5 \\end{cases}", "x = 5, y = 2", False),
+        ("12平方厘米", "12", True),
+        ("36个", "36只", False),
+        ("50\\%", "50", True),
+        ("\\{3, 1\\}", "\\{1, 3\\}", True),
+        ("x = 3", "3", True),
+        ("1,000", "1000", True),
+        ("[1, 2)", "[1, 2]", False),
+    ],
+)
+def test_answers_are_compared_as_a_reader_does(left: str, right: str, is_same: bool) -> None:
+    assert compare(left, right) is is_same
+    assert compare(right, left) is is_same

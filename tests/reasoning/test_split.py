@@ -315,3 +315,22 @@ def test_every_expected_answer_that_the_real_traces_state_is_found(shared: Path)
             assert re.search(rf"[{{>]{re.escape(found.answer)}(?:}}|</ANSWER>)[^\d]*$", row["response"]), row["id"]
             differing.append(row["id"])
     assert len(differing) <= len(rows) * 6 // 222, differing
+
+
+CUT: list[tuple[str, str | None, str | None]] = [  # outputs that were cut off: nothing is guessed from where they stop
+    ("**Final Answer**\n\n" + "\\[ \\boxed{25", None, None),
+    ("**Final Answer**\n\n" + "The sum of the first n terms", None, None),
+    ("Therefore, the answer is 1", None, None),
+    ("So the answer is 12.\n\nLet me verify this by computing the first few", None, "12"),
+    ("**Final Answer**\n\n" + "\\[ \\boxed{25} \\]\n\nThis follows bec", None, "25"),
+    ("So we have \\boxed{7}.\n\nWait, I made a mistake in the", None, "7"),
+    ("<ANSWER>3</ANSWER>\n\nThe reas", "Put the number in the <ANSWER> tag, as <ANSWER>1</ANSWER>.", "3"),
+    ("Hmm, so the area is 12. Now the perim", None, None),
+]
+
+
+@pytest.mark.parametrize(("tail", "prompt", "answer"), CUT)
+def test_of_a_cut_output_only_what_was_whole_counts(tail: str, prompt: str | None, answer: str | None) -> None:
+    splitter = Splitter(find_profile("qwq-preview"), prompt=prompt)
+    splitter.feed("First, I'll set up what is given.\n\n" + tail)
+    assert splitter.finish(is_ended=False).answer == answer

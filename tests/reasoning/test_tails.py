@@ -26,6 +26,17 @@ NUM = (
     "<ANSWER>1</ANSWER>."
 )
 
+LONG = (
+    "The farmer first takes the goat across and returns alone. Then he takes the wolf across and brings the goat back. "
+    "After that he takes the cabbage across, returns alone, and finally takes the goat across, so that "
+    "nothing is eaten."
+)
+G = (
+    "A ball is dropped. Which statement is true?\nA) Its kinetic energy decreases.\n"
+    "B) Its potential energy increases.\n"
+    "C) Its mechanical energy is conserved.\nD) Its mass changes.\nAnswer with the letter only."
+)
+
 TAILS: list[tuple[str, str | None, str | None]] = [  # tail, prompt, answer
     # boxes
     (END + "\\[ \\boxed{25\\%} \\]", None, "25%"),
@@ -289,67 +300,98 @@ TAILS: list[tuple[str, str | None, str | None]] = [  # tail, prompt, answer
     ("答案应该是12。", "是多少?", "12"),
     ("所以 $x=3$。", "解方程。", "3"),
     ("综上,方程的解为 $x=2$ 或 $x=3$。", "解方程。", "2, 3"),
+    (END + LONG, "How does the farmer cross the river?", LONG),
+    (END + "1. \\(\\boxed{12}\\)\n\n2. \\(\\boxed{15}\\)", "1. ... 2. ...", "12, 15"),
+    (END + "$$\\boxed{A}$$", G, "A"),
+    (END + "C) Its mechanical energy is conserved.", G, "C"),
+    ("Therefore, the correct answer is:\n\nC) Its mechanical energy is conserved.", G, "C"),
+    ("Therefore, the correct answer is:\n\n**C) Its mechanical energy is conserved.**", G, "C"),
+    ("So, the correct statement is that its mechanical energy is conserved.\n\nC", G, "C"),
+    ("Answer: C) Its mechanical energy is conserved.", G, "C"),
+    ("**C**", G, "C"),
+    ("C", G, "C"),
+    ("The answer is C because only gravity acts.", G, "C"),
+    ("So C is correct.", G, "C"),
+    ("So the only one that holds is statement C.", G, "C"),
+    ("Thus, A, B, and D are incorrect, and C is the right answer.", G, "C"),
+    ("So, none of the options A, B or D fit, which leaves C.", G, "C"),
+    ("Based on this analysis, the best answer is C.", G, "C"),
+    ("I'm pretty confident that it's C.", G, "C"),
+    ("Thus, the sum of all possible values is $3 + 7 = 10$.", None, "10"),
+    ("Therefore, the final answer is $\\boxed{10}$ square meters.", None, "10"),
+    (
+        "So, \\( f(3) = 10 \\).\n\n" + END + "\\[ \\boxed{10} \\]\n\n"
+        "Let me verify that again with another method.\n\n"
+        "Using the recursion, \\( f(3) = 2 \\cdot 4 + 2 = 10 \\). Yes.",
+        None,
+        "10",
+    ),
+    (
+        END + "\\[ \\boxed{10} \\]\n\nBut wait, maybe I should consider negative values.\n\n"
+        "If x is negative, the result is the same. So the answer remains 10.",
+        None,
+        "10",
+    ),
+    (
+        END + "\\[ \\boxed{10} \\]\n\nHmm, actually, I think I made an error. It should be 12.\n\n"
+        "" + END + "\\[ \\boxed{12} \\]",
+        None,
+        "12",
+    ),
+    (END + "The probability is \\(\\frac{3}{10}\\) or 30%.", None, "3/10"),
+    (END + "The answer is 5 hours and 30 minutes.", None, "5 hours and 30 minutes"),
+    (END + "\\[ \\boxed{5 \\text{ hours } 30 \\text{ minutes}} \\]", None, "5 \\text{ hours } 30 \\text{ minutes}"),
+    (END + "\\[ \\boxed{\\frac{17}{50}} \\approx 0.34 \\]", None, "17/50"),
+    (END + "\\[ x = \\boxed{-3} \\]", None, "-3"),
+    (END + "\\[ \\boxed{\\text{The answer is } 42} \\]", None, "42"),
+    (END + "\\[ \\boxed{\\text{Answer: } 42} \\]", None, "42"),
+    (END + "\\[ \\boxed{\\textbf{42}} \\]", None, "42"),
+    (END + "\\[ \\boxed{\\mathbf{42}} \\]", None, "42"),
+    (END + "\\[ \\boxed{42.} \\]", None, "42"),
+    (END + "\\[ \\boxed{42.0} \\]", None, "42"),
+    (END + "\\[ \\fbox{42} \\]", None, "42"),
+    (END + "\\(\\boxed{42}\\)", None, "42"),
+    (END + "\\boxed 42", None, "42"),
+    (END + "**42**", None, "42"),
+    (END + "42", None, "42"),
+    (END + "\\$42", None, "42"),
+    (END + "≈ 3.7 km", None, "3.7 km"),
+    (END + "x = 2 and y = 5", None, "x=2, y=5"),
+    (
+        END + "\\[\n\\begin{cases}\nx = 2 \\\\\ny = 5\n\\end{cases}\n\\]",
+        None,
+        "\\begin{cases} x=2 \\\\ y=5 \\end{cases}",
+    ),
+    (END + "\\[ \\boxed{\\begin{aligned} x &= 2 \\\\ y &= 5 \\end{aligned}} \\]", None, "x=2, y=5"),
+    (END + "The function is increasing on \\((2, \\infty)\\).", None, "(2,\\infty)"),
+    (END + "There are no real solutions.", None, "There are no real solutions"),
+    (END + "No.", "Is 91 prime?", "No"),
+    ("So, yes, 97 is prime.", "Is 97 prime?", "yes"),
+    ("Therefore, 91 is not a prime number.", "Is 91 prime?", None),
+    ("Hence proved.", "Prove that ...", None),
+    ("So the final output would be:\n\n```\n[1, 2, 3]\n```", "What does this code print?", "[1, 2, 3]"),
+    ("So the output is `[1, 2, 3]`.", "What does this code print?", "[1, 2, 3]"),
+    ("So the function returns 15.", "What does f(5) return in this Python code?", "15"),
+    ("So the minimum number of moves is 7.\n\nI'm confident in this answer.", None, "7"),
+    ("So the minimum number of moves is 7.\n\nThat should be it.", None, "7"),
+    ("Therefore, the answer is 7.\n\nI think that's right.", None, "7"),
+    ("Therefore, the answer is 7. Let me double check: 3+4=7. Yes.", None, "7"),
+    ("So the answer is 17, I believe.", None, "17"),
+    ("The answer: 17", None, "17"),
+    ("Ans: 17", None, "17"),
+    ("= 17", None, "17"),
+    ("So, x equals 17.", None, "17"),
+    ("Thus x=17.", None, "17"),
+    ("That gives us a total of 17 apples.", None, "17"),
+    ("So we need 17 buses.", None, "17"),
 ]
-
-CUT: list[tuple[str, str | None, str | None]] = [  # outputs that were cut off: nothing is guessed from where they stop
-    (END + "\\[ \\boxed{25", None, None),
-    (END + "The sum of the first n terms", None, None),
-    ("Therefore, the answer is 1", None, None),
-    ("So the answer is 12.\n\nLet me verify this by computing the first few", None, "12"),
-    (END + "\\[ \\boxed{25} \\]\n\nThis follows bec", None, "25"),
-    ("So we have \\boxed{7}.\n\nWait, I made a mistake in the", None, "7"),
-    ("<ANSWER>3</ANSWER>\n\nThe reas", NUM, "3"),
-    ("Hmm, so the area is 12. Now the perim", None, None),
-]
-
-
-def found(tail: str, prompt: str | None, *, is_ended: bool) -> str | None:
-    splitter = Splitter(find_profile("qwq-preview"), prompt=prompt)
-    text = START + tail
-    for at in range(0, len(text), 4):
-        splitter.feed(text[at : at + 4])
-    return splitter.finish(is_ended=is_ended).answer
 
 
 @pytest.mark.parametrize(("tail", "prompt", "answer"), TAILS)
 def test_a_careful_readers_answer_is_found(tail: str, prompt: str | None, answer: str | None) -> None:
-    value = found(tail, prompt, is_ended=True)
+    splitter = Splitter(find_profile("qwq-preview"), prompt=prompt)
+    text = START + tail
+    for at in range(0, len(text), 4):
+        splitter.feed(text[at : at + 4])
+    value = splitter.finish().answer
     assert value is None if answer is None else value is not None and compare(value, answer), value
-
-
-@pytest.mark.parametrize(("tail", "prompt", "answer"), CUT)
-def test_of_a_cut_output_only_what_was_whole_counts(tail: str, prompt: str | None, answer: str | None) -> None:
-    assert found(tail, prompt, is_ended=False) == answer
-
-
-@pytest.mark.parametrize(
-    ("left", "right", "is_same"),
-    [
-        ("\\approx 3.14", "3.14", True),
-        ("about 12", "12", True),
-        ("1\\,234\\,567", "1234567", True),
-        ("1\\,23", "123", False),
-        ("0.\\overline{3}", "\\frac{1}{3}", True),
-        ("0.1\\overline{6}", "1/6", True),
-        ("0.\\overline{3}", "0.3", False),
-        ("\\varnothing", "\\{\\}", True),
-        ("\\emptyset", "∅", True),
-        ("\\emptyset", "0", False),
-        ("(x, y) = (2, 3)", "(2, 3)", True),
-        ("(x, y) = (2, 3)", "(3, 2)", False),
-        ("m + n = 11", "11", True),
-        ("m + n = 11", "12", False),
-        ("m + 2n = 11", "11", False),
-        ("36个", "36", True),
-        ("12平方厘米", "12", True),
-        ("36个", "36只", False),
-        ("50\\%", "50", True),
-        ("\\{3, 1\\}", "\\{1, 3\\}", True),
-        ("x = 3", "3", True),
-        ("1,000", "1000", True),
-        ("[1, 2)", "[1, 2]", False),
-    ],
-)
-def test_answers_are_compared_as_a_reader_does(left: str, right: str, is_same: bool) -> None:
-    assert compare(left, right) is is_same
-    assert compare(right, left) is is_same
