@@ -223,7 +223,7 @@ class Run:
         state = {
             "nudges": (0, 0),
             "steps": [(step.id, step.logprob, step.entropy, step.is_injected) for step in steps[:at]],
-            "injections": [asdict(each) for each in self._injections if each.end <= at],
+            "injections": [asdict(each.until(at, steps)) for each in self._injections if each.start < at],
             "events": self._noticed.until(at),
             "asking": None,
             "n_shown": at,

@@ -10,7 +10,7 @@ Does not: hold a model, or work anything out that the run did not see.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -69,6 +69,12 @@ class Injection:
     end: int
     text: str
     reason: FinishReason
+
+    def until(self, at: int, steps: Sequence[Step]) -> Injection:
+        """What of it stands in the first `at` of these steps."""
+        end = min(self.end, at)
+        text = "".join(step.text for step in steps[self.start : end])
+        return Injection(start=self.start, end=end, text=text, reason=self.reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

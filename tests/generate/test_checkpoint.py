@@ -209,6 +209,19 @@ def test_a_fork_shares_the_beginning_and_draws_on_by_itself(reasoner: Reasoner) 
             run.fork(at=at, seed=1)
 
 
+def test_a_fork_within_an_answer_cue_has_its_beginning_and_can_be_saved(reasoner: Reasoner, tmp_path: Path) -> None:
+    run = started(reasoner, "budget")
+    steps = list(run)
+    (cue,) = run.trace().injections
+    for at in (cue.start, cue.start + 1, cue.end - 1, cue.end, cue.end + 1):
+        fork = run.fork(at=at, seed=7)
+        found = fork.trace().injections
+        assert [(each.start, each.end) for each in found] == ([(cue.start, min(at, cue.end))] if at > cue.start else [])
+        assert all(each.text == "".join(step.text for step in steps[each.start : each.end]) for each in found)
+        fork.save(tmp_path / "fork")
+        assert list(reasoner.resume(tmp_path / "fork")) == list(fork)
+
+
 def test_other_models_and_ended_runs_are_refused(reasoner: Reasoner, tiny_checkpoint: Path, tmp_path: Path) -> None:
     run = started(reasoner, "sampled")
     next(run)
