@@ -1,6 +1,6 @@
-"""What a run leaves behind: its parts put together into a Trace, and a failure of MLX put into words.
+"""How a run ends and what it leaves behind: its limits, its parts put together into a Trace, a failure in words.
 
-Does not: decide why a run ends (`run` does), or see what MLX does not raise: on the CPU MLX 0.32.4 writes through the
+Does not: see what MLX does not raise: on the CPU MLX 0.32.4 writes through the
 null pointer of a failed malloc, which ends the process (a limit of address space shows it). --save-every helps there.
 """
 
@@ -11,12 +11,34 @@ from typing import Any
 
 from qwq_mlx.errors import GenerationError, OutOfMemoryError
 from qwq_mlx.generate.seen import hidden_rows
-from qwq_mlx.generate.setup import Setup
+from qwq_mlx.generate.setup import Setup, given
 from qwq_mlx.generate.trace import FinishReason, Injection, Timings, Trace
 from qwq_mlx.generate.written import Written
 from qwq_mlx.model.advice import lighter
 
-__all__ = ["failure_of", "trace_of"]
+__all__ = ["end_after", "failure_of", "trace_of"]
+
+
+def end_after(
+    setup: Setup, n_output: int, *, injections: Sequence[Injection], stop_text: str | None, is_stopped: bool
+) -> tuple[FinishReason, str] | None:
+    """Why a run ends after its n_output-th token, with the detail for people; None where it goes on.
+
+    injections: answer cues so far. stop_text: the one that came. is_stopped: somebody asked for the end.
+    """
+    limits, answer_tokens = setup.limits, setup.thinking.answer_tokens
+    if stop_text is not None:
+        return "stop", f"the text {stop_text!r} came"
+    if is_stopped:
+        return "interrupted", ""
+    n_used, context = len(setup.prompt_ids) + n_output, given(limits.context)
+    if n_used >= context:
+        return "context_full", f"{n_used:,} of {context:,} positions"
+    if n_output >= given(limits.max_tokens):
+        return "length", f"{n_output:,} tokens"
+    if injections and n_output - injections[-1].end >= answer_tokens:
+        return "length", f"the answer was cut at {answer_tokens:,} tokens"
+    return None
 
 
 def failure_of(error: Exception, trace: Trace, setup: Setup) -> GenerationError:

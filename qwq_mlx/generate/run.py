@@ -20,20 +20,17 @@ from typing import Any
 import mlx.core as mx
 
 from qwq_mlx.errors import GenerationError, OptionError
-from qwq_mlx.generate.banned import DrawnAhead, Source
-from qwq_mlx.generate.cache import Layer, filled_cache, new_cache
+from qwq_mlx.generate.cache import Layer, filled_cache
 from qwq_mlx.generate.checkpoint import model_digest, write_checkpoint
 from qwq_mlx.generate.clock import Clock
 from qwq_mlx.generate.cue import Asking, cue_ids
-from qwq_mlx.generate.decode import Decoder, Token
-from qwq_mlx.generate.ended import failure_of, trace_of
-from qwq_mlx.generate.guard import LanguageGuard, home_scripts
-from qwq_mlx.generate.inspector import Inspector
+from qwq_mlx.generate.decode import Token
+from qwq_mlx.generate.ended import end_after, failure_of, trace_of
 from qwq_mlx.generate.noticed import Noticed
 from qwq_mlx.generate.nudge import Nudges
-from qwq_mlx.generate.sample import Sampler
 from qwq_mlx.generate.seen import seen_state, with_seen
 from qwq_mlx.generate.setup import Progress, Setup, given
+from qwq_mlx.generate.source import decoder_of, source_of
 from qwq_mlx.generate.trace import FinishReason, Injection, Step, Trace
 from qwq_mlx.generate.written import Written
 from qwq_mlx.model.device import wired
@@ -52,31 +49,14 @@ class Run:
         """before: an earlier run of the same model; its cache is taken over as far as the ids agree, and it is over."""
         self.setup = setup
         self._progress = progress
-        model, pieces, sampling, limits = setup.model, setup.pieces, setup.sampling, setup.limits
-        n_ids = model.tokenizer.n_ids
-        sampler = Sampler(
-            sampling,
-            seed=given(sampling.seed),
-            n_ids=n_ids,
-            breaker_ids=pieces.holding(sampling.dry_breakers) if sampling.dry_multiplier else (),
-            guard=LanguageGuard(pieces, home_scripts(setup.question)) if limits.language_guard else None,
-        )
-        self._n_most = given(limits.max_tokens)
-        inspector = None if setup.inspect.is_off else Inspector(setup.inspect, model.module, n_ids=n_ids)
+        self._n_most = given(setup.limits.max_tokens)
         cache, self._n_cached = before.hand_over(setup) if before is not None else (None, 0)
-        cache = cache or new_cache(model.module, setup.plan.workload.kv_bits)
-        self._decoder = Decoder(
-            model.module, sampler, n_ids=n_ids, cache=cache, inspector=inspector, with_entropy=setup.inspect.entropy
-        )
-        self._source: Source = self._decoder
-        if limits.banned:
-            self._source = DrawnAhead(
-                self._decoder, pieces, limits.banned, stop_ids=model.stop_ids, n_most=self._n_most
-            )
+        self._decoder = decoder_of(setup, cache)
+        self._source = source_of(setup, self._decoder)
         self._noticed = Noticed(question=setup.question, detects_loops=setup.thinking.on_loop != "off")
-        self._nudges = Nudges(sampling)
+        self._nudges = Nudges(setup.sampling)
         self._due_nudge: Loop | None = None
-        self._written = Written(pieces, setup.profile, prompt_text=setup.prompt_text, stops=limits.stop)
+        self._written = Written(setup.pieces, setup.profile, prompt_text=setup.prompt_text, stops=setup.limits.stop)
         self._asking = Asking(setup.thinking)
         self._injections: list[Injection] = []
         self._finish: tuple[FinishReason, str] | None = None
@@ -303,24 +283,15 @@ class Run:
             self._finish = ("stop", "")
         else:
             text = self._written.release(token.id)
-            self._finish = self._end_after(is_last=is_last)
+            self._finish = end_after(
+                self.setup,
+                len(self._written.steps) + 1,
+                injections=self._injections,
+                stop_text=self._written.stop_text,
+                is_stopped=self._is_stopped,
+            )
             self._look_for_loops(token.id, text)
         return self._added(token, text)
-
-    def _end_after(self, *, is_last: bool) -> tuple[FinishReason, str] | None:
-        if self._written.stop_text is not None:
-            return "stop", f"the text {self._written.stop_text!r} came"
-        if self._is_stopped:
-            return "interrupted", ""
-        n_output = len(self._written.steps) + 1
-        n_used, context = len(self.setup.prompt_ids) + n_output, given(self.setup.limits.context)
-        if n_used >= context:
-            return "context_full", f"{n_used:,} of {context:,} positions"
-        if is_last:
-            return "length", f"{n_output:,} tokens"
-        if self._injections and n_output - self._injections[-1].end >= self.setup.thinking.answer_tokens:
-            return "length", f"the answer was cut at {self.setup.thinking.answer_tokens:,} tokens"
-        return None
 
     def _added(self, token: Token, text: str) -> Step:
         if self._finish is not None:
