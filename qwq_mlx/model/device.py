@@ -3,7 +3,8 @@
 On Metal the limit is the recommended working set that the system itself names, and for a run the planned bytes are
 wired, so that macOS does not page weights out between tokens; the old wired limit is put back afterwards. Not more than
 the plan is wired, though the system would take more: a Mac whose wired memory is full stops responding (mlx#3186,
-mlx-lm#883). On CUDA the limit is the free memory, on the CPU what the system calls available.
+mlx-lm#883). On CUDA the limit is the free memory, on the CPU what the system calls available, or what is left of the
+container's limit: who exceeds that is killed without a word.
 
 Does not: raise a system limit, or wire anything off Metal. Nothing here is measured on Metal.
 """
@@ -23,6 +24,14 @@ __all__ = ["available_bytes", "backend_name", "limit_bytes", "small_cache", "wir
 _CACHE_BYTES = 256 << 20  # blocks and layers are of few sizes, so little is enough to use their buffers again
 
 _MEMINFO = Path("/proc/meminfo")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+# Of control groups, version 2 and 1: their name in _OWN_GROUPS, where they are mounted, limit, use, and in memory.stat
+# the part of the use that is file cache, which goes when memory is needed.
+# https://docs.kernel.org/admin-guide/cgroup-v2.html#memory
+_GROUPS = (
+    ("", Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    ("memory", Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 # The wired limit belongs to the process, and so do the blocks that are in it and the limit found before the first.
 _wired: list[int] = []
 _found: list[int] = []
@@ -49,13 +58,37 @@ def limit_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that programs can still get without swapping; where the system does not say, all physical memory."""
+    """Memory that this process can still get without swapping; where the system does not say, all physical memory.
+
+    On Linux not more than its control groups (a container's limit, a batch job's) leave.
+    """
+    return min([_free_bytes(), *_left_in_groups()])
+
+
+def _free_bytes() -> int:
     if _MEMINFO.is_file():
         for line in _MEMINFO.read_text().splitlines():
             name, _, value = line.partition(":")
             if name == "MemAvailable":
                 return int(value.split()[0]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What each control group that limits this process leaves, from its own up to the outermost that is seen."""
+    if not _OWN_GROUPS.is_file():
+        return
+    lines = [line.split(":", 2) for line in _OWN_GROUPS.read_text().splitlines()]
+    for controller, root, limit, used, cache in _GROUPS:
+        own = next((Path(path.lstrip("/")) for _, names, path in lines if controller in names.split(",")), Path())
+        for folder in (root / part for part in (own, *own.parents)):
+            try:
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                text = (folder / limit).read_text().strip()
+                if text != "max":
+                    yield max(0, int(text) - int((folder / used).read_text()) + int(stat.get(cache, 0)))
+            except OSError:
+                continue  # the other version's, or a folder of the host that a container does not see
 
 
 @contextmanager

@@ -98,6 +98,44 @@ def test_on_the_cpu_the_limit_is_what_the_system_calls_available(
     assert (device.backend_name(), device.limit_bytes()) == ("cpu", 3 * 1024)
 
 
+@pytest.mark.parametrize("version", [2, 1])
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("/job/step", {"": None, "job": 5000, "job/step": 9000}, 5000 - 700 + 300),  # the outer one binds
+        ("/job/step", {"": None, "job": None, "job/step": 2000}, 2000 - 700 + 300),
+        ("/job", {"": None, "job": 300}, 0),  # used up
+        ("/job", {"": None, "job": None}, 1 << 20),
+        ("/the/hosts/name", {"": 4000}, 4000 - 700 + 300),  # a container sees its own group as the root
+    ],
+)
+def test_a_containers_limit_counts(
+    version: int,
+    own: str,
+    limits: dict[str, int | None],
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """A plan that fitted the host's memory was killed in a container of less."""
+    controller, _, limit, used, cache = device._GROUPS[2 - version]
+    for name, size in limits.items():
+        folder = tmp_path / "groups" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        nothing = "max" if version == 2 else str(9223372036854771712)
+        (folder / limit).write_text(f"{nothing if size is None else size}\n")
+        (folder / used).write_text("700\n")
+        (folder / "memory.stat").write_text(f"anon 400\n{cache} {0 if size == 300 else 300}\n")
+    (tmp_path / "own").write_text(
+        f"0::{own}\n" if version == 2 else f"9:name=systemd:/\n5:cpu:/other\n4:cpuset,memory:{own}\n"
+    )
+    (tmp_path / "meminfo").write_text("MemAvailable:  1024 kB\n")
+    monkeypatch.setattr(device, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(device, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(device, "_GROUPS", ((controller, tmp_path / "groups", limit, used, cache),))
+    assert device.available_bytes() == expected
+
+
 @pytest.mark.parametrize("text", [None, "MemTotal:  10 kB\n"])
 def test_where_the_system_does_not_say_all_memory_counts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None
@@ -105,6 +143,7 @@ def test_where_the_system_does_not_say_all_memory_counts(
     if text is not None:
         (tmp_path / "meminfo").write_text(text)
     monkeypatch.setattr(device, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(device, "_OWN_GROUPS", tmp_path / "none")
     assert device.available_bytes() > 1 << 28
 
 
