@@ -57,7 +57,7 @@ def failure_of(error: Exception, trace: Trace, setup: Setup) -> GenerationError:
 def _less(setup: Setup) -> str:
     """Flags of a run that needs less memory; only those that would be taken."""
     asked = setup.plan.workload
-    lighter_ones = [each for _, each in lighter(setup.model.config, asked)]
+    lighter_ones = [each for _, each in lighter(setup.model.config, asked, setup.plan.backend)]
     flags = ["a smaller --context"]
     flags += [f"--prefill-step {each.prefill_step}" for each in lighter_ones if each.kv_bits == asked.kv_bits]
     flags += [f"--kv-bits {each.kv_bits}" for each in lighter_ones if each.kv_bits != asked.kv_bits][:1]

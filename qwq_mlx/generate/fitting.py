@@ -54,7 +54,7 @@ def fitted(
         )
         return plan_memory(model, workload, limit_bytes=limit_bytes, backend=backend)
 
-    limits, note = _with_bits(model, limits, planned)
+    limits, note = _with_bits(model, limits, backend, planned)
     plan = planned(limits)
     if plan.fits:
         return Fitted(limits=replace(limits, context=plan.context), plan=plan, note=note)
@@ -72,12 +72,12 @@ def fitted(
 
 
 def _with_bits(
-    model: ModelFolder | ModelShape, limits: Limits, planned: Callable[[Limits], MemoryPlan]
+    model: ModelFolder | ModelShape, limits: Limits, backend: Backend, planned: Callable[[Limits], MemoryPlan]
 ) -> tuple[Limits, str]:
     if limits.kv_bits != "auto":
         return limits, ""
     plain = replace(limits, kv_bits=None)
-    if not can_quantize(model.config) or planned(plain).fits:
+    if not can_quantize(model.config, backend) or planned(plain).fits:
         return plain, ""
     small = replace(plain, prefill_step=min(limits.prefill_step, SMALL_STEP))
     for bits in (8, 4):

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import ModelFolder
-from qwq_mlx.model.memory import MemoryPlan, ModelShape, Workload, can_quantize, metal_limit_bytes, plan_memory
+from qwq_mlx.model.memory import (
+    Backend,
+    MemoryPlan,
+    ModelShape,
+    Workload,
+    can_quantize,
+    metal_limit_bytes,
+    plan_memory,
+)
 
 __all__ = ["MACS_GIB", "SMALL_STEP", "Change", "cheapest_change", "lighter", "table_of_macs"]
 
@@ -33,7 +41,7 @@ def cheapest_change(model: ModelShape | ModelFolder, plan: MemoryPlan) -> Change
     """The first change after which the plan fits its limit; None where it fits already, or nothing helps."""
     if plan.fits:
         return None
-    candidates = lighter(model.config, plan.workload)
+    candidates = lighter(model.config, plan.workload, plan.backend)
     if plan.largest_context > 0:
         shorter = replace(plan.workload, context=plan.largest_context)
         candidates.append((f"a context of {plan.largest_context:,}", shorter))
@@ -46,13 +54,13 @@ def cheapest_change(model: ModelShape | ModelFolder, plan: MemoryPlan) -> Change
     return None
 
 
-def lighter(config: Qwen2Config, asked: Workload) -> list[tuple[str, Workload]]:
+def lighter(config: Qwen2Config, asked: Workload, backend: Backend) -> list[tuple[str, Workload]]:
     """Workloads of the same context that need less and are not refused, the cheapest first, each with its text."""
     step = min(SMALL_STEP, asked.prefill_step)
     found = []
     if step < asked.prefill_step:
         found.append((f"prefill passes of {step} ids", replace(asked, prefill_step=step)))
-    has_quantized = can_quantize(config) and asked.n_sequences == 1
+    has_quantized = can_quantize(config, backend) and asked.n_sequences == 1
     for bits in (8, 4) if has_quantized else ():
         if asked.kv_bits is None or bits < asked.kv_bits:
             text = f"{bits}-bit cache, prefill passes of {step} ids"

@@ -5,7 +5,9 @@ heads that share a key head. With MLX 0.32.4 on CUDA the one has no quantized_ma
 shape") and the other gives wrong numbers without a word; on the CPU it is copied for every query head. Here attention
 reads all of the room, a mask leaves out what is not filled, and the query heads of a key head are rows of one product.
 
-A cache in the compute type goes through mlx_lm's own attention, unchanged.
+A cache in the compute type goes through mlx_lm's own attention, unchanged. On CUDA the first pass and the first step
+with a quantized cache compile their kernels, 50 to 100 s on an H100; heads of a single group, 64 wide, are refused
+there (`memory.can_quantize`), for MLX 0.32.4 multiplies by those wrongly whatever their layout.
 
 Does not: decide when to quantize (`generate.fitting` does), or keep a cache on disk (`generate.cache`).
 """

@@ -177,7 +177,7 @@ def plan_memory(
     context = own if workload.context is None else workload.context
     if context > own:
         raise OptionError(f"context is {context:,}, expected at most {own:,}, which is what the model has.")
-    _check_bits(files.config, workload)
+    _check_bits(files.config, workload, backend)
     plan = _plan(files, workload, context, backend, limit_bytes, reserve_bytes)
     return plan if limit_bytes is None else replace(plan, largest_context=_largest_context(files, plan, own))
 
@@ -234,14 +234,20 @@ def _largest_context(model: ModelFolder | ModelShape, plan: MemoryPlan, own: int
     return low
 
 
-def can_quantize(config: Qwen2Config) -> bool:
-    """Whether the KV cache of such heads can be quantized."""
-    return config.head_dim % KV_GROUP == 0
+def can_quantize(config: Qwen2Config, backend: Backend) -> bool:
+    """Whether the KV cache of such heads can be quantized, and multiplied by on this backend."""
+    n_groups, rest = divmod(config.head_dim, KV_GROUP)
+    return rest == 0 and (n_groups > 1 or backend != "cuda")
 
 
-def _check_bits(config: Qwen2Config, workload: Workload) -> None:
-    if workload.kv_bits is None or can_quantize(config):
+def _check_bits(config: Qwen2Config, workload: Workload, backend: Backend) -> None:
+    if workload.kv_bits is None or can_quantize(config, backend):
         return
+    if config.head_dim == KV_GROUP:
+        raise OptionError(
+            f"kv_bits is {workload.kv_bits}, but heads of width {KV_GROUP} are a single group, by which MLX 0.32.4 on "
+            "CUDA multiplies wrongly (NaN, or other numbers). Leave kv_bits out."
+        )
     raise OptionError(
         f"kv_bits is {workload.kv_bits}, but heads of width {config.head_dim} are no multiple of the group "
         f"{KV_GROUP}. Leave kv_bits out."

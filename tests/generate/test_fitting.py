@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,17 @@ def test_load_refuses_before_a_weight_is_read(tiny_checkpoint: Path, monkeypatch
         load(tiny_checkpoint, limits=Limits(kv_bits="auto"))  # heads of 32 cannot be quantized
     with pytest.raises(AssertionError, match="weights were read"):
         load(tiny_checkpoint, force=True)
+
+
+def test_auto_bits_stay_plain_where_the_backend_cannot_multiply_by_a_quantized_cache() -> None:
+    narrow = replace(QWQ, config=replace(QWQ.config, num_attention_heads=80))
+    limit = metal_limit_bytes(32 * GIB)
+    on_metal = fitted(narrow, Limits(kv_bits="auto"), limit_bytes=limit, backend="metal")
+    on_cuda = fitted(narrow, Limits(kv_bits="auto"), limit_bytes=limit, backend="cuda")
+    assert (on_metal.limits.kv_bits, on_cuda.limits.kv_bits) == (4, None)
+    assert on_cuda.limits.context is not None and on_cuda.limits.context < 32_768
+    with pytest.raises(FitError, match="The cheapest change: a context of"):
+        fitted(narrow, Limits(context=32_768), limit_bytes=limit, backend="cuda")
 
 
 @pytest.mark.tiny

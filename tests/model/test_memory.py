@@ -236,6 +236,13 @@ def test_a_backend_that_does_not_exist_is_refused() -> None:
 def test_a_cache_that_cannot_be_quantized_is_refused(tiny_checkpoint: Path) -> None:
     with pytest.raises(OptionError, match="kv_bits is 8, but heads of width 32 are no multiple of the group 64"):
         plan_memory(tiny_checkpoint, Workload(kv_bits=8))
+    narrow = ModelShape(config=replace(QWQ.config, num_attention_heads=80), packed={})
+    assert plan_memory(narrow, Workload(kv_bits=4), backend="metal").peak_bytes
+    with pytest.raises(
+        OptionError, match=r"kv_bits is 4, but heads of width 64 are a single group, by which MLX 0\.32\.4 on CUDA"
+    ):
+        plan_memory(narrow, Workload(kv_bits=4), backend="cuda")
+    assert plan_memory(QWQ, Workload(kv_bits=4), backend="cuda").peak_bytes
 
 
 def test_a_damaged_folder_has_no_plan(tmp_path: Path, tiny_checkpoint: Path) -> None:
