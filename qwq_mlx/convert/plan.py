@@ -9,16 +9,14 @@ Does not: read weights, check the disk or the output folder (`check` does), or c
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from qwq_mlx.convert.calibration import Calibration, statistics_bytes
+from qwq_mlx.convert.json_files import make_config, make_index
 from qwq_mlx.convert.origin import Origin
 from qwq_mlx.files.header import DTYPE_BYTES, TensorEntry, place_tensors
-from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.files.source import Checkpoint
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.quant.packing import Packing
@@ -184,8 +182,8 @@ def make_plan(
         for (index, entry), group in zip(sources, groups, strict=True)
     )
     n_weights = sum(math.prod(entry.shape) for _, entry in sources)
-    config_json = _config_json(checkpoint, copied, packings, recipe)
-    index_json = _index_json(shards, places.values(), n_weights)
+    config_json = make_config(checkpoint, copied, packings, recipe)
+    index_json = make_index({name: (each.entry, shards[each.shard].name) for name, each in places.items()}, n_weights)
     copied_bytes = sum((checkpoint.folder / name).stat().st_size for name in copied)
     output_bytes = sum(shard.size_bytes for shard in shards) + len(config_json) + len(index_json) + copied_bytes
     if calibration is not None:
@@ -250,48 +248,6 @@ def _fill_shards(
         shards.append(OutputShard(name=name, head=head, size_bytes=entries[-1].end))
         places.update({entry.name: Output(entry, index) for entry in entries})
     return tuple(shards), places
-
-
-def _config_json(
-    checkpoint: Checkpoint, copied: Iterable[str], packings: Mapping[str, Packing | None], recipe: Recipe
-) -> bytes:
-    """The source's config.json with what mlx-lm's converter adds and drops, in its form: sorted, 4 spaces.
-
-    Keys that name code of the repository are dropped too: that code is never copied, so nothing may point to it.
-    packings: of every matrix, by tensor name.
-    """
-    dropped = ("_name_or_path", "vision_config", "auto_map", "model_file")
-    config: dict[str, Any] = {key: value for key, value in checkpoint.config.items() if key not in dropped}
-    if "generation_config.json" in copied:
-        generation = read_json_object(
-            checkpoint.folder / "generation_config.json", limit_bytes=1 << 20, advice="Fetch the file again."
-        )
-        if generation.get("eos_token_id") is not None:
-            config["eos_token_id"] = generation["eos_token_id"]
-    quantization: dict[str, Any] = _packing_json(recipe.packing)
-    for name, packing in packings.items():
-        if packing != recipe.packing:
-            quantization[name.removesuffix(".weight")] = False if packing is None else _packing_json(packing)
-    config["quantization"] = config["quantization_config"] = quantization
-    return json.dumps(dict(sorted(config.items())), indent=4).encode()
-
-
-def _packing_json(packing: Packing) -> dict[str, Any]:
-    return {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
-
-
-def _index_json(shards: tuple[OutputShard, ...], outputs: Iterable[Output], n_weights: int) -> bytes:
-    outputs = list(outputs)
-    index = {
-        "metadata": {
-            "total_size": sum(output.entry.end - output.entry.start for output in outputs),
-            "total_parameters": n_weights,
-        },
-        "weight_map": {
-            each.entry.name: shards[each.shard].name for each in sorted(outputs, key=lambda o: o.entry.name)
-        },
-    }
-    return json.dumps(index, indent=4).encode()
 
 
 def _fetched_bytes(origin: Origin, keep_source: bool) -> int:
