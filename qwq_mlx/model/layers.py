@@ -31,8 +31,9 @@ from qwq_mlx.model.load import (
     pack_module,
     packing_arguments,
 )
+from qwq_mlx.model.products import Rows, use_blas
 
-__all__ = ["Head", "HeadBlock", "Layer", "LayerStream", "Observe", "linear_product"]
+__all__ = ["Head", "HeadBlock", "Layer", "LayerStream", "Observe"]
 
 Observe = Callable[[tuple[str, ...], Any], None]
 """Called as observe(paths, x) whenever matrices are about to multiply x.
@@ -55,7 +56,7 @@ class LayerStream:
     """A checked folder whose parts are read when they are asked for.
 
     compute_type: None picks by backend. unpack: packed matrices become floats as they are read: a layer takes what the
-    source's would. On the CPU, matrices of float32 multiply by numpy's BLAS (see `_Blas`).
+    source's would. On the CPU, matrices of float32 multiply by numpy's BLAS (see `Blas`).
     """
 
     def __init__(self, files: ModelFolder, *, compute_type: ComputeType | None = None, unpack: bool = False) -> None:
@@ -93,7 +94,7 @@ class LayerStream:
         block.load_weights([(name.removeprefix(prefix), array) for name, array in self._tensors(prefix)], strict=True)
         block.eval()
         if self._is_blas:
-            _use_blas(block)
+            use_blas(block)
         return Layer(block, prefix)
 
     def head(self) -> Head:
@@ -167,13 +168,13 @@ class LayerStream:
             elif kind == "bias":
                 yield name, self._read(name)
 
-    def _matrix(self, path: str, rows: Sequence[int] | None) -> _Rows:
+    def _matrix(self, path: str, rows: Sequence[int] | None) -> Rows:
         packing = self.files.packed.get(path)
         weight = self._read(f"{path}.weight", rows)
         if packing is None:
-            return _Rows(weight, is_blas=self._is_blas)
+            return Rows(weight, is_blas=self._is_blas)
         biases = f"{path}.biases"
-        packed = _Rows(
+        packed = Rows(
             weight,
             self._read(f"{path}.scales", rows),
             self._read(biases, rows) if biases in self.files.checkpoint.tensors else None,
@@ -184,7 +185,7 @@ class LayerStream:
             return packed
         whole = packed.whole()
         self._mx.eval(whole)
-        return _Rows(whole, is_blas=self._is_blas)
+        return Rows(whole, is_blas=self._is_blas)
 
 
 _NUMPY: dict[str, np.dtype[Any]] = {
@@ -194,38 +195,6 @@ _NUMPY: dict[str, np.dtype[Any]] = {
     "U32": np.dtype("<u4"),
     "U8": np.dtype("u1"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Some rows of a matrix, packed or not."""
-
-    weight: Any
-    scales: Any = None
-    biases: Any = None
-    packing: dict[str, Any] | None = None
-    compute_type: ComputeType = "float32"
-    is_blas: bool = False
-
-    def whole(self) -> Any:
-        """The rows as floats, (rows, in), in the compute type."""
-        if self.packing is None:
-            return self.weight
-        mx = import_mlx()
-        # Unless a type is named, affine codes come out in that of their scales and the float modes in bfloat16.
-        dtype = getattr(mx, self.compute_type)
-        return mx.dequantize(self.weight, scales=self.scales, biases=self.biases, dtype=dtype, **self.packing)
-
-    def times(self, x: Any) -> Any:
-        """x @ rows.T, (positions, rows)."""
-        if self.is_blas:
-            return _Blas(self.weight)(x)
-        if self.packing is None:
-            return x @ self.weight.T
-        mx = import_mlx()
-        return mx.quantized_matmul(
-            x, self.weight, scales=self.scales, biases=self.biases, transpose=True, **self.packing
-        )
 
 
 @dataclass(slots=True)
@@ -247,35 +216,6 @@ class _Tap:
         if self.watch.observe is not None:
             self.watch.observe(self.paths, x[0])
         return self.linear(x)
-
-
-class _Blas:
-    """A linear layer of float32 on the CPU, by numpy: 500 rows by a 256 x 768 matrix take 5 ms, in MLX 0.32.4 135 ms.
-
-    weight: (out, in) and bias: (out,), MLX arrays, which share their memory with numpy.
-    """
-
-    def __init__(self, weight: Any, bias: Any = None) -> None:
-        self._weight, self._bias = np.asarray(weight), bias
-
-    def __call__(self, x: Any) -> Any:
-        y = import_mlx().array(np.asarray(x) @ self._weight.T)
-        return y if self._bias is None else y + self._bias
-
-
-def linear_product(x: Any, weight: Any) -> Any:
-    """x @ weight.T of float32 as layers compute it on this backend; to time it."""
-    mx = import_mlx()
-    return _Blas(weight)(x) if mx.default_device().type == mx.cpu else x @ weight.T
-
-
-def _use_blas(block: Any) -> None:
-    import mlx.nn as nn
-
-    for part in (block.self_attn, block.mlp):
-        for name, linear in part.children().items():
-            if type(linear) is nn.Linear:
-                setattr(part, name, _Blas(linear.weight, linear.bias if "bias" in linear else None))
 
 
 class Layer:
@@ -311,7 +251,7 @@ class HeadBlock:
     first_id: int
     n_ids: int
     n_bytes: int
-    rows: _Rows
+    rows: Rows
 
     def logits(self, normed: Any) -> Any:
         """(positions, hidden) that were normed -> (positions, n_ids), lazy, in the compute type."""

@@ -36,7 +36,7 @@ def estimate_memory_bytes(config: Qwen2Config, text: QualityText) -> int:
 
 def _rates() -> tuple[float, float]:
     """Operations a second of a matrix product as a layer makes it, and of attention; the better of two tries each."""
-    from qwq_mlx.model.layers import linear_product
+    from qwq_mlx.model.products import linear_product
 
     mx = import_mlx()
     x, weight = mx.random.normal((_ROWS, _WIDTH)), mx.random.normal((_WIDTH, _WIDTH))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qwq_mlx.model.folder import open_model_folder
-from qwq_mlx.model.layers import linear_product
+from qwq_mlx.model.products import linear_product
 from qwq_mlx.quality import estimate
 from qwq_mlx.quality.estimate import estimate_memory_bytes, estimate_s
 from qwq_mlx.quality.text import QualityText, Window
