@@ -1,9 +1,10 @@
 """What mlx-lm (0.32.2) holds beside the weights where it does what this package does not: batches, and draft models.
 
-Read from its source, and held against its peaks on the CPU (scripts/measure_mlx_lm_memory.py, 32 settings): 1.00 to
-1.02 of them where a sequence ends while the caches of the others are full, which is what is planned, 1.06 to 1.63 where
-all end at once, and 0.995 to 1.014 with a draft model. K sequences in a BatchGenerator, as batch_generate drives it,
-hold at most the larger of
+Read from its source, and held against its peaks on the CPU (scripts/measure_mlx_lm_memory.py, 57 settings of three
+models, contexts of 489 to 1,385): planned by held is 1.00 to 1.02 where a sequence ends while the caches of the others
+are full, which is what is planned, and up to 1.14 where passes are a third of the context, for the last whole one then
+sees a smaller cache; up to 1.63 where all end at once; 0.995 to 1.09 with a draft model. K sequences in a
+BatchGenerator, as batch_generate drives it, hold at most the larger of
 
     prefill     K caches, and a pass of min(K, 8) prompts at once: PROMPTS_AT_ONCE is its prefill_batch_size
     an end      2 K - 1 caches, and a decode step of K rows: when one of K sequences ends, the caches of the others are
@@ -16,8 +17,9 @@ measured). A decode step keeps the log-probabilities of the two steps before, on
 A draft model adds its weights and its cache. Both models are prefilled one after the other, and a step that checks
 n_draft ids has n_draft + 1 rows of logits, besides those of the last check. Both caches grow as above.
 
-Does not: count what a GPU's queue holds of several layers' passes, 10 GB in passes of 2,048 ids of the 32B on an H100,
-or what a caller keeps of the caches that responses bring.
+Does not: count prompts of different lengths, whose caches are rolled into place, old and new beside each other (2 K of
+them; planned by held was 0.94 with two), what a GPU's queue holds of several layers' passes (10 GB in passes of 2,048
+ids of the 32B on an H100), or what a caller keeps of the caches that responses bring.
 """
 
 from __future__ import annotations
