@@ -83,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         "--target-size",
         metavar="SIZE",
         help="choose the bits of every matrix so that the output fits this size, as 17GB (also GiB, MB, MiB): the "
-        "recipe's mode, group, fit and overrides stay; the output matrix, narrow matrices and the layers where "
-        "rounding hurts most get more (default: the recipe's bits)",
+        "recipe's mode, fit and overrides stay, groups are its own or larger; the output matrix, narrow matrices and "
+        "the layers where rounding hurts most get more (default: the recipe's bits)",
     )
     add(
         "--calibrate",

@@ -1,7 +1,7 @@
 """A size in place of a number of bits: the recipe whose output fits it, from the source's headers.
 
 The size is that of the planned output: weights, config, index and the copied files. manifest.json and report.html come
-on top (half a MB for the 32B). `quant.allocate` chooses the bits; here they are fitted to the files to the byte.
+on top (half a MB for the 32B). `quant.allocate` chooses the packings; here they are fitted to the files to the byte.
 
 Does not: read a weight, or find the best of all recipes of a size.
 """
@@ -16,14 +16,11 @@ from qwq_mlx.convert.origin import Origin
 from qwq_mlx.convert.plan import make_plan
 from qwq_mlx.errors import OptionError
 from qwq_mlx.model.architecture import Qwen2Config
-from qwq_mlx.quant.allocate import allocate_bits, free_matrices, recipe_of_bits
-from qwq_mlx.quant.modes import MODES
+from qwq_mlx.quant.allocate import allocate, free_matrices, ladder, rate, recipe_of_packings
+from qwq_mlx.quant.modes import MODES, Packing
 from qwq_mlx.quant.recipe import Recipe
 
 __all__ = ["recipes_for_size"]
-
-_FEWEST = MODES["affine"][0][0]
-_LARGEST_GROUP = MODES["affine"][1][-1]
 
 
 def recipes_for_size(
@@ -31,9 +28,10 @@ def recipes_for_size(
 ) -> dict[Path, Recipe]:
     """The one recipe with its bits chosen, so that the output has at most `target_bytes`.
 
-    Mode, group, fit and overrides stay the recipe's; matrices that an override names keep what it says.
-    Raises OptionError: several recipes, a mode without a choice of bits, nothing to choose, or a size that even 2 bits
-    exceed, with the smallest that can be reached.
+    Mode, fit and overrides stay the recipe's; matrices that an override names keep what it says. Groups are the
+    recipe's or larger, where these divide every row.
+    Raises OptionError: several recipes, a mode without a choice of bits, nothing to choose, or a size that even the
+    fewest bits exceed, with the smallest that can be reached.
     """
     (output, recipe), *others = recipes.items()
     if others:
@@ -63,33 +61,35 @@ def _fitted(origin: Origin, config: Qwen2Config, recipe: Recipe, target_bytes: i
         )
     name = f"{recipe.name}-{_size(target_bytes)}"
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+    own = recipe.packing.group_size
+    columns = {entry.shape[1] for _, (_, entry) in tensors if len(entry.shape) == 2}
+    larger = [g for g in MODES["affine"][1] if g > own and not any(n % g for n in columns)]
+    rungs = ladder((own, *larger))
 
-    def made(bits: Mapping[str, int]) -> tuple[Recipe, int]:
-        chosen = recipe_of_bits(recipe, bits, name=name)
+    def made(packings: Mapping[str, Packing]) -> tuple[Recipe, int]:
+        chosen = recipe_of_packings(recipe, packings, name=name)
         return chosen, make_plan(origin, config, chosen, n_workers=1, keep_source=False).output_bytes
 
-    chosen, output_bytes = made(dict.fromkeys(free, _FEWEST))
+    chosen, output_bytes = made(dict.fromkeys(free, rungs[0]))
     if output_bytes > target_bytes:
-        divides = all(e.shape[1] % _LARGEST_GROUP == 0 for _, (_, e) in tensors if len(e.shape) == 2)
-        raise OptionError(_unreachable(recipe, target_bytes, output_bytes, larger_groups=divides))
-    budget_bits = _FEWEST * sum(free.values()) + 8 * (target_bytes - output_bytes)
+        raise OptionError(_unreachable(recipe, rungs[0], target_bytes, output_bytes))
+    budget_bits = rate(rungs[0]) * sum(free.values()) + 8 * (target_bytes - output_bytes)
     while True:  # what the files hold beside the codes depends on the choice, by some kB: take them off and try again
-        bits = allocate_bits(free, n_layers=n_layers, output=head, budget_bits=budget_bits)
-        chosen, output_bytes = made(bits)
+        packings = allocate(free, rungs, n_layers=n_layers, output=head, budget_bits=budget_bits)
+        chosen, output_bytes = made(packings)
         if output_bytes <= target_bytes:
             return chosen
         budget_bits -= 8 * (output_bytes - target_bytes)
 
 
-def _unreachable(recipe: Recipe, target_bytes: int, smallest_bytes: int, *, larger_groups: bool) -> str:
+def _unreachable(recipe: Recipe, lowest: Packing, target_bytes: int, smallest_bytes: int) -> str:
     ways = [f"Give --target-size {_size(smallest_bytes)} or more"]
-    if larger_groups and recipe.packing.group_size < _LARGEST_GROUP:
-        ways.append(f"or a recipe with groups of {_LARGEST_GROUP}")
     if recipe.overrides:
-        ways.append("or one without overrides")
+        ways.append("or a recipe without overrides")
     return (
         f"a target size of {_size(target_bytes)} cannot be reached: the smallest that {recipe.name} makes of this "
-        f"model, {_FEWEST} bits everywhere, has {smallest_bytes:,} bytes. {', '.join(ways)}."
+        f"model, {lowest.bits} bits in groups of {lowest.group_size} everywhere, has {smallest_bytes:,} bytes. "
+        f"{', '.join(ways)}."
     )
 
 
