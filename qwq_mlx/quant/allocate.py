@@ -3,12 +3,12 @@
 What is made small is a sum over all matrices of the harm of their packing: the relative squared error of the weights,
 and more than that below 4 bits (BEYOND), where the loss of a model grows faster: on the pocket model's KL 3 bits
 everywhere cost 6 times and 2 bits 130 times what 4 do, where the errors are 4 and 15 times as large. So nearly all get
-a third bit before any gets a fourth. To first order the loss is a sum of relative errors with a
-factor for each matrix that its size does not enter (the linearity theorem of HIGGS, Malinovskii et al. 2024, arXiv
-2411.17525), so that a narrow matrix, k_proj or v_proj, earns more bits than a wide one; here a matrix of n weights
-counts sqrt(n), half-way to counting every weight alike. The output matrix counts OUTPUT times besides, for its errors
-reach the logits undiluted; v_proj and down_proj of the layers that a recipe calls "sensitive" count SENSITIVE times, as
-mlx-lm's mixed recipes and llama.cpp's K mixes give these more.
+a third bit before any gets a fourth. To first order the loss is a sum of relative errors with a factor for each matrix
+that its size does not enter (the linearity theorem of HIGGS, Malinovskii et al. 2024, arXiv 2411.17525), so that a
+narrow matrix, k_proj or v_proj, earns more bits than a wide one; here a matrix of n weights counts sqrt(n), half-way to
+counting every weight alike. The output matrix counts OUTPUT times besides, for its errors reach the logits undiluted;
+v_proj and down_proj of the layers that a recipe calls "sensitive" count SENSITIVE times, as mlx-lm's mixed recipes and
+llama.cpp's K mixes give these more.
 
 Every matrix begins at the lowest rung of a ladder of packings; then, again and again, the one is raised whose harm
 falls most for a byte. Groups of 128 are on the ladder beside the recipe's own: a quarter of a bit is better spent on
@@ -17,9 +17,9 @@ so it costs nothing and works from headers; the activations of a text do not ent
 
 KL of the pocket model off its training grid over that of recipes of the same bytes, means of four texts that nothing
 was chosen on (5,436 tokens, scripts/pocket/target_size.py --first-seed 61): 0.25 of 2bit's, 0.02 (2bit-g32), 0.03
-(mixed_2_6), 0.25 (3bit), 0.52 (mixed_3_4), 0.59 (mixed_3_6), 0.44 (4bit-g128), 0.29 (4bit), 1.00 (mixed_4_6), 0.17
-(4bit-g32), 0.38 (5bit), 0.49 (6bit). A few tokens carry most of each: on four other texts 4bit-g32's was 1.11. Factors
-and half-way were chosen on this one model; not measured on the 32B.
+(mixed_2_6), 0.25 (3bit), 0.52 (mixed_3_4), 0.59 (mixed_3_6), 0.18 (3bit-g32), 0.44 (4bit-g128), 0.29 (4bit), 1.00
+(mixed_4_6), 0.17 (4bit-g32), 0.38 (5bit), 0.49 (6bit). A few tokens carry most of each: on four other texts 4bit-g32's
+was 1.11. Factors and half-way were chosen on this one model; not measured on the 32B.
 
 Does not: look at weights, or know about files beside the codes (`convert.target` does).
 """
