@@ -1,6 +1,6 @@
 """What mlx-lm (0.32.2) holds beside the weights where it does what this package does not: batches, and draft models.
 
-Read from its source, and held against its peaks on the CPU (scripts/measure_mlx_lm_memory.py, 57 settings of three
+Read from its source, and held against its peaks on the CPU (scripts/measure_mlx_lm_memory.py, 65 settings of three
 models, contexts of 297 to 1,385): planned by held is 1.00 to 1.02 where a sequence ends while the caches of the others
 are full, which is what is planned, and up to 1.14 where passes are long beside the context, for the last whole one
 sees a smaller cache; up to 1.63 where all end at once; 0.995 to 1.09 with a draft model. K sequences in a
