@@ -88,8 +88,13 @@ def _parser() -> argparse.ArgumentParser:
 def _load(options: argparse.Namespace, limits: Limits) -> Reasoner:
     from qwq_mlx.generate.default_model import ready_model
     from qwq_mlx.generate.reasoner import load
+    from qwq_mlx.model.template import template_warning
 
-    return load(ready_model(options.model, _converter, _note), limits=limits, force=options.force)
+    reasoner = load(ready_model(options.model, _converter, _note), limits=limits, force=options.force)
+    warning = template_warning(reasoner.model.tokenizer.chat_template)
+    if warning is not None:
+        _note(f"warning: {warning}")
+    return reasoner
 
 
 def _converter() -> Converter:

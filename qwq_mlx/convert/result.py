@@ -15,7 +15,7 @@ from pathlib import Path
 from qwq_mlx.convert.journal import Done
 from qwq_mlx.convert.memory import peak_memory_bytes
 from qwq_mlx.convert.plan import Plan, PlannedTensor
-from qwq_mlx.model.template import is_known, template_digest
+from qwq_mlx.model.template import template_warning
 from qwq_mlx.model.tokenizer import read_chat_template
 from qwq_mlx.quant.packing import Packing
 
@@ -95,18 +95,8 @@ def _warnings(plan: Plan, records: Mapping[str, Done]) -> list[str]:
                 f"{path}: {done.name} has {done.zero_pages:,} pages (4,096 bytes) of zeros, as lost writes leave them. "
                 "Compare the shard's sha256 with the source's."
             )
-    return [*found, *_unlike(plan, records), *_unknown_template(plan)]
-
-
-def _unknown_template(plan: Plan) -> list[str]:
-    template = read_chat_template(plan.checkpoint.folder)
-    if template is None or is_known(template):
-        return []
-    return [
-        f"the chat template (sha256 {template_digest(template)}) is none that this package knows. It is a program of "
-        "the source that writes every prompt; it will run in a process of its own, with limits. Compare it with the "
-        "publisher's."
-    ]
+    about_template = template_warning(read_chat_template(plan.checkpoint.folder))
+    return [*found, *_unlike(plan, records), *([about_template] if about_template else [])]
 
 
 def _unlike(plan: Plan, records: Mapping[str, Done]) -> list[str]:

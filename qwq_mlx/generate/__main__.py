@@ -280,9 +280,14 @@ def _unshown(error: OSError, run: Run, keeper: Keeper | None, interruption: Inte
 def _load(options: argparse.Namespace, limits: Limits) -> Reasoner:
     from qwq_mlx.generate.default_model import ready_model
     from qwq_mlx.generate.reasoner import load
+    from qwq_mlx.model.template import template_warning
 
     folder = ready_model(options.model, _converter, _silent if options.quiet else _note)
-    return load(folder, limits=limits, force=options.force)
+    reasoner = load(folder, limits=limits, force=options.force)
+    warning = template_warning(reasoner.model.tokenizer.chat_template)
+    if warning is not None and not options.quiet and options.resume is None:  # a saved run has its prompt
+        _note(f"warning: {warning}")
+    return reasoner
 
 
 def _converter() -> Converter:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qwq_mlx.errors import PromptError, TemplateLimitError
 
-__all__ = ["KNOWN_TEMPLATES", "is_known", "render", "template_digest"]
+__all__ = ["KNOWN_TEMPLATES", "is_known", "render", "template_digest", "template_warning"]
 
 CHILD_CPU_S = 2
 CHILD_WALL_S = 30.0  # looping is ended by the CPU limit; a busy machine takes long only to start the child
@@ -54,6 +54,17 @@ def template_digest(template: str) -> str:
 def is_known(template: str) -> bool:
     """Whether the template is rendered by this package's own code."""
     return template_digest(template) in KNOWN_TEMPLATES
+
+
+def template_warning(template: str | None) -> str | None:
+    """What to tell whoever will have prompts written by a template; None where it is known, or there is none."""
+    if template is None or is_known(template):
+        return None
+    return (
+        f"the chat template (sha256 {template_digest(template)}) is none that this package knows. It is a program of "
+        "the model's source that writes every prompt; it runs in a process of its own, with limits. Compare it with "
+        "the publisher's."
+    )
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str]) -> str:

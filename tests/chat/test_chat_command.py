@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import pty
 import select
@@ -166,6 +168,21 @@ def test_the_model_and_force_reach_the_loader(
     monkeypatch.setattr("qwq_mlx.generate.reasoner.load", refused)
     assert command.main(["--model", str(tiny_checkpoint), "--context", "99", "--force"]) == 1
     assert f"error: {tiny_checkpoint} 99 True" in capsys.readouterr().err
+
+
+@pytest.mark.tiny
+def test_a_template_that_nobody_knows_is_warned_of_once_on_stderr(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = json.loads((tiny_checkpoint / "tokenizer_config.json").read_text())["chat_template"]
+    digest = hashlib.sha256(template.encode() + b"\n").hexdigest()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer := io.BytesIO(), write_through=True))
+    assert command.main(["--model", str(tiny_checkpoint), "--temp", "0", "--max-tokens", "2"]) == 0
+    shown = capsys.readouterr().err
+    warning = f"warning: the chat template (sha256 {digest}) is none that this package knows."
+    assert shown.count(warning) == 1 and b"warning" not in buffer.getvalue()
+    assert shown.index(warning) < shown.index(" left] > ")  # before the first question
 
 
 @pytest.mark.tiny

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import pytest
 from checkpoints import write_json
 from commands import ENVIRONMENT
 
+import qwq_mlx
 from qwq_mlx.generate import __main__ as command
 from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.reasoner import load
@@ -77,7 +79,7 @@ def test_text_goes_to_stdout_and_the_last_line_of_stderr_says_why_it_stopped(tin
     assert done.returncode == 0
     assert done.stdout.decode() == trace.text
     lines = done.stderr.decode().splitlines()
-    assert "temperature 0.7, top-p 0.8, top-k 20, min-p 0, seed 5" in lines[0]
+    assert "temperature 0.7, top-p 0.8, top-k 20, min-p 0, seed 5" in lines[-2]
     found = SUMMARY.fullmatch(lines[-1])
     assert found and found[1] == trace.finish_reason
     assert f"prompt {len(trace.prompt_ids)} tokens" in lines[-1] and f"output {len(trace.ids)} tokens" in lines[-1]
@@ -234,6 +236,33 @@ def test_what_this_model_cannot_do_is_one_message(
     assert re.search(message, err)
 
 
+def test_a_template_that_nobody_knows_is_warned_of_once_and_a_known_one_never(
+    tmp_path: Path, tiny_checkpoint: Path, here: Callable[..., tuple[int, str, str]]
+) -> None:
+    model, questions = tmp_path / "model", tmp_path / "questions"
+    shutil.copytree(tiny_checkpoint, model)
+    questions.write_text('{"question": "one"}\n{"question": "two"}\n')
+    one = ("-p", "x", "--temp", "0", "--max-tokens", "2", "--model", str(model))
+    many = ("--input", str(questions), "--max-tokens", "2", "--model", str(model))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    digest = hashlib.sha256(settings["chat_template"].encode() + b"\n").hexdigest()
+    warning = f"warning: the chat template (sha256 {digest}) is none that this package knows."
+    code, text, shown = here(*one, "--save", str(tmp_path / "saved"))
+    assert (code, shown.count(warning)) == (0, 1) and "warning" not in text
+    assert shown.index(warning) < shown.index("greedy")  # before the question's own lines
+    assert here(*many, "--output", str(tmp_path / "a"))[2].count(warning) == 1
+    # with --quiet, and where the prompt is made already, nothing is said
+    assert "warning" not in here(*one, "--quiet")[2] + here(*many, "--output", str(tmp_path / "b"), "--quiet")[2]
+    resume = ("--resume", str(tmp_path / "saved"), "--max-tokens", "4", "--model", str(model))
+    code, _, shown = here(*resume)
+    assert code == 0 and "warning" not in shown
+    pocket = Path(qwq_mlx.__file__).parent / "pocket" / "checkpoint" / "tokenizer_config.json"
+    settings["chat_template"] = json.loads(pocket.read_text())["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    code, _, shown = here(*one)
+    assert code == 0 and "warning" not in shown
+
+
 def test_a_model_from_the_environment_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -259,8 +288,8 @@ def test_an_interrupted_run_ends_cleanly_with_what_was_produced(
         cwd=tmp_path,
     ) as process:
         assert process.stderr is not None and process.stdout is not None
-        settings = process.stderr.readline()  # printed when the run begins
-        assert b"greedy" in settings
+        while b"greedy" not in (line := process.stderr.readline()):  # printed when the run begins
+            assert line, "the command ended before"
         time.sleep(0.15)
         process.send_signal(number)
         stdout, stderr = process.stdout.read(), process.stderr.read()
@@ -459,7 +488,8 @@ def test_every_flag_reaches_the_code_it_names(
             given = {"messages": messages, "system_prompt": system_prompt, "folder": folder, "force": force}
             raise _ReachedError(values | given)
 
-        return SimpleNamespace(stream=stream)
+        tokenizer = SimpleNamespace(chat_template=None)
+        return SimpleNamespace(stream=stream, model=SimpleNamespace(tokenizer=tokenizer))
 
     monkeypatch.setattr("qwq_mlx.generate.reasoner.load", fake_load)
     given = ["-p", "x", "--model", "m", *flag]
