@@ -217,7 +217,7 @@ def _answer(
     except GenerationError as error:
         return _failed(error, run, keeper, options)
     except OSError as error:
-        return _unshown(error, run, keeper, interruption)
+        return _unshown(error, run, keeper, interruption, options)
     finally:
         interruption.run = None
     if keeper is not None and (trace.is_resumable or trace.can_be_asked):
@@ -266,11 +266,16 @@ def _failed(error: GenerationError, run: Run, keeper: Keeper | None, options: ar
     return _complain(str(error), error.exit_code)
 
 
-def _unshown(error: OSError, run: Run, keeper: Keeper | None, interruption: Interruption) -> int:
+def _unshown(
+    error: OSError, run: Run, keeper: Keeper | None, interruption: Interruption, options: argparse.Namespace
+) -> int:
     """Stdout takes no more: its reader left, the disk is full, or the terminal was closed. What there is gets saved."""
     _without_stdout()
     if keeper is not None and keeper.save(run):
         _note(f"saved: go on with --resume {keeper.path}")
+    # Ctrl-C also ends the reader of a pipe (| tee), often before the run has come to its end.
+    if keeper is None and interruption.exit_code and _is_kept_unasked(run.trace(), interruption, options):
+        _keep_unasked(run, run.trace())
     if interruption.exit_code or isinstance(error, BrokenPipeError):
         return interruption.exit_code
     unshown = SavingError(f"stdout: cannot be written ({error.strerror}). Make room, or send it elsewhere.", error)

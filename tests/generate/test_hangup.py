@@ -151,6 +151,29 @@ def test_without_save_a_run_cut_short_is_kept_unless_no_save_is_given(
         assert len(list(load(tiny_checkpoint).resume(path))) > 0
 
 
+def test_a_signal_that_ends_the_reader_first_keeps_the_run(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """Ctrl-C in `generate ... | tee` ends tee at once, and the run met a broken pipe on its way to the end."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "qwq_mlx.generate", *endless(tiny_checkpoint)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=PLAIN,
+        cwd=tmp_path,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.send_signal(signal.SIGSTOP)  # so that it meets both at once
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        shown = process.stderr.read().decode()
+        assert process.wait(timeout=60) == 130
+    (path,) = tmp_path.iterdir()
+    assert f"saved: go on with --resume {path.name}\n" in shown and "Traceback" not in shown
+    assert len(list(load(tiny_checkpoint).resume(path))) > 0
+
+
 def test_a_reader_that_leaves_costs_nothing_that_was_to_be_saved(tmp_path: Path, tiny_checkpoint: Path) -> None:
     path = tmp_path / "mine"
     with subprocess.Popen(
