@@ -83,7 +83,7 @@ def plan_judge(plan: Plan, wanted: str | Path | bool | None, *, n_tokens: int | 
         return Judge(note="not measured (--no-quality)")
     is_asked = wanted is not None or n_tokens is not None
     if not is_asked and plan.source_bytes > SMALL_BYTES:
-        return Judge(note="not measured; --quality measures it on a bundled text, see --help for the time it takes")
+        return Judge(note=_offer(plan, keep_source))
     problem = _problem(plan, keep_source)
     if problem and is_asked:
         raise OptionError(problem)
@@ -101,6 +101,18 @@ def plan_judge(plan: Plan, wanted: str | Path | bool | None, *, n_tokens: int | 
             raise
         return Judge(note=f"not measured: {error}")
     return Judge(note=_note(plan, text), text=text, tokenizer=tokenizer)
+
+
+def _offer(plan: Plan, keep_source: bool) -> str:
+    """That nothing is measured, and what it would take; before any text is read, so of a whole one."""
+    from qwq_mlx.convert.report import duration_text
+    from qwq_mlx.quality.estimate import estimate_s
+    from qwq_mlx.quality.text import DEFAULT_POSITIONS
+
+    weights_bytes = plan.source_bytes + plan.output_bytes
+    seconds = estimate_s(plan.config, [DEFAULT_POSITIONS], weights_bytes=weights_bytes)
+    flags = "--quality --keep-source" if plan.origin.is_remote and not keep_source else "--quality"
+    return f"not measured; {flags} measures it on a bundled text, in about {duration_text(seconds)} more at most"
 
 
 def _problem(plan: Plan, keep_source: bool) -> str | None:
@@ -125,7 +137,9 @@ def _note(plan: Plan, text: QualityText) -> str:
     from qwq_mlx.convert.report import duration_text, size_text
     from qwq_mlx.quality.estimate import estimate_memory_bytes, estimate_s
 
-    seconds = estimate_s(plan.config, text, weights_bytes=plan.source_bytes + plan.output_bytes)
+    seconds = estimate_s(
+        plan.config, [len(window.ids) for window in text.windows], weights_bytes=plan.source_bytes + plan.output_bytes
+    )
     memory = estimate_memory_bytes(plan.config, text)
     return (
         f"{text.n_tokens:,} tokens of {text.name}, both models layer by layer: about {duration_text(seconds)} more, "

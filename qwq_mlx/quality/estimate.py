@@ -6,6 +6,7 @@ Does not: know the disk (1 GB/s is assumed), or how a busy machine is in an hour
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
 from qwq_mlx.model.load import import_mlx
@@ -17,11 +18,14 @@ _DISK_BYTES_S = 1e9
 _ROWS, _WIDTH, _HEADS, _HEAD_DIM = 256, 1024, 4, 64
 
 
-def estimate_s(config: Qwen2Config, text: QualityText, *, weights_bytes: int) -> float:
-    """Seconds to measure one model against its source. weights_bytes: of both folders together."""
+def estimate_s(config: Qwen2Config, windows: Sequence[int], *, weights_bytes: int) -> float:
+    """Seconds to measure one model against its source.
+
+    windows: ids that are run together, of each window. weights_bytes: of both folders together.
+    """
     n_weights = sum(shape[0] * shape[1] for shape in tensor_shapes(config).values() if len(shape) == 2)
-    products = 2 * n_weights * text.n_positions
-    pairs = sum(len(window.ids) ** 2 for window in text.windows)
+    products = 2 * n_weights * sum(windows)
+    pairs = sum(n_ids**2 for n_ids in windows)
     attention = 4 * pairs * config.hidden_size * config.num_hidden_layers
     product_rate, attention_rate = _rates()
     return 2 * (products / product_rate + attention / attention_rate) + weights_bytes / _DISK_BYTES_S

@@ -25,7 +25,9 @@ def test_seconds_are_products_attention_and_bytes(tiny_checkpoint: Path, monkeyp
     matrices = 2 * 320 * 128 + 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 192 * 128)
     products, attention = 2 * matrices * 150, 4 * (100**2 + 50**2) * 128 * 2
     expected = 2 * (products / 1e6 + attention / 1e5) + 3.0
-    assert estimate_s(config, TEXT, weights_bytes=3_000_000_000) == pytest.approx(expected)
+    assert estimate_s(
+        config, [len(window.ids) for window in TEXT.windows], weights_bytes=3_000_000_000
+    ) == pytest.approx(expected)
     layer = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 192 * 128
     assert estimate_memory_bytes(config, TEXT) == 6 * layer + 2 * 4 * 150 * 128
 
