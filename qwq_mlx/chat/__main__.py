@@ -125,7 +125,7 @@ class _Chat:
 
     def hold(self, read_line: ReadLine) -> int:
         """Until /quit or the end of input; returns the exit code."""
-        _note(f"{self._talk.reasoner.model.folder.resolve().name}: /help shows the commands, /quit ends")
+        _note(f"{self._talk.reasoner.model.name}: /help shows the commands, /quit ends")
         while not self._is_over:
             try:
                 self._take(read_message(read_line, f"[{self._talk.n_left:,} left] > "))

@@ -1,7 +1,7 @@
 """How a run ends and what it leaves behind: its limits, its parts put together into a Trace, a failure in words.
 
-Does not: see what MLX does not raise: on the CPU MLX 0.32.4 writes through the
-null pointer of a failed malloc, which ends the process (a limit of address space shows it). --save-every helps there.
+Does not: see what MLX does not raise: on the CPU MLX 0.32.4 writes through the null pointer of a failed malloc, which
+ends the process (a limit of address space shows it). --save-every helps there.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ __all__ = ["end_after", "failure_of", "trace_of"]
 
 
 def end_after(
-    setup: Setup, n_output: int, *, injections: Sequence[Injection], stop_text: str | None, is_stopped: bool
+    setup: Setup, n_output: int, *, injections: Sequence[Injection], is_stopped: bool
 ) -> tuple[FinishReason, str] | None:
     """Why a run ends after its n_output-th token, with the detail for people; None where it goes on.
 
-    injections: answer cues so far. stop_text: the one that came. is_stopped: somebody asked for the end.
+    injections: answer cues so far. is_stopped: somebody asked for the end.
     """
     limits, answer_tokens = setup.limits, setup.thinking.answer_tokens
-    if stop_text is not None:
-        return "stop", f"the text {stop_text!r} came"
     if is_stopped:
         return "interrupted", ""
     n_used, context = len(setup.prompt_ids) + n_output, given(limits.context)
@@ -79,10 +77,7 @@ def trace_of(
     split = written.split(is_final=finish is not None, is_ended=reason == "stop")
     if injections and reason in ("stop", "length"):
         cut = injections[-1]
-        reason, detail = (
-            cut.reason,
-            f"the answer was asked for after {cut.start:,} tokens" + (detail and f"; {detail}"),
-        )
+        reason, detail = cut.reason, f"the answer was asked for after {cut.start:,} tokens" + (detail and f"; {detail}")
     text, steps, inspect = written.text, written.steps, setup.inspect
     return Trace(
         question=setup.question,
@@ -108,7 +103,7 @@ def trace_of(
         events=tuple(events),
         settings=setup.settings,
         model={
-            "name": setup.model.folder.resolve().name,
+            "name": setup.model.name,
             "weights": setup.model.weights,
             "compute_type": setup.model.compute_type,
         },

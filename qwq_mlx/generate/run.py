@@ -24,7 +24,6 @@ from qwq_mlx.generate.cache import Layer, filled_cache
 from qwq_mlx.generate.checkpoint import model_digest, write_checkpoint
 from qwq_mlx.generate.clock import Clock
 from qwq_mlx.generate.cue import Asking, cue_ids
-from qwq_mlx.generate.decode import Token
 from qwq_mlx.generate.ended import end_after, failure_of, trace_of
 from qwq_mlx.generate.noticed import Noticed
 from qwq_mlx.generate.nudge import Nudges
@@ -87,16 +86,6 @@ class Run:
         self._asking.ask("answered")
 
     @property
-    def model_name(self) -> str:
-        """The model folder's name."""
-        return self.setup.model.folder.resolve().name
-
-    @property
-    def weights(self) -> str:
-        """Weights and compute type in words."""
-        return f"{self.setup.model.weights}, computed in {self.setup.model.compute_type}"
-
-    @property
     def is_finished(self) -> bool:
         """Whether the last Step has been handed out."""
         return self._finish is not None
@@ -123,7 +112,7 @@ class Run:
         ids, in larger passes, so there the ids may differ.
         Raises SavingError where the disk does not take it; the run can go on all the same.
         """
-        self._settle_nudge()
+        self._nudge()
         steps = self._written.steps
         n_known = len(self.setup.prompt_ids) + len(steps)
         has_cache = bool(self._decoder.ids and steps) and not self._has_failed
@@ -213,10 +202,6 @@ class Run:
         other._written.steps = steps[:at]  # with what was seen of them
         return other
 
-    def _settle_nudge(self) -> None:
-        if self._due_nudge is not None and self._finish is None:
-            self._nudge(self._due_nudge)
-
     def _guarded(self) -> Iterator[Step]:
         """The steps with the planned memory wired, and a failure of MLX as a GenerationError that has the trace."""
         try:
@@ -261,10 +246,7 @@ class Run:
 
     def _follow(self) -> Iterator[Step]:
         """Do what follows from the last step, once: go back for a nudge, count its heat, or ask for the answer."""
-        if not self._is_due or self._finish is not None:
-            return
-        if self._due_nudge is not None:
-            self._settle_nudge()
+        if not self._is_due or self._finish is not None or self._nudge():
             return
         self._is_due = False
         self._nudges.count(self._decoder)
@@ -283,21 +265,14 @@ class Run:
             self._finish = ("stop", "")
         else:
             text = self._written.release(token.id)
-            self._finish = end_after(
-                self.setup,
-                len(self._written.steps) + 1,
-                injections=self._injections,
-                stop_text=self._written.stop_text,
-                is_stopped=self._is_stopped,
+            n_output = len(self._written.steps) + 1
+            self._finish = self._written.stopped or end_after(
+                self.setup, n_output, injections=self._injections, is_stopped=self._is_stopped
             )
             self._look_for_loops(token.id, text)
-        return self._added(token, text)
-
-    def _added(self, token: Token, text: str) -> Step:
         if self._finish is not None:
             text += self._written.flush()
-            if self._written.stop_text is not None:
-                self._finish = ("stop", f"the text {self._written.stop_text!r} came")
+            self._finish = self._written.stopped or self._finish
         scores = self._noticed.scores if self.setup.inspect.loop_scores else None
         step = self._written.add(
             token.id, text, logprob=token.logprob, entropy=token.entropy, seen=token.seen, loop_scores=scores
@@ -323,13 +298,17 @@ class Run:
         else:
             self._asking.ask("loop")
 
-    def _nudge(self, loop: Loop) -> None:
-        """Go back to where the loop began and draw on with a higher temperature for a while."""
+    def _nudge(self) -> bool:
+        """Where it is due, go back to where a loop began and draw on with a higher temperature for a while."""
+        loop = self._due_nudge
+        if loop is None or self._finish is not None:
+            return False
         self._due_nudge, self._is_due = None, False
         self._source.rewind(loop.start, self._nudges.sampler(self._decoder.sampler))
         self._written.rewind(loop.start)
         self._asking.rewind([step.text for step in self._written.steps])
         self._noticed.rewind(self._written.steps, start=loop.start)
+        return True
 
     def _inject(self, reason: FinishReason) -> Iterator[Step]:
         """Put the answer cue into the output, if there is room for it and for some answer."""
@@ -342,8 +321,7 @@ class Run:
         steps = self._written.inject(ids)
         for step in steps:
             self._noticed.scripts(step.text, is_final=False)
-        if self._written.stop_text is not None:
-            self._finish = ("stop", f"the text {self._written.stop_text!r} came")
+        self._finish = self._written.stopped
         self._source.force([step.id for step in steps])
         text = "".join(step.text for step in steps)
         self._injections.append(Injection(start=start, end=start + len(steps), text=text, reason=reason))

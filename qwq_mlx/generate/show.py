@@ -68,7 +68,8 @@ def settings_line(run: Run) -> str:
     if thinking.think_tokens is not None:
         parts.append(f"answer asked for after {thinking.think_tokens:,} tokens")
     parts.append(f"at most {limits.max_tokens:,} tokens")
-    return f"{run.model_name} ({run.weights}): {', '.join(parts)}"
+    model = run.setup.model
+    return f"{model.name} ({model.weights}, computed in {model.compute_type}): {', '.join(parts)}"
 
 
 def summary_line(trace: Trace) -> str:

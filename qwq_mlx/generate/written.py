@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from qwq_mlx.generate.inspector import Seen
 from qwq_mlx.generate.text import Pieces, StopScanner, TextStream
-from qwq_mlx.generate.trace import Alternative, Step
+from qwq_mlx.generate.trace import Alternative, FinishReason, Step
 from qwq_mlx.reasoning.loops import LoopScores
 from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.reasoning.split import Segment, Split, Splitter
@@ -44,6 +44,11 @@ class Written:
     def segment(self) -> Segment:
         """The part that the next token belongs to, as far as known."""
         return self._splitter.segment
+
+    @property
+    def stopped(self) -> tuple[FinishReason, str] | None:
+        """How the run ends, with the detail for people, where a stop text came; else None."""
+        return None if self.stop_text is None else ("stop", f"the text {self.stop_text!r} came")
 
     def release(self, token_id: int) -> str:
         """The text that this id lets out; sets `stop_text` where a stop text is complete with it."""

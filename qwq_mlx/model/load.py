@@ -66,6 +66,11 @@ class LoadedModel:
     weights_bytes: int
     packed: Mapping[str, Packing]
 
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
 
 def import_mlx() -> ModuleType:
     """mlx.core, or BackendError where MLX is not installed or has no backend."""

@@ -73,7 +73,7 @@ class Loop:
     """A loop and its evidence. start, end: token indices of the repeating stretch as far as known, end not included.
 
     period: tokens from one repetition to the next, None where there is no regular one. score: repetitions for "cycle",
-    the cumulative sum for "variants", the count for the others. evidence: one line for a person.
+    the cumulative sum for "variants" and "doubts", statements for "candidate". evidence: one line for a person.
     """
 
     kind: LoopKind

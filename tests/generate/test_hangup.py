@@ -40,6 +40,21 @@ def endless(model: Path, *given: str) -> list[str]:
     return ["-p", "x", "--model", str(model), "--temp", "0", "--on-loop", "off", *bans, *given]
 
 
+def running(folder: Path, model: Path, *given: str) -> subprocess.Popen[bytes]:
+    """The command in a folder, with pipes, once its first byte of text has come."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "qwq_mlx.generate", *endless(model, *given)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=PLAIN,
+        cwd=folder,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    return process
+
+
 def test_a_hangup_stops_the_run_once_and_another_signal_then_ends_at_once() -> None:
     with Interruption(asks=False) as interruption:
         interruption.run = run = Stopped()
@@ -106,15 +121,8 @@ def test_a_closed_terminal_saves_the_run(tmp_path: Path, tiny_checkpoint: Path) 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_saves_a_run_that_goes_on(number: signal.Signals, tmp_path: Path, tiny_checkpoint: Path) -> None:
     path = tmp_path / "mine"
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "qwq_mlx.generate", *endless(tiny_checkpoint, "--save", str(path))],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=PLAIN,
-    ) as process:
+    with running(tmp_path, tiny_checkpoint, "--save", str(path)) as process:
         assert process.stdout is not None and process.stderr is not None
-        process.stdout.read(1)
         process.send_signal(number)
         process.stdout.read()
         assert b"Traceback" not in process.stderr.read()
@@ -130,16 +138,8 @@ def test_without_save_a_run_cut_short_is_kept_unless_no_save_is_given(
     number: signal.Signals, flags: tuple[str, ...], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     """Nobody could be asked, and hours may be in it."""
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "qwq_mlx.generate", *endless(tiny_checkpoint, *flags)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=PLAIN,
-        cwd=tmp_path,
-    ) as process:
+    with running(tmp_path, tiny_checkpoint, *flags) as process:
         assert process.stdout is not None and process.stderr is not None
-        process.stdout.read(1)
         process.send_signal(number)
         process.stdout.read()
         shown = process.stderr.read().decode()
@@ -153,16 +153,8 @@ def test_without_save_a_run_cut_short_is_kept_unless_no_save_is_given(
 
 def test_a_signal_that_ends_the_reader_first_keeps_the_run(tmp_path: Path, tiny_checkpoint: Path) -> None:
     """Ctrl-C in `generate ... | tee` ends tee at once, and the run met a broken pipe on its way to the end."""
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "qwq_mlx.generate", *endless(tiny_checkpoint)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=PLAIN,
-        cwd=tmp_path,
-    ) as process:
+    with running(tmp_path, tiny_checkpoint) as process:
         assert process.stdout is not None and process.stderr is not None
-        process.stdout.read(1)
         process.send_signal(signal.SIGSTOP)  # so that it meets both at once
         process.stdout.close()
         process.send_signal(signal.SIGINT)
@@ -176,15 +168,8 @@ def test_a_signal_that_ends_the_reader_first_keeps_the_run(tmp_path: Path, tiny_
 
 def test_a_reader_that_leaves_costs_nothing_that_was_to_be_saved(tmp_path: Path, tiny_checkpoint: Path) -> None:
     path = tmp_path / "mine"
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "qwq_mlx.generate", *endless(tiny_checkpoint, "--save", str(path))],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=PLAIN,
-    ) as process:
+    with running(tmp_path, tiny_checkpoint, "--save", str(path)) as process:
         assert process.stdout is not None and process.stderr is not None
-        process.stdout.read(1)
         process.stdout.close()
         shown = process.stderr.read()
         assert process.wait(timeout=60) == 0
