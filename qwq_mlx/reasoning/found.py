@@ -41,12 +41,12 @@ class Split:
     """
 
     thinking: tuple[int, int]
-    conclusion: tuple[int, int] | None
     thinking_chars: tuple[int, int]
-    conclusion_chars: tuple[int, int] | None
-    answer: str | None
-    confidence: float
-    kind: Kind
+    conclusion: tuple[int, int] | None = None
+    conclusion_chars: tuple[int, int] | None = None
+    answer: str | None = None
+    confidence: float = 0.0
+    kind: Kind = "none"
     is_revised: bool = False
 
 

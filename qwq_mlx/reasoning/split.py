@@ -93,27 +93,15 @@ class Splitter:
             is_whole = is_ended or line.endswith(_LINE_ENDS)
             self._take_line(self._scanner.line, self._scanner.n_chars, is_whole=is_whole)
         self._take_open_tag()
-        for place in self._pending:
-            place.token = self._n_tokens
-        self._pending.clear()
-        best = self._best(is_ended)
-        concluding = self._reply or best
-        start = concluding.place if concluding else None
-        n_chars = self._scanner.n_chars
+        self._settle_places()
+        best, n_chars = self._best(is_ended), self._scanner.n_chars
+        start = None if best is None else (self._reply or best).place
         if best is None or start is None or start.token is None or start.token >= self._n_tokens:
-            return Split(
-                thinking=(0, self._n_tokens),
-                conclusion=None,
-                thinking_chars=(self._thinking_chars[0], self._thinking_chars[1] if self._is_closed else n_chars),
-                conclusion_chars=None,
-                answer=None,
-                confidence=0.0,
-                kind="none",
-            )
+            return Split(thinking=(0, self._n_tokens), thinking_chars=self._thinking_until(n_chars))
         return Split(
             thinking=(0, start.token),
+            thinking_chars=self._thinking_until(start.char),
             conclusion=(start.token, self._n_tokens),
-            thinking_chars=(self._thinking_chars[0], self._thinking_chars[1] if self._is_closed else start.char),
             conclusion_chars=(start.char, n_chars),
             answer=best.value,
             confidence=best.confidence(is_far=self._is_far(best)),
@@ -121,10 +109,19 @@ class Splitter:
             is_revised=best.is_revised,
         )
 
-    def _feed_piece(self, text: str) -> None:
+    def _thinking_until(self, char: int) -> tuple[int, int]:
+        """The thinking in characters, without its tags; char: where it ends if no tag closed it."""
+        start, closed = self._thinking_chars
+        return start, closed if self._is_closed else char
+
+    def _settle_places(self) -> None:
+        """Places behind all text so far are in the token that comes now."""
         for place in self._pending:
             place.token = self._n_tokens
         self._pending.clear()
+
+    def _feed_piece(self, text: str) -> None:
+        self._settle_places()
         for candidate in (self._strong, self._reply):
             if candidate is not None:
                 candidate.capture(text)
