@@ -46,8 +46,11 @@ from qwq_mlx.convert import convert_checkpoint  # noqa: E402
 from qwq_mlx.convert.calibration import read_calibration  # noqa: E402
 from qwq_mlx.model.architecture import tensor_shapes  # noqa: E402
 from qwq_mlx.model.folder import open_model_folder  # noqa: E402
+from qwq_mlx.model.layout import Packing  # noqa: E402
 from qwq_mlx.model.memory import ModelShape, Workload, metal_limit_bytes, plan_memory, shape_of_facts  # noqa: E402
+from qwq_mlx.model.sizes import weights_bytes  # noqa: E402
 from qwq_mlx.model.tokenizer import load_tokenizer  # noqa: E402
+from qwq_mlx.model.workload import FLOAT_BYTES  # noqa: E402
 from qwq_mlx.pocket import FOLDER  # noqa: E402
 from qwq_mlx.pocket.problems import is_held_out  # noqa: E402
 from qwq_mlx.quality.measure import measure  # noqa: E402
@@ -59,7 +62,6 @@ from qwq_mlx.quant.recipe import Recipe, load_recipe, recipe_names  # noqa: E402
 MACS_GIB = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)
 CONTEXT = 8192
 ROW = 512  # ids of mlx-lm's calibration rows; its own default
-
 METHODS = ("GPTQ", "AWQ", "DWQ")
 N_DISTILLED = 2052  # rows of ROW ids that DWQ learns from: 512 steps of 4, as mlx-lm's default has, and 4 to watch
 
@@ -252,27 +254,20 @@ def add_solved(row: dict[str, Any], folder: Path, count: int) -> None:
 def of_the_32b(recipe: Recipe) -> dict[str, Any]:
     """Size in GB, and the smallest Mac's memory in GiB on which the plan gives 8,192 positions."""
     shape = shape_of_facts(facts.QWQ_32B_PREVIEW)
-    n_layers = shape.config.num_hidden_layers
-    packed = {path: recipe.packing_of(path, n_layers=n_layers) for path in shape.packed}
-    n_bits = 0
-    for name, size in tensor_shapes(shape.config).items():
-        packing = packed.get(name.removesuffix(".weight"))
-        per_group = 0 if packing is None else (32 if packing.is_affine else 8)
-        per_weight = 16 if packing is None else packing.bits + per_group / packing.group_size
-        n_bits += int(math.prod(size) * per_weight)
-    kind = type(next(iter(shape.packed.values())))
-    planned = {
-        path: kind(mode=packing.mode, bits=packing.bits, group_size=packing.group_size)
-        for path, packing in packed.items()
+    chosen = {path: recipe.packing_of(path, n_layers=shape.config.num_hidden_layers) for path in shape.packed}
+    packed = {
+        path: Packing(mode=packing.mode, bits=packing.bits, group_size=packing.group_size)
+        for path, packing in chosen.items()
         if packing is not None
     }
-    model = ModelShape(config=shape.config, packed=planned)
+    model = ModelShape(config=shape.config, packed=packed)
     fits = (
         gib
         for gib in MACS_GIB
         if plan_memory(model, Workload(context=CONTEXT), limit_bytes=metal_limit_bytes(gib << 30)).fits
     )
-    return {"gb_32b": round(n_bits / 8e9, 2), "smallest_mac_gib": next(fits, None)}
+    n_bytes = weights_bytes(shape.config, packed, FLOAT_BYTES["bfloat16"])
+    return {"gb_32b": round(n_bytes / 1e9, 2), "smallest_mac_gib": next(fits, None)}
 
 
 def say(row: dict[str, Any]) -> None:

@@ -31,7 +31,6 @@ from qwq_mlx.generate.trace import Trace
 
 __all__ = ["Batch", "Stand", "question_seed"]
 
-
 _TICK_S = 0.5
 
 

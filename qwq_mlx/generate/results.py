@@ -6,8 +6,8 @@
 
 A line counts once it ends in its newline. A process that is killed leaves at most one torn line, the last, which the
 next process cuts off; a line before it that cannot be read is damage and refused. A line is written again only where
-its question was tried again, by one rename of the whole file. "run" says what the line depends on
-besides its question; "measured" (times, memory) is the only part that two runs of the same need not share.
+its question was tried again, by one rename of the whole file. "run" says what the line depends on besides its question;
+"measured" (times, memory) is the only part that two runs of the same need not share.
 
 Does not: run anything (`batch` does).
 """
@@ -90,9 +90,11 @@ class Results:
         Raises SavingError where the disk does not take it; the file is then as it was before.
         """
         data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
-        is_next = line["index"] == len(self.lines)
         try:
-            (self._append if is_next else self._replace)(data, line["index"])
+            if line["index"] == len(self.lines):
+                self._append(data)
+            else:
+                self._replace(data, line["index"])
         except OSError as error:
             raise SavingError(
                 f"{self.path}: line {line['index'] + 1:,} cannot be written ({error.strerror}); the lines before it "
@@ -101,7 +103,7 @@ class Results:
             ) from error
         self.lines[line["index"] :] = [_slim(line), *self.lines[line["index"] + 1 :]]
 
-    def _append(self, data: bytes, _: int) -> None:
+    def _append(self, data: bytes) -> None:
         try:
             done = 0
             while done < len(data):

@@ -30,7 +30,6 @@ CACHE_STEP = 256
 """A cache grows by so many positions, as mlx_lm's do."""
 _LOGIT_COPIES = 2  # as the head gives them, and in float32
 _SAMPLER_COPIES = 6  # float32 rows: tempered, ordered with their ids, summed, kept, and those of the statistics
-
 _ROTARY_BYTES = 4  # the rotary embedding is worked out in float32
 
 

@@ -77,9 +77,8 @@ def _attend(queries: mx.array, cache: Any, mask: mx.array) -> mx.array:
     """(1, heads, n_ids, width) of scaled queries against all of a cache's room; mask: (n_ids, room)."""
     n_kv_heads, room = cache.keys[0].shape[1:3]
     packing: dict[str, Any] = {"group_size": cache.group_size, "bits": cache.bits}
-    rows = queries.reshape(
-        queries.shape[0], n_kv_heads, -1, queries.shape[-1]
-    )  # heads of a key head, one after another
+    # (1, key heads, rows, width): the query heads of a key head, one after another
+    rows = queries.reshape(queries.shape[0], n_kv_heads, -1, queries.shape[-1])
     codes, scales, biases = cache.keys
     scores = mx.quantized_matmul(rows, codes, scales, biases, transpose=True, **packing)
     scores = scores.reshape(*queries.shape[:3], room)

@@ -194,11 +194,8 @@ def _plan(
     per_token = kv_bytes_per_token(config, workload.kv_bits, float_bytes)
     kv_bytes = n_positions(context) * per_token
     prefill = bytes_of_pass(config, workload, min(workload.prefill_step, context), context, backend)
-    decode, logits, sampler = (
-        bytes_of_pass(config, workload, 1, context, backend),
-        logits_bytes(config),
-        sampler_bytes(config),
-    )
+    decode = bytes_of_pass(config, workload, 1, context, backend)
+    logits, sampler = logits_bytes(config), sampler_bytes(config)
     alone = kv_bytes + max(prefill, decode + logits + sampler)
     batch = batch_bytes(config, workload, context, backend) - alone if workload.n_sequences > 1 else 0
     speculative = 0
