@@ -60,7 +60,8 @@ def lighter(config: Qwen2Config, asked: Workload, backend: Backend) -> list[tupl
     found = []
     if step < asked.prefill_step:
         found.append((f"prefill passes of {step} ids", replace(asked, prefill_step=step)))
-    has_quantized = can_quantize(config, backend) and asked.n_sequences == 1
+    configs = [config] if asked.draft is None else [config, asked.draft.config]
+    has_quantized = asked.n_sequences == 1 and all(can_quantize(each, backend) for each in configs)
     for bits in (8, 4) if has_quantized else ():
         if asked.kv_bits is None or bits < asked.kv_bits:
             text = f"{bits}-bit cache, prefill passes of {step} ids"

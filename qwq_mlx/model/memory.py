@@ -167,7 +167,8 @@ def plan_memory(
     model: a folder (only headers are read) or a shape. limit_bytes: what the device gives; None plans without one.
     backend: "metal" and "cuda" have fused attention and compute in bfloat16 if not told otherwise, "cpu" has none and
     computes in float32.
-    Raises OptionError for a context beyond the model's; LoadError or SourceError as `open_model_folder`.
+    Raises OptionError for a context beyond the model's, or kv_bits for heads that cannot be quantized so, the draft
+    model's too; LoadError or SourceError as `open_model_folder`.
     """
     if backend not in BACKENDS:
         raise OptionError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
@@ -177,7 +178,9 @@ def plan_memory(
     context = own if workload.context is None else workload.context
     if context > own:
         raise OptionError(f"context is {context:,}, expected at most {own:,}, which is what the model has.")
-    _check_bits(files.config, workload, backend)
+    _check_bits(files.config, workload, backend, whose="")
+    if workload.draft is not None:
+        _check_bits(workload.draft.config, workload, backend, whose="the draft model's ")
     plan = _plan(files, workload, context, backend, limit_bytes, reserve_bytes)
     return plan if limit_bytes is None else replace(plan, largest_context=_largest_context(files, plan, own))
 
@@ -237,15 +240,15 @@ def can_quantize(config: Qwen2Config, backend: Backend) -> bool:
     return rest == 0 and (n_groups > 1 or backend != "cuda")
 
 
-def _check_bits(config: Qwen2Config, workload: Workload, backend: Backend) -> None:
+def _check_bits(config: Qwen2Config, workload: Workload, backend: Backend, *, whose: str) -> None:
     if workload.kv_bits is None or can_quantize(config, backend):
         return
     if config.head_dim == KV_GROUP:
         raise OptionError(
-            f"kv_bits is {workload.kv_bits}, but heads of width {KV_GROUP} are a single group, by which MLX 0.32.4 on "
-            "CUDA multiplies wrongly (NaN, or other numbers). Leave kv_bits out."
+            f"kv_bits is {workload.kv_bits}, but {whose}heads of width {KV_GROUP} are a single group, by which MLX "
+            "0.32.4 on CUDA multiplies wrongly (NaN, or other numbers). Leave kv_bits out."
         )
     raise OptionError(
-        f"kv_bits is {workload.kv_bits}, but heads of width {config.head_dim} are no multiple of the group "
+        f"kv_bits is {workload.kv_bits}, but {whose}heads of width {config.head_dim} are no multiple of the group "
         f"{KV_GROUP}. Leave kv_bits out."
     )

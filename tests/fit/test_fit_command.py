@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.facts import QWQ_32B_PREVIEW
 from qwq_mlx.fit import __main__ as command
@@ -94,15 +95,16 @@ def test_the_text_shows_the_arithmetic_and_the_table(capsys: pytest.CaptureFixtu
     assert "the least that would fit: nothing; take fewer bits or more memory" in run(capsys, "--ram", "16")[1]
 
 
-def test_every_flag_reaches_the_plan(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flag_reaches_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draft = write_tiny_checkpoint(tmp_path, n_heads=2, n_kv_heads=1)  # heads that can be quantized, 64 wide
     flags = ["--ram", "32", "--context", "4096", "--prefill-step", "128", "--reserve", "2", "--json"]
-    drafted = ["--kv-bits", "8", "--compute-type", "float32", "--draft", str(tiny_checkpoint), "--draft-tokens", "7"]
+    drafted = ["--kv-bits", "8", "--compute-type", "float32", "--draft", str(draft), "--draft-tokens", "7"]
     code, out, _ = run(capsys, *flags, *drafted)
     found = json.loads(out)
     assert code == 0
     assert found["workload"] == {
         **{"context": 4096, "kv_bits": 8, "n_sequences": 1, "prefill_step": 128, "compute_type": "float32"},
-        **{"draft": str(tiny_checkpoint), "n_draft": 7},
+        **{"draft": str(draft), "n_draft": 7},
     }
     assert found["reserve_bytes"] == 2_000_000_000
     assert found["speculative_bytes"] > 0 == found["batch_bytes"]

@@ -18,6 +18,7 @@ from qwq_mlx.generate.cache import new_cache
 from qwq_mlx.generate.decode import Decoder
 from qwq_mlx.generate.options import NEUTRAL, Sampling
 from qwq_mlx.generate.sample import Sampler
+from qwq_mlx.model.advice import lighter
 from qwq_mlx.model.load import import_mlx_lm, load_model
 from qwq_mlx.model.memory import (
     RESERVE_BYTES,
@@ -243,6 +244,17 @@ def test_a_cache_that_cannot_be_quantized_is_refused(tiny_checkpoint: Path) -> N
     ):
         plan_memory(narrow, Workload(kv_bits=4), backend="cuda")
     assert plan_memory(QWQ, Workload(kv_bits=4), backend="cuda").peak_bytes
+
+
+def test_a_draft_models_cache_that_cannot_be_quantized_is_refused_and_not_advised() -> None:
+    """mlx-lm quantizes both caches; a plan with heads of width 32 was made, and came out 32 wide in groups of 64."""
+    draft = ModelShape(config=replace(QWQ.config, num_attention_heads=160), packed={})
+    with pytest.raises(
+        OptionError, match="kv_bits is 8, but the draft model's heads of width 32 are no multiple of the group 64"
+    ):
+        plan_memory(QWQ, Workload(kv_bits=8, draft=draft))
+    assert [each.kv_bits for _, each in lighter(QWQ.config, Workload(draft=QWQ), "metal")] == [None, 8, 4]
+    assert [each.kv_bits for _, each in lighter(QWQ.config, Workload(draft=draft), "metal")] == [None]
 
 
 def test_a_damaged_folder_has_no_plan(tmp_path: Path, tiny_checkpoint: Path) -> None:
