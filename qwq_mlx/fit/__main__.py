@@ -121,7 +121,7 @@ def _report(options: argparse.Namespace) -> str:
     change = cheapest_change(model, plan)
     if options.json:
         return json.dumps(_as_json(plan, options.draft) | {"model": name, "change": change and change.text})
-    lines = [name, plan.arithmetic(), f"what binds: {plan.binds}"]
+    lines = [name, plan.arithmetic(), *_of_mlx_lm(plan), f"what binds: {plan.binds}"]
     lines.append(f"largest context that fits: {plan.largest_context:,}")
     if not plan.fits:
         lines.append(
@@ -136,6 +136,17 @@ def _report(options: argparse.Namespace) -> str:
             f"{gib:>3} GiB{limit:>7.1f} GB{each.peak_bytes / 1e9:>9.1f} GB{each.largest_context:>14,}   {note}"
         )
     return "\n".join(lines)
+
+
+def _of_mlx_lm(plan: MemoryPlan) -> list[str]:
+    """What keeps mlx-lm to a plan of its own work on a GPU; see `model.mlx_lm_memory`."""
+    is_theirs = plan.workload.n_sequences > 1 or plan.workload.draft is not None
+    if not is_theirs or plan.backend == "cpu":
+        return []
+    return [
+        f"mlx-lm keeps to this after mx.set_memory_limit({plan.peak_bytes}); without it MLX queues passes on a GPU and "
+        "may hold 20 GB more"
+    ]
 
 
 def _as_json(plan: MemoryPlan, draft: str | None) -> dict[str, Any]:

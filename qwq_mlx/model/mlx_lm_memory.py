@@ -11,15 +11,19 @@ BatchGenerator, as batch_generate drives it, hold at most the larger of
                 taken out by index into new arrays, while the response of the one that ended still leads to the old
 
 and with either what growing holds: all layers grow by 256 positions within the graph of one pass. The CPU is through
-with a layer before the next, so there it is one layer's old cache; a GPU may have queued them all (an upper bound: not
-measured). A decode step keeps the log-probabilities of the two steps before, one for the caller, one under way.
+with a layer before the next, so there it is one layer's old cache; a GPU may have queued them all. A decode
+step keeps the log-probabilities of the two steps before, one for the caller, one under way.
 
 A draft model adds its weights and its cache. Both models are prefilled one after the other, and a step that checks
 n_draft ids has n_draft + 1 rows of logits, besides those of the last check. Both caches grow as above.
 
+On a GPU MLX queues the passes of many layers, whose intermediates are held meanwhile: with the 32B's shape on an H100,
+contexts of 2,089 and 3,625, planned by held was 0.56 to 0.67 for 2 and 4 sequences and 0.76 to 0.91 with a draft model.
+That is no need, for MLX waits for its queue where its memory limit is reached: with mx.set_memory_limit at the plan it
+was 0.950 to 0.986, and 0.994 to 0.999 with a draft model.
+
 Does not: count prompts of different lengths, whose caches are rolled into place, old and new beside each other (2 K of
-them; planned by held was 0.94 with two), what a GPU's queue holds of several layers' passes (10 GB in passes of 2,048
-ids of the 32B on an H100), or what a caller keeps of the caches that responses bring.
+them; planned by held was 0.94 with two), or what a caller keeps of the caches that responses bring.
 """
 
 from __future__ import annotations

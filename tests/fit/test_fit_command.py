@@ -95,6 +95,13 @@ def test_the_text_shows_the_arithmetic_and_the_table(capsys: pytest.CaptureFixtu
     assert "the least that would fit: nothing; take fewer bits or more memory" in run(capsys, "--ram", "16")[1]
 
 
+def test_a_plan_of_mlx_lms_own_work_says_what_keeps_it_to_that_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--ram", "64", "--context", "4096")
+    peak = json.loads(run(capsys, *flags, "--samples", "4", "--json")[1])["peak_bytes"]
+    assert f"\nmlx-lm keeps to this after mx.set_memory_limit({peak});" in run(capsys, *flags, "--samples", "4")[1]
+    assert "mlx-lm" not in run(capsys, *flags)[1]
+
+
 def test_every_flag_reaches_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draft = write_tiny_checkpoint(tmp_path, n_heads=2, n_kv_heads=1)  # heads that can be quantized, 64 wide
     flags = ["--ram", "32", "--context", "4096", "--prefill-step", "128", "--reserve", "2", "--json"]
