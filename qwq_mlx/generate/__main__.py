@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, QwqError, SavingError
 from qwq_mlx.generate.asked import Asked, asked_for, with_flag
 from qwq_mlx.generate.flags import add_limits, add_sampling
 from qwq_mlx.generate.interruption import Interruption, silence
 from qwq_mlx.generate.options import Limits
-from qwq_mlx.generate.show import batch_bar, batch_line, settings_line, show, summary_line
+from qwq_mlx.generate.show import batch_progress, prefill_progress, settings_line, show, summary_line
 
 if TYPE_CHECKING:
-    from qwq_mlx.generate.batch import Stand
     from qwq_mlx.generate.default_model import Converter
     from qwq_mlx.generate.keeping import Keeper
     from qwq_mlx.generate.reasoner import Reasoner
@@ -134,7 +131,7 @@ def _batch(options: argparse.Namespace, asked: Asked, interruption: Interruption
         )
         interruption.run = batch
         try:
-            stand = batch.work(None if options.quiet else _batch_progress())
+            stand = batch.work(None if options.quiet else batch_progress(sys.stderr))
         finally:
             interruption.run = None
     if batch.is_stopped and stand.n_done < stand.n_total:
@@ -147,21 +144,6 @@ def _batch(options: argparse.Namespace, asked: Asked, interruption: Interruption
         text += f" Memory ran out in {stand.n_out_of_memory:,}: make room and run it again, which tries those again."
         return _complain(text, OutOfMemoryError.exit_code)
     return 0
-
-
-def _batch_progress() -> Callable[[Stand], None]:
-    """A bar on a terminal, else a line a question."""
-    is_terminal = sys.stderr.isatty()
-
-    def show(stand: Stand) -> None:
-        if is_terminal:
-            end = "\n" if stand.n_done == stand.n_total else ""
-            sys.stderr.write(f"\r\x1b[K{batch_bar(stand)}{end}")
-        elif stand.last is not None or (stand.n_before and not stand.n_tokens):
-            sys.stderr.write((batch_line(stand) if stand.last else f"going on: {batch_bar(stand)}") + "\n")
-        sys.stderr.flush()
-
-    return show
 
 
 def _generate(options: argparse.Namespace, prompt: str | None, asked: Asked, interruption: Interruption) -> int:
@@ -187,6 +169,8 @@ def _answer(
     if prompt is not None:
         conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
     reasoner = _load(options, asked.limits)
+    from qwq_mlx.generate.keeping import keep_unasked, way_on
+
     if prompt is None:
         run = reasoner.resume(
             options.resume,
@@ -201,7 +185,7 @@ def _answer(
             sampling=asked.sampling,
             limits=asked.limits,
             thinking=asked.thinking,
-            progress=_prefill_progress() if sys.stderr.isatty() and not options.quiet else None,
+            progress=prefill_progress(sys.stderr) if sys.stderr.isatty() and not options.quiet else None,
         )
     interruption.run = run
     if run.setup.note:
@@ -222,9 +206,9 @@ def _answer(
         interruption.run = None
     if keeper is not None and (trace.is_resumable or trace.can_be_asked):
         run.save(options.save)
-        _note(_way_on(trace, options.save))
+        _note(way_on(trace, options.save))
     elif keeper is None and _is_kept_unasked(trace, interruption, options):
-        _keep_unasked(run, trace)
+        keep_unasked(run, _note)
     if options.receipt is not None:
         reasoner.receipt(trace).save(options.receipt)
     if not options.quiet or trace.finish_reason not in ("stop", "answered"):
@@ -239,30 +223,17 @@ def _is_kept_unasked(trace: Trace, interruption: Interruption, options: argparse
     return trace.finish_reason in ("interrupted", "context_full") and bool(trace.ids) and not options.no_save
 
 
-def _keep_unasked(run: Run, trace: Trace) -> None:
-    """Save under a name of its own. A run that MLX failed in is left without its cache, so the file is small."""
-    path = Path(f"{time.strftime('qwq-run-%Y%m%d-%H%M%S')}-{os.getpid()}")
-    try:
-        run.save(path)
-    except (GenerationError, RuntimeError, MemoryError) as error:
-        _note(f"warning: not saved: {error}")
-    else:
-        _note(_way_on(trace, str(path)))
-
-
-def _way_on(trace: Trace, path: str) -> str:
-    return f"saved: go on with --resume {path}{'' if trace.is_resumable else ' --answer-now'}"
-
-
 def _failed(error: GenerationError, run: Run, keeper: Keeper | None, options: argparse.Namespace) -> int:
     """What was written is kept: in the file of --save, on stdout with --json, and as text it is there already."""
+    from qwq_mlx.generate.keeping import keep_unasked
+
     if options.json:
         sys.stdout.write(json.dumps(run.trace().to_json(), ensure_ascii=False) + "\n")
     sys.stdout.flush()
     if keeper is not None and keeper.save(run):
         _note(f"saved: go on with --resume {options.save}")
     if keeper is None and isinstance(error, OutOfMemoryError) and not options.no_save and run.trace().ids:
-        _keep_unasked(run, run.trace())
+        keep_unasked(run, _note)
     return _complain(str(error), error.exit_code)
 
 
@@ -270,12 +241,14 @@ def _unshown(
     error: OSError, run: Run, keeper: Keeper | None, interruption: Interruption, options: argparse.Namespace
 ) -> int:
     """Stdout takes no more: its reader left, the disk is full, or the terminal was closed. What there is gets saved."""
+    from qwq_mlx.generate.keeping import keep_unasked
+
     _without_stdout()
     if keeper is not None and keeper.save(run):
         _note(f"saved: go on with --resume {keeper.path}")
     # Ctrl-C also ends the reader of a pipe (| tee), often before the run has come to its end.
     if keeper is None and interruption.exit_code and _is_kept_unasked(run.trace(), interruption, options):
-        _keep_unasked(run, run.trace())
+        keep_unasked(run, _note)
     if interruption.exit_code or isinstance(error, BrokenPipeError):
         return interruption.exit_code
     unshown = SavingError(f"stdout: cannot be written ({error.strerror}). Make room, or send it elsewhere.", error)
@@ -299,16 +272,6 @@ def _converter() -> Converter:
     from qwq_mlx.convert import convert_checkpoint
 
     return convert_checkpoint
-
-
-def _prefill_progress() -> Any:
-    def show(n_done: int, n_total: int) -> None:
-        if n_total > 1024:
-            text = "" if n_done >= n_total else f"prefill {n_done:,} of {n_total:,} tokens"
-            sys.stderr.write(f"\r\x1b[K{text}")
-            sys.stderr.flush()
-
-    return show
 
 
 def _silent(text: str) -> None:

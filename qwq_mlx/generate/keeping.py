@@ -9,6 +9,8 @@ Does not: decide what a checkpoint holds (`run.Run.save` does), or print.
 from __future__ import annotations
 
 import glob
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +18,9 @@ from types import TracebackType
 from qwq_mlx.errors import GenerationError, OptionError
 from qwq_mlx.files.lock import FolderLock
 from qwq_mlx.generate.run import Run
-from qwq_mlx.generate.trace import Step
+from qwq_mlx.generate.trace import Step, Trace
 
-__all__ = ["Keeper"]
+__all__ = ["Keeper", "keep_unasked", "way_on"]
 
 
 class Keeper:
@@ -62,3 +64,22 @@ class Keeper:
             self._warn(f"warning: not saved, the run goes on: {error}")
             return False
         return True
+
+
+def keep_unasked(run: Run, note: Callable[[str], None]) -> None:
+    """Save a run under a name of its own; note is told which, or why it is not saved.
+
+    A run that MLX failed in is left without its cache, so that its file is small.
+    """
+    path = f"{time.strftime('qwq-run-%Y%m%d-%H%M%S')}-{os.getpid()}"
+    try:
+        run.save(path)
+    except (GenerationError, RuntimeError, MemoryError) as error:
+        note(f"warning: not saved: {error}")
+    else:
+        note(way_on(run.trace(), path))
+
+
+def way_on(trace: Trace, path: str) -> str:
+    """What people are told of a run that was saved there."""
+    return f"saved: go on with --resume {path}{'' if trace.is_resumable else ' --answer-now'}"

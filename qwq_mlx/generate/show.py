@@ -6,7 +6,7 @@ Does not: choose what goes to stdout or stderr; the commands do, and hand over t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qwq_mlx.generate.run import Run
     from qwq_mlx.generate.trace import Step, Trace
 
-__all__ = ["batch_bar", "batch_line", "settings_line", "show", "summary_line"]
+__all__ = ["batch_bar", "batch_line", "batch_progress", "prefill_progress", "settings_line", "show", "summary_line"]
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 # A model can write escape sequences; on a terminal they are shown as symbols instead of being obeyed.
@@ -100,6 +100,33 @@ def batch_line(stand: Stand) -> str:
     trace = line.get("trace") or {}
     what = line.get("error") or f"{trace.get('finish_reason')}, {len(trace.get('ids', ())):,} tokens"
     return f"{line.get('id')}: {what}; {batch_bar(stand)}"
+
+
+def batch_progress(out: TextIO) -> Callable[[Stand], None]:
+    """Shows where a batch stands: by a bar that is written over on a terminal, else by a line a question."""
+    is_terminal = out.isatty()
+
+    def progress(stand: Stand) -> None:
+        if is_terminal:
+            end = "\n" if stand.n_done == stand.n_total else ""
+            out.write(f"\r\x1b[K{batch_bar(stand)}{end}")
+        elif stand.last is not None or (stand.n_before and not stand.n_tokens):
+            out.write((batch_line(stand) if stand.last else f"going on: {batch_bar(stand)}") + "\n")
+        out.flush()
+
+    return progress
+
+
+def prefill_progress(out: TextIO) -> Callable[[int, int], None]:
+    """Shows on a terminal how far a prompt of more than 1,024 ids is; the line is empty at the end."""
+
+    def progress(n_done: int, n_total: int) -> None:
+        if n_total > 1024:
+            text = "" if n_done >= n_total else f"prefill {n_done:,} of {n_total:,} tokens"
+            out.write(f"\r\x1b[K{text}")
+            out.flush()
+
+    return progress
 
 
 def _clock(seconds: float) -> str:
