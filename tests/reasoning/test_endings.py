@@ -6,10 +6,9 @@ Written by hand to judge `split`, none from a recorded output. `compare` judges,
 from __future__ import annotations
 
 import pytest
+from splitting import split
 
 from qwq_mlx.reasoning.answer import compare
-from qwq_mlx.reasoning.profile import find_profile
-from qwq_mlx.reasoning.split import Splitter
 
 GAS = "Which gas is most abundant in air?\nA) Oxygen\nB) Nitrogen\nC) Argon\nD) Carbon dioxide\n"
 VALUES = "What is the value?\n(A) 12\n(B) 15\n(C) 18\n(D) 21\n(E) 24\n"
@@ -392,11 +391,8 @@ ENDINGS: list[tuple[str, str | None, str | None]] = [  # ending, prompt, answer
 
 @pytest.mark.parametrize(("ending", "prompt", "answer"), ENDINGS)
 def test_the_answer_of_every_kind_of_problem_is_found(ending: str, prompt: str | None, answer: str | None) -> None:
-    splitter = Splitter(find_profile("qwq-preview"), prompt=prompt)
-    text = "Let me think about it. First I look at the terms.\n\nHmm, 7 is a prime.\n\n" + ending
-    for at in range(0, len(text), 5):
-        splitter.feed(text[at : at + 5])
-    found = splitter.finish()
+    start = "Let me think about it. First I look at the terms.\n\nHmm, 7 is a prime.\n\n"
+    found = split(start + ending, prompt=prompt, size=5)
     if answer is None or found.answer is None:
         assert found.answer == answer
     else:

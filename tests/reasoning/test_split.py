@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from splitting import split
 
 from qwq_mlx.reasoning.profile import find_profile
 from qwq_mlx.reasoning.split import Split, Splitter
@@ -17,13 +18,6 @@ from qwq_mlx.reasoning.split import Split, Splitter
 PREVIEW, TAGGED = find_profile("qwq-preview"), find_profile("qwq-tagged")
 TAG_PROMPT = "Enclose the answer in the <ANSWER> tag, for example: <ANSWER>1</ANSWER>."
 BOX = r"\boxed"
-
-
-def split(text: str, *, tagged: bool = False, prompt: str | None = None, is_ended: bool = True, size: int = 3) -> Split:
-    splitter = Splitter(TAGGED if tagged else PREVIEW, prompt=prompt)
-    for at in range(0, len(text), size):
-        splitter.feed(text[at : at + size])
-    return splitter.finish(is_ended=is_ended)
 
 
 def conclusion(text: str, found: Split) -> str:

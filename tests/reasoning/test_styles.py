@@ -6,6 +6,7 @@ The beginning is the same for all, so what is found is found in the ending.
 from __future__ import annotations
 
 import pytest
+from splitting import split
 
 from qwq_mlx.reasoning.profile import find_profile
 from qwq_mlx.reasoning.split import Splitter
@@ -181,11 +182,7 @@ STYLES: list[tuple[str, str | None, str | None]] = [  # ending, prompt, answer
 
 @pytest.mark.parametrize(("ending", "prompt", "answer"), STYLES)
 def test_the_answer_is_found_however_the_text_ends(ending: str, prompt: str | None, answer: str | None) -> None:
-    splitter = Splitter(find_profile("qwq-preview"), prompt=prompt)
-    text = "Let me think about it. First I look at the terms.\n\n" + ending
-    for at in range(0, len(text), 3):
-        splitter.feed(text[at : at + 3])
-    found = splitter.finish()
+    found = split("Let me think about it. First I look at the terms.\n\n" + ending, prompt=prompt)
     assert found.answer == answer
     assert found.conclusion is not None
     assert found.confidence < 0.2 if answer is None else found.confidence >= 0.5

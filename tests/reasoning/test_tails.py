@@ -9,10 +9,9 @@ letters, tags, JSON, code, Chinese, none.
 from __future__ import annotations
 
 import pytest
+from splitting import split
 
 from qwq_mlx.reasoning.answer import compare
-from qwq_mlx.reasoning.profile import find_profile
-from qwq_mlx.reasoning.split import Splitter
 
 START = "Let's see. I need to think about this carefully.\n\nFirst, I'll set up what is given.\n\n"
 END = "**Final Answer**\n\n"
@@ -389,9 +388,5 @@ TAILS: list[tuple[str, str | None, str | None]] = [  # tail, prompt, answer
 
 @pytest.mark.parametrize(("tail", "prompt", "answer"), TAILS)
 def test_a_careful_readers_answer_is_found(tail: str, prompt: str | None, answer: str | None) -> None:
-    splitter = Splitter(find_profile("qwq-preview"), prompt=prompt)
-    text = START + tail
-    for at in range(0, len(text), 4):
-        splitter.feed(text[at : at + 4])
-    value = splitter.finish().answer
+    value = split(START + tail, prompt=prompt, size=4).answer
     assert value is None if answer is None else value is not None and compare(value, answer), value
