@@ -105,14 +105,11 @@ def plan_judge(plan: Plan, wanted: str | Path | bool | None, *, n_tokens: int | 
 
 def _offer(plan: Plan, keep_source: bool) -> str:
     """That nothing is measured, and what it would take; before any text is read, so of a whole one."""
-    from qwq_mlx.convert.report import duration_text
-    from qwq_mlx.quality.estimate import estimate_s
     from qwq_mlx.quality.text import DEFAULT_POSITIONS
 
-    weights_bytes = plan.source_bytes + plan.output_bytes
-    seconds = estimate_s(plan.config, [DEFAULT_POSITIONS], weights_bytes=weights_bytes)
     flags = "--quality --keep-source" if plan.origin.is_remote and not keep_source else "--quality"
-    return f"not measured; {flags} measures it on a bundled text, in about {duration_text(seconds)} more at most"
+    duration = _duration(plan, [DEFAULT_POSITIONS])
+    return f"not measured; {flags} measures it on a bundled text, in about {duration} more at most"
 
 
 def _problem(plan: Plan, keep_source: bool) -> str | None:
@@ -134,14 +131,20 @@ def _problem(plan: Plan, keep_source: bool) -> str | None:
 
 
 def _note(plan: Plan, text: QualityText) -> str:
-    from qwq_mlx.convert.report import duration_text, size_text
-    from qwq_mlx.quality.estimate import estimate_memory_bytes, estimate_s
+    from qwq_mlx.convert.report import size_text
+    from qwq_mlx.quality.estimate import estimate_memory_bytes
 
-    seconds = estimate_s(
-        plan.config, [len(window.ids) for window in text.windows], weights_bytes=plan.source_bytes + plan.output_bytes
-    )
+    duration = _duration(plan, [len(window.ids) for window in text.windows])
     memory = estimate_memory_bytes(plan.config, text)
     return (
-        f"{text.n_tokens:,} tokens of {text.name}, both models layer by layer: about {duration_text(seconds)} more, "
+        f"{text.n_tokens:,} tokens of {text.name}, both models layer by layer: about {duration} more, "
         f"{size_text(memory)} of memory (--no-quality skips it)"
     )
+
+
+def _duration(plan: Plan, windows: Sequence[int]) -> str:
+    """How long measuring takes on windows of so many ids, for people."""
+    from qwq_mlx.convert.report import duration_text
+    from qwq_mlx.quality.estimate import estimate_s
+
+    return duration_text(estimate_s(plan.config, windows, weights_bytes=plan.source_bytes + plan.output_bytes))

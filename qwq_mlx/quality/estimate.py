@@ -5,6 +5,7 @@ Does not: know the disk (1 GB/s is assumed), or how a busy machine is in an hour
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 
@@ -38,8 +39,12 @@ def estimate_memory_bytes(config: Qwen2Config, text: QualityText) -> int:
     return 6 * layer + 2 * 4 * text.n_positions * config.hidden_size
 
 
+@functools.cache
 def _rates() -> tuple[float, float]:
-    """Operations a second of a matrix product as a layer makes it, and of attention; the better of two tries each."""
+    """Operations a second of a matrix product as a layer makes it, and of attention; the better of two tries each.
+
+    Timed once a process, about 0.1 s: every plan of a conversion asks.
+    """
     from qwq_mlx.model.products import linear_product
 
     mx = import_mlx()
