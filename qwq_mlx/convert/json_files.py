@@ -12,6 +12,7 @@ from typing import Any
 from qwq_mlx.files.header import TensorEntry
 from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.files.source import Checkpoint
+from qwq_mlx.model.load import packing_arguments
 from qwq_mlx.quant.packing import Packing
 from qwq_mlx.quant.recipe import Recipe
 
@@ -34,16 +35,12 @@ def make_config(
         )
         if generation.get("eos_token_id") is not None:
             config["eos_token_id"] = generation["eos_token_id"]
-    quantization: dict[str, Any] = _packing_json(recipe.packing)
+    quantization: dict[str, Any] = packing_arguments(recipe.packing)
     for name, packing in packings.items():
         if packing != recipe.packing:
-            quantization[name.removesuffix(".weight")] = False if packing is None else _packing_json(packing)
+            quantization[name.removesuffix(".weight")] = False if packing is None else packing_arguments(packing)
     config["quantization"] = config["quantization_config"] = quantization
     return json.dumps(dict(sorted(config.items())), indent=4).encode()
-
-
-def _packing_json(packing: Packing) -> dict[str, Any]:
-    return {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
 
 
 def make_index(places: Mapping[str, tuple[TensorEntry, str]], n_weights: int) -> bytes:

@@ -23,6 +23,7 @@ Does not: count weights or cache (`memory` does).
 from __future__ import annotations
 
 from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.workload import Backend
 
 __all__ = ["CACHE_STEP", "logits_bytes", "n_positions", "pass_bytes", "sampler_bytes"]
 
@@ -56,12 +57,11 @@ def pass_bytes(
     float_bytes: int,
     is_quantized: bool,
     layer_bytes: int,
-    backend: str,
+    backend: Backend,
 ) -> int:
     """Intermediates of n_ids that attend to at most context positions.
 
-    float_bytes: of the compute type. layer_bytes: one layer's keys and values of one position. backend: "metal",
-    "cuda" or "cpu".
+    float_bytes: of the compute type. layer_bytes: one layer's keys and values of one position.
     """
     if backend == "cpu" or is_quantized:
         n_seen = n_positions(context) if is_quantized else context  # attention reads all the room of such a cache
@@ -72,7 +72,7 @@ def pass_bytes(
     return max(held, n_before_growth * layer_bytes // 2)  # keys grow, then values, before a pass
 
 
-def _unfused_bytes(config: Qwen2Config, n_ids: int, n_seen: int, float_bytes: int, backend: str) -> int:
+def _unfused_bytes(config: Qwen2Config, n_ids: int, n_seen: int, float_bytes: int, backend: Backend) -> int:
     scores = config.num_attention_heads * n_ids * n_seen * float_bytes
     if backend == "metal":
         scores = scores * 3 // 2
