@@ -89,19 +89,20 @@ class Results:
 
         Raises SavingError where the disk does not take it; the file is then as it was before.
         """
-        data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        index, data = line["index"], (json.dumps(line, ensure_ascii=False) + "\n").encode()
         try:
-            if line["index"] == len(self.lines):
+            if index == len(self.lines):
                 self._append(data)
+                self.lines.append(_slim(line))
             else:
-                self._replace(data, line["index"])
+                self._replace(data, index)
+                self.lines[index] = _slim(line)
         except OSError as error:
             raise SavingError(
-                f"{self.path}: line {line['index'] + 1:,} cannot be written ({error.strerror}); the lines before it "
+                f"{self.path}: line {index + 1:,} cannot be written ({error.strerror}); the lines before it "
                 "are whole. Make room and run the same command again.",
                 error,
             ) from error
-        self.lines[line["index"] :] = [_slim(line), *self.lines[line["index"] + 1 :]]
 
     def _append(self, data: bytes) -> None:
         try:
