@@ -33,7 +33,7 @@ from qwq_mlx.generate.options import NEUTRAL, Sampling
 from qwq_mlx.generate.sample import Sampler
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
-from qwq_mlx.model.load import default_compute_type, import_mlx_lm
+from qwq_mlx.model.load import default_compute_type, import_mlx_lm, load_model
 from qwq_mlx.model.memory import ModelShape, Workload, plan_memory
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.8, top_k=20, seed=0).resolve(NEUTRAL)
@@ -43,7 +43,7 @@ def _main() -> int:
     options = _parser().parse_args()
     started = time.perf_counter()
     _note(f"MLX {version('mlx')} on {mx.default_device()}, {limit_bytes() / 1e9:.1f} GB to use")
-    module, shape = _model(options)
+    module, shape = model_of(options, options.layers)
     mx.clear_cache()
     built_s = time.perf_counter() - started
     active = mx.get_active_memory()
@@ -103,13 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model(options: argparse.Namespace) -> tuple[Any, ModelShape]:
+def model_of(
+    options: argparse.Namespace, n_layers: int, *, is_packed: bool = True, seed: int = 0
+) -> tuple[Any, ModelShape]:
+    """The model of --model, or a random one of so many of QwQ's layers with what the options change of its shape."""
     if options.model is not None:
-        from qwq_mlx.model.load import load_model
-
         files = open_model_folder(options.model)
         return load_model(options.model).module, ModelShape(config=files.config, packed=files.packed)
-    config, packed = qwq_shaped(options.layers)
+    config, packed = qwq_shaped(n_layers)
     given = {
         "hidden_size": options.hidden,
         "intermediate_size": options.intermediate,
@@ -118,8 +119,9 @@ def _model(options: argparse.Namespace) -> tuple[Any, ModelShape]:
         "vocab_size": options.vocab,
     }
     config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    packed = packed if is_packed else {}
     compute_type = options.compute_type or default_compute_type()
-    return random_module(config, packed, compute_type, seed=0), ModelShape(config=config, packed=packed)
+    return random_module(config, packed, compute_type, seed=seed), ModelShape(config=config, packed=packed)
 
 
 def peak(

@@ -29,10 +29,10 @@ import mlx.core as mx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qwq_mlx.bench.models import qwq_shaped, random_module
+from measure_memory import model_of
+
 from qwq_mlx.model.device import backend_name
-from qwq_mlx.model.folder import open_model_folder
-from qwq_mlx.model.load import default_compute_type, import_mlx_lm, load_model
+from qwq_mlx.model.load import import_mlx_lm
 from qwq_mlx.model.memory import MemoryPlan, ModelShape, Workload, plan_memory
 
 PATTERNS = ("together", "apart", "ragged")
@@ -76,21 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model(options: argparse.Namespace, n_layers: int) -> tuple[Any, ModelShape]:
-    if options.model is not None:
-        files = open_model_folder(options.model)
-        return load_model(options.model).module, ModelShape(config=files.config, packed=files.packed)
-    config, packed = qwq_shaped(n_layers)
-    config = replace(
-        config,
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        vocab_size=options.vocab,
-    )
-    packed = packed if options.packed else {}
-    module = random_module(config, packed, options.compute_type or default_compute_type(), seed=n_layers)
-    return module, ModelShape(config=config, packed=packed)
+    return model_of(options, n_layers, is_packed=options.packed, seed=n_layers)
 
 
 def _rows(module: Any, shape: ModelShape, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

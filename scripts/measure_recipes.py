@@ -44,9 +44,9 @@ from pocket import data  # noqa: E402
 from qwq_mlx import facts  # noqa: E402
 from qwq_mlx.convert import convert_checkpoint  # noqa: E402
 from qwq_mlx.convert.calibration import read_calibration  # noqa: E402
+from qwq_mlx.model.advice import MACS_GIB  # noqa: E402
 from qwq_mlx.model.architecture import tensor_shapes  # noqa: E402
 from qwq_mlx.model.folder import open_model_folder  # noqa: E402
-from qwq_mlx.model.layout import Packing  # noqa: E402
 from qwq_mlx.model.memory import ModelShape, Workload, metal_limit_bytes, plan_memory, shape_of_facts  # noqa: E402
 from qwq_mlx.model.sizes import weights_bytes  # noqa: E402
 from qwq_mlx.model.tokenizer import load_tokenizer  # noqa: E402
@@ -59,7 +59,6 @@ from qwq_mlx.quality.text import read_text  # noqa: E402
 from qwq_mlx.quant.modes import FITS  # noqa: E402
 from qwq_mlx.quant.recipe import Recipe, load_recipe, recipe_names  # noqa: E402
 
-MACS_GIB = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)
 CONTEXT = 8192
 ROW = 512  # ids of mlx-lm's calibration rows; its own default
 METHODS = ("GPTQ", "AWQ", "DWQ")
@@ -92,6 +91,7 @@ def measure_all(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]
     """One row for every form of the pocket."""
     chosen = () if options.mlx_lm is None else options.mlx_lm or METHODS
     texts = write_texts(work, options.conversations, n_distilled=N_DISTILLED if "DWQ" in chosen else 0)
+    held_out = write_held_out(work / "held-out.jsonl")
     source = off_grid(work / "off-grid") if options.off_grid else FOLDER
     rows: list[dict[str, Any]] = []
     folders: dict[str, Path] = {}
@@ -110,14 +110,14 @@ def measure_all(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]
             }
         )
         folders[name] = folder
-    add_divergence(source, rows, list(folders.values()), texts["held-out"], options.tokens)
+    add_divergence(source, rows, list(folders.values()), held_out, options.tokens)
     for row in rows:
         add_solved(row, folders[row["name"]], options.problems)
         say(row)
     for bits, method in itertools.product(options.bits if chosen else (), chosen):
         row, folder = by_mlx_lm(method, bits, source, work, texts, options.limit)
         if "not_run" not in row:
-            add_divergence(source, [row], [folder], texts["held-out"], options.tokens)
+            add_divergence(source, [row], [folder], held_out, options.tokens)
             add_solved(row, folder, options.problems)
         say(row)
         rows.append(row)
@@ -137,11 +137,8 @@ def forms(work: Path) -> list[tuple[str, str | Path, str]]:
     return found + [(name, name, "as it says") for name in recipe_names() if name not in done]
 
 
-def write_texts(work: Path, n_conversations: int = 40, *, seed: int = 21, n_distilled: int = 0) -> dict[str, Path]:
-    """Held-out traces to measure on, drawn by `seed`; conversations as training draws them to calibrate with.
-
-    Of these "ids" has what `calibrated` reads, cut into rows for mlx-lm, and "distilled" n_distilled rows more for DWQ.
-    """
+def write_held_out(path: Path, *, seed: int = 21) -> Path:
+    """Held-out traces to measure on, drawn by `seed`; returns the path."""
     rng = random.Random(0)
     held_out = [
         problem
@@ -150,9 +147,17 @@ def write_texts(work: Path, n_conversations: int = 40, *, seed: int = 21, n_dist
     ]
     assert all(map(is_held_out, held_out))
     rng.shuffle(held_out)
-    texts = {name: work / f"{name}.jsonl" for name in ("held-out", "calibration")}
     lines = [{"question": problem.question, "reply": data.solve(problem, rng)} for problem in held_out]
-    texts["held-out"].write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return path
+
+
+def write_texts(work: Path, n_conversations: int, *, n_distilled: int) -> dict[str, Path]:
+    """Conversations as training draws them to calibrate with: "calibration".
+
+    "ids" has what `calibrated` reads of them, cut into rows for mlx-lm, and "distilled" n_distilled rows more for DWQ.
+    """
+    texts = {"calibration": work / "calibration.jsonl"}
     drawn = data.conversations(seed=22)
     talks = list(itertools.islice(drawn, n_conversations))
     texts["calibration"].write_text("\n".join(json.dumps({"messages": talk}) for talk in talks), encoding="utf-8")
@@ -255,11 +260,7 @@ def of_the_32b(recipe: Recipe) -> dict[str, Any]:
     """Size in GB, and the smallest Mac's memory in GiB on which the plan gives 8,192 positions."""
     shape = shape_of_facts(facts.QWQ_32B_PREVIEW)
     chosen = {path: recipe.packing_of(path, n_layers=shape.config.num_hidden_layers) for path in shape.packed}
-    packed = {
-        path: Packing(mode=packing.mode, bits=packing.bits, group_size=packing.group_size)
-        for path, packing in chosen.items()
-        if packing is not None
-    }
+    packed = {path: packing for path, packing in chosen.items() if packing is not None}
     model = ModelShape(config=shape.config, packed=packed)
     fits = (
         gib

@@ -23,7 +23,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from measure_recipes import add_divergence, add_solved, off_grid, say, write_texts  # noqa: E402
+from measure_recipes import add_divergence, add_solved, off_grid, say, write_held_out  # noqa: E402
 
 from qwq_mlx.convert import convert_checkpoint  # noqa: E402
 from qwq_mlx.pocket import FOLDER  # noqa: E402
@@ -50,9 +50,7 @@ def main() -> int:
         rows = convert_all(source, work, options.only)
         folders = [work / row["name"] for row in rows]
         for number in range(options.texts):
-            home = work / f"text-{number}"
-            home.mkdir()
-            text = write_texts(home, seed=options.first_seed + number)["held-out"]
+            text = write_held_out(work / f"text-{number}.jsonl", seed=options.first_seed + number)
             one: list[dict[str, Any]] = [{} for _ in rows]
             add_divergence(source, one, folders, text, options.tokens)
             for row, found in zip(rows, one, strict=True):
