@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.atomic import write_file
-from qwq_mlx.files.header import place_tensors, read_header
+from qwq_mlx.files.header import Header, place_tensors, read_header
 from qwq_mlx.files.rows import read_rows
 
-__all__ = ["Begun", "Keeper", "begun_path", "read_begun"]
+__all__ = ["Begun", "Keeper", "arrays_of", "begun_path", "header_of", "read_begun", "text_of"]
 
 _EVERY_S = 60.0
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
@@ -53,24 +53,44 @@ def read_begun(path: Path, run: Mapping[str, Any]) -> Begun | None:
 
     run: all that the bits follow from, beside the checkpoint; as it was given to `Keeper`.
     """
-    if not os.path.lexists(path):
+    header = header_of(path, "run", run)
+    if header is None:
         return None
-    try:
-        header = read_header(path)
-    except SourceError:
-        return None
-    if header.metadata.get("run") != _text(run):
-        return None
-    arrays = {
-        name: read_rows(header, entry).reshape(-1).view(_DTYPES[entry.dtype]).reshape(entry.shape)
-        for name, entry in header.tensors.items()
-    }
+    arrays = arrays_of(header)
     n_texts = sum(name.isdecimal() for name in arrays)
     return Begun(
         n_layers=int(header.metadata["n_layers"]),
         hidden=[arrays.pop(str(place)) for place in range(n_texts)],
         sums=arrays,
     )
+
+
+def header_of(path: Path, key: str, value: Mapping[str, Any]) -> Header | None:
+    """The header of a file that was kept, whose metadata say `text_of(value)` under this key.
+
+    None where there is none, or it is not whole (a run was stopped), says something else, or has arrays of other types.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        header = read_header(path)
+    except SourceError:
+        return None
+    is_ours = all(entry.dtype in _DTYPES for entry in header.tensors.values())
+    return header if is_ours and header.metadata.get(key) == text_of(value) else None
+
+
+def arrays_of(header: Header) -> dict[str, NDArray[Any]]:
+    """All arrays of a file, F32 and F64, by name. Raises SourceError."""
+    return {
+        name: read_rows(header, entry).reshape(-1).view(_DTYPES[entry.dtype]).reshape(entry.shape)
+        for name, entry in header.tensors.items()
+    }
+
+
+def text_of(value: Mapping[str, Any]) -> str:
+    """As metadata hold it."""
+    return json.dumps(dict(value), sort_keys=True)
 
 
 class Keeper:
@@ -90,10 +110,6 @@ class Keeper:
         arrays |= {path: each.astype("<f8", copy=False) for path, each in begun.sums.items()}
         kinds = {dtype: name for name, dtype in _DTYPES.items()}
         layout = [(name, kinds[each.dtype], each.shape) for name, each in arrays.items()]
-        head, _ = place_tensors(layout, {"run": _text(self._run), "n_layers": str(begun.n_layers)})
+        head, _ = place_tensors(layout, {"run": text_of(self._run), "n_layers": str(begun.n_layers)})
         write_file(self._path, b"".join([head, *(each.tobytes() for each in arrays.values())]))
         self._kept_at = time.monotonic()
-
-
-def _text(run: Mapping[str, Any]) -> str:
-    return json.dumps(dict(run), sort_keys=True)

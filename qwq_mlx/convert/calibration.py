@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +25,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwq_mlx.convert.begun import Begun, Keeper, begun_path, read_begun
-from qwq_mlx.errors import ConversionError, OptionError, PromptError, SourceError
+from qwq_mlx.convert.begun import Begun, Keeper, arrays_of, begun_path, header_of, read_begun, text_of
+from qwq_mlx.errors import ConversionError, OptionError, PromptError
 from qwq_mlx.files.atomic import write_file
-from qwq_mlx.files.header import TensorEntry, place_tensors, read_header
-from qwq_mlx.files.rows import read_rows
+from qwq_mlx.files.header import TensorEntry, place_tensors
 from qwq_mlx.files.source import Checkpoint
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import ModelFolder
@@ -223,7 +221,7 @@ def statistics_bytes(calibration: Calibration, checkpoint: Checkpoint, config: Q
 
 def _layout(calibration: Calibration, columns: Mapping[str, int]) -> tuple[bytes, tuple[TensorEntry, ...]]:
     """columns: path of a matrix -> its input channels."""
-    metadata = {"calibration": json.dumps(calibration.as_mapping(), sort_keys=True)}
+    metadata = {"calibration": text_of(calibration.as_mapping())}
     return place_tensors([(name, "F32", (columns[name],)) for name in sorted(columns)], metadata)
 
 
@@ -232,15 +230,8 @@ def read_importance(kept: Path, calibration: Mapping[str, Any]) -> Importance | 
 
     calibration: the text, as `Calibration.as_mapping` says it.
     """
-    if not os.path.lexists(kept):
-        return None
-    try:
-        header = read_header(kept)
-    except SourceError:
-        return None  # it was never whole; run again
-    if header.metadata.get("calibration") != json.dumps(dict(calibration), sort_keys=True):
-        return None
-    return {name: read_rows(header, entry).reshape(-1).view("<f4") for name, entry in header.tensors.items()}
+    header = header_of(kept, "calibration", calibration)
+    return None if header is None else arrays_of(header)
 
 
 def _run(
