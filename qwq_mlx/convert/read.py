@@ -25,6 +25,7 @@ from qwq_mlx.convert.origin import Shards
 from qwq_mlx.convert.plan import Plan, PlannedTensor
 from qwq_mlx.errors import ConversionError, SourceError
 from qwq_mlx.files.header import Header
+from qwq_mlx.files.reading import open_to_read
 
 __all__ = ["Block", "Buffers", "Stopped", "open_shard", "read_blocks", "read_into"]
 
@@ -165,7 +166,7 @@ def _read_tensor(
 def open_shard(shard: Header) -> int:
     """Open a shard for reading and check that its size is still the one of its header."""
     try:
-        fd = os.open(shard.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_to_read(shard.path)
     except OSError as error:
         raise SourceError(
             f"{shard.path}: cannot be opened any more ({error.strerror}). Put it back and run again."

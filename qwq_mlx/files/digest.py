@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.header import Header
+from qwq_mlx.files.reading import open_to_read
 
 __all__ = ["Progress", "ShardDigest", "sha256_file", "sha256_header", "sha256_shard"]
 
@@ -86,7 +87,7 @@ class _Reader:
 
     def __enter__(self) -> _Reader:
         try:
-            self._fd = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._fd = open_to_read(self._path)
         except OSError as error:
             raise SourceError(f"{self._path}: cannot be opened ({error.strerror}). Check the folder.") from error
         return self

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.header import Header, TensorEntry
+from qwq_mlx.files.reading import open_to_read
 
 __all__ = ["read_rows"]
 
@@ -33,7 +34,7 @@ def read_rows(shard: Header, entry: TensorEntry, rows: Sequence[int] | None = No
     row_bytes = (entry.end - entry.start) // n_rows
     out = np.empty((len(wanted), row_bytes), np.uint8)
     try:
-        fd = os.open(shard.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_to_read(shard.path)
     except OSError as error:
         raise SourceError(f"{shard.path}: cannot be opened any more ({error.strerror}). {_AGAIN}") from error
     try:
