@@ -89,6 +89,7 @@ def unmarked(text: str) -> str | None:
     A longer paragraph that stands alone is the answer as a whole. Returns None where the text is longer and states
     nothing.
     """
+    text = re.sub(r"\\boxed\s+(?=[^{\s])", "", text)  # a box without braces holds what follows
     formula = re.fullmatch(r"[\s*:]*(?:\\\[|\$\$)\s*(.{1,600}?)\s*(?:\\\]|\$\$)\s*", text, re.DOTALL)
     if formula and "\\]" not in formula[1]:
         return formula[1].rstrip(" .")
