@@ -8,8 +8,9 @@ PY := $(VENV)/bin/python
 BACKEND ?= $(if $(filter Darwin,$(shell uname -s)),,cpu)
 COMMA := ,
 EXTRAS_DEMO := $(if $(BACKEND),[$(BACKEND)])
-# ORACLES=1 brings PyTorch (large) and every optional extra, so that no test that needs one is skipped.
-EXTRAS_TEST := [$(if $(BACKEND),$(BACKEND)$(COMMA))dev$(if $(ORACLES),$(COMMA)oracles$(COMMA)chat$(COMMA)plot$(COMMA)math)]
+# math is small and judges the tests' answers. ORACLES=1 brings PyTorch (large) and the other extras, so that no test
+# that needs one is skipped.
+EXTRAS_TEST := [$(if $(BACKEND),$(BACKEND)$(COMMA))dev$(COMMA)math$(if $(ORACLES),$(COMMA)oracles$(COMMA)chat$(COMMA)plot)]
 TEST_READY := $(VENV)/test-installed$(if $(ORACLES),-oracles)
 
 POCKET := conversions/pocket-4bit

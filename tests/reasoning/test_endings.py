@@ -9,6 +9,9 @@ import pytest
 from splitting import split
 
 from qwq_mlx.reasoning.answer import compare
+from qwq_mlx.reasoning.symbolic import has_math_verify
+
+NEEDS_ALGEBRA = pytest.mark.skipif(not has_math_verify(), reason="compares an equation by math-verify")
 
 GAS = "Which gas is most abundant in air?\nA) Oxygen\nB) Nitrogen\nC) Argon\nD) Carbon dioxide\n"
 VALUES = "What is the value?\n(A) 12\n(B) 15\n(C) 18\n(D) 21\n(E) 24\n"
@@ -346,7 +349,7 @@ ENDINGS: list[tuple[str, str | None, str | None]] = [  # ending, prompt, answer
     ("Overall, that's 25% of the students.", None, "25%"),
     ("So that gives us a total of $3{,}600.", None, "3600"),
     ("So the integral equals $\\frac{\\pi}{4}$.", None, "\\frac{\\pi}{4}"),
-    ("So $\\int_0^1 x\\,dx = \\frac12$.", None, "\\frac12"),
+    pytest.param("So $\\int_0^1 x\\,dx = \\frac12$.", None, "\\frac12", marks=NEEDS_ALGEBRA),
     ("So the limit is $e^2$.", None, "e^2"),
     ("Therefore, the series converges to \\( \\ln 2 \\).", None, "\\ln 2"),
     (
