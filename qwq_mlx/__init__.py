@@ -35,11 +35,11 @@ if TYPE_CHECKING:
         SourceError,
         TemplateLimitError,
     )
-    from qwq_mlx.generate.inspection import Inspect
-    from qwq_mlx.generate.options import Limits, Sampling, Thinking
     from qwq_mlx.generate.reasoner import Reasoner, load
-    from qwq_mlx.generate.trace import Step, Trace
-    from qwq_mlx.model.memory import MemoryPlan, plan_memory
+    from qwq_mlx.inspection import Inspect
+    from qwq_mlx.model.memory.plan import MemoryPlan, plan_memory
+    from qwq_mlx.options import Limits, Sampling, Thinking
+    from qwq_mlx.trace.trace import Step, Trace
 
 __all__ = [
     "BackendError",
@@ -78,18 +78,18 @@ __version__ = "0.1.0"
 _HOMES = {
     "Conversion": "convert.result",
     "ConvertOptions": "convert.options",
-    "Inspect": "generate.inspection",
-    "Limits": "generate.options",
-    "MemoryPlan": "model.memory",
+    "Inspect": "inspection",
+    "Limits": "options",
+    "MemoryPlan": "model.memory.plan",
     "Reasoner": "generate.reasoner",
-    "Sampling": "generate.options",
-    "Step": "generate.trace",
-    "Thinking": "generate.options",
-    "Trace": "generate.trace",
+    "Sampling": "options",
+    "Step": "trace.trace",
+    "Thinking": "options",
+    "Trace": "trace.trace",
     "convert_checkpoint": "convert.job",
     "convert_recipes": "convert.job",
     "load": "generate.reasoner",
-    "plan_memory": "model.memory",
+    "plan_memory": "model.memory.plan",
 }
 
 

@@ -38,9 +38,9 @@ from checkpoints import write_tiny_checkpoint  # noqa: E402
 from hub_server import Blob, Handler, HubServer, Repository, Request  # noqa: E402
 from tally import Tally, add_budget  # noqa: E402
 
+from qwq_mlx.default_model import pocket_checkpoint  # noqa: E402
 from qwq_mlx.errors import QwqError  # noqa: E402
 from qwq_mlx.files.manifest import verify_full  # noqa: E402
-from qwq_mlx.generate.default_model import pocket_checkpoint  # noqa: E402
 
 MAX_TWICE_BYTES = 16_000_000
 MAX_STOP_S = 2.0
@@ -50,8 +50,8 @@ _MOST_TWICE = "bytes fetched twice a kill at most"
 _CHILD = """
 import sys
 from pathlib import Path
-from qwq_mlx.files.fetch import Fetcher, RemoteFile
-from qwq_mlx.files.patience import Patience
+from qwq_mlx.files.hub.download import Fetcher, RemoteFile
+from qwq_mlx.files.hub.retry import Patience
 endpoint, url, size, sha256, to = sys.argv[1:]
 file = RemoteFile(name="s.safetensors", url=url, size_bytes=int(size), sha256=sha256, blob_id=None)
 Fetcher(endpoint, token=None, patience=Patience()).fetch_file(file, Path(to))

@@ -33,7 +33,8 @@ from checkpoints import write_tiny_checkpoint  # noqa: E402
 from faulty_disk import FaultyDisk  # noqa: E402
 from tally import Tally, add_budget  # noqa: E402
 
-from qwq_mlx.convert import convert_checkpoint, finish, plan, read  # noqa: E402
+from qwq_mlx.convert import convert_checkpoint, plan, read  # noqa: E402
+from qwq_mlx.convert import finalize as finish  # noqa: E402
 from qwq_mlx.errors import QwqError  # noqa: E402
 from qwq_mlx.files.header import TensorEntry, read_header  # noqa: E402
 from qwq_mlx.files.manifest import check_sizes, verify_full  # noqa: E402

@@ -29,15 +29,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "reasoning"))  # the generator of loops
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "reasoning" / "loops"))
 
 from recorded import is_finished, read_rows
 from splices import PIECE, doubting, renamed, restating, splice
 
-from qwq_mlx.reasoning.answer import compare
-from qwq_mlx.reasoning.loops import LoopDetector, LoopOptions
+from qwq_mlx.reasoning.answer.equivalence import compare
+from qwq_mlx.reasoning.answer.splitter import Splitter
+from qwq_mlx.reasoning.loops.detector import LoopDetector, LoopOptions
 from qwq_mlx.reasoning.profile import find_profile
-from qwq_mlx.reasoning.split import Splitter
 
 _HEADROOM = 3 / 2
 _LEAST_ABOVE = 5

@@ -28,9 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from checkpoints import write_tiny_checkpoint  # noqa: E402 - the paths must be set first
 
 from qwq_mlx.errors import OptionError, PromptError  # noqa: E402
-from qwq_mlx.generate.options import Sampling, Thinking  # noqa: E402
 from qwq_mlx.generate.reasoner import Reasoner, load  # noqa: E402
-from qwq_mlx.generate.trace import Trace  # noqa: E402
+from qwq_mlx.options import Sampling, Thinking  # noqa: E402
+from qwq_mlx.trace.trace import Trace  # noqa: E402
 
 _TOLERANCE = 1e-3  # nats; the oracle's passes are of other sizes than the run's
 _CHUNK = 512  # ids of the oracle's passes; the run itself takes 2,048 of a prompt and then one by one

@@ -26,8 +26,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import qwq_mlx.generate.batch
-import qwq_mlx.generate.default_model  # noqa: F401
 from qwq_mlx.generate import __main__ as command
 from qwq_mlx.model.load import import_mlx_lm
 

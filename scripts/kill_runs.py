@@ -29,14 +29,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from tally import Tally, add_budget  # noqa: E402 - the path must be set first
 
-import qwq_mlx.generate.default_model  # noqa: E402
-import qwq_mlx.generate.keeping  # noqa: E402, F401
+import qwq_mlx.default_model  # noqa: E402
+import qwq_mlx.generate.checkpoint.autosave  # noqa: E402, F401
 from qwq_mlx.errors import QwqError  # noqa: E402
 from qwq_mlx.generate import __main__ as command  # noqa: E402
-from qwq_mlx.generate.checkpoint import read_checkpoint  # noqa: E402
-from qwq_mlx.generate.options import Limits, Sampling  # noqa: E402
+from qwq_mlx.generate.checkpoint.file import read_checkpoint  # noqa: E402
 from qwq_mlx.generate.reasoner import load  # noqa: E402
 from qwq_mlx.model.load import import_mlx_lm  # noqa: E402
+from qwq_mlx.options import Limits, Sampling  # noqa: E402
 
 for _module in ("mlx_lm.models.qwen2", "mlx_lm.models.cache"):
     import_mlx_lm(_module)  # imported here, run only in the children: MLX does not survive a fork once it computed

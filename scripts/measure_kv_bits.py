@@ -22,11 +22,11 @@ from typing import Any, Literal
 import mlx.core as mx
 from pocket import data
 
-from qwq_mlx.generate.cache import new_cache
-from qwq_mlx.generate.options import Limits, Sampling
+from qwq_mlx.engine.kv_cache import new_cache
 from qwq_mlx.generate.reasoner import Reasoner, load
-from qwq_mlx.generate.trace import Trace
+from qwq_mlx.options import Limits, Sampling
 from qwq_mlx.pocket.problems import Problem, is_solved
+from qwq_mlx.trace.trace import Trace
 
 GREEDY = Sampling(temperature=0.0, seed=0)
 BITS: tuple[Literal[8, 4], ...] = (8, 4)

@@ -27,14 +27,14 @@ from typing import Any
 import mlx.core as mx
 
 from qwq_mlx.bench.models import qwq_shaped, random_module
-from qwq_mlx.generate.cache import new_cache
-from qwq_mlx.generate.decode import Decoder
-from qwq_mlx.generate.options import NEUTRAL, Sampling
-from qwq_mlx.generate.sample import Sampler
+from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import default_compute_type, import_mlx_lm, load_model
-from qwq_mlx.model.memory import ModelShape, Workload, plan_memory
+from qwq_mlx.model.memory.plan import ModelShape, Workload, plan_memory
+from qwq_mlx.options import NEUTRAL, Sampling
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.8, top_k=20, seed=0).resolve(NEUTRAL)
 

@@ -43,14 +43,14 @@ from pocket import data  # noqa: E402
 
 from qwq_mlx import facts  # noqa: E402
 from qwq_mlx.convert import convert_checkpoint  # noqa: E402
-from qwq_mlx.convert.calibration import read_calibration  # noqa: E402
-from qwq_mlx.model.advice import MACS_GIB  # noqa: E402
+from qwq_mlx.convert.calibration.importance import read_calibration  # noqa: E402
 from qwq_mlx.model.architecture import tensor_shapes  # noqa: E402
 from qwq_mlx.model.folder import open_model_folder  # noqa: E402
-from qwq_mlx.model.memory import ModelShape, Workload, metal_limit_bytes, plan_memory, shape_of_facts  # noqa: E402
-from qwq_mlx.model.sizes import weights_bytes  # noqa: E402
+from qwq_mlx.model.memory.advice import MACS_GIB  # noqa: E402
+from qwq_mlx.model.memory.plan import ModelShape, Workload, metal_limit_bytes, plan_memory, shape_of_facts  # noqa: E402
+from qwq_mlx.model.memory.sizes import weights_bytes  # noqa: E402
+from qwq_mlx.model.memory.workload import FLOAT_BYTES  # noqa: E402
 from qwq_mlx.model.tokenizer import load_tokenizer  # noqa: E402
-from qwq_mlx.model.workload import FLOAT_BYTES  # noqa: E402
 from qwq_mlx.pocket import FOLDER  # noqa: E402
 from qwq_mlx.pocket.problems import is_held_out  # noqa: E402
 from qwq_mlx.quality.measure import measure  # noqa: E402

@@ -25,12 +25,12 @@ from typing import Any
 import mlx.core as mx
 
 from qwq_mlx.bench.models import qwq_shaped, random_module
+from qwq_mlx.default_model import pocket_checkpoint
+from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.facts import QWQ_32B_PREVIEW
-from qwq_mlx.generate.decode import Decoder
-from qwq_mlx.generate.default_model import pocket_checkpoint
-from qwq_mlx.generate.options import NEUTRAL, Sampling
-from qwq_mlx.generate.sample import Sampler
 from qwq_mlx.model.load import default_compute_type, load_model
+from qwq_mlx.options import NEUTRAL, Sampling
 
 _SAMPLING = Sampling(temperature=0.7, top_p=0.8, top_k=20)  # QwQ-32B-Preview's own
 _QWQ_IDS = 151_665

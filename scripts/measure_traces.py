@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "reasoning"))  # the generator of loops
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "reasoning" / "loops"))
 
 from recorded import is_finished, read_rows
 from splices import PIECE, doubting, renamed, restating, splice
 
-from qwq_mlx.reasoning.answer import compare
-from qwq_mlx.reasoning.language import ScriptWatcher
-from qwq_mlx.reasoning.loops import LoopDetector
+from qwq_mlx.reasoning.answer.equivalence import compare
+from qwq_mlx.reasoning.answer.splitter import Split, Splitter
+from qwq_mlx.reasoning.loops.detector import LoopDetector
 from qwq_mlx.reasoning.profile import find_profile
-from qwq_mlx.reasoning.split import Split, Splitter
+from qwq_mlx.reasoning.scripts import ScriptWatcher
 
 Cutter = Callable[[str], tuple[list[int], list[str]]]
 _BINS = (0.95, 0.85, 0.5, 0.0)

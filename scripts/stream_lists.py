@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qwq_mlx.generate.text import Pieces, TextStream
+from qwq_mlx.engine.detokenizer import Pieces, TextStream
 from qwq_mlx.model.tokenizer import load_tokenizer
 
 

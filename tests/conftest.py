@@ -38,7 +38,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def quality_only_where_asked() -> Iterator[None]:
     """No source counts as small: measuring every conversion of the tests would take longer than the tests."""
-    from qwq_mlx.convert import judge
+    from qwq_mlx.convert import quality_step as judge
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judge, "SMALL_BYTES", 0)

@@ -12,8 +12,8 @@ from typing import Any
 
 from checkpoints import safetensors_bytes, write_json
 
+from qwq_mlx.files.checkpoint import open_checkpoint
 from qwq_mlx.files.header import read_header
-from qwq_mlx.files.source import open_checkpoint
 from qwq_mlx.model.architecture import Qwen2Config, check_tensors, tensor_shapes
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -16,7 +16,7 @@ from qwq_mlx.errors import OptionError, QwqError
 
 if TYPE_CHECKING:
     from qwq_mlx.bench.decode import Row
-    from qwq_mlx.generate.default_model import Converter
+    from qwq_mlx.default_model import Converter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(named: str | None, options: BenchOptions) -> list[Row]:
     from qwq_mlx.bench.decode import bench_folder, bench_qwq_shaped
-    from qwq_mlx.generate.default_model import ready_model
+    from qwq_mlx.default_model import ready_model
 
     rows = bench_folder(ready_model(named, _converter, _note), options, _note)
     if options.n_layers > 0:

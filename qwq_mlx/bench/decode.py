@@ -17,12 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.bench.measure import Rates, compare
 from qwq_mlx.bench.models import in_compute_type, qwq_shaped, random_module
 from qwq_mlx.bench.options import BenchOptions
-from qwq_mlx.generate.options import Limits, Sampling
+from qwq_mlx.bench.timing import Rates, compare
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import default_compute_type, import_mlx, import_mlx_lm
+from qwq_mlx.options import Limits, Sampling
 
 __all__ = ["Row", "bench_folder", "bench_qwq_shaped", "describe_machine"]
 
@@ -115,9 +115,9 @@ def _sampling() -> Sampling:
 
 
 def _our_ids(module: Any, prompt: Sequence[int], n_ids: int, n_tokens: int) -> Iterable[object]:
-    from qwq_mlx.generate.decode import Decoder
-    from qwq_mlx.generate.options import NEUTRAL
-    from qwq_mlx.generate.sample import Sampler
+    from qwq_mlx.engine.decoder import Decoder
+    from qwq_mlx.engine.sampler import Sampler
+    from qwq_mlx.options import NEUTRAL
 
     decoder = Decoder(module, Sampler(_sampling().resolve(NEUTRAL), seed=0, n_ids=n_ids), n_ids=n_ids)
     for _ in decoder.prefill(prompt, step=Limits().prefill_step):

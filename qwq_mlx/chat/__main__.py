@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 from qwq_mlx.chat.commands import COMMANDS, parse_line, think_tokens
 from qwq_mlx.chat.folding import folded
 from qwq_mlx.chat.reader import ReadLine, editing_reader, has_editing, plain_reader, read_message
+from qwq_mlx.cli.signals import Interruption, silence
+from qwq_mlx.cli.terminal import show
 from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
-from qwq_mlx.generate.interruption import Interruption, silence
-from qwq_mlx.generate.options import Limits, Sampling, Thinking
-from qwq_mlx.generate.show import show
+from qwq_mlx.options import Limits, Sampling, Thinking
 
 if TYPE_CHECKING:
     from qwq_mlx.chat.conversation import Conversation, Turn
-    from qwq_mlx.generate.default_model import Converter
+    from qwq_mlx.default_model import Converter
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.generate.run import Run
 
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(options: argparse.Namespace, limits: Limits) -> Reasoner:
-    from qwq_mlx.generate.default_model import ready_model
+    from qwq_mlx.default_model import ready_model
     from qwq_mlx.generate.reasoner import load
     from qwq_mlx.model.template import template_warning
 

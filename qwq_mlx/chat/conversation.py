@@ -16,10 +16,10 @@ from typing import Any
 
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.atomic import write_file
-from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.generate.run import Run
 from qwq_mlx.model.prompt import ROLES, conversation, prompt_ids
+from qwq_mlx.options import Limits, Sampling, Thinking
 
 __all__ = ["Conversation", "Turn"]
 

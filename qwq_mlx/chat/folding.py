@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qwq_mlx.generate.run import Run
-    from qwq_mlx.generate.trace import Step
+    from qwq_mlx.trace.trace import Step
 
 __all__ = ["folded"]
 

@@ -118,7 +118,7 @@ def _convert(options: argparse.Namespace, screen: _Screen) -> tuple[Conversion, 
     outputs = _outputs(options)
     from qwq_mlx.convert.job import convert_recipes
     from qwq_mlx.convert.options import ConvertOptions
-    from qwq_mlx.convert.report import result_text
+    from qwq_mlx.convert.plan_text import result_text
 
     chosen = ConvertOptions(
         target_bytes=None if options.target_size is None else _bytes(options.target_size),
@@ -191,14 +191,14 @@ class _Screen:
         return code
 
     def show_plans(self, plans: Sequence[Plan], outputs: Sequence[str | Path]) -> None:
-        from qwq_mlx.convert.report import plan_text
+        from qwq_mlx.convert.plan_text import plan_text
 
         if not self._quiet:
             parent = next(each for each in Path(outputs[0]).absolute().parents if each.exists())
             self.say(plan_text(plans, list(map(str, outputs)), shutil.disk_usage(parent).free))
 
     def show_progress(self, progress: Progress) -> None:
-        from qwq_mlx.convert.report import ProgressLine
+        from qwq_mlx.convert.plan_text import ProgressLine
 
         if not isinstance(self._progress, ProgressLine):
             self._progress = ProgressLine(is_terminal=self._is_terminal)

@@ -19,16 +19,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwq_mlx.convert.calibration import read_calibration
-from qwq_mlx.convert.check import check_apart, check_disk, check_fit, check_output, check_source, partial_path
-from qwq_mlx.convert.collect import importance_at_once, importance_by_passing
-from qwq_mlx.convert.finish import finish, keep_small_files, write_small_files
-from qwq_mlx.convert.first_pass import pass_order
+from qwq_mlx.convert.calibration.collect import importance_at_once, importance_by_passing
+from qwq_mlx.convert.calibration.importance import read_calibration
+from qwq_mlx.convert.calibration.shard_order import pass_order
+from qwq_mlx.convert.finalize import finish, keep_small_files, write_small_files
 from qwq_mlx.convert.journal import Journal
-from qwq_mlx.convert.judge import Judge, measure_quality, plan_judge
 from qwq_mlx.convert.options import ConvertOptions
-from qwq_mlx.convert.origin import Origin, open_origin
-from qwq_mlx.convert.partial import (
+from qwq_mlx.convert.pipeline import Target, run_pipeline
+from qwq_mlx.convert.plan import Plan, make_plan
+from qwq_mlx.convert.preflight import check_apart, check_disk, check_fit, check_output, check_source, partial_path
+from qwq_mlx.convert.progress import Progress, Report
+from qwq_mlx.convert.quality_step import Judge, measure_quality, plan_judge
+from qwq_mlx.convert.result import Conversion, conversion_of
+from qwq_mlx.convert.source import Origin, open_origin
+from qwq_mlx.convert.staging import (
     MODEL,
     SOURCE,
     importance_path,
@@ -38,11 +42,7 @@ from qwq_mlx.convert.partial import (
     remove_partial,
     unfinished_source,
 )
-from qwq_mlx.convert.pipeline import Target, run_pipeline
-from qwq_mlx.convert.plan import Plan, make_plan
-from qwq_mlx.convert.progress import Progress, Report
-from qwq_mlx.convert.result import Conversion, conversion_of
-from qwq_mlx.convert.target import recipes_for_size
+from qwq_mlx.convert.target_size import recipes_for_size
 from qwq_mlx.convert.write import disk_fault
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.atomic import publish

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from qwq_mlx.convert.read import Block
 from qwq_mlx.errors import ConversionError
 from qwq_mlx.quant.fit import Scratch, fit_block
-from qwq_mlx.quant.measure import count_zero_pages, first_non_finite, sum_of_squares
 from qwq_mlx.quant.packing import DTYPES, float_values
+from qwq_mlx.quant.rounding_error import count_zero_pages, first_non_finite, sum_of_squares
 
 __all__ = ["PackedBlock", "pack_block", "workers"]
 

@@ -20,13 +20,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwq_mlx.convert.calibration import Importance
+from qwq_mlx.convert.calibration.importance import Importance
 from qwq_mlx.convert.journal import Done, Journal
-from qwq_mlx.convert.origin import Shards
 from qwq_mlx.convert.pack import PackedBlock, pack_block, workers
 from qwq_mlx.convert.plan import Plan, n_blocks_in_flight
 from qwq_mlx.convert.progress import Progress
 from qwq_mlx.convert.read import Buffers, Stopped, read_blocks
+from qwq_mlx.convert.source import Shards
 from qwq_mlx.convert.write import ShardWriter
 
 __all__ = ["Target", "run_pipeline"]

@@ -13,11 +13,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qwq_mlx.convert.calibration import Calibration, statistics_bytes
-from qwq_mlx.convert.json_files import make_config, make_index
-from qwq_mlx.convert.origin import Origin
+from qwq_mlx.convert.calibration.importance import Calibration, statistics_bytes
+from qwq_mlx.convert.output_config import make_config, make_index
+from qwq_mlx.convert.source import Origin
+from qwq_mlx.files.checkpoint import Checkpoint
 from qwq_mlx.files.header import DTYPE_BYTES, TensorEntry, place_tensors
-from qwq_mlx.files.source import Checkpoint
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.quant.packing import Packing
 from qwq_mlx.quant.recipe import Recipe

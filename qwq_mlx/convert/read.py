@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwq_mlx.convert.journal import Done
-from qwq_mlx.convert.origin import Shards
 from qwq_mlx.convert.plan import Plan, PlannedTensor
+from qwq_mlx.convert.source import Shards
 from qwq_mlx.errors import ConversionError, SourceError
 from qwq_mlx.files.header import Header
 from qwq_mlx.files.reading import open_to_read

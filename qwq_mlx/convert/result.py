@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwq_mlx.convert.journal import Done
-from qwq_mlx.convert.memory import peak_memory_bytes
 from qwq_mlx.convert.plan import Plan, PlannedTensor
+from qwq_mlx.model.process_memory import peak_memory_bytes
 from qwq_mlx.model.template import template_warning
 from qwq_mlx.model.tokenizer import read_chat_template
 from qwq_mlx.quant.packing import Packing

@@ -40,10 +40,10 @@ from typing import Any
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.atomic import write_file
+from qwq_mlx.files.checkpoint import SUFFIX
 from qwq_mlx.files.digest import Progress, ShardDigest, sha256_file, sha256_header, sha256_shard
 from qwq_mlx.files.header import read_header
 from qwq_mlx.files.json_object import read_json_object
-from qwq_mlx.files.source import SUFFIX
 
 __all__ = [
     "MANIFEST_NAME",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qwq_mlx.errors import OptionError, QwqError
 
 if TYPE_CHECKING:
-    from qwq_mlx.model.memory import MemoryPlan
+    from qwq_mlx.model.memory.plan import MemoryPlan
 
 _GIB = 1 << 30
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from qwq_mlx.model.memory import RESERVE_BYTES, Workload
+    from qwq_mlx.model.memory.plan import RESERVE_BYTES, Workload
 
     parser = argparse.ArgumentParser(
         prog="python -m qwq_mlx.fit",
@@ -89,9 +89,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report(options: argparse.Namespace) -> str:
     from qwq_mlx.facts import QWQ_32B_PREVIEW
-    from qwq_mlx.model.advice import cheapest_change, table_of_macs
     from qwq_mlx.model.folder import open_model_folder
-    from qwq_mlx.model.memory import Backend, ModelShape, Workload, metal_limit_bytes, plan_memory, shape_of_facts
+    from qwq_mlx.model.memory.advice import cheapest_change, table_of_macs
+    from qwq_mlx.model.memory.plan import Backend, ModelShape, Workload, metal_limit_bytes, plan_memory, shape_of_facts
 
     for name, value in (("ram", options.ram), ("reserve", options.reserve)):
         if value is not None and not 0 <= value < 1e6:

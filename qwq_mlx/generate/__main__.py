@@ -14,19 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwq_mlx.cli.asked import Asked, asked_for, with_flag
+from qwq_mlx.cli.generate_flags import add_limits, add_sampling
+from qwq_mlx.cli.signals import Interruption, silence
+from qwq_mlx.cli.terminal import batch_progress, prefill_progress, settings_line, show, summary_line
 from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, QwqError, SavingError
-from qwq_mlx.generate.asked import Asked, asked_for, with_flag
-from qwq_mlx.generate.flags import add_limits, add_sampling
-from qwq_mlx.generate.interruption import Interruption, silence
-from qwq_mlx.generate.options import Limits
-from qwq_mlx.generate.show import batch_progress, prefill_progress, settings_line, show, summary_line
+from qwq_mlx.options import Limits
 
 if TYPE_CHECKING:
-    from qwq_mlx.generate.default_model import Converter
-    from qwq_mlx.generate.keeping import Keeper
+    from qwq_mlx.default_model import Converter
+    from qwq_mlx.generate.checkpoint.autosave import Keeper
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.generate.run import Run
-    from qwq_mlx.generate.trace import Trace
+    from qwq_mlx.trace.trace import Trace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,13 +112,13 @@ def _prompt(options: argparse.Namespace) -> str:
 
 
 def _batch(options: argparse.Namespace, asked: Asked, interruption: Interruption) -> int:
-    from qwq_mlx.generate.questions import read_questions
-    from qwq_mlx.generate.results import Results
+    from qwq_mlx.generate.question_file.questions import read_questions
+    from qwq_mlx.generate.question_file.results import Results
 
     questions = read_questions(Path(options.input), system_prompt=options.system_prompt)
     with Results(Path(options.output)) as results:
         reasoner = _load(options, asked.limits)
-        from qwq_mlx.generate.batch import Batch
+        from qwq_mlx.generate.question_file.runner import Batch
 
         batch = Batch(
             reasoner,
@@ -149,7 +149,7 @@ def _batch(options: argparse.Namespace, asked: Asked, interruption: Interruption
 def _generate(options: argparse.Namespace, prompt: str | None, asked: Asked, interruption: Interruption) -> int:
     if options.save is None:
         return _answer(options, prompt, asked, interruption, None)
-    from qwq_mlx.generate.keeping import Keeper
+    from qwq_mlx.generate.checkpoint.autosave import Keeper
 
     with Keeper(Path(options.save), every=options.save_every, warn=_note) as keeper:
         return _answer(options, prompt, asked, interruption, keeper)
@@ -169,7 +169,7 @@ def _answer(
     if prompt is not None:
         conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
     reasoner = _load(options, asked.limits)
-    from qwq_mlx.generate.keeping import keep_unasked, way_on
+    from qwq_mlx.generate.checkpoint.autosave import keep_unasked, way_on
 
     if prompt is None:
         run = reasoner.resume(
@@ -225,7 +225,7 @@ def _is_kept_unasked(trace: Trace, interruption: Interruption, options: argparse
 
 def _failed(error: GenerationError, run: Run, keeper: Keeper | None, options: argparse.Namespace) -> int:
     """What was written is kept: in the file of --save, on stdout with --json, and as text it is there already."""
-    from qwq_mlx.generate.keeping import keep_unasked
+    from qwq_mlx.generate.checkpoint.autosave import keep_unasked
 
     if options.json:
         sys.stdout.write(json.dumps(run.trace().to_json(), ensure_ascii=False) + "\n")
@@ -241,7 +241,7 @@ def _unshown(
     error: OSError, run: Run, keeper: Keeper | None, interruption: Interruption, options: argparse.Namespace
 ) -> int:
     """Stdout takes no more: its reader left, the disk is full, or the terminal was closed. What there is gets saved."""
-    from qwq_mlx.generate.keeping import keep_unasked
+    from qwq_mlx.generate.checkpoint.autosave import keep_unasked
 
     _without_stdout()
     if keeper is not None and keeper.save(run):
@@ -256,7 +256,7 @@ def _unshown(
 
 
 def _load(options: argparse.Namespace, limits: Limits) -> Reasoner:
-    from qwq_mlx.generate.default_model import ready_model
+    from qwq_mlx.default_model import ready_model
     from qwq_mlx.generate.reasoner import load
     from qwq_mlx.model.template import template_warning
 

@@ -13,29 +13,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qwq_mlx.engine.decoder import check_ids
+from qwq_mlx.engine.detokenizer import Pieces, decode
+from qwq_mlx.engine.kv_cache import saved_layers
 from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
-from qwq_mlx.generate.cache import saved_layers
-from qwq_mlx.generate.checkpoint import read_checkpoint
-from qwq_mlx.generate.cue import cue_ids
-from qwq_mlx.generate.decode import check_ids
-from qwq_mlx.generate.fitting import Fitted, fitted
-from qwq_mlx.generate.inspection import Inspect
-from qwq_mlx.generate.options import Limits, Sampling, Thinking
+from qwq_mlx.generate.budget_forcing import cue_ids
+from qwq_mlx.generate.checkpoint.file import read_checkpoint
+from qwq_mlx.generate.checkpoint.inspected_steps import inspect_of
+from qwq_mlx.generate.checkpoint.resume import check_saved, opened, raised, with_room, within
 from qwq_mlx.generate.receipt import Receipt, make_receipt
-from qwq_mlx.generate.resuming import check_saved, opened, raised, with_room, within
+from qwq_mlx.generate.request import Progress, Setup, given
 from qwq_mlx.generate.run import Run
-from qwq_mlx.generate.seen import inspect_of
-from qwq_mlx.generate.settings import from_json
-from qwq_mlx.generate.setup import Progress, Setup, given
-from qwq_mlx.generate.text import Pieces, decode
-from qwq_mlx.generate.trace import Trace
+from qwq_mlx.inspection import Inspect
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
-from qwq_mlx.model.memory import ModelShape
+from qwq_mlx.model.memory.fit import Fitted, fitted
+from qwq_mlx.model.memory.plan import ModelShape
 from qwq_mlx.model.prompt import Messages, conversation, prompt_ids
+from qwq_mlx.options import Limits, Sampling, Thinking
 from qwq_mlx.reasoning.profile import Profile, find_profile
+from qwq_mlx.settings import from_json
+from qwq_mlx.trace.trace import Trace
 
 __all__ = ["Reasoner", "load"]
 

@@ -25,10 +25,10 @@ from typing import Any
 from qwq_mlx.errors import SavingError, SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.json_object import read_json_object
-from qwq_mlx.generate.checkpoint import model_digest
-from qwq_mlx.generate.trace import Trace
+from qwq_mlx.generate.checkpoint.file import model_digest
 from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.load import LoadedModel
+from qwq_mlx.trace.trace import Trace
 
 __all__ = ["Receipt", "here", "make_receipt", "read_receipt", "text_digest"]
 

@@ -19,21 +19,21 @@ from typing import Any
 
 import mlx.core as mx
 
+from qwq_mlx.engine.kv_cache import Layer, filled_cache
 from qwq_mlx.errors import GenerationError, OptionError
-from qwq_mlx.generate.cache import Layer, filled_cache
-from qwq_mlx.generate.checkpoint import model_digest, write_checkpoint
-from qwq_mlx.generate.clock import Clock
-from qwq_mlx.generate.cue import Asking, cue_ids
-from qwq_mlx.generate.ended import end_after, failure_of, trace_of
-from qwq_mlx.generate.noticed import Noticed
-from qwq_mlx.generate.nudge import Nudges
-from qwq_mlx.generate.seen import seen_state, with_seen
-from qwq_mlx.generate.setup import Progress, Setup, given
+from qwq_mlx.generate.budget_forcing import Asking, cue_ids
+from qwq_mlx.generate.checkpoint.file import model_digest, write_checkpoint
+from qwq_mlx.generate.checkpoint.inspected_steps import seen_state, with_seen
+from qwq_mlx.generate.loop_recovery import Nudges
+from qwq_mlx.generate.monitors import Noticed
+from qwq_mlx.generate.output import Written
+from qwq_mlx.generate.request import Progress, Setup, given
 from qwq_mlx.generate.source import decoder_of, source_of
-from qwq_mlx.generate.trace import FinishReason, Injection, Step, Trace
-from qwq_mlx.generate.written import Written
+from qwq_mlx.generate.stopping import end_after, failure_of, trace_of
 from qwq_mlx.model.device import wired
-from qwq_mlx.reasoning.loops import Loop
+from qwq_mlx.reasoning.loops.detector import Loop
+from qwq_mlx.trace.clock import Clock
+from qwq_mlx.trace.trace import FinishReason, Injection, Step, Trace
 
 __all__ = ["Run"]
 

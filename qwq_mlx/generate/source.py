@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwq_mlx.generate.banned import DrawnAhead, Source
-from qwq_mlx.generate.cache import new_cache
-from qwq_mlx.generate.decode import Decoder
-from qwq_mlx.generate.guard import LanguageGuard, home_scripts
-from qwq_mlx.generate.inspector import Inspector
-from qwq_mlx.generate.sample import Sampler
-from qwq_mlx.generate.setup import Setup, given
+from qwq_mlx.engine.activation_taps import Inspector
+from qwq_mlx.engine.bad_words import DrawnAhead, Source
+from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.language_mask import LanguageGuard, home_scripts
+from qwq_mlx.engine.sampler import Sampler
+from qwq_mlx.generate.request import Setup, given
 
 __all__ = ["decoder_of", "source_of"]
 

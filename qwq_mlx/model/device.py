@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwq_mlx.model.load import import_mlx
-from qwq_mlx.model.memory import Backend
+from qwq_mlx.model.memory.plan import Backend
 
 __all__ = ["available_bytes", "backend_name", "limit_bytes", "small_cache", "wired"]
 

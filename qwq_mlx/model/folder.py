@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwq_mlx.errors import LoadError
+from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
 from qwq_mlx.files.manifest import MANIFEST_NAME, check_sizes
-from qwq_mlx.files.source import CONFIG_NAME, Checkpoint, open_checkpoint
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.layout import Packing, check_layout, packings
 

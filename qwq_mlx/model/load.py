@@ -159,7 +159,7 @@ def _stop_ids(
 
 def build_module(config: Qwen2Config, packed: Mapping[str, Packing]) -> Any:
     """mlx_lm's Qwen2 of this shape with packed layers where asked; its weights are placeholders, never evaluated."""
-    from qwq_mlx.model.attention import attention_class  # which needs this module's import_mlx_lm
+    from qwq_mlx.model.quantized_attention import attention_class  # which needs this module's import_mlx_lm
 
     arguments = model_arguments(config)
     module = import_mlx_lm("mlx_lm.models.qwen2").Model(arguments)

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.quant.least_squares import closest_line, weighted_squares
-from qwq_mlx.quant.measure import BlockError, block_error
 from qwq_mlx.quant.modes import FITS
 from qwq_mlx.quant.packing import Packed, Packing, float_values, pack_groups, round_to
+from qwq_mlx.quant.rounding_error import BlockError, block_error
 from qwq_mlx.quant.tile import Floats, Line, Scratch, Tile, min_max, squares
 
 __all__ = ["Scratch", "fit_block"]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from qwq_mlx.errors import QwqError
 
 if TYPE_CHECKING:
-    from qwq_mlx.generate.default_model import Converter
+    from qwq_mlx.default_model import Converter
     from qwq_mlx.replay.compare import Replay
 
 
@@ -57,7 +57,7 @@ def _replay(options: argparse.Namespace) -> Replay:
     from qwq_mlx.generate.receipt import read_receipt
 
     receipt = read_receipt(options.receipt)  # a damaged one is told before a model is loaded
-    from qwq_mlx.generate.default_model import ready_model
+    from qwq_mlx.default_model import ready_model
     from qwq_mlx.generate.reasoner import load
 
     folder = ready_model(options.model, _converter, _silent if options.quiet else _note)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qwq_mlx.errors import SourceError
-from qwq_mlx.generate.checkpoint import model_digest
+from qwq_mlx.generate.checkpoint.file import model_digest
 from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.generate.receipt import Receipt, here, text_digest
 

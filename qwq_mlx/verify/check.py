@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwq_mlx.convert.calibration import STATISTICS_NAME, Importance, read_importance
-from qwq_mlx.convert.check import check_source
-from qwq_mlx.convert.origin import Origin
+from qwq_mlx.convert.calibration.importance import STATISTICS_NAME, Importance, read_importance
 from qwq_mlx.convert.pack import pack_block
 from qwq_mlx.convert.plan import Plan, PlannedTensor, make_plan
+from qwq_mlx.convert.preflight import check_source
 from qwq_mlx.convert.read import Block, open_shard, read_into
+from qwq_mlx.convert.source import Origin
 from qwq_mlx.errors import OptionError, SourceError
+from qwq_mlx.files.checkpoint import open_checkpoint
 from qwq_mlx.files.manifest import Manifest, check_sizes, verify_full
-from qwq_mlx.files.source import open_checkpoint
 from qwq_mlx.quant.recipe import recipe_of_mapping
 from qwq_mlx.verify.sample import check_share, verify_sample
 

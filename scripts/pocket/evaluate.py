@@ -23,7 +23,7 @@ import mlx.core as mx
 
 import qwq_mlx.convert as conversion
 from pocket import data
-from qwq_mlx.generate.cache import new_cache
+from qwq_mlx.engine.kv_cache import new_cache
 from qwq_mlx.model.load import LoadedModel, import_mlx_lm, load_model
 from qwq_mlx.model.prompt import prompt_ids
 from qwq_mlx.pocket import problems

@@ -17,9 +17,9 @@ import pytest
 
 from qwq_mlx.bench import __main__ as command
 from qwq_mlx.bench import decode as contest
-from qwq_mlx.bench.measure import Rates, compare, decode_tok_s
 from qwq_mlx.bench.models import in_compute_type, qwq_shaped, random_module
 from qwq_mlx.bench.options import BenchOptions
+from qwq_mlx.bench.timing import Rates, compare, decode_tok_s
 from qwq_mlx.errors import GenerationError, OptionError
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.layout import Packing
@@ -149,7 +149,7 @@ def test_a_random_module_may_be_left_unpacked() -> None:
 def test_both_loops_give_the_asked_number_of_ids_and_greedily_the_same(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwq_mlx.generate.options import Sampling
+    from qwq_mlx.options import Sampling
 
     monkeypatch.setattr(contest, "_sampling", lambda: Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0))
     model = load_model(tiny_checkpoint)
@@ -217,7 +217,7 @@ def test_the_pocket_is_converted_as_for_every_command_where_no_conversion_is_the
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import qwq_mlx.convert
-    from qwq_mlx.generate import default_model
+    from qwq_mlx import default_model
 
     choice = default_model.Choice(folder=tmp_path / "cache" / "pocket", note="model: the pocket", source=tmp_path)
     monkeypatch.setattr(default_model, "choose_model", lambda named: choice)

@@ -106,7 +106,7 @@ def chat(
 @pytest.mark.tiny
 def test_answers_go_to_stdout_and_everything_else_to_stderr(chat: Chat, loaded: Reasoner) -> None:
     code, out, err = chat("one\n\n/stats\n/help\n/quit\nnever\n")
-    from qwq_mlx.generate.options import Limits, Sampling
+    from qwq_mlx.options import Limits, Sampling
 
     trace = loaded.generate("one", sampling=Sampling(seed=4), limits=Limits(max_tokens=6))
     assert (code, out) == (0, trace.text + "\n")

@@ -10,10 +10,10 @@ from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.chat.conversation import Conversation
 from qwq_mlx.errors import OptionError, PromptError, SourceError
-from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.run import Run
 from qwq_mlx.model.prompt import prompt_ids
+from qwq_mlx.options import Limits, Sampling, Thinking
 
 pytestmark = pytest.mark.tiny
 

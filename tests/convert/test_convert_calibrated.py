@@ -15,13 +15,13 @@ from checkpoints import write_tiny_checkpoint
 from hub_server import HubServer, Repository
 
 from qwq_mlx.convert import Progress, convert_checkpoint
-from qwq_mlx.convert import calibration as module
 from qwq_mlx.convert.__main__ import main
-from qwq_mlx.convert.calibration import STATISTICS_NAME, importance_of, read_calibration, read_importance
-from qwq_mlx.convert.check import check_fit
+from qwq_mlx.convert.calibration import importance as module
+from qwq_mlx.convert.calibration.importance import STATISTICS_NAME, importance_of, read_calibration, read_importance
+from qwq_mlx.convert.preflight import check_fit
 from qwq_mlx.errors import ConversionError, OptionError, SourceError
+from qwq_mlx.files.checkpoint import open_checkpoint
 from qwq_mlx.files.manifest import read_manifest, write_manifest
-from qwq_mlx.files.source import open_checkpoint
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.load import load_model
 from qwq_mlx.quant.fit import Scratch, fit_block

@@ -15,7 +15,7 @@ from faulty_disk import FaultyDisk
 
 from qwq_mlx.convert import Progress, __main__, convert_checkpoint
 from qwq_mlx.convert.__main__ import main
-from qwq_mlx.convert.report import ProgressLine, duration_text, size_text
+from qwq_mlx.convert.plan_text import ProgressLine, duration_text, size_text
 from qwq_mlx.errors import RecipeError
 
 
@@ -61,7 +61,7 @@ def test_a_full_disk_exits_with_3_before_the_first_byte_and_in_the_middle(
 ) -> None:
     arguments = ["--source", str(tiny_checkpoint), "--output", str(tmp_path / "out"), "--no-quality"]
     with monkeypatch.context() as patch:
-        patch.setattr("qwq_mlx.convert.check._MARGIN", 1e12)
+        patch.setattr("qwq_mlx.convert.preflight._MARGIN", 1e12)
         assert main(arguments) == 3
         assert "more on its disk" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
     with FaultyDisk(tmp_path, at=12, kind="full"):
@@ -226,7 +226,7 @@ def test_a_progress_line_shows_what_is_done_how_fast_and_what_remains() -> None:
 
 def test_progress_lines_come_at_their_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("qwq_mlx.convert.report.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("qwq_mlx.convert.plan_text.time.monotonic", lambda: now[0])
     line = ProgressLine(is_terminal=False)
     shown = []
     for now[0] in (0.0, 5.0, 11.0, 12.0, 22.0):
@@ -238,7 +238,7 @@ def test_progress_lines_come_at_their_pace(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_rate_does_not_count_the_wait_for_the_first_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("qwq_mlx.convert.report.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("qwq_mlx.convert.plan_text.time.monotonic", lambda: now[0])
     line = ProgressLine(is_terminal=False)
     shown = []
     for now[0], done in ((0.0, 0), (50.0, 0), (100.0, 0), (102.0, 20), (110.0, 100)):

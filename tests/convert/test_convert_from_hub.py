@@ -12,8 +12,8 @@ from hub_server import Handler, HubServer, Repository, Request
 
 from qwq_mlx.convert import Progress, convert_checkpoint
 from qwq_mlx.errors import ConversionError, LoadError, OptionError, SourceError
+from qwq_mlx.files.hub.retry import Patience
 from qwq_mlx.files.manifest import verify_full
-from qwq_mlx.files.patience import Patience
 
 NAME = "Qwen/QwQ-Tiny"
 N_SHARDS = 5
@@ -32,7 +32,9 @@ def server(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr("qwq_mlx.files.hub.Patience", lambda: Patience(timeout_s=5, patience_s=0.3, wait_s=0.01))
+    monkeypatch.setattr(
+        "qwq_mlx.files.hub.repository.Patience", lambda: Patience(timeout_s=5, patience_s=0.3, wait_s=0.01)
+    )
     with HubServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         server.repositories[NAME] = Repository()

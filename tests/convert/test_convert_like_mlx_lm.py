@@ -16,8 +16,8 @@ from checkpoints import write_tiny_checkpoint
 from commands import ENVIRONMENT
 
 from qwq_mlx.convert import convert_checkpoint
+from qwq_mlx.files.checkpoint import INDEX_NAME, open_checkpoint
 from qwq_mlx.files.manifest import verify_full
-from qwq_mlx.files.source import INDEX_NAME, open_checkpoint
 from qwq_mlx.quant.modes import MODES
 from qwq_mlx.quant.recipe import load_recipe, recipe_names
 

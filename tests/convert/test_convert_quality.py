@@ -14,7 +14,8 @@ from checkpoints import write_tiny_checkpoint
 from faulty_disk import FaultyDisk
 from hub_server import HubServer, Repository
 
-from qwq_mlx.convert import Plan, Progress, convert_checkpoint, judge
+from qwq_mlx.convert import Plan, Progress, convert_checkpoint
+from qwq_mlx.convert import quality_step as judge
 from qwq_mlx.convert.__main__ import main
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.manifest import read_manifest, verify_full

@@ -230,7 +230,7 @@ def test_too_little_disk_is_refused_with_the_figures(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr("qwq_mlx.convert.check._MARGIN", 1e6)
+    monkeypatch.setattr("qwq_mlx.convert.preflight._MARGIN", 1e6)
     convert_into(tiny_checkpoint, tmp_path / "out", r"out: needs \d+\.\d\d GB more on its disk, 1\.00 kB are free\.")
     assert list(tmp_path.iterdir()) == []
 

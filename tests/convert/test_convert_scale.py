@@ -22,11 +22,12 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 import measure_conversion  # noqa: E402 - the path must be set first
 import qwq_shaped  # noqa: E402
 
-from qwq_mlx.convert import convert_checkpoint, memory, write  # noqa: E402
-from qwq_mlx.convert.first_pass import PassingShards, pass_order  # noqa: E402
+from qwq_mlx.convert import convert_checkpoint, write  # noqa: E402
+from qwq_mlx.convert.calibration.shard_order import PassingShards, pass_order  # noqa: E402
 from qwq_mlx.errors import DiskFullError  # noqa: E402
 from qwq_mlx.facts import QWQ_32B_PREVIEW  # noqa: E402
-from qwq_mlx.files.source import open_checkpoint  # noqa: E402
+from qwq_mlx.files.checkpoint import open_checkpoint  # noqa: E402
+from qwq_mlx.model import process_memory as memory  # noqa: E402
 
 pytestmark = pytest.mark.tiny
 
@@ -147,7 +148,7 @@ def test_a_run_is_measured_with_its_own_memory_and_a_failed_one_says_why(tmp_pat
 
 
 def test_own_peak_memory_is_not_that_of_the_parent(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "from qwq_mlx.convert.memory import peak_memory_bytes; print(peak_memory_bytes())"
+    code = "from qwq_mlx.model.process_memory import peak_memory_bytes; print(peak_memory_bytes())"
     nested = f"block = b'x' * 200_000_000; import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     said = subprocess.run([sys.executable, "-c", nested], check=True, capture_output=True, text=True, cwd=repository)
     if sys.platform == "linux":

@@ -17,11 +17,11 @@ from faulty_disk import FaultyDisk
 from hub_server import HubServer, Repository
 
 from qwq_mlx.convert import Conversion, ConvertOptions, Progress, convert_checkpoint, convert_recipes, job, read
-from qwq_mlx.convert import calibration as calibrating
+from qwq_mlx.convert.calibration import importance as calibrating
 from qwq_mlx.convert.write import ShardWriter
 from qwq_mlx.errors import ConversionError, OptionError
-from qwq_mlx.files.ahead import ShardsAhead
 from qwq_mlx.files.header import Header
+from qwq_mlx.files.hub.prefetch import ShardsAhead
 from qwq_mlx.files.lock import FolderLock
 from qwq_mlx.files.manifest import MANIFEST_NAME, read_manifest, verify_full
 

@@ -34,7 +34,7 @@ from damage import (
 
 from qwq_mlx.convert import convert_checkpoint
 from qwq_mlx.errors import LoadError, QwqError, SourceError
-from qwq_mlx.files.source import open_checkpoint
+from qwq_mlx.files.checkpoint import open_checkpoint
 
 NORM = "model.norm.weight"
 SHARDS: dict[str, tuple[Damage, str]] = {

@@ -13,8 +13,8 @@ from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.facts import QWQ_32B_PREVIEW
 from qwq_mlx.fit import __main__ as command
-from qwq_mlx.model.advice import MACS_GIB, cheapest_change, table_of_macs
-from qwq_mlx.model.memory import RESERVE_BYTES, Workload, metal_limit_bytes, plan_memory, shape_of_facts
+from qwq_mlx.model.memory.advice import MACS_GIB, cheapest_change, table_of_macs
+from qwq_mlx.model.memory.plan import RESERVE_BYTES, Workload, metal_limit_bytes, plan_memory, shape_of_facts
 
 QWQ = shape_of_facts(QWQ_32B_PREVIEW)
 GIB = 1 << 30

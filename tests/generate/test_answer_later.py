@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
+from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.generate import __main__ as command
-from qwq_mlx.generate.checkpoint import read_checkpoint, write_checkpoint
-from qwq_mlx.generate.cue import cue_ids
-from qwq_mlx.generate.decode import Decoder
-from qwq_mlx.generate.options import Limits, Sampling, Thinking
+from qwq_mlx.generate.budget_forcing import cue_ids
+from qwq_mlx.generate.checkpoint.file import read_checkpoint, write_checkpoint
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.run import Run
-from qwq_mlx.generate.sample import Sampler
-from qwq_mlx.generate.trace import Trace
+from qwq_mlx.options import Limits, Sampling, Thinking
+from qwq_mlx.trace.trace import Trace
 
 pytestmark = pytest.mark.tiny
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.generate import __main__ as command
-from qwq_mlx.generate.default_model import pocket_checkpoint
-from qwq_mlx.generate.options import Limits, Sampling, Thinking
 from qwq_mlx.generate.reasoner import Reasoner, load
+from qwq_mlx.options import Limits, Sampling, Thinking
 
 pytestmark = pytest.mark.pocket
 

@@ -12,7 +12,7 @@ import pytest
 
 from qwq_mlx import facts
 from qwq_mlx.model.architecture import tensor_shapes
-from qwq_mlx.model.memory import shape_of_facts
+from qwq_mlx.model.memory.plan import shape_of_facts
 from qwq_mlx.quant.allocate import (
     BEYOND,
     ERRORS,

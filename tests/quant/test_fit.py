@@ -11,8 +11,8 @@ from rows import PACKINGS, awkward_rows
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.quant.fit import Scratch, fit_block
-from qwq_mlx.quant.measure import block_error
 from qwq_mlx.quant.packing import Packed, Packing, round_to
+from qwq_mlx.quant.rounding_error import block_error
 
 MX = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 

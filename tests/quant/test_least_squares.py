@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rows import PACKINGS, awkward_rows
 
 from qwq_mlx.quant.fit import Scratch, fit_block
-from qwq_mlx.quant.measure import unpack
 from qwq_mlx.quant.packing import Packed, Packing, float_values, round_to
+from qwq_mlx.quant.rounding_error import unpack
 
 AFFINE = [packing for packing in PACKINGS if packing.is_affine]
 MOVES = ((-0.8, 0.25), (-0.15, -0.4), (0.3, 0.12), (0.15, -0.12), (-0.15, 0.12), (0.0, 0.0))

@@ -1,0 +1,207 @@
+"""After the last tensor: the small files, everything read back, and the manifest that says what the folder is.
+
+Reading back compares each output tensor with the digest taken while it was packed, so what the manifest vouches for is
+what lies on the disk.
+
+Does not: publish the folder (the job does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qwq_mlx.convert.calibration.importance import STATISTICS_NAME
+from qwq_mlx.convert.journal import Done
+from qwq_mlx.convert.plan import BLOCK_BYTES, Plan
+from qwq_mlx.convert.progress import Progress
+from qwq_mlx.errors import ConversionError, SourceError
+from qwq_mlx.files.atomic import write_file
+from qwq_mlx.files.checkpoint import CONFIG_NAME, INDEX_NAME
+from qwq_mlx.files.digest import ShardDigest
+from qwq_mlx.files.manifest import (
+    FileRecord,
+    Manifest,
+    SourceRecord,
+    TensorRecord,
+    record_file,
+    write_manifest,
+)
+from qwq_mlx.model.process_memory import peak_memory_bytes
+from qwq_mlx.quality.report import REPORT_NAME, ReportFacts, report_page
+from qwq_mlx.quality.result import Quality
+
+__all__ = ["describe", "finish", "keep_small_files", "write_small_files"]
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """What decides the bytes of a conversion: the journal's first line, so that two conversions are never mixed."""
+    checkpoint = plan.checkpoint
+    return {
+        "format": 2,
+        "repository": plan.origin.repository,
+        "commit": plan.origin.commit,
+        "shards": {shard.path.name: shard.size_bytes for shard in checkpoint.shards},
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in _small_files(plan).items()},
+        "layout": {shard.name: hashlib.sha256(shard.head).hexdigest() for shard in plan.shards},
+        "recipe": plan.recipe.text,
+        "calibration": None if plan.calibration is None else plan.calibration.as_mapping(),
+        "block_bytes": BLOCK_BYTES,
+        "versions": {name: _version(name) for name in ("qwq_mlx", "mlx", "numpy")},
+    }
+
+
+def write_small_files(plan: Plan, folder: Path, statistics: Path) -> None:
+    """Write config, index and the copied files beside the finished shards, so that the folder is a model. OSError.
+
+    statistics: where what a calibration text said is kept.
+    """
+    if plan.calibration is not None:
+        write_file(folder / STATISTICS_NAME, statistics.read_bytes())
+    for name, data in {**_small_files(plan), CONFIG_NAME: plan.config_json, INDEX_NAME: plan.index_json}.items():
+        if name in plan.copied or name in (CONFIG_NAME, INDEX_NAME):
+            write_file(folder / name, data)
+
+
+def finish(
+    plan: Plan,
+    folder: Path,
+    done: Mapping[str, Done],
+    run: Mapping[str, float],
+    *,
+    quality: Quality | None,
+    progress: Callable[[Progress], None] | None,
+) -> Manifest:
+    """Check everything in `folder` against `done` and write manifest.json, and report.html where quality was measured.
+
+    Raises ConversionError naming a tensor whose bytes on the disk are not those that were packed; OSError.
+    """
+    small, tensors = _small_files(plan), _tensor_records(plan, done)
+    if quality is not None:
+        write_file(folder / REPORT_NAME, report_page(_report_facts(plan, tensors), quality).encode())
+    others = [] if quality is None else [REPORT_NAME]
+    others += [] if plan.calibration is None else [STATISTICS_NAME]
+    files, digests = _read_back(plan, folder, others, progress)
+    _check_tensors(plan, folder, digests, done)
+    manifest = Manifest(
+        source=_source_record(plan, small, done),
+        recipe=plan.recipe.as_mapping(),
+        fit=plan.fit,
+        calibration=None if plan.calibration is None else plan.calibration.as_mapping(),
+        versions={name: _version(name) for name in ("qwq_mlx", "mlx", "numpy")} | {"python": platform.python_version()},
+        files=files,
+        tensors=tensors,
+        run={**run, "peak_memory_bytes": peak_memory_bytes()},
+        quality=None if quality is None else quality.as_mapping(),
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def keep_small_files(plan: Plan, folder: Path) -> None:
+    """Put config, index and copied files beside fetched shards, so that the folder is a checkpoint. Raises OSError."""
+    for name, data in _small_files(plan).items():
+        write_file(folder / name, data)
+
+
+def _small_files(plan: Plan) -> dict[str, bytes]:
+    """The source's files that are taken over or decide something: config, index, and the copied ones."""
+    folder = plan.checkpoint.folder
+    names = [CONFIG_NAME, *([INDEX_NAME] if (folder / INDEX_NAME).exists() else []), *plan.copied]
+    try:
+        return {name: (folder / name).read_bytes() for name in names}
+    except OSError as error:
+        raise SourceError(
+            f"{error.filename}: cannot be read ({error.strerror}). Check the source and run again."
+        ) from error
+
+
+def _read_back(
+    plan: Plan, folder: Path, others: list[str], progress: Callable[[Progress], None] | None
+) -> tuple[dict[str, FileRecord], dict[str, ShardDigest]]:
+    """Size and digests of every file of the folder, shards in parallel. others: names besides the plan's."""
+    total, done_bytes, lock = sum(shard.size_bytes for shard in plan.shards), 0, threading.Lock()
+
+    def advance(n_bytes: int) -> None:
+        nonlocal done_bytes
+        with lock:
+            done_bytes += n_bytes
+            if progress is not None:
+                progress(Progress(phase="check", what=str(folder.name), done_bytes=done_bytes, total_bytes=total))
+
+    names = sorted([CONFIG_NAME, INDEX_NAME, *others, *plan.copied, *(shard.name for shard in plan.shards)])
+    shard_names = {shard.name for shard in plan.shards}
+    with ThreadPoolExecutor(plan.n_workers) as pool:
+        jobs = [pool.submit(record_file, folder / name, advance if name in shard_names else None) for name in names]
+        found = {name: job.result() for name, job in zip(names, jobs, strict=True)}
+    digests = {name: digest for name, (_, digest) in found.items() if digest is not None}
+    return {name: record for name, (record, _) in found.items()}, digests
+
+
+def _check_tensors(plan: Plan, folder: Path, digests: Mapping[str, ShardDigest], done: Mapping[str, Done]) -> None:
+    wrong = [
+        output.entry.name
+        for tensor in plan.tensors
+        for output, sha256 in zip(tensor.outputs, done[tensor.source.name].sha256, strict=True)
+        if digests[plan.shards[output.shard].name].tensors[output.entry.name] != sha256
+    ]
+    if wrong:
+        raise ConversionError(
+            f"{folder}: {len(wrong):,} tensors read back are not what was written: {', '.join(wrong[:10])}. "
+            "The disk or the memory is failing; begin again with --restart, on another disk if it happens twice."
+        )
+
+
+def _tensor_records(plan: Plan, done: Mapping[str, Done]) -> dict[str, TensorRecord]:
+    records = {}
+    for tensor in plan.tensors:
+        record = done[tensor.source.name]
+        error = math.sqrt(record.error2 / record.weight2) if record.weight2 else 0.0
+        for place, (output, sha256) in enumerate(zip(tensor.outputs, record.sha256, strict=True)):
+            records[output.entry.name] = TensorRecord(
+                shard=plan.shards[output.shard].name,
+                dtype=output.entry.dtype,
+                shape=output.entry.shape,
+                sha256=sha256,
+                relative_error=float(f"{error:.6g}") if tensor.packing is not None and place == 0 else None,
+            )
+    return records
+
+
+def _report_facts(plan: Plan, tensors: Mapping[str, TensorRecord]) -> ReportFacts:
+    origin = plan.origin
+    return ReportFacts(
+        title=plan.recipe.name,
+        source=f"{origin.repository} at {origin.commit}" if origin.repository else plan.checkpoint.folder.name,
+        recipe=plan.recipe.text,
+        n_weights=plan.n_weights,
+        source_bytes=plan.source_bytes,
+        output_bytes=plan.output_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        tensor_errors={name: each.relative_error for name, each in tensors.items() if each.relative_error is not None},
+        versions={name: _version(name) for name in ("qwq_mlx", "mlx", "numpy")},
+    )
+
+
+def _source_record(plan: Plan, small: Mapping[str, bytes], done: Mapping[str, Done]) -> SourceRecord:
+    files = {
+        name: FileRecord(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in small.items()
+    }
+    for index, shard in enumerate(plan.checkpoint.shards):
+        last = [tensor for tensor in plan.tensors if tensor.shard == index][-1]
+        files[shard.path.name] = FileRecord(size_bytes=shard.size_bytes, sha256=done[last.source.name].source_sha256)
+    return SourceRecord(repository=plan.origin.repository, commit=plan.origin.commit, files=files)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name.replace("_", "-"))
+    except PackageNotFoundError:
+        return "not installed"  # run from a checkout

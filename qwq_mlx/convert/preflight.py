@@ -1,0 +1,189 @@
+"""Everything that can refuse a conversion before anything is written: the source, the recipe on it, output and disk.
+
+Cheap checks first; each names what it found, all differences at once.
+
+Does not: read weights (a NaN is found when its block is) or write anything.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from qwq_mlx.convert.plan_text import size_text
+from qwq_mlx.errors import ConversionError, DiskFullError, OptionError, SourceError
+from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint
+from qwq_mlx.model.architecture import Qwen2Config, check_tensors, tensor_shapes
+from qwq_mlx.model.generation_config import read_generation_defaults
+from qwq_mlx.model.tokenizer import load_tokenizer
+from qwq_mlx.quant.packing import DTYPES
+from qwq_mlx.quant.recipe import Recipe
+
+__all__ = ["check_apart", "check_disk", "check_fit", "check_output", "check_source", "partial_path"]
+
+_TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_MARGIN = 1.05  # file systems need a little more than the bytes
+_MAX_NAMES = 10
+_BESIDE = (".partial", ".source", ".replaced")  # what a conversion has beside its output
+
+
+def check_source(checkpoint: Checkpoint, recipes: Iterable[Recipe]) -> Qwen2Config:
+    """Compare a checkpoint with its architecture and with what the recipes want of it; returns the checked config.
+
+    Raises LoadError (config, tensors, tokenizer), SourceError (dtypes), ConversionError (already packed, a width that
+    the group does not divide), RecipeError (a pattern that fits nothing).
+    """
+    where = checkpoint.folder / CONFIG_NAME
+    packed = [key for key in ("quantization", "quantization_config") if key in checkpoint.config]
+    if packed:
+        raise ConversionError(
+            f"{where}: has {' and '.join(packed)}, so its weights are packed already, expected a bfloat16, float16 or "
+            "float32 checkpoint. Give the original model as the source."
+        )
+    config = Qwen2Config.from_json(checkpoint.config, where=str(where))
+    found = {name: entry.shape for name, (_, entry) in checkpoint.tensors.items()}
+    check_tensors(tensor_shapes(config), found, where=str(checkpoint.folder))
+    _check_dtypes(checkpoint)
+    for recipe in recipes:
+        _check_recipe(checkpoint, config, recipe)
+    load_tokenizer(checkpoint.folder, vocab_size=config.vocab_size)
+    read_generation_defaults(checkpoint.folder, vocab_size=config.vocab_size)
+    return config
+
+
+def _check_dtypes(checkpoint: Checkpoint) -> None:
+    """One dtype for all, and the one that config.json names: a wrong label would make other numbers of the bytes."""
+    named = checkpoint.config.get("torch_dtype", checkpoint.config.get("dtype"))
+    expected = next((dtype for dtype, torch in _TORCH.items() if torch == named), None)
+    if named is not None and expected is None:
+        raise SourceError(
+            f"{checkpoint.folder / CONFIG_NAME}: torch_dtype is {named!r}, expected one of "
+            f"{', '.join(_TORCH.values())}. Fetch config.json again, or give a checkpoint with such weights."
+        )
+    found: dict[str, list[str]] = {}
+    for name, (_, entry) in checkpoint.tensors.items():
+        found.setdefault(entry.dtype, []).append(name)
+    expected = expected or max(found, key=lambda dtype: len(found[dtype]))
+    wrong = {dtype: names for dtype, names in found.items() if dtype != expected or dtype not in DTYPES}
+    if wrong:
+        lines = "; ".join(f"{dtype}: {_listed(names)}" for dtype, names in sorted(wrong.items()))
+        why = f"config.json says {named}" if named is not None else "most of the tensors are"
+        raise SourceError(
+            f"{checkpoint.folder}: tensors of another dtype than {expected} ({why}): {lines}. "
+            "Fetch config.json and shards again, all from one commit."
+        )
+
+
+def _check_recipe(checkpoint: Checkpoint, config: Qwen2Config, recipe: Recipe) -> None:
+    matrices = {name: entry.shape for name, (_, entry) in checkpoint.tensors.items() if len(entry.shape) == 2}
+    n_layers = config.num_hidden_layers
+    recipe.check_matches([name.removesuffix(".weight") for name in matrices], n_layers=n_layers)
+    odd = []
+    for name, (_, columns) in matrices.items():
+        packing = recipe.packing_of(name.removesuffix(".weight"), n_layers=n_layers)
+        if packing is not None and columns % packing.group_size:
+            odd.append(f"{name} has rows of {columns:,}, the group is {packing.group_size}")
+    if odd:
+        raise ConversionError(
+            f"{checkpoint.folder}: {len(odd):,} matrices whose rows the group does not divide: "
+            f"{_listed(odd)} (recipe {recipe.name}). Use a smaller group_size, or an override with keep."
+        )
+
+
+def check_fit(recipe: Recipe, calibrate: str | Path | None) -> None:
+    """Refuse a recipe and a calibration text that do not go together. Raises OptionError."""
+    if calibrate is None:
+        if recipe.fit == "calibrated":
+            raise OptionError(
+                f"{recipe.path}: the fit 'calibrated' weighs errors by a text. Give one with --calibrate TEXT, or take "
+                "a recipe whose fit is 'least-squares'."
+            )
+        return
+    packings = [recipe.packing, *(each.packing for each in recipe.overrides)]
+    if modes := sorted({each.mode for each in packings if each is not None and not each.is_affine}):
+        raise OptionError(
+            f"--calibrate {calibrate} chooses scales and biases of mode 'affine', the recipe {recipe.name} has "
+            f"{', '.join(modes)}. Leave --calibrate out, or take a recipe that is affine throughout."
+        )
+
+
+def check_output(output: Path, source: Path | None, *, force: bool) -> None:
+    """Refuse an output that exists, that is not a folder's name, or that touches the source.
+
+    source: the source's folder; None where it is fetched. Raises ConversionError. With force an existing folder is
+    accepted only if it holds a model (a config.json), so that a slip of the hand does not replace something else.
+    """
+    resolved = output.resolve()
+    if source is not None and (resolved.is_relative_to(source.resolve()) or source.resolve().is_relative_to(resolved)):
+        raise ConversionError(
+            f"{output}: lies in the source {source}, or holds it. Choose an output folder apart from the source."
+        )
+    if os.path.lexists(output) and not output.is_dir():
+        raise ConversionError(f"{output}: is not a folder. Choose another output.")
+    if output.is_dir() and not force:
+        raise ConversionError(
+            f"{output}: exists already. Choose another output, or pass --force to replace it "
+            "once the new one is complete."
+        )
+    if output.is_dir() and not (output / CONFIG_NAME).is_file() and any(output.iterdir()):
+        raise ConversionError(
+            f"{output}: holds files but no {CONFIG_NAME}, so it is not a model that --force may replace. "
+            "Choose another output, or remove the folder yourself."
+        )
+    existing = _existing_parent(output)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConversionError(
+            f"{output}: cannot be made, {existing} is not a folder one may write in. Choose another output."
+        )
+
+
+def check_apart(outputs: Iterable[Path]) -> None:
+    """Refuse outputs of one run that are one folder, or that would get into each other's way. Raises OptionError."""
+    seen: dict[Path, list[Path]] = {}
+    for output in outputs:
+        own = [output.resolve().with_name(output.resolve().name + end) for end in ("", *_BESIDE)]
+        for other, theirs in seen.items():
+            if any(a.is_relative_to(b) or b.is_relative_to(a) for a in own for b in theirs):
+                raise OptionError(
+                    f"{output}: is the output {other} too, or lies in it or in what it has beside it "
+                    f"({', '.join(f'NAME{end}' for end in _BESIDE)}). Give every recipe an output folder of its own."
+                )
+        seen[output] = own
+
+
+def check_disk(peaks: Mapping[Path, int]) -> None:
+    """Refuse when a disk has less than all that goes there and 5 %; what unfinished conversions already take counts.
+
+    peaks: output -> bytes it takes at its peak, with what is fetched. Raises DiskFullError with the figures.
+    """
+    needed: dict[int, int] = {}
+    for output, peak_bytes in peaks.items():
+        partial, disk = partial_path(output), _existing_parent(output).stat().st_dev
+        held = sum(p.stat().st_blocks * 512 for p in partial.rglob("*") if p.is_file()) if partial.is_dir() else 0
+        needed[disk] = needed.get(disk, 0) + int(peak_bytes * _MARGIN) - held
+    for output in peaks:
+        parent = _existing_parent(output)
+        free, more = shutil.disk_usage(parent).free, needed[parent.stat().st_dev]
+        if free < more:
+            together = " with the other outputs" if len(peaks) > 1 else ""
+            raise DiskFullError(
+                f"{output}: needs {size_text(more)} more on its disk{together}, {size_text(free)} are free. "
+                "Free some space or choose an output on another disk."
+            )
+
+
+def partial_path(output: Path) -> Path:
+    """The folder beside the output that an unfinished conversion lives in."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
+    return f"{', '.join(names[:_MAX_NAMES])}{more}"

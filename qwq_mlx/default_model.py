@@ -1,0 +1,155 @@
+"""Which model a command runs when none is named.
+
+In order: --model, $QWQ_MLX_MODEL, the first finished conversion of a QwQ-32B under conversions/ (of the current folder,
+then of the checkout this package lies in), else the pocket model that ships with the package. The pocket's 4-bit
+conversion is made once in the user's cache folder, by whichever command comes first; its folder is named after the
+digest of checkpoint and recipe, so another one of these gets another conversion.
+
+Does not: convert (the command hands `made_ready` the converter, which this package does not know), load, or download.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from qwq_mlx.errors import ConversionError, LoadError
+from qwq_mlx.facts import MODELS
+from qwq_mlx.quant.recipe import load_recipe
+
+__all__ = ["Choice", "Converter", "choose_model", "made_ready", "pocket_checkpoint", "ready_model", "user_cache_folder"]
+
+_RECIPE = "pocket-4bit"
+_PACKAGE = Path(__file__).resolve().parent
+_VARIABLE = "QWQ_MLX_MODEL"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """folder: the model to load. note: one line for a person, "" where they named the model themselves.
+
+    source: where `folder` must be converted from first, None if it is there.
+    """
+
+    folder: Path
+    note: str = ""
+    source: Path | None = None
+
+
+class Converter(Protocol):
+    """`qwq_mlx.convert_checkpoint`, as far as it is used here."""
+
+    def __call__(self, source: Path, output: Path, /, *, recipe: str, quality: bool) -> object:
+        """Convert source to the new folder output."""
+
+
+def choose_model(named: str | None, environment: Mapping[str, str] | None = None) -> Choice:
+    """The model folder for a command. named: the value of --model, or None.
+
+    Raises LoadError where nothing is named and the package has no pocket checkpoint.
+    """
+    environment = os.environ if environment is None else environment
+    if named is not None:
+        return Choice(folder=Path(named))
+    from_environment = environment.get(_VARIABLE)
+    if from_environment:
+        return Choice(folder=Path(from_environment), note=f"model: {from_environment} (from ${_VARIABLE})")
+    for folder in _conversions((Path.cwd() / "conversions", _PACKAGE.parent / "conversions")):
+        return Choice(folder=folder, note=f"model: {folder}")
+    return _pocket(environment)
+
+
+def ready_model(named: str | None, converter: Callable[[], Converter], note: Callable[[str], None]) -> Path:
+    """The folder of the model for a command, there and whole: `choose_model`, a line about it, `made_ready`."""
+    choice = choose_model(named)
+    if choice.note:
+        note(choice.note)
+    return made_ready(choice, converter, note)
+
+
+def made_ready(choice: Choice, converter: Callable[[], Converter], note: Callable[[str], None]) -> Path:
+    """The folder of a choice, converted first where that is needed, which a line says.
+
+    converter: gives the function that converts; called only where it is needed, since it comes with heavy imports.
+    note: shows the line. Two commands at once: the one that comes second uses what the first made.
+    Raises LoadError where the cache folder cannot be written, and what the converter raises.
+    """
+    if choice.source is not None:
+        try:
+            choice.folder.parent.mkdir(parents=True, exist_ok=True)
+            note(f"converting the pocket model to 4 bits, once: {choice.folder}")
+            converter()(choice.source, choice.folder, recipe=_RECIPE, quality=False)
+        except OSError as error:
+            raise LoadError(
+                f"{choice.folder}: cannot be written ({error.strerror}), so the pocket model has no place. "
+                "Set XDG_CACHE_HOME to a folder that can be written, or give --model FOLDER."
+            ) from error
+        except ConversionError:
+            if not (choice.folder / "config.json").is_file():
+                raise
+    return choice.folder
+
+
+def _pocket(environment: Mapping[str, str]) -> Choice:
+    source = pocket_checkpoint()
+    if not (source / "config.json").is_file():
+        raise LoadError(
+            f"{source}: the pocket model is not there, and no other model is named. "
+            f"Give --model FOLDER or set {_VARIABLE}; python -m qwq_mlx.convert makes a folder from a checkpoint."
+        )
+    folder = user_cache_folder(environment) / f"{_RECIPE}-{_digest(source)[:16]}"
+    note = (
+        "model: the bundled pocket model, which knows only small puzzles. For QwQ-32B-Preview: "
+        "python -m qwq_mlx.convert, then --model FOLDER"
+    )
+    return Choice(folder=folder, note=note, source=None if (folder / "config.json").is_file() else source)
+
+
+def pocket_checkpoint() -> Path:
+    """Where the bundled bfloat16 checkpoint lies."""
+    return _PACKAGE / "pocket" / "checkpoint"
+
+
+def user_cache_folder(environment: Mapping[str, str]) -> Path:
+    """This user's cache folder for the package: $XDG_CACHE_HOME, ~/Library/Caches on macOS, ~/.cache elsewhere."""
+    base = environment.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "qwq-mlx"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "qwq-mlx"
+
+
+def _conversions(places: Iterable[Path]) -> Iterable[Path]:
+    """Finished conversions of a QwQ-32B, by name. A folder under its final name is finished: it came by one rename."""
+    for place in places:
+        for folder in sorted(place.iterdir()) if place.is_dir() else ():
+            if folder.suffix != ".partial" and _is_big(folder / "config.json"):
+                yield folder
+
+
+def _is_big(config: Path) -> bool:
+    try:
+        found = json.loads(config.read_bytes())
+    except (OSError, ValueError):  # no model folder, or a damaged one: not a candidate
+        return False
+    if not isinstance(found, dict) or "quantization" not in found:
+        return False
+    names = ("hidden_size", "num_hidden_layers", "vocab_size")
+    return any(
+        model.repository is not None and all(found.get(name) == getattr(model, name) for name in names)
+        for model in MODELS
+    )
+
+
+def _digest(folder: Path) -> str:
+    """sha256 over the recipe and the names and bytes of the pocket checkpoint's files (24 MB at most, 20 ms)."""
+    total = hashlib.sha256(load_recipe(_RECIPE).text.encode())
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        total.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()

@@ -1,0 +1,1 @@
+"""A repository of the Hugging Face Hub: its files, fetched by ranges, checked and retried."""

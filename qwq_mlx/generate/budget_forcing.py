@@ -1,0 +1,90 @@
+"""Ending the thinking of a model that writes no tags: when, and with which ids.
+
+Asked for at some token, the cut waits for the end of a paragraph; after half of CUE_PATIENCE the end of a line or of a
+sentence will do, and after all of it the cue comes in any case. A model that has begun its answer meanwhile is left
+alone.
+
+Does not: feed the ids (`decode.Decoder.force` does), or know why the answer is wanted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from qwq_mlx.model.tokenizer import LoadedTokenizer
+from qwq_mlx.options import CUE_PATIENCE, Thinking
+from qwq_mlx.reasoning.answer.splitter import Segment
+from qwq_mlx.reasoning.profile import Profile
+from qwq_mlx.trace.trace import FinishReason
+
+__all__ = ["Asking", "cue_ids"]
+
+_PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*$")
+# a full stop behind a digit may be the point of a number
+_SENTENCE_END = re.compile(r"(?:(?<!\d)[.!?]['\")\]]*|[.!?]\s|[。！？]['\")\]]*|\n)\s*$")
+_KEPT = 64  # characters of the latest text, enough for any end of a sentence
+
+
+class Asking:
+    """Decides when the answer is asked for; at most once in a run.
+
+    due_at_once: why the cue comes before anything is drawn: "budget" where the budget is 0, else None.
+    """
+
+    def __init__(self, thinking: Thinking) -> None:
+        self._budget = thinking.think_tokens
+        self._n_tokens = 0
+        self._reason: FinishReason | None = None
+        self._asked_at = 0
+        self._tail = ""
+        self.due_at_once: FinishReason | None = "budget" if thinking.think_tokens == 0 else None
+        self._is_over = self.due_at_once is not None
+
+    def ask(self, reason: FinishReason) -> None:
+        """Ask for the answer from now on; the first reason given stays."""
+        if self._reason is None:
+            self._reason, self._asked_at = reason, self._n_tokens
+
+    @property
+    def pending(self) -> tuple[FinishReason, int] | None:
+        """What was asked for and not yet done: why, and after how many tokens it was asked."""
+        return None if self._is_over or self._reason is None else (self._reason, self._asked_at)
+
+    def restore(self, *, is_over: bool, pending: tuple[FinishReason, int] | None, at_once: bool) -> None:
+        """Take over what a saved run had asked for, after `rewind` to its tokens. at_once: ask now."""
+        self._reason, self._asked_at = pending or (None, 0)
+        if at_once or is_over or self._n_tokens:  # else nothing was drawn, and a budget of 0 is due as in a new run
+            self._is_over = is_over or at_once
+            self.due_at_once = "answered" if at_once else None
+
+    def rewind(self, texts: Sequence[str]) -> None:
+        """Stand where `due` had taken these texts, and no more."""
+        self._n_tokens, self._tail = len(texts), "".join(texts[-_KEPT:])[-_KEPT:]
+
+    def due(self, text: str, segment: Segment) -> FinishReason | None:
+        """Take the next token's text and the part that follows it; the reason, once, where the cue belongs after it."""
+        self._n_tokens += 1
+        self._tail = (self._tail + text)[-_KEPT:]
+        if self._is_over or segment == "answer":
+            return None
+        if self._budget is not None and self._n_tokens >= self._budget:
+            self.ask("budget")
+        if self._reason is None:
+            return None
+        n_waited = self._n_tokens - self._asked_at
+        is_sentence = 2 * n_waited >= CUE_PATIENCE and _SENTENCE_END.search(self._tail) is not None
+        if is_sentence or n_waited >= CUE_PATIENCE or _PARAGRAPH_END.search(self._tail):
+            self._is_over = True
+            return self._reason
+        return None
+
+
+def cue_ids(tokenizer: LoadedTokenizer, profile: Profile, *, after: str) -> list[int]:
+    """Ids of the profile's answer cue, on a paragraph of its own. after: the last two characters before it.
+
+    The cue is this package's own text, so its tags become control ids, which a user's text never does.
+    """
+    gap = "" if after.endswith("\n\n") else "\n" if after.endswith("\n") else "\n\n"
+    ids: list[int] = tokenizer.hf.backend_tokenizer.encode(gap + profile.cue, add_special_tokens=False).ids
+    return ids

@@ -1,0 +1,1 @@
+"""A run on disk: its file, the form of its state, resuming and saving while it goes on."""

@@ -1,0 +1,1 @@
+"""What a run needs in memory, planned before a weight is read, and whether it fits."""

@@ -1,0 +1,85 @@
+"""What a pass of S ids holds beside weights and cache: the intermediates that are alive at once, in bytes.
+
+A pass is evaluated layer by layer, so what is alive belongs to one layer: left to itself MLX queues many, and on an
+H100 passes of 2,048 ids of the 32B held 10 GB (now 0.34). With H hidden, I intermediate, K the width of one layer's
+keys, C the context:
+
+    fused       3 S I + 9 S H, for attention never holds scores; on an H100 3 S I + 3 S H were measured, the rest is
+                room for Metal, which frees later (not measured on Metal)
+    not fused   (CPU backend, or a quantized cache) the scores of every head, id and position once, for mask, softmax
+                and scores share one buffer; their mask, a byte each; 2 S I, for swiglu writes over its gate; 13 S H, of
+                which 7.5 are float32 whatever the compute type (rotary embedding), as are the angles of one head,
+                twice, and, where the compute type is another, S K
+    quantized   all the room of the cache is seen, whole blocks of positions. On Metal scores are counted 1.5 times,
+                which is a guess
+    growth      before a pass, a layer's old keys, or values, beside the new ones: half a layer's cache
+
+The factors for the CPU come from doubling each size in turn (MLX 0.32.4, 4 to 8 heads, 1 to 4 key heads, 64 to 256
+ids, 256 to 4,096 positions, float32 and bfloat16) and reading what grew.
+
+Does not: count weights or cache (`memory` does).
+"""
+
+from __future__ import annotations
+
+from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.memory.workload import Backend
+
+__all__ = ["CACHE_STEP", "logits_bytes", "n_positions", "pass_bytes", "sampler_bytes"]
+
+CACHE_STEP = 256
+"""A cache grows by so many positions, as mlx_lm's do."""
+_LOGIT_COPIES = 2  # as the head gives them, and in float32
+_SAMPLER_COPIES = 6  # float32 rows: tempered, ordered with their ids, summed, kept, and those of the statistics
+_ROTARY_BYTES = 4  # the rotary embedding is worked out in float32
+
+
+def n_positions(context: int) -> int:
+    """Positions that a cache has room for when it holds this many."""
+    return -(-context // CACHE_STEP) * CACHE_STEP
+
+
+def logits_bytes(config: Qwen2Config) -> int:
+    """Logits of one position."""
+    return _LOGIT_COPIES * config.vocab_size * 4
+
+
+def sampler_bytes(config: Qwen2Config) -> int:
+    """What drawing one id holds beside its logits; every sampler setting fits into it."""
+    return _SAMPLER_COPIES * config.vocab_size * 4
+
+
+def pass_bytes(
+    config: Qwen2Config,
+    *,
+    n_ids: int,
+    context: int,
+    float_bytes: int,
+    is_quantized: bool,
+    layer_bytes: int,
+    backend: Backend,
+) -> int:
+    """Intermediates of n_ids that attend to at most context positions.
+
+    float_bytes: of the compute type. layer_bytes: one layer's keys and values of one position.
+    """
+    if backend == "cpu" or is_quantized:
+        n_seen = n_positions(context) if is_quantized else context  # attention reads all the room of such a cache
+        held = _unfused_bytes(config, n_ids, n_seen, float_bytes, backend)
+    else:
+        held = (3 * n_ids * config.intermediate_size + 9 * n_ids * config.hidden_size) * float_bytes
+    n_before_growth = n_positions(context) - CACHE_STEP
+    return max(held, n_before_growth * layer_bytes // 2)  # keys grow, then values, before a pass
+
+
+def _unfused_bytes(config: Qwen2Config, n_ids: int, n_seen: int, float_bytes: int, backend: Backend) -> int:
+    scores = config.num_attention_heads * n_ids * n_seen * float_bytes
+    if backend == "metal":
+        scores = scores * 3 // 2
+    hidden = int(n_ids * config.hidden_size * (5.5 * float_bytes + 7.5 * _ROTARY_BYTES))
+    angles = 2 * n_ids * config.head_dim * _ROTARY_BYTES
+    width = config.num_key_value_heads * config.head_dim
+    keys = n_ids * width * _ROTARY_BYTES if float_bytes != _ROTARY_BYTES else 0
+    gate = 2 * n_ids * config.intermediate_size * float_bytes
+    mask = n_ids * n_seen
+    return scores + mask + hidden + angles + keys + gate

@@ -1,0 +1,254 @@
+"""What a run needs in memory, from headers alone, before a weight is read.
+
+peak = weights + KV cache at the whole context + the larger of what prefill and a decode step (with its logits and what
+the sampler makes of them) hold beside them + what more sequences or a draft model add. Weights and cache are exact:
+they are counted as MLX allocates them. What a pass holds beside them is an estimate (`activations`): MLX works ahead of
+itself, so what is alive at once depends a little on the machine. Scores are why a quantized cache can need more than a
+plain one: with 2,048 ids a pass 8 GB at 32,768 positions of QwQ, with 256 1 GB.
+
+On Metal the limit is the recommended working set, two thirds of the memory up to 32 GiB and three quarters above (not
+measured on Metal: 16 and 32 GiB as in abetlen/llama-cpp-python#687 and ollama/ollama#434, 96 GiB as in
+ggml-org/llama.cpp#3213; on the Mac itself `model.device` asks the system).
+
+Does not: read weights, import MLX, or change a limit. `generate` decodes one sequence by itself; a batch or a draft
+model is planned as mlx-lm decodes so (`mlx_lm_memory` says how close, and what is left out on a GPU).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qwq_mlx.errors import OptionError
+from qwq_mlx.facts import ModelFacts
+from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
+from qwq_mlx.model.folder import ModelFolder, open_model_folder
+from qwq_mlx.model.layout import Packing
+from qwq_mlx.model.memory.activations import logits_bytes, n_positions, sampler_bytes
+from qwq_mlx.model.memory.batch_and_draft import batch_bytes, speculative_bytes
+from qwq_mlx.model.memory.sizes import bytes_of_float, bytes_of_pass, kv_bytes_per_token, load_bytes, weights_bytes
+from qwq_mlx.model.memory.workload import BACKENDS, KV_GROUP, Backend, ModelShape, Workload
+
+__all__ = [
+    "KV_GROUP",
+    "Backend",
+    "MemoryPlan",
+    "ModelShape",
+    "Workload",
+    "can_quantize",
+    "metal_limit_bytes",
+    "plan_memory",
+    "shape_of_facts",
+]
+
+RESERVE_BYTES = 500_000_000
+"""Left free below the limit: buffers that MLX keeps for reuse, the rest of the process. A choice, not measured."""
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """The arithmetic, every part in bytes.
+
+    weights_bytes: in memory, in the compute type. kv_bytes: the cache at the whole context. prefill_bytes,
+    decode_bytes: held beside both in a pass. logits_bytes, sampler_bytes: beside a decode step. All of these for one
+    sequence; batch_bytes, speculative_bytes: what mlx-lm holds more with other sequences beside it, or with a draft
+    model. load_bytes: held beside the weights while they are read. limit_bytes: what the device gives,
+    None if not asked. largest_context: the most positions (of one sequence) that fit under the limit, 0 if none;
+    without a limit the context planned.
+    """
+
+    backend: Backend
+    workload: Workload
+    context: int
+    weights_bytes: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    prefill_bytes: int
+    decode_bytes: int
+    logits_bytes: int
+    sampler_bytes: int
+    batch_bytes: int
+    speculative_bytes: int
+    load_bytes: int
+    reserve_bytes: int
+    limit_bytes: int | None
+    largest_context: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at any time."""
+        decode = self.decode_bytes + self.logits_bytes + self.sampler_bytes
+        running = self.kv_bytes + max(self.prefill_bytes, decode) + self.batch_bytes + self.speculative_bytes
+        return self.weights_bytes + max(running, self.load_bytes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether peak and reserve stay below the limit; true where there is none."""
+        return self.limit_bytes is None or self.peak_bytes + self.reserve_bytes <= self.limit_bytes
+
+    @property
+    def binds(self) -> str:
+        """The largest part: "weights", "KV cache", "prefill", "decode", "batch" or "speculative"."""
+        parts = {
+            "weights": self.weights_bytes,
+            "KV cache": self.kv_bytes,
+            "prefill": self.prefill_bytes,
+            "decode": self.decode_bytes + self.logits_bytes + self.sampler_bytes,
+            "batch": self.batch_bytes,
+            "speculative": self.speculative_bytes,
+        }
+        return max(parts, key=lambda name: parts[name])
+
+    def arithmetic(self) -> str:
+        """One line a part, in GB and in bytes, for people."""
+        rows = [
+            ("weights", self.weights_bytes, ""),
+            ("KV cache", self.kv_bytes, f"{self.context:,} positions of {self.kv_bytes_per_token:,} bytes"),
+            ("prefill", self.prefill_bytes, f"{self.workload.prefill_step:,} ids per pass"),
+            ("decode", self.decode_bytes, "not at the same time as prefill"),
+            ("logits", self.logits_bytes, "beside decode"),
+            ("sampler", self.sampler_bytes, "beside decode"),
+            ("batch", self.batch_bytes, f"{self.workload.n_sequences:,} sequences, as mlx-lm's batches hold them"),
+            (
+                "speculative",
+                self.speculative_bytes,
+                f"{self.workload.n_draft:,} ids guessed by a draft model, as in mlx-lm",
+            ),
+            ("peak", self.peak_bytes, ""),
+            ("reserve", self.reserve_bytes, ""),
+        ]
+        if self.limit_bytes is not None:
+            rows.append(("limit", self.limit_bytes, f"{'fits' if self.fits else 'does not fit'}, {self.backend}"))
+        unused = {"batch": self.workload.n_sequences == 1, "speculative": self.workload.draft is None}
+        return "\n".join(
+            f"{name:<11}{size / 1e9:>8.2f} GB {size:>18,} bytes  {note}".rstrip()
+            for name, size, note in rows
+            if not unused.get(name)
+        )
+
+
+def shape_of_facts(facts: ModelFacts, *, bits: int = 4, group_size: int = 64, context: int = 32_768) -> ModelShape:
+    """The shape of a known model that is not on disk, all matrices packed alike."""
+    config = Qwen2Config(
+        hidden_size=facts.hidden_size,
+        intermediate_size=facts.intermediate_size,
+        num_hidden_layers=facts.num_hidden_layers,
+        num_attention_heads=facts.num_attention_heads,
+        num_key_value_heads=facts.num_key_value_heads,
+        vocab_size=facts.vocab_size,
+        max_position_embeddings=context,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        tie_word_embeddings=False,
+        eos_token_ids=(),
+    )
+    packing = Packing(bits=bits, group_size=group_size)
+    matrices = [name.removesuffix(".weight") for name, shape in tensor_shapes(config).items() if len(shape) == 2]
+    return ModelShape(config=config, packed=dict.fromkeys(matrices, packing))
+
+
+def metal_limit_bytes(ram_bytes: int) -> int:
+    """The recommended working set of a Mac with this much memory (see the module's text; not measured on Metal)."""
+    return ram_bytes * 2 // 3 if ram_bytes <= 32 * _GIB else ram_bytes * 3 // 4
+
+
+def plan_memory(
+    model: str | Path | ModelFolder | ModelShape,
+    workload: Workload | None = None,
+    *,
+    limit_bytes: int | None = None,
+    reserve_bytes: int = RESERVE_BYTES,
+    backend: Backend = "metal",
+) -> MemoryPlan:
+    """Plan a run: what it needs, whether it fits, and the largest context that does.
+
+    model: a folder (only headers are read) or a shape. limit_bytes: what the device gives; None plans without one.
+    backend: "metal" and "cuda" have fused attention and compute in bfloat16 if not told otherwise, "cpu" has none and
+    computes in float32.
+    Raises OptionError for a context beyond the model's, or kv_bits for heads that cannot be quantized so, the draft
+    model's too; LoadError or SourceError as `open_model_folder`.
+    """
+    if backend not in BACKENDS:
+        raise OptionError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
+    workload = workload or Workload()
+    files = open_model_folder(model) if isinstance(model, (str, Path)) else model
+    own = files.config.max_position_embeddings
+    context = own if workload.context is None else workload.context
+    if context > own:
+        raise OptionError(f"context is {context:,}, expected at most {own:,}, which is what the model has.")
+    _check_bits(files.config, workload, backend, whose="")
+    if workload.draft is not None:
+        _check_bits(workload.draft.config, workload, backend, whose="the draft model's ")
+    plan = _plan(files, workload, context, backend, limit_bytes, reserve_bytes)
+    return plan if limit_bytes is None else replace(plan, largest_context=_largest_context(files, plan, own))
+
+
+def _plan(
+    model: ModelFolder | ModelShape,
+    workload: Workload,
+    context: int,
+    backend: Backend,
+    limit_bytes: int | None,
+    reserve_bytes: int,
+) -> MemoryPlan:
+    config, float_bytes = model.config, bytes_of_float(workload, backend)
+    per_token = kv_bytes_per_token(config, workload.kv_bits, float_bytes)
+    kv_bytes = n_positions(context) * per_token
+    prefill = bytes_of_pass(config, workload, min(workload.prefill_step, context), context, backend)
+    decode = bytes_of_pass(config, workload, 1, context, backend)
+    logits, sampler = logits_bytes(config), sampler_bytes(config)
+    alone = kv_bytes + max(prefill, decode + logits + sampler)
+    batch = batch_bytes(config, workload, context, backend) - alone if workload.n_sequences > 1 else 0
+    speculative = 0
+    if workload.draft is not None:
+        speculative = speculative_bytes(config, workload.draft, workload, context, backend) - alone
+    return MemoryPlan(
+        backend=backend,
+        workload=workload,
+        context=context,
+        weights_bytes=weights_bytes(config, model.packed, float_bytes),
+        kv_bytes=kv_bytes,
+        kv_bytes_per_token=per_token,
+        prefill_bytes=prefill,
+        decode_bytes=decode,
+        logits_bytes=logits,
+        sampler_bytes=sampler,
+        batch_bytes=batch,
+        speculative_bytes=speculative,
+        load_bytes=load_bytes(model, float_bytes),
+        reserve_bytes=reserve_bytes,
+        limit_bytes=limit_bytes,
+        largest_context=context,
+    )
+
+
+def _largest_context(model: ModelFolder | ModelShape, plan: MemoryPlan, own: int) -> int:
+    """By bisection: a longer context never needs less."""
+    low, high = 0, own
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = _plan(model, plan.workload, middle, plan.backend, plan.limit_bytes, plan.reserve_bytes)
+        low, high = (middle, high) if tried.fits else (low, middle - 1)
+    return low
+
+
+def can_quantize(config: Qwen2Config, backend: Backend) -> bool:
+    """Whether the KV cache of such heads can be quantized, and multiplied by on this backend."""
+    n_groups, rest = divmod(config.head_dim, KV_GROUP)
+    return rest == 0 and (n_groups > 1 or backend != "cuda")
+
+
+def _check_bits(config: Qwen2Config, workload: Workload, backend: Backend, *, whose: str) -> None:
+    if workload.kv_bits is None or can_quantize(config, backend):
+        return
+    if config.head_dim == KV_GROUP:
+        raise OptionError(
+            f"kv_bits is {workload.kv_bits}, but {whose}heads of width {KV_GROUP} are a single group, by which MLX "
+            "0.32.4 on CUDA multiplies wrongly (NaN, or other numbers). Leave kv_bits out."
+        )
+    raise OptionError(
+        f"kv_bits is {workload.kv_bits}, but {whose}heads of width {config.head_dim} are no multiple of the group "
+        f"{KV_GROUP}. Leave kv_bits out."
+    )

@@ -1,0 +1,1 @@
+"""Thinking and answer told apart, and answers compared."""

@@ -1,0 +1,1 @@
+"""Loops in a text, noticed while it is written."""

@@ -1,0 +1,243 @@
+"""Loops, found while they are written: exact cycles, variants of the same steps, one answer derived again and again,
+and doubt after doubt without anything new.
+
+Four small finders, each with constant work per token and bounded memory, behind one door. On 266 finished outputs of
+QwQ-32B-Preview the defaults report one, which does repeat one approach eight times (scripts/measure_traces.py).
+
+Does not: stop or change a run; `generate` chooses what to do. Periods above 10,922 tokens are not seen, nor loops
+that put every repetition into new words.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Literal
+
+from qwq_mlx.errors import OptionError
+from qwq_mlx.reasoning.answer.equivalence import normalise
+from qwq_mlx.reasoning.answer.sentences import MAX_LINE, revises, stated
+from qwq_mlx.reasoning.loops.exact_cycles import CycleFinder
+from qwq_mlx.reasoning.loops.near_repeats import VariantsFinder
+
+__all__ = ["Loop", "LoopDetector", "LoopOptions", "LoopScores"]
+
+LoopKind = Literal["cycle", "variants", "candidate", "doubts"]
+_WORD = re.compile(r"[^\W_]+")
+_BOX = re.compile(r"\\boxed\{([^{}]{1,80})\}")
+_CONCLUSION = re.compile(r"[*#\s]{1,8}(?:the )?final (?:answer|solution)\b", re.I)
+_MAX_SEEN = 20_000  # distinct words and pairs of words remembered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopOptions:
+    """When to report a loop. Larger numbers report later and more rarely.
+
+    cycle_margin: tokens beyond three exact repetitions. soon_limit, near_limit, far_limit: sums of stale over fresh
+    words, for steps that return at once, for those that return changed, and for long rounds (see `variants`).
+    n_candidates: how often one answer is stated within `candidate_tokens`. n_doubts: lines that open with a doubt
+    ("Wait") and bring at most one new word, each as the share of its pairs of words that stood before, less such a
+    share of new pairs in every other line, less each word never used before: a cumulative sum, never below zero.
+    The defaults stand well above the highest scores of 265 finished outputs (scripts/choose_limits.py has the rule, and
+    judges it on outputs that limits were not chosen by).
+    Raises OptionError for a value that could never report, or would at once.
+    """
+
+    cycle_margin: int = 48
+    soon_limit: float = 33.0
+    near_limit: float = 46.0
+    far_limit: float = 41.0
+    n_candidates: int = 12
+    candidate_tokens: int = 6_000
+    n_doubts: int = 12
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("cycle_margin", 0, 4096),
+            ("soon_limit", 1, 10_000),
+            ("near_limit", 1, 10_000),
+            ("far_limit", 1, 10_000),
+            ("n_candidates", 2, 10_000),
+            ("n_doubts", 2, 10_000),
+            ("candidate_tokens", 16, 32_768),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise OptionError(f"{name} is {value!r}, expected {low} to {high}. The default reports no good text.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """A loop and its evidence. start, end: token indices of the repeating stretch as far as known, end not included.
+
+    period: tokens from one repetition to the next, None where there is no regular one. score: repetitions for "cycle",
+    the cumulative sum for "variants" and "doubts", statements for "candidate". evidence: one line for a person.
+    """
+
+    kind: LoopKind
+    start: int
+    end: int
+    period: int | None
+    score: float
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopScores:
+    """How near each finder is to a report, as a share of what it reports at: 1 or more is a loop."""
+
+    cycle: float
+    variants: float
+    candidate: float
+    doubts: float
+
+
+class LoopDetector:
+    """Watches one output. After a report, `feed` stays silent about that kind until `reset`."""
+
+    def __init__(self, options: LoopOptions | None = None) -> None:
+        self._options = options or LoopOptions()
+        self.reset()
+        self._n_tokens = 0
+
+    def reset(self) -> None:
+        """Forget everything but the token count: the run was changed to leave the loop."""
+        options = self._options
+        self._cycles = CycleFinder(margin=options.cycle_margin)
+        self._variants = VariantsFinder(
+            soon_limit=options.soon_limit, near_limit=options.near_limit, far_limit=options.far_limit
+        )
+        self._line: list[str] = []
+        self._line_chars = 0
+        self._stated: deque[tuple[int, str]] = deque()
+        self._doubts = 0.0
+        self._first_doubt = 0  # token where the sum of doubts left zero
+        self._seen: dict[int, None] = {}  # words, and pairs of them, the one not met for longest first
+        self._reported: set[LoopKind] = set()
+        self._has_concluded = False
+
+    @property
+    def scores(self) -> LoopScores:
+        """The finders' running scores. Candidates and doubts change at the ends of lines."""
+        options = self._options
+        limits = (options.soon_limit, options.near_limit, options.far_limit)
+        variants = max(value / limit for value, limit in zip(self._variants.scores, limits, strict=True))
+        stated_most = max(Counter(value for _, value in self._stated).values(), default=0)
+        return LoopScores(
+            cycle=round(self._cycles.score, 4),
+            variants=round(variants, 4),
+            candidate=round(stated_most / options.n_candidates, 4),
+            doubts=round(self._doubts / options.n_doubts, 4),
+        )
+
+    @property
+    def sums(self) -> tuple[float, float, float]:
+        """The sums of stale over fresh words that soon_limit, near_limit and far_limit are compared with."""
+        return self._variants.scores
+
+    def feed(self, token_id: int, text: str) -> Loop | None:
+        """Take one token and the text it released; returns a loop when one becomes certain."""
+        index = self._n_tokens
+        self._n_tokens += 1
+        loop = self._cycle(token_id, index)
+        if text:
+            loop = loop or self._stale(text, index)
+            if "\n" in text or self._line_chars + len(text) > MAX_LINE:
+                before, _, after = text.rpartition("\n")
+                line = "".join(self._line) + before
+                self._line, self._line_chars = [after], len(after)
+                loop = loop or self._take_line(line.strip()[-MAX_LINE:], index)
+            else:
+                self._line.append(text)
+                self._line_chars += len(text)
+        if loop is None or loop.kind in self._reported:
+            return None
+        self._reported.add(loop.kind)
+        return loop
+
+    def _cycle(self, token_id: int, index: int) -> Loop | None:
+        cycle = self._cycles.feed(token_id)
+        if cycle is None or "cycle" in self._reported:
+            return None
+        return Loop(
+            kind="cycle",
+            start=index + 1 - cycle.length,
+            end=index + 1,
+            period=cycle.period,
+            score=round(cycle.n_repeats, 2),
+            evidence=f"the last {cycle.length:,} tokens repeat every {cycle.period:,}, {cycle.n_repeats:.1f} times",
+        )
+
+    def _stale(self, text: str, index: int) -> Loop | None:
+        found = self._variants.feed(text, index)
+        if found is None or "variants" in self._reported:
+            return None
+        return Loop(
+            kind="variants",
+            start=found.start,
+            end=index + 1,
+            period=found.period,
+            score=round(found.score, 1),
+            evidence=f"the same steps return about every {found.period:,} tokens with little that is new",
+        )
+
+    def _take_line(self, line: str, index: int) -> Loop | None:
+        if not line:
+            return None
+        if not self._has_concluded and _CONCLUSION.match(line):
+            self._has_concluded = True  # a conclusion may repeat the thinking, but only one may
+            self._variants.forget()
+        return self._candidate(line, index) or self._doubt(line, index)
+
+    def _candidate(self, line: str, index: int) -> Loop | None:
+        boxes = _BOX.findall(line)
+        value = boxes[-1] if boxes else stated(line)
+        if value is None:
+            return None
+        value = normalise(value)
+        self._stated.append((index, value))
+        while self._stated[0][0] <= index - self._options.candidate_tokens:
+            self._stated.popleft()
+        places = [place for place, other in self._stated if other == value]
+        if len(places) < self._options.n_candidates:
+            return None
+        return Loop(
+            kind="candidate",
+            start=places[0],
+            end=index + 1,
+            period=(places[-1] - places[0]) // (len(places) - 1),
+            score=len(places),
+            evidence=f"the answer {value[:40]!r} was stated {len(places)} times in {index + 1 - places[0]:,} tokens",
+        )
+
+    def _doubt(self, line: str, index: int) -> Loop | None:
+        words = _WORD.findall(line.lower())
+        n_new = sum(self._is_new(hash(word)) for word in dict.fromkeys(words))
+        pairs = [hash(pair) for pair in itertools.pairwise(words)]
+        known = sum(not self._is_new(pair) for pair in pairs) / max(1, len(pairs))
+        is_doubt = n_new <= 1 and revises(line) and not self._variants.is_counting
+        if is_doubt and not self._doubts:
+            self._first_doubt = index
+        gain = known if is_doubt else known - 1
+        self._doubts = max(0.0, self._doubts + gain - n_new)
+        if self._doubts < self._options.n_doubts:
+            return None
+        return Loop(
+            kind="doubts",
+            start=self._first_doubt,
+            end=index + 1,
+            period=None,
+            score=round(self._doubts, 1),
+            evidence=f"{self._doubts:.0f} more doubts than lines with news in {index + 1 - self._first_doubt:,} tokens",
+        )
+
+    def _is_new(self, what: int) -> bool:
+        """Whether this was not met lately; it is from now on."""
+        is_new = what not in self._seen
+        self._seen.pop(what, None)
+        self._seen[what] = None
+        if len(self._seen) > _MAX_SEEN:
+            del self._seen[next(iter(self._seen))]
+        return is_new

@@ -1,0 +1,162 @@
+"""Loops that are not exact: the same steps again with other names, numbers, openings or order.
+
+The idea: a run of four word templates (see `words`) is stale when it stood several times not long before. A reasoning
+that gets on is mostly fresh; one that goes round becomes stale and stays so. A cumulative sum adds 1 - drift for a
+stale word and takes drift for a fresh one, never below zero, and a loop is reported when it reaches its limit: the
+shortest delay for a given rate of false alarms (Page's test). Three such sums run side by side: `SOON` for steps that
+return at once and nearly word by word (once within 150 words), `NEAR` for those that return changed (twice within 300),
+`FAR` for long rounds (three times within 2,000). Numbers never count as
+stale, so tables of digits and lists of trials, whose news is their numbers, stay below; nor do words of a count that
+goes on (see `counting`), and new rows of a list take back what they added (see `rows`).
+
+Does not: understand a step. Rounds that share no run of four words, or are longer than about 650, are missed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from qwq_mlx.reasoning.loops.count_progress import CountWatcher
+from qwq_mlx.reasoning.loops.list_progress import RowWatcher
+from qwq_mlx.reasoning.loops.word_templates import TemplateReader
+
+__all__ = ["FAR", "NEAR", "SOON", "Scale", "Variants", "VariantsFinder"]
+
+_RUN = 4
+_N_DISTANCES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """When a run is stale: it stood `n_earlier` times within the last `horizon` words. drift: what a fresh word takes
+    from the sum, and 1 - drift what a stale one adds."""
+
+    n_earlier: int
+    horizon: int
+    drift: float
+
+
+SOON = Scale(n_earlier=1, horizon=150, drift=0.65)
+NEAR = Scale(n_earlier=2, horizon=300, drift=0.5)
+FAR = Scale(n_earlier=3, horizon=2000, drift=0.6)
+_N_PLACES = max(SOON.n_earlier, NEAR.n_earlier, FAR.n_earlier)
+_HORIZON = max(SOON.horizon, NEAR.horizon, FAR.horizon)
+
+
+@dataclass(frozen=True, slots=True)
+class Variants:
+    """Steps that keep returning. start: token where the first of them stands, as far as known; period: tokens from one
+    to the next, the median; score: the cumulative sum."""
+
+    start: int
+    period: int
+    score: float
+
+
+class _Sum:
+    """The cumulative sum of one scale."""
+
+    __slots__ = ("distances", "limit", "rise", "scale", "value")
+
+    def __init__(self, scale: Scale, limit: float) -> None:
+        self.scale = scale
+        self.limit = limit
+        self.value = 0.0
+        self.rise = 0  # token where the sum left zero
+        self.distances: deque[int] = deque(maxlen=_N_DISTANCES)  # tokens back to the same run
+
+    def take(self, earlier: tuple[int, ...], n_words: int, index: int, distance: int) -> None:
+        """One word: `earlier` are the places of its run, in words, the latest last."""
+        needed = self.scale.n_earlier
+        if len(earlier) >= needed and n_words - earlier[-needed] <= self.scale.horizon:
+            if not self.value:
+                self.rise = index
+            self.value += 1 - self.scale.drift
+            self.distances.append(distance)
+        else:
+            self.value = max(0.0, self.value - self.scale.drift)
+
+
+class VariantsFinder:
+    """Feed each token's text with its index; `feed` returns what it found while a sum is at its limit or above."""
+
+    def __init__(self, *, soon_limit: float, near_limit: float, far_limit: float) -> None:
+        self._sums = (_Sum(SOON, soon_limit), _Sum(NEAR, near_limit), _Sum(FAR, far_limit))
+        self._reader = TemplateReader()
+        self._counts = CountWatcher()
+        self._rows = RowWatcher()
+        self._at_line = [0.0] * len(self._sums)  # the sums where the line began
+        self._n_lines = 0
+        self._run: tuple[str, ...] = ()
+        self._n_words = 0
+        self._recent: deque[int] = deque()
+        self._places: dict[int, tuple[int, ...]] = {}  # run -> words where it stood last
+        self._tokens: dict[int, int] = {}  # run -> token where it stood last
+
+    @property
+    def scores(self) -> tuple[float, float, float]:
+        """The sums: soon, near and far."""
+        soon, near, far = self._sums
+        return soon.value, near.value, far.value
+
+    @property
+    def is_counting(self) -> bool:
+        """Whether the last word belongs to a count, which is progress whatever it repeats."""
+        return self._counts.covers(self._n_words)
+
+    def forget(self) -> None:
+        """Begin anew: what comes may repeat what stood before."""
+        for each in self._sums:
+            each.value = 0.0
+        self._at_line = [0.0] * len(self._sums)
+        self._recent.clear()
+        self._places.clear()
+        self._tokens.clear()
+
+    def feed(self, text: str, index: int) -> Variants | None:
+        """Take the text of token `index`."""
+        for word in self._reader.feed(text):
+            self._take(word, index)
+        for each in self._sums:
+            if each.value >= each.limit:
+                distances = sorted(each.distances)
+                period = distances[len(distances) // 2]
+                return Variants(max(0, each.rise - each.scale.n_earlier * period), period, each.value)
+        return None
+
+    def _end_lines(self, n_lines: int) -> None:
+        """One line end or more stood before this word. A row of a list takes back what it added."""
+        self._n_lines += n_lines
+        self._counts.end_line(self._n_words)
+        if self._rows.end_line():
+            for each, value in zip(self._sums, self._at_line, strict=True):
+                each.value = min(each.value, value)
+        if n_lines > 1:
+            self._rows.end_line()  # the blank line
+        self._at_line = [each.value for each in self._sums]
+
+    def _take(self, word: str, index: int) -> None:
+        self._run = (*self._run[1 - _RUN :], word)
+        self._n_words += 1
+        run, n_words = hash(self._run), self._n_words
+        earlier = self._places.get(run, ())
+        if self._n_lines != self._reader.n_lines:
+            self._end_lines(self._reader.n_lines - self._n_lines)
+        self._rows.word(self._reader.word, word)
+        self._counts.word(self._reader.word, word, n_words)
+        if word == "0":
+            self._counts.number(self._reader.word, run, n_words, begins_line=self._reader.begins_line)
+        is_word = word == "A" or word[0].isalpha()
+        if is_word or word == "0":
+            is_news = not is_word or self._counts.is_counting(n_words)
+            distance = index - self._tokens.get(run, index)
+            for each in self._sums:
+                each.take(() if is_news else earlier, n_words, index, distance)
+        self._places[run] = (*earlier[1 - _N_PLACES :], n_words)
+        self._tokens[run] = index
+        self._recent.append(run)
+        if len(self._recent) > _HORIZON:
+            oldest = self._recent.popleft()
+            if self._places[oldest][-1] <= n_words - _HORIZON:
+                del self._places[oldest], self._tokens[oldest]

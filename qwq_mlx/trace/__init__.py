@@ -1,0 +1,1 @@
+"""One run as plain data: steps, the trace, its file and its plot; nothing here imports mlx."""

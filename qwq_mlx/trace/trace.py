@@ -1,0 +1,301 @@
+"""The result of a run: a `Step` per token while it goes, a frozen `Trace` of everything at the end.
+
+A Trace is plain data (texts, numbers, tuples), so it goes to JSON and comes back equal; only hidden states, where they
+were asked for, are arrays. The file says which schema it has; another one (1 is refused too) is refused by name instead
+of being half read.
+
+Does not: hold a model, or work anything out that the run did not see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from qwq_mlx.errors import SourceError
+from qwq_mlx.options import CUE_PATIENCE
+from qwq_mlx.reasoning.loops.detector import LoopScores
+from qwq_mlx.trace.trace_file import read_trace, write_trace
+
+__all__ = ["SCHEMA_VERSION", "Alternative", "FinishReason", "Injection", "Step", "Timings", "Trace"]
+
+SCHEMA_VERSION = 2
+
+FinishReason = Literal["stop", "answered", "length", "budget", "loop", "context_full", "interrupted"]
+Segment = Literal["thinking", "answer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """An id that the model might have written instead, its text alone, and its log-probability in nats."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One token of a running generation.
+
+    index: place in the output, from 0. text: what this token completed; "" while a character or a possible stop text is
+    unfinished. logprob, entropy: in nats over the model's own distribution; None for an injected token.
+    segment: the part the text belongs to as far as can be told yet. is_injected: put there by a budget or a guard.
+    Only where `Inspect` asks: alternatives, by falling log-probability; margin, the first log-probability minus the
+    second; loop_scores; hidden, layer -> float32 (hidden_size,).
+    """
+
+    index: int
+    id: int
+    text: str
+    logprob: float | None
+    entropy: float | None
+    segment: Segment
+    is_injected: bool = False
+    alternatives: tuple[Alternative, ...] = ()
+    margin: float | None = None
+    loop_scores: LoopScores | None = None
+    hidden: Mapping[int, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Injection:
+    """Ids that the run put into the output: places start to end (end not included), their text, and why."""
+
+    start: int
+    end: int
+    text: str
+    reason: FinishReason
+
+    def until(self, at: int, steps: Sequence[Step]) -> Injection:
+        """What of it stands in the first `at` of these steps."""
+        end = min(self.end, at)
+        text = "".join(step.text for step in steps[self.start : end])
+        return Injection(start=self.start, end=end, text=text, reason=self.reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Where the time went. Rates are None where nothing was measured; a decode rate counts intervals between tokens."""
+
+    n_prefilled: int
+    prefill_s: float
+    n_intervals: int
+    decode_s: float
+
+    @property
+    def prefill_tok_s(self) -> float | None:
+        """Prompt ids per second."""
+        return self.n_prefilled / self.prefill_s if self.prefill_s > 0 and self.n_prefilled else None
+
+    @property
+    def decode_tok_s(self) -> float | None:
+        """Output ids per second, over the n - 1 intervals between n ids."""
+        return self.n_intervals / self.decode_s if self.decode_s > 0 and self.n_intervals else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """All of a finished run.
+
+    question: what people wrote in the prompt.
+    ids: what came out, with the id that ended it if one did; `text` is without that id, and without the stop text.
+    texts: what each id let out; joined they are `text`.
+    logprobs, entropies: one per id, None where injected. thinking, conclusion: the two parts of the text; answer: what
+    was extracted from the conclusion, None where there is none; answer_kind: what it was told by ("heading", "box",
+    "tag", "sentence" ...); is_revised: the text doubts it later; confidence: how sure the split is, 0 to 1.
+    thinking_span, conclusion_span: (start, end) in ids. finish_reason: see `describe`. settings: sampling, limits,
+    thinking and seed as used. model: folder, weights, compute type. peak_bytes: device memory at most.
+    events: what was noticed on the way, each with "event": "loop" (see reasoning.loops.Loop, and the "action" taken) or
+    "switch" (another script, see reasoning.language.Switch).
+    Where `Inspect` asked, one per id: alternatives (none where injected), margins, loop_scores; hidden: layer ->
+    (ids, hidden_size) float32, NaN where injected. Else they are empty.
+    """
+
+    question: str
+
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    text: str
+    texts: tuple[str, ...]
+    thinking: str
+    conclusion: str
+    answer: str | None
+    answer_kind: str
+    is_revised: bool
+    confidence: float
+    thinking_span: tuple[int, int]
+    conclusion_span: tuple[int, int] | None
+    finish_reason: FinishReason
+    detail: str
+    logprobs: tuple[float | None, ...]
+    entropies: tuple[float | None, ...]
+    injections: tuple[Injection, ...]
+    timings: Timings
+    peak_bytes: int
+    settings: Mapping[str, Any]
+    model: Mapping[str, Any]
+    events: tuple[Mapping[str, Any], ...] = field(default=())
+    alternatives: tuple[tuple[Alternative, ...], ...] = ()
+    margins: tuple[float | None, ...] = ()
+    loop_scores: tuple[LoopScores | None, ...] = ()
+    hidden: Mapping[int, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a run that ended so can be gone on with from a checkpoint."""
+        return self.finish_reason in ("interrupted", "length", "context_full")
+
+    @property
+    def can_be_asked(self) -> bool:
+        """Whether a run ended by itself without an answer, and can be asked for one from a checkpoint."""
+        ended = (self.finish_reason == "stop" and not self.detail) or self.finish_reason == "loop"
+        return ended and self.answer is None and not self.injections
+
+    def describe(self) -> str:
+        """Why the run ended, the answer and how sure it is, and how to continue where that makes sense."""
+        why = _DESCRIPTIONS[self.finish_reason] + (f" ({self.detail})" if self.detail else "")
+        if self.answer is None:
+            answer = "no answer"
+        else:
+            shown = self.answer if len(self.answer) <= _SHOWN else self.answer[: _SHOWN - 1] + "…"
+            doubted = ", doubted afterwards" if self.is_revised else ""
+            answer = f"answer {shown!r}{doubted}, confidence {self.confidence:.2f}"
+        return "; ".join(part for part in (why, answer, self._way_on()) if part)
+
+    def _way_on(self) -> str | None:
+        """How to continue. Without a saved file, a text that the model ended without an answer is drawn again up to
+        shortly before its end, and the answer asked for there."""
+        can_ask = self.answer is None and not self.injections
+        if self.finish_reason == "stop" and self.answer is None:
+            n_tokens, seed = max(0, len(self.ids) - 1 - CUE_PATIENCE), self.settings["sampling"].get("seed")
+            same = "" if seed is None else f" --seed {seed}"
+            saved = "--save the run and --resume it with --answer-now, or " if self.can_be_asked else ""
+            return f"to have the answer asked for, {saved}repeat it with{same} --think-tokens {n_tokens}"
+        if self.finish_reason == "answered" and self.answer is None:
+            return "to try again, another --seed"
+        if can_ask and self.finish_reason in ("loop", "context_full"):
+            return f"{_WAYS_ON[self.finish_reason]}; for an answer, --save the run and --resume it with --answer-now"
+        return _WAYS_ON.get(self.finish_reason)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, the schema's version first; all but the hidden states."""
+        values = dataclasses.asdict(dataclasses.replace(self, hidden={}))
+        del values["hidden"]
+        return {"schema_version": SCHEMA_VERSION, **values}
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON lines, hidden states beside them (`trace_file`); the file appears whole or not at all.
+
+        Raises SavingError where the disk does not take it.
+        """
+        fields = self.to_json()
+        del fields["schema_version"], fields["text"]
+        columns = {one: fields.pop(many) for one, many in _COLUMNS.items()}
+        shown = {name: values for name, values in columns.items() if values or name in _ALWAYS}
+        tokens = [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)]
+        write_trace(Path(path), fields, tokens, self.hidden, schema=SCHEMA_VERSION)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw entropy and log-probability with segments, stated answers and loops (see `plot`; needs matplotlib).
+
+        Raises OptionError; SavingError where the disk does not take it.
+        """
+        from qwq_mlx.trace.plot import plot_trace
+
+        plot_trace(self, Path(path))
+
+    @classmethod
+    def from_json(cls, value: Any, *, where: str) -> Trace:
+        """The Trace again. Raises SourceError for another schema, and fields missing, unknown or of a wrong kind."""
+        if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
+            found = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
+            raise SourceError(
+                f"{where}: schema_version is {found!r}, expected {SCHEMA_VERSION}. "
+                "Read the trace with the version of qwq_mlx that wrote it."
+            )
+        names = {each.name for each in dataclasses.fields(cls)} - {"hidden"}
+        differing = sorted((value.keys() - {"schema_version"}) ^ names)
+        if differing:
+            raise SourceError(
+                f"{where}: the field {differing[0]!r} is {'unknown' if differing[0] in value else 'missing'}. "
+                "The file is damaged or edited; save the trace again."
+            )
+        if value["finish_reason"] not in get_args(FinishReason):
+            raise SourceError(
+                f"{where}: finish_reason is {value['finish_reason']!r}, expected one of "
+                f"{', '.join(get_args(FinishReason))}. The file is damaged or edited; save the trace again."
+            )
+        try:
+            trace = cls(**{name: _read(name, value[name]) for name in names})
+            if "".join(trace.texts) != trace.text or not len(trace.texts) == len(trace.ids) == len(trace.logprobs):
+                raise ValueError("text, texts, ids and logprobs do not fit together")
+            return trace
+        except (TypeError, ValueError) as error:
+            raise SourceError(
+                f"{where}: is no trace ({error}). The file is damaged or edited; save it again."
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read what `save` wrote, every byte checked. Raises SourceError naming the file and the fault."""
+        fields, tokens, hidden = read_trace(Path(path), schema=SCHEMA_VERSION)
+        names = tokens[0].keys() if tokens else _ALWAYS
+        for place, token in enumerate(tokens, start=2):
+            if token.keys() != names or not _ALWAYS <= names <= _COLUMNS.keys():
+                raise SourceError(f"{path}: line {place:,} has the fields {', '.join(token)}. The file is edited.")
+        columns = {many: [token[one] for token in tokens if one in token] for one, many in _COLUMNS.items()}
+        text = "".join(map(str, columns["texts"]))
+        trace = cls.from_json({"schema_version": SCHEMA_VERSION, **fields, **columns, "text": text}, where=str(path))
+        return dataclasses.replace(trace, hidden=hidden)
+
+
+# One a token: name in its line, and the Trace's field; the first four are always there.
+_COLUMNS = {
+    "id": "ids",
+    "text": "texts",
+    "logprob": "logprobs",
+    "entropy": "entropies",
+    "margin": "margins",
+    "loop_scores": "loop_scores",
+    "alternatives": "alternatives",
+}
+_ALWAYS = frozenset(("id", "text", "logprob", "entropy"))
+
+_DESCRIPTIONS: dict[str, str] = {
+    "stop": "the model ended its text",
+    "answered": "the answer was asked for during the run",
+    "length": "--max-tokens was reached",
+    "budget": "the thinking budget was spent and the answer asked for",
+    "loop": "the text went round in a loop",
+    "context_full": "the context is full",
+    "interrupted": "interrupted",
+}
+_WAYS_ON: dict[str, str] = {
+    "length": "to go on, --save the run and --resume it with more --max-tokens",
+    "budget": "for a longer thinking, more --think-tokens",
+    "loop": "to get past it, --on-loop nudge or another --seed",
+    "context_full": "to go on, ask again with a shorter prompt",
+    "interrupted": "to go on, --save the run and --resume it",
+}
+_SHOWN = 60  # characters of an answer in `describe`
+
+
+def _read(name: str, value: Any) -> Any:
+    """JSON has lists for tuples and objects for dataclasses."""
+    if name == "alternatives":
+        return tuple(tuple(Alternative(**each) for each in step) for step in value)
+    if name == "loop_scores":
+        return tuple(None if each is None else LoopScores(**each) for each in value)
+    if name == "injections":
+        return tuple(Injection(**each) for each in value)
+    if name == "timings":
+        return Timings(**value)
+    if name == "events":
+        return tuple(dict(each) for each in value)
+    if isinstance(value, list):
+        return tuple(value)
+    return value

@@ -1,0 +1,153 @@
+"""A calibration pass that was stopped goes on behind the last layer that was kept, and ends with the same bits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import write_tiny_checkpoint
+from hub_server import HubServer, Repository
+
+from qwq_mlx.convert import Progress, convert_checkpoint
+from qwq_mlx.convert.calibration.checkpoint import Begun, Keeper, begun_path, read_begun
+from qwq_mlx.convert.calibration.importance import STATISTICS_NAME
+from qwq_mlx.convert.calibration.importance import checkpoint as begun
+from qwq_mlx.model.layers import LayerStream
+
+pytestmark = pytest.mark.tiny
+RUN = {"file": "text.txt", "type": "float32"}
+N_LAYERS = 6
+
+
+def some() -> Begun:
+    random = np.random.default_rng(3)
+    return Begun(
+        n_layers=2,
+        hidden=[random.standard_normal((n, 8)).astype(np.float32) for n in (3, 1, 12)],
+        sums={"model.layers.0.mlp.up_proj": random.standard_normal(8), "lm_head": random.standard_normal(4)},
+    )
+
+
+def test_what_is_kept_comes_back_bit_for_bit_and_only_for_its_own_run(tmp_path: Path) -> None:
+    path, given = begun_path(tmp_path / "importance.safetensors"), some()
+    assert read_begun(path, RUN) is None
+    Keeper(path, RUN).keep(given)
+    found = read_begun(path, RUN)
+    assert found is not None and found.n_layers == 2
+    for ours, theirs in zip(found.hidden, given.hidden, strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and np.array_equal(ours, theirs)
+    assert found.sums.keys() == given.sums.keys()
+    assert all(np.array_equal(found.sums[name], given.sums[name]) for name in given.sums)
+    assert read_begun(path, {**RUN, "type": "bfloat16"}) is None
+    path.write_bytes(path.read_bytes()[:-1])
+    assert read_begun(path, RUN) is None
+
+
+def test_a_pass_is_kept_once_a_minute_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(begun.time, "monotonic", lambda: now[0])
+    keeper = Keeper(tmp_path / "begun.safetensors", RUN)
+    due = []
+    for now[0] in (101.0, 159.0, 160.0, 170.0, 219.0, 221.0):
+        due.append(keeper.is_due())
+        if due[-1]:
+            keeper.keep(some())
+    assert due == [False, False, True, False, False, True]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("wait, is the answer 479? let me think again. " * 30, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_tiny_checkpoint(tmp_path / "source", n_layers=N_LAYERS, n_shards=6)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers that passes read, as they are read; every layer is kept, without waiting a minute."""
+    found: list[int] = []
+    layer = LayerStream.layer
+
+    def seen(self: LayerStream, index: int) -> Any:
+        found.append(index)
+        return layer(self, index)
+
+    monkeypatch.setattr(LayerStream, "layer", seen)
+    monkeypatch.setattr(begun, "_EVERY_S", 0.0)
+    return found
+
+
+def stop_at(layer: int, read: list[int]) -> Any:
+    def stop(progress: Progress) -> None:
+        if progress.phase == "calibrate" and f"layers.{layer}." in progress.what:
+            read.clear()
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def same_files(one: Path, other: Path) -> bool:
+    names = [path.name for path in one.glob("*.safetensors")] + [STATISTICS_NAME]
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("layer", [1, 4])
+def test_a_stopped_pass_goes_on_behind_the_layer_that_was_kept(
+    layer: int, source: Path, text: Path, tmp_path: Path, read: list[int]
+) -> None:
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    convert_checkpoint(source, whole, calibrate=text, quality=False)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, output, calibrate=text, quality=False, progress=stop_at(layer, read))
+    kept = begun_path(tmp_path / "out.partial" / "calibration" / "importance.safetensors")
+    left = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
+    left.write_bytes(b"torn")
+    convert_checkpoint(source, output, calibrate=text, quality=False, progress=lambda _: read.append(-left.exists()))
+    assert [each for each in read if each > 0] == list(range(layer, N_LAYERS)) and -1 not in read
+    assert same_files(output, whole) and not (tmp_path / "out.partial").exists()
+
+
+def test_a_pass_of_another_text_or_version_begins_anew(
+    source: Path, text: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlx.core as mx
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, tmp_path / "out", calibrate=text, quality=False, progress=stop_at(3, read))
+    monkeypatch.setattr(mx, "__version__", "0.0.1")
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, tmp_path / "out", calibrate=text, quality=False, progress=stop_at(5, seen := []))
+    assert read == list(range(N_LAYERS)) and not seen
+
+
+def test_from_the_hub_only_the_shards_of_the_layers_to_come_are_fetched_again(
+    source: Path, text: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    fetched: list[int] = []
+
+    def look(progress: Progress) -> None:
+        if progress.phase == "calibrate":
+            fetched.append(progress.fetched_bytes or 0)
+
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        server.repositories["a/b"] = Repository()
+        server.repositories["a/b"].push({path.name: path.read_bytes() for path in source.iterdir()})
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint("a/b", tmp_path / "out", calibrate=text, progress=stop_at(4, read))
+        convert_checkpoint("a/b", tmp_path / "out", calibrate=text, progress=look)
+    assert read == [4, 5]
+    assert 0 < max(fetched) < 0.7 * sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    convert_checkpoint(source, tmp_path / "local", calibrate=text, quality=False)
+    assert same_files(tmp_path / "out", tmp_path / "local")

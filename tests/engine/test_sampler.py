@@ -1,0 +1,200 @@
+"""What may be drawn, with which probability, equals transformers' and mlx-lm's own code."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from qwq_mlx.engine.sampler import Sampler, kept
+from qwq_mlx.errors import OptionError
+from qwq_mlx.options import NEUTRAL, Sampling
+
+VOCABULARY = 152_064
+
+
+def sampling(**changes: Any) -> Sampling:
+    return Sampling(**changes).resolve(NEUTRAL)
+
+
+def probabilities(logits: np.ndarray, chosen: Sampling) -> np.ndarray:
+    """Ours as a vector over all ids."""
+    ids, values = kept(mx.array(logits), chosen)
+    where = np.arange(logits.size) if ids is None else np.array(ids)
+    result = np.zeros(logits.size)
+    result[where] = np.array(mx.softmax(values))
+    return result
+
+
+def warped(logits: np.ndarray, chosen: Sampling) -> np.ndarray:
+    """transformers' warpers, in its order."""
+    torch = pytest.importorskip("torch")
+    from transformers.generation import logits_process as hf
+
+    scores = torch.tensor(logits)[None]
+    steps = [hf.TemperatureLogitsWarper(chosen.temperature)]
+    steps += [hf.TopKLogitsWarper(chosen.top_k)] if chosen.top_k else []
+    steps += [hf.TopPLogitsWarper(chosen.top_p)] if chosen.top_p is not None and chosen.top_p < 1 else []
+    steps += [hf.MinPLogitsWarper(chosen.min_p)] if chosen.min_p else []
+    for step in steps:
+        scores = step(None, scores)
+    return torch.softmax(scores[0].double(), -1).numpy()
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+    {"temperature": 0.6, "top_p": 0.95, "top_k": 40, "min_p": 0.05},
+    {"temperature": 1.3, "top_k": 1},
+    {"temperature": 0.3, "top_k": 500, "top_p": 0.5},
+    {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 2.5},
+    {"temperature": 0.9, "top_k": VOCABULARY + 5, "min_p": 1.0},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("spread", [0.5, 3.0, 12.0])
+def test_the_kept_set_and_its_probabilities_equal_transformers_at_the_full_vocabulary(
+    settings: dict[str, Any], spread: float
+) -> None:
+    logits = np.random.default_rng(7).normal(0, spread, VOCABULARY).astype(np.float32)
+    ours, theirs = probabilities(logits, sampling(**settings)), warped(logits, sampling(**settings))
+    assert np.array_equal(ours > 0, theirs > 0)
+    np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.8, 0.999])
+def test_top_p_alone_equals_transformers_up_to_the_rounding_of_the_running_sum(top_p: float) -> None:
+    logits = np.random.default_rng(1).normal(0, 4, VOCABULARY).astype(np.float32)
+    chosen = sampling(temperature=0.7, top_p=top_p)
+    ours, theirs = probabilities(logits, chosen), warped(logits, chosen)
+    full = np.sort(warped(logits, sampling(temperature=0.7)))
+    # a sum of n float32 numbers up to 1 is off by at most n * 2**-24; far fewer ids than that lie at the border
+    border = np.searchsorted(np.cumsum(full), 1 - top_p)
+    differing = np.flatnonzero((ours > 0) != (theirs > 0))
+    assert len(differing) <= max(2, (ours > 0).sum() // 100)
+    assert all(abs(warped(logits, sampling(temperature=0.7))[i] - full[border]) < 1e-6 for i in differing)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_ids_that_tie_with_the_kth_are_kept_as_in_transformers() -> None:
+    logits = np.round(np.random.default_rng(3).normal(0, 2, 5000), 1).astype(np.float32)
+    chosen = sampling(temperature=0.7, top_k=20)
+    assert (np.sort(logits)[-21:] == np.sort(logits)[-20]).sum() > 1
+    assert np.array_equal(probabilities(logits, chosen) > 0, warped(logits, chosen) > 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+        {"temperature": 0.6, "top_p": 0.95, "min_p": 0.02},
+        {"temperature": 1.5, "top_k": 7},
+        {"temperature": 0.1, "top_p": 0.6},
+    ],
+)
+def test_order_mlx_lm_keeps_what_mlx_lm_keeps(settings: dict[str, Any]) -> None:
+    from qwq_mlx.model.load import import_mlx_lm
+
+    theirs = import_mlx_lm("mlx_lm.sample_utils")
+    logits = np.random.default_rng(5).normal(0, 3, 3001).astype(np.float32)
+    x = mx.array(logits)[None]
+    x = x - mx.logsumexp(x, keepdims=True)
+    x = theirs.apply_top_p(x, settings["top_p"]) if "top_p" in settings else x
+    x = theirs.apply_min_p(x, settings["min_p"], 1) if "min_p" in settings else x
+    x = theirs.apply_top_k(x, settings["top_k"]) if "top_k" in settings else x
+    expected = np.array(mx.softmax(x[0] / settings["temperature"]))
+    ours = probabilities(logits, sampling(order="mlx-lm", **settings))
+    assert np.array_equal(ours > 0, expected > 0)
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-9)
+
+
+def test_the_two_orders_keep_different_sets() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.2], dtype=np.float32))
+    one = probabilities(logits, sampling(temperature=0.1, top_p=0.6))
+    other = probabilities(logits, sampling(temperature=0.1, top_p=0.6, order="mlx-lm"))
+    assert [(one > 0).sum(), (other > 0).sum()] == [1, 2]
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = np.random.default_rng(0).normal(0, 1.5, 50).astype(np.float32)
+    chosen = sampling(temperature=0.8, top_k=10, top_p=0.9)
+    expected = probabilities(logits, chosen)
+    sampler = Sampler(chosen, seed=11, n_ids=50)
+    memory, x = sampler.start([0]), mx.array(logits)
+    n_draws = 4000
+    found = Counter(mx.stack([sampler.draw(x, memory, index) for index in range(n_draws)]).tolist())
+    assert set(found) <= set(np.flatnonzero(expected).tolist())
+    possible = np.flatnonzero(expected)
+    chi2 = sum((found[i] - n_draws * expected[i]) ** 2 / (n_draws * expected[i]) for i in possible.tolist())
+    # mean df, variance 2 df: 6 sigma is about 1e-6 for these few degrees of freedom, and the seed is fixed
+    df = len(possible) - 1
+    assert chi2 < df + 6 * (2 * df) ** 0.5
+
+
+def test_a_draw_depends_on_seed_index_and_salt_alone() -> None:
+    x = mx.array(np.random.default_rng(2).normal(0, 1, 300).astype(np.float32))
+
+    def ids(seed: int, salt: int = 0, first: int = 0) -> list[int]:
+        sampler = Sampler(sampling(temperature=1.0), seed=seed, n_ids=300, salt=salt)
+        return [sampler.draw(x, sampler.start([1]), index).item() for index in range(first, first + 20)]
+
+    assert ids(5) == ids(5)
+    assert ids(5, first=10)[:10] == ids(5)[10:]
+    assert len({tuple(ids(5)), tuple(ids(6)), tuple(ids(5, salt=1)), tuple(ids(2**40 + 5))}) == 4
+    # neighbouring seeds must not be the same stream, shifted
+    assert ids(6)[:19] != ids(5)[1:]
+    before = mx.random.state[0].tolist()
+    ids(5)
+    assert mx.random.state[0].tolist() == before, "a draw must not touch MLX's global random state"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-300, 5e-324])
+def test_temperature_zero_and_tiny_take_the_likeliest(temperature: float) -> None:
+    logits = np.random.default_rng(4).normal(0, 2, 400).astype(np.float32)
+    sampler = Sampler(sampling(temperature=temperature, top_k=20, top_p=0.8), seed=0, n_ids=400)
+    drawn = {sampler.draw(mx.array(logits), sampler.start([0]), i).item() for i in range(20)}
+    assert drawn == {int(logits.argmax())}
+
+
+def test_repetition_presence_and_frequency_penalties_equal_a_plain_twin() -> None:
+    torch = pytest.importorskip("torch")
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+    logits = np.random.default_rng(8).normal(0, 2, 40).astype(np.float32)
+    prompt, output = [3, 3, 7], [5, 7, 5, 5]
+    chosen = sampling(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=-0.25)
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt + output]), torch.tensor(logits)[None])[0]
+    expected = expected.numpy().copy()
+    for token_id in set(output):
+        expected[token_id] -= 0.5 - 0.25 * output.count(token_id)
+    sampler = Sampler(chosen, seed=0, n_ids=40)
+    at_once = sampler.start(prompt, output)
+    one_by_one = sampler.start(prompt)
+    for token_id in output:
+        one_by_one = sampler.push(one_by_one, mx.array(token_id, mx.uint32))
+    for memory in (at_once, one_by_one):
+        np.testing.assert_allclose(np.array(sampler.adjusted(mx.array(logits), memory)), expected, rtol=1e-6)
+
+
+def test_logit_bias_is_added_and_minus_infinity_bans() -> None:
+    logits = np.zeros(6, dtype=np.float32)
+    sampler = Sampler(sampling(temperature=1.0, logit_bias={2: 1.5, 4: float("-inf")}), seed=0, n_ids=6)
+    adjusted = np.array(sampler.adjusted(mx.array(logits), sampler.start([0])))
+    assert adjusted.tolist() == [0, 0, 1.5, 0, float("-inf"), 0]
+    drawn = {sampler.draw(mx.array(logits), sampler.start([0]), i).item() for i in range(200)}
+    assert drawn == {0, 1, 2, 3, 5}
+
+
+def test_impossible_biases_and_unresolved_samplings_are_refused() -> None:
+    with pytest.raises(
+        OptionError, match=r"logit_bias has the id 10, expected ids from 0 to 9, the tokenizer's last\."
+    ):
+        Sampler(sampling(logit_bias={10: 1.0}), seed=0, n_ids=10)
+    with pytest.raises(OptionError, match="logit_bias bans every id"):
+        Sampler(sampling(logit_bias={0: float("-inf"), 1: float("-inf")}), seed=0, n_ids=2)
+    with pytest.raises(OptionError, match=r"still has a value of None; call resolve\(\) first"):
+        kept(mx.zeros(4), Sampling(temperature=1.0))

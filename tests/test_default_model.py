@@ -1,0 +1,131 @@
+"""Which model runs when none is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checkpoints import write_json
+
+from qwq_mlx import default_model
+from qwq_mlx.default_model import Choice, choose_model, made_ready, ready_model, user_cache_folder
+from qwq_mlx.errors import ConversionError, LoadError
+from qwq_mlx.facts import POCKET, QWQ_32B_PREVIEW, ModelFacts
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of its own, with a pocket checkpoint, and a current folder beside it."""
+    package = tmp_path / "checkout" / "qwq_mlx"
+    checkpoint = package / "pocket" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / "config.json", {})
+    monkeypatch.setattr(default_model, "_PACKAGE", package)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return package
+
+
+def conversion(folder: Path, model: ModelFacts, *, is_quantized: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    names = ("hidden_size", "num_hidden_layers", "vocab_size")
+    extra = {"quantization": {"bits": 4}} if is_quantized else {}
+    write_json(folder / "config.json", {name: getattr(model, name) for name in names} | extra)
+    return folder
+
+
+def test_a_named_model_wins_without_a_word(package: Path) -> None:
+    assert choose_model("some/where", {"QWQ_MLX_MODEL": "other"}) == Choice(folder=Path("some/where"))
+
+
+def test_the_environment_comes_next_and_is_said(package: Path) -> None:
+    choice = choose_model(None, {"QWQ_MLX_MODEL": "other"})
+    assert choice == Choice(folder=Path("other"), note="model: other (from $QWQ_MLX_MODEL)")
+
+
+def test_then_the_first_finished_conversion_of_a_32b(package: Path, tmp_path: Path) -> None:
+    checkout = package.parent / "conversions"
+    conversion(checkout / "a-pocket", POCKET)
+    conversion(checkout / "b.partial", QWQ_32B_PREVIEW)
+    conversion(checkout / "c-float", QWQ_32B_PREVIEW, is_quantized=False)
+    (checkout / "d").mkdir()
+    (checkout / "e.toml").write_text("")
+    (checkout / "f").mkdir()
+    (checkout / "f" / "config.json").write_text("[")
+    second = conversion(checkout / "h", QWQ_32B_PREVIEW)
+    first = conversion(checkout / "g", QWQ_32B_PREVIEW)
+    assert choose_model(None, {}) == Choice(folder=first, note=f"model: {first}")
+    assert second.is_dir()
+    own = conversion(tmp_path / "here" / "conversions" / "z", QWQ_32B_PREVIEW)
+    assert choose_model(None, {}).folder == own, "the current folder comes before the checkout"
+
+
+def test_else_the_pocket_with_a_line_that_says_so(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    choice = choose_model(None, environment)
+    assert choice.folder.parent == tmp_path / "cache" / "qwq-mlx"
+    assert choice.source == package / "pocket" / "checkpoint"
+    assert "pocket model" in choice.note and "python -m qwq_mlx.convert" in choice.note
+    assert not (tmp_path / "cache").exists(), "choosing writes nothing"
+    conversion(choice.folder, POCKET)
+    assert choose_model(None, environment).source is None
+    (package / "pocket" / "checkpoint" / "config.json").write_text('{"other": 1}')
+    other = choose_model(None, environment).folder
+    assert other != choice.folder, "another checkpoint, another conversion"
+    monkeypatch.setattr(default_model, "_RECIPE", "4bit")
+    assert choose_model(None, environment).folder.name.removeprefix("4bit") != other.name.removeprefix("pocket-4bit")
+
+
+def test_the_cache_folder_follows_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/u"))
+    monkeypatch.setattr(default_model.sys, "platform", "linux")
+    assert user_cache_folder({}) == Path("/home/u/.cache/qwq-mlx")
+    monkeypatch.setattr(default_model.sys, "platform", "darwin")
+    assert user_cache_folder({}) == Path("/home/u/Library/Caches/qwq-mlx")
+
+
+def test_no_model_at_all_says_what_to_do(package: Path) -> None:
+    (package / "pocket" / "checkpoint" / "config.json").unlink()
+    with pytest.raises(LoadError, match=r"the pocket model is not there.*Give --model FOLDER or set QWQ_MLX_MODEL"):
+        choose_model(None, {})
+
+
+def test_a_choice_is_made_ready_once_and_a_race_is_no_error(package: Path, tmp_path: Path) -> None:
+    choice = choose_model(None, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    made: list[tuple[Path, Path, str, bool]] = []
+    told: list[str] = []
+
+    def convert_too_late(source: Path, output: Path, /, *, recipe: str, quality: bool) -> None:
+        made.append((source, output, recipe, quality))
+        conversion(output, POCKET)
+        raise ConversionError("another process holds the folder")
+
+    def convert_in_vain(source: Path, output: Path, /, *, recipe: str, quality: bool) -> None:
+        raise ConversionError("no room")
+
+    with pytest.raises(ConversionError, match="no room"):
+        made_ready(choice, lambda: convert_in_vain, told.append)
+    assert made_ready(choice, lambda: convert_too_late, told.append) == choice.folder
+    assert made == [(choice.source, choice.folder, "pocket-4bit", False)]
+    assert told == [f"converting the pocket model to 4 bits, once: {choice.folder}"] * 2
+    there = Choice(folder=choice.folder)
+    assert made_ready(there, lambda: pytest.fail("was converted again"), told.append) == choice.folder
+    assert len(told) == 2
+
+
+def test_every_command_tells_which_model_it_took(package: Path) -> None:
+    told: list[str] = []
+    assert ready_model("some/where", lambda: pytest.fail("was converted"), told.append) == Path("some/where")
+    assert told == []
+    folder = conversion(package.parent / "conversions" / "a", QWQ_32B_PREVIEW)
+    assert ready_model(None, lambda: pytest.fail("was converted"), told.append) == folder
+    assert told == [f"model: {folder}"]
+
+
+def test_a_cache_folder_that_cannot_be_written_says_what_to_do(package: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    choice = choose_model(None, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    with pytest.raises(LoadError, match=r"cannot be written .*Set XDG_CACHE_HOME"):
+        made_ready(choice, lambda: pytest.fail("was converted"), lambda text: None)
