@@ -36,9 +36,9 @@ if TYPE_CHECKING:
         TemplateLimitError,
     )
     from qwq_mlx.generate.reasoner import Reasoner, load
-    from qwq_mlx.inspection import Inspect
     from qwq_mlx.model.memory.plan import MemoryPlan, plan_memory
-    from qwq_mlx.options import Limits, Sampling, Thinking
+    from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
+    from qwq_mlx.trace.plot import plot_trace
     from qwq_mlx.trace.trace import Step, Trace
 
 __all__ = [
@@ -71,6 +71,7 @@ __all__ = [
     "convert_recipes",
     "load",
     "plan_memory",
+    "plot_trace",
 ]
 
 __version__ = "0.1.0"
@@ -78,7 +79,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Conversion": "convert.result",
     "ConvertOptions": "convert.options",
-    "Inspect": "inspection",
+    "Inspect": "options",
     "Limits": "options",
     "MemoryPlan": "model.memory.plan",
     "Reasoner": "generate.reasoner",
@@ -90,6 +91,7 @@ _HOMES = {
     "convert_recipes": "convert.job",
     "load": "generate.reasoner",
     "plan_memory": "model.memory.plan",
+    "plot_trace": "trace.plot",
 }
 
 

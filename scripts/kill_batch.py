@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qwq_mlx.generate import __main__ as command
-from qwq_mlx.model.load import import_mlx_lm
+from qwq_mlx.model.upstream import import_mlx_lm
 
 for _module in ("mlx_lm.models.qwen2", "mlx_lm.models.cache"):
     import_mlx_lm(_module)  # imported here, run only in the children: MLX does not survive a fork once it computed

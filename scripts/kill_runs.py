@@ -35,7 +35,7 @@ from qwq_mlx.errors import QwqError  # noqa: E402
 from qwq_mlx.generate import __main__ as command  # noqa: E402
 from qwq_mlx.generate.checkpoint.file import read_checkpoint  # noqa: E402
 from qwq_mlx.generate.reasoner import load  # noqa: E402
-from qwq_mlx.model.load import import_mlx_lm  # noqa: E402
+from qwq_mlx.model.upstream import import_mlx_lm  # noqa: E402
 from qwq_mlx.options import Limits, Sampling  # noqa: E402
 
 for _module in ("mlx_lm.models.qwen2", "mlx_lm.models.cache"):

@@ -32,8 +32,9 @@ from qwq_mlx.engine.kv_cache import new_cache
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
-from qwq_mlx.model.load import default_compute_type, import_mlx_lm, load_model
+from qwq_mlx.model.load import default_compute_type, load_model
 from qwq_mlx.model.memory.plan import ModelShape, Workload, plan_memory
+from qwq_mlx.model.upstream import import_mlx_lm
 from qwq_mlx.options import NEUTRAL, Sampling
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.8, top_k=20, seed=0).resolve(NEUTRAL)

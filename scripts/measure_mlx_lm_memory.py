@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measure_memory import model_of
 
 from qwq_mlx.model.device import backend_name
-from qwq_mlx.model.load import import_mlx_lm
 from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, Workload, plan_memory
+from qwq_mlx.model.upstream import import_mlx_lm
 
 PATTERNS = ("together", "apart", "ragged")
 _APART = 3  # tokens between the ends of two sequences

@@ -23,8 +23,7 @@ import mlx.core as mx
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qwq_mlx.generate.reasoner import load
-from qwq_mlx.inspection import Inspect
-from qwq_mlx.options import Limits, Sampling
+from qwq_mlx.options import Inspect, Limits, Sampling
 
 
 def _resident_bytes() -> int:

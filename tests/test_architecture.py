@@ -15,8 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # knows anybody else.
 LAYERS = (
     {"errors", "facts"},
-    {"files", "quant", "reasoning", "pocket", "options", "inspection"},
-    {"settings", "default_model", "trace", "model"},
+    {"files", "quant", "reasoning", "pocket", "options"},
+    {"default_model", "trace", "model"},
     {"quality", "engine"},
     {"convert", "generate"},
     {"cli"},
@@ -77,7 +77,7 @@ def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
-    without_mlx = {"errors", "facts", "files", "reasoning", "options", "inspection", "settings", "trace", "pocket"}
+    without_mlx = {"errors", "facts", "files", "reasoning", "options", "trace", "pocket"}
     homes = {"mlx_lm": {"model", "engine", "bench"}, "transformers": {"model", "bench"}, "torch": set()}
     for module in _imported(_tree(path)):
         top = module.split(".")[0]
@@ -132,3 +132,24 @@ def test_no_two_test_files_have_one_name() -> None:
     """pytest imports them by name, and a second one of a name is an error that only the whole run shows."""
     names = [path.name for path in (PACKAGE.parent / "tests").rglob("*.py")]
     assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_no_file_imports_one_that_imports_it() -> None:
+    """Also not through others, and not by an import inside a function."""
+    modules = {".".join(("qwq_mlx", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
+    arrows = {}
+    for name, path in modules.items():
+        imported = set(_imported(_tree(path)))
+        imported |= {each.rpartition(".")[0] for each in imported}
+        arrows[name] = [other for other in modules if other in imported]
+    ended: set[str] = set()
+
+    def walk(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join((*way[way.index(name) :], name))
+        if name not in ended:
+            for other in arrows[name]:
+                walk(other, (*way, name))
+            ended.add(name)
+
+    for name in modules:
+        walk(name, ())

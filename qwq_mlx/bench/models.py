@@ -15,7 +15,8 @@ from typing import Any
 from qwq_mlx.facts import QWQ_32B_PREVIEW
 from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
 from qwq_mlx.model.layout import Packing
-from qwq_mlx.model.load import ComputeType, build_module, import_mlx
+from qwq_mlx.model.load import ComputeType, build_module
+from qwq_mlx.model.upstream import import_mlx
 
 __all__ = ["in_compute_type", "qwq_shaped", "random_module"]
 

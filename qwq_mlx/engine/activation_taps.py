@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwq_mlx.errors import GenerationError, OptionError
-from qwq_mlx.inspection import Inspect
+from qwq_mlx.options import Inspect
 
 __all__ = ["Inspector", "Looking", "Seen"]
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from qwq_mlx.model.load import import_mlx_lm
 from qwq_mlx.model.memory.activations import n_positions
 from qwq_mlx.model.memory.plan import KV_GROUP
 from qwq_mlx.model.quantized_attention import quantized_cache_class
+from qwq_mlx.model.upstream import import_mlx_lm
 
 __all__ = ["Layer", "filled_cache", "grow", "layers_of", "new_cache", "saved_layers"]
 

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwq_mlx.cli.asked import Asked, asked_for, with_flag
-from qwq_mlx.cli.generate_flags import add_limits, add_sampling
+from qwq_mlx.cli.generate_flags import Asked, add_limits, add_sampling, asked_for, with_flag
 from qwq_mlx.cli.signals import Interruption, silence
 from qwq_mlx.cli.terminal import batch_progress, prefill_progress, settings_line, show, summary_line
 from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, QwqError, SavingError

@@ -25,16 +25,14 @@ from qwq_mlx.generate.checkpoint.resume import check_saved, opened, raised, with
 from qwq_mlx.generate.receipt import Receipt, make_receipt
 from qwq_mlx.generate.request import Progress, Setup, given
 from qwq_mlx.generate.run import Run
-from qwq_mlx.inspection import Inspect
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
 from qwq_mlx.model.memory.fit import Fitted, fitted
 from qwq_mlx.model.memory.plan import ModelShape
 from qwq_mlx.model.prompt import Messages, conversation, prompt_ids
-from qwq_mlx.options import Limits, Sampling, Thinking
+from qwq_mlx.options import Inspect, Limits, Sampling, Thinking, from_json
 from qwq_mlx.reasoning.profile import Profile, find_profile
-from qwq_mlx.settings import from_json
 from qwq_mlx.trace.trace import Trace
 
 __all__ = ["Reasoner", "load"]

@@ -11,12 +11,10 @@ from typing import Any
 
 from qwq_mlx.engine.detokenizer import Pieces
 from qwq_mlx.errors import GenerationError
-from qwq_mlx.inspection import Inspect
 from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.model.memory.plan import MemoryPlan
-from qwq_mlx.options import Limits, Sampling, Thinking
+from qwq_mlx.options import Inspect, Limits, Sampling, Thinking, to_json
 from qwq_mlx.reasoning.profile import Profile
-from qwq_mlx.settings import to_json
 
 __all__ = ["Progress", "Setup", "given"]
 

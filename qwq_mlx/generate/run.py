@@ -32,7 +32,7 @@ from qwq_mlx.generate.source import decoder_of, source_of
 from qwq_mlx.generate.stopping import end_after, failure_of, trace_of
 from qwq_mlx.model.device import wired
 from qwq_mlx.reasoning.loops.detector import Loop
-from qwq_mlx.trace.clock import Clock
+from qwq_mlx.trace.timings import Clock
 from qwq_mlx.trace.trace import FinishReason, Injection, Step, Trace
 
 __all__ = ["Run"]

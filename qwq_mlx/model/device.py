@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qwq_mlx.model.load import import_mlx
 from qwq_mlx.model.memory.plan import Backend
+from qwq_mlx.model.upstream import import_mlx
 
 __all__ = ["available_bytes", "backend_name", "limit_bytes", "small_cache", "wired"]
 

@@ -25,13 +25,12 @@ from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.load import (
     ComputeType,
     default_compute_type,
-    import_mlx,
-    import_mlx_lm,
     model_arguments,
     pack_module,
     packing_arguments,
 )
 from qwq_mlx.model.products import Rows, use_blas
+from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
 
 __all__ = ["Head", "HeadBlock", "Layer", "LayerStream", "Observe"]
 

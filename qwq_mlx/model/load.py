@@ -2,8 +2,7 @@
 
 All checks come before the first weight: file sizes against the manifest, safetensors headers, config against the Qwen2
 table, every tensor's name, shape and type, the tokenizer's ids, the generation defaults. Only then does MLX read the
-weights, layer by layer. This is the one place that imports mlx_lm, which lowers the limit of open files for the whole
-process and sets an environment variable when it is imported; both are put back.
+weights, layer by layer.
 
 The compute type follows the backend: float32 on the CPU, where MLX 0.32.4 runs 4-bit weights about 8 times faster with
 float32 activations, scales and biases than with bfloat16; bfloat16 on a GPU (not measured on Metal).
@@ -13,29 +12,26 @@ Does not: download, convert, run code of the folder, or open any file but JSON, 
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, cast, get_args
 
-from qwq_mlx.errors import BackendError, LoadError, OptionError, OutOfMemoryError
+from qwq_mlx.errors import LoadError, OptionError, OutOfMemoryError
 from qwq_mlx.files.header import Header
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.generation_config import GenerationDefaults, read_generation_defaults
 from qwq_mlx.model.layout import Packing
-from qwq_mlx.model.tokenizer import LoadedTokenizer, import_transformers, load_tokenizer
+from qwq_mlx.model.quantized_attention import attention_class
+from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
+from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
 
 __all__ = [
     "ComputeType",
     "LoadedModel",
     "build_module",
     "default_compute_type",
-    "import_mlx",
-    "import_mlx_lm",
     "load_model",
     "model_arguments",
     "pack_module",
@@ -70,44 +66,6 @@ class LoadedModel:
     def name(self) -> str:
         """The folder's name."""
         return self.folder.resolve().name
-
-
-def import_mlx() -> ModuleType:
-    """mlx.core, or BackendError where MLX is not installed or has no backend."""
-    try:
-        return importlib.import_module("mlx.core")
-    except ImportError as error:
-        raise BackendError(
-            f"MLX cannot start on this machine ({error}). On a Mac with Apple silicon: pip install mlx. "
-            "On Linux MLX needs a backend: pip install 'mlx[cpu]', or 'mlx[cuda13]' with an NVIDIA GPU."
-        ) from error
-
-
-def import_mlx_lm(name: str) -> Any:
-    """Import a module of mlx_lm and put back what that changes: RLIMIT_NOFILE and the environment."""
-    import resource
-
-    import_mlx()
-    import_transformers()  # mlx_lm imports it too, and then it would write to stderr where PyTorch is missing
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    environment = dict(os.environ)
-    real = resource.setrlimit
-    try:
-        # Importing lowers the hard limit to 4096 (mlx-lm#1589), and an ordinary process cannot raise it again, so the
-        # call itself must not happen. Only this name is exchanged, and only while the import runs.
-        resource.setrlimit = _keep_limit
-        return importlib.import_module(name)
-    finally:
-        resource.setrlimit = real
-        if resource.getrlimit(resource.RLIMIT_NOFILE) != limit:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-        for added in os.environ.keys() - environment.keys():
-            del os.environ[added]
-        os.environ.update(environment)
-
-
-def _keep_limit(resource: int, limits: tuple[int, int], /) -> None:
-    """Stand-in for resource.setrlimit while mlx_lm is imported."""
 
 
 def default_compute_type() -> ComputeType:
@@ -159,8 +117,6 @@ def _stop_ids(
 
 def build_module(config: Qwen2Config, packed: Mapping[str, Packing]) -> Any:
     """mlx_lm's Qwen2 of this shape with packed layers where asked; its weights are placeholders, never evaluated."""
-    from qwq_mlx.model.quantized_attention import attention_class  # which needs this module's import_mlx_lm
-
     arguments = model_arguments(config)
     module = import_mlx_lm("mlx_lm.models.qwen2").Model(arguments)
     for layer in module.layers:

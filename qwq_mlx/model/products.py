@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from qwq_mlx.model.load import ComputeType, import_mlx
+from qwq_mlx.model.load import ComputeType
+from qwq_mlx.model.upstream import import_mlx
 
 __all__ = ["Blas", "Rows", "linear_product", "use_blas"]
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwq_mlx.model.load import import_mlx_lm
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
+from qwq_mlx.model.upstream import import_mlx_lm
 
 __all__ = ["attention_class", "quantized_cache_class"]
 

@@ -10,8 +10,6 @@ Does not: run code of the folder, touch the network, or render chat templates (`
 from __future__ import annotations
 
 import functools
-import importlib
-import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +18,9 @@ from typing import Any
 
 from qwq_mlx.errors import LoadError
 from qwq_mlx.files.json_object import read_json_object
+from qwq_mlx.model.upstream import import_transformers
 
-__all__ = ["LoadedTokenizer", "import_transformers", "load_tokenizer", "read_chat_template"]
+__all__ = ["LoadedTokenizer", "load_tokenizer", "read_chat_template"]
 
 _MAX_TOKENIZER_BYTES = 256 << 20  # Qwen2's is 7 MB
 _MAX_SETTINGS_BYTES = 16 << 20
@@ -59,20 +58,6 @@ class LoadedTokenizer:
         return import_transformers().PreTrainedTokenizerFast(
             tokenizer_object=self.backend, clean_up_tokenization_spaces=False, **self.named
         )
-
-
-def import_transformers() -> Any:
-    """transformers, without the word on stderr that PyTorch is missing: nothing here needs it."""
-    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        return importlib.import_module("transformers")
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def load_tokenizer(folder: Path, *, vocab_size: int) -> LoadedTokenizer:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwq_mlx.model.load import import_mlx
+from qwq_mlx.model.upstream import import_mlx
 
 __all__ = ["Divergence", "Positions"]
 

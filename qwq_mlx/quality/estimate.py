@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
-from qwq_mlx.model.load import import_mlx
+from qwq_mlx.model.upstream import import_mlx
 from qwq_mlx.quality.text import QualityText
 
 __all__ = ["estimate_memory_bytes", "estimate_s"]

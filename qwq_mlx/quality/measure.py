@@ -20,7 +20,7 @@ from qwq_mlx.errors import OptionError
 from qwq_mlx.model.device import small_cache
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.layers import LayerStream
-from qwq_mlx.model.load import import_mlx
+from qwq_mlx.model.upstream import import_mlx
 from qwq_mlx.quality.divergence import Divergence, Positions
 from qwq_mlx.quality.text import QualityText
 

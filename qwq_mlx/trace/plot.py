@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from qwq_mlx.errors import OptionError, SavingError
 from qwq_mlx.trace.stated_answers import candidates
-
-if TYPE_CHECKING:
-    from qwq_mlx.trace.trace import Trace
+from qwq_mlx.trace.trace import Trace
 
 __all__ = ["plot_trace", "smoothed"]
 
@@ -27,12 +25,13 @@ _MAX_LABELS = 12
 _THINKING, _ANSWER, _LOOP, _INJECTED = "#dfe7f1", "#dcefdc", "#c0392b", "#8e44ad"
 
 
-def plot_trace(trace: Trace, path: Path) -> None:
-    """Draw a trace into a .png, .pdf or .svg file.
+def plot_trace(trace: Trace, path: str | Path) -> None:
+    """Draw entropy and log-probability with segments, stated answers and loops into a .png, .pdf or .svg file.
 
     Raises OptionError for another kind of file, a missing matplotlib or a trace without tokens; SavingError where
     the disk does not take it.
     """
+    path = Path(path)
     if path.suffix not in _SUFFIXES:
         raise OptionError(f"{path}: is no picture's name, expected one that ends in {', '.join(_SUFFIXES)}.")
     if not trace.ids:

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 from qwq_mlx.errors import SourceError
 from qwq_mlx.options import CUE_PATIENCE
 from qwq_mlx.reasoning.loops.detector import LoopScores
+from qwq_mlx.trace.timings import Timings
 from qwq_mlx.trace.trace_file import read_trace, write_trace
 
 __all__ = ["SCHEMA_VERSION", "Alternative", "FinishReason", "Injection", "Step", "Timings", "Trace"]
@@ -75,26 +76,6 @@ class Injection:
         end = min(self.end, at)
         text = "".join(step.text for step in steps[self.start : end])
         return Injection(start=self.start, end=end, text=text, reason=self.reason)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timings:
-    """Where the time went. Rates are None where nothing was measured; a decode rate counts intervals between tokens."""
-
-    n_prefilled: int
-    prefill_s: float
-    n_intervals: int
-    decode_s: float
-
-    @property
-    def prefill_tok_s(self) -> float | None:
-        """Prompt ids per second."""
-        return self.n_prefilled / self.prefill_s if self.prefill_s > 0 and self.n_prefilled else None
-
-    @property
-    def decode_tok_s(self) -> float | None:
-        """Output ids per second, over the n - 1 intervals between n ids."""
-        return self.n_intervals / self.decode_s if self.decode_s > 0 and self.n_intervals else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,15 +179,6 @@ class Trace:
         shown = {name: values for name, values in columns.items() if values or name in _ALWAYS}
         tokens = [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)]
         write_trace(Path(path), fields, tokens, self.hidden, schema=SCHEMA_VERSION)
-
-    def plot(self, path: str | Path) -> None:
-        """Draw entropy and log-probability with segments, stated answers and loops (see `plot`; needs matplotlib).
-
-        Raises OptionError; SavingError where the disk does not take it.
-        """
-        from qwq_mlx.trace.plot import plot_trace
-
-        plot_trace(self, Path(path))
 
     @classmethod
     def from_json(cls, value: Any, *, where: str) -> Trace:

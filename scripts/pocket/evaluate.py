@@ -24,8 +24,9 @@ import mlx.core as mx
 import qwq_mlx.convert as conversion
 from pocket import data
 from qwq_mlx.engine.kv_cache import new_cache
-from qwq_mlx.model.load import LoadedModel, import_mlx_lm, load_model
+from qwq_mlx.model.load import LoadedModel, load_model
 from qwq_mlx.model.prompt import prompt_ids
+from qwq_mlx.model.upstream import import_mlx_lm
 from qwq_mlx.pocket import problems
 from qwq_mlx.pocket.problems import Problem
 

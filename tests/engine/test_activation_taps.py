@@ -14,8 +14,7 @@ from checkpoints import write_tiny_checkpoint
 from qwq_mlx.errors import GenerationError, OptionError
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.run import Run
-from qwq_mlx.inspection import Inspect
-from qwq_mlx.options import Limits, Sampling, Thinking
+from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
 from qwq_mlx.reasoning.loops.detector import LoopDetector, LoopOptions
 
 pytestmark = pytest.mark.tiny

@@ -15,7 +15,8 @@ from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.kv_cache import grow, layers_of, new_cache
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.errors import GenerationError, OptionError
-from qwq_mlx.model.load import LoadedModel, import_mlx_lm, load_model
+from qwq_mlx.model.load import LoadedModel, load_model
+from qwq_mlx.model.upstream import import_mlx_lm
 from qwq_mlx.options import NEUTRAL, Sampling
 
 pytestmark = pytest.mark.tiny

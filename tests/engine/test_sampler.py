@@ -97,7 +97,7 @@ def test_ids_that_tie_with_the_kth_are_kept_as_in_transformers() -> None:
     ],
 )
 def test_order_mlx_lm_keeps_what_mlx_lm_keeps(settings: dict[str, Any]) -> None:
-    from qwq_mlx.model.load import import_mlx_lm
+    from qwq_mlx.model.upstream import import_mlx_lm
 
     theirs = import_mlx_lm("mlx_lm.sample_utils")
     logits = np.random.default_rng(5).normal(0, 3, 3001).astype(np.float32)

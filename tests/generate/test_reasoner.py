@@ -12,7 +12,7 @@ from checkpoints import write_json, write_tiny_checkpoint
 
 from qwq_mlx.errors import GenerationError, LoadError, OptionError, PromptError
 from qwq_mlx.generate.reasoner import Reasoner, load
-from qwq_mlx.model.load import import_mlx_lm
+from qwq_mlx.model.upstream import import_mlx_lm
 from qwq_mlx.options import Limits, Sampling
 from qwq_mlx.trace.trace import Trace
 

@@ -11,8 +11,8 @@ import pytest
 
 from qwq_mlx.bench.models import qwq_shaped, random_module
 from qwq_mlx.facts import QWQ_32B_PREVIEW
-from qwq_mlx.model.load import import_mlx_lm
 from qwq_mlx.model.memory.plan import ModelShape, Workload, plan_memory, shape_of_facts
+from qwq_mlx.model.upstream import import_mlx_lm
 
 QWQ = shape_of_facts(QWQ_32B_PREVIEW)
 SMALL = replace(

@@ -19,7 +19,8 @@ from commands import ENVIRONMENT
 from qwq_mlx.errors import BackendError, LoadError, OptionError, OutOfMemoryError, QwqError
 from qwq_mlx.model import load
 from qwq_mlx.model.folder import open_model_folder
-from qwq_mlx.model.load import import_mlx_lm, load_model
+from qwq_mlx.model.load import load_model
+from qwq_mlx.model.upstream import import_mlx_lm
 
 pytestmark = pytest.mark.tiny
 IDS = [5, 260, 17, 300 - 40, 99, 1, 1, 42]
@@ -252,7 +253,7 @@ def test_importing_mlx_lm_leaves_limits_and_environment_alone() -> None:
         "import os, resource\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (900, 5000))\n"
         "before = resource.getrlimit(resource.RLIMIT_NOFILE), dict(os.environ), resource.setrlimit\n"
-        "from qwq_mlx.model.load import import_mlx_lm\n"
+        "from qwq_mlx.model.upstream import import_mlx_lm\n"
         "import_mlx_lm('mlx_lm.models.qwen2')\n"
         "after = resource.getrlimit(resource.RLIMIT_NOFILE), dict(os.environ), resource.setrlimit\n"
         "print(before == after)\n"

@@ -17,7 +17,7 @@ from qwq_mlx.engine.kv_cache import new_cache
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.errors import LoadError, OptionError
 from qwq_mlx.facts import QWQ_32B_PREVIEW
-from qwq_mlx.model.load import import_mlx_lm, load_model
+from qwq_mlx.model.load import load_model
 from qwq_mlx.model.memory.advice import lighter
 from qwq_mlx.model.memory.plan import (
     RESERVE_BYTES,
@@ -28,6 +28,7 @@ from qwq_mlx.model.memory.plan import (
     plan_memory,
     shape_of_facts,
 )
+from qwq_mlx.model.upstream import import_mlx_lm
 from qwq_mlx.options import NEUTRAL, Sampling
 
 GIB = 1 << 30

@@ -23,8 +23,7 @@ from qwq_mlx.generate import __main__ as generate
 from qwq_mlx.generate import receipt as receipt_module
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.receipt import Receipt, read_receipt
-from qwq_mlx.inspection import Inspect
-from qwq_mlx.options import Limits, Sampling, Thinking
+from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
 from qwq_mlx.replay import __main__ as command
 from qwq_mlx.replay.compare import Difference, replay
 from qwq_mlx.trace.trace import Trace

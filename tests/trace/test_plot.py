@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qwq_mlx.errors import GenerationError, OptionError
-from qwq_mlx.trace.plot import smoothed
+from qwq_mlx.trace.plot import plot_trace, smoothed
 from qwq_mlx.trace.stated_answers import Candidate, candidates
 from qwq_mlx.trace.trace import Injection, Timings, Trace
 
@@ -65,7 +65,7 @@ def test_candidates_are_the_stated_answers_with_their_tokens() -> None:
 
 def test_the_picture_has_segments_candidates_loops_and_curves(trace: Trace, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    trace.plot(tmp_path / "trace.svg")
+    plot_trace(trace, tmp_path / "trace.svg")
     svg = (tmp_path / "trace.svg").read_text()
     # matplotlib writes each text it draws as a comment beside its outline
     for text in ("thinking", "answer", "loop", "answer asked for", "stated answer", "mean over 1", "entropy (nats)"):
@@ -74,10 +74,10 @@ def test_the_picture_has_segments_candidates_loops_and_curves(trace: Trace, tmp_
         assert f"<!-- {text} -->" in svg, text
     assert "<!-- tiny $model: 9 tokens, loop, answer '$5' -->" in svg, "no mathematics is read into it"
     plain = dataclasses.replace(trace, events=(), injections=(), conclusion_span=None, texts=("a",) * 9, text="a" * 9)
-    plain.plot(tmp_path / "plain.svg")
+    plot_trace(plain, tmp_path / "plain.svg")
     svg = (tmp_path / "plain.svg").read_text()
     assert all(f"<!-- {text} -->" not in svg for text in ("loop", "answer", "stated answer", "answer asked for"))
-    trace.plot(tmp_path / "trace.png")
+    plot_trace(trace, tmp_path / "trace.png")
     assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -94,9 +94,9 @@ def test_the_mean_leaves_unknown_tokens_out(window: int) -> None:
 
 def test_what_cannot_be_drawn_is_refused(trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match=r"t\.gif: is no picture's name, expected one that ends in \.png, \.pdf"):
-        trace.plot(tmp_path / "t.gif")
+        plot_trace(trace, tmp_path / "t.gif")
     with pytest.raises(OptionError, match="The trace has no tokens, so there is nothing to draw"):
-        dataclasses.replace(trace, ids=()).plot(tmp_path / "t.png")
+        plot_trace(dataclasses.replace(trace, ids=()), tmp_path / "t.png")
     with monkeypatch.context() as patched:
         real = importlib.import_module
 
@@ -107,7 +107,7 @@ def test_what_cannot_be_drawn_is_refused(trace: Trace, tmp_path: Path, monkeypat
 
         patched.setattr(importlib, "import_module", missing)
         with pytest.raises(OptionError, match=r"Drawing needs matplotlib \(No module .*pip install 'qwq-mlx\[plot\]'"):
-            trace.plot(tmp_path / "t.png")
+            plot_trace(trace, tmp_path / "t.png")
     pytest.importorskip("matplotlib")
     with pytest.raises(GenerationError, match=r"t\.png: the picture cannot be saved \(No such file or directory\)"):
-        trace.plot(tmp_path / "none" / "t.png")
+        plot_trace(trace, tmp_path / "none" / "t.png")

@@ -33,9 +33,10 @@ from qwq_mlx.files.header import TensorEntry, place_tensors
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.layers import LayerStream
-from qwq_mlx.model.load import default_compute_type, import_mlx
+from qwq_mlx.model.load import default_compute_type
 from qwq_mlx.model.prompt import encode_text, prompt_ids
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
+from qwq_mlx.model.upstream import import_mlx
 
 __all__ = [
     "MIN_IDS",

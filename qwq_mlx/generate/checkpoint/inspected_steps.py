@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from qwq_mlx.inspection import Inspect
+from qwq_mlx.options import Inspect
 from qwq_mlx.reasoning.loops.detector import LoopScores
 from qwq_mlx.trace.trace import Alternative, Step
 

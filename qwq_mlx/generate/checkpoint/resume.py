@@ -17,9 +17,8 @@ from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.generate.checkpoint.file import model_digest
 from qwq_mlx.generate.checkpoint.schema import check_arrays, check_form
 from qwq_mlx.generate.request import given
-from qwq_mlx.inspection import Inspect
 from qwq_mlx.model.load import LoadedModel
-from qwq_mlx.options import Limits
+from qwq_mlx.options import Inspect, Limits
 
 __all__ = ["check_saved", "opened", "raised", "with_room", "within"]
 

@@ -24,10 +24,9 @@ from qwq_mlx.generate.request import given
 from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
 from qwq_mlx.model.memory.plan import KV_GROUP
-from qwq_mlx.options import LOOP_ACTIONS
+from qwq_mlx.options import LOOP_ACTIONS, from_json
 from qwq_mlx.reasoning.loops.detector import Loop, LoopScores
 from qwq_mlx.reasoning.scripts import Switch
-from qwq_mlx.settings import from_json
 from qwq_mlx.trace.trace import FinishReason, Injection
 
 __all__ = ["check_arrays", "check_form"]

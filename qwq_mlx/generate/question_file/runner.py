@@ -25,8 +25,7 @@ from qwq_mlx.generate.question_file.questions import Question
 from qwq_mlx.generate.question_file.results import Results, result_line
 from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.generate.run import Run
-from qwq_mlx.options import Limits, Sampling, Thinking
-from qwq_mlx.settings import to_json
+from qwq_mlx.options import Limits, Sampling, Thinking, to_json
 from qwq_mlx.trace.trace import Trace
 
 __all__ = ["Batch", "Stand", "question_seed"]

@@ -18,8 +18,7 @@ from qwq_mlx.generate.checkpoint.file import model_digest, read_checkpoint, writ
 from qwq_mlx.generate.loop_recovery import STRETCH
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.run import Run
-from qwq_mlx.inspection import Inspect
-from qwq_mlx.options import Limits, Sampling, Thinking
+from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
 from qwq_mlx.trace.trace import Step
 
 pytestmark = pytest.mark.tiny

@@ -18,8 +18,7 @@ from qwq_mlx.errors import QwqError, SourceError
 from qwq_mlx.generate.checkpoint import file as checkpoint
 from qwq_mlx.generate.checkpoint.file import read_checkpoint, write_checkpoint
 from qwq_mlx.generate.reasoner import Reasoner, load
-from qwq_mlx.inspection import Inspect
-from qwq_mlx.options import Limits, Sampling, Thinking
+from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
 
 pytestmark = pytest.mark.tiny
 

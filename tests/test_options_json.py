@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from qwq_mlx.errors import SourceError
-from qwq_mlx.options import Limits, Sampling, Thinking
-from qwq_mlx.settings import from_json, to_json
+from qwq_mlx.options import Limits, Sampling, Thinking, from_json, to_json
 
 OPTIONS = (
     Sampling(temperature=0.7, seed=2**64 - 1, logit_bias={3: float("-inf"), 4: 0.1}, dry_breakers=("x",)),

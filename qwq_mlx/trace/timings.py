@@ -1,4 +1,4 @@
-"""When a run began, drew its first id and its latest: the times behind a Trace's rates.
+"""Where the time of a run went: the clock that runs with it, and the rates of a finished one.
 
 Does not: tell the consumer's time between two Steps from the device's; a wall clock sees both.
 """
@@ -6,10 +6,29 @@ Does not: tell the consumer's time between two Steps from the device's; a wall c
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
-from qwq_mlx.trace.trace import Timings
+__all__ = ["Clock", "Timings"]
 
-__all__ = ["Clock"]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Where the time went. Rates are None where nothing was measured; a decode rate counts intervals between tokens."""
+
+    n_prefilled: int
+    prefill_s: float
+    n_intervals: int
+    decode_s: float
+
+    @property
+    def prefill_tok_s(self) -> float | None:
+        """Prompt ids per second."""
+        return self.n_prefilled / self.prefill_s if self.prefill_s > 0 and self.n_prefilled else None
+
+    @property
+    def decode_tok_s(self) -> float | None:
+        """Output ids per second, over the n - 1 intervals between n ids."""
+        return self.n_intervals / self.decode_s if self.decode_s > 0 and self.n_intervals else None
 
 
 class Clock:
