@@ -15,8 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwq_mlx.convert.job import convert_checkpoint, convert_recipes
-    from qwq_mlx.convert.options import ConvertOptions
+    from qwq_mlx.convert.job import convert_checkpoint
     from qwq_mlx.convert.result import Conversion
     from qwq_mlx.errors import (
         BackendError,
@@ -45,7 +44,6 @@ __all__ = [
     "BackendError",
     "Conversion",
     "ConversionError",
-    "ConvertOptions",
     "DiskFullError",
     "FitError",
     "GenerationError",
@@ -68,7 +66,6 @@ __all__ = [
     "Thinking",
     "Trace",
     "convert_checkpoint",
-    "convert_recipes",
     "load",
     "plan_memory",
     "plot_trace",
@@ -78,7 +75,6 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Conversion": "convert.result",
-    "ConvertOptions": "convert.options",
     "Inspect": "options",
     "Limits": "options",
     "MemoryPlan": "model.memory.plan",
@@ -88,7 +84,6 @@ _HOMES = {
     "Thinking": "options",
     "Trace": "trace.trace",
     "convert_checkpoint": "convert.job",
-    "convert_recipes": "convert.job",
     "load": "generate.reasoner",
     "plan_memory": "model.memory.plan",
     "plot_trace": "trace.plot",

@@ -8,21 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwq_mlx.convert.job import convert_checkpoint, convert_recipes
-    from qwq_mlx.convert.options import ConvertOptions
+    from qwq_mlx.convert.job import convert_checkpoint
     from qwq_mlx.convert.plan import Plan
     from qwq_mlx.convert.progress import Progress
     from qwq_mlx.convert.result import Conversion
 
-__all__ = ["Conversion", "ConvertOptions", "Plan", "Progress", "convert_checkpoint", "convert_recipes"]
+__all__ = ["Conversion", "Plan", "Progress", "convert_checkpoint"]
 
 _HOMES = {
     "Conversion": "result",
-    "ConvertOptions": "options",
     "Plan": "plan",
     "Progress": "progress",
     "convert_checkpoint": "job",
-    "convert_recipes": "job",
 }
 
 

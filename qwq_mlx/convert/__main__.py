@@ -1,7 +1,5 @@
 """`python -m qwq_mlx.convert --source DIR --output DIR`: a checkpoint becomes packed MLX weights.
 
---recipe and --output may be given several times, in the same order: one pass over the source makes all outputs.
-
 Arguments are read before anything heavy is imported, so --help answers at once. Plan, progress and result go to stderr;
 stdout stays empty but for --json. An interrupted run says how to go on.
 
@@ -41,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _terminate)
     screen = _Screen(quiet=options.quiet)
     try:
-        for conversion in _convert(options, screen):
-            if options.json:
-                print(json.dumps({**asdict(conversion), "output": str(conversion.output)}))
+        conversion = _convert(options, screen)
+        if options.json:
+            print(json.dumps({**asdict(conversion), "output": str(conversion.output)}))
     except QwqError as error:
         return screen.complain(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
@@ -71,13 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         help="the checkpoint's folder, or a repository of the Hub (Qwen/QwQ-32B-Preview), fetched shard by shard",
     )
     add("--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
-    add("--output", metavar="DIR", required=True, action="append", help="the folder to make; once for every --recipe")
+    add("--output", metavar="DIR", required=True, action=_Once, help="the folder to make")
     add(
         "--recipe",
         metavar="NAME",
-        action="append",
-        help="a recipe under conversions/, or the path of a .toml file; several, each with an --output in the same "
-        f"order, are made in one pass over the source (default: {DEFAULT_RECIPE})",
+        action=_Once,
+        help=f"a recipe under conversions/, or the path of a .toml file (default: {DEFAULT_RECIPE})",
     )
     add(
         "--target-size",
@@ -114,13 +111,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _convert(options: argparse.Namespace, screen: _Screen) -> tuple[Conversion, ...]:
-    outputs = _outputs(options)
-    from qwq_mlx.convert.job import convert_recipes
-    from qwq_mlx.convert.options import ConvertOptions
+class _Once(argparse.Action):
+    """An option that a second value does not silently replace."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        """Store the value; a usage error where there is one."""
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"argument {option}: expected once, a conversion has one recipe and one output")
+        setattr(namespace, self.dest, values)
+
+
+def _convert(options: argparse.Namespace, screen: _Screen) -> Conversion:
+    from qwq_mlx.convert.job import convert_checkpoint
     from qwq_mlx.convert.plan_text import result_text
 
-    chosen = ConvertOptions(
+    conversion = convert_checkpoint(
+        options.source,
+        options.output,
+        recipe=DEFAULT_RECIPE if options.recipe is None else options.recipe,
         target_bytes=None if options.target_size is None else _bytes(options.target_size),
         calibrate=options.calibrate,
         force=options.force,
@@ -131,38 +141,15 @@ def _convert(options: argparse.Namespace, screen: _Screen) -> tuple[Conversion, 
         n_workers=options.workers,
         quality=False if options.no_quality else options.quality,
         quality_tokens=options.quality_tokens,
-    )
-    conversions = convert_recipes(
-        options.source,
-        outputs,
-        chosen,
-        on_plan=lambda plans: screen.show_plans(plans, list(outputs)),
+        on_plan=lambda plan: screen.show_plan(plan, options.output),
         progress=None if options.quiet else screen.show_progress,
     )
-    for conversion in conversions:
-        if options.quiet:
-            for warning in conversion.warnings:
-                screen.say(f"warning: {warning}")
-        else:
-            screen.say(result_text(conversion))
-    return conversions
-
-
-def _outputs(options: argparse.Namespace) -> dict[str | Path, str | Path]:
-    """Output -> recipe, in the order given. Raises OptionError where the two do not pair up."""
-    recipes = options.recipe or [DEFAULT_RECIPE]
-    if len(options.output) != len(recipes):
-        stem = options.output[0].rstrip("/")
-        shown = " ".join(f"--recipe {each} --output {stem}-{Path(each).stem}" for each in recipes)
-        if len(recipes) == 1:
-            shown = " ".join(f"--recipe NAME --output {each}" for each in options.output)
-        raise OptionError(
-            f"{len(recipes)} recipes and {len(options.output)} outputs do not pair up: every --recipe needs its own "
-            f"--output, in the same order. For instance: {shown}"
-        )
-    if len(set(options.output)) != len(options.output):
-        raise OptionError(f"--output {' and '.join(options.output)}: two are one folder. Give each recipe its own.")
-    return dict(zip(options.output, recipes, strict=True))
+    if options.quiet:
+        for warning in conversion.warnings:
+            screen.say(f"warning: {warning}")
+    else:
+        screen.say(result_text(conversion))
+    return conversion
 
 
 def _bytes(size: str) -> int:
@@ -190,12 +177,12 @@ class _Screen:
         self.say(text)
         return code
 
-    def show_plans(self, plans: Sequence[Plan], outputs: Sequence[str | Path]) -> None:
+    def show_plan(self, plan: Plan, output: str) -> None:
         from qwq_mlx.convert.plan_text import plan_text
 
         if not self._quiet:
-            parent = next(each for each in Path(outputs[0]).absolute().parents if each.exists())
-            self.say(plan_text(plans, list(map(str, outputs)), shutil.disk_usage(parent).free))
+            parent = next(each for each in Path(output).absolute().parents if each.exists())
+            self.say(plan_text(plan, output, shutil.disk_usage(parent).free))
 
     def show_progress(self, progress: Progress) -> None:
         from qwq_mlx.convert.plan_text import ProgressLine
@@ -219,12 +206,12 @@ class _Screen:
 
 
 def _how_to_go_on(options: argparse.Namespace) -> str:
-    paths = [Path(each).absolute() for each in options.output]
-    kept = [str(each) for path in paths if (each := path.with_name(f"{path.name}.partial")).exists()]
-    if not kept:
+    output = Path(options.output).absolute()
+    partial = output.with_name(f"{output.name}.partial")
+    if not partial.exists():
         return "interrupted: nothing was kept."
     return (
-        f"interrupted: what is finished is kept in {', '.join(kept)}. "
+        f"interrupted: what is finished is kept in {partial}. "
         "Run the same command again to go on from there, or add --restart to begin anew."
     )
 

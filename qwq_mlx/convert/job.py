@@ -1,21 +1,19 @@
-"""Conversions of one source, from its folder to published folders: the whole of journey 1, in its order.
+"""A conversion, from its source to its published folder: the whole of journey 1, in its order.
 
     check -> plan -> [output.partial/: journal.jsonl, model/, source/] -> pack -> measure quality -> read back
     -> manifest -> rename
 
 Nothing is written before every check has passed. From then on the work lives in the partial folder; the final name
-appears by one rename. Whatever ends a run, the same call again continues it and repeats at most one tensor. Several
-recipes share one pass over the source; each has its own partial folder, journal, lock and final name.
+appears by one rename. Whatever ends a run, the same call again continues it and repeats at most one tensor.
 
-Does not: print. The plans and the progress go to the callbacks.
+Does not: print. The plan and the progress go to the callbacks.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,10 +22,9 @@ from qwq_mlx.convert.calibration.importance import read_calibration
 from qwq_mlx.convert.calibration.shard_order import pass_order
 from qwq_mlx.convert.finalize import finish, keep_small_files, write_small_files
 from qwq_mlx.convert.journal import Journal
-from qwq_mlx.convert.options import ConvertOptions
-from qwq_mlx.convert.pipeline import Target, run_pipeline
+from qwq_mlx.convert.pipeline import run_pipeline
 from qwq_mlx.convert.plan import Plan, make_plan
-from qwq_mlx.convert.preflight import check_apart, check_disk, check_fit, check_output, check_source, partial_path
+from qwq_mlx.convert.preflight import check_disk, check_fit, check_output, check_source, partial_path
 from qwq_mlx.convert.progress import Progress, Report
 from qwq_mlx.convert.quality_step import Judge, measure_quality, plan_judge
 from qwq_mlx.convert.result import Conversion, conversion_of
@@ -42,18 +39,17 @@ from qwq_mlx.convert.staging import (
     remove_partial,
     unfinished_source,
 )
-from qwq_mlx.convert.target_size import recipes_for_size
+from qwq_mlx.convert.target_size import recipe_for_size
 from qwq_mlx.convert.write import disk_fault
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.atomic import publish
 from qwq_mlx.files.lock import FolderLock
 from qwq_mlx.files.manifest import read_manifest
 from qwq_mlx.model.device import small_cache
-from qwq_mlx.quality.result import Quality
 from qwq_mlx.quant import DEFAULT_RECIPE
 from qwq_mlx.quant.recipe import Recipe, load_recipe
 
-__all__ = ["Conversion", "convert_checkpoint", "convert_recipes"]
+__all__ = ["Conversion", "convert_checkpoint"]
 
 _MAX_WORKERS = 64
 
@@ -91,187 +87,128 @@ def convert_checkpoint(
     called after every block and, from another thread, while shards are fetched.
     Raises OptionError, RecipeError, SourceError, LoadError, ConversionError; see `convert.check` for what is refused.
     """
-    options = ConvertOptions(
-        revision=revision,
-        target_bytes=target_bytes,
-        calibrate=calibrate,
-        force=force,
-        restart=restart,
-        keep_source=keep_source,
-        dry_run=dry_run,
-        n_workers=n_workers,
-        quality=quality,
-        quality_tokens=quality_tokens,
-    )
-    told = None if on_plan is None else lambda plans: on_plan(plans[0])
-    return convert_recipes(source, {output: recipe}, options, on_plan=told, progress=progress)[0]
-
-
-def convert_recipes(
-    source: str | Path,
-    outputs: Mapping[str | Path, str | Path],
-    options: ConvertOptions | None = None,
-    *,
-    on_plan: Callable[[Sequence[Plan]], None] | None = None,
-    progress: Callable[[Progress], None] | None = None,
-) -> tuple[Conversion, ...]:
-    """Convert a checkpoint by several recipes in one pass: every byte of the source is read, and fetched, once.
-
-    outputs: folder to make -> its recipe. Each folder is what `convert_checkpoint` makes, byte for byte but for the
-    figures of the run in its manifest. on_plan: called once with all plans, in that order. Returns a result for each.
-    After a kill the same call goes on with every output from where it was; a finished one is left alone. An output
-    that is there from another run is refused as in `convert_checkpoint`.
-    Raises what that raises; OptionError for outputs that lie in each other.
-    """
-    started, options = time.monotonic(), options or ConvertOptions()
-    recipes = {Path(os.path.abspath(each)): load_recipe(recipe) for each, recipe in outputs.items()}  # noqa: PTH100 - a link at the end is not followed
-    if len(recipes) < max(1, len(outputs)):
-        raise OptionError(f"outputs are {', '.join(map(str, outputs))}, expected one or more different folders.")
-    check_apart(recipes)
-    n_workers, local = _n_workers(options.n_workers), Path(source) if os.path.lexists(source) else None
-    for output in recipes:
-        check_output(output, local, force=options.force or (is_marked(output) and not options.restart))
-    known = (None if options.restart else unfinished_source(each) for each in recipes)
-    unfinished = next((each for each in known if each is not None), None)
-    with open_origin(source, revision=options.revision, unfinished=unfinished) as opened:
-        plans = _plans(opened, recipes, options, n_workers)
-        judges = [
-            plan_judge(each, options.quality, n_tokens=options.quality_tokens, keep_source=options.keep_source)
-            for each in plans.values()
-        ]
-        pairs = zip(plans.items(), judges, strict=True)
-        plans = {output: replace(plan, quality_note=judge.note) for (output, plan), judge in pairs}
+    started = time.monotonic()
+    output = Path(os.path.abspath(output))  # noqa: PTH100 - a link at the end is not followed
+    chosen, n_workers = load_recipe(recipe), _n_workers(n_workers)
+    local = Path(source) if os.path.lexists(source) else None
+    check_output(output, local, force=force or (is_marked(output) and not restart))
+    unfinished = None if restart else unfinished_source(output)
+    with open_origin(source, revision=revision, unfinished=unfinished) as opened:
+        fetched = output.with_name(f"{output.name}.source") if keep_source else partial_path(output) / SOURCE
+        origin = opened.placed_in(fetched) if opened.is_remote else opened
+        plan = _plan(origin, chosen, n_workers, target_bytes=target_bytes, calibrate=calibrate, keep_source=keep_source)
+        is_published = not restart and published(plan, output) is not None
+        check_disk(output, plan.fetched_bytes + (0 if is_published else plan.output_bytes))
+        judge = plan_judge(plan, quality, n_tokens=quality_tokens, keep_source=keep_source)
+        plan = replace(plan, quality_note=judge.note)
         if on_plan is not None:
-            on_plan(tuple(plans.values()))
-        if options.dry_run:
-            return tuple(conversion_of(plan, output, None, started) for output, plan in plans.items())
+            on_plan(plan)
+        if dry_run:
+            return conversion_of(plan, output, None, started)
         try:
-            for output in plans:
-                output.parent.mkdir(parents=True, exist_ok=True)
-            with ExitStack() as locks:
-                for output in plans:
-                    locks.enter_context(FolderLock(output))
-                return _Job(plans, tuple(judges), None if opened.is_remote else local, options, progress).run(started)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with FolderLock(output):
+                return _Job(plan, judge, output, local, force, restart, keep_source, progress).run(started)
         except OSError as error:
-            raise disk_fault(error, next(iter(plans)), sum(each.output_bytes for each in plans.values())) from error
+            raise disk_fault(error, output, plan.output_bytes) from error
 
 
-def _plans(opened: Origin, recipes: Mapping[Path, Recipe], options: ConvertOptions, n_workers: int) -> dict[Path, Plan]:
+def _plan(
+    origin: Origin,
+    recipe: Recipe,
+    n_workers: int,
+    *,
+    target_bytes: int | None,
+    calibrate: str | Path | None,
+    keep_source: bool,
+) -> Plan:
     """Everything that can be refused from headers and texts alone is refused here."""
-    for recipe in recipes.values():
-        check_fit(recipe, options.calibrate)
-    config = check_source(opened.checkpoint, recipes.values())
-    if options.target_bytes is not None:
-        recipes = recipes_for_size(opened, config, recipes, options.target_bytes)
-    text = None if options.calibrate is None else read_calibration(options.calibrate, opened.checkpoint, config)
-    if text is not None and opened.is_remote and not options.keep_source:
-        pass_order(opened.checkpoint, config, text.name)
-    first = next(iter(recipes))
-    fetched = first.with_name(f"{first.name}.source") if options.keep_source else partial_path(first) / SOURCE
-    origin = opened.placed_in(fetched) if opened.is_remote else opened
-    plans = {
-        output: make_plan(
-            origin,
-            config,
-            recipe,
-            n_workers=n_workers,
-            keep_source=options.keep_source,
-            calibration=text,
-            n_together=len(recipes),
-        )
-        for output, recipe in recipes.items()
-    }
-    done = {each for each, plan in plans.items() if not options.restart and published(plan, each) is not None}
-    peaks = {output: 0 if output in done else plan.output_bytes for output, plan in plans.items()}
-    check_disk({**peaks, first: peaks[first] + plans[first].fetched_bytes})
-    return plans
+    check_fit(recipe, calibrate)
+    config = check_source(origin.checkpoint, recipe)
+    if target_bytes is not None:
+        recipe = recipe_for_size(origin, config, recipe, target_bytes)
+    text = None if calibrate is None else read_calibration(calibrate, origin.checkpoint, config)
+    if text is not None and origin.is_remote and not keep_source:
+        pass_order(origin.checkpoint, config, text.name)
+    return make_plan(origin, config, recipe, n_workers=n_workers, keep_source=keep_source, calibration=text)
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Accepted conversions, under their locks. local: the source's folder, None where it is fetched."""
+    """An accepted conversion, under its lock. local: what lies at the source's path, None where nothing does."""
 
-    plans: Mapping[Path, Plan]
-    judges: Sequence[Judge]
+    plan: Plan
+    judge: Judge
+    output: Path
     local: Path | None
-    options: ConvertOptions
+    force: bool
+    restart: bool
+    keep_source: bool
     progress: Callable[[Progress], None] | None
 
-    def run(self, started: float) -> tuple[Conversion, ...]:
-        finished: dict[Path, Conversion] = {}
-        for output, plan in self.plans.items():
-            if not self.options.restart and (journal := published(plan, output)) is not None:
-                finished[output] = self._as_before(plan, output, journal, started)
-        left = [each for each in self.plans if each not in finished]
-        for output in left:  # again: another process may have finished it meanwhile
-            check_output(output, self.local, force=self.options.force)
-        with ExitStack() as journals:
-            targets = [self._target(output, journals) for output in left]
-            resumed = [_done_bytes(each) for each in targets]
-            if targets:
-                self._pack(left, targets)
-        for output, target in zip(left, targets, strict=True):
-            write_small_files(target.plan, target.folder, importance_path(output))
-        judges = [judge for output, judge in zip(self.plans, self.judges, strict=True) if output in left]
-        plans, folders = [each.plan for each in targets], [each.folder for each in targets]
-        qualities = measure_quality(judges, plans, folders, self.progress)
-        for output, target, resumed_bytes, quality in zip(left, targets, resumed, qualities, strict=True):
-            finished[output] = self._finish(output, target, resumed_bytes, quality, started)
-        for output in self.plans:
-            remove_partial(output)
-        return tuple(finished[each] for each in self.plans)
+    def run(self, started: float) -> Conversion:
+        plan, output = self.plan, self.output
+        if not self.restart and (journal := published(plan, output)) is not None:
+            conversion = self._as_before(journal, started)
+        else:
+            check_output(output, self.local, force=self.force)  # again: another process may have finished it meanwhile
+            conversion = self._convert(started)
+        remove_partial(output)
+        return conversion
 
-    def _target(self, output: Path, journals: ExitStack) -> Target:
-        journal = open_partial(self.plans[output], output, restart=self.options.restart)
-        journals.callback(journal.close)
-        return Target(self.plans[output], partial_path(output) / MODEL, journal)
-
-    def _finish(
-        self, output: Path, target: Target, resumed_bytes: int, quality: Quality | None, started: float
-    ) -> Conversion:
-        plan, done = target.plan, target.journal.done
+    def _convert(self, started: float) -> Conversion:
+        plan, output, folder = self.plan, self.output, partial_path(self.output) / MODEL
+        journal = open_partial(plan, output, restart=self.restart)
+        try:
+            resumed_bytes = _done_bytes(plan, journal)
+            self._pack(folder, journal)
+        finally:
+            journal.close()
+        write_small_files(plan, folder, importance_path(output))
+        quality = measure_quality(self.judge, plan, folder, self.progress)
         wall_s = round(time.monotonic() - started, 3)
         run: dict[str, float] = {"n_workers": plan.n_workers, "resumed_bytes": resumed_bytes, "wall_s": wall_s}
-        finish(plan, target.folder, done, run, quality=quality, progress=self.progress)
-        publish(target.folder, output, replace=self.options.force)
+        finish(plan, folder, journal.done, run, quality=quality, progress=self.progress)
+        publish(folder, output, replace=self.force)
         kl, agreement = (None, None) if quality is None else (quality.kl, quality.top1_agreement)
-        return conversion_of(plan, output, done, started, kl=kl, top1_agreement=agreement, resumed_bytes=resumed_bytes)
-
-    def _as_before(self, plan: Plan, output: Path, journal: Journal, started: float) -> Conversion:
-        """Of an output that an earlier run of this job has published."""
-        quality = read_manifest(output).quality or {}
         return conversion_of(
-            plan,
-            output,
+            plan, output, journal.done, started, kl=kl, top1_agreement=agreement, resumed_bytes=resumed_bytes
+        )
+
+    def _as_before(self, journal: Journal, started: float) -> Conversion:
+        """Of an output that an earlier run of this job has published."""
+        quality = read_manifest(self.output).quality or {}
+        return conversion_of(
+            self.plan,
+            self.output,
             journal.done,
             started,
             kl=quality.get("kl"),
             top1_agreement=quality.get("top1_agreement"),
-            resumed_bytes=_done_bytes(Target(plan, output, journal)),
+            resumed_bytes=_done_bytes(self.plan, journal),
         )
 
-    def _pack(self, outputs: Sequence[Path], targets: Sequence[Target]) -> None:
-        plan = targets[0].plan
+    def _pack(self, folder: Path, journal: Journal) -> None:
+        plan, keep, importance_file = self.plan, self.keep_source, importance_path(self.output)
         report = Report(self.progress, sum(each.source.end - each.source.start for each in plan.tensors))
         wanted = list(plan.checkpoint.shards)
         if plan.origin.is_remote:
-            lacking = {each.shard for t in targets for each in t.plan.tensors if each.source.name not in t.journal.done}
+            lacking = {each.shard for each in plan.tensors if each.source.name not in journal.done}
             wanted = [plan.checkpoint.shards[index] for index in sorted(lacking)]
             report.fetched(plan.source_bytes - sum(shard.size_bytes for shard in wanted))
             fetched = plan.checkpoint.shards[0].path.parent
             fetched.mkdir(exist_ok=True)
-            if self.options.keep_source:
+            if keep:
                 keep_small_files(plan, fetched)
-        keep, collected = self.options.keep_source, [importance_path(each) for each in outputs]
-        passed = importance_by_passing(plan, collected, self.progress) if plan.n_fetches > 1 else None
+        passed = importance_by_passing(plan, importance_file, self.progress) if plan.n_fetches > 1 else None
         with plan.origin.shards(wanted, keep=keep, progress=report.fetched) as shards, small_cache():
-            importance = passed or importance_at_once(plan, collected, self.progress, wanted, shards)
-            run_pipeline(targets, shards, report.packed, importance)
+            importance = passed or importance_at_once(plan, importance_file, self.progress, wanted, shards)
+            run_pipeline(plan, folder, journal, shards, report.packed, importance)
 
 
-def _done_bytes(target: Target) -> int:
+def _done_bytes(plan: Plan, journal: Journal) -> int:
     """Of the source, what the journal has."""
-    return sum(e.source.end - e.source.start for e in target.plan.tensors if e.source.name in target.journal.done)
+    return sum(each.source.end - each.source.start for each in plan.tensors if each.source.name in journal.done)
 
 
 def _n_workers(n: int | None) -> int:

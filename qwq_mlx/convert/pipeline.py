@@ -4,9 +4,6 @@ Blocks pass through in order, so tensors become durable in order: a tensor's las
 synced, the journal gets its line, and only then does the next tensor's first byte go to disk. A fixed set of buffers
 holds everything back to the pace of the slowest stage.
 
-Several conversions of one source (targets) go through together: a block is read once and packed for each of them. A
-shard is let go when the last of them has it.
-
 Does not: decide anything about formats; the plans did.
 """
 
@@ -14,10 +11,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from qwq_mlx.convert.calibration.importance import Importance
@@ -29,39 +24,29 @@ from qwq_mlx.convert.read import Buffers, Stopped, read_blocks
 from qwq_mlx.convert.source import Shards
 from qwq_mlx.convert.write import ShardWriter
 
-__all__ = ["Target", "run_pipeline"]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One conversion under way. folder: where its output shards lie, whole in size."""
-
-    plan: Plan
-    folder: Path
-    journal: Journal
+__all__ = ["run_pipeline"]
 
 
 class _Feed:
     """Runs the reader in its own thread and hands out packed blocks in order."""
 
-    def __init__(self, targets: Sequence[Target], buffers: Buffers, shards: Shards, importance: Importance) -> None:
-        self._plans = [each.plan for each in targets]
+    def __init__(self, plan: Plan, journal: Journal, buffers: Buffers, shards: Shards, importance: Importance) -> None:
+        self._plan = plan
         self._importance = importance
         self._shards = shards
         self._buffers = buffers
-        self._done = [dict(each.journal.done) for each in targets]
+        self._finished = dict(journal.done)  # the writing thread adds to the journal's own
         self._queue: queue.SimpleQueue[Future[PackedBlock] | BaseException | None] = queue.SimpleQueue()
         self._pending: list[Future[PackedBlock]] = []
         self._thread = threading.Thread(target=self._read, name="qwq-mlx-read", daemon=True)
 
     def _read(self) -> None:
-        pool = workers(self._plans[0].n_workers)
+        plan, pool = self._plan, workers(self._plan.n_workers)
         try:
-            for block in read_blocks(self._plans, self._done, self._buffers, self._shards):
-                plan = self._plans[block.target]
+            for block in read_blocks(plan, self._finished, self._buffers, self._shards):
                 shard = plan.checkpoint.shards[block.tensor.shard].path
-                own = self._importance.get(block.tensor.source.name.removesuffix(".weight"))
-                self._queue.put(pool.submit(pack_block, block, fit=plan.fit, shard=shard, importance=own))
+                importance = self._importance.get(block.tensor.source.name.removesuffix(".weight"))
+                self._queue.put(pool.submit(pack_block, block, fit=plan.fit, shard=shard, importance=importance))
             self._queue.put(None)
         except Stopped:
             self._queue.put(None)
@@ -92,46 +77,44 @@ class _Feed:
 
 
 def run_pipeline(
-    targets: Sequence[Target],
+    plan: Plan,
+    folder: Path,
+    journal: Journal,
     shards: Shards,
     progress: Callable[[Progress], None],
     importance: Importance,
 ) -> None:
-    """Convert every tensor that a target's journal does not have, into the output shards in its folder.
+    """Convert every tensor that the journal does not have, into the output shards in `folder`.
 
-    targets: of one source, with one number of workers. shards: the source's; each is let go when its last tensor is
-    durable in every target. importance: empty where nothing is calibrated.
-    Raises SourceError and ConversionError from the stages; what the journals have by then stays good.
+    shards: the source's; each is let go when its last tensor is durable. importance: empty where nothing is calibrated.
+    Raises SourceError and ConversionError from the stages; what the journal has by then stays good.
     """
-    plan = targets[0].plan
     sizes = {each.source.name: each.source.end - each.source.start for each in plan.tensors}
     total = sum(sizes.values())
-    done = resumed = sum(n for name, n in sizes.items() if all(name in each.journal.done for each in targets))
+    done_bytes = resumed = sum(n for name, n in sizes.items() if name in journal.done)
     buffer_bytes = max(each.block_rows * each.row_bytes for each in plan.tensors)
     buffers = Buffers(n_blocks_in_flight(plan.n_workers), buffer_bytes)
     last_of_shard = {each.shard: each.source.name for each in plan.tensors}
-    with ExitStack() as stack:
-        tallies = [_Tally(each, stack.enter_context(ShardWriter(each.plan, each.folder))) for each in targets]
-        for packed in stack.enter_context(_Feed(targets, buffers, shards, importance)):
+    feed = _Feed(plan, journal, buffers, shards, importance)
+    with ShardWriter(plan, folder) as writer, feed as blocks:
+        tally = _Tally(journal, writer)
+        for packed in blocks:
             block, name = packed.block, packed.block.tensor.source.name
-            tallies[block.target].add(packed)
-            if not block.is_last_use:
-                continue
+            tally.add(packed)
             if block.is_last and last_of_shard[block.tensor.shard] == name:
                 shards.drop(plan.checkpoint.shards[block.tensor.shard].path.name)
-            done += len(block.data)
+            done_bytes += len(block.data)
             buffers.give_back(block.buffer)
-            if progress is not None:
-                progress(
-                    Progress(phase="convert", what=name, done_bytes=done, total_bytes=total, resumed_bytes=resumed)
-                )
+            progress(
+                Progress(phase="convert", what=name, done_bytes=done_bytes, total_bytes=total, resumed_bytes=resumed)
+            )
 
 
 class _Tally:
-    """Writes a target's blocks and adds up what its tensor cost."""
+    """Writes blocks and adds up what the tensor under way cost."""
 
-    def __init__(self, target: Target, writer: ShardWriter) -> None:
-        self._journal, self._writer = target.journal, writer
+    def __init__(self, journal: Journal, writer: ShardWriter) -> None:
+        self._journal, self._writer = journal, writer
         self._error2 = self._weight2 = 0.0
         self._zero_pages = 0
 

@@ -47,7 +47,7 @@ COPIED = frozenset(
 SHARD_BYTES = 5 << 30  # as mlx-lm's shards
 _SCALE_DTYPES = {"mxfp4": "U8", "nvfp4": "U8", "mxfp8": "U8"}  # affine scales have the weight's dtype
 _BASE_BYTES = 80_000_000  # Python, numpy and MLX: the peak of converting a few kB (Linux x86, mlx 0.32.4)
-_PACKED_PER_BLOCK = 0.6  # packed rows of one conversion, times the block's bytes
+_PACKED_PER_BLOCK = 0.6  # packed rows, times the block's bytes
 _BYTES_PER_WORKER = 24_000_000  # scratch of one tile and its temporary arrays
 
 
@@ -103,9 +103,9 @@ class Plan:
 
     quality_note: what is measured of it afterwards, in words.
     copied: names of the files that are copied byte for byte. config_json, index_json: the bytes of those output files.
-    peak_memory_bytes is an estimate for n_workers and all conversions that are made together. fetched_bytes: of the
-    source, on the disk at a time. n_fetches: how often all of it is fetched: 0 for a local one, 2 where a calibration
-    text passes shards that do not stay. The rest is exact. calibration: None packs by the recipe's own fit.
+    peak_memory_bytes is an estimate for n_workers. fetched_bytes: of the source, on the disk at a time. n_fetches: how
+    often all of it is fetched: 0 for a local one, 2 where a calibration text passes shards that do not stay. The rest
+    is exact. calibration: None packs by the recipe's own fit.
     """
 
     origin: Origin
@@ -156,11 +156,10 @@ def make_plan(
     n_workers: int,
     keep_source: bool,
     calibration: Calibration | None = None,
-    n_together: int = 1,
 ) -> Plan:
     """Place every output tensor. The source has been checked against `config` and `recipe`; this cannot fail.
 
-    keep_source: whether shards that are fetched stay on the disk. n_together: conversions made in one pass.
+    keep_source: whether shards that are fetched stay on the disk.
     """
     checkpoint = origin.checkpoint
     sources = [(index, entry) for index, shard in enumerate(checkpoint.shards) for entry in shard.tensors.values()]
@@ -201,7 +200,7 @@ def make_plan(
         source_bytes=sum(shard.size_bytes for shard in checkpoint.shards),
         output_bytes=output_bytes,
         n_workers=n_workers,
-        peak_memory_bytes=_peak_memory(tensors, n_workers, config, calibration, n_together),
+        peak_memory_bytes=_peak_memory(tensors, n_workers, config, calibration),
         fetched_bytes=_fetched_bytes(origin, keep_source),
         n_fetches=0 if not origin.is_remote else 1 if calibration is None or keep_source else 2,
         calibration=calibration,
@@ -263,10 +262,9 @@ def _peak_memory(
     n_workers: int,
     config: Qwen2Config,
     calibration: Calibration | None,
-    n_together: int,
 ) -> int:
     """The larger of packing and, before it, calibrating."""
     block = max(each.block_rows * each.row_bytes for each in tensors)
-    blocks = int(n_blocks_in_flight(n_workers) * (1 + n_together * _PACKED_PER_BLOCK) * block)
+    blocks = int(n_blocks_in_flight(n_workers) * (1 + _PACKED_PER_BLOCK) * block)
     calibrating = 0 if calibration is None else calibration.peak_memory_bytes(config)
     return _BASE_BYTES + max(n_workers * _BYTES_PER_WORKER + blocks, calibrating)

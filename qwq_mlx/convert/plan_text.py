@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,54 +40,30 @@ def duration_text(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def plan_text(plans: Sequence[Plan], outputs: Sequence[str], free_bytes: int) -> str:
-    """What a run will do, one line per question a user has; recipe, output and quality for each output."""
-    plan = plans[0]
+def plan_text(plan: Plan, output: str, free_bytes: int) -> str:
+    """What a run will do, one line per question a user has."""
     checkpoint, origin = plan.checkpoint, plan.origin
     place = f"{origin.repository} at {origin.commit}" if origin.repository else str(checkpoint.folder)
     dtype = max(entry.dtype for _, entry in checkpoint.tensors.values())
-    rows = [
-        (
-            "source",
-            f"{place}: {len(checkpoint.shards)} shards, {len(plan.tensors):,} tensors, "
-            f"{plan.n_weights:,} weights in {dtype}, {size_text(plan.source_bytes)}",
-        )
-    ]
-    for each, output in zip(plans, outputs, strict=True):
-        rows += _output_rows(each, output)
-    disk_bytes = plan.fetched_bytes + sum(each.output_bytes for each in plans)
-    together = f" for all {len(plans)} outputs" if len(plans) > 1 else ""
-    twice = ""
-    if plan.n_fetches > 1:
-        twice = f"; the source is fetched twice, to calibrate and to pack ({size_text(plan.source_bytes)} each)"
-    rows += [
-        ("memory", f"about {size_text(plan.peak_memory_bytes)} at peak, with {plan.n_workers} workers"),
-        (
-            "disk",
-            f"{size_text(disk_bytes)} at peak{together}{'' if origin.is_remote else ' beside the source'}, "
-            f"{size_text(free_bytes)} free{twice}",
-        ),
-    ]
-    return "\n".join(f"{name:<8}{text}" for name, text in rows)
-
-
-def _output_rows(plan: Plan, output: str) -> tuple[tuple[str, str], ...]:
     recipe, packing, text = plan.recipe, plan.recipe.packing, plan.calibration
     overrides = f", {len(recipe.overrides)} overrides ({_widths(plan)})" if recipe.overrides else ""
     calibrated = "" if text is None else f" by {text.n_ids:,} tokens of {text.name}"
-    return (
-        (
-            "recipe",
-            f"{recipe.name}: {packing.mode}, {packing.bits} bits, groups of {packing.group_size}, "
-            f"{plan.fit}{overrides}{calibrated}",
-        ),
-        (
-            "output",
-            f"{output}: {len(plan.shards)} shards, {size_text(plan.output_bytes)}, "
-            f"{plan.bits_per_weight:.3f} bits per weight",
-        ),
-        ("quality", plan.quality_note),
-    )
+    twice = ""
+    if plan.n_fetches > 1:
+        twice = f"; the source is fetched twice, to calibrate and to pack ({size_text(plan.source_bytes)} each)"
+    rows = {
+        "source": f"{place}: {len(checkpoint.shards)} shards, {len(plan.tensors):,} tensors, "
+        f"{plan.n_weights:,} weights in {dtype}, {size_text(plan.source_bytes)}",
+        "recipe": f"{recipe.name}: {packing.mode}, {packing.bits} bits, groups of {packing.group_size}, "
+        f"{plan.fit}{overrides}{calibrated}",
+        "output": f"{output}: {len(plan.shards)} shards, {size_text(plan.output_bytes)}, "
+        f"{plan.bits_per_weight:.3f} bits per weight",
+        "quality": plan.quality_note,
+        "memory": f"about {size_text(plan.peak_memory_bytes)} at peak, with {plan.n_workers} workers",
+        "disk": f"{size_text(plan.output_bytes + plan.fetched_bytes)} at peak"
+        f"{'' if origin.is_remote else ' beside the source'}, {size_text(free_bytes)} free{twice}",
+    }
+    return "\n".join(f"{name:<8}{row}" for name, row in rows.items())
 
 
 def _widths(plan: Plan) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from qwq_mlx.convert.plan_text import size_text
@@ -21,16 +21,15 @@ from qwq_mlx.model.tokenizer import load_tokenizer
 from qwq_mlx.quant.packing import DTYPES
 from qwq_mlx.quant.recipe import Recipe
 
-__all__ = ["check_apart", "check_disk", "check_fit", "check_output", "check_source", "partial_path"]
+__all__ = ["check_disk", "check_fit", "check_output", "check_source", "partial_path"]
 
 _TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _MARGIN = 1.05  # file systems need a little more than the bytes
 _MAX_NAMES = 10
-_BESIDE = (".partial", ".source", ".replaced")  # what a conversion has beside its output
 
 
-def check_source(checkpoint: Checkpoint, recipes: Iterable[Recipe]) -> Qwen2Config:
-    """Compare a checkpoint with its architecture and with what the recipes want of it; returns the checked config.
+def check_source(checkpoint: Checkpoint, recipe: Recipe) -> Qwen2Config:
+    """Compare a checkpoint with its architecture and with what the recipe wants of it; returns the checked config.
 
     Raises LoadError (config, tensors, tokenizer), SourceError (dtypes), ConversionError (already packed, a width that
     the group does not divide), RecipeError (a pattern that fits nothing).
@@ -46,8 +45,7 @@ def check_source(checkpoint: Checkpoint, recipes: Iterable[Recipe]) -> Qwen2Conf
     found = {name: entry.shape for name, (_, entry) in checkpoint.tensors.items()}
     check_tensors(tensor_shapes(config), found, where=str(checkpoint.folder))
     _check_dtypes(checkpoint)
-    for recipe in recipes:
-        _check_recipe(checkpoint, config, recipe)
+    _check_recipe(checkpoint, config, recipe)
     load_tokenizer(checkpoint.folder, vocab_size=config.vocab_size)
     read_generation_defaults(checkpoint.folder, vocab_size=config.vocab_size)
     return config
@@ -139,39 +137,20 @@ def check_output(output: Path, source: Path | None, *, force: bool) -> None:
         )
 
 
-def check_apart(outputs: Iterable[Path]) -> None:
-    """Refuse outputs of one run that are one folder, or that would get into each other's way. Raises OptionError."""
-    seen: dict[Path, list[Path]] = {}
-    for output in outputs:
-        own = [output.resolve().with_name(output.resolve().name + end) for end in ("", *_BESIDE)]
-        for other, theirs in seen.items():
-            if any(a.is_relative_to(b) or b.is_relative_to(a) for a in own for b in theirs):
-                raise OptionError(
-                    f"{output}: is the output {other} too, or lies in it or in what it has beside it "
-                    f"({', '.join(f'NAME{end}' for end in _BESIDE)}). Give every recipe an output folder of its own."
-                )
-        seen[output] = own
+def check_disk(output: Path, peak_bytes: int) -> None:
+    """Refuse when the disk has less than what goes there and 5 %; what an unfinished conversion already takes counts.
 
-
-def check_disk(peaks: Mapping[Path, int]) -> None:
-    """Refuse when a disk has less than all that goes there and 5 %; what unfinished conversions already take counts.
-
-    peaks: output -> bytes it takes at its peak, with what is fetched. Raises DiskFullError with the figures.
+    peak_bytes: what the output takes at its peak, with what is fetched. Raises DiskFullError with the figures.
     """
-    needed: dict[int, int] = {}
-    for output, peak_bytes in peaks.items():
-        partial, disk = partial_path(output), _existing_parent(output).stat().st_dev
-        held = sum(p.stat().st_blocks * 512 for p in partial.rglob("*") if p.is_file()) if partial.is_dir() else 0
-        needed[disk] = needed.get(disk, 0) + int(peak_bytes * _MARGIN) - held
-    for output in peaks:
-        parent = _existing_parent(output)
-        free, more = shutil.disk_usage(parent).free, needed[parent.stat().st_dev]
-        if free < more:
-            together = " with the other outputs" if len(peaks) > 1 else ""
-            raise DiskFullError(
-                f"{output}: needs {size_text(more)} more on its disk{together}, {size_text(free)} are free. "
-                "Free some space or choose an output on another disk."
-            )
+    partial = partial_path(output)
+    held = sum(p.stat().st_blocks * 512 for p in partial.rglob("*") if p.is_file()) if partial.is_dir() else 0
+    needed = int(peak_bytes * _MARGIN) - held
+    free = shutil.disk_usage(_existing_parent(output)).free
+    if free < needed:
+        raise DiskFullError(
+            f"{output}: needs {size_text(needed)} more on its disk, {size_text(free)} are free. "
+            "Free some space or choose an output on another disk."
+        )
 
 
 def partial_path(output: Path) -> Path:

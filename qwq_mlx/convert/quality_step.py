@@ -40,34 +40,30 @@ class Judge:
 
 
 def measure_quality(
-    judges: Sequence[Judge], plans: Sequence[Plan], folders: Sequence[Path], progress: Callable[[Progress], None] | None
-) -> list[Quality | None]:
-    """Compare packed models with their source, all in one pass over it. Raises SourceError.
+    judge: Judge, plan: Plan, folder: Path, progress: Callable[[Progress], None] | None
+) -> Quality | None:
+    """Compare a packed model with its source; None where nothing is to be measured. Raises SourceError.
 
-    judges, plans: of conversions of one source. folders: of the packed models; config and shards are there.
+    folder: of the packed model; config and shards are there.
     """
     from qwq_mlx.convert.progress import Progress
     from qwq_mlx.model.folder import open_model_folder
     from qwq_mlx.quality.measure import measure
     from qwq_mlx.quality.result import summarise
 
-    chosen = [place for place, judge in enumerate(judges) if judge.text is not None]
-    found: list[Quality | None] = [None] * len(judges)
-    if not chosen:
-        return found
-    text, tokenizer = judges[chosen[0]].text, judges[chosen[0]].tokenizer  # all have the same
-    assert text is not None and tokenizer is not None
+    text = judge.text
+    if text is None:
+        return None
+    assert judge.tokenizer is not None
 
     def advance(done_bytes: int, total_bytes: int) -> None:
         if progress is not None:
             what = f"on {text.name}"
             progress(Progress(phase="quality", what=what, done_bytes=done_bytes, total_bytes=total_bytes))
 
-    source = open_model_folder(plans[0].checkpoint.shards[0].path.parent)
-    measured = measure(source, [open_model_folder(folders[place]) for place in chosen], text, progress=advance)
-    for place, each in zip(chosen, measured, strict=True):
-        found[place] = summarise(each, text, tokenizer)
-    return found
+    source = open_model_folder(plan.checkpoint.shards[0].path.parent)
+    (measured,) = measure(source, [open_model_folder(folder)], text, progress=advance)
+    return summarise(measured, text, judge.tokenizer)
 
 
 def plan_judge(plan: Plan, wanted: str | Path | bool | None, *, n_tokens: int | None, keep_source: bool) -> Judge:

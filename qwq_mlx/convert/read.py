@@ -1,7 +1,5 @@
 """Source shards to blocks of rows, each byte read once, in order, by one thread, and hashed on its way.
 
-Several conversions of one source share the reading: a block goes to each that still lacks its tensor.
-
 A block is read with pread into a buffer of a fixed set; the reader waits for a free one, so what is in memory does not
 grow with the tensor, the shard or the model. The running sha256 of a shard is noted at the end of every tensor.
 
@@ -70,13 +68,10 @@ class Buffers:
 class Block:
     """Rows of one tensor. data: their bytes, a view of `buffer`.
 
-    target: which of the plans it is for. is_last_use: no other target gets these rows after this one.
     source_ctime_ns: see `Done`. source_sha256: of the shard up to here, on a tensor's last block.
     """
 
     tensor: PlannedTensor
-    target: int = 0
-    is_last_use: bool = True
     first_row: int
     n_rows: int
     buffer: NDArray[np.uint8]
@@ -90,77 +85,62 @@ class Block:
         return self.first_row + self.n_rows == self.tensor.n_rows
 
 
-def read_blocks(
-    plans: Sequence[Plan], done: Sequence[Mapping[str, Done]], buffers: Buffers, shards: Shards
-) -> Iterator[Block]:
-    """Every block of every tensor that is not in `done`, in the source's order, once for each plan that lacks it.
+def read_blocks(plan: Plan, finished: Mapping[str, Done], buffers: Buffers, shards: Shards) -> Iterator[Block]:
+    """Every block of every tensor that is not in `finished`, in the source's order.
 
-    plans: of one source. done: of each plan, what it has. A shard that begins with finished tensors is hashed from its
-    start and compared with what the journals noted; one that is finished as a whole is left alone while its time of
-    change is the one they noted.
+    A shard that begins with finished tensors is hashed from its start and compared with what the journal noted; one
+    that is finished as a whole is left alone while its time of change is the one noted.
     shards: asked for each shard before it is opened.
     Raises SourceError if a shard ends early or changed, ConversionError if it is not the one the journal knows.
     """
-    origin = plans[0].origin
-    rows = list(zip(*(plan.tensors for plan in plans), strict=True))  # one source tensor as each plan has it
-    for index, shard in enumerate(origin.checkpoint.shards):
-        tensors = [each for each in rows if each[0].shard == index]
-        if origin.is_remote and all(each[0].source.name in known for each in tensors for known in done):
+    for index, shard in enumerate(plan.checkpoint.shards):
+        tensors = [each for each in plan.tensors if each.shard == index]
+        if plan.origin.is_remote and all(each.source.name in finished for each in tensors):
             continue  # fetched and proven by its digest then, and deleted since
         shards.wait(shard.path.name)
-        yield from _read_shard(shard, tensors, done, buffers)
+        yield from _read_shard(shard, tensors, finished, buffers)
 
 
 def _read_shard(
-    shard: Header,
-    tensors: Sequence[tuple[PlannedTensor, ...]],
-    done: Sequence[Mapping[str, Done]],
-    buffers: Buffers,
+    shard: Header, tensors: Sequence[PlannedTensor], finished: Mapping[str, Done], buffers: Buffers
 ) -> Iterator[Block]:
     fd = open_shard(shard)
     try:
         ctime_ns = os.fstat(fd).st_ctime_ns
-        records = [[known.get(each[0].source.name) for known in done] for each in tensors]
-        if all(record is not None and record.source_ctime_ns == ctime_ns for each in records for record in each):
+        records = [finished.get(each.source.name) for each in tensors]
+        if all(record is not None and record.source_ctime_ns == ctime_ns for record in records):
             return
         sha256 = hashlib.sha256()
         _hash_range(fd, shard, 0, shard.data_start, sha256)
-        for row, known in zip(tensors, records, strict=True):
-            if None not in known:
-                _hash_range(fd, shard, row[0].source.start, row[0].source.end, sha256)
+        for tensor, record in zip(tensors, records, strict=True):
+            if record is None:
+                yield from _read_tensor(fd, shard, tensor, ctime_ns, sha256, buffers)
             else:
-                lacking = {target: row[target] for target, record in enumerate(known) if record is None}
-                yield from _read_tensor(fd, shard, lacking, ctime_ns, sha256, buffers)
-            for record in filter(None, known):
+                _hash_range(fd, shard, tensor.source.start, tensor.source.end, sha256)
                 _check_prefix(shard, record, sha256.hexdigest())
     finally:
         os.close(fd)
 
 
 def _read_tensor(
-    fd: int, shard: Header, lacking: Mapping[int, PlannedTensor], ctime_ns: int, sha256: Any, buffers: Buffers
+    fd: int, shard: Header, tensor: PlannedTensor, ctime_ns: int, sha256: Any, buffers: Buffers
 ) -> Iterator[Block]:
-    """lacking: target -> the tensor as it has it; all have the same rows."""
-    tensor, last = next(iter(lacking.values())), max(lacking)
     for first in range(0, tensor.n_rows, tensor.block_rows):
         n_rows = min(tensor.block_rows, tensor.n_rows - first)
         buffer = buffers.take()
         data = buffer[: n_rows * tensor.row_bytes]
         read_into(fd, shard, tensor.source.start + first * tensor.row_bytes, data, tensor.source.name)
         sha256.update(data.data)
-        is_end = first + n_rows == tensor.n_rows
-        for target, own in lacking.items():
-            yield Block(
-                tensor=own,
-                target=target,
-                is_last_use=target == last,
-                first_row=first,
-                n_rows=n_rows,
-                buffer=buffer,
-                data=data,
-                source_ctime_ns=ctime_ns,
-                source_sha256=sha256.hexdigest() if is_end else None,
-            )
+        is_last = first + n_rows == tensor.n_rows
+        yield Block(
+            tensor=tensor,
+            first_row=first,
+            n_rows=n_rows,
+            buffer=buffer,
+            data=data,
+            source_ctime_ns=ctime_ns,
+            source_sha256=sha256.hexdigest() if is_last else None,
+        )
 
 
 def open_shard(shard: Header) -> int:

@@ -34,8 +34,7 @@ class Conversion:
     output: the folder. is_written: False for a dry run. relative_error: of all packed weights together (see
     quant.measure); None for a dry run. kl, top1_agreement: against the source (see quality.result), None where that was
     not measured. resumed_bytes: of source_bytes, what an earlier run had done. wall_s, peak_memory_bytes: of the whole
-    run, whatever else was converted in it.
-    warnings: what was converted but looks odd, in sentences.
+    run. warnings: what was converted but looks odd, in sentences.
     """
 
     output: Path

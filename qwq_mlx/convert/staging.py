@@ -1,12 +1,11 @@
-"""The folder beside an output that an unfinished conversion lives in: begun, continued, and gone when all is published.
+"""The folder beside an output that an unfinished conversion lives in: begun, continued, and gone when it is published.
 
     output.partial/  journal.jsonl   what is done (`journal`)
                      model/          the output shards; renamed to the output in the end
                      source/         shards that are fetched
                      calibration/    what a calibration text said, or how far it came
 
-Of several conversions made together each has its own. It stays, without model/, until the last of them is published,
-so that a run after a kill knows the finished ones for its own work.
+A kill between publishing and removing it leaves it without model/: the same call then knows the output for its own.
 
 Does not: lock the output, or write a weight.
 """
@@ -57,7 +56,7 @@ def is_marked(output: Path) -> bool:
 
 
 def published(plan: Plan, output: Path) -> Journal | None:
-    """The journal of an output that this very conversion has made, though its run had more to do; else None."""
+    """The journal of an output that this very conversion has published, and was stopped right after; else None."""
     path = partial_path(output) / _JOURNAL
     if not is_marked(output) or differences(read_description(path), describe(plan)):
         return None

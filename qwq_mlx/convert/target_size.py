@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 from qwq_mlx.convert.plan import make_plan
 from qwq_mlx.convert.source import Origin
@@ -20,25 +19,17 @@ from qwq_mlx.quant.allocate import allocate, free_matrices, ladder, rate, recipe
 from qwq_mlx.quant.modes import MODES, Packing
 from qwq_mlx.quant.recipe import Recipe
 
-__all__ = ["recipes_for_size"]
+__all__ = ["recipe_for_size"]
 
 
-def recipes_for_size(
-    origin: Origin, config: Qwen2Config, recipes: Mapping[Path, Recipe], target_bytes: int
-) -> dict[Path, Recipe]:
-    """The one recipe with its bits chosen, so that the output has at most `target_bytes`.
+def recipe_for_size(origin: Origin, config: Qwen2Config, recipe: Recipe, target_bytes: int) -> Recipe:
+    """The recipe with its bits chosen, so that the output has at most `target_bytes`.
 
     Mode, fit and overrides stay the recipe's; matrices that an override names keep what it says. Groups are the
     recipe's or larger, where these divide every row.
-    Raises OptionError: several recipes, a mode without a choice of bits, nothing to choose, or a size that even the
-    fewest bits exceed, with the smallest that can be reached.
+    Raises OptionError: a mode without a choice of bits, nothing to choose, or a size that even the fewest bits exceed,
+    with the smallest that can be reached.
     """
-    (output, recipe), *others = recipes.items()
-    if others:
-        raise OptionError(
-            f"a target size and {len(recipes)} recipes: the size decides the bits, so it goes with one recipe. "
-            "Give one --recipe and one --output."
-        )
     if type(target_bytes) is not int or target_bytes <= 0:
         raise OptionError(f"target_bytes is {target_bytes!r}, expected a whole number of bytes above 0.")
     if not recipe.packing.is_affine:
@@ -46,10 +37,6 @@ def recipes_for_size(
             f"{recipe.path}: mode {recipe.packing.mode!r} has one number of bits, so a target size cannot choose. "
             "Take a recipe of mode 'affine', 4bit for instance."
         )
-    return {output: _fitted(origin, config, recipe, target_bytes)}
-
-
-def _fitted(origin: Origin, config: Qwen2Config, recipe: Recipe, target_bytes: int) -> Recipe:
     tensors = origin.checkpoint.tensors.items()
     matrices = {n.removesuffix(".weight"): math.prod(e.shape) for n, (_, e) in tensors if len(e.shape) == 2}
     n_layers = config.num_hidden_layers

@@ -110,7 +110,7 @@ def _pack_again(folder: Path, manifest: Manifest, source: Path, n_tensors: int, 
     importance = _importance(folder, manifest)
     checkpoint = open_checkpoint(source)
     recipe = recipe_of_mapping(manifest.recipe, where=folder / "manifest.json")
-    config = check_source(checkpoint, [recipe])
+    config = check_source(checkpoint, recipe)
     origin = Origin(checkpoint=checkpoint, repository=None, commit=None)
     plan = make_plan(origin, config, recipe, n_workers=1, keep_source=False)
     _check_names(folder, manifest, plan)

@@ -12,9 +12,9 @@ from checkpoints import write_tiny_checkpoint
 from hub_server import HubServer, Repository
 
 from qwq_mlx.convert import Progress, convert_checkpoint
+from qwq_mlx.convert.calibration import checkpoint as begun
 from qwq_mlx.convert.calibration.checkpoint import Begun, Keeper, begun_path, read_begun
 from qwq_mlx.convert.calibration.importance import STATISTICS_NAME
-from qwq_mlx.convert.calibration.importance import checkpoint as begun
 from qwq_mlx.model.layers import LayerStream
 
 pytestmark = pytest.mark.tiny

@@ -61,7 +61,7 @@ def test_importance_is_the_mean_square_of_what_a_matrix_is_fed(
 ) -> None:
     calibration = calibrated(tiny_checkpoint, text)
     assert calibration.n_ids >= 512 and max(map(len, calibration.texts)) == 512
-    found = importance_of(calibration, open_checkpoint(tiny_checkpoint), [tmp_path / "kept"], lambda _: None)
+    found = importance_of(calibration, open_checkpoint(tiny_checkpoint), tmp_path / "kept", lambda _: None)
     model = load_model(tiny_checkpoint)
     inner: Any = model.module.model
     sums = np.zeros(128)
@@ -84,7 +84,7 @@ def test_a_calibrated_conversion_is_the_weighted_fit_of_every_matrix_and_says_so
     )
     assert phases[0] == "calibrate" and "convert" in phases
     calibration = calibrated(tiny_checkpoint, text)
-    importance = importance_of(calibration, open_checkpoint(tiny_checkpoint), [tmp_path / "kept"], lambda _: None)
+    importance = importance_of(calibration, open_checkpoint(tiny_checkpoint), tmp_path / "kept", lambda _: None)
     source = {}
     for path in tiny_checkpoint.glob("*.safetensors"):
         source.update(mx.load(str(path)))
@@ -133,12 +133,12 @@ def test_a_file_of_importance_that_is_torn_or_of_another_text_is_collected_again
     tiny_checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     calibration, checkpoint, kept = calibrated(tiny_checkpoint, text), open_checkpoint(tiny_checkpoint), tmp_path / "k"
-    found, runs = importance_of(calibration, checkpoint, [kept], lambda _: None), []
+    found, runs = importance_of(calibration, checkpoint, kept, lambda _: None), []
     good = kept.read_bytes()
     for data, n_runs in ((good, 0), (good[:-9], 10), (good.replace(b"text.txt", b"next.txt"), 10)):
         kept.write_bytes(data)
         runs.clear()
-        again = importance_of(calibration, checkpoint, [kept], runs.append)
+        again = importance_of(calibration, checkpoint, kept, runs.append)
         assert len(runs) == (9 if n_runs else 0) and kept.read_bytes() == good
         assert all(np.array_equal(again[name], found[name]) for name in found)
 
@@ -351,7 +351,7 @@ def test_activations_that_are_not_finite_are_refused(text: Path, tmp_path: Path)
     arrays["model.norm.weight"] = mx.full((128,), 3e38, mx.bfloat16)
     mx.save_safetensors(str(path), arrays, {"format": "pt"})
     with pytest.raises(ConversionError, match=r"activations that are NaN or infinite before lm_head\. The checkpoint"):
-        importance_of(calibrated(folder, text), open_checkpoint(folder), [tmp_path / "kept"], lambda _: None)
+        importance_of(calibrated(folder, text), open_checkpoint(folder), tmp_path / "kept", lambda _: None)
     assert not (tmp_path / "kept").exists()
 
 

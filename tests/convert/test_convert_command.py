@@ -71,40 +71,6 @@ def test_a_full_disk_exits_with_3_before_the_first_byte_and_in_the_middle(
     assert main(arguments) == 0
 
 
-def test_several_recipes_each_with_its_output_are_one_plan_one_pass_and_a_line_each(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pairs = [("4bit", tmp_path / "four"), ("8bit", tmp_path / "eight")]
-    arguments = [each for recipe, output in pairs for each in ("--recipe", recipe, "--output", str(output))]
-    assert main(["--source", str(tiny_checkpoint), *arguments, "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert [json.loads(line)["output"] for line in out.splitlines()] == [str(output) for _, output in pairs]
-    plan = err.splitlines()
-    assert [line.split()[0] for line in plan[:9]] == [
-        "source", "recipe", "output", "quality", "recipe", "output", "quality", "memory", "disk",
-    ]  # fmt: skip
-    assert "at peak for all 2 outputs beside the source" in plan[8] and err.count("done: ") == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--recipe", "4bit", "--recipe", "6bit", "--output", "conv/"],
-            "2 recipes and 1 outputs do not pair up: every --recipe needs its own --output, in the same order. "
-            "For instance: --recipe 4bit --output conv-4bit --recipe 6bit --output conv-6bit",
-        ),
-        (["--output", "a", "--output", "b"], "For instance: --recipe NAME --output a --recipe NAME --output b"),
-        (["--recipe", "4bit", "--output", "a", "--recipe", "6bit", "--output", "a"], "a and a: two are one folder"),
-    ],
-)
-def test_recipes_and_outputs_that_do_not_pair_up_are_refused_with_what_works(
-    arguments: list[str], message: str, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["--source", str(tiny_checkpoint), *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_the_plan_is_exact(tiny_checkpoint: Path, tmp_path: Path) -> None:
     result = convert_checkpoint(tiny_checkpoint, tmp_path / "out")
     written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir() if path.name != "manifest.json")
@@ -136,7 +102,16 @@ def test_failures_are_one_message_with_the_right_code(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--source", "a"], ["--source", "a", "--output", "b", "--dry"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--source", "a"],
+        ["--source", "a", "--output", "b", "--dry"],
+        ["--source", "a", "--output", "b", "--output", "c"],
+        ["--source", "a", "--output", "b", "--recipe", "4bit", "--recipe", "4bit"],
+    ],
+)
 def test_wrong_arguments_are_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
@@ -185,7 +160,7 @@ def test_an_interruption_before_anything_was_written_says_so(
     def press(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(__main__._Screen, "show_plans", press)
+    monkeypatch.setattr(__main__._Screen, "show_plan", press)
     assert main(["--source", str(tiny_checkpoint), "--output", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err == "interrupted: nothing was kept.\n"
 

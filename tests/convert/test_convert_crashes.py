@@ -10,7 +10,7 @@ import pytest
 from checkpoints import write_tiny_checkpoint
 from faulty_disk import CrashError, FaultyDisk
 
-from qwq_mlx.convert import convert_checkpoint
+from qwq_mlx.convert import convert_checkpoint, job
 from qwq_mlx.convert.write import ShardWriter
 from qwq_mlx.errors import ConversionError
 from qwq_mlx.files.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_full
@@ -158,6 +158,40 @@ def test_replacing_by_force_leaves_the_old_or_the_new_folder_at_every_crash(
             assert content(folder / "out") == undisturbed
         convert_checkpoint(source, folder / "out", n_workers=2, force=True)
         assert content(folder / "out") == undisturbed
+
+
+def stop_after_publishing(source: Path, output: Path) -> int:
+    """Leaves the published output beside its partial folder; returns the output's inode."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "remove_partial", lambda output: (_ for _ in ()).throw(KeyboardInterrupt))
+        convert_checkpoint(source, output, n_workers=2)
+    assert (output.parent / "out.partial" / "journal.jsonl").exists()
+    return output.stat().st_ino
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_published_right_before_the_stop_is_left_alone_by_the_same_call(
+    source: Path, tmp_path: Path, undisturbed: dict[str, object], force: bool
+) -> None:
+    inode = stop_after_publishing(source, tmp_path / "out")
+    conversion = convert_checkpoint(source, tmp_path / "out", n_workers=2, force=force)
+    assert (tmp_path / "out").stat().st_ino == inode and not (tmp_path / "out.partial").exists()
+    assert conversion.resumed_bytes > 0.99 * conversion.source_bytes
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_a_published_output_counts_only_for_the_conversion_that_made_it(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    stop_after_publishing(source, output)
+    with pytest.raises(ConversionError, match="out: exists already"):
+        convert_checkpoint(source, output, recipe="8bit")
+    with pytest.raises(ConversionError, match="out: exists already"):
+        convert_checkpoint(source, output, restart=True)
+    (output / "config.json").write_text("{}")  # no longer whole: not taken for ours
+    with pytest.raises(ConversionError, match="out: exists already"):
+        convert_checkpoint(source, output)
+    convert_checkpoint(source, output, force=True)
+    verify_full(output)
 
 
 def test_a_crash_is_no_error_that_our_code_could_swallow() -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from qwq_mlx.convert import __main__ as command
-from qwq_mlx.convert.options import ConvertOptions
 
 FLAGS: list[tuple[list[str], str, Any]] = [
     (["--source", "there"], "source", "there"),
-    (["--output", "here"], "outputs", ["here"]),
-    (["--recipe", "mine.toml"], "recipes", ["mine.toml"]),
+    (["--output", "here"], "output", "here"),
+    (["--recipe", "mine.toml"], "recipe", "mine.toml"),
     (["--revision", "0" * 40], "revision", "0" * 40),
     (["--target-size", "17GB"], "target_bytes", 17_000_000_000),
     (["--calibrate", "text.txt"], "calibrate", "text.txt"),
@@ -34,11 +32,10 @@ class _ReachedError(Exception):
 
 
 def reached(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> dict[str, Any]:
-    def convert(source: Any, outputs: dict[Any, Any], chosen: ConvertOptions, *, on_plan: Any, progress: Any) -> None:
-        names = {"source": source, "outputs": list(outputs), "recipes": list(outputs.values())}
-        raise _ReachedError(names | asdict(chosen) | {"has_progress": progress is not None})
+    def convert(source: Any, output: Any, *, on_plan: Any, progress: Any, **chosen: Any) -> None:
+        raise _ReachedError(chosen | {"source": source, "output": output, "has_progress": progress is not None})
 
-    monkeypatch.setattr("qwq_mlx.convert.job.convert_recipes", convert)
+    monkeypatch.setattr("qwq_mlx.convert.job.convert_checkpoint", convert)
     with pytest.raises(_ReachedError) as caught:
         command.main(given)
     values: dict[str, Any] = caught.value.args[0]

@@ -276,13 +276,12 @@ def test_code_of_the_source_is_neither_run_nor_copied_nor_named(source: Path) ->
 
 def test_a_disk_that_reads_back_other_bytes_is_noticed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwq_mlx.convert import job
-    from qwq_mlx.convert.pipeline import Target
 
     run_pipeline = job.run_pipeline
 
-    def flip(targets: list[Target], *rest: object) -> None:
-        run_pipeline(targets, *rest)
-        path = targets[0].folder / "model-00001-of-00001.safetensors"
+    def flip(plan: object, folder: Path, *rest: object) -> None:
+        run_pipeline(plan, folder, *rest)
+        path = folder / "model-00001-of-00001.safetensors"
         raw = bytearray(path.read_bytes())
         raw[-1] ^= 1
         path.write_bytes(raw)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from checkpoints import write_tiny_checkpoint
 
-from qwq_mlx.convert import ConvertOptions, Plan, convert_checkpoint, convert_recipes
+from qwq_mlx.convert import Plan, convert_checkpoint
 from qwq_mlx.convert.__main__ import main
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.manifest import verify_full
@@ -117,5 +117,3 @@ def test_what_a_size_cannot_go_with_is_refused(source: Path, tmp_path: Path) -> 
     fixed = tmp_path / "fixed.toml"
     fixed.write_text('[weights]\n[[override]]\nmatch = "*"\nbits = 8\n')
     refused(source, r"fixed\.toml: its overrides name every matrix", target_bytes=10**9, recipe=fixed)
-    with pytest.raises(OptionError, match="a target size and 2 recipes: the size decides the bits"):
-        convert_recipes(source, {tmp_path / "a": "4bit", tmp_path / "b": "6bit"}, ConvertOptions(target_bytes=10**9))

@@ -43,9 +43,9 @@ class Begun:
     sums: Mapping[str, NDArray[np.float64]]
 
 
-def begun_path(kept: Path) -> Path:
-    """Where a pass is kept whose result will be the file `kept`."""
-    return kept.with_name("begun.safetensors")
+def begun_path(path: Path) -> Path:
+    """Where a pass is kept whose result will be the file `path`."""
+    return path.with_name("begun.safetensors")
 
 
 def read_begun(path: Path, run: Mapping[str, Any]) -> Begun | None:

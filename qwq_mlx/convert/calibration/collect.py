@@ -25,56 +25,48 @@ __all__ = ["importance_at_once", "importance_by_passing"]
 Show = Callable[[Progress], None] | None
 
 
-def importance_at_once(
-    plan: Plan, kept: Sequence[Path], progress: Show, wanted: Sequence[Header], shards: Shards
-) -> Importance:
-    """By a source whose shards stay; empty without a text. kept: files that hold it afterwards, and may already.
+def importance_at_once(plan: Plan, path: Path, progress: Show, wanted: Sequence[Header], shards: Shards) -> Importance:
+    """By a source whose shards stay; empty without a text. path: a file that holds it afterwards, and may already.
 
     wanted: shards to wait for, should the text be run. Raises as `importance_of` does.
     """
     if plan.calibration is None:
         return {}
-    _make_folders(kept)
-    if not _is_known(plan, kept):
+    _make_folder(path)
+    if not _is_known(plan, path):
         for shard in wanted:
             shards.wait(shard.path.name)
-    report, begun = Report(progress, plan.source_bytes), begun_run(plan.calibration, kept)
-    return importance_of(plan.calibration, plan.checkpoint, kept, _show(plan, report), begun=begun)
+    report, begun = Report(progress, plan.source_bytes), begun_run(plan.calibration, path)
+    return importance_of(plan.calibration, plan.checkpoint, path, _show(plan, report), begun=begun)
 
 
-def importance_by_passing(plan: Plan, kept: Sequence[Path], progress: Show) -> Importance:
-    """By shards that are fetched for this pass alone; none, where one of `kept` is of this text. Raises as above."""
+def importance_by_passing(plan: Plan, path: Path, progress: Show) -> Importance:
+    """By shards that are fetched for this pass alone; none, where `path` is of this text. Raises as above."""
     assert plan.calibration is not None
-    _make_folders(kept)
-    begun = begun_run(plan.calibration, kept)
+    _make_folder(path)
+    begun = begun_run(plan.calibration, path)
     n_done = 0 if begun is None else begun.n_layers
     order = pass_order(plan.checkpoint, plan.config, plan.calibration.name, n_done=n_done)
     report = Report(progress, plan.source_bytes, phase="calibrate")
-    with (
-        plan.origin.shards(
-            () if _is_known(plan, kept) else order.shards, keep=False, progress=report.fetched
-        ) as shards,
-        small_cache(),
-    ):
+    shards_to_fetch = () if _is_known(plan, path) else order.shards
+    with plan.origin.shards(shards_to_fetch, keep=False, progress=report.fetched) as shards, small_cache():
         passing = PassingShards(order, shards)
-        found = importance_of(
-            plan.calibration, plan.checkpoint, kept, _show(plan, report), before=passing.before, begun=begun
+        importance = importance_of(
+            plan.calibration, plan.checkpoint, path, _show(plan, report), before=passing.before, begun=begun
         )
         passing.after()
-    return found
+    return importance
 
 
-def _make_folders(kept: Sequence[Path]) -> None:
-    for each in kept:
-        each.parent.mkdir(exist_ok=True)
-        for left in each.parent.glob(".*.tmp"):  # of a run that was killed as it wrote; it had the output's lock
-            left.unlink()
+def _make_folder(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    for temporary in path.parent.glob(".*.tmp"):  # of a run that was killed as it wrote; it had the output's lock
+        temporary.unlink()
 
 
-def _is_known(plan: Plan, kept: Sequence[Path]) -> bool:
-    """Whether one of `kept` is of the plan's text, so that it need not be run."""
-    wanted = None if plan.calibration is None else plan.calibration.as_mapping()
-    return wanted is not None and any(read_importance(each, wanted) is not None for each in kept)
+def _is_known(plan: Plan, path: Path) -> bool:
+    """Whether the file is of the plan's text, so that it need not be run."""
+    return plan.calibration is not None and read_importance(path, plan.calibration.as_mapping()) is not None
 
 
 def _show(plan: Plan, report: Report) -> Callable[[str], None]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,36 +170,32 @@ def _conversation(tokenizer: LoadedTokenizer, messages: list[Any]) -> list[int]:
 def importance_of(
     calibration: Calibration,
     checkpoint: Checkpoint,
-    kept: Sequence[Path],
+    path: Path,
     progress: Callable[[str], None],
     *,
     before: Callable[[str], None] = lambda part: None,
     begun: Begun | None = None,
 ) -> Importance:
-    """The importance of every input channel: from the first file of `kept` that is of this text, else by a run.
+    """The importance of every input channel: from the file if it is of this text, else by a run.
 
-    Afterwards all of `kept` hold it. progress: called with the name of each layer. before: called by a run, see
+    Afterwards the file holds it. progress: called with the name of each layer. before: called by a run, see
     `LayerStream.run`; from then on the tensors that it names have to be there. begun: what `begun_run` found, for a
-    run to go on from. A run that is stopped leaves such a file beside the first of `kept`. Raises SourceError;
-    ConversionError for activations that are not finite; OSError where a file cannot be written.
+    run to go on from. A run that is stopped leaves such a file beside `path`. Raises SourceError; ConversionError for
+    activations that are not finite; OSError where a file cannot be written.
     """
-    found = {path: read_importance(path, calibration.as_mapping()) for path in kept}
-    importance = next((each for each in found.values() if each is not None), None)
+    importance = read_importance(path, calibration.as_mapping())
     if importance is None:
-        keeper = Keeper(begun_path(kept[0]), _run_mapping(calibration))
+        keeper = Keeper(begun_path(path), _run_mapping(calibration))
         importance = _run(calibration, checkpoint, progress, before, keeper, begun)
-    head, entries = _layout(calibration, {name: len(values) for name, values in importance.items()})
-    data = head + b"".join(importance[entry.name].astype("<f4").tobytes() for entry in entries)
-    for path in kept:
-        if found[path] is None:
-            write_file(path, data)
-        begun_path(path).unlink(missing_ok=True)
+        head, entries = _layout(calibration, {name: len(values) for name, values in importance.items()})
+        write_file(path, head + b"".join(importance[entry.name].astype("<f4").tobytes() for entry in entries))
+    begun_path(path).unlink(missing_ok=True)
     return importance
 
 
-def begun_run(calibration: Calibration, kept: Sequence[Path]) -> Begun | None:
+def begun_run(calibration: Calibration, path: Path) -> Begun | None:
     """How far an earlier run of `importance_of` came with this text on this device; None where nothing is kept."""
-    return read_begun(begun_path(kept[0]), _run_mapping(calibration))
+    return read_begun(begun_path(path), _run_mapping(calibration))
 
 
 def _run_mapping(calibration: Calibration) -> dict[str, Any]:
@@ -226,12 +222,12 @@ def _layout(calibration: Calibration, columns: Mapping[str, int]) -> tuple[bytes
     return place_tensors([(name, "F32", (columns[name],)) for name in sorted(columns)], metadata)
 
 
-def read_importance(kept: Path, calibration: Mapping[str, Any]) -> Importance | None:
+def read_importance(path: Path, calibration: Mapping[str, Any]) -> Importance | None:
     """The importance in a file; None where there is none, or it is not whole, or of another text.
 
     calibration: the text, as `Calibration.as_mapping` says it.
     """
-    header = header_of(kept, "calibration", calibration)
+    header = header_of(path, "calibration", calibration)
     return None if header is None else arrays_of(header)
 
 
