@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from qwq_mlx.errors import SourceError
-from qwq_mlx.files.header import Header, TensorEntry, read_header, recognise
+from qwq_mlx.files.header import Header, TensorEntry, read_header
 from qwq_mlx.files.json_object import read_json_object
+from qwq_mlx.files.reading import recognise
 
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "Checkpoint", "assemble_checkpoint", "open_checkpoint", "read_weight_map"]
 

@@ -1,11 +1,11 @@
 """The header of a safetensors file, read as if a stranger had made it, because one has.
 
-A safetensors file is 8 bytes of length n, n bytes of JSON, then the tensors' bytes. The JSON has one fixed form, so it
-is read by a parser of that form alone (`header_json`). Checked here: the length, and that the tensors' data fill the
-file from the header to the last byte, without holes or overlaps. What often lies in a shard's place (a git-lfs pointer,
-an HTML page) is called by its name.
+A safetensors file is 8 bytes of length n, n bytes of JSON, then the tensors' bytes. Checked here: the length, every
+field of every tensor, and that the tensors' data fill the file from the header to the last byte, without holes or
+overlaps. What often lies in a shard's place (a git-lfs pointer, an HTML page) is called by its name.
 
-Does not: read tensor data, or accept anything that the reference refuses.
+Does not: read tensor data, accept anything that the reference refuses, or know sub-byte types (F4, F6), which no Qwen2
+checkpoint has.
 Source: README of huggingface/safetensors, section "Format"; tests compare with the safetensors package.
 """
 
@@ -14,15 +14,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import stat
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from qwq_mlx.errors import SourceError
-from qwq_mlx.files.header_json import DTYPE_BYTES, MAX_HEADER_BYTES, METADATA, TensorEntry, parse_header
-from qwq_mlx.files.reading import open_to_read, read_at
+from qwq_mlx.files.json_object import parse_json_object
+from qwq_mlx.files.reading import open_to_read, read_at, recognise
 
 __all__ = [
     "DTYPE_BYTES",
@@ -32,10 +34,49 @@ __all__ = [
     "place_tensors",
     "read_header",
     "read_header_by",
-    "recognise",
 ]
 
+DTYPE_BYTES: Mapping[str, int] = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E5M2": 1,
+    "F8_E4M3": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
+
+MAX_HEADER_BYTES = 8 << 20  # QwQ's shards have 6 kB; parsed, a hostile header takes up to 35 times its length
+MAX_TENSORS = 40_000  # the largest conversion that the architecture allows; 500,000 empty ones cost mlx-lm 8 s
+_MAX_NAME = 512
+_MAX_DIMENSIONS = 8
+_MAX_BYTES = 2**63 - 1
+_MAX_DIGITS = 19
+_METADATA = "__metadata__"
+_FIELDS = ("dtype", "shape", "data_offsets")
 _AGAIN = "Fetch the file again."
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: its bytes are file[start:end] (positions in the file, not in the data section).
+
+    dtype: as safetensors spells it ("BF16"). The bytes are little-endian, row-major.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +108,11 @@ def read_header(path: Path) -> Header:
 def read_header_by(read: Callable[[int, int], bytes], path: Path, size_bytes: int) -> Header:
     """The same for a file that is elsewhere: read(start, n_bytes) gives its bytes, size_bytes is its full size.
 
-    path: where the file is or will be, for messages. At most 100 MB are asked for, and only if the file has them.
+    path: where the file is or will be, for messages. At most 8 MiB are asked for, and only if the file has them.
     """
     raw = _read_raw(read, path, size_bytes)
     data_start = 8 + len(raw)
-    tensors, metadata = parse_header(raw, where=str(path), data_start=data_start)
+    tensors, metadata = _parse(raw, path, data_start)
     return Header(
         path=path,
         size_bytes=size_bytes,
@@ -106,7 +147,7 @@ def encode_header(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | 
     entries: in the order of the data, without holes; only their distance from the first entry's start is written, so
     positions in the file and positions in the data section give the same bytes.
     """
-    header: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
+    header: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     base = None
     for entry in entries:
         base = entry.start if base is None else base
@@ -159,26 +200,74 @@ def _read_raw(read: Callable[[int, int], bytes], path: Path, size_bytes: int) ->
     return raw
 
 
-def recognise(first: bytes) -> str | None:
-    """What a file is, by its first bytes, if it is one of those that often stand in another's place."""
-    text = first.lstrip(b" \t\r\n\xef\xbb\xbf").lower()
-    signatures = (
-        (b"version https://git-lfs", "a git-lfs pointer, not the file it points to"),
-        (b"<!doctype", "an HTML page"),
-        (b"<html", "an HTML page"),
-        (b"<?xml", "an XML page"),
-        (b'{"error', "a JSON error message"),
-        (b"pk\x03\x04", "a zip archive (PyTorch's format)"),
-        (b"gguf", "a GGUF file"),
-    )
-    return next((name for start, name in signatures if text.startswith(start)), None)
+def _parse(raw: bytes, path: Path, data_start: int) -> tuple[list[TensorEntry], dict[str, str]]:
+    """Tensors in the order they stand in, each with bytes that fit its shape, and the metadata."""
+    if not raw.startswith(b"{"):  # JSON may begin with spaces, a header may not
+        raise SourceError(f"{path}: the header begins with {raw[:8]!r}, expected '{{'. The file is damaged. {_AGAIN}")
+    header = parse_json_object(raw, what=f"{path}: the header", advice=_AGAIN, parse_int=_whole_number)
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(_is_text(each) for pair in metadata.items() for each in pair):
+        raise SourceError(f"{path}: {_METADATA} is {_short(metadata)}, expected an object of texts. {_AGAIN}")
+    if len(header) > MAX_TENSORS:
+        raise SourceError(
+            f"{path}: has {len(header):,} tensors, expected at most {MAX_TENSORS:,}. No model of this kind has more."
+        )
+    return [_entry(path, name, fields, data_start) for name, fields in header.items()], metadata
+
+
+def _entry(path: Path, name: str, fields: object, data_start: int) -> TensorEntry:
+    if not name.isprintable() or not 1 <= len(name) <= _MAX_NAME:
+        raise SourceError(
+            f"{path}: tensor name {name[:_MAX_NAME]!r}: expected 1 to {_MAX_NAME} printable characters. {_AGAIN}"
+        )
+    where = f"{path}: tensor {name}"
+    if not isinstance(fields, dict) or fields.keys() != set(_FIELDS):
+        found = list(fields) if isinstance(fields, dict) else fields
+        raise SourceError(f"{where}: has {_short(found)}, expected {', '.join(_FIELDS)} and nothing else. {_AGAIN}")
+    dtype, shape, offsets = (fields[field] for field in _FIELDS)
+    width = DTYPE_BYTES.get(dtype) if isinstance(dtype, str) else None
+    if width is None:
+        raise SourceError(f"{where}: dtype is {_short(dtype)}, expected one of {', '.join(DTYPE_BYTES)}. {_AGAIN}")
+    if not _are_whole(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise SourceError(
+            f"{where}: shape is {_short(shape)}, expected at most {_MAX_DIMENSIONS} whole numbers from 0 to 10^19 - 1. "
+            + _AGAIN
+        )
+    if not _are_whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise SourceError(f"{where}: data_offsets are {_short(offsets)}, expected [begin, end]. {_AGAIN}")
+    if math.prod(filter(None, shape)) * width > _MAX_BYTES:
+        raise SourceError(f"{where}: shape {shape} overflows 64 bits. {_AGAIN}")
+    n_bytes = math.prod(shape) * width
+    if offsets[1] - offsets[0] != n_bytes:
+        raise SourceError(
+            f"{where}: has {offsets[1] - offsets[0]:,} bytes, but {dtype} {shape} needs {n_bytes:,}. {_AGAIN}"
+        )
+    return TensorEntry(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _whole_number(digits: str) -> float:
+    """An integer as the reference takes it; "-0" and what overflows become floats, which are refused everywhere."""
+    return int(digits) if digits[0] != "-" and len(digits) <= _MAX_DIGITS else float(digits)
+
+
+def _are_whole(values: object) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(each) is int for each in values)
+
+
+def _is_text(value: object) -> bool:
+    """JSON can spell half a surrogate pair, UTF-8 cannot."""
+    return isinstance(value, str) and not any("\ud800" <= each <= "\udfff" for each in value)
+
+
+def _short(value: object) -> str:
+    return reprlib.repr(value)[:200]
 
 
 def _in_order(
-    tensors: Mapping[str, TensorEntry], path: Path, *, data_start: int, size_bytes: int
+    tensors: Iterable[TensorEntry], path: Path, *, data_start: int, size_bytes: int
 ) -> dict[str, TensorEntry]:
     """The tensors in the order of their data, which must fill the file from data_start to its end exactly once."""
-    ordered = sorted(tensors.values(), key=lambda entry: (entry.start, entry.end))
+    ordered = sorted(tensors, key=lambda entry: (entry.start, entry.end))
     position, before = data_start, "the header"
     for entry in ordered:
         if entry.start < position:

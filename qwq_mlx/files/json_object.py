@@ -1,6 +1,6 @@
-"""Small JSON files that hold one object: read with a size limit, strictly, and never from a FIFO.
+"""JSON that holds one object: small files, read with a size limit and never from a FIFO, and strictly parsed.
 
-Does not: read safetensors headers (`header_json`) or check what the object means.
+Does not: check what the object means.
 """
 
 from __future__ import annotations
@@ -8,18 +8,18 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qwq_mlx.errors import SourceError
-from qwq_mlx.files.header import recognise
-from qwq_mlx.files.reading import open_to_read, read_at
+from qwq_mlx.files.reading import open_to_read, read_at, recognise
 
-__all__ = ["read_json_object"]
+__all__ = ["parse_json_object", "read_json_object"]
 
 
 def read_json_object(path: Path, *, limit_bytes: int, advice: str) -> dict[str, Any]:
-    """Parse a UTF-8 JSON file that holds one object; NaN, Infinity and a key that stands twice are refused.
+    """Parse a file that holds one object, as `parse_json_object` does.
 
     advice: what the user should do next, the last sentence of every message.
     Raises SourceError naming the file, what was found and what was expected.
@@ -27,16 +27,28 @@ def read_json_object(path: Path, *, limit_bytes: int, advice: str) -> dict[str, 
     raw = _read(path, limit_bytes, advice)
     if wrong := recognise(raw[:512]):
         raise SourceError(f"{path}: is {wrong} ({len(raw):,} bytes), expected JSON. {advice}")
+    return parse_json_object(raw, what=f"{path}:", advice=advice)
+
+
+def parse_json_object(
+    raw: bytes, *, what: str, advice: str, parse_int: Callable[[str], float] | None = None
+) -> dict[str, Any]:
+    """Parse UTF-8 JSON that is one object; NaN, Infinity and a key that stands twice are refused.
+
+    what: the subject of every message ("config.json:" or "shard 1: the header"); advice: the end of it. parse_int: as
+    `json.loads` takes it.
+    Raises SourceError, also where the nesting is deeper than Python's recursion limit.
+    """
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: is not UTF-8 at byte {error.start:,}, expected JSON. {advice}") from error
+        raise SourceError(f"{what} is not UTF-8 at byte {error.start:,}, expected JSON. {advice}") from error
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=parse_int)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: is not JSON ({str(error)[:200]}). {advice}") from error
+        raise SourceError(f"{what} is not JSON ({str(error)[:200]}). {advice}") from error
     if not isinstance(value, dict):
-        raise SourceError(f"{path}: holds a JSON {type(value).__name__}, expected an object. {advice}")
+        raise SourceError(f"{what} holds a JSON {type(value).__name__}, expected an object. {advice}")
     return value
 
 

@@ -195,8 +195,9 @@ def _many(n: int, form: str) -> bytes:
 BOMBS = {
     "empty tensors": _many(10_000, '"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'),
     "metadata": with_json('{"__metadata__":{' + ",".join(f'"{i}":""' for i in range(100_000)) + "}}"),
-    "lists": with_json("[" + "[],[[]]," * 100_000 + "1]"),
+    "lists": with_json('{"a":[' + "[],[[]]," * 100_000 + "1]}"),
     "objects": with_json('{"a":' * 300_000),
+    "small objects": with_json('{"a":[' + '{"":0},' * 100_000 + "0]}"),
     "dimensions": with_json('{"a":{"dtype":"U8","shape":[' + "0," * 500_000 + '0],"data_offsets":[0,0]}}'),
     "digits": with_json('{"a":{"dtype":"U8","shape":[' + "9" * 1_000_000 + '],"data_offsets":[0,0]}}'),
     "one name": with_json('{"' + "\\u0041" * 200_000 + '":{}}'),
@@ -206,7 +207,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_no_header_makes_it_allocate_ten_times_the_file(tmp_path: Path, bomb: str) -> None:
+def test_no_header_makes_it_allocate_more_than_the_stated_share(tmp_path: Path, bomb: str) -> None:
     content = BOMBS[bomb]
     path = tmp_path / "bomb.safetensors"
     path.write_bytes(content)
@@ -220,5 +221,5 @@ def test_no_header_makes_it_allocate_ten_times_the_file(tmp_path: Path, bomb: st
     finally:
         peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert accepts_it == (bomb in ("empty tensors", "spaces"))
-    assert peak_bytes < 10 * len(content)
+    assert accepts_it == (bomb in ("empty tensors", "metadata", "spaces"))
+    assert peak_bytes < 35 * len(content)

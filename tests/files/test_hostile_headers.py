@@ -14,8 +14,7 @@ import pytest
 from checkpoints import safetensors_bytes
 
 from qwq_mlx.errors import SourceError
-from qwq_mlx.files.header import read_header, read_header_by
-from qwq_mlx.files.header_json import MAX_TENSORS
+from qwq_mlx.files.header import MAX_TENSORS, read_header, read_header_by
 
 GOOD = safetensors_bytes({"a": ("BF16", (2, 3), bytes(12)), "b": ("U8", (4,), bytes(4))}, {"format": "pt"})
 DATA = GOOD[-16:]
@@ -54,16 +53,16 @@ CASES: dict[str, tuple[bytes, str]] = {
     "JSON error": (b'{"error":"Repository not found"}', "is a JSON error message"),
     "PyTorch archive": (b"PK\x03\x04\x00\x00\x08\x08" + bytes(100), "is a zip archive"),
     "GGUF": (b"GGUF\x03\x00\x00\x00" + bytes(50), "is a GGUF file"),
-    "zeros": (bytes(4096), "header's length is 0, expected 2 to 100,000,000 bytes"),
+    "zeros": (bytes(4096), "header's length is 0, expected 2 to 8,388,608 bytes"),
     # the length
     "length 0": (struct.pack("<Q", 0) + GOOD[8:], "header's length is 0"),
-    "length 1": (struct.pack("<Q", 1) + b"{" + DATA, "header's length is 1, expected 2 to 100,000,000"),
+    "length 1": (struct.pack("<Q", 1) + b"{" + DATA, "header's length is 1, expected 2 to 8,388,608"),
     "length 2^63": (struct.pack("<Q", 2**63) + GOOD[8:], "header's length is 9,223,372,036,854,775,808"),
     "length all ones": (b"\xff" * 8 + GOOD[8:], "header's length is 18,446,744,073,709,551,615"),
-    "length 100,000,001": (struct.pack("<Q", 100_000_001) + GOOD[8:], "header's length is 100,000,001"),
+    "length 8 MiB and 1": (struct.pack("<Q", 8_388_609) + GOOD[8:], "header's length is 8,388,609"),
     "length beyond the file": (
-        struct.pack("<Q", 99_000_000) + GOOD[8:],
-        "the header has 99,000,000 bytes, but the file ends",
+        struct.pack("<Q", 8_000_000) + GOOD[8:],
+        "the header has 8,000,000 bytes, but the file ends",
     ),
     "length one too long": (struct.pack("<Q", len(GOOD) - 7) + GOOD[8:], "but the file ends after"),
     "length one too short": (
@@ -72,45 +71,48 @@ CASES: dict[str, tuple[bytes, str]] = {
     ),
     "length into the data": (
         struct.pack("<Q", len(GOOD) - 10) + GOOD[8:],
-        "expected nothing but spaces after the last '}'",
+        r"the header is not JSON \(Extra data: line 1 column \d+",
     ),
     "truncated in the header": (GOOD[:40], "but the file ends after 32 of them"),
     # the JSON
     "not JSON": (
         spoken("PICKLE!!", b""),
-        "header byte 0 is 'PICKLE!!', expected '{'. The header is not safetensors JSON",
+        r"the header begins with b'PICKLE!!', expected '{'\. The file is damaged",
     ),
-    "a list": (spoken("[1,2,3]"), r"header byte 0 is '\[1,2,3\]', expected '{'"),
-    "a text": (spoken('"abc"'), "header byte 0 is '\"abc\"', expected '{'"),
-    "leading space": (spoken(" {}"), "header byte 0 is ' {}', expected '{'"),
-    "byte order mark": (spoken(b"\xef\xbb\xbf{}"), "header byte 0 is .*, expected '{'"),
-    "deep lists": (spoken('{"t":' + "[" * 100_000), r"header byte 5 is '\[{24}', expected '{'"),
-    "deep objects": (spoken('{"a":' * 100_000), "expected dtype|field that safetensors lacks"),
-    "open object": (spoken('{"t":{"dtype":"U8"'), "is its end, expected ','"),
-    "trailing comma": (spoken('{"t":{"dtype":"U8",}}'), "is '}}', expected dtype, shape or data_offsets"),
-    "single quotes": (spoken("{'t':{}}"), "expected a tensor's name"),
-    "comment": (spoken('{/*x*/"t":{}}'), "expected a tensor's name"),
-    "NUL after the object": (spoken("{}\x00\x00"), "header byte 2 is .*, expected nothing but spaces"),
-    "second object": (spoken("{}{}"), "expected nothing but spaces"),
-    "name never ends": (spoken('{"' + "x" * 100_000), "text at header byte 1 does not end within 65,536 bytes"),
-    "name not UTF-8": (spoken(b'{"\xff":{}}'), "a tensor's name at header byte 1 is not UTF-8 JSON text"),
-    "half a surrogate pair": (spoken('{"\\ud800":{}}'), "a tensor's name at header byte 1 is not UTF-8 JSON text"),
-    "raw newline in a name": (spoken('{"a\nb":{}}'), "is not UTF-8 JSON text"),
-    "bad escape": (spoken('{"\\x41":{}}'), "is not UTF-8 JSON text"),
+    "a list": (spoken("[1,2,3]"), r"header begins with b'\[1,2,3\]', expected '{'"),
+    "a text": (spoken('"abc"'), r"header begins with b'\"abc\"', expected '{'"),
+    "leading space": (spoken(" {}"), "header begins with b' {}', expected '{'"),
+    "byte order mark": (spoken(b"\xef\xbb\xbf{}"), r"header begins with b'\\xef\\xbb\\xbf{}', expected '{'"),
+    "deep lists": (spoken('{"t":' + "[" * 100_000), r"the header is not JSON \(maximum recursion depth exceeded"),
+    "deep objects": (spoken('{"a":' * 100_000), r"the header is not JSON \(maximum recursion depth exceeded"),
+    "open object": (spoken('{"t":{"dtype":"U8"'), "not JSON .Expecting ',' delimiter"),
+    "trailing comma": (spoken('{"t":{"dtype":"U8",}}'), "not JSON .Expecting property name|Illegal trailing comma"),
+    "single quotes": (spoken("{'t':{}}"), "not JSON .Expecting property name"),
+    "comment": (spoken('{/*x*/"t":{}}'), "not JSON .Expecting property name"),
+    "NUL after the object": (spoken("{}\x00\x00"), "not JSON .Extra data"),
+    "second object": (spoken("{}{}"), "not JSON .Extra data"),
+    "name never ends": (spoken('{"' + "x" * 100_000), "not JSON .Unterminated string"),
+    "name not UTF-8": (spoken(b'{"\xff":{}}'), "the header is not UTF-8 at byte 2"),
+    "half a surrogate pair": (spoken('{"\\ud800":{}}'), r"tensor name '\\ud800': expected 1 to 512 printable"),
+    "raw newline in a name": (spoken('{"a\nb":{}}'), "not JSON .Invalid control character"),
+    "bad escape": (spoken('{"\\x41":{}}'), r"not JSON .Invalid \\escape"),
     # names
     "same tensor twice": (
         spoken(
             '{"t":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"\\u0074":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
         ),
-        "'t' stands twice in the header",
+        r"the header is not JSON \(key 't' stands twice\)",
     ),
-    "metadata twice": (spoken('{"__metadata__":{},"__metadata__":{}}'), "'__metadata__' stands twice"),
-    "metadata key twice": (spoken('{"__metadata__":{"k":"a","k":"b"}}'), "metadata 'k' stands twice"),
-    "metadata not texts": (spoken('{"__metadata__":{"k":1}}'), "expected a metadata text"),
-    "metadata is a list": (spoken('{"__metadata__":[]}'), "expected '{'"),
-    "metadata without end": (
-        spoken('{"__metadata__":{' + ",".join(f'"{i}":""' for i in range(1001)) + "}}"),
-        "has more than 1,000 metadata entries",
+    "metadata twice": (spoken('{"__metadata__":{},"__metadata__":{}}'), "key '__metadata__' stands twice"),
+    "metadata key twice": (spoken('{"__metadata__":{"k":"a","k":"b"}}'), "key 'k' stands twice"),
+    "metadata not texts": (
+        spoken('{"__metadata__":{"k":1}}'),
+        r"__metadata__ is {'k': 1}, expected an object of texts",
+    ),
+    "metadata is a list": (spoken('{"__metadata__":[]}'), r"__metadata__ is \[\], expected an object of texts"),
+    "half a surrogate pair in the metadata": (
+        spoken('{"__metadata__":{"k":"\\ud800"}}'),
+        r"__metadata__ is .*, expected an object of texts",
     ),
     "empty name": (
         spoken('{"":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'),
@@ -127,51 +129,75 @@ CASES: dict[str, tuple[bytes, str]] = {
             + ",".join(f'"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(MAX_TENSORS + 1))
             + "}"
         ),
-        "has more than 40,000 tensors",
+        "has 40,001 tensors, expected at most 40,000",
     ),
     # fields
-    "tensor is null": (spoken('{"t":null}'), "is 'null}', expected '{'"),
-    "tensor without fields": (spoken('{"t":{}}'), "tensor t: has no dtype, shape, data_offsets"),
-    "no dtype": (spoken('{"t":{"shape":[4],"data_offsets":[0,4]}}', bytes(4)), "tensor t: has no dtype"),
-    "no shape": (spoken('{"t":{"dtype":"U8","data_offsets":[0,4]}}', bytes(4)), "tensor t: has no shape"),
-    "no offsets": (spoken('{"t":{"dtype":"U8","shape":[4]}}', bytes(4)), "tensor t: has no data_offsets"),
-    "field twice": (entry(more=',"dtype":"I8"'), "tensor t: has 'dtype' twice"),
-    "unknown field": (entry(more=',"strides":[1]'), "tensor t: has 'strides', a field that safetensors lacks"),
+    "tensor is null": (
+        spoken('{"t":null}'),
+        "tensor t: has None, expected dtype, shape, data_offsets and nothing else",
+    ),
+    "tensor without fields": (
+        spoken('{"t":{}}'),
+        r"tensor t: has \[\], expected dtype, shape, data_offsets and nothing else",
+    ),
+    "no dtype": (
+        spoken('{"t":{"shape":[4],"data_offsets":[0,4]}}', bytes(4)),
+        r"tensor t: has \['shape', 'data_offsets'\], expected dtype",
+    ),
+    "no shape": (
+        spoken('{"t":{"dtype":"U8","data_offsets":[0,4]}}', bytes(4)),
+        r"tensor t: has \['dtype', 'data_offsets'\], expected dtype",
+    ),
+    "no offsets": (
+        spoken('{"t":{"dtype":"U8","shape":[4]}}', bytes(4)),
+        r"tensor t: has \['dtype', 'shape'\], expected dtype",
+    ),
+    "field twice": (entry(more=',"dtype":"I8"'), "key 'dtype' stands twice"),
+    "unknown field": (
+        entry(more=',"strides":[1]'),
+        "tensor t: has .*'strides'.*, expected dtype, shape, data_offsets and nothing else",
+    ),
     "dtype unknown": (entry('"Q4_K"'), "tensor t: dtype is 'Q4_K', expected one of BOOL, U8"),
     "dtype sub-byte": (entry('"F4"', "[8]"), "tensor t: dtype is 'F4', expected one of"),
     "dtype lower case": (entry('"u8"'), "tensor t: dtype is 'u8'"),
-    "dtype a number": (entry("8"), "expected a dtype"),
+    "dtype a number": (entry("8"), "tensor t: dtype is 8, expected one of BOOL"),
     "dtype too wide for the bytes": (entry('"F32"'), r"tensor t: has 4 bytes, but F32 \[4\] needs 16"),
     "dtype too narrow": (entry('"U8"', "[2]"), r"tensor t: has 4 bytes, but U8 \[2\] needs 2"),
-    "shape not a list": (entry(shape="4"), r"expected '\['"),
-    "shape of floats": (entry(shape="[4.0]"), "tensor t: shape has '4.0.*', expected whole numbers from 0"),
-    "shape with exponent": (entry(shape="[4e0]"), "tensor t: shape has '4e0"),
-    "shape negative": (entry(shape="[-2,-2]"), "tensor t: shape has '-2,-2"),
-    "shape minus zero": (entry(shape="[-0]", offsets="[0,0]"), "tensor t: shape has '-0"),
-    "shape of texts": (entry(shape='["4"]'), 'tensor t: shape has \'"4"'),
-    "shape with a leading zero": (entry(shape="[04]"), "tensor t: shape has '04"),
-    "shape of true": (entry(shape="[true]"), "tensor t: shape has 'true"),
-    "shape NaN": (entry(shape="[NaN]"), "tensor t: shape has 'NaN"),
-    "shape with a hole": (entry(shape="[,4]"), "tensor t: shape has ',4"),
-    "shape nested": (entry(shape="[[4]]"), r"tensor t: shape has '\[4"),
-    "shape of 20 digits": (entry(shape="[18446744073709551620]"), "tensor t: shape has '18446744073709551620"),
+    "shape not a list": (entry(shape="4"), "tensor t: shape is 4, expected at most 8 whole numbers from 0"),
+    "shape of floats": (entry(shape="[4.0]"), r"tensor t: shape is \[4\.0\], expected"),
+    "shape with exponent": (entry(shape="[4e0]"), r"tensor t: shape is \[4\.0\], expected"),
+    "shape negative": (entry(shape="[-2,-2]"), r"tensor t: shape is \[-2\.0, -2\.0\], expected"),
+    "shape minus zero": (entry(shape="[-0]", offsets="[0,0]"), r"tensor t: shape is \[-0\.0\], expected"),
+    "shape of texts": (entry(shape='["4"]'), r"tensor t: shape is \['4'\], expected"),
+    "shape with a leading zero": (entry(shape="[04]"), "not JSON .Expecting ',' delimiter"),
+    "shape of true": (entry(shape="[true]"), r"tensor t: shape is \[True\], expected"),
+    "shape NaN": (entry(shape="[NaN]"), "not JSON .NaN is no JSON number"),
+    "shape with a hole": (entry(shape="[,4]"), "not JSON .Expecting value"),
+    "shape nested": (entry(shape="[[4]]"), r"tensor t: shape is \[\[4\]\], expected"),
+    "shape of 20 digits": (
+        entry(shape="[18446744073709551620]"),
+        r"tensor t: shape is \[1\.8446744073709552e\+19\], expected",
+    ),
     "shape wraps 64 bits": (
         entry(shape="[4294967296,4294967296,4]"),
         r"shape \[4294967296, 4294967296, 4\] overflows 64 bits",
     ),
     "shape overflows beside a zero": (entry(shape="[9223372036854775807,2,0]", offsets="[0,0]"), "overflows 64 bits"),
-    "shape of nine dimensions": (entry(shape="[1,1,1,1,1,1,1,1,4]"), "shape has more than 8 numbers"),
-    "offsets negative": (entry(offsets="[-4,0]"), "tensor t: data_offsets has '-4"),
+    "shape of nine dimensions": (
+        entry(shape="[1,1,1,1,1,1,1,1,4]"),
+        r"tensor t: shape is \[1, 1, 1, 1, 1, 1, \.\.\.\], expected at most 8",
+    ),
+    "offsets negative": (entry(offsets="[-4,0]"), r"tensor t: data_offsets are \[-4\.0, 0\], expected \[begin, end\]"),
     "offsets that wrap 64 bits": (
         entry(offsets="[18446744073709551612,18446744073709551616]"),
-        "tensor t: data_offsets has '18446744073709551612",
+        r"tensor t: data_offsets are \[1\.8446744073709552e\+19, ",
     ),
     "offsets at the end of 64 bits": (entry(offsets="[9223372036854775804,9223372036854775808]"), "tensor t: "),
     "offsets reversed": (entry(offsets="[4,0]"), r"tensor t: data_offsets are \[4, 0\], expected \[begin, end\]"),
     "offsets of one number": (entry(offsets="[4]"), r"tensor t: data_offsets are \[4\]"),
-    "offsets of three numbers": (entry(offsets="[0,4,8]"), "data_offsets has more than 2 numbers"),
+    "offsets of three numbers": (entry(offsets="[0,4,8]"), r"tensor t: data_offsets are \[0, 4, 8\], expected"),
     "offsets empty": (entry(offsets="[]"), r"tensor t: data_offsets are \[\]"),
-    "offsets float": (entry(offsets="[0.0,4.0]"), "tensor t: data_offsets has '0.0"),
+    "offsets float": (entry(offsets="[0.0,4.0]"), r"tensor t: data_offsets are \[0\.0, 4\.0\], expected"),
     "offsets too short": (entry(offsets="[0,3]"), r"tensor t: has 3 bytes, but U8 \[4\] needs 4"),
     # the data section
     "offsets beyond the file": (two((0, 4), (4, 999_999), 8), "ends 999,991 bytes early"),
@@ -203,7 +229,7 @@ def test_a_damaged_header_is_refused_by_name(tmp_path: Path, case: str) -> None:
         read_header(path)
     message = str(error.value)
     assert message.startswith(f"{path}: ")
-    assert message.endswith(("Fetch the file again.", "No model of this kind does.")) or "expected one of" in message
+    assert message.endswith(("Fetch the file again.", "No model of this kind has more."))
     assert len(message) < 2_000
     assert re.search(r"[\x00-\x1f\x7f-\x9f]", message) is None
 
