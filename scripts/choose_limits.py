@@ -34,9 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "reaso
 from recorded import is_finished, read_rows
 from splices import PIECE, doubting, renamed, restating, splice
 
-from qwq_mlx.reasoning.answer.equivalence import compare
-from qwq_mlx.reasoning.answer.splitter import Splitter
-from qwq_mlx.reasoning.loops.detector import LoopDetector, LoopOptions
+from qwq_mlx.reasoning.answer import Splitter, compare
+from qwq_mlx.reasoning.loops import LoopDetector, LoopOptions
 from qwq_mlx.reasoning.profile import find_profile
 
 _HEADROOM = 3 / 2

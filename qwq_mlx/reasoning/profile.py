@@ -4,7 +4,7 @@ QwQ-32B-Preview writes no tags. It thinks in plain paragraphs and usually ends w
 "**Final Answer**", blank line, "\\[ \\boxed{...} \\]". Later models put the thinking between <think> and </think>, and
 their template may already have written the opening tag.
 
-Does not: read a text (`split` does) or know token ids (`generate` encodes the cue with the model's tokenizer).
+Does not: read a text (`answer` does) or know token ids (`generate` encodes the cue with the model's tokenizer).
 """
 
 from __future__ import annotations

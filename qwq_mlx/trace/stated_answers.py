@@ -9,8 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwq_mlx.reasoning.answer.equivalence import normalise
-from qwq_mlx.reasoning.answer.sentences import MAX_LINE, stated
+from qwq_mlx.reasoning.answer import MAX_LINE, normalise, stated
 
 __all__ = ["Candidate", "candidates"]
 

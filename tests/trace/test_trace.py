@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 
 from qwq_mlx.errors import SavingError, SourceError
-from qwq_mlx.reasoning.loops.detector import LoopScores
+from qwq_mlx.reasoning.loops import LoopScores
 from qwq_mlx.trace import trace_file
 from qwq_mlx.trace.trace import SCHEMA_VERSION, Alternative, FinishReason, Injection, Timings, Trace
 

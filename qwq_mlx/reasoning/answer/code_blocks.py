@@ -6,10 +6,9 @@ Does not: know languages, or read indented code. A fence that nobody closes keep
 
 from __future__ import annotations
 
-from qwq_mlx.reasoning.answer.list_items import is_example
-from qwq_mlx.reasoning.answer.sentences import stated
+from qwq_mlx.reasoning.answer.cues import is_example
+from qwq_mlx.reasoning.answer.rules import MARK
 from qwq_mlx.reasoning.answer.split import Candidate, Place
-from qwq_mlx.reasoning.answer.unmarked import json_answer
 
 __all__ = ["MAX_CODE", "CodeAnswer", "Fences"]
 
@@ -66,5 +65,5 @@ class CodeAnswer:
             self._block = before[1] if is_introduced else line
             self._is_example = is_example(before[0])
         if code is not None and self._is_asked_for and not (self._is_example and self.last is not None):
-            told = json_answer(code) or (stated(code) if "\n" not in code else None)
-            self.last = Candidate("code", self._block, end, told or code)
+            self.last = Candidate("code", self._block, end)
+            self.last.take(MARK["code"].read(code))

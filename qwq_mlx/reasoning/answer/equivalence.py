@@ -1,9 +1,9 @@
-"""Answers as values: extract one from an output, bring it to one spelling, and tell whether two say the same.
+"""Answers as values: bring one to one spelling, and tell whether two say the same.
 
 `compare` knows numbers, formulas, lists, sets, tuples, intervals and their unions, matrices, equations, numbers with
 units, multiple choice and plain text. Formulas are compared by value (see `expression`): numbers exactly, anything with
 a variable or a root in floats. What that cannot read (sums, integrals, limits) is left to math-verify where it is
-installed (see `symbolic`); its algebra took 27 times as long on answers of MATH-500 and GSM8K.
+installed (see `math_verify`), because its algebra takes much longer.
 
 Does not: know the question, so "52" and "52_8" are equal (the base is often left out) and a unit that only one side
 names is ignored; judge prose beyond case, articles and punctuation; or run anything.
@@ -17,10 +17,8 @@ from collections.abc import Sequence
 
 from qwq_mlx.reasoning.answer.expression import MAX_CHARS, Formula, NotAFormula, is_same_value
 from qwq_mlx.reasoning.answer.math_verify import is_mathematical, is_same_by_algebra
-from qwq_mlx.reasoning.answer.splitter import Splitter
-from qwq_mlx.reasoning.profile import Profile
 
-__all__ = ["compare", "extract", "normalise"]
+__all__ = ["compare", "normalise"]
 
 _MAX_PARTS = 64
 _MAX_DEPTH = 4  # collections in collections
@@ -32,13 +30,6 @@ _UNIT = re.compile(
     re.DOTALL,
 )
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*\)?(?:[.:]\s*.*|\)\s+.*)?$", re.DOTALL)
-
-
-def extract(text: str, profile: Profile, *, prompt: str | None = None) -> str | None:
-    """The answer that a whole output gives, as written, or None; the same that `Splitter` finds token by token."""
-    splitter = Splitter(profile, prompt=prompt)
-    splitter.feed(text)
-    return splitter.finish().answer
 
 
 def normalise(answer: str) -> str:

@@ -4,7 +4,7 @@ The idea: one regular expression whose every alternative is decided by its last 
 Searching again from the last `_REACH` characters then finds the same marks however the text is cut, at a constant cost
 per piece. Positions are characters of the whole text.
 
-Does not: keep more than `_KEPT` characters, or decide which mark is the answer; `split` does.
+Does not: keep more than `_KEPT` characters, or decide which mark is the answer; `precedence` does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HEADING = (
     r"|\\(?:text|math)bf\{final answer"
 )
 _HEADING_LINE = re.compile(
-    r"#{1,4} ?answer\s*|(?:the )?final (?:answer|solution):?\s*|最终答案[:\uff1a]?\s*", re.IGNORECASE
+    r"#{1,4} ?answer\s*|(?:the )?final (?:answer|solution):?\s*|最终答案[:：]?\s*", re.IGNORECASE
 )
 
 

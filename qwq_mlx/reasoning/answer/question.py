@@ -1,24 +1,57 @@
-"""What a prompt says about the answer's form: the choices it lists, yes or no, code, tags; and an answer read by it.
+"""What a prompt says about the answer's form: the choices it lists, yes or no, code, tags.
 
-Does not: understand a question.
+Does not: understand a question, know whether a choice is right, or understand paraphrases: a choice's own words must
+come back.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from qwq_mlx.reasoning.answer.choices import Choices, choose, named_letter, offered
-from qwq_mlx.reasoning.answer.sentences import asks_for_code, asks_yes_or_no, requested_tags
-from qwq_mlx.reasoning.answer.unmarked import concluded, displayed, said_yes_or_no
+__all__ = ["Choices", "Question", "choose", "named_letter", "offered"]
 
-__all__ = ["Question"]
+Choices = tuple[tuple[str, str], ...]
+"""(label, plain text) of each choice, in order: ("C", "jupiter")."""
+
+_MAX_OFFER = 8_000  # characters at a prompt's ends in which its instructions and choices stand
+_ASKS_FOR_CODE = re.compile(
+    r"\b(?:code|function|program|script|class|implement\w*|algorithm|python|javascript|java|sql|bash|rust|c\+\+)\b"
+    r"|代码|函数|程序|编写",
+    re.IGNORECASE,
+)
+_ASKS_YES_OR_NO = re.compile(
+    r"\byes(?: |/| or | and |, )*no\b|\btrue(?: |/| or )+false\b"
+    r"|(?:^|[.!?:\n]\s*)(?:is|are|was|were|do|does|did|can|could|will|would|should|has|have|must)\b[^.!?\n]{2,200}\?\W*$"
+    r"|是否|对吗|吗[?？]",
+    re.IGNORECASE,
+)
+_TAG_PAIR = re.compile(r"([<\[])([A-Za-z][\w-]{0,31})[>\]]")
+# Parentheses, full stop and colon also as Chinese writes them.
+_LISTED = re.compile(r"^[ \t>*-]*[(（]?([A-J]|\d{1,2})(?:[.):][ \t]+|[)）、．：][ \t]*)(\S[^\n]{0,300})$", re.MULTILINE)
+_LETTER = r"(?<![\w(（])(?:[(（][A-J][)）]|[A-J][.)）、．])"
+_IN_LINE = re.compile(rf"(?={_LETTER})[(（]?([A-J])[.)）、．][ \t]*(\S(?:(?!{_LETTER})[^\n]){{0,300}})")
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+_ORDINAL = re.compile(
+    rf"(?:the )?({'|'.join(_ORDINALS)})(?: (?:option|choice|answer|statement|one)\b.*)?", re.I | re.DOTALL
+)
+_LETTERED = re.compile(r"(?:\(|\b[Oo]ption |\b[Cc]hoice |选项?)\s*([A-J])(?![A-Za-z'’])")
+_BARE = re.compile(r"(?<![A-Za-z'’-])([B-HJ])(?![A-Za-z'’-])")
+_WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")  # each Han character is a word
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """choices: of a multiple choice, () for none. tags: names of answer tags asked for, in lower case.
+    """What a prompt asks for.
 
-    is_yes_or_no: it can be answered so. is_code: a code block can be its answer.
+    choices: of a multiple choice, () for none.
+    tags: names of answer tags asked for, in lower case.
+    is_yes_or_no: it can be answered by yes or no.
+    is_code: a code block can be its answer.
+
+    >>> question = Question.of("Is 7 prime? Put the answer in <answer></answer>.")
+    >>> question.tags, question.is_code
+    (('answer',), False)
     """
 
     choices: Choices
@@ -30,20 +63,92 @@ class Question:
     def of(cls, prompt: str | None) -> Question:
         """What a prompt asks for; one that is not known may ask for code."""
         text = prompt or ""
-        return cls(offered(text), requested_tags(text), asks_yes_or_no(text), prompt is None or asks_for_code(text))
+        return cls(offered(text), _requested_tags(text), _asks_yes_or_no(text), prompt is None or _asks_for_code(text))
 
     def labelled(self, value: str | None) -> str | None:
         """An answer in words that repeats one of the choices, as its label; any other as it is."""
         return value and (choose(value, self.choices) or value)
 
-    def guessed(self, paragraph: str, *, tail: str) -> str | None:
-        """What the last paragraph of an output comes to that marks no answer. tail: the output's end."""
-        if self.choices:
-            return (
-                named_letter(paragraph, self.choices, is_bare=False)
-                or choose(paragraph, self.choices, is_part=True)
-                or named_letter(paragraph, self.choices, is_bare=True)
-            )
-        if self.is_yes_or_no and (value := said_yes_or_no(paragraph)) is not None:
-            return value
-        return concluded(paragraph) or displayed(tail)
+
+def offered(prompt: str) -> Choices:
+    """The choices that a prompt lists, one a line or (lettered ones) within a line: "2. Anna is Carl's child." gives
+    ("2", "anna is carl child").
+
+    Labels must run on from 1 or A without a gap; the last such list counts. Empty where there is none.
+    """
+    prompt = prompt[-_MAX_OFFER:]
+    listed = _run(_LISTED.findall(prompt))
+    return listed or _run(_IN_LINE.findall(prompt))
+
+
+def choose(value: str, choices: Choices, *, is_part: bool = False) -> str | None:
+    """The label of the one choice whose text a value repeats, or that it names ("the first option"); None where no
+    choice or more than one fits. is_part: the choice may stand anywhere in the value."""
+    if not choices:
+        return None
+    ordinal = _ORDINAL.fullmatch(value.strip())
+    if ordinal and _ORDINALS.index(ordinal[1].lower()) < len(choices):
+        return choices[_ORDINALS.index(ordinal[1].lower())][0]
+    plain = f" {_plain(re.sub(r'^[(]?(?:[A-J]|[0-9]{1,2})[.):] +', '', value.strip()))} "
+    named = re.fullmatch(r"(.+?)\s*[(（]([A-J])[)）]", value.strip(), re.DOTALL)
+    if named and f" {_plain(named[1])} " in {f" {text} " for label, text in choices if label == named[2]}:
+        return named[2]
+    fitting = [label for label, text in choices if plain == f" {text} " or (is_part and f" {text} " in plain)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def named_letter(text: str, choices: Choices, *, is_bare: bool) -> str | None:
+    """The one label among a prompt's choices that a sentence names by its letter: "(B)", "option B".
+
+    is_bare: a letter alone counts too, but for "A" and "I", which are words.
+    """
+    labels = {label for label, _ in choices if label.isalpha()}
+    named = {letter[1] for letter in _LETTERED.finditer(text)} & labels
+    if is_bare:
+        named |= set(_BARE.findall(text)) & labels
+    return named.pop() if len(named) == 1 else None
+
+
+def _run(lines: list[tuple[str, str]]) -> Choices:
+    """The last run of labels from 1 or A on."""
+    run: list[tuple[str, str]] = []
+    for label, text in lines:
+        if label in ("1", "A"):
+            run = []
+        expected = chr(ord("A") + len(run)) if label.isalpha() else str(len(run) + 1)
+        if label == expected and (not run or run[0][0].isalpha() == label.isalpha()):
+            run.append((label, _plain(text)))
+    return tuple(run) if len(run) > 1 else ()
+
+
+def _plain(text: str) -> str:
+    return " ".join(_WORD.findall(text.casefold().replace("'s", "").replace("’s", "")))
+
+
+def _asks_for_code(prompt: str) -> bool:
+    """Whether a prompt speaks of code, so that a code block can be its answer."""
+    return bool(_ASKS_FOR_CODE.search(prompt[:_MAX_OFFER]) or _ASKS_FOR_CODE.search(prompt[-_MAX_OFFER:]))
+
+
+def _asks_yes_or_no(prompt: str) -> bool:
+    """Whether a prompt says "yes or no", or ends in a question that begins with its verb."""
+    end = prompt[-1000:].replace("<|im_end|>", "").replace("<|im_start|>assistant", "").rstrip()
+    return bool(_ASKS_YES_OR_NO.search(end))
+
+
+def _requested_tags(prompt: str) -> tuple[str, ...]:
+    """Names of tags (lower case) in which a prompt asks for the answer: "<ANSWER>1</ANSWER>", "in the <answer> tag".
+
+    A name counts when the prompt closes it too, or calls it a tag, and speaks of an answer near it; "[ANSWER]" counts
+    only when it is closed.
+    """
+    names: list[str] = []
+    if len(prompt) > 2 * _MAX_OFFER:
+        prompt = prompt[:_MAX_OFFER] + "\n" + prompt[-_MAX_OFFER:]
+    for opening in _TAG_PAIR.finditer(prompt):
+        name = opening[2].lower()
+        around = prompt[max(0, opening.start() - 200) : opening.end() + 200].lower()
+        is_pair = f"[/{name}]" in around if opening[1] == "[" else f"</{name}>" in around or "tag" in around
+        if name not in names and name != "think" and is_pair and ("answer" in around or "solution" in around):
+            names.append(name)
+    return tuple(names)

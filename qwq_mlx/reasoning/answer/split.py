@@ -1,12 +1,14 @@
-"""What a splitter finds and keeps: the `Split` of a text, a `Candidate` for its answer, a `Place` in it.
+"""What a splitter returns and keeps: the `Split` of a text, a `Candidate` for its answer, a `Place` in it.
 
-Does not: look for anything (`split` does).
+Does not: look for anything (`splitter` does), or decide between candidates (`rules` does).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from qwq_mlx.reasoning.answer.rule import Reading
 
 __all__ = ["Candidate", "Kind", "Place", "Segment", "Split"]
 
@@ -15,29 +17,20 @@ Kind = Literal["heading", "tag", "box", "closed", "sentence", "code", "paragraph
 
 MAX_CAPTURED = 16_384  # characters of a conclusion that are kept to find a value without a box in it
 
-# How often an answer of each kind is the one that the output goes on to give: measured where outputs are cut anywhere,
-# 0.91 for sentences and 0.65 for choices named in the last paragraph; rounded down.
-_SURE: dict[Kind, float] = {
-    "heading": 0.98,
-    "tag": 0.95,
-    "box": 0.9,
-    "closed": 0.9,
-    "sentence": 0.85,
-    "code": 0.7,
-    "paragraph": 0.5,
-    "none": 0.0,
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Where the answer is.
+    """Where the answer is. Spans are (start, end), end not included.
 
-    thinking, conclusion: (start, end) in token indices, end not included; conclusion is None where the text never
-    concludes. thinking_chars, conclusion_chars: the same in characters, without the thinking's own tags.
+    thinking: in token indices.
+    thinking_chars: in characters, without the thinking's own tags.
+    conclusion: in token indices, None where the text never concludes.
+    conclusion_chars: in characters.
     answer: the extracted value as written (a box's or tag's content, a stated value), None where there is none.
-    confidence: 0 to 1, how sure it is that this is the model's last word. kind: what it was told by.
+    confidence: 0 to 1, how sure it is that this is the model's last word.
+    kind: what the answer was told by.
     is_revised: the text went on to doubt the answer without giving another.
+    rule: the rows of `rules` that decided, from the outside in: "sentence / sentence / the answer is"; "" for none.
     """
 
     thinking: tuple[int, int]
@@ -48,6 +41,7 @@ class Split:
     confidence: float = 0.0
     kind: Kind = "none"
     is_revised: bool = False
+    rule: str = ""
 
 
 @dataclass(slots=True)
@@ -60,36 +54,49 @@ class Place:
 
 @dataclass(slots=True)
 class Candidate:
-    """What may be the answer: where its conclusion starts, its value, and the end of its last mark."""
+    """What may be the answer.
+
+    kind: the mark that it was found by.
+    place: where its conclusion starts.
+    end: the character behind its last mark.
+    value: None where nothing was read yet, or nothing could be.
+    confidence: product of the rows that read it.
+    rule: those rows.
+    part: of a question in several parts, the one that the last box answered; 0 for none.
+    is_revised: the text doubted it later.
+    is_explained: what follows only explains it.
+    """
 
     kind: Kind
     place: Place
     end: int
     value: str | None = None
-    text: list[str] = field(default_factory=list)
-    n_captured: int = 0
+    confidence: float = 0.0
+    rule: str = ""
+    part: int = 0
     is_revised: bool = False
-    part: int = 0  # of a question in several parts, the one that the last box answered
-    is_explained: bool = False  # what follows only explains it
+    is_explained: bool = False
+    _pieces: list[str] = field(default_factory=list)
+    _n_captured: int = 0
 
     def capture(self, text: str) -> None:
         """Keep the beginning of what follows: the answer may stand there without a box."""
-        if self.n_captured < MAX_CAPTURED:
-            self.text.append(text)
-            self.n_captured += len(text)
+        if self._n_captured < MAX_CAPTURED:
+            self._pieces.append(text)
+            self._n_captured += len(text)
+
+    def take(self, reading: Reading[str] | None) -> None:
+        """Set the value, None for "", with the confidence and names of the rows that read it; None changes nothing."""
+        if reading is None:
+            return
+        self.value, self.confidence, self.rule = reading.value or None, reading.confidence, reading.rule
 
     @property
     def captured(self) -> str:
         """What follows, cut to the same length however it arrived."""
-        return "".join(self.text)[:MAX_CAPTURED]
+        return "".join(self._pieces)[:MAX_CAPTURED]
 
-    def confidence(self, *, is_far: bool) -> float:
-        """How sure it is that this is the model's last word, 0 to 1. is_far: much text follows it."""
-        sure = _SURE[self.kind]
-        if self.value is None:
-            sure *= 0.2
-        if self.is_revised:
-            sure *= 0.5
-        if self.kind != "heading" and is_far:
-            sure *= 0.3 if self.kind == "sentence" else 0.7
-        return round(sure, 3)
+    @property
+    def n_captured(self) -> int:
+        """Characters kept."""
+        return self._n_captured

@@ -1,9 +1,8 @@
 """Thinking and answer apart, while the text is written and without needing tags.
 
-A model of profile "qwq-preview" ends with one of: a heading ("**Final Answer**"), a box, a tag that the prompt asked
-for, or a sentence that states the answer. The last strong mark wins, because boxes in the thinking get revised; a
-stated answer wins only where no strong mark stands, or where the text took the strong mark back first ("Wait, ...").
-A model of profile "qwq-tagged" closes its thinking itself, and the same marks are then looked for behind the tag.
+A model of profile "qwq-preview" ends with a heading ("**Final Answer**"), a box, a tag that the prompt asked for, or a
+sentence that states the answer. A model of profile "qwq-tagged" closes its thinking itself, and the same marks are then
+looked for behind the tag. What decides between several is written in `precedence`, how each is read in `rules`.
 
 Spans are token indices and partition the output: thinking is [0, k), the conclusion [k, n). Each token costs constant
 work and memory; the result is the same however the text is cut into tokens.
@@ -15,15 +14,16 @@ beginning of a line and says something else after it is split there.
 from __future__ import annotations
 
 from qwq_mlx.reasoning.answer.code_blocks import CodeAnswer
-from qwq_mlx.reasoning.answer.list_items import begins_explanation, is_item, is_remark, joined, part_of
+from qwq_mlx.reasoning.answer.cues import announces, begins_explanation, doubts, is_bullet, is_remark, part_of
 from qwq_mlx.reasoning.answer.markers import Mark, Scanner
+from qwq_mlx.reasoning.answer.precedence import FAR, LAST_WORD, SEVERAL_BOXES, Boxes, Ending
 from qwq_mlx.reasoning.answer.question import Question
-from qwq_mlx.reasoning.answer.sentences import announces, revises, stated
+from qwq_mlx.reasoning.answer.rule import Reading, first, within
+from qwq_mlx.reasoning.answer.rules import LAST_LINES, MARK, LastLine
 from qwq_mlx.reasoning.answer.split import Candidate, Kind, Place, Segment, Split
-from qwq_mlx.reasoning.answer.unmarked import reduced, unmarked
 from qwq_mlx.reasoning.profile import Profile
 
-__all__ = ["Kind", "Segment", "Split", "Splitter"]
+__all__ = ["Segment", "Split", "Splitter", "extract"]
 
 _PIECE = 1024  # characters scanned at once
 _FAR = 1_500  # characters after a mark from which on it is less likely to be the last word
@@ -32,10 +32,32 @@ _BESIDE = 24  # characters between two boxes that belong together: \boxed{2} and
 _LINE_ENDS = (".", "!", "。", "**", "$", "\\)", "\\]")  # a line that was cut here is whole: "the answer is 5" may go on
 
 
-class Splitter:
-    """Splits one output. `prompt` is the whole templated prompt's text, or the question's; None where it is unknown.
+def extract(text: str, profile: Profile, *, prompt: str | None = None) -> str | None:
+    """The answer that a whole output gives, as written, or None; the same that `Splitter` finds token by token.
 
-    It says which answer tags were asked for, and whether the thinking is already open when the output begins.
+    >>> from qwq_mlx.reasoning.profile import find_profile
+    >>> extract("2 + 3 = 5.\\n\\nSo the answer is 5.", find_profile("qwq-preview"))
+    '5'
+    """
+    splitter = Splitter(profile, prompt=prompt)
+    splitter.feed(text)
+    return splitter.finish().answer
+
+
+class Splitter:
+    """Splits one output.
+
+    profile: how the model marks its thinking.
+    prompt: the whole templated prompt's text, or the question's; None where it is unknown. It says which answer tags
+    and choices there are, and whether the thinking is already open when the output begins.
+
+    >>> from qwq_mlx.reasoning.profile import find_profile
+    >>> splitter = Splitter(find_profile("qwq-preview"), prompt="What is 2 + 3?")
+    >>> [splitter.feed(token) for token in ("2 + 3 is 5.", "\\n\\n", "**Final Answer**", "\\n\\n", "5")]
+    ['thinking', 'thinking', 'answer', 'answer', 'answer']
+    >>> split = splitter.finish()
+    >>> split.thinking, split.conclusion, split.answer, split.confidence
+    ((0, 2), (2, 5), '5', 0.98)
     """
 
     def __init__(self, profile: Profile, *, prompt: str | None = None) -> None:
@@ -46,14 +68,14 @@ class Splitter:
         self._token_start = 0  # character at which the current token's text begins
         self._pending: list[Place] = []
         start = self._place(0)
-        self._line = self._previous = self._sentence = start
-        self._strong: Candidate | None = None
-        self._weak: Candidate | None = None
+        self._line = self._previous = self._sentence_start = start
+        self._marked: Candidate | None = None
+        self._stated: Candidate | None = None
         self._is_announced = False
         self._part = 0  # of a question in several parts: the number that a line began with, since the heading
         self._code = CodeAnswer(start, is_asked_for=self._question.is_code)
-        self._before = ""  # the last line that was not blank
-        self._fenced: Candidate | None = None  # a box in a code block counts where nothing else does
+        self._last_text = ""  # the last line that was not blank
+        self._boxed_in_code: Candidate | None = None
         self._thinking_chars = [0, 0]
         # With tags: what follows the thinking. A prompt that does not open the thinking gets an answer at once.
         self._reply: Candidate | None = None
@@ -75,13 +97,7 @@ class Splitter:
         """The part that the next token belongs to, as far as known."""
         if self._profile.has_tags:
             return "thinking" if self._reply is None else "answer"
-        return "answer" if self._strong is not None and not self._strong.is_revised else "thinking"
-
-    @property
-    def is_answered(self) -> bool:
-        """Whether the answer part holds a closed box or tag, so that nothing more is needed."""
-        strong = self._strong
-        return strong is not None and strong.value is not None and not strong.is_revised
+        return "answer" if self._marked is not None and not self._marked.is_revised else "thinking"
 
     def finish(self, *, is_ended: bool = True) -> Split:
         """The final split; feed nothing after it.
@@ -94,19 +110,22 @@ class Splitter:
             self._take_line(self._scanner.line, self._scanner.n_chars, is_whole=is_whole)
         self._take_open_tag()
         self._settle_places()
-        best, n_chars = self._best(is_ended), self._scanner.n_chars
-        start = None if best is None else (self._reply or best).place
-        if best is None or start is None or start.token is None or start.token >= self._n_tokens:
+        last_word, n_chars = self._last_word(is_ended), self._scanner.n_chars
+        start = None if last_word is None else (self._reply or last_word.value).place
+        if last_word is None or start is None or start.token is None or start.token >= self._n_tokens:
             return Split(thinking=(0, self._n_tokens), thinking_chars=self._thinking_until(n_chars))
+        best = last_word.value
+        far = FAR.get(best.kind, 0.7) if self._is_far(best) else 1.0
         return Split(
             thinking=(0, start.token),
             thinking_chars=self._thinking_until(start.char),
             conclusion=(start.token, self._n_tokens),
             conclusion_chars=(start.char, n_chars),
             answer=best.value,
-            confidence=best.confidence(is_far=self._is_far(best)),
+            confidence=round(last_word.confidence * best.confidence * far, 3),
             kind=best.kind,
             is_revised=best.is_revised,
+            rule=f"{last_word.rule} / {best.rule}",
         )
 
     def _thinking_until(self, char: int) -> tuple[int, int]:
@@ -122,7 +141,7 @@ class Splitter:
 
     def _feed_piece(self, text: str) -> None:
         self._settle_places()
-        for candidate in (self._strong, self._reply):
+        for candidate in (self._marked, self._reply):
             if candidate is not None:
                 candidate.capture(text)
         for mark in self._scanner.feed(text):
@@ -140,9 +159,9 @@ class Splitter:
             self._take_line(mark.value, mark.end)
             if mark.value.strip() and not is_remark(mark.value):
                 self._previous = self._line
-            self._line = self._sentence = self._place(mark.end)
+            self._line = self._sentence_start = self._place(mark.end)
         elif mark.kind == "sentence":
-            self._sentence = self._place(mark.end)
+            self._sentence_start = self._place(mark.end)
         elif mark.kind == "open":
             self._open(mark)
         elif mark.kind == "close":
@@ -161,13 +180,14 @@ class Splitter:
             if self._scanner.tail(mark.start).lstrip().startswith("#"):
                 return  # a comment in code
             self._code.fences.close()
-        self._strong, self._weak, self._part = Candidate("heading", self._line, mark.end), None, 0
-        self._strong.capture(self._scanner.tail(mark.end))
+        self._marked, self._stated, self._part = Candidate("heading", self._line, mark.end), None, 0
+        self._marked.capture(self._scanner.tail(mark.end))
 
     def _take_box(self, mark: Mark) -> None:
         if self._code.fences.is_open:
-            self._fenced = Candidate("box", self._line, mark.end, mark.value.strip())
-        elif self._strong is None or self._strong.is_revised or not self._is_explaining(self._strong):
+            self._boxed_in_code = Candidate("box", self._line, mark.end)
+            self._boxed_in_code.take(MARK["box"].read(mark.value))
+        elif self._marked is None or self._marked.is_revised or not self._is_explaining(self._marked):
             self._take_value("box", mark)
 
     def _open(self, mark: Mark) -> None:
@@ -176,7 +196,7 @@ class Splitter:
             return
         if mark.start < _PIECE and not self._scanner.tail(0)[: mark.start].strip():
             self._thinking_chars[0] = mark.end
-        self._strong = self._weak = self._reply = None
+        self._marked = self._stated = self._reply = None
         self._is_closed = False
 
     def _close(self, mark: Mark) -> None:
@@ -184,121 +204,121 @@ class Splitter:
             return
         self._is_closed = True
         self._thinking_chars[1] = mark.start
-        self._line = self._previous = self._sentence = self._place(mark.end)
-        self._strong = self._weak = None
+        self._line = self._previous = self._sentence_start = self._place(mark.end)
+        self._marked = self._stated = None
         self._reply = Candidate("closed", self._line, mark.end)
         self._reply.capture(self._scanner.tail(mark.end))
 
-    def _is_explaining(self, strong: Candidate) -> bool:
-        is_later = strong.value is not None and strong.end <= self._line.char
-        return strong.is_explained or (is_later and begins_explanation(self._scanner.line))
+    def _is_explaining(self, marked: Candidate) -> bool:
+        is_later = marked.value is not None and marked.end <= self._line.char
+        return marked.is_explained or (is_later and begins_explanation(self._scanner.line))
 
     def _take_line(self, line: str, end: int, *, is_whole: bool = True) -> None:
         """A line is complete: it may take the answer back, state one, or be the answer that the last one announced."""
-        strong = self._strong
-        if strong and strong.end <= self._line.char:
-            strong.is_revised |= revises(line, strictly=strong.value is None)
-            strong.is_explained |= strong.value is not None and begins_explanation(line)
+        marked = self._marked
+        if marked and marked.end <= self._line.char:
+            marked.is_revised |= doubts(line, strictly=marked.value is None)
+            marked.is_explained |= marked.value is not None and begins_explanation(line)
         self._part = part_of(line) or self._part
-        if is_whole and (strong is None or strong.is_revised):
-            value, start = stated(line), self._line
-            if value is None and self._is_announced and line.strip() and len(line) <= _SHORT:
-                value, start = unmarked(line), self._previous
-            if value is not None:
-                self._weak = Candidate("sentence", start, end, reduced(value))
-        self._code.take(line, end, line=self._line, before=(self._before, self._previous))
+        if is_whole and (marked is None or marked.is_revised):
+            reading, start = MARK["sentence"].read(line), self._line
+            if reading is None and self._is_announced and line.strip() and len(line) <= _SHORT:
+                reading, start = MARK["announced"].read(line), self._previous
+            if reading is not None:
+                self._stated = Candidate("sentence", start, end)
+                self._stated.take(reading)
+        self._code.take(line, end, line=self._line, before=(self._last_text, self._previous))
         if line.strip():
-            self._before = line
+            self._last_text = line
             self._is_announced = announces(line)
 
     def _take_value(self, kind: Kind, mark: Mark) -> None:
-        value = mark.value.strip()
-        if not value.strip(" .…?_"):
+        """A box or tag is complete: a new answer, or more of the last one."""
+        if not mark.value.strip(" \t\n\r.…?_"):
             return  # a placeholder: \boxed{...}
-        strong = self._strong
-        if strong and strong.value is not None and mark.start < strong.end:  # a box in a tag, or a tag in a box
-            strong.end, strong.kind = mark.end, "tag" if strong.kind == "box" else strong.kind
-            return
+        reading, marked = MARK[kind].read(mark.value), self._marked
         part = part_of(self._scanner.line) or self._part
-        is_next = strong is not None and (0 < strong.part == part - 1 or self._is_next_item(strong))
-        if strong and not strong.is_revised and (is_next or strong.kind == "heading" or strong.end > self._line.char):
-            strong.value = f"{strong.value}, {value}" if is_next else self._joined(strong, value, mark)
-            strong.end, strong.part = mark.end, part if is_next or part == 1 else 0
+        boxes = None if marked is None else self._boxes(marked, mark, part)
+        further = None if boxes is None else first(SEVERAL_BOXES, boxes)
+        if marked is None or boxes is None or further is None:
+            start = self._previous if self._is_announced else self._sentence_start
+            self._marked, self._stated = Candidate(kind, start, mark.end, part=part if part == 1 else 0), None
+            self._marked.take(reading)
             return
-        start = self._previous if self._is_announced else self._sentence
-        self._strong, self._weak = Candidate(kind, start, mark.end, value, part=part if part == 1 else 0), None
+        if boxes.is_inside and marked.kind == "box":
+            marked.kind = "tag"
+        if not boxes.is_inside:
+            marked.part = part if boxes.is_next_part or part == 1 else 0
+        marked.end = mark.end
+        marked.take(within(MARK[marked.kind], further))
 
-    def _is_next_item(self, strong: Candidate) -> bool:
+    def _boxes(self, marked: Candidate, mark: Mark, part: int) -> Boxes:
+        is_one_line = marked.end > self._line.char
+        between = self._scanner.tail(marked.end)[: max(0, mark.start - marked.end)]
+        is_beside = is_one_line and 0 <= mark.start - marked.end <= _BESIDE
+        is_open = not marked.is_revised
+        is_next_part = is_open and (0 < marked.part == part - 1 or self._is_next_item(marked))
+        return Boxes(
+            value=marked.value,
+            further=mark.value.strip(),
+            between=between if marked.value is not None and is_beside and mark.kind == "box" else None,
+            is_inside=marked.value is not None and mark.start < marked.end,
+            is_next_part=is_next_part,
+            is_same_conclusion=is_open and (is_next_part or marked.kind == "heading" or is_one_line),
+        )
+
+    def _is_next_item(self, marked: Candidate) -> bool:
         """Whether this box and the last one stand in neighbouring items of the conclusion's list."""
-        is_list = strong.kind == "heading" and is_item(self._scanner.line) and is_item(self._before)
-        return is_list and self._previous.char < strong.end <= self._line.char
-
-    def _joined(self, strong: Candidate, value: str, mark: Mark) -> str:
-        """Boxes side by side in one line are one answer; otherwise the last box counts."""
-        gap = mark.start - strong.end
-        is_beside = strong.end > self._line.char and 0 <= gap <= _BESIDE
-        if strong.value is None or not is_beside or "\\boxed" not in self._scanner.tail(mark.start):
-            return value
-        return joined(strong.value, self._scanner.tail(strong.end)[:gap], value)
+        is_list = marked.kind == "heading" and is_bullet(self._scanner.line) and is_bullet(self._last_text)
+        return is_list and self._previous.char < marked.end <= self._line.char
 
     def _take_open_tag(self) -> None:
         """An answer tag that the text, or a stop string, ended before it was closed: "<answer>5"."""
         text = self._scanner.open_tag_text.strip()
         if text and len(text) <= _SHORT and "\n" not in text and not text.lower().startswith("tag"):
-            end = self._scanner.n_chars
-            self._strong, self._weak = Candidate("tag", self._sentence, end, text), None
+            self._marked, self._stated = Candidate("tag", self._sentence_start, self._scanner.n_chars), None
+            self._marked.take(MARK["tag"].read(text))
 
-    def _best(self, is_ended: bool) -> Candidate | None:
-        """The candidate that is the model's last word, its value filled in."""
-        strong, weak = self._strong, self._weak
+    def _last_word(self, is_ended: bool) -> Reading[Candidate] | None:
+        """The candidate that is the model's last word, its value read."""
         if self._profile.has_tags and self._reply is None:
             return None
-        if weak is not None:
-            weak.value = self._question.labelled(weak.value)
-        if strong is not None and strong.value is None:
-            strong.value = self._question.labelled(self._unboxed(strong, is_ended))
-        if strong is not None and strong.is_revised and weak is not None:
-            if weak.value == strong.value:
-                strong.is_revised = False
-                return strong
-            return weak
-        if strong is not None:
-            return self._later(strong) if strong.is_revised and is_ended else strong
-        code = self._code.last
-        if code is not None and is_ended and (weak is None or code.end > weak.end):
-            return code
-        if weak is not None and (is_ended or not self._is_far(weak)):
-            return weak
-        if self._fenced is not None:
-            return self._fenced
-        if self._reply is not None:
-            self._reply.value = self._question.labelled(unmarked(self._reply.captured))
-            return self._reply
-        if is_ended and self._scanner.n_chars:
-            return self._guessed()
-        return None
+        marked, stated, reply = self._marked, self._stated, self._reply
+        if marked is not None and marked.value is None:
+            marked.take(self._under_heading(marked, is_ended))
+            marked.value = self._question.labelled(marked.value)
+        if stated is not None:
+            stated.value = self._question.labelled(stated.value)
+        if reply is not None:
+            reply.take(MARK["closed"].read(reply.captured))
+            reply.value = self._question.labelled(reply.value)
+        ending = Ending(
+            marked=marked,
+            sentence=stated,
+            code=self._code.last,
+            boxed_in_code=self._boxed_in_code,
+            reply=reply,
+            last_line=self._last_line() if is_ended and self._scanner.n_chars else None,
+            is_ended=is_ended,
+            is_far=stated is not None and self._is_far(stated),
+        )
+        return first(LAST_WORD, ending)
 
-    def _later(self, strong: Candidate) -> Candidate:
-        """Of an answer that was taken back: what the last paragraph comes to, where it comes to something else."""
-        guess = self._guessed()
-        return strong if guess.place.char < strong.end or guess.value in (None, strong.value) else guess
-
-    def _guessed(self) -> Candidate:
+    def _last_line(self) -> Candidate:
         """What the last line comes to that says more than that all before it is right."""
         line = self._scanner.line
         last = self._line if line.strip() and not is_remark(line) else self._previous
         text = self._scanner.tail(last.char).partition("\n")[0]
-        value = self._question.guessed(text, tail=self._scanner.tail(0))
-        return Candidate("paragraph", last, self._scanner.n_chars, value)
+        candidate = Candidate("paragraph", last, self._scanner.n_chars)
+        candidate.take(first(LAST_LINES, LastLine(text, self._scanner.tail(0), self._question)))
+        return candidate
 
-    def _unboxed(self, strong: Candidate, is_ended: bool) -> str | None:
+    def _under_heading(self, marked: Candidate, is_ended: bool) -> Reading[str] | None:
         """What a conclusion without a box says; of a cut one only its whole lines count, and an open box is none."""
-        if self._scanner.is_inside:
-            return None
-        text = strong.captured
+        text = marked.captured
         if not is_ended and not text.rstrip().endswith((*_LINE_ENDS, "```")):
             text = text.rpartition("\n")[0]
-        return unmarked(text)
+        return MARK["heading"].read("" if self._scanner.is_inside else text)
 
     def _is_far(self, candidate: Candidate) -> bool:
         return self._scanner.n_chars - candidate.end > _FAR

@@ -3,7 +3,7 @@
 The idea: three signs tell a search from a loop with other numbers in it. A number goes on in one direction from those
 in the same place, `_STREAK` times in a row and never there before (1, 2, 3; primes; powers; a countdown). A line's
 numbers, taken together, come after those of the last line of the same beginning (tuples in order). An equation between
-numbers never stood there before and holds (see `sums`). Words until about the next such number then are progress,
+numbers never stood there before and holds (see `equations`). Words until about the next such number then are progress,
 whatever they repeat. The number at a line's beginning only numbers the line, so there it counts only if the line also
 brings a number that never stood before. A count gives credit for `MAX_CREDIT` words, so that counting without end is
 not progress for ever.

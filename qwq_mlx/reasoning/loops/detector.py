@@ -1,8 +1,7 @@
 """Loops, found while they are written: exact cycles, variants of the same steps, one answer derived again and again,
 and doubt after doubt without anything new.
 
-Four small finders, each with constant work per token and bounded memory, behind one door. On 266 finished outputs of
-QwQ-32B-Preview the defaults report one, which does repeat one approach eight times (scripts/measure_traces.py).
+Four small finders, each with constant work per token and bounded memory, behind one door.
 
 Does not: stop or change a run; `generate` chooses what to do. Periods above 10,922 tokens are not seen, nor loops
 that put every repetition into new words.
@@ -17,8 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwq_mlx.errors import OptionError
-from qwq_mlx.reasoning.answer.equivalence import normalise
-from qwq_mlx.reasoning.answer.sentences import MAX_LINE, revises, stated
+from qwq_mlx.reasoning.answer import MAX_LINE, doubts, normalise, stated
 from qwq_mlx.reasoning.loops.exact_cycles import CycleFinder
 from qwq_mlx.reasoning.loops.near_repeats import VariantsFinder
 
@@ -36,7 +34,7 @@ class LoopOptions:
     """When to report a loop. Larger numbers report later and more rarely.
 
     cycle_margin: tokens beyond three exact repetitions. soon_limit, near_limit, far_limit: sums of stale over fresh
-    words, for steps that return at once, for those that return changed, and for long rounds (see `variants`).
+    words, for steps that return at once, for those that return changed, and for long rounds (see `near_repeats`).
     n_candidates: how often one answer is stated within `candidate_tokens`. n_doubts: lines that open with a doubt
     ("Wait") and bring at most one new word, each as the share of its pairs of words that stood before, less such a
     share of new pairs in every other line, less each word never used before: a cumulative sum, never below zero.
@@ -217,7 +215,7 @@ class LoopDetector:
         n_new = sum(self._is_new(hash(word)) for word in dict.fromkeys(words))
         pairs = [hash(pair) for pair in itertools.pairwise(words)]
         known = sum(not self._is_new(pair) for pair in pairs) / max(1, len(pairs))
-        is_doubt = n_new <= 1 and revises(line) and not self._variants.is_counting
+        is_doubt = n_new <= 1 and doubts(line) and not self._variants.is_counting
         if is_doubt and not self._doubts:
             self._first_doubt = index
         gain = known if is_doubt else known - 1

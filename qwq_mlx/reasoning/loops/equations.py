@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qwq_mlx.reasoning.answer.expression import Formula, NotAFormula, is_same_value
+from qwq_mlx.reasoning.answer import Formula, NotAFormula, is_same_value
 
 __all__ = ["SumReader"]
 

@@ -6,7 +6,7 @@ p <= k < 2p the ids inside one period cannot mislead the search, so every period
 repetition ends. Positions are noted at every k/8-th place (at most 64 apart), which keeps memory at about two entries
 per id, of the last 65,536 ids at most.
 
-Does not: see variants (`loops` does), or periods above `MAX_PERIOD`, of which three would not fit in 32,768 ids.
+Does not: see near repeats (`near_repeats` does), or periods above `MAX_PERIOD`, of which three need over 32,768 ids.
 """
 
 from __future__ import annotations

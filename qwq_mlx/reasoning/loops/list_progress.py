@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 
-from qwq_mlx.reasoning.answer.sentences import revises
+from qwq_mlx.reasoning.answer import doubts
 
 __all__ = ["MAX_CREDIT", "RowWatcher"]
 
@@ -63,7 +63,7 @@ class RowWatcher:
         if is_new and len(self._seen) < _MAX_SEEN:
             self._seen.add(content)
         beginning = " ".join(words[is_numbered : is_numbered + 8]).lstrip(" .):")
-        if len(words) != len(previous) or not is_new or revises(beginning) or _STEP.match(beginning):
+        if len(words) != len(previous) or not is_new or doubts(beginning) or _STEP.match(beginning):
             return False
         cost = len(words) * (2 if len(words) >= _LONG else 1) * (2 if is_apart else 1)
         if self._credit < cost:

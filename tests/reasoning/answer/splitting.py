@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwq_mlx.reasoning.answer.splitter import Split, Splitter
+from qwq_mlx.reasoning.answer import Split, Splitter
 from qwq_mlx.reasoning.profile import find_profile
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from splitting import split
 
-from qwq_mlx.reasoning.answer.equivalence import compare
+from qwq_mlx.reasoning.answer import compare
 from qwq_mlx.reasoning.answer.math_verify import has_math_verify
 
 NEEDS_ALGEBRA = pytest.mark.skipif(not has_math_verify(), reason="compares an equation by math-verify")

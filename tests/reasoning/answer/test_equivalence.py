@@ -12,9 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qwq_mlx.reasoning.answer import Formula, NotAFormula, compare, extract, is_same_value, normalise
 from qwq_mlx.reasoning.answer import math_verify as symbolic
-from qwq_mlx.reasoning.answer.equivalence import compare, extract, normalise
-from qwq_mlx.reasoning.answer.expression import Formula, NotAFormula, is_same_value
 from qwq_mlx.reasoning.profile import find_profile
 
 SAME = [

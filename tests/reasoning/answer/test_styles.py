@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from splitting import split
 
-from qwq_mlx.reasoning.answer.splitter import Splitter
+from qwq_mlx.reasoning.answer import Splitter
 from qwq_mlx.reasoning.profile import find_profile
 
 ENGLISH = "Which planet is largest?\nA. Mars\nB. Venus\nC. Jupiter\nD. Earth\n"

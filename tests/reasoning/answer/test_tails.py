@@ -11,7 +11,7 @@ from __future__ import annotations
 import pytest
 from splitting import split
 
-from qwq_mlx.reasoning.answer.equivalence import compare
+from qwq_mlx.reasoning.answer import compare
 
 START = "Let's see. I need to think about this carefully.\n\nFirst, I'll set up what is given.\n\n"
 END = "**Final Answer**\n\n"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from splices import PIECE, doubting, renamed, restating, splice
 
 from qwq_mlx.errors import OptionError
-from qwq_mlx.reasoning.loops.detector import Loop, LoopDetector, LoopOptions
+from qwq_mlx.reasoning.loops import Loop, LoopDetector, LoopOptions
 from qwq_mlx.reasoning.loops.exact_cycles import _HISTORY, MAX_PERIOD, CycleFinder
 from qwq_mlx.reasoning.loops.near_repeats import _HORIZON
 from qwq_mlx.reasoning.loops.word_templates import TemplateReader

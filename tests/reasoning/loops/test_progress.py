@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import pytest
 from splices import PIECE
 
-from qwq_mlx.reasoning.loops.detector import LoopDetector
+from qwq_mlx.reasoning.loops import LoopDetector
 from qwq_mlx.reasoning.loops.list_progress import MAX_CREDIT, RowWatcher
 
 WORDS = "strawberryraspberry"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from splices import PIECE
 
-from qwq_mlx.reasoning.loops.detector import LoopDetector
+from qwq_mlx.reasoning.loops import LoopDetector
 from qwq_mlx.reasoning.loops.equations import SumReader
 
 PRIMES = [n for n in range(2, 300) if all(n % d for d in range(2, n))][:60]

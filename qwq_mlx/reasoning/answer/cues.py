@@ -1,0 +1,165 @@
+"""Phrases that a text uses to doubt, announce, conclude and explain, by language, and the lines that they mark.
+
+A phrase is one string in a tuple. It stands for itself at a word's end; one that ends in "…" for a word's beginning.
+Regular expression syntax is allowed in it ("hmm+", "that(?:'s| is) wrong").
+
+Does not: say what a line with such a phrase means for the answer; `rules` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+__all__ = [
+    "CONCLUDES",
+    "MAX_LINE",
+    "announces",
+    "any_of",
+    "begins_explanation",
+    "doubts",
+    "is_bullet",
+    "is_example",
+    "is_remark",
+    "part_of",
+]
+
+MAX_LINE = 1024
+"""Characters of a line that are read, from its end."""
+
+Phrases = Mapping[str, tuple[str, ...]]
+"""Phrases by language code."""
+
+DOUBTS_STRICTLY: Phrases = {
+    "en": ("wait", "hold on", "hmm+"),
+    "zh": ("等等", "等一下", "不对"),
+}
+DOUBTS: Phrases = {
+    "en": (
+        *DOUBTS_STRICTLY["en"],
+        *("actually", "but", "however", "alternatively", "no,…"),
+        *("let me (?:re|double|check|verify|try)…", "let's (?:re|double|check|verify|try)…"),
+        *("i (?:made|think i made) a mistake…", "that(?:'s| is) (?:not right|wrong|incorrect)…"),
+    ),
+    "zh": (*DOUBTS_STRICTLY["zh"], "不,", "但是", "让我"),
+}
+BEFORE_A_DOUBT: Phrases = {"en": ("oh", "ah", "hmm+", "no", "but", "and", "so", "well", "okay", "ok")}
+CONCLUDES: Phrases = {
+    "en": (
+        *("so", "thus", "therefore", "hence", "consequently", "in conclusion", "in (?:total|all|summary|short)"),
+        *("finally", "altogether", "overall", "that means", "this means", "this gives", "that gives"),
+        *("to summarize", "in the end"),
+    ),
+    "zh": ("所以", "因此", "因而", "故", "于是", "综上", "总之", "最终", "这样", "共", "一共", "总共"),
+}
+EXPLAINS: Phrases = {
+    "en": (
+        *("explanation", "verification", "justification", "reasoning", "proof", "notes?", "remarks?", "checks?"),
+        *("derivation", "steps?", r"step-by-step(?: \w+)?"),
+    ),
+    "zh": ("说明", "解释", "验证", "解析", "备注"),
+}
+SHOWS_USE: Phrases = {
+    "en": (
+        *("for example", "examples?", "usage", "sample", "output", "tests?", "calling it"),
+        "(?:run|test|try|use|call) (?:it|this|the (?:code|function|class|program))",
+    ),
+    "zh": ("例如", "示例", "用法"),
+}
+
+
+def any_of(phrases: Phrases) -> str:
+    """A regular expression that matches any of the phrases, in any of the languages.
+
+    >>> any_of({"en": ("so", "no,…"), "zh": ("所以",)})
+    '(?:so\\\\b|no,|所以)'
+    """
+    every = [phrase for each in phrases.values() for phrase in each]
+    return f"(?:{'|'.join(_ended(phrase) for phrase in every)})"
+
+
+def _ended(phrase: str) -> str:
+    if phrase.endswith("…"):
+        return phrase[:-1]
+    return phrase + (r"\b" if phrase[-1].isascii() and phrase[-1] != "," else "")
+
+
+def _doubt(phrases: Phrases) -> re.Pattern[str]:
+    return re.compile(rf"^[\s>*_-]*(?:{any_of(BEFORE_A_DOUBT)},?\s+)?{any_of(phrases)}", re.IGNORECASE)
+
+
+_DOUBTS, _DOUBTS_STRICTLY = _doubt(DOUBTS), _doubt(DOUBTS_STRICTLY)
+_ANNOUNCES = re.compile(
+    r"(?:\banswers?\b|\bcorrect (?:option|choice)|\b(?:final|correct) (?:result|solution)|答案)[^.!?\n]{0,60}[:：]\W*$"
+    r"|\banswer is\s*$",
+    re.IGNORECASE,
+)
+_EXPLAINS = re.compile(rf"[\s>*_#-]{{0,8}}{any_of(EXPLAINS)}[\s*_]*(?:[:：].*)?$", re.IGNORECASE | re.DOTALL)
+_SHOWS_USE = re.compile(
+    rf"\b{any_of({'en': SHOWS_USE['en']})}[^.]{{0,40}}[:：]\W*$|{any_of({'zh': SHOWS_USE['zh']})}", re.IGNORECASE
+)
+_REMARK = re.compile(
+    r"[\s*_]*(?:so,? |and |yes,? |okay,? |alright,? )?"
+    r"(?:i'm|i am|i think|i believe|i hope|i've|that|this|it|everything|yes|done)\b"
+    r"[^\d$\\\"“`\n]{0,60}\b(?:confident|correct|right|sense|should be (?:it|all)|that's it|helps|double-checked"
+    r"|checks? out|is it|done|sure)\b[^\d$\\\"“`\n]{0,30}[.!]\s*",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(
+    r"[\s>*_-]{0,8}(?:part|question|problem|item)?\s*[(（]?(?:(?P<letter>[a-h])|(?P<roman>i{1,3}|iv|vi{0,3})|(?P<number>\d))"
+    r"[)）.:：][\s*_:]",
+    re.IGNORECASE,
+)
+_ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii")
+
+
+def doubts(line: str, *, strictly: bool = False) -> bool:
+    """Whether a line takes back or doubts what stands before it.
+
+    strictly: only by phrases that no explanation of a finished answer uses ("Wait", "Hold on", "Hmm").
+
+    >>> doubts("But 7 is odd."), doubts("But 7 is odd.", strictly=True)
+    (True, False)
+    """
+    return bool((_DOUBTS_STRICTLY if strictly else _DOUBTS).match(line[:200]))
+
+
+def announces(line: str) -> bool:
+    """Whether a line says that the answer follows on the next one: "Therefore, the correct answer is:"."""
+    return bool(_ANNOUNCES.search(line[-MAX_LINE:]))
+
+
+def begins_explanation(line: str) -> bool:
+    """Whether a line is a heading such as "**Explanation**" or "Note: ...", after which an answer is only explained."""
+    return bool(_EXPLAINS.match(line[:400]))
+
+
+def is_example(line: str) -> bool:
+    """Whether a line says that code after it only shows how other code is used: "For example:", "Usage:"."""
+    return bool(_SHOWS_USE.search(line[-200:]))
+
+
+def is_remark(line: str) -> bool:
+    """Whether a line says only that what stands before it is right: "I'm confident in this answer."."""
+    return len(line) <= 120 and bool(_REMARK.fullmatch(line)) and not re.search(r"\b[A-HJ]\b", line)
+
+
+def is_bullet(line: str) -> bool:
+    """Whether a line is an item of a list with bullets."""
+    return line.lstrip().startswith(("- ", "* ", "• "))
+
+
+def part_of(line: str) -> int | None:
+    """The number of the part that a line begins, None for any other line.
+
+    >>> part_of("(b) y = 2"), part_of("2. y = 2"), part_of("(ii) y = 2"), part_of("y = 2")
+    (2, 2, 2, None)
+    """
+    found = _LABEL.match(line[:40])
+    if found is None:
+        return None
+    if found["number"]:
+        return int(found["number"]) or None
+    if found["roman"]:
+        return _ROMAN.index(found["roman"].lower()) + 1
+    return ord(found["letter"].lower()) - ord("a") + 1

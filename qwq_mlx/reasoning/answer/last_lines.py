@@ -1,0 +1,199 @@
+"""What the last line of a text says that marks no answer.
+
+Each function reads one form of a line, or of the sentence behind "So" or "In total" in it, and returns the value or
+None. Which form goes first is written in `rules`.
+
+Does not: look at a whole thinking, which is full of such sentences, or understand what was asked.
+"""
+
+from __future__ import annotations
+
+import re
+
+from qwq_mlx.reasoning.answer.cues import CONCLUDES, MAX_LINE, any_of
+from qwq_mlx.reasoning.answer.sentences import value_of
+from qwq_mlx.reasoning.answer.unmarked import COUNTED, EQUATES, FORMULA, YES_NO, joined_formulas
+
+__all__ = [
+    "after_colon",
+    "closing_sentence",
+    "compared",
+    "displayed",
+    "equated",
+    "excepted",
+    "formulas",
+    "inequality",
+    "named",
+    "number_alone",
+    "one_code_span",
+    "one_in_bold",
+    "one_quantity",
+    "one_quoted",
+    "said_yes_or_no",
+    "there_is_no",
+]
+
+_QUOTED = re.compile(r'["“]([^"“”\n]{1,80})["”]')
+_BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*")
+_CODE_SPAN = re.compile(r"`([^`\n]{1,80})`")
+_DISPLAYED = re.compile(
+    r"(?:[:：]|\b(?:is|are|be|equals|of|as|by|get|gives?|have)|[是为])\s*"
+    r"(?:\\\[|\$\$)\s*(\S.{0,500}?)\s*(?:\\\]|\$\$)\s*$",
+    re.DOTALL | re.IGNORECASE,
+)
+_CLOSING_CUE = re.compile(rf"^[\s*_]*(?:(?:and|okay|ok|yes)\b,?\s*)?{any_of(CONCLUDES)}", re.IGNORECASE)
+_NUMBER = r"[-−]?[$€£¥]?\s?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
+_QUANTITY = re.compile(
+    rf"(?<![\w.^_\\])(?P<value>{_NUMBER}(?:\s?(?:%|°[CF]?)|:\d\d(?:\s?[ap]\.?m\b\.?)?)?"
+    r"(?P<unit>(?:\s(?!(?:in|on|at|of|by|for|to|from|and|or|as|is|are|when|if|with|because|since|that|which|who)\b)"
+    r"[A-Za-z][\w/²³^]*){0,3}))",
+    re.IGNORECASE,
+)
+_WORD_NUMBER = re.compile(
+    r"\b(zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen"
+    r"|seventeen|eighteen|nineteen|twenty)\b",
+    re.IGNORECASE,
+)
+_DATE = re.compile(
+    r"\b(?:january|february|march|april|may|june|july|august|september|october|november|december)\s+\d{1,2}"
+    r"(?:st|nd|rd|th)?(?:,?\s+\d{4})?\b|\b\d{4}-\d\d-\d\d\b|\b\d{1,2}/\d{1,2}/\d{2,4}\b",
+    re.IGNORECASE,
+)
+_NAMED = re.compile(
+    r"(?:(?:the|our|its|his|her|their)\s+[^,;]{1,80}?|today|tomorrow|yesterday|it)"
+    r"\s(?:is|was|must be)\s+([A-Z][\w'’-]*(?: [A-Z][\w'’-]*){0,3}"
+    r"|(?:all|any|every) [^,;]{1,60}|the(?: [\w'’-]+){1,3}|[\w'’-]+)"
+)
+_AFTER_COLON = re.compile(r"[^:]{1,80}\b(?:is|are):\s+(.{1,80})")
+_THERE_IS_NO = re.compile(r"there (?:is|are|exists?)\s+(no \w+(?: \w+)?)")
+_BARE = re.compile(rf"[=*`$\s]*(?P<value>{_NUMBER}%?)[*`$.\s]*")
+_COMPARED = re.compile(
+    r"(?P<value>[-−]?[$€£¥]?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[A-Z][\w'’-]+(?: [A-Z][\w'’-]+){0,2})"
+    r"\s+(?:is|was|has|weighs)\s+(?:\w+er|more|less)\b.{0,60}\bthan\b.{1,60}"
+)
+_DOUBT_BEFORE_CUE = re.compile(
+    r"^[\s*_]*(?:wait|hmm|actually|no|but)\b.{0,400}?[,.;] (?=(?:so|thus|hence|therefore|which means)\b)", re.IGNORECASE
+)
+_INEQUALITY = re.compile(r"[-−+*/^().\d\sA-Za-zπ√∞]{1,30}(?:[<>≤≥]=?[-−+*/^().\d\sA-Za-zπ√∞]{1,30}){1,2}")
+_EXCEPT = re.compile(r"\b(?:is|are)\s+((?:all|any|every)\s[^,;]{1,60}\b(?:except|but|with|such that)\b.{1,40})$")
+
+
+def said_yes_or_no(text: str) -> str | None:
+    """The yes or no that a paragraph begins with."""
+    word = YES_NO.match(text)
+    return word["value"] if word else None
+
+
+def number_alone(line: str) -> str | None:
+    """A number and nothing else."""
+    number = _BARE.fullmatch(re.sub(r"\s+", " ", line[-MAX_LINE:]).strip())
+    return number["value"] if number else None
+
+
+def displayed(text: str) -> str | None:
+    """The formula that a text ends with where a colon or a verb announced it: "so the inverse is:\n\n\\[ ... \\]"."""
+    formula = _DISPLAYED.search(text[-2 * MAX_LINE :])
+    is_one = formula and "\\]" not in formula[1] and "$$" not in formula[1]
+    return formula[1].rstrip(" .") if formula and is_one else None
+
+
+def closing_sentence(line: str) -> str | None:
+    """The last sentence of a line, without the "So" or "In total" that it must begin with; None where it does not."""
+    line = re.sub(r"\s+", " ", line[-MAX_LINE:]).strip()
+    sentence = re.split(r"(?<=[.?])\s+|(?<=[^\d\s]!)\s+|。", line.rstrip("。"))[-1].rstrip(" .!").replace("{,}", ",")
+    sentence = _DOUBT_BEFORE_CUE.sub("", sentence)  # "Wait, the height is 5, so the area should be 30."
+    cue = _CLOSING_CUE.match(sentence)
+    if not cue:
+        return None
+    return sentence[cue.end() :].strip(" ,，:") if cue[0].isascii() else sentence
+
+
+def one_in_bold(sentence: str) -> str | None:
+    """The one thing in bold."""
+    bold = _BOLD.findall(sentence)
+    return (str(bold[0]).strip(" .:") or None) if len(bold) == 1 else None
+
+
+def one_code_span(sentence: str) -> str | None:
+    """The one thing between backquotes, where nothing is bold."""
+    spans = _CODE_SPAN.findall(sentence)
+    return (str(spans[0]).strip(" .:") or None) if len(spans) == 1 and not _BOLD.search(sentence) else None
+
+
+def inequality(sentence: str) -> str | None:
+    """An inequality and nothing else."""
+    return sentence if _INEQUALITY.fullmatch(sentence) and not re.search(r"[A-Za-z]{3}", sentence) else None
+
+
+def compared(sentence: str) -> str | None:
+    """What is larger, older, more, ... than something else."""
+    comparison = _COMPARED.fullmatch(sentence)
+    return comparison["value"] if comparison else None
+
+
+def excepted(sentence: str) -> str | None:
+    """All of a kind but some: "all real numbers except x = 2"."""
+    exception = _EXCEPT.search(sentence)
+    return exception[1] if exception else None
+
+
+def equated(sentence: str) -> str | None:
+    """What stands behind the last verb that equates, where that is a number or a formula."""
+    words = FORMULA.sub(lambda formula: "$" * len(formula[0]), sentence)
+    for verb in reversed(list(EQUATES.finditer(words))):
+        if FORMULA.search(sentence, verb.end()) and "=" not in verb[0] and not words[verb.end() :].startswith("$"):
+            continue
+        value = joined_formulas(sentence[verb.end() :], only=True) or value_of(sentence[verb.end() :])
+        if value and len(value) <= 80 and re.match(r"[-+−]?[\d$€£¥\\(\[{|]|[a-z](?:\s*[=^+*/-]|$)|pi\b|π", value):
+            return value
+    return None
+
+
+def formulas(sentence: str) -> str | None:
+    """Its formulas: one, or several joined by "and" and "or"."""
+    return joined_formulas(sentence)
+
+
+def one_quantity(sentence: str) -> str | None:
+    """Its one date, or its one number with its unit, in digits or else in words."""
+    dates = _DATE.findall(sentence)
+    if dates:
+        return str(dates[0]) if len(dates) == 1 else None
+    if (number := COUNTED.search(sentence)) is not None:
+        return number["value"]
+    plain = re.sub(r'["“][^"“”]*["”]', '""', sentence)
+    quantities = list(_QUANTITY.finditer(plain))
+    if len(quantities) > 1:
+        return None
+    if quantities and re.match(r"\s*(?:is|are|was|were)(?:n't| not)\b", plain[quantities[0].end("value") :]):
+        return None  # "91 is not a prime" is about 91, and says something else
+    if quantities:
+        return quantities[0]["value"].strip()
+    words = _WORD_NUMBER.findall(plain)
+    return str(words[0]) if len(words) == 1 and words[0].lower() != "one" else None
+
+
+def one_quoted(sentence: str) -> str | None:
+    """The one thing in quotation marks, at the end."""
+    quoted = _QUOTED.findall(sentence)
+    return str(quoted[0]).strip(" .") if len(quoted) == 1 and sentence.endswith(('"', "”")) else None
+
+
+def named(sentence: str) -> str | None:
+    """The name or word that the sentence ends with: "the capital is Canberra"."""
+    return _only_group(_NAMED, sentence)
+
+
+def after_colon(sentence: str) -> str | None:
+    """What follows "is:" or "are:"."""
+    return _only_group(_AFTER_COLON, sentence)
+
+
+def there_is_no(sentence: str) -> str | None:
+    """ "no solution" of "there is no solution"."""
+    return _only_group(_THERE_IS_NO, sentence)
+
+
+def _only_group(pattern: re.Pattern[str], sentence: str) -> str | None:
+    whole = pattern.fullmatch(sentence)
+    return whole[1] if whole else None

@@ -1,0 +1,250 @@
+"""The rules by which an answer is read, as ordered tables: in each, the first row that applies decides.
+
+A new phrase is a row in `STATEMENTS`, a new form of a last line a row in `LAST_LINES`, and so on. The tables call each
+other: `MARKS` reads text without a box by `CONCLUSIONS`, and those read a line by `STATEMENTS`. An answer's confidence
+is the product over the rows that it was read by. `python -m qwq_mlx.reasoning.answer` prints the tables.
+
+Does not: find marks in a stream (`markers` does), or choose between several (`precedence` does).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from qwq_mlx.reasoning.answer import last_lines, sentences, unmarked
+from qwq_mlx.reasoning.answer.cues import MAX_LINE
+from qwq_mlx.reasoning.answer.question import Question, choose, named_letter
+from qwq_mlx.reasoning.answer.rule import Reading, Rule, first
+
+__all__ = [
+    "CLOSING_SENTENCES",
+    "CONCLUSIONS",
+    "LAST_LINES",
+    "MARK",
+    "MARKS",
+    "SHORT_LINES",
+    "STATEMENTS",
+    "LastLine",
+    "stated",
+]
+
+Words = Rule[str, str]
+
+
+def stated(line: str) -> str | None:
+    """The value that the last answer statement in a line gives, or None.
+
+    Markup around the value and the end of its sentence are taken off.
+
+    >>> stated("So the answer is **(B)**."), stated("Maybe it is even.")
+    ('B', None)
+    """
+    reading = _statement(line)
+    return None if reading is None else reading.value
+
+
+def _statement(line: str) -> Reading[str] | None:
+    return first(STATEMENTS, line[-MAX_LINE:])
+
+
+def _says(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
+    """A matcher for one pattern: its last match's group "rest" begins with the value, or states it once more."""
+
+    def matcher(line: str) -> str | None:
+        rest = None
+        for match in pattern.finditer(line):
+            rest = match["rest"]
+        if rest is None:
+            return None
+        return (stated(rest) if len(rest) < len(line) else None) or sentences.value_of(rest)
+
+    return matcher
+
+
+STATEMENTS: tuple[Words, ...] = (
+    Rule("JSON field", 1.0, _says(sentences.JSON_FIELD),
+         'The field "answer" or "final_answer" of a JSON object.', ('{"answer": "C"}', "C")),
+    Rule("label", 1.0, _says(sentences.LABELLED),
+         'A line that begins with "Answer:", "Result =" or the like.', ("Answer: 12", "12")),
+    Rule("the answer is", 1.0, _says(sentences.ANSWER_IS),
+         'A noun for the answer and a verb for "is".', ("So the correct option is B, as shown.", "B")),
+    Rule("option is correct", 1.0, _says(sentences.CHOSEN),
+         "A lettered or numbered option that is called correct, or ends the sentence.", ("Option C is correct.", "C")),
+    Rule("is the right answer", 1.0, _says(sentences.CALLED_RIGHT),
+         "A letter that is called the correct answer.", ("B is the best choice here.", "B")),
+    Rule("option is correct (Chinese)", 1.0, _says(sentences.CHINESE_CALLED_RIGHT),
+         "The same in Chinese.", ("选项B是正确的。", "B")),
+    Rule("picked", 1.0, _says(sentences.PICKED),
+         "A letter that the writer chooses.", ("I'd go with (D).", "D")),
+    Rule("it is", 1.0, _says(sentences.IT_IS),
+         'A letter behind "So it is".', ("So it's C.", "C")),
+    Rule("leaves", 1.0, _says(sentences.LEAVES),
+         "The letter that is left over.", ("That leaves us with C.", "C")),
+    Rule("####", 1.0, _says(sentences.GSM8K),
+         "A number behind ####, as GSM8K writes its answers.", ("#### 42", "42")),
+    Rule("is the answer", 1.0, _says(sentences.IS_THE_ANSWER),
+         'A value before "is the answer".', ("So 144 is the answer.", "144")),
+    Rule("answers the question", 1.0, _says(sentences.ANSWERS_THE_QUESTION),
+         'What follows "to answer the question:".', ("So, to answer your question: 12.", "12")),
+    Rule("the answer is (Chinese)", 1.0, _says(sentences.CHINESE_ANSWER_IS),
+         'A noun for the answer and a verb for "is", in Chinese.', ("所以答案是 5。", "5")),
+    Rule("picked (Chinese)", 1.0, _says(sentences.CHINESE_CHOSEN),
+         "A letter that is chosen, in Chinese.", ("故选:C.", "C")),
+)  # fmt: skip
+"""What one line states. Seen: a line."""
+
+_PARAGRAPH = "First the goat goes over, and then the wolf." + 5 * " She comes back for the other two."
+
+SHORT_LINES: tuple[Words, ...] = (
+    Rule("one thing marked", 1.0, unmarked.one_marked,
+         "The one thing in bold, in quotation marks or set as a formula.", ("The speed is **12 m/s**.", "12 m/s")),
+    Rule("formula alone", 1.0, unmarked.formula_alone,
+         "A formula and nothing else.", ("\\[ x + 1 \\]\nThis is the sum.", "x + 1")),
+    Rule("equated formulas", 1.0, unmarked.equated_formulas,
+         "Several formulas, where they alone follow the first verb.", ("The roots are $2$ and $3$.", "2, 3")),
+    Rule("yes or no", 1.0, unmarked.yes_or_no,
+         "The yes or no that it begins with.", ("Yes, it converges.", "Yes")),
+    Rule("equated number", 1.0, unmarked.equated_number,
+         "The number behind the only verb.", ("The area is 12.", "12")),
+)  # fmt: skip
+"""What a short line says besides its words. Seen: the line."""
+
+CONCLUSIONS: tuple[Words, ...] = (
+    Rule("displayed formula", 1.0, unmarked.whole_formula,
+         "One displayed formula and nothing else.", ("\\[ x = 3 \\]", "x = 3")),
+    Rule("code block", 1.0, unmarked.code_block,
+         "The last code block; of JSON its answer.", ("```\n42\n```\nThat is all.", "42")),
+    Rule("list", 1.0, unmarked.all_items,
+         "Parts, bullets or a table of at most 600 characters.", ("(a) 3\n(b) 5", "(a) 3\n(b) 5")),
+    Rule("statement", 1.0, lambda text: next(filter(None, map(_statement, reversed(unmarked.lines_of(text)))), None),
+         "The last line that states an answer.", ("The answer is B.\nOxygen has less.", "B")),
+    Rule("one paragraph", 1.0, unmarked.one_paragraph,
+         "A first line of more than 200 characters: the answer where it stands alone and has at most 600, else none.",
+         (_PARAGRAPH, _PARAGRAPH)),
+    Rule("short line", 1.0, lambda text: first(SHORT_LINES, unmarked.first_line(text)),
+         "What its first line says besides its words.", ("The area is 12.\nIt is small.", "12")),
+    Rule("whole line", 1.0, unmarked.whole_line,
+         "Its first line as it stands.", ("Canberra.", "Canberra")),
+)  # fmt: skip
+"""What a text under a heading, or behind the thinking's closing tag, says without a box. Seen: the text."""
+
+
+def _conclusion(text: str) -> Reading[str] | None:
+    return first(CONCLUSIONS, re.sub(r"\\boxed\s+(?=[^{\s])", "", text))  # a box without braces holds what follows
+
+
+def _reduced(line: str) -> Reading[str] | None:
+    """A line's statement; of a sentence in it what that comes to: "the value of x is 9" gives "9"."""
+    reading = _statement(line)
+    return reading and replace(reading, value=_core(reading.value))
+
+
+def _announced(line: str) -> Reading[str] | None:
+    reading = _conclusion(line)
+    return replace(reading, value=_core(reading.value)) if reading and reading.value else None
+
+
+def _core(value: str) -> str:
+    if (number := unmarked.counted(value)) is not None:
+        return number
+    reading = first(SHORT_LINES, value) if re.match(r"[A-Za-z]{2,} ", value) else None
+    return reading.value if reading else value
+
+
+def _code(code: str) -> str | Reading[str]:
+    return unmarked.json_answer(code) or ("" if "\n" in code else _statement(code)) or code
+
+
+MARKS: tuple[Words, ...] = (
+    Rule("heading", 0.98, _conclusion,
+         'What follows a line such as "**Final Answer**": its box, else what the conclusions below read.',
+         ("**Final Answer**\n\nThe area is 12.", "12")),
+    Rule("tag", 0.95, str.strip,
+         "The content of an answer tag that the prompt asked for.", ("So <answer>5</answer>.", "5"),
+         "Put it in <answer></answer>."),
+    Rule("box", 0.9, str.strip,
+         "The content of \\boxed{}.", ("So it is \\boxed{5}.", "5")),
+    Rule("closed", 0.9, _conclusion,
+         "The text behind the closing tag of the thinking.", ("2 + 3 is 5.</think>The sum is 5.", "5")),
+    Rule("sentence", 0.85, _reduced,
+         "The last line that states an answer.", ("So the answer is 5.\n\nI'm sure.", "5")),
+    Rule("announced", 0.85, _announced,
+         "A line of at most 200 characters behind one that announces the answer.",
+         ("The correct answer is:\n\n12 cm\n", "12 cm")),
+    Rule("code", 0.7, _code,
+         "The last code block that is no example of use; of JSON its answer.", ("```py\nf = 1\n```", "f = 1")),
+)  # fmt: skip
+"""How an answer is marked; of several of one strength the last counts. Seen: what the mark holds."""
+
+MARK = {rule.name: rule for rule in MARKS}
+"""The rows of `MARKS` by name."""
+
+CLOSING_SENTENCES: tuple[Words, ...] = (
+    Rule("one in bold", 1.0, last_lines.one_in_bold,
+         "The one thing in bold.", ("So she has **12** apples.", "12")),
+    Rule("one code span", 1.0, last_lines.one_code_span,
+         "The one thing between backquotes.", ("So the output is `[1, 2]`.", "[1, 2]")),
+    Rule("inequality", 1.0, last_lines.inequality,
+         "An inequality and nothing else.", ("Therefore, x > 3.", "x > 3")),
+    Rule("comparison", 1.0, last_lines.compared,
+         "What is larger, older, ... than something else.", ("So 9.9 is larger than 9.11.", "9.9")),
+    Rule("all but", 1.0, last_lines.excepted,
+         "All of a kind but some.", ("So the domain is all real numbers except 2.", "all real numbers except 2")),
+    Rule("equated", 1.0, last_lines.equated,
+         'A number or formula behind the last "is", "equals" or "=".', ("So 3 + 4 = 7.", "7")),
+    Rule("formulas", 1.0, last_lines.formulas,
+         'Its formulas: one, or several joined by "and".', ("Therefore, it converges to $\\ln 2$.", "\\ln 2")),
+    Rule("one quantity", 1.0, last_lines.one_quantity,
+         "Its one date, or its one number with its unit.", ("So she has 12 apples.", "12 apples")),
+    Rule("one quoted", 1.0, last_lines.one_quoted,
+         "The one thing in quotation marks, at the end.", ('So one must write "listen"', "listen")),
+    Rule("name", 1.0, last_lines.named,
+         "The name or word that it ends with.", ("So the capital is Canberra.", "Canberra")),
+    Rule("after a colon", 1.0, last_lines.after_colon,
+         'What follows "is:" or "are:".', ("So the order is: C, A, B.", "C, A, B")),
+    Rule("there is no", 1.0, last_lines.there_is_no,
+         "That there is none.", ("So there is no solution.", "no solution")),
+)  # fmt: skip
+"""What a sentence says that begins with "So", "Therefore", "In total" or the like. Seen: the sentence behind that."""
+
+
+class LastLine(NamedTuple):
+    """The last line that says more than that all before it is right, the text's end, and the question."""
+
+    line: str
+    tail: str
+    question: Question
+
+
+def _closing(seen: LastLine) -> Reading[str] | None:
+    sentence = last_lines.closing_sentence(seen.line)
+    return None if sentence is None else first(CLOSING_SENTENCES, sentence)
+
+
+_PLANET = "Which planet is the largest?\n(A) Mars\n(B) Venus\n(C) Jupiter\n"
+
+LAST_LINES: tuple[Rule[LastLine, str], ...] = (
+    Rule("choice by letter", 0.5, lambda seen: named_letter(seen.line, seen.question.choices, is_bare=False),
+         'The one listed choice that is named as "(B)" or "option B".', ("It must be (C) then.", "C"), _PLANET),
+    Rule("choice in words", 0.5, lambda seen: choose(seen.line, seen.question.choices, is_part=True),
+         "The one listed choice whose words are repeated.", ("I take Jupiter for the largest.", "C"), _PLANET),
+    Rule("choice by bare letter", 0.5, lambda seen: named_letter(seen.line, seen.question.choices, is_bare=True),
+         "The one listed choice whose letter stands alone.", ("It can only be C then", "C"), _PLANET),
+    Rule("no choice", 0.5, lambda seen: "" if seen.question.choices else None,
+         "Of a multiple choice, no other answer.", ("So it is 12.", ""), _PLANET),
+    Rule("yes or no", 0.5, lambda seen: last_lines.said_yes_or_no(seen.line) if seen.question.is_yes_or_no else None,
+         "The yes or no that it begins with, where the question can be answered so.",
+         ("No, because 91 = 7 * 13.", "No"), "Is 91 prime?"),
+    Rule("number alone", 0.5, lambda seen: last_lines.number_alone(seen.line),
+         "A number and nothing else.", ("= 42", "42")),
+    Rule("closing sentence", 0.5, _closing,
+         "A sentence that concludes.", ("In total, she paid $45.", "$45")),
+    Rule("displayed formula", 0.5, lambda seen: last_lines.displayed(seen.tail),
+         "A displayed formula behind a colon or a verb.", ("The inverse is:\n\\[ x - 1 \\]", "x - 1")),
+    Rule("nothing", 0.5, lambda seen: "",
+         "Anything else gives no answer.", ("I hope this helps!", "")),
+)  # fmt: skip
+"""What the last line of a text comes to that marks no answer."""
