@@ -1,402 +1,62 @@
-"""More endings, of other kinds of problems: proofs, code, units, matrices, parts, revisions, money, dates, Chinese.
+"""Endings of outputs, written by hand: the answer that a careful reader takes from each is the one that is found.
 
-Written by hand to judge `split`, none from a recorded output. `compare` judges, as a reader would: "12" is 12 marbles.
+Those that rules are tuned on are asserted one by one; of the held-out third only the number, so that a failure does
+not show what rules must not be fitted to.
 """
 
 from __future__ import annotations
 
-import pytest
-from splitting import split
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
-from qwq_mlx.reasoning.answer import compare
+import pytest
+from endings import DATA, Ending, is_held_out, judge, read, read_endings
+
 from qwq_mlx.reasoning.answer.math_verify import has_math_verify
 
-NEEDS_ALGEBRA = pytest.mark.skipif(not has_math_verify(), reason="compares an equation by math-verify")
-
-GAS = "Which gas is most abundant in air?\nA) Oxygen\nB) Nitrogen\nC) Argon\nD) Carbon dioxide\n"
-VALUES = "What is the value?\n(A) 12\n(B) 15\n(C) 18\n(D) 21\n(E) 24\n"
-FRUIT = "Which of these is a berry?\n1. Strawberry\n2. Banana\n3. Apple\n4. Pear"
-
-END = "**Final Answer**\n\n"
-
-ENDINGS: list[tuple[str, str | None, str | None]] = [  # ending, prompt, answer
-    ("Therefore, by induction, the statement holds for all n. This completes the proof.", None, None),
-    ("Hence, $\\sqrt{2}$ is irrational. $\\blacksquare$", None, None),
-    (
-        END + "\\[ \\boxed{\\text{The statement is true for all } n \\geq 1} \\]",
-        "Prove it.",
-        "\\text{The statement is true for all } n \\geq 1",
-    ),
-    ("Thus we've shown the sum is at most 1. Q.E.D.", None, None),
-    (
-        "Here's the final code:\n\n```python\ndef f(n):\n    return n * 2\n```\n\nThis function doubles n.",
-        "Write a Python function that doubles.",
-        "def f(n):\n    return n * 2",
-    ),
-    (
-        "I'd print the LaTeX:\n\n```python\nprint('\\\\boxed{42}')\n```\n\nThis prints a box.",
-        "Write a Python program that prints a LaTeX box.",
-        "print('\\\\boxed{42}')",
-    ),
-    (
-        "```python\nprint(r'\\boxed{x}')\n```\n\nSo the output of the program is 7.\n\n" + END + "\\[ \\boxed{7} \\]",
-        "What does this Python code print?",
-        "7",
-    ),
-    (
-        "The answer is 12.\n\nTo display it one would write:\n\n```latex\n\\boxed{answer}\n```\n",
-        "How many are there?",
-        "12",
-    ),
-    (END + "\\[ \\boxed{12} \\]\n\nIn LaTeX source this is:\n\n```latex\n\\boxed{x}\n```", "How many are there?", "12"),
-    (
-        "### Final Solution\n\n```java\nclass A {}\n```\n\n**Explanation**\n\n- It is a class.",
-        "Write a Java class A.",
-        "class A {}",
-    ),
-    ("Here is the SQL:\n```sql\nSELECT 1;\n```\nAnd the time complexity is O(1).", "Write a SQL query.", "SELECT 1;"),
-    ("So nitrogen makes up about 78% of air.\n\n" + END + "\\[ \\boxed{\\text{B) Nitrogen}} \\]", GAS, "B"),
-    ("Therefore, the correct option is B) Nitrogen.", GAS, "B"),
-    ("Therefore, the answer is **B) Nitrogen**.", GAS, "B"),
-    ("So the answer must be B.", GAS, "B"),
-    ("Thus, the correct answer is (B) Nitrogen, not (A) Oxygen.", GAS, "B"),
-    ("Therefore, the answer is Nitrogen (B).", GAS, "B"),
-    ("So, nitrogen it is. Option B.", GAS, "B"),
-    ("\\[ \\boxed{\\text{(C) } 18} \\]", VALUES, "C"),
-    (END + "\\(\\boxed{\\textbf{(C)}\\ 18}\\)", VALUES, "C"),
-    ("So the value is 18, which is option (C).", VALUES, "C"),
-    ("So I'm going with 18. Therefore, the correct choice is C.", VALUES, "C"),
-    ("Since A, B and D are wrong, the correct one is C.", VALUES, "C"),
-    ("Hence, the correct answer is:\n\n(C) 18", VALUES, "C"),
-    ("Among the options, only C fits.", VALUES, "C"),
-    ("Thus, statements I and III are correct, so the answer is D.", VALUES, "D"),
-    ("Correct answers: A and C.", "Select all that apply.\nA. x\nB. y\nC. z\n", "A and C"),
-    (END + "\\[ \\boxed{A, C} \\]", "Select all that apply.\nA. x\nB. y\nC. z\n", "A, C"),
-    ("So the speed is 15 m/s.", None, "15 m/s"),
-    (END + "\\[ \\boxed{15 \\text{ m/s}} \\]", None, "15"),
-    ("Therefore, the train travels at 60 km/h.", None, "60 km/h"),
-    ("So the total time is 2 hours and 30 minutes.", None, "2 hours and 30 minutes"),
-    ("The final answer is \\( 9.8 \\, \\text{m/s}^2 \\).", None, "9.8"),
-    ("Hence, the force is approximately 49 N.", None, "49 N"),
-    ("So the volume of the box is 24 cm³.", None, "24 cm³"),
-    (END + "\\[ \\boxed{3.00 \\times 10^{8} \\, \\text{m/s}} \\]", None, "3*10^8"),
-    ("So the solution set is $(-\\infty, 2) \\cup (3, \\infty)$.", None, "(-\\infty, 2) \\cup (3, \\infty)"),
-    (END + "\\[ \\boxed{[-1, 3)} \\]", None, "[-1,3)"),
-    ("Therefore, the solution is \\( x \\in [0, 4] \\).", None, "[0,4]"),
-    ("So the domain is all real numbers except x = 2.", None, "all real numbers except x = 2"),
-    (
-        END + "\\[\n\\boxed{\n\\begin{pmatrix}\n1 & 0 \\\\\n0 & 1\n\\end{pmatrix}\n}\n\\]",
-        None,
-        "\\begin{pmatrix}1&0\\\\0&1\\end{pmatrix}",
-    ),
-    (
-        "So the inverse matrix is:\n\n\\[ \\begin{bmatrix} 2 & 1 \\\\ 1 & 1 \\end{bmatrix} \\]",
-        None,
-        "\\begin{bmatrix} 2 & 1 \\\\ 1 & 1 \\end{bmatrix}",
-    ),
-    (END + "(a) \\(\\boxed{3}\\)\n\n(b) \\(\\boxed{5}\\)\n", "(a) Find x. (b) Find y.", "3, 5"),
-    (END + "1. The first is \\boxed{3}.\n2. The second is \\boxed{5}.\n3. The third is \\boxed{7}.", None, "3, 5, 7"),
-    (END + "(a) 3\n\n(b) 5\n", None, "(a) 3\n(b) 5"),
-    ("So (a) x = 3; (b) y = 5.\n\n" + END + "\\[ \\boxed{x = 3, \\; y = 5} \\]", None, "x = 3, y = 5"),
-    (END + "\\[ \\boxed{(a)\\ 3 \\quad (b)\\ 5} \\]", None, "(a)\\ 3 \\quad (b)\\ 5"),
-    ("After all this, the answer is 144.", None, "144"),
-    ("So I'm confident that the answer is 144.", None, "144"),
-    ("I think the answer's 144.", None, "144"),
-    ("So our answer is 144.", None, "144"),
-    ("That makes 144 the answer.", None, "144"),
-    ("144 is the answer.", None, "144"),
-    ("So 144 is the final answer.", None, "144"),
-    ("Thus the answer comes out to be 144.", None, "144"),
-    ("The answer to the problem is therefore 144.", None, "144"),
-    ("The answer we're looking for is 144.", None, "144"),
-    ("So, to answer the question: 144.", None, "144"),
-    ("The answer turns out to be 144.", None, "144"),
-    ("Answer: \\(144\\)", None, "144"),
-    ("**Answer: 144**", None, "144"),
-    ("My answer: 144", None, "144"),
-    ("So the answer is $144$, as we found before.", None, "144"),
-    ("So the answer is 144 because 12 squared is 144.", None, "144"),
-    ("So the number of ways is 144.", None, "144"),
-    ("Therefore there are 144 ways to do this.", None, "144 ways to do this"),
-    ("Therefore, the sum of the digits equals 18.", None, "18"),
-    ("So, Tom has 12 marbles left.", None, "12 marbles left"),
-    ("In total, she paid $45.", None, "45"),
-    ("Hence, f(3) = 14.", None, "14"),
-    ("So a + b = 7.", None, "7"),
-    ("Final Answer: 144", None, "144"),
-    ("Final answer\n\n144", None, "144"),
-    ("**Result:** 144", None, "144"),
-    ("**Conclusion:** The answer is 144.", None, "144"),
-    ("综上所述,答案是144。", None, "144"),
-    ("因此,最终结果为 144。", None, "144"),
-    ("所以一共有144种方法。", None, "144"),
-    ("故答案为:144", None, "144"),
-    ("答案：B", GAS, "B"),
-    ("因此选B。", GAS, "B"),
-    ("所以,正确的选项是B。", GAS, "B"),
-    ("**最终答案**:$\\boxed{144}$", None, "144"),
-    ("**最终答案**\n\n\\[ \\boxed{(-\\infty, 2)} \\]", None, "(-\\infty,2)"),
-    ("所以 $x = 3$ 或 $x = -3$。", None, "3,-3"),
-    ("所以小明有5个苹果。", None, "5"),
-    ("答：小明有5个苹果。", None, "5"),
-    ("因此，函数的最大值为 $\\frac{5}{2}$。", None, "\\frac{5}{2}"),
-    (
-        "\\[ \\boxed{5} \\]\n\nHold on, I missed one. So it's six.\n\n\\[ \\boxed{6} \\]",
-        None,
-        "6",
-    ),
-    ("\\boxed{5}\n\nActually, wait. The problem says at least. So the answer should be 7.", None, "7"),
-    (END + "\\[ \\boxed{5} \\]\n\nWait, I made a mistake. It should be 6.\n\n" + END + "\\[ \\boxed{6} \\]", None, "6"),
-    (END + "\\[ \\boxed{5} \\]\n\nActually, let me double-check: 2 + 3 = 5. Great.", None, "5"),
-    (END + "\\[ \\boxed{5} \\]\n\nWait, no. The correct answer is 6.", None, "6"),
-    (END + "\\[ \\boxed{5} \\]\n\n**Explanation**\n\nWe note that the candidate \\(\\boxed{4}\\) fails.", None, "5"),
-    ("So the answer is 5.\n\nWait, no, it's 6.\n\nSo the answer is 6.", None, "6"),
-    ("The answer is 5. Wait, that's wrong. The answer is 6.", None, "6"),
-    ("So \\boxed{5}. But let me check with n = 2: it works. So the answer is 5.", None, "5"),
-    (END + "\\[ \\boxed{5} \\]\n\n**Verification**\n\nPlugging in: 5 - 5 = 0.", None, "5"),
-    ("**Final Answer:** \\boxed{5}\n\nNote: if zero were allowed the answer would be 6.", None, "5"),
-    ("So the total cost is $45.50.", None, "45.50"),
-    (END + "\\[ \\boxed{\\$45.50} \\]", None, "45.50"),
-    ("Therefore, the answer is €30.", None, "€30"),
-    ("The answer is £12.99.", None, "£12.99"),
-    ("So the discount is 20%.", None, "20%"),
-    (END + "\\[ \\boxed{20\\%} \\]", None, "20%"),
-    ("The answer is 33.3%.", None, "33.3%"),
-    ("So the probability is about 16.7 percent.", None, "16.7 percent"),
-    ("So the answer is March 14, 2021.", None, "March 14, 2021"),
-    ("So the event happened on July 4, 1776.", None, "July 4, 1776"),
-    (END + "\\[ \\boxed{\\text{Wednesday}} \\]", None, "Wednesday"),
-    ("So the day of the week is Friday.", None, "Friday"),
-    ("So the meeting is at 3:45 PM.", None, "3:45 PM"),
-    ("The answer is 3:45 PM.", None, "3:45 PM"),
-    ("| n | f(n) |\n|---|---|\n| 1 | 2 |\n| 2 | 5 |\n\nSo the answer is 5.", None, "5"),
-    (
-        END + "| Person | Age |\n|---|---|\n| Ann | 12 |\n| Bob | 15 |\n",
-        None,
-        "| Person | Age |\n|---|---|\n| Ann | 12 |\n| Bob | 15 |",
-    ),
-    (END + "- Ann: 12\n- Bob: 15\n", None, "- Ann: 12\n- Bob: 15"),
-    (END + "Ann is 12 and Bob is 15.", None, "Ann is 12 and Bob is 15"),
-    ("So the answer is No.", "Is the following statement true? Answer Yes or No.", "No"),
-    (END + "\\[ \\boxed{\\text{No}} \\]", "Is the following statement true? Answer Yes or No.", "No"),
-    ("Therefore, the answer is no, it is not possible.", "Is the following statement true? Answer Yes or No.", "no"),
-    ("Yes, the statement is true.", "Is the following statement true? Answer Yes or No.", "Yes"),
-    ("So yes, it is possible.", "Is the following statement true? Answer Yes or No.", "yes"),
-    ("Therefore, the statement is false.", "True or false: 2 > 3", "false"),
-    ("No.", "Is the following statement true? Answer Yes or No.", "No"),
-    (END + "\\[\n\\boxed{\\dfrac{-b \\pm \\sqrt{b^2 - 4ac}}{2a}}\n\\]", None, "\\dfrac{-b \\pm \\sqrt{b^2 - 4ac}}{2a}"),
-    (END + "\\[ f(x) = \\boxed{x^2 + 1} \\]", None, "x^2+1"),
-    ("\\[\n\\boxed{\n12\n}\n\\]", None, "12"),
-    (END + "The final answer is $\\boxed{\\{1, 2, 3\\}}$.", None, "\\{1, 2, 3\\}"),
-    ("So the GCD is $\\boxed{6}$ and the LCM is $\\boxed{36}$.", None, "6, 36"),
-    ("Therefore $x=\\boxed{2}$ or $x=\\boxed{-2}$.", None, "2, -2"),
-    ("The area is $\\boxed{12}$ square units.", None, "12"),
-    (END + "x = 5, y = -2", None, "x = 5, y = -2"),
-    (END + "The coordinates are (3, -4).", None, "(3, -4)"),
-    ("So the equation of the line is y = 2x + 1.", None, "y = 2x + 1"),
-    (END + "$$\n\\boxed{y = 2x + 1}\n$$", None, "y = 2x + 1"),
-    ("So the remainder when 2^100 is divided by 7 is 2.", None, "2"),
-    ("**Step 5: Final Answer**\n\n\\[ 42 \\]", None, "42"),
-    ("## Step 5: The final answer is: $\\boxed{42}$", None, "42"),
-    ("The final answer is: $\\boxed{42}$", None, "42"),
-    ("**Final Answer:**\n\nThe capital of Australia is **Canberra**.", None, "Canberra"),
-    ("So the capital of Australia is Canberra.", None, "Canberra"),
-    ('So the word is "listen".', None, "listen"),
-    ("So the unscrambled word is **listen**.", None, "listen"),
-    ("Therefore, the murderer is the butler.", None, "the butler"),
-    ("So the next number in the sequence is 34.", None, "34"),
-    ('So there are three r\'s in "strawberry".', None, "three"),
-    ("Thus, the letter 'r' appears 3 times in \"strawberry\".", None, "3"),
-    (END + "There are **3** r's in strawberry.", None, "3"),
-    ("So the answer is (3, -4).", None, "(3,-4)"),
-    ("So the answer is 3, 5, and 7.", None, "3,5,7"),
-    ("The solutions are x = 2 and x = 3.", None, "x = 2 and x = 3"),
-    ("So the answers are 2 and 3.", None, "2,3"),
-    ("The solution is (x, y) = (1, 2).", None, "(x, y) = (1, 2)"),
-    ("So the final answer is A.", GAS, "A"),
-    (END + "The final answer is B.", GAS, "B"),
-    ("I'm convinced it's B.", GAS, "B"),
-    ("Thus option B is the right one.", GAS, "B"),
-    ("So the best choice here would be B) Nitrogen.", GAS, "B"),
-    ("Therefore, nitrogen is the most abundant gas in air, corresponding to option B.", GAS, "B"),
-    ("**Answer: (B)**", GAS, "B"),
-    ("**Correct Answer:** B", GAS, "B"),
-    ("The correct answer is **B**.", GAS, "B"),
-    ("Answer: $\\textbf{(B)}$", GAS, "(B)"),
-    ("**B**", GAS, "B"),
-    ("B", GAS, "B"),
-    ("(B) Nitrogen", GAS, "B"),
-    ("So it must be option (B), since oxygen is only 21%.", GAS, "B"),
-    ("I'll choose B as my final answer.", GAS, "B"),
-    ("Eliminating A, C and D leaves B.", GAS, "B"),
-    ("So the correct statement is B.", GAS, "B"),
-    ("综合以上分析,应选 B。", GAS, "B"),
-    ("所以正确答案应该是选项B。", GAS, "B"),
-    ("因此答案为 (B)。", GAS, "B"),
-    ("答案选B。", GAS, "B"),
-    ("所以,三角形的面积是 24 平方厘米。", None, "24 平方厘米"),
-    ("因此,需要3天完成。", None, "3"),
-    ("最终答案为 $\\boxed{\\frac{3}{8}}$。", None, "\\frac{3}{8}"),
-    ("所以 n 的最小值是 12。", None, "12"),
-    ("答案是:x = 5。", None, "x = 5"),
-    ("\\[ \\boxed{12} \\]\n\nSo, the number of such integers is 12.", None, "12"),
-    ("So the minimum value is $\\boxed{2\\sqrt{2}}$, attained at $x = 1$.", None, "2\\sqrt{2}"),
-    ("The maximum is attained at x = 1, giving $f(1) = \\boxed{7}$.", None, "7"),
-    (END + "\\[ \\boxed{12} \\]\n\nLet me just double check with another method. 3 times 4 is 12. Yes.", None, "12"),
-    (
-        END
-        + "\\[ \\boxed{12} \\]\n\nWait, I should double-check the case x = 0.\n\nSo 13.\n\n"
-        + END
-        + "\\[ \\boxed{13} \\]",
-        None,
-        "13",
-    ),
-    ("\\[ \\boxed{12} \\]\n\nWait, actually I forgot the case x = 0. So there are 13 in total.", None, "13"),
-    ("Initially I thought the answer was 10, but the correct answer is 12.", None, "12"),
-    ("My first answer was 10. After correcting, the answer is 12.", None, "12"),
-    ("So the answer is 12, not 10.", None, "12"),
-    ("The answer is 12 (not 10).", None, "12"),
-    ("So the answer is 5/8, which is 0.625.", None, "5/8"),
-    ("Hence the total is $1,234.", None, "1234"),
-    ("So she needs to pay $1,234.56 in total.", None, "1234.56"),
-    ("Therefore, he should charge $\\$12.50$ per ticket.", None, "12.50"),
-    ("So the interest rate is 5.5% per year.", None, "5.5%"),
-    ("So the answer is 2/3, or about 66.7%.", None, "2/3"),
-    ("So the train arrives at 14:35.", None, "14:35"),
-    ("The answer is 14:35.", None, "14:35"),
-    ("So today is Tuesday.", None, "Tuesday"),
-    ("So the order is: C, A, B.", None, "C, A, B"),
-    ("So the function returns 5.", "What does f(2) return?", "5"),
-    ("So the output is:\n\n```\n1 2 3\n```", "What does this program print?", "1 2 3"),
-    (
-        "```python\ndef g(x):\n    # the answer is 5\n    return x\n```",
-        "Write g in Python.",
-        "def g(x):\n    # the answer is 5\n    return x",
-    ),
-    (
-        "```python\n# Final answer: doubled\ndef g(x):\n\n    return 2 * x\n```\n\nThat's it.",
-        "Write g in Python.",
-        "# Final answer: doubled\ndef g(x):\n\n    return 2 * x",
-    ),
-    (
-        "Use this function:\n\n```js\nconst f = x => x;\n```\n\nFor example:\n\n```js\nf(2) // 2\n```",
-        "Write a JavaScript function f.",
-        "const f = x => x;",
-    ),
-    (
-        END + "\\[\n\\begin{aligned}\nx &= 1 \\\\\ny &= 2\n\\end{aligned}\n\\]",
-        None,
-        "\\begin{aligned}\nx &= 1 \\\\\ny &= 2\n\\end{aligned}",
-    ),
-    (
-        END + "\\[ \\boxed{\\begin{cases} x = 1 \\\\ y = 2 \\end{cases}} \\]",
-        None,
-        "\\begin{cases} x = 1 \\\\ y = 2 \\end{cases}",
-    ),
-    (END + "**Part A:** \\(\\boxed{3}\\)\n\n**Part B:** \\(\\boxed{4}\\)", None, "3, 4"),
-    (END + "- Mean: \\(\\boxed{3}\\)\n- Median: \\(\\boxed{4}\\)", None, "3, 4"),
-    ("(i) $\\boxed{3}$ (ii) $\\boxed{4}$", None, "3, 4"),
-    (END + "\\[ x = \\boxed{3}, \\quad y = \\boxed{4} \\]", None, "3, 4"),
-    ("Therefore, the exact answer is $2\\pi$.", None, "2\\pi"),
-    ("Thus the area is exactly 10.", None, "10"),
-    ("So k can be 3 or 5.", None, "3 or 5"),
-    ("So the values of k are 3 and 5.", None, "3, 5"),
-    ("Therefore, x ≈ 2.718.", None, "2.718"),
-    ("Therefore, x > 3.", None, "x > 3"),
-    ("Therefore, -2 < x ≤ 3.", None, "-2 < x ≤ 3"),
-    ("So no such integer exists.", None, None),
-    ("Therefore, there is no solution.", None, "no solution"),
-    ("The answer is that no such number exists.", None, "no such number exists"),
-    ("The answer is undefined.", None, "undefined"),
-    (END + "No solution.", None, "No solution"),
-    (END + "\\[ \\boxed{\\emptyset} \\]", None, "\\emptyset"),
-    (END + "\\[ \\boxed{\\text{DNE}} \\]", None, "\\text{DNE}"),
-    ("I hope this helps!", None, None),
-    ("Let me know if you have other questions.", None, None),
-    ("So the answer is 12.\n\nI hope this helps!", None, "12"),
-    (END + "\\[ \\boxed{12} \\]\n\nI hope this helps! Let me know if you want the steps.", None, "12"),
-    ("The number of r's is **3**.\n\nI hope that clears it up!", None, None),
-    ("Botanically, the banana is a berry, so the answer is 2.", FRUIT, "2"),
-    ("So the correct choice is 2. Banana.", FRUIT, "2"),
-    (END + "The correct choice is **2. Banana**.", FRUIT, "2"),
-    ("So the answer is the second one.", FRUIT, "2"),
-    ("Therefore, the answer is: Banana.", FRUIT, "2"),
-    ("So I conclude that banana is the correct answer.", FRUIT, "2"),
-    ("Therefore, the answer would be B, nitrogen.", GAS, "B"),
-    ("So the final choice is **(B) Nitrogen**.", GAS, "B"),
-    ("Given this, the answer has to be B.", GAS, "B"),
-    ("B is correct.", GAS, "B"),
-    ("I select B.", GAS, "B"),
-    ("The correct option is:\n\n**B) Nitrogen**", GAS, "B"),
-    ("\\boxed{B}\n\nExplanation: nitrogen is 78% of air. Note that \\boxed{A} would be oxygen.", GAS, "B"),
-    (END + "\\[ \\boxed{\\text{B. Nitrogen}} \\]", GAS, "B"),
-    ("故本题答案为 B。", GAS, "B"),
-    ("由此可知,氮气最多,所以答案选择B。", GAS, "B"),
-    ("所以,小红一共花了 35 元。", None, "35"),
-    ("因此 $a+b=10$。", None, "a+b=10"),
-    ("综上,最小值为 $2$。", None, "2"),
-    ("最后,答案应该是 $\\sqrt{3}$。", None, "\\sqrt{3}"),
-    ("### 答案\n\n$\\boxed{8}$", None, "8"),
-    ("Therefore, the probability that both are red is $\\dfrac{1}{15}$.", None, "\\dfrac{1}{15}"),
-    ("Thus we have $\\angle ABC = 40^\\circ$.", None, "40"),
-    ("Therefore, $\\angle A = \\boxed{40^\\circ}$.", None, "40^\\circ"),
-    ("So, the distance between the cities is 300 miles.", None, "300 miles"),
-    ("Hence he will be 24 years old.", None, "24 years old"),
-    ("So it takes 6 days.", None, "6 days"),
-    ("So we need 15 more.", None, "15"),
-    ("Thus, the length of the hypotenuse is 13 cm.", None, "13 cm"),
-    ("In total, there are 5! = 120 arrangements.", None, "120"),
-    ("Overall, that's 25% of the students.", None, "25%"),
-    ("So that gives us a total of $3{,}600.", None, "3600"),
-    ("So the integral equals $\\frac{\\pi}{4}$.", None, "\\frac{\\pi}{4}"),
-    pytest.param("So $\\int_0^1 x\\,dx = \\frac12$.", None, "\\frac12", marks=NEEDS_ALGEBRA),
-    ("So the limit is $e^2$.", None, "e^2"),
-    ("Therefore, the series converges to \\( \\ln 2 \\).", None, "\\ln 2"),
-    (
-        "Therefore, the eigenvalues are \\( \\lambda = 1 \\) and \\( \\lambda = 3 \\).",
-        None,
-        "\\lambda = 1, \\lambda = 3",
-    ),
-    ("So the polynomial factors as \\( (x-1)(x+2) \\).", None, "(x-1)(x+2)"),
-    ("Therefore, the sum is:\n\n\\[ S = \\frac{n(n+1)}{2} \\]", None, "\\frac{n(n+1)}{2}"),
-    ("**Final Answer:**\n\n$$\nx = \\frac{-1 \\pm \\sqrt{5}}{2}\n$$", None, "x = \\frac{-1 \\pm \\sqrt{5}}{2}"),
-    (END + "The vertices are \\((0,0)\\), \\((1,0)\\) and \\((0,1)\\).", None, "(0,0),(1,0),(0,1)"),
-    (END + "The answer is: 17 and 19", None, "17 and 19"),
-    (END + "Yes, it converges.", "Does the series converge?", "Yes"),
-    ("Therefore, yes, the triangle is right-angled.", "Is the triangle right-angled?", "yes"),
-    ("No, because 91 = 7 × 13.", "Is 91 prime?", "No"),
-    ("So 91 is not prime. The answer is no.", "Is 91 prime?", "no"),
-    ("The capital is Canberra. So the answer is Canberra.", None, "Canberra"),
-    ('So the answer is "Canberra".', None, "Canberra"),
-    ("The answer: Canberra", None, "Canberra"),
-    ("Final answer: **Canberra**", None, "Canberra"),
-    ("So the answer is 42!", None, "42"),
-    ("So the answer is 42?\n\nLet me check. 6*7 = 42. Yes.\n\nSo the answer is 42.", None, "42"),
-    ("Hmm, is the answer 41? No. It's 42.\n\n" + END + "\\[ \\boxed{42} \\]", None, "42"),
-    (
-        "\\[ \\boxed{42} \\]\n\nHmm, but it says positive. 42 is. Good.\n\nSo the final answer is 42.",
-        None,
-        "42",
-    ),
-    (END + "\\[ \\boxed{42} \\]\n\n---\n\n" + END + "\\[ \\boxed{42} \\]", None, "42"),
-    (
-        "So, the answer is $\\boxed{42}$.\n\nBut hold on, it is modulo 10.\n\nTherefore, the answer is $\\boxed{2}$.",
-        None,
-        "2",
-    ),
-    ("Step 3. So \\(\\boxed{x=1}\\).\n\n" + END + "\\(x=1\\)", None, "x=1"),
-    ("```\nAnswer: 42\n```", None, "42"),
-    ("`42`", None, "42"),
-    ("42", None, "42"),
-    ("= 42", None, "42"),
-]
+ENDINGS = [row for row in read_endings() if has_math_verify() or row.get("needs") != "math-verify"]
+TUNED = [row for row in ENDINGS if not is_held_out(row)]
 
 
-@pytest.mark.parametrize(("ending", "prompt", "answer"), ENDINGS)
-def test_the_answer_of_every_kind_of_problem_is_found(ending: str, prompt: str | None, answer: str | None) -> None:
-    start = "Let me think about it. First I look at the terms.\n\nHmm, 7 is a prime.\n\n"
-    found = split(start + ending, prompt=prompt, size=5)
-    if answer is None or found.answer is None:
-        assert found.answer == answer
-    else:
-        assert found.answer == answer or compare(found.answer, answer)
+@pytest.mark.parametrize("ending", TUNED, ids=[row["id"] for row in TUNED])
+def test_the_answer_of_an_ending_is_found(ending: Ending) -> None:
+    found = read(ending)
+    assert judge(ending, found.answer) == "right", found
+    if ending.get("is_ended", True):
+        assert found.conclusion is not None
+        assert found.confidence < 0.2 if ending["answer"] is None else found.is_revised or found.confidence >= 0.5
+
+
+def test_held_out_endings_are_found_as_often_as_recorded() -> None:
+    recorded = json.loads((DATA / "held_out.json").read_text(encoding="utf-8"))
+    held_out = [row for row in read_endings() if is_held_out(row)]
+    needing = [row for row in held_out if row not in ENDINGS]
+    n_right = sum(judge(row, read(row).answer) == "right" for row in held_out if row not in needing)
+    assert len(held_out) == recorded["endings"], "endings were added: record the score anew"
+    assert n_right >= recorded["right"] - len(needing)
+
+
+def test_each_ending_has_an_id_of_its_own_and_an_origin() -> None:
+    rows = read_endings()
+    assert [name for name, count in Counter(row["id"] for row in rows).items() if count > 1] == []
+    assert all(row["origin"] and row["text"] and "prompt" in row for row in rows)
+
+
+def test_the_score_shows_held_out_endings_only_where_asked(tmp_path: Path, repository: Path) -> None:
+    texts = [f"It is {number}, or not" for number in range(12)]
+    file = tmp_path / "few.jsonl"
+    rows = [{"id": text, "origin": "test", "text": text, "prompt": None, "answer": "1"} for text in texts]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    shown = {}
+    for flags in ((), ("--show-held-out",)):
+        command = [sys.executable, "-W", "error", str(repository / "scripts" / "score_endings.py"), str(file), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        parts = json.loads(done.stdout)
+        shown[flags] = {row["text"] for part in parts.values() for row in part.get("not_right", ())}
+        assert sum(part["endings"] for part in parts.values()) == len(texts)
+        assert sum(part["missed"] for part in parts.values()) == len(texts)
+    assert shown[()] == {row["text"] for row in rows if not is_held_out(row)}
+    assert shown[("--show-held-out",)] == set(texts)

@@ -310,20 +310,19 @@ def test_every_expected_answer_that_the_real_traces_state_is_found(shared: Path)
     assert len(differing) <= len(rows) * 6 // 222, differing
 
 
-CUT: list[tuple[str, str | None, str | None]] = [  # outputs that were cut off: nothing is guessed from where they stop
-    ("**Final Answer**\n\n" + "\\[ \\boxed{25", None, None),
-    ("**Final Answer**\n\n" + "The sum of the first n terms", None, None),
-    ("Therefore, the answer is 1", None, None),
-    ("So the answer is 12.\n\nLet me verify this by computing the first few", None, "12"),
-    ("**Final Answer**\n\n" + "\\[ \\boxed{25} \\]\n\nThis follows bec", None, "25"),
-    ("So we have \\boxed{7}.\n\nWait, I made a mistake in the", None, "7"),
-    ("<ANSWER>3</ANSWER>\n\nThe reas", "Put the number in the <ANSWER> tag, as <ANSWER>1</ANSWER>.", "3"),
-    ("Hmm, so the area is 12. Now the perim", None, None),
-]
+@pytest.mark.parametrize("doubt", ["Wait, is that right?", "Hmm, but 7 is odd.", "Hold on.", "等等,不对。"])
+def test_a_final_answer_that_is_doubted_afterwards_is_kept_and_less_sure(doubt: str) -> None:
+    sure, doubted = (Splitter(PREVIEW) for _ in range(2))
+    text = "**Final Answer**\n\n\\[ \\boxed{7} \\]\n"
+    sure.feed(text)
+    doubted.feed(f"{text}\n{doubt}\n")
+    found = doubted.finish()
+    assert (found.answer, found.is_revised) == ("7", True)
+    assert found.confidence < sure.finish().confidence
 
 
-@pytest.mark.parametrize(("tail", "prompt", "answer"), CUT)
-def test_of_a_cut_output_only_what_was_whole_counts(tail: str, prompt: str | None, answer: str | None) -> None:
-    splitter = Splitter(find_profile("qwq-preview"), prompt=prompt)
-    splitter.feed("First, I'll set up what is given.\n\n" + tail)
-    assert splitter.finish(is_ended=False).answer == answer
+def test_code_is_no_answer_where_nobody_asked_for_code() -> None:
+    text = "I check it by program.\n\n```python\nprint(2 + 2)\n```\n\nIt prints four."
+    splitter = Splitter(PREVIEW, prompt="What is 2 + 2?")
+    splitter.feed(text)
+    assert splitter.finish().answer is None
