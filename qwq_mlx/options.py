@@ -11,7 +11,7 @@ Does not: read files, hold arrays, or check ids against a vocabulary (the sample
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -23,7 +23,6 @@ __all__ = [
     "NEUTRAL",
     "Inspect",
     "Limits",
-    "LogitsHook",
     "Sampling",
     "Settings",
     "Thinking",
@@ -208,12 +207,6 @@ class Thinking:
             raise OptionError(f"on_loop is {self.on_loop!r}, expected one of {', '.join(LOOP_ACTIONS)}.")
 
 
-LogitsHook = Callable[[int, Any, Any], Any]
-"""hook(index, ids, logits) -> logits: index of the output id to be drawn, from 0; ids (n,) uint32, prompt and output so
-far; logits (n_ids,) float32, the model's own. Both are mx.arrays that may not be computed yet: build on them, and the
-next step stays under way while this one is read; read them (`.item()`), and every step waits."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspect:
     """What every Step carries besides id, text, log-probability and entropy.
@@ -225,15 +218,12 @@ class Inspect:
       float32 (hidden_size,), 20 KiB a token and layer for QwQ-32B.
     loop_scores: how near the loop detector is to a report.
     entropy: work it out; without it a step is shorter (scripts/measure_step_check.py), and entropies are None.
-    logits_hook: changes the logits before penalties and sampling. log-probability, entropy and alternatives stay those
-      of the model; a step that is drawn again (a ban, a nudge) calls it again.
     """
 
     top_k: int = 0
     hidden_layers: tuple[int, ...] = ()
     loop_scores: bool = False
     entropy: bool = True
-    logits_hook: LogitsHook | None = None
 
     def __post_init__(self) -> None:
         if type(self.top_k) is not int or self.top_k < 0:
@@ -246,8 +236,6 @@ class Inspect:
         for name in ("loop_scores", "entropy"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}, expected True or False.")
-        if self.logits_hook is not None and not callable(self.logits_hook):
-            raise OptionError(f"logits_hook is {self.logits_hook!r}, expected a function (index, ids, logits).")
 
     def check(self, *, n_ids: int, n_layers: int, detects_loops: bool) -> None:
         """Refuse what this model and run cannot show. Raises OptionError."""
@@ -261,11 +249,6 @@ class Inspect:
             )
         if self.loop_scores and not detects_loops:
             raise OptionError("loop_scores is True, but on_loop is 'off', so nothing looks for loops. Leave one out.")
-
-    @property
-    def is_off(self) -> bool:
-        """Whether the device has nothing to do for it."""
-        return not self.top_k and not self.hidden_layers and self.logits_hook is None
 
 
 Settings = tuple[Sampling, Limits, Thinking]

@@ -58,7 +58,7 @@ def main() -> int:
 def filled(reasoner: Reasoner, *, save_at: Path) -> dict[str, Any]:
     """What happens at the model's last positions. save_at: a file for the run that is full."""
     context = reasoner.model.config.max_position_embeddings
-    n_around = len(reasoner.stream("7").setup.prompt_ids) - 1
+    n_around = len(reasoner.stream("7").request.prompt_ids) - 1
     prompts: dict[str, Any] = {}
     for n_prompt in (context - 2, context - 1, context, context + 1):
         _tell(f"a prompt of {n_prompt:,} ids")

@@ -29,6 +29,7 @@ import mlx.core as mx
 from qwq_mlx.bench.models import qwq_shaped, random_module
 from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
@@ -138,16 +139,17 @@ def peak(
     fill(cache, shape, n_filled, options.compute_type)
     mx.clear_cache()
     mx.reset_peak_memory()
-    decoder = Decoder(module, _sampler(shape), n_ids=shape.config.vocab_size, cache=cache)
+    decoder, row = Decoder(module, n_ids=shape.config.vocab_size), Row(_sampler(), cache=cache)
+    row.max_tokens = options.tokens
     ids = _prompt(shape, n_prompt)
     start = time.perf_counter()
-    for _ in decoder.prefill(ids, step=step, n_cached=n_filled):
+    for _ in decoder.prefill(row, ids, chunk=step, n_cached=n_filled):
         pass
     prefill_s = time.perf_counter() - start
     prefill_peak = mx.get_peak_memory()
     mx.reset_peak_memory()
-    for index in range(options.tokens):
-        decoder.next(is_last=index + 1 == options.tokens)
+    for _ in range(options.tokens):
+        decoder.step([row])
     decode_peak = mx.get_peak_memory()
     measured = max(prefill_peak, decode_peak)
     kv_bytes = sum(layer.nbytes for layer in cache)
@@ -229,11 +231,11 @@ def copy_bandwidth() -> float:
 def _ours(module: Any, shape: ModelShape, n_ids: int, n_tokens: int, kv_bits: int | None = None) -> Iterator[object]:
     cache = new_cache(module, kv_bits)
     fill(cache, shape, n_ids)
-    decoder = Decoder(module, _sampler(shape), n_ids=shape.config.vocab_size, cache=cache)
-    for _ in decoder.prefill(_prompt(shape, n_ids + 2), step=2048, n_cached=n_ids):
+    decoder, row = Decoder(module, n_ids=shape.config.vocab_size), Row(_sampler(), cache=cache, max_tokens=n_tokens)
+    for _ in decoder.prefill(row, _prompt(shape, n_ids + 2), chunk=2048, n_cached=n_ids):
         pass
-    for index in range(n_tokens):
-        yield decoder.next(is_last=index + 1 == n_tokens)
+    for _ in range(n_tokens):
+        yield decoder.step([row])
 
 
 def _theirs(module: Any, shape: ModelShape, n_ids: int, n_tokens: int, kv_bits: int | None = None) -> Iterator[object]:
@@ -247,10 +249,11 @@ def _theirs(module: Any, shape: ModelShape, n_ids: int, n_tokens: int, kv_bits: 
 
 
 def _our_prefill(module: Any, shape: ModelShape, n_ids: int) -> None:
-    decoder = Decoder(module, _sampler(shape), n_ids=shape.config.vocab_size)
-    for _ in decoder.prefill(_prompt(shape, n_ids), step=2048):
+    decoder = Decoder(module, n_ids=shape.config.vocab_size)
+    row = Row(_sampler(), cache=new_cache(module), max_tokens=1)
+    for _ in decoder.prefill(row, _prompt(shape, n_ids), chunk=2048):
         pass
-    decoder.next(is_last=True)
+    decoder.step([row])
 
 
 def _their_prefill(module: Any, shape: ModelShape, n_ids: int) -> None:
@@ -280,8 +283,8 @@ def attempt(measure: Any, *arguments: Any) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
-def _sampler(shape: ModelShape) -> Sampler:
-    return Sampler(SAMPLING, seed=0, n_ids=shape.config.vocab_size)
+def _sampler() -> Sampler:
+    return Sampler(SAMPLING, seed=0)
 
 
 def _prompt(shape: ModelShape, n_ids: int) -> list[int]:

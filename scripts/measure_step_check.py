@@ -27,6 +27,8 @@ import mlx.core as mx
 from qwq_mlx.bench.models import qwq_shaped, random_module
 from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.facts import QWQ_32B_PREVIEW
 from qwq_mlx.model.load import default_compute_type, load_model
@@ -69,22 +71,23 @@ def main() -> None:
 
 def _step_us(module: Any, n_ids: int, n_steps: int) -> float:
     """The median of whole steps, entropy and all."""
-    decoder = Decoder(module, Sampler(_SAMPLING.resolve(NEUTRAL), seed=0, n_ids=n_ids), n_ids=n_ids)
-    for _ in decoder.prefill([1, 2, 3], step=3):
+    decoder = Decoder(module, n_ids=n_ids)
+    row = Row(Sampler(_SAMPLING.resolve(NEUTRAL), seed=0), cache=new_cache(module))
+    for _ in decoder.prefill(row, [1, 2, 3], chunk=3):
         pass
     for _ in range(2):
-        decoder.next()
+        decoder.step([row])
     times = []
     for _ in range(n_steps):
         start = time.perf_counter()
-        decoder.next()
+        decoder.step([row])
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1e6
 
 
 def _report(name: str, n_ids: int, step_us: float, rounds: int) -> None:
     sys.stderr.write(f"{name}: {step_us:,.0f} us a step; now its end\n")
-    sampler = Sampler(_SAMPLING.resolve(NEUTRAL), seed=0, n_ids=n_ids)
+    sampler = Sampler(_SAMPLING.resolve(NEUTRAL), seed=0)
     names = list(_SECONDS)
     times: dict[str, list[float]] = {each: [] for each in names}
     for at in range(rounds + 3):
@@ -115,7 +118,7 @@ def _report(name: str, n_ids: int, step_us: float, rounds: int) -> None:
 
 def _end(logits: Any, second: Callable[[Any, Any], Any | None], sampler: Sampler, at: int) -> list[Any]:
     """The end of a step, as `decode` builds it: an id, its log-probability, and perhaps one number more."""
-    drawn = sampler.draw(logits, sampler.start([0]), at)
+    drawn = sampler.draw(logits, at)
     total = mx.logsumexp(logits)
     more = second(logits, total)
     return [drawn, mx.stack([logits[drawn] - total] + ([] if more is None else [more]))]

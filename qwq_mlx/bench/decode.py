@@ -117,14 +117,17 @@ def _sampling() -> Sampling:
 
 def _our_ids(module: Any, prompt: Sequence[int], n_ids: int, n_tokens: int) -> Iterable[object]:
     from qwq_mlx.engine.decoder import Decoder
+    from qwq_mlx.engine.kv_cache import new_cache
+    from qwq_mlx.engine.row import Row
     from qwq_mlx.engine.sampler import Sampler
     from qwq_mlx.options import NEUTRAL
 
-    decoder = Decoder(module, Sampler(_sampling().resolve(NEUTRAL), seed=0, n_ids=n_ids), n_ids=n_ids)
-    for _ in decoder.prefill(prompt, step=Limits().prefill_step):
+    decoder = Decoder(module, n_ids=n_ids)
+    row = Row(Sampler(_sampling().resolve(NEUTRAL), seed=0), cache=new_cache(module), max_tokens=n_tokens)
+    for _ in decoder.prefill(row, prompt, chunk=Limits().prefill_step):
         pass
-    for index in range(n_tokens):
-        yield decoder.next(is_last=index + 1 == n_tokens)
+    for _ in range(n_tokens):
+        yield decoder.step([row])[0]
 
 
 def _their_sampler() -> Any:

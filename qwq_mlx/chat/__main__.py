@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qwq_mlx.chat.conversation import Conversation, Turn
     from qwq_mlx.default_model import Converter
     from qwq_mlx.generate.reasoner import Reasoner
-    from qwq_mlx.generate.run import Run
+    from qwq_mlx.generate.stream import Stream
 
 _MORE_ROOM = "/back makes room, or /save FILE, start again with a larger --context and /load FILE"
 _ENDED = (129, 143)  # the terminal was closed, or the process was asked to end
@@ -194,10 +194,10 @@ class _Chat:
     def _do_quit(self, _: str) -> None:
         self._is_over = True
 
-    def _answer(self, run: Run) -> None:
+    def _answer(self, run: Stream) -> None:
         """Show one answer; Ctrl-C ends it and it is kept as far as it came."""
-        if run.setup.note and not self._talk.turns:
-            _note(run.setup.note)
+        if run.request.note and not self._talk.turns:
+            _note(run.request.note)
         self._interruption.run = run
         try:
             show(folded(run, _note, _report) if self._is_folded else run, sys.stdout, is_silent=False)

@@ -17,7 +17,7 @@ from typing import Any
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.generate.reasoner import Reasoner
-from qwq_mlx.generate.run import Run
+from qwq_mlx.generate.stream import Stream
 from qwq_mlx.model.prompt import ROLES, conversation, prompt_ids
 from qwq_mlx.options import Limits, Sampling, Thinking
 
@@ -63,7 +63,7 @@ class Conversation:
         self._sampling = sampling or Sampling()
         self._limits = limits or Limits()
         self._context = reasoner.fit(self._limits).limits.context or 0
-        self._before: Run | None = None
+        self._before: Stream | None = None
         self._n_used = 0
         self._n_asked = 0
 
@@ -77,14 +77,14 @@ class Conversation:
         """Positions that the turns so far leave."""
         return self._context - self._n_used
 
-    def ask(self, text: str) -> Run:
+    def ask(self, text: str) -> Stream:
         """Start the next turn. Raises PromptError, and the conversation is as before."""
         messages = [*self.messages, {"role": "user", "content": text}]
         run = self._started(messages)
         self.messages = messages
         return run
 
-    def retry(self) -> Run:
+    def retry(self) -> Stream:
         """Take the last answer back and draw another one, with other random numbers.
 
         Raises OptionError where nothing was asked yet.
@@ -101,7 +101,7 @@ class Conversation:
         self.messages, self._n_used = kept, self._n_held(kept, self.system_prompt)
         return question["content"]
 
-    def close(self, run: Run) -> Turn:
+    def close(self, run: Stream) -> Turn:
         """Take the answer, whole or cut short, into the conversation."""
         trace = run.trace()
         self.messages.append({"role": "assistant", "content": trace.text})
@@ -166,7 +166,7 @@ class Conversation:
         n_used = self._n_held(messages, system_prompt)
         self.system_prompt, self.messages, self.turns, self._n_used = system_prompt, messages, [], n_used
 
-    def _started(self, messages: list[dict[str, str]]) -> Run:
+    def _started(self, messages: list[dict[str, str]]) -> Stream:
         sampling = self._sampling
         if sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + self._n_asked) % 2**64)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qwq_mlx.generate.run import Run
+    from qwq_mlx.generate.stream import Stream
     from qwq_mlx.trace.trace import Step
 
 __all__ = ["folded"]
@@ -21,7 +21,7 @@ __all__ = ["folded"]
 _EVERY = 32  # tokens between two reports
 
 
-def folded(run: Run, note: Callable[[str], None], report: Callable[[str], None]) -> Iterator[Step]:
+def folded(run: Stream, note: Callable[[str], None], report: Callable[[str], None]) -> Iterator[Step]:
     """The steps of the answer alone. note: told how long the thinking was, once. report: told how far it is."""
     hidden: list[Step] = []
     is_answer = False
@@ -40,7 +40,9 @@ def folded(run: Run, note: Callable[[str], None], report: Callable[[str], None])
         yield from _rest(run, hidden, note, report)
 
 
-def _rest(run: Run, hidden: list[Step], note: Callable[[str], None], report: Callable[[str], None]) -> Iterator[Step]:
+def _rest(
+    run: Stream, hidden: list[Step], note: Callable[[str], None], report: Callable[[str], None]
+) -> Iterator[Step]:
     start, end = run.trace().thinking_span
     report("")
     n_thinking = min(end, len(hidden)) - start

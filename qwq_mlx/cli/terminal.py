@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from qwq_mlx.generate.question_file.runner import Stand
-    from qwq_mlx.generate.run import Run
+    from qwq_mlx.generate.stream import Stream
     from qwq_mlx.trace.trace import Step, Trace
 
 __all__ = ["batch_bar", "batch_line", "batch_progress", "prefill_progress", "settings_line", "show", "summary_line"]
@@ -46,9 +46,9 @@ def show(steps: Iterable[Step], out: TextIO, *, is_silent: bool) -> None:
         out.flush()
 
 
-def settings_line(run: Run) -> str:
+def settings_line(run: Stream) -> str:
     """One line with everything that decides the text."""
-    sampling, limits, thinking = run.setup.sampling, run.setup.limits, run.setup.thinking
+    sampling, limits, thinking = run.request.sampling, run.request.limits, run.request.thinking
     parts = [
         "greedy" if sampling.is_greedy else f"temperature {sampling.temperature:g}",
         f"top-p {sampling.top_p:g}",
@@ -68,7 +68,7 @@ def settings_line(run: Run) -> str:
     if thinking.think_tokens is not None:
         parts.append(f"answer asked for after {thinking.think_tokens:,} tokens")
     parts.append(f"at most {limits.max_tokens:,} tokens")
-    model = run.setup.model
+    model = run.request.model
     return f"{model.name} ({model.weights}, computed in {model.compute_type}): {', '.join(parts)}"
 
 

@@ -1,4 +1,4 @@
-"""The device's side of `Inspect`: alternatives, hidden states and the hook, as part of the step's own graph.
+"""The device's side of `Inspect`: alternatives and hidden states, as part of the step's own graph.
 
 Hidden states come from taps: a shallow copy of the module whose embedding, layers and norm note what they return. The
 arithmetic is the module's own, so ids are the same with and without; nothing is read until the step is.
@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from qwq_mlx.errors import GenerationError, OptionError
+from qwq_mlx.errors import GenerationError
 from qwq_mlx.options import Inspect
 
-__all__ = ["Inspector", "Looking", "Seen"]
+__all__ = ["ActivationTaps", "Looking", "Seen", "look"]
 
 
 class Seen(NamedTuple):
@@ -32,7 +32,7 @@ class Seen(NamedTuple):
 
 
 class Looking(NamedTuple):
-    """The same while the step is under way: arrays. total: logsumexp of what the hook returned."""
+    """The same while the step is under way: arrays. total: logsumexp of what the hooks returned."""
 
     ids: Any | None
     logprobs: Any | None
@@ -43,67 +43,61 @@ class Looking(NamedTuple):
         """All of them, to be computed with the step."""
         return [each for each in (self.ids, self.logprobs, self.total, *self.hidden.values()) if each is not None]
 
-
-class Inspector:
-    """Looks into the steps of one Decoder. module: what it runs in place of the one given."""
-
-    def __init__(self, options: Inspect, module: Any, *, n_ids: int) -> None:
-        self._options = options
-        self._n_ids = n_ids
-        self._notes: dict[int, Any] = {}
-        self.module = _tapped(module, options.hidden_layers, self._notes) if options.hidden_layers else module
-        self._total: Any | None = None
-
-    def offered(self, logits: Any, before: Sequence[int], fed: Any, index: int) -> Any:
-        """The logits to draw from: the model's, or what the hook makes of them. (n_ids,) float32.
-
-        before: ids in the cache. fed: (1, n) those that this step feeds. Raises OptionError where the hook returns
-        something else than logits.
-        """
-        hook = self._options.logits_hook
-        if hook is None:
-            return logits
-        ids = fed.reshape(-1).astype(mx.uint32)
-        if before:
-            ids = mx.concatenate([mx.array(list(before), mx.uint32), ids])
-        changed = hook(index, ids, logits)
-        if not isinstance(changed, mx.array) or changed.shape != logits.shape:
-            found = f"an array of shape {changed.shape}" if isinstance(changed, mx.array) else type(changed).__name__
-            raise OptionError(
-                f"logits_hook returned {found} at step {index:,}, expected an mx.array of shape ({self._n_ids},)."
-            )
-        changed = changed.astype(mx.float32)
-        self._total = mx.logsumexp(changed)
-        return changed
-
-    def look(self, logits: Any, log_total: Any) -> Looking:
-        """What is to be seen of the step whose logits these are. log_total: their logsumexp."""
-        ids = logprobs = None
-        if self._options.top_k:
-            n_taken = min(max(self._options.top_k, 2), self._n_ids)
-            ids = mx.argpartition(-logits, n_taken - 1)[:n_taken]
-            ids = ids[mx.argsort(-logits[ids])]
-            logprobs = logits[ids] - log_total
-        hidden = {layer: self._notes[layer][0, -1].astype(mx.float32) for layer in self._options.hidden_layers}
-        self._notes.clear()
-        total, self._total = self._total, None
-        return Looking(ids, logprobs, hidden, total)
-
-    def read(self, looking: Looking, index: int) -> Seen:
-        """Wait for the arrays. Raises GenerationError where the hook left nothing to draw, or NaN."""
-        if looking.total is not None and not math.isfinite(looking.total.item()):
+    def read(self, options: Inspect, index: int) -> Seen:
+        """Wait for the arrays. Raises GenerationError where the hooks left nothing to draw, or NaN."""
+        if self.total is not None and not math.isfinite(self.total.item()):
             raise GenerationError(
-                f"Step {index:,}: logits_hook returned NaN, +infinity, or -infinity for every id. "
+                f"Step {index:,}: a logits processor returned NaN, +infinity, or -infinity for every id. "
                 "Return finite logits; -infinity bans an id."
             )
         top: tuple[tuple[int, float], ...] = ()
         margin = None
-        if looking.ids is not None and looking.logprobs is not None:
-            logprobs = [min(value, 0.0) for value in looking.logprobs.tolist()]  # as in decode: rounding
-            pairs = list(zip(looking.ids.tolist(), logprobs, strict=True))
+        if self.ids is not None and self.logprobs is not None:
+            logprobs = [min(value, 0.0) for value in self.logprobs.tolist()]  # as in the decoder: rounding
+            pairs = list(zip(self.ids.tolist(), logprobs, strict=True))
             margin = pairs[0][1] - pairs[1][1] if len(pairs) > 1 else math.inf
-            top = tuple(pairs[: self._options.top_k])
-        return Seen(top, margin, {layer: np.array(each) for layer, each in looking.hidden.items()})
+            top = tuple(pairs[: options.top_k])
+        return Seen(top, margin, {layer: np.array(each) for layer, each in self.hidden.items()})
+
+
+def look(options: Inspect, logits: Any, log_total: Any, hidden: Mapping[int, Any], total: Any | None) -> Looking | None:
+    """What is to be seen of a step; None where nothing is.
+
+    logits: (n_ids,) float32. log_total: their logsumexp. hidden: layer -> (hidden_size,) float32. total: see `Looking`.
+    """
+    ids = logprobs = None
+    if options.top_k:
+        n_taken = min(max(options.top_k, 2), logits.size)
+        ids = mx.argpartition(-logits, n_taken - 1)[:n_taken]
+        ids = ids[mx.argsort(-logits[ids])]
+        logprobs = logits[ids] - log_total
+    if ids is None and not hidden and total is None:
+        return None
+    return Looking(ids, logprobs, dict(hidden), total)
+
+
+class ActivationTaps:
+    """A model with taps at the layers that a pass is asked for; the copies are shallow and kept by their layers."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._outputs: dict[int, Any] = {}
+        self._tapped: dict[frozenset[int], Any] = {frozenset(): module}
+
+    def module(self, layers: Collection[int]) -> Any:
+        """What to run in place of the model, so that `hidden` knows these layers."""
+        key = frozenset(layers)
+        if key not in self._tapped:
+            self._tapped[key] = _tapped(self._module, sorted(key), self._outputs)
+        return self._tapped[key]
+
+    def hidden(self, layer: int, place: int) -> Any:
+        """A layer's output at the last id of row `place` of the pass: (hidden_size,) float32, unread."""
+        return self._outputs[layer][place, -1].astype(mx.float32)
+
+    def clear(self) -> None:
+        """Forget the pass."""
+        self._outputs.clear()
 
 
 class _Tap:

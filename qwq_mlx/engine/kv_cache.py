@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from qwq_mlx.model.attention import quantized_cache_class
 from qwq_mlx.model.memory.activations import n_positions
 from qwq_mlx.model.memory.plan import KV_GROUP
-from qwq_mlx.model.quantized_attention import quantized_cache_class
 from qwq_mlx.model.upstream import import_mlx_lm
 
-__all__ = ["Layer", "filled_cache", "grow", "layers_of", "new_cache", "saved_layers"]
+__all__ = ["Layer", "filled_cache", "grow", "layer_arrays", "layers_of", "new_cache", "saved_layers"]
 
 _PARTS = ("codes", "scales", "biases")
 
@@ -84,8 +84,15 @@ def filled_cache(module: Any, layers: Sequence[Layer], kv_bits: int | None = Non
     return cache
 
 
+def layer_arrays(layers: Sequence[Layer]) -> dict[str, mx.array]:
+    """The arrays of some layers under the names that a saved run has: layers.0.keys and so on."""
+    return {
+        f"layers.{place}.{name}": array for place, layer in enumerate(layers) for name, array in layer.arrays.items()
+    }
+
+
 def saved_layers(arrays: Mapping[str, mx.array], capacities: Sequence[int]) -> list[Layer]:
-    """The layers of a checkpoint, whose arrays are named layers.0.keys and so on."""
+    """The layers of a saved run, whose arrays `layer_arrays` named."""
     layers = []
     for index, capacity in enumerate(capacities):
         start = f"layers.{index}."

@@ -22,9 +22,9 @@ from qwq_mlx.options import Limits
 
 if TYPE_CHECKING:
     from qwq_mlx.default_model import Converter
-    from qwq_mlx.generate.checkpoint.autosave import Keeper
+    from qwq_mlx.generate.checkpoint.autosave import Autosave
     from qwq_mlx.generate.reasoner import Reasoner
-    from qwq_mlx.generate.run import Run
+    from qwq_mlx.generate.stream import Stream
     from qwq_mlx.trace.trace import Trace
 
 
@@ -148,9 +148,9 @@ def _batch(options: argparse.Namespace, asked: Asked, interruption: Interruption
 def _generate(options: argparse.Namespace, prompt: str | None, asked: Asked, interruption: Interruption) -> int:
     if options.save is None:
         return _answer(options, prompt, asked, interruption, None)
-    from qwq_mlx.generate.checkpoint.autosave import Keeper
+    from qwq_mlx.generate.checkpoint.autosave import Autosave
 
-    with Keeper(Path(options.save), every=options.save_every, warn=_note) as keeper:
+    with Autosave(Path(options.save), every=options.save_every, warn=_note) as keeper:
         return _answer(options, prompt, asked, interruption, keeper)
 
 
@@ -159,7 +159,7 @@ def _answer(
     prompt: str | None,
     asked: Asked,
     interruption: Interruption,
-    keeper: Keeper | None,
+    keeper: Autosave | None,
 ) -> int:
     from qwq_mlx.model.prompt import conversation
 
@@ -187,8 +187,8 @@ def _answer(
             progress=prefill_progress(sys.stderr) if sys.stderr.isatty() and not options.quiet else None,
         )
     interruption.run = run
-    if run.setup.note:
-        _note(run.setup.note)
+    if run.request.note:
+        _note(run.request.note)
     if not options.quiet:
         _note(settings_line(run))
     try:
@@ -222,7 +222,7 @@ def _is_kept_unasked(trace: Trace, interruption: Interruption, options: argparse
     return trace.finish_reason in ("interrupted", "context_full") and bool(trace.ids) and not options.no_save
 
 
-def _failed(error: GenerationError, run: Run, keeper: Keeper | None, options: argparse.Namespace) -> int:
+def _failed(error: GenerationError, run: Stream, keeper: Autosave | None, options: argparse.Namespace) -> int:
     """What was written is kept: in the file of --save, on stdout with --json, and as text it is there already."""
     from qwq_mlx.generate.checkpoint.autosave import keep_unasked
 
@@ -237,7 +237,7 @@ def _failed(error: GenerationError, run: Run, keeper: Keeper | None, options: ar
 
 
 def _unshown(
-    error: OSError, run: Run, keeper: Keeper | None, interruption: Interruption, options: argparse.Namespace
+    error: OSError, run: Stream, keeper: Autosave | None, interruption: Interruption, options: argparse.Namespace
 ) -> int:
     """Stdout takes no more: its reader left, the disk is full, or the terminal was closed. What there is gets saved."""
     from qwq_mlx.generate.checkpoint.autosave import keep_unasked

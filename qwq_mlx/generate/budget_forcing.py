@@ -1,10 +1,10 @@
-"""Ending the thinking of a model that writes no tags: when, and with which ids.
+"""Budget forcing (s1's term): ending the thinking of a model that writes no tags: when, and with which ids.
 
 Asked for at some token, the cut waits for the end of a paragraph; after half of CUE_PATIENCE the end of a line or of a
 sentence will do, and after all of it the cue comes in any case. A model that has begun its answer meanwhile is left
 alone.
 
-Does not: feed the ids (`decode.Decoder.force` does), or know why the answer is wanted.
+Does not: feed the ids (`run` says so, and the engine does), or know why the answer is wanted.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from qwq_mlx.model.tokenizer import LoadedTokenizer
 from qwq_mlx.options import CUE_PATIENCE, Thinking
 from qwq_mlx.reasoning.answer.splitter import Segment
 from qwq_mlx.reasoning.profile import Profile
-from qwq_mlx.trace.trace import FinishReason
+from qwq_mlx.trace.trace import FinishReason, Step
 
-__all__ = ["Asking", "cue_ids"]
+__all__ = ["BudgetForcing", "PendingCue", "cue_ids"]
 
 _PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*$")
 # a full stop behind a digit may be the point of a number
 _SENTENCE_END = re.compile(r"(?:(?<!\d)[.!?]['\")\]]*|[.!?]\s|[。！？]['\")\]]*|\n)\s*$")
-_KEPT = 64  # characters of the latest text, enough for any end of a sentence
+_TAIL = 64  # characters of the latest text, enough for any end of a sentence
+
+PendingCue = tuple[FinishReason, int]
+"""Why the answer was asked for, and after how many drawn tokens."""
 
 
-class Asking:
+class BudgetForcing:
     """Decides when the answer is asked for; at most once in a run.
 
     due_at_once: why the cue comes before anything is drawn: "budget" where the budget is 0, else None.
@@ -42,30 +45,18 @@ class Asking:
         self._is_over = self.due_at_once is not None
 
     def ask(self, reason: FinishReason) -> None:
-        """Ask for the answer from now on; the first reason given stays."""
+        """Ask for the answer from now on; the first reason given stays. Safe to call from a signal handler."""
         if self._reason is None:
             self._reason, self._asked_at = reason, self._n_tokens
 
-    @property
-    def pending(self) -> tuple[FinishReason, int] | None:
-        """What was asked for and not yet done: why, and after how many tokens it was asked."""
-        return None if self._is_over or self._reason is None else (self._reason, self._asked_at)
+    def ask_at_once(self) -> None:
+        """Ask for the answer before anything more is drawn."""
+        self._is_over, self.due_at_once = True, "answered"
 
-    def restore(self, *, is_over: bool, pending: tuple[FinishReason, int] | None, at_once: bool) -> None:
-        """Take over what a saved run had asked for, after `rewind` to its tokens. at_once: ask now."""
-        self._reason, self._asked_at = pending or (None, 0)
-        if at_once or is_over or self._n_tokens:  # else nothing was drawn, and a budget of 0 is due as in a new run
-            self._is_over = is_over or at_once
-            self.due_at_once = "answered" if at_once else None
-
-    def rewind(self, texts: Sequence[str]) -> None:
-        """Stand where `due` had taken these texts, and no more."""
-        self._n_tokens, self._tail = len(texts), "".join(texts[-_KEPT:])[-_KEPT:]
-
-    def due(self, text: str, segment: Segment) -> FinishReason | None:
-        """Take the next token's text and the part that follows it; the reason, once, where the cue belongs after it."""
+    def feed(self, step: Step, segment: Segment) -> FinishReason | None:
+        """Take a drawn token and the part that follows it; the reason, once, where the cue belongs after it."""
         self._n_tokens += 1
-        self._tail = (self._tail + text)[-_KEPT:]
+        self._tail = (self._tail + step.text)[-_TAIL:]
         if self._is_over or segment == "answer":
             return None
         if self._budget is not None and self._n_tokens >= self._budget:
@@ -78,6 +69,21 @@ class Asking:
             self._is_over = True
             return self._reason
         return None
+
+    def rewind(self, steps: Sequence[Step]) -> None:
+        """Stand where `feed` had taken the drawn ones of these steps, and no more."""
+        texts = [step.text for step in steps if not step.is_injected]
+        self._n_tokens, self._tail = len(texts), "".join(texts[-_TAIL:])[-_TAIL:]
+
+    def dump(self) -> PendingCue | None:
+        """What was asked for and not yet done."""
+        return None if self._is_over or self._reason is None else (self._reason, self._asked_at)
+
+    def load(self, pending: PendingCue | None, *, is_over: bool) -> None:
+        """Take over what a saved run had asked for, after `rewind` to its steps. is_over: the cue was written."""
+        self._reason, self._asked_at = pending or (None, 0)
+        if is_over or self._n_tokens:  # else nothing was drawn, and a budget of 0 is due as in a new run
+            self._is_over, self.due_at_once = is_over, None
 
 
 def cue_ids(tokenizer: LoadedTokenizer, profile: Profile, *, after: str) -> list[int]:

@@ -1,11 +1,11 @@
-"""What a run notices in its own output while it writes it: loops, and switches to another script.
+"""What a run notices in its own output while it is written: loops, and switches to another script.
 
 Does not: act on a loop (`run` does), or find one (`reasoning.loops` does).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,12 +13,14 @@ from qwq_mlx.reasoning.loops.detector import Loop, LoopDetector, LoopScores
 from qwq_mlx.reasoning.scripts import ScriptWatcher
 from qwq_mlx.trace.trace import Step
 
-__all__ = ["Noticed"]
+__all__ = ["Monitors"]
 
 
-class Noticed:
-    """events: everything so far, as the Trace has it. question: its scripts are at home in the output.
+class Monitors:
+    """The loop detector and the script watcher of one run.
 
+    events: everything so far, as the Trace has it.
+    question: its scripts are at home in the output.
     detects_loops: False looks for none.
     """
 
@@ -45,31 +47,35 @@ class Noticed:
         """Write down a loop and what was done about it."""
         self.events.append({"event": "loop", "action": action, **asdict(loop)})
 
-    def scripts(self, text: str, *, is_final: bool) -> None:
-        """Take the text of the next token; is_final: it is the last."""
-        for switch in (self._scripts.feed(text), self._scripts.finish() if is_final else None):
+    def feed(self, step: Step, *, is_final: bool = False) -> None:
+        """Take the text of the next token. is_final: it is the last."""
+        for switch in (self._scripts.feed(step.text), self._scripts.finish() if is_final else None):
             if switch is not None:
                 self.events.append({"event": "switch", **asdict(switch), "scripts": dict(switch.scripts)})
 
-    def replay(self, step: Step, *, sees_loops: bool) -> None:
-        """Take again a token whose events are known already."""
-        self._scripts.feed(step.text)
-        if sees_loops:
-            self.loop(step.id, step.text)
-
-    def rewind(self, steps: Sequence[Step], *, start: int) -> None:
-        """The output went back to these steps; loops stay written down, other events from token `start` on do not."""
+    def rewind(self, steps: Sequence[Step]) -> None:
+        """The output went back to these steps; loops stay written down, other events behind them do not."""
         self._start()
-        for step in steps:
-            self.replay(step, sees_loops=True)
-        self.events = [each for each in self.events if each["event"] == "loop" or each["end"] <= start]
+        self._replay(steps, n_seen=len(steps))
+        self.events = [each for each in self.events if each["event"] == "loop" or each["end"] <= len(steps)]
 
-    def until(self, end: int) -> list[dict[str, Any]]:
-        """The events that were over after `end` tokens."""
-        return [each for each in self.events if each["end"] <= end]
+    def dump(self) -> tuple[dict[str, Any], ...]:
+        """The events so far."""
+        return tuple(self.events)
 
-    def restore(self, events: Iterable[dict[str, Any]]) -> None:
-        """Take over a saved run's events, behind the `replay` of its tokens. A switch in a line that had not ended is
-        left out: the line goes on, and tells it at its end."""
+    def load(self, events: Iterable[Mapping[str, Any]], steps: Sequence[Step]) -> None:
+        """Take over a saved run's events and steps.
+
+        A switch in a line that had not ended is left out: the line goes on, and tells it at its end.
+        """
+        asked_at = next((step.index for step in steps if step.is_injected), len(steps))
+        self._replay(steps, n_seen=asked_at)
         line = self._scripts.line_start
-        self.events = [each for each in events if each["event"] == "loop" or each["start"] < line]
+        self.events = [dict(each) for each in events if each["event"] == "loop" or each["start"] < line]
+
+    def _replay(self, steps: Sequence[Step], *, n_seen: int) -> None:
+        """Take steps whose events are known. n_seen: of them those that the loop detector looked at."""
+        for step in steps:
+            self._scripts.feed(step.text)
+            if step.index < n_seen:
+                self.loop(step.id, step.text)

@@ -5,35 +5,41 @@ Does not: draw ids, or decide when to stop; it says when a stop text came.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from qwq_mlx.engine.activation_taps import Seen
-from qwq_mlx.engine.detokenizer import Pieces, StopScanner, TextStream
-from qwq_mlx.reasoning.answer.splitter import Segment, Split, Splitter
+from qwq_mlx.engine.detokenizer import StopScanner, TextStream
+from qwq_mlx.engine.row import Token
+from qwq_mlx.generate.request import Request
+from qwq_mlx.reasoning.answer.split import Split
+from qwq_mlx.reasoning.answer.splitter import Segment, Splitter
 from qwq_mlx.reasoning.loops.detector import LoopScores
-from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.trace.trace import Alternative, FinishReason, Step
 
-__all__ = ["Written"]
+__all__ = ["Output", "SavedStep"]
+
+SavedStep = tuple[int, float | None, float | None, bool]
+"""A step in a saved run: id, log-probability, entropy, is_injected."""
 
 
-class Written:
-    """Add tokens in two halves: `release` gives the text that may be shown, `add` makes it a Step."""
+class Output:
+    """Tokens come in two halves: `release` gives the text that may be shown, `feed` makes it a Step."""
 
-    def __init__(self, pieces: Pieces, profile: Profile, *, prompt_text: str, stops: Sequence[str]) -> None:
-        self._pieces = pieces
-        self._profile = profile
-        self._prompt_text = prompt_text
-        self._stops = tuple(stops)
+    def __init__(self, request: Request) -> None:
+        self._request = request
         self.steps: list[Step] = []
         self.stop_text: str | None = None
         self._start()
 
     def _start(self) -> None:
-        self._stream = TextStream(self._pieces)
-        self._scanner = StopScanner(self._stops)
-        self._splitter = Splitter(self._profile, prompt=self._prompt_text)
+        self._stream = TextStream(self._request.pieces)
+        self._scanner = StopScanner(self._request.limits.stop)
+        self._splitter = self._new_splitter()
         self._split: Split | None = None
+
+    def _new_splitter(self) -> Splitter:
+        request = self._request
+        prompt = request.question + (f"\n{request.profile.open_tag}" if request.prompt_opens_thinking else "")
+        return Splitter(request.profile, prompt=prompt)
 
     @property
     def text(self) -> str:
@@ -46,7 +52,7 @@ class Written:
         return self._splitter.segment
 
     @property
-    def stopped(self) -> tuple[FinishReason, str] | None:
+    def finish(self) -> tuple[FinishReason, str] | None:
         """How the run ends, with the detail for people, where a stop text came; else None."""
         return None if self.stop_text is None else ("stop", f"the text {self.stop_text!r} came")
 
@@ -64,31 +70,22 @@ class Written:
         self.stop_text = released.hit
         return released.text + ("" if released.hit else self._scanner.finish())
 
-    def add(
-        self,
-        token_id: int,
-        text: str,
-        *,
-        logprob: float | None,
-        entropy: float | None,
-        is_injected: bool = False,
-        seen: Seen | None = None,
-        loop_scores: LoopScores | None = None,
-    ) -> Step:
-        """Append one token with the text it shows, and what was asked to be seen of its step."""
-        top = () if seen is None else seen.top
+    def feed(self, token: Token, text: str, *, loop_scores: LoopScores | None = None) -> Step:
+        """Append a token that was drawn, with the text it shows and what was asked to be seen of its step."""
         step = Step(
             index=len(self.steps),
-            id=token_id,
+            id=token.id,
             text=text,
-            logprob=logprob,
-            entropy=entropy,
+            logprob=token.logprob,
+            entropy=token.entropy,
             segment=self._splitter.feed(text),
-            is_injected=is_injected,
-            alternatives=tuple(Alternative(id=each, text=self._alone(each), logprob=value) for each, value in top),
-            margin=None if seen is None else seen.margin,
+            alternatives=tuple(
+                Alternative(id=token_id, text=self._alone(token_id), logprob=logprob)
+                for token_id, logprob in (token.seen.top if token.seen is not None else ())
+            ),
+            margin=None if token.seen is None else token.seen.margin,
             loop_scores=loop_scores,
-            hidden={} if seen is None else seen.hidden,
+            hidden={} if token.seen is None else token.seen.hidden,
         )
         self.steps.append(step)
         return step
@@ -97,24 +94,42 @@ class Written:
         """Append ids that were not drawn, up to one that completes a stop text; returns their Steps."""
         start = len(self.steps)
         for token_id in token_ids:
-            self.add(token_id, self.release(token_id), logprob=None, entropy=None, is_injected=True)
+            self._append((token_id, None, None, True))
             if self.stop_text is not None:
                 break
         return self.steps[start:]
 
-    def _alone(self, token_id: int) -> str:
-        """The text of an id by itself; bytes that are no character alone become U+FFFD."""
-        return self._pieces[token_id].decode("utf-8", "replace")
-
-    def rewind(self, n_steps: int) -> None:
-        """Go back to the first n_steps tokens; everything that follows from them is worked out again."""
-        kept = self.steps[:n_steps]
+    def rewind(self, steps: Sequence[Step]) -> None:
+        """Go back to the first of the steps there are; everything that follows from them is worked out again."""
         self.steps = []
         self._start()
-        for step in kept:
+        for step in steps:
             self.release(step.id)
             self._splitter.feed(step.text)
             self.steps.append(step)
+
+    def dump(self) -> tuple[SavedStep, ...]:
+        """The steps as a saved run has them."""
+        return tuple((step.id, step.logprob, step.entropy, step.is_injected) for step in self.steps)
+
+    def load(self, saved: Iterable[SavedStep]) -> None:
+        """Append a saved run's steps."""
+        for each in saved:
+            self._append(each)
+
+    def _append(self, saved: SavedStep) -> None:
+        token_id, logprob, entropy, is_injected = saved
+        text = self.release(token_id)
+        step = Step(
+            index=len(self.steps),
+            id=token_id,
+            text=text,
+            logprob=logprob,
+            entropy=entropy,
+            segment=self._splitter.feed(text),
+            is_injected=is_injected,
+        )
+        self.steps.append(step)
 
     def split(self, *, is_final: bool, is_ended: bool) -> Split:
         """Thinking and answer. is_final: nothing is added any more. is_ended: the model ended its text itself."""
@@ -122,7 +137,11 @@ class Written:
             if self._split is None:
                 self._split = self._splitter.finish(is_ended=is_ended)
             return self._split
-        splitter = Splitter(self._profile, prompt=self._prompt_text)
+        splitter = self._new_splitter()
         for step in self.steps:
             splitter.feed(step.text)
         return splitter.finish(is_ended=False)
+
+    def _alone(self, token_id: int) -> str:
+        """The text of an id by itself; bytes that are no character alone become U+FFFD."""
+        return self._request.pieces[token_id].decode("utf-8", "replace")

@@ -1,7 +1,7 @@
 """A loaded model that answers questions: `load(folder)` gives a `Reasoner`, `.generate(question)` a `Trace`.
 
 What a caller leaves open is filled here, once: sampling from the model's generation_config.json, a seed drawn and
-written down, `max_tokens` as the room that the context leaves. Then `run.Run` takes over.
+written down, `max_tokens` as the room that the context leaves. Then `stream.Stream` takes over.
 
 Does not: choose a model (`default_model` does), keep a conversation's cache, or print.
 """
@@ -13,18 +13,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qwq_mlx.engine.decoder import check_ids
 from qwq_mlx.engine.detokenizer import Pieces, decode
 from qwq_mlx.engine.kv_cache import saved_layers
+from qwq_mlx.engine.logits_processors import LogitsProcessor
+from qwq_mlx.engine.row import check_ids
 from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
 from qwq_mlx.generate.budget_forcing import cue_ids
 from qwq_mlx.generate.checkpoint.file import read_checkpoint
-from qwq_mlx.generate.checkpoint.inspected_steps import inspect_of
 from qwq_mlx.generate.checkpoint.resume import check_saved, opened, raised, with_room, within
+from qwq_mlx.generate.checkpoint.state import read_state
 from qwq_mlx.generate.receipt import Receipt, make_receipt
-from qwq_mlx.generate.request import Progress, Setup, given
-from qwq_mlx.generate.run import Run
+from qwq_mlx.generate.request import PrefillProgress, Request, resolved
+from qwq_mlx.generate.stream import Stream
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
@@ -76,7 +77,8 @@ class Reasoner:
         limits: Limits | None = None,
         thinking: Thinking | None = None,
         inspect: Inspect | None = None,
-        progress: Progress | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        progress: PrefillProgress | None = None,
     ) -> Trace:
         """Answer a question, or continue messages of {"role", "content"}, to the end.
 
@@ -91,6 +93,7 @@ class Reasoner:
             limits=limits,
             thinking=thinking,
             inspect=inspect,
+            logits_processors=logits_processors,
             progress=progress,
         )
         for _ in run:
@@ -106,36 +109,43 @@ class Reasoner:
         limits: Limits | None = None,
         thinking: Thinking | None = None,
         inspect: Inspect | None = None,
-        progress: Progress | None = None,
-        before: Run | None = None,
-    ) -> Run:
+        logits_processors: Sequence[LogitsProcessor] = (),
+        progress: PrefillProgress | None = None,
+        before: Stream | None = None,
+    ) -> Stream:
         """As `generate`, one Step at a time: `for step in run: ...`, then `run.trace()`.
 
         before: the run of the turn before; its KV cache is taken over as far as the ids agree, so it is over then.
         """
         fit = self.fit(limits or Limits())
-        context = given(fit.limits.context)
-        ids = prompt_ids(self.model.tokenizer, messages, system_prompt=system_prompt, context=context)
-        setup = self._setup(
+        context = resolved(fit.limits.context)
+        checked = conversation(messages, system_prompt=system_prompt)
+        ids = prompt_ids(self.model.tokenizer, checked, context=context)
+        request = self._request(
             ids,
-            question=" ".join(message["content"] for message in conversation(messages, system_prompt=system_prompt)),
+            question=" ".join(message["content"] for message in checked),
             sampling=self.resolved(sampling or Sampling()),
             fit=replace(fit, limits=within(fit.limits, len(ids))),
             thinking=thinking or Thinking(),
             inspect=inspect or Inspect(),
+            logits_processors=logits_processors,
         )
-        return Run(setup, progress=progress, before=before)
+        return Stream(request, progress=progress, before=before)
 
-    def rerun(self, receipt: Receipt) -> Run:
+    def rerun(self, receipt: Receipt) -> Stream:
         """The run of a receipt once more, from its prompt's ids and settings; the model is the caller's to compare.
 
-        Raises OptionError for what a receipt cannot hold (a logits_hook, a fork), or ids beyond the vocabulary.
+        Raises OptionError for what a receipt cannot hold (logits processors, a fork), or ids beyond the vocabulary.
         """
-        for name, words in (("logits_hook", "a logits_hook"), ("forked_at", "a beginning drawn with another seed")):
+        others = {
+            "logits_processors": "logits processors of its caller",
+            "forked_at": "a beginning drawn with another seed",
+        }
+        for name, words in others.items():
             if receipt.settings.get(name):
                 raise OptionError(f"The run had {words}, which its receipt does not hold, so it cannot be repeated.")
         sampling, limits, thinking = from_json(receipt.settings, where="The receipt")
-        setup = self._setup(
+        request = self._request(
             receipt.prompt_ids,
             question=receipt.question,
             sampling=sampling,
@@ -143,7 +153,7 @@ class Reasoner:
             thinking=thinking,
             inspect=Inspect(),
         )
-        return Run(setup)
+        return Stream(request)
 
     def receipt(self, trace: Trace) -> Receipt:
         """What a trace of this model followed from, to keep and to repeat (`python -m qwq_mlx.replay`)."""
@@ -157,40 +167,44 @@ class Reasoner:
         context: int | None = None,
         answer_now: bool = False,
         inspect: Inspect | None = None,
-    ) -> Run:
+        logits_processors: Sequence[LogitsProcessor] = (),
+    ) -> Stream:
         """Go on with a run that `Run.save` wrote, as if it had never stopped; its settings are the file's.
 
         max_tokens: of the whole output, to go on after "length". context: to go on after "context_full". answer_now:
         ask for the answer where the run stands, also where the model had ended its text ("stop"), it was a loop, or the
         context is full: its last tokens then make room.
-        inspect: of the Steps from here on; None shows what the saved run showed. What it saw is in the file; a
-        logits_hook has to be given again.
+        inspect: of the Steps from here on; None shows what the saved run showed. What it saw is in the file.
+        logits_processors: the caller's own, which no file can hold and which have to be given again.
         Raises SourceError for a file that is damaged, of another model or compute type, or of a run that has ended;
         OptionError for max_tokens or a context below what there is, for answer_now where the answer has begun or has no
-        room, or a logits_hook that is missing; FitError.
+        room, or logits processors that are missing; FitError.
         """
-        state, arrays = read_checkpoint(Path(path))
-        check_saved(state, arrays, self.model, inspect, path=Path(path))
+        value, arrays = read_checkpoint(Path(path))
+        state = read_state(value, path=Path(path))
+        check_saved(state, arrays, self.model, has_processors=bool(logits_processors), path=Path(path))
         state = opened(state, self.model, path=Path(path), answer_now=answer_now)
-        sampling, limits, thinking = from_json(state["settings"], where=str(path))
+        sampling, limits, thinking = from_json(state.settings, where=str(path))
         limits = raised(limits, state, max_tokens=max_tokens, context=context)
         n_cue = len(cue_ids(self.model.tokenizer, self.profile, after="..")) if answer_now else 0
         state = with_room(state, limits, n_cue=n_cue, answer_tokens=thinking.answer_tokens)
-        run = Run(
-            self._setup(
-                state["prompt_ids"],
-                question=state["question"],
+        shown = Inspect() if state.seen is None else state.seen.asked
+        run = Stream(
+            self._request(
+                state.prompt_ids,
+                question=state.question,
                 sampling=sampling,
                 fit=self.fit(limits),
                 thinking=thinking,
-                inspect=inspect or inspect_of(state["seen"]),
-                forked_at=state["settings"].get("forked_at", 0),
+                inspect=inspect or shown,
+                forked_at=state.settings.get("forked_at", 0),
+                logits_processors=logits_processors,
             )
         )
-        run.restore(state, saved_layers(arrays, state["capacities"]), arrays, answer_now=answer_now)
+        run.restore(state, saved_layers(arrays, state.capacities), arrays, answer_now=answer_now)
         return run
 
-    def _setup(
+    def _request(
         self,
         ids: Sequence[int],
         *,
@@ -200,16 +214,18 @@ class Reasoner:
         thinking: Thinking,
         inspect: Inspect,
         forked_at: int = 0,
-    ) -> Setup:
+        logits_processors: Sequence[LogitsProcessor] = (),
+    ) -> Request:
         n_ids, n_layers = self.model.tokenizer.n_ids, self.model.config.num_hidden_layers
         check_ids(ids, n_ids)
+        if not all(callable(processor) for processor in logits_processors):
+            raise OptionError(f"logits_processors is {logits_processors!r}, expected functions (tokens, logits).")
         inspect.check(n_ids=n_ids, n_layers=n_layers, detects_loops=thinking.on_loop != "off")
-        return Setup(
+        return Request(
             model=self.model,
             pieces=self.pieces,
             profile=self.profile,
             prompt_ids=tuple(ids),
-            prompt_text=self.decode(list(ids)),
             question=question,
             sampling=sampling,
             limits=fit.limits,
@@ -218,6 +234,7 @@ class Reasoner:
             forked_at=forked_at,
             plan=fit.plan,
             note=fit.note,
+            logits_processors=tuple(logits_processors),
         )
 
     def resolved(self, sampling: Sampling) -> Sampling:

@@ -20,10 +20,10 @@ from typing import Any, Literal, cast, get_args
 from qwq_mlx.errors import LoadError, OptionError, OutOfMemoryError
 from qwq_mlx.files.header import Header
 from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.attention import attention_class
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.generation_config import GenerationDefaults, read_generation_defaults
 from qwq_mlx.model.layout import Packing
-from qwq_mlx.model.quantized_attention import attention_class
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
 

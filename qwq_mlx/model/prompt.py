@@ -20,7 +20,7 @@ from qwq_mlx.errors import PromptError
 from qwq_mlx.model.template import render
 from qwq_mlx.model.tokenizer import LoadedTokenizer
 
-__all__ = ["ROLES", "Messages", "conversation", "encode_text", "prompt_ids"]
+__all__ = ["ROLES", "Messages", "conversation", "encode_prompt", "encode_text", "prompt_ids"]
 
 Messages = str | Sequence[Mapping[str, str]]
 
@@ -31,13 +31,17 @@ _MAX_CHARACTERS = 16_000_000  # 1 MB of pasted text is fine; beyond this nothing
 def prompt_ids(
     tokenizer: LoadedTokenizer, messages: Messages, *, system_prompt: str | None = None, context: int
 ) -> list[int]:
+    """Ids of the prompt that messages make: `conversation`, then `encode_prompt`. Raises PromptError as they do."""
+    return encode_prompt(tokenizer, conversation(messages, system_prompt=system_prompt), context=context)
+
+
+def encode_prompt(tokenizer: LoadedTokenizer, checked: Sequence[Mapping[str, str]], *, context: int) -> list[int]:
     """Ids of the whole prompt, which ends where the assistant begins.
 
-    messages: a question, or messages with "role" (system, user, assistant) and "content". system_prompt: put first.
+    checked: what `conversation` returned.
     context: positions there are; the prompt must leave at least one of them.
-    Raises PromptError: empty, unknown role, content that is no text, lone surrogates, too long, template trouble.
+    Raises PromptError: too long, or template trouble.
     """
-    checked = conversation(messages, system_prompt=system_prompt)
     if tokenizer.chat_template is None:
         raise PromptError(
             "The model folder has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja). "
@@ -64,7 +68,12 @@ def prompt_ids(
 
 
 def conversation(messages: Messages, *, system_prompt: str | None = None) -> list[dict[str, str]]:
-    """Messages as a list of role and content, all checked."""
+    """Messages as a list of role and content, all checked.
+
+    messages: a question, or messages with "role" (system, user, assistant) and "content".
+    system_prompt: put first.
+    Raises PromptError: empty, unknown role, content that is no text, lone surrogates, too long.
+    """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, Sequence) or not messages:

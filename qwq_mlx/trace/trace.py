@@ -71,10 +71,10 @@ class Injection:
     text: str
     reason: FinishReason
 
-    def until(self, at: int, steps: Sequence[Step]) -> Injection:
-        """What of it stands in the first `at` of these steps."""
+    def until(self, at: int, texts: Sequence[str]) -> Injection:
+        """What of it stands in the first `at` steps. texts: of all steps."""
         end = min(self.end, at)
-        text = "".join(step.text for step in steps[self.start : end])
+        text = "".join(texts[self.start : end])
         return Injection(start=self.start, end=end, text=text, reason=self.reason)
 
 

@@ -211,7 +211,7 @@ def test_back_takes_a_turn_off_and_a_full_context_says_what_helps(
     code, out, err = chat("one\n/back\n/back\n")
     assert code == 0 and out
     assert "taken off: one" in err and "error: There is no question yet; ask one first." in err
-    n_prompt = len(loaded.stream("one").setup.prompt_ids)
+    n_prompt = len(loaded.stream("one").request.prompt_ids)
     code, out, err = chat("one\n", "--max-tokens", "9", "--context", str(n_prompt + 5))
     assert f"(context_full: {n_prompt + 5} of {n_prompt + 5} positions)" in err
     assert "the answer is kept as far as it came; /back makes room, or /save FILE" in err

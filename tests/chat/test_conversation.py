@@ -50,7 +50,7 @@ def test_ids_are_those_of_the_whole_conversation_and_only_new_ones_are_fed(
         run = talk.ask(question)
         messages = list(talk.messages)
         whole = prompt_ids(reasoner.model.tokenizer, messages, context=512)
-        assert list(run.setup.prompt_ids) == whole
+        assert list(run.request.prompt_ids) == whole
         assert run.n_cached >= n_before, "what was there is not fed again"
         ids = answered(talk, run)
         alone = reasoner.stream(
@@ -70,10 +70,10 @@ def test_ids_drawn_otherwise_than_the_text_is_cut_are_fed_again(reasoner: Reason
     first = talk.ask("one")
     drawn = answered(talk, first)
     second = talk.ask("two")
-    known = [*first.setup.prompt_ids, *drawn]
-    prompt = list(second.setup.prompt_ids)
+    known = [*first.request.prompt_ids, *drawn]
+    prompt = list(second.request.prompt_ids)
     n_same = next(place for place, (a, b) in enumerate(zip(known, prompt, strict=False)) if a != b)
-    assert len(first.setup.prompt_ids) <= second.n_cached <= n_same
+    assert len(first.request.prompt_ids) <= second.n_cached <= n_same
     assert prompt == prompt_ids(reasoner.model.tokenizer, talk.messages, context=512)
 
 
@@ -84,7 +84,7 @@ def test_another_system_prompt_starts_the_cache_anew(reasoner: Reasoner) -> None
     run = talk.ask("two")
     assert run.n_cached < 20
     expected = prompt_ids(reasoner.model.tokenizer, talk.messages, system_prompt="Zzz.", context=512)
-    assert list(run.setup.prompt_ids) == expected
+    assert list(run.request.prompt_ids) == expected
 
 
 def test_a_retry_answers_the_same_question_with_other_draws(reasoner: Reasoner) -> None:
@@ -94,8 +94,8 @@ def test_a_retry_answers_the_same_question_with_other_draws(reasoner: Reasoner) 
     first = talk.ask("one")
     ids = answered(talk, first)
     run = talk.retry()
-    assert run.setup.prompt_ids == first.setup.prompt_ids
-    assert run.n_cached == len(first.setup.prompt_ids) - 1
+    assert run.request.prompt_ids == first.request.prompt_ids
+    assert run.n_cached == len(first.request.prompt_ids) - 1
     assert answered(talk, run) != ids
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
 
@@ -125,7 +125,7 @@ def test_a_conversation_that_fills_the_context_can_be_saved_loaded_and_answered_
     assert (other.messages, other.n_left) == (talk.messages, 0)
     other.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "talk.json").read_bytes()
-    assert other.retry().setup.prompt_ids == run.setup.prompt_ids
+    assert other.retry().request.prompt_ids == run.request.prompt_ids
     narrow = talk_with(reasoner, context=20)
     with pytest.raises(PromptError, match="the context is 20 "):
         narrow.load(tmp_path / "talk.json")
@@ -159,7 +159,7 @@ def test_a_conversation_is_saved_and_loaded(reasoner: Reasoner, tmp_path: Path) 
     n_held = len(prompt_ids(reasoner.model.tokenizer, talk.messages, system_prompt="Be kind.", context=512))
     assert other.n_left == other.context - n_held < 512, "what was loaded counts before it is fed"
     assert (other.system_prompt, other.messages) == ("Be kind.", talk.messages)
-    assert talk.ask("two").setup.prompt_ids == other.ask("two").setup.prompt_ids
+    assert talk.ask("two").request.prompt_ids == other.ask("two").request.prompt_ids
     with pytest.raises(SourceError, match="cannot be written"):
         talk.save(tmp_path / "no" / "where")
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from checkpoints import write_tiny_checkpoint
 
+from qwq_mlx.engine.logits_processors import LogitsProcessor
 from qwq_mlx.errors import GenerationError, OptionError
 from qwq_mlx.generate.reasoner import Reasoner, load
-from qwq_mlx.generate.run import Run
+from qwq_mlx.generate.stream import Stream
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
 from qwq_mlx.reasoning.loops.detector import LoopDetector, LoopOptions
 
 pytestmark = pytest.mark.tiny
-ALL = Inspect(top_k=5, hidden_layers=(0, 1, 2), loop_scores=True, logits_hook=lambda index, ids, logits: logits)
+ALL = Inspect(top_k=5, hidden_layers=(0, 1, 2), loop_scores=True)
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +33,17 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Reasoner:
     return load(write_tiny_checkpoint(tmp_path_factory.mktemp("wide") / "model", n_heads=2, n_kv_heads=1))
 
 
-def started(reasoner: Reasoner, inspect: Inspect | None, n: int = 30, **options: Any) -> Run:
+def started(
+    reasoner: Reasoner, inspect: Inspect | None, n: int = 30, *, hook: LogitsProcessor | None = None, **options: Any
+) -> Stream:
     sampling = Sampling(**({"temperature": 1.0, "seed": 4} | options))
-    return reasoner.stream("x 数", sampling=sampling, limits=Limits(max_tokens=n), inspect=inspect)
+    return reasoner.stream(
+        "x 数",
+        sampling=sampling,
+        limits=Limits(max_tokens=n),
+        inspect=inspect,
+        logits_processors=() if hook is None else (hook,),
+    )
 
 
 def plain_logits(reasoner: Reasoner, ids: list[int]) -> np.ndarray:
@@ -49,7 +58,7 @@ def test_ids_and_numbers_are_the_same_with_everything_inspected(
 ) -> None:
     given = {"sampling": Sampling(**{"seed": 4, **options}), "limits": Limits(max_tokens=30, **limits)}
     plain = list(wide.stream("x 数", **given))
-    seen = list(wide.stream("x 数", **given, inspect=ALL))
+    seen = list(wide.stream("x 数", **given, inspect=ALL, logits_processors=[lambda tokens, logits: logits]))
     for one, other in zip(plain, seen, strict=True):
         assert (one.id, one.text, one.logprob, one.entropy) == (other.id, other.text, other.logprob, other.entropy)
     assert all(step.alternatives == () and step.hidden == {} and step.margin is None for step in plain)
@@ -57,7 +66,7 @@ def test_ids_and_numbers_are_the_same_with_everything_inspected(
 
 def test_alternatives_are_the_likeliest_ids_of_the_whole_forward(reasoner: Reasoner) -> None:
     run = started(reasoner, Inspect(top_k=5), n=12)
-    before = list(run.setup.prompt_ids)
+    before = list(run.request.prompt_ids)
     for step in run:
         logits = plain_logits(reasoner, before)
         logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
@@ -68,7 +77,7 @@ def test_alternatives_are_the_likeliest_ids_of_the_whole_forward(reasoner: Reaso
         for each in step.alternatives:
             assert each.text == reasoner.pieces[each.id].decode("utf-8", "replace")
         before.append(step.id)
-    assert len(before) == len(run.setup.prompt_ids) + 12
+    assert len(before) == len(run.request.prompt_ids) + 12
 
 
 def test_one_alternative_has_its_margin_and_all_ids_can_be_asked_for(reasoner: Reasoner) -> None:
@@ -87,13 +96,13 @@ def test_hidden_states_are_those_of_transformers(tie: bool, tmp_path: Path) -> N
     reasoner = load(folder, compute_type="float32")
     run = started(reasoner, Inspect(hidden_layers=(0, 1, 2, 3)), n=8)
     steps = list(run)
-    ids = [*run.setup.prompt_ids, *(step.id for step in steps)]
+    ids = [*run.request.prompt_ids, *(step.id for step in steps)]
     theirs = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         states = theirs(torch.tensor([ids]), output_hidden_states=True).hidden_states
     assert len(states) == 4
     for step in steps:
-        place = len(run.setup.prompt_ids) + step.index - 1
+        place = len(run.request.prompt_ids) + step.index - 1
         assert list(step.hidden) == [0, 1, 2, 3]
         for layer, found in step.hidden.items():
             assert found.dtype == np.float32 and found.shape == (128,)
@@ -101,18 +110,18 @@ def test_hidden_states_are_those_of_transformers(tie: bool, tmp_path: Path) -> N
 
 
 def test_a_hook_changes_what_is_drawn_but_not_what_is_reported(reasoner: Reasoner) -> None:
-    seen: list[tuple[int, list[int]]] = []
+    seen: list[list[int]] = []
     wanted = [40, 41, 42, 43, 44, 45]
 
-    def hook(index: int, ids: mx.array, logits: mx.array) -> mx.array:
-        seen.append((index, ids.tolist()))
-        return mx.where(mx.arange(logits.size) == wanted[index], logits, -mx.inf)
+    def hook(tokens: mx.array, logits: mx.array) -> mx.array:
+        seen.append(tokens.tolist())
+        return mx.where(mx.arange(logits.size) == wanted[len(seen) - 1], logits, -mx.inf)
 
-    run = started(reasoner, Inspect(logits_hook=hook, top_k=2), n=6)
+    run = started(reasoner, Inspect(top_k=2), n=6, hook=hook)
     steps = list(run)
     assert [step.id for step in steps] == wanted
-    prompt = list(run.setup.prompt_ids)
-    assert seen == [(index, prompt + wanted[:index]) for index in range(6)], "each step once, all ids before it"
+    prompt = list(run.request.prompt_ids)
+    assert seen == [prompt + wanted[:index] for index in range(6)], "each step once, all ids before it"
     for step in steps:
         logits = plain_logits(reasoner, prompt + wanted[: step.index])
         expected = logits[step.id] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
@@ -121,31 +130,32 @@ def test_a_hook_changes_what_is_drawn_but_not_what_is_reported(reasoner: Reasone
 
 
 def test_the_next_step_is_under_way_before_one_is_read(reasoner: Reasoner) -> None:
-    calls: list[int] = []
+    sizes: list[int] = []
 
-    def hook(index: int, ids: mx.array, logits: mx.array) -> mx.array:
-        calls.append(index)
+    def hook(tokens: mx.array, logits: mx.array) -> mx.array:
+        sizes.append(tokens.size)
         return logits
 
-    run = started(reasoner, Inspect(top_k=3, hidden_layers=(1,), logits_hook=hook), n=10)
+    run = started(reasoner, Inspect(top_k=3, hidden_layers=(1,)), n=10, hook=hook)
+    n_prompt = len(run.request.prompt_ids)
     for n in range(1, 5):
         next(run)
-        assert calls == list(range(n + 1))
+        assert sizes == list(range(n_prompt, n_prompt + n + 1))
 
 
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (None, r"logits_hook returned NoneType at step 0, expected an mx\.array of shape \(298,\)"),
-        (mx.zeros(3), r"logits_hook returned an array of shape \(3,\) at step 0"),
-        (mx.full(298, mx.nan), "Step 0: logits_hook returned NaN"),
-        (mx.full(298, -mx.inf), "Step 0: logits_hook returned NaN, .infinity, or -infinity for every id"),
-        (mx.full(298, mx.inf), "Step 0: logits_hook returned NaN"),
+        (None, r"A logits processor returned NoneType at step 0, expected an mx\.array of shape \(1, 298\)"),
+        (mx.zeros(3), r"A logits processor returned an array of shape \(3,\) at step 0"),
+        (mx.full((1, 298), mx.nan), "Step 0: a logits processor returned NaN"),
+        (mx.full((1, 298), -mx.inf), "Step 0: a logits processor returned NaN, .infinity, or -infinity for every id"),
+        (mx.full((1, 298), mx.inf), "Step 0: a logits processor returned NaN"),
     ],
 )
 def test_a_hook_that_returns_no_logits_is_named(reasoner: Reasoner, result: Any, message: str) -> None:
     assert reasoner.pieces.n_ids == 298
-    run = started(reasoner, Inspect(logits_hook=lambda index, ids, logits: result))
+    run = started(reasoner, None, hook=lambda tokens, logits: result)
     with pytest.raises((OptionError, GenerationError), match=message):
         next(run)
 
@@ -160,7 +170,6 @@ def test_a_hook_that_returns_no_logits_is_named(reasoner: Reasoner, result: Any,
         ({"hidden_layers": (1, 1)}, r"hidden_layers is \(1, 1\), expected each layer once"),
         ({"loop_scores": 1}, "loop_scores is 1, expected True or False"),
         ({"entropy": 0}, "entropy is 0, expected True or False"),
-        ({"logits_hook": 3}, r"logits_hook is 3, expected a function \(index, ids, logits\)"),
     ],
 )
 def test_what_nobody_can_ask_for_is_refused_when_it_is_said(options: dict[str, Any], message: str) -> None:
@@ -209,17 +218,23 @@ def test_a_fork_keeps_what_was_seen_and_looks_on(reasoner: Reasoner) -> None:
     assert list(fork) == steps[10:] and fork.trace().ids == run.trace().ids
 
 
-def test_a_saved_run_asks_for_its_hook_again(reasoner: Reasoner, tmp_path: Path) -> None:
-    hooked = Inspect(
-        logits_hook=lambda index, ids, logits: mx.where(mx.arange(logits.size) == 50 + index, 99.0, logits)
-    )
-    run = started(reasoner, hooked, n=8)
+def test_a_saved_run_asks_for_its_processors_again(reasoner: Reasoner, tmp_path: Path) -> None:
+    def hook(tokens: mx.array, logits: mx.array) -> mx.array:
+        return mx.where(mx.arange(logits.size) == 50 + tokens.size - n_prompt, 99.0, logits)
+
+    run = started(reasoner, None, n=8, hook=hook)
+    n_prompt = len(run.request.prompt_ids)
     first = [next(run) for _ in range(4)]
     run.save(tmp_path / "run")
-    with pytest.raises(OptionError, match="the run had a logits_hook, which no file can hold"):
+    with pytest.raises(OptionError, match="the run had logits processors of its caller, which no file can hold"):
         reasoner.resume(tmp_path / "run")
-    rest = list(reasoner.resume(tmp_path / "run", inspect=hooked))
+    rest = list(reasoner.resume(tmp_path / "run", logits_processors=[hook]))
     assert [step.id for step in (*first, *rest)] == [50, 51, 52, 53, 54, 55, 56, 57]
+
+
+def test_what_is_no_processor_is_refused_before_the_run_starts(reasoner: Reasoner) -> None:
+    with pytest.raises(OptionError, match=r"logits_processors is \[3\], expected functions \(tokens, logits\)"):
+        reasoner.stream("x", logits_processors=[3])  # type: ignore[list-item]
 
 
 def test_the_trace_keeps_what_was_seen_and_comes_back_from_disk(reasoner: Reasoner, tmp_path: Path) -> None:

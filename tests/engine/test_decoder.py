@@ -13,11 +13,14 @@ from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.kv_cache import grow, layers_of, new_cache
+from qwq_mlx.engine.logits_processors.dry import DryPenalty
+from qwq_mlx.engine.logits_processors.penalties import CountPenalty, RepetitionPenalty
+from qwq_mlx.engine.row import Pending, Row, Token
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.errors import GenerationError, OptionError
 from qwq_mlx.model.load import LoadedModel, load_model
 from qwq_mlx.model.upstream import import_mlx_lm
-from qwq_mlx.options import NEUTRAL, Sampling
+from qwq_mlx.options import NEUTRAL, Inspect, Sampling
 
 pytestmark = pytest.mark.tiny
 
@@ -29,37 +32,86 @@ def model(tiny_checkpoint: Path) -> LoadedModel:
     return load_model(tiny_checkpoint)
 
 
-def decoder(
-    model: LoadedModel, *, seed: int = 0, step: int = 4, prompt: list[int] = PROMPT, **settings: Any
-) -> Decoder:
+class Loop:
+    """One row of one decoder."""
+
+    def __init__(self, module: Any, row: Row, *, n_ids: int) -> None:
+        self.decoder = Decoder(module, n_ids=n_ids)
+        self.row = row
+
+    def prefill(self, prompt: list[int], *, chunk: int = 4) -> list[int]:
+        return list(self.decoder.prefill(self.row, prompt, chunk=chunk))
+
+    def next(self) -> Token:
+        return self.decoder.step([self.row])[0]
+
+
+def processors(settings: dict[str, Any], n_ids: int) -> list[Any]:
+    """Fresh processors of these settings; 9 is a breaker of repeats."""
+    chosen = Sampling(**settings).resolve(NEUTRAL)
+    made: list[Any] = []
+    if chosen.repetition_penalty != 1.0:
+        made.append(RepetitionPenalty(chosen.repetition_penalty or 1.0, n_ids=n_ids))
+    if chosen.presence_penalty or chosen.frequency_penalty:
+        presence, frequency = chosen.presence_penalty or 0.0, chosen.frequency_penalty or 0.0
+        made.append(CountPenalty(presence=presence, frequency=frequency, n_ids=n_ids))
+    if chosen.dry_multiplier:
+        made.append(DryPenalty(chosen, n_ids=n_ids, breaker_ids=(9,)))
+    return made
+
+
+def loop(
+    model: LoadedModel,
+    *,
+    seed: int = 0,
+    chunk: int = 4,
+    prompt: list[int] = PROMPT,
+    max_tokens: int | None = None,
+    **settings: Any,
+) -> Loop:
     n_ids = model.tokenizer.n_ids
-    sampling = Sampling(**settings).resolve(NEUTRAL)
-    result = Decoder(model.module, Sampler(sampling, seed=seed, n_ids=n_ids, breaker_ids=(9,)), n_ids=n_ids)
-    for _ in result.prefill(prompt, step=step):
-        pass
+    sampler = Sampler(Sampling(**settings).resolve(NEUTRAL), seed=seed)
+    made = processors(settings, n_ids)
+    row = Row(sampler, cache=new_cache(model.module), processors=made, max_tokens=max_tokens)
+    result = Loop(model.module, row, n_ids=n_ids)
+    result.prefill(prompt, chunk=chunk)
     return result
+
+
+def drawn_alone(model: LoadedModel, settings: dict[str, Any], seed: int, output: list[int], n_more: int) -> list[int]:
+    """The output with n_more ids, drawn by a loop without cache whose processors begin anew at each step."""
+    sampler = Sampler(Sampling(**settings).resolve(NEUTRAL), seed=seed)
+    output = list(output)
+    for _ in range(n_more):
+        logits = mx.array(plain_logits(model, PROMPT + output))[None]
+        tokens = mx.array(PROMPT + output, mx.uint32)
+        for processor in processors(settings, model.tokenizer.n_ids):
+            processor.start(PROMPT, output)
+            logits = processor(tokens, logits)
+        output.append(sampler.draw(logits[0], len(output)).item())
+    return output
 
 
 def plain_logits(model: LoadedModel, ids: list[int]) -> np.ndarray:
     return np.array(model.module(mx.array([ids]))[0, -1, : model.tokenizer.n_ids].astype(mx.float32))
 
 
-@pytest.mark.parametrize("step", [1, 4, 2048])
+@pytest.mark.parametrize("chunk", [1, 4, 2048])
 @pytest.mark.parametrize("prompt", [[3], PROMPT])
-def test_greedy_ids_are_those_of_mlx_lm_on_the_same_weights(model: LoadedModel, step: int, prompt: list[int]) -> None:
+def test_greedy_ids_are_those_of_mlx_lm_on_the_same_weights(model: LoadedModel, chunk: int, prompt: list[int]) -> None:
     generate_step = import_mlx_lm("mlx_lm.generate").generate_step
     theirs = [
         token if isinstance(token, int) else token.item()
-        for token, _ in generate_step(mx.array(prompt), model.module, max_tokens=60, prefill_step_size=step)
+        for token, _ in generate_step(mx.array(prompt), model.module, max_tokens=60, prefill_step_size=chunk)
     ]
-    one = decoder(model, temperature=0.0, step=step, prompt=prompt)
-    assert [one.next(is_last=n == 59).id for n in range(60)] == theirs
+    one = loop(model, temperature=0.0, chunk=chunk, prompt=prompt, max_tokens=60)
+    assert [one.next().id for _ in range(60)] == theirs
 
 
 def test_logprob_and_entropy_are_those_of_the_whole_forward(model: LoadedModel) -> None:
-    one = decoder(model, temperature=1.5)
+    one = loop(model, temperature=1.5)
     for _ in range(12):
-        before = list(one.ids)
+        before = list(one.row.ids)
         token = one.next()
         logits = plain_logits(model, before).astype(np.float64)
         logprobs = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
@@ -69,14 +121,13 @@ def test_logprob_and_entropy_are_those_of_the_whole_forward(model: LoadedModel) 
 
 def test_a_certain_id_has_no_negative_entropy_and_no_probability_above_one(model: LoadedModel) -> None:
     """Rounding gave an entropy of -1.9e-6 on the pocket, whose steps are often certain."""
-    one = decoder(model, temperature=0.0)
+    one = loop(model, temperature=0.0, max_tokens=1)
     for entropy, logprob in ((-1.9e-6, 1.2e-7), (0.5, -0.1)):
-        assert one._pending is None
-        one._pending = one._launch(mx.array([one._unfed]), one._memory, one.n_output)._replace(
-            stats=mx.array([logprob, entropy])
-        )
-        token = one.next(is_last=True)
+        stats = mx.array([logprob, entropy])
+        one.row.pending = Pending(mx.array(5, mx.uint32), stats, None, None)
+        token = one.next()
         assert token.entropy == pytest.approx(max(entropy, 0.0)) and token.logprob == pytest.approx(min(logprob, 0.0))
+        one.row.rewind(0)
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -89,15 +140,10 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_pipeline_draws_what_a_loop_without_cache_draws(model: LoadedModel, settings: dict[str, Any]) -> None:
-    one = decoder(model, seed=3, **settings)
+    one = loop(model, seed=3, **settings)
     drawn = [one.next().id for _ in range(25)]
-    sampler = Sampler(Sampling(**settings).resolve(NEUTRAL), seed=3, n_ids=model.tokenizer.n_ids, breaker_ids=(9,))
-    output: list[int] = []
-    for index in range(25):
-        logits = mx.array(plain_logits(model, PROMPT + output))
-        output.append(sampler.draw(logits, sampler.start(PROMPT, output), index).item())
-    assert drawn == output
-    assert one.ids == PROMPT + drawn and one.n_output == 25
+    assert drawn == drawn_alone(model, settings, 3, [], 25)
+    assert one.row.ids == PROMPT + drawn and one.row.n_output == 25
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -105,48 +151,46 @@ def test_the_pipeline_draws_what_a_loop_without_cache_draws(model: LoadedModel, 
 def test_injected_ids_are_followed_as_if_they_had_been_drawn(
     model: LoadedModel, settings: dict[str, Any], is_last: bool
 ) -> None:
-    one = decoder(model, seed=5, **settings)
-    before = [one.next(is_last=is_last and n == 6).id for n in range(7)]
-    one.force([11, 12, 13])
+    one = loop(model, seed=5, max_tokens=7 if is_last else None, **settings)
+    before = [one.next().id for _ in range(7)]
+    one.row.max_tokens = None
+    one.decoder.force(one.row, [11, 12, 13])
     after = [one.next().id for _ in range(10)]
-    sampler = one.sampler
-    output = [*before, 11, 12, 13]
-    for _ in range(10):
-        logits = mx.array(plain_logits(model, PROMPT + output))
-        output.append(sampler.draw(logits, sampler.start(PROMPT, output), len(output)).item())
+    output = drawn_alone(model, settings, 5, [*before, 11, 12, 13], 10)
     assert output[10:] == after
-    assert one.ids == PROMPT + output
+    assert one.row.ids == PROMPT + output
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("place", [0, 1, 9, 20])
 def test_going_back_draws_the_same_ids_again(model: LoadedModel, settings: dict[str, Any], place: int) -> None:
-    one = decoder(model, seed=5, **settings)
+    one = loop(model, seed=5, **settings)
     first = [one.next().id for _ in range(20)]
-    one.rewind(place)
+    one.row.rewind(place)
     assert [one.next().id for _ in range(20 - place)] == first[place:]
-    assert one.ids == PROMPT + first
+    assert one.row.ids == PROMPT + first
 
 
 def test_going_back_with_another_sampler_draws_others(model: LoadedModel) -> None:
-    one = decoder(model, seed=5, temperature=1.5)
+    one = loop(model, seed=5, temperature=1.5)
     first = [one.next().id for _ in range(30)]
-    one.rewind(10, Sampler(one.sampler.sampling, seed=5, n_ids=model.tokenizer.n_ids, salt=1))
+    one.row.rewind(10)
+    one.row.sampler = one.row.sampler.other(one.row.sampler.sampling, salt=1)
     assert [one.next().id for _ in range(20)] != first[10:]
 
 
 def test_padding_rows_of_the_embedding_are_never_drawn(tmp_path: Path) -> None:
     model = load_model(write_tiny_checkpoint(tmp_path / "padded", vocab_size=2048))
     assert model.tokenizer.n_ids < 400
-    one = decoder(model, temperature=100.0)
+    one = loop(model, temperature=100.0)
     assert max(one.next().id for _ in range(300)) < model.tokenizer.n_ids
 
 
 def test_a_prompt_goes_in_by_chunks_that_can_be_watched(model: LoadedModel) -> None:
     n_ids = model.tokenizer.n_ids
-    one = Decoder(model.module, Sampler(NEUTRAL, seed=0, n_ids=n_ids), n_ids=n_ids)
-    assert list(one.prefill(PROMPT, step=4)) == [4, 8, 10]
-    assert one.cache[0].offset == 10
+    one = Loop(model.module, Row(Sampler(NEUTRAL, seed=0), cache=new_cache(model.module)), n_ids=n_ids)
+    assert one.prefill(PROMPT, chunk=4) == [4, 8, 10]
+    assert one.row.cache[0].offset == 10
 
 
 @pytest.mark.parametrize("with_entropy", [True, False])
@@ -167,28 +211,33 @@ def test_logits_that_are_not_finite_stop_the_run_at_their_step(
 
     broken.layers = model.module.layers  # type: ignore[attr-defined]
     n_ids = model.tokenizer.n_ids
-    sampler = Sampler(Sampling(**settings).resolve(NEUTRAL), seed=0, n_ids=n_ids)
-    one = Decoder(broken, sampler, n_ids=n_ids, with_entropy=with_entropy)
-    list(one.prefill(PROMPT[:3], step=2))  # one call
+    row = Row(
+        Sampler(Sampling(**settings).resolve(NEUTRAL), seed=0),
+        cache=new_cache(model.module),
+        processors=processors(settings, n_ids),
+        inspect=Inspect(entropy=with_entropy),
+    )
+    one = Loop(broken, row, n_ids=n_ids)
+    one.prefill(PROMPT[:3], chunk=2)  # one call
     with pytest.raises(GenerationError, match=r"Step 4: the model's logits hold NaN or infinity"):
         for _ in range(10):
             one.next()
-    assert one.n_output == 4
+    assert one.row.n_output == 4
 
 
 @pytest.mark.parametrize("bad", [-1, 10**6, 2**31, True, 1.0, "5"])
 def test_ids_beyond_the_vocabulary_never_reach_the_device(model: LoadedModel, bad: Any) -> None:
-    one = decoder(model)
+    one = loop(model)
     with pytest.raises(OptionError, match=r"Place 1 holds the id .*, expected a whole number from 0 to"):
-        list(one.prefill([1, bad], step=4))
+        one.prefill([1, bad])
     with pytest.raises(OptionError, match="Place 0 holds the id"):
-        one.force([bad])
+        one.decoder.force(one.row, [bad])
     with pytest.raises(OptionError, match="There are no ids"):
-        list(one.prefill([], step=4))
+        one.prefill([])
     with pytest.raises(OptionError, match="n_cached is 2, expected from 0 to 1"):
-        list(one.prefill([1, 2], step=4, n_cached=2))
+        list(one.decoder.prefill(one.row, [1, 2], chunk=4, n_cached=2))
     with pytest.raises(OptionError, match="Cannot go back to output id 1; there are 0"):
-        one.rewind(1)
+        one.row.rewind(1)
 
 
 @pytest.fixture
@@ -239,8 +288,7 @@ def test_ids_over_a_growth_are_those_of_a_cache_that_mlx_lm_grows(tmp_path: Path
         quantized["prompt_cache"] = [home.QuantizedKVCache(64, kv_bits) for _ in model.module.layers]
     theirs = [int(token) for token, _ in generate_step(mx.array(prompt), model.module, max_tokens=12, **quantized)]
     n_ids = model.tokenizer.n_ids
-    sampler = Sampler(Sampling(temperature=0.0).resolve(NEUTRAL), seed=0, n_ids=n_ids)
-    one = Decoder(model.module, sampler, n_ids=n_ids, cache=new_cache(model.module, kv_bits))
-    for _ in one.prefill(prompt, step=100):
-        pass
-    assert [one.next(is_last=n == 11).id for n in range(12)] == theirs
+    sampler = Sampler(Sampling(temperature=0.0).resolve(NEUTRAL), seed=0)
+    one = Loop(model.module, Row(sampler, cache=new_cache(model.module, kv_bits), max_tokens=12), n_ids=n_ids)
+    one.prefill(prompt, chunk=100)
+    assert [one.next().id for _ in range(12)] == theirs

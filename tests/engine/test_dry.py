@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwq_mlx.engine.dry import Dry, agreements
+from qwq_mlx.engine.logits_processors.dry import DryPenalty, agreements
 from qwq_mlx.options import NEUTRAL, Sampling
 
 N_IDS = 6
@@ -36,6 +36,11 @@ def plain_penalty(ids: list[int], chosen: Sampling) -> list[float]:
     return result
 
 
+def taken(dry: DryPenalty, ids: list[int]) -> np.ndarray:
+    """What the penalty takes from each logit behind these ids."""
+    return -np.array(dry(mx.array(ids, mx.uint32), mx.zeros((1, N_IDS)))[0])
+
+
 @given(ids=st.lists(st.integers(0, N_IDS - 1), max_size=40))
 def test_agreements_count_back_from_the_latest_id(ids: list[int]) -> None:
     assert agreements(ids) == plain_runs(ids, set())
@@ -52,27 +57,29 @@ def test_penalties_equal_the_plain_twin_at_once_and_id_by_id(
     ids: list[int], cut: int, allowed: int, reach: int
 ) -> None:
     chosen = Sampling(dry_multiplier=0.8, dry_allowed_length=allowed, dry_range=reach).resolve(NEUTRAL)
-    dry = Dry(chosen, n_ids=N_IDS, breaker_ids={BREAKER})
-    past = dry.start(ids[:cut])
-    for token_id in ids[cut:]:
-        past = dry.push(past, mx.array(token_id, mx.uint32))
-    np.testing.assert_allclose(np.array(dry.penalty(past)), plain_penalty(ids, chosen), rtol=1e-5)
+    dry = DryPenalty(chosen, n_ids=N_IDS, breaker_ids={BREAKER})
+    dry.start(ids[:cut])
+    for n in range(min(cut, len(ids)), len(ids) + 1):
+        penalty = taken(dry, ids[:n])
+    np.testing.assert_allclose(penalty, plain_penalty(ids, chosen), rtol=1e-5)
 
 
 @pytest.mark.parametrize("n_before", [1023, 1024, 2050])
 def test_the_record_grows_past_its_first_size(n_before: int) -> None:
     ids = (np.arange(n_before) % 5).tolist()
     chosen = Sampling(dry_multiplier=1e-20).resolve(NEUTRAL)
-    dry = Dry(chosen, n_ids=N_IDS, breaker_ids=())
-    past = dry.start(ids)
+    dry = DryPenalty(chosen, n_ids=N_IDS, breaker_ids=())
+    dry.start(ids)
     for token_id in (4, 3, 2, 1):
-        past = dry.push(past, mx.array(token_id, mx.uint32))
         ids.append(token_id)
-    assert past.record[: past.end].tolist() == ids
-    assert past.runs[: past.end].tolist() == plain_runs(ids, set())
+        taken(dry, ids)
+    assert dry._record[: dry._end].tolist() == ids
+    assert dry._runs[: dry._end].tolist() == plain_runs(ids, set())
 
 
 def test_a_very_long_repeat_stays_finite() -> None:
-    dry = Dry(Sampling(dry_multiplier=1.0, dry_base=100.0).resolve(NEUTRAL), n_ids=N_IDS, breaker_ids=())
-    penalty = np.array(dry.penalty(dry.start([1] * 900)))
+    chosen = Sampling(dry_multiplier=1.0, dry_base=100.0).resolve(NEUTRAL)
+    dry = DryPenalty(chosen, n_ids=N_IDS, breaker_ids=())
+    dry.start([1] * 900)
+    penalty = taken(dry, [1] * 900)
     assert np.isfinite(penalty).all() and penalty[1] > 1e20 and penalty[0] == 0

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from qwq_mlx.engine.detokenizer import Pieces
-from qwq_mlx.engine.language_mask import QUOTED, LanguageGuard, home_scripts
-from qwq_mlx.engine.sampler import Sampler
+from qwq_mlx.engine.logits_processors.language_mask import QUOTED, LanguageMask, LanguageTables, home_scripts
+from qwq_mlx.engine.logits_processors.penalties import LogitBias
 from qwq_mlx.errors import OptionError
 from qwq_mlx.generate.reasoner import Reasoner, load
-from qwq_mlx.generate.run import Run
+from qwq_mlx.generate.stream import Stream
 from qwq_mlx.model.tokenizer import load_tokenizer
-from qwq_mlx.options import NEUTRAL, Limits, Sampling, Thinking
+from qwq_mlx.options import Limits, Sampling, Thinking
 from qwq_mlx.reasoning.scripts import scripts_of
 from qwq_mlx.trace.trace import Trace
 
@@ -36,8 +36,8 @@ def real(shared: Path) -> Pieces:
 
 
 @pytest.fixture(scope="module")
-def english(real: Pieces) -> LanguageGuard:
-    return LanguageGuard(real, home_scripts("How many r in strawberry?"))
+def english(real: Pieces) -> LanguageTables:
+    return LanguageTables(real, home_scripts("How many r in strawberry?"))
 
 
 def ids_of(pieces: Pieces, text: str) -> list[int]:
@@ -45,17 +45,14 @@ def ids_of(pieces: Pieces, text: str) -> list[int]:
     return ids
 
 
-def masked_ids(pieces: Pieces, guard: LanguageGuard, text: str) -> list[int]:
+def masked_ids(pieces: Pieces, guard: LanguageTables, text: str) -> list[int]:
     """The ids of a text that a run with this guard could not have drawn, each behind all before it."""
-    state, found, logits = guard.start([]), [], mx.zeros(pieces.n_ids)
-    for token_id in ids_of(pieces, text):
-        if guard.masked(logits, state)[token_id].item() == -math.inf:
-            found.append(token_id)
-        state = guard.push(state, mx.array(token_id, mx.uint32))
-    return found
+    mask, ids, logits = LanguageMask(guard), ids_of(pieces, text), mx.zeros((1, pieces.n_ids))
+    masked = [mask(mx.array(ids[:n], mx.uint32), logits)[0, token_id].item() for n, token_id in enumerate(ids)]
+    return [token_id for token_id, value in zip(ids, masked, strict=True) if value == -math.inf]
 
 
-def masked(pieces: Pieces, guard: LanguageGuard, text: str) -> str:
+def masked(pieces: Pieces, guard: LanguageTables, text: str) -> str:
     return b"".join(pieces[token_id] for token_id in masked_ids(pieces, guard, text)).decode(errors="replace")
 
 
@@ -70,12 +67,12 @@ def masked(pieces: Pieces, guard: LanguageGuard, text: str) -> str:
         "Then \\(速度 = 5\\), \\[时间 = 3\\] and $距离 = 15$.",
     ],
 )
-def test_what_an_answer_to_an_english_question_may_hold(real: Pieces, english: LanguageGuard, text: str) -> None:
+def test_what_an_answer_to_an_english_question_may_hold(real: Pieces, english: LanguageTables, text: str) -> None:
     assert masked(real, english, text) == ""
 
 
 @pytest.mark.parametrize("text", ["所以答案是", "龘", "とても", "그래서", "потому", "لأن", "ดังนั้น", "כי", "क्योंकि"])
-def test_what_it_may_not_hold(real: Pieces, english: LanguageGuard, text: str) -> None:
+def test_what_it_may_not_hold(real: Pieces, english: LanguageTables, text: str) -> None:
     foreign = {each for each in ids_of(real, text) if english.foreign[each]}
     assert foreign, text
     for before, after in (("", ""), ("It is ", "."), ('"x" ', ""), ('5" of ', ""), ("don't ", ""), ("“a\n", "”")):
@@ -84,13 +81,13 @@ def test_what_it_may_not_hold(real: Pieces, english: LanguageGuard, text: str) -
 
 
 def test_the_scripts_of_the_question_are_at_home(real: Pieces) -> None:
-    guard = LanguageGuard(real, home_scripts("请用中文回答: 草莓有几个 r?"))
+    guard = LanguageTables(real, home_scripts("请用中文回答: 草莓有几个 r?"))
     assert masked(real, guard, "所以答案是三个。龘") == ""
     assert masked(real, guard, "потому") != ""
     assert masked(real, guard, "“потому”,即因为") == ""
 
 
-def test_an_opening_mark_is_no_way_out_for_good(real: Pieces, english: LanguageGuard) -> None:
+def test_an_opening_mark_is_no_way_out_for_good(real: Pieces, english: LanguageTables) -> None:
     thought = "思考 " * (3 * QUOTED)
     n_tokens = sum(english.foreign[each] for each in ids_of(real, thought))
     for mark in ('"', "“", "「", "«", "`", "$", "\\(", " (", " '"):
@@ -101,7 +98,7 @@ def test_an_opening_mark_is_no_way_out_for_good(real: Pieces, english: LanguageG
     assert masked(real, english, lines) == "", "each line has its own quotations"
 
 
-def test_tokens_that_open_or_close_and_write_at_once(real: Pieces, english: LanguageGuard) -> None:
+def test_tokens_that_open_or_close_and_write_at_once(real: Pieces, english: LanguageTables) -> None:
     """Qwen's vocabulary has a few: they are judged letter by letter."""
     one = {text: ids_of(real, text) for text in ("」と", "（笑", "”的")}
     assert all(len(ids) == 1 for ids in one.values())
@@ -110,7 +107,7 @@ def test_tokens_that_open_or_close_and_write_at_once(real: Pieces, english: Lang
     assert masked(real, english, "“x”的") == "”的"
 
 
-def test_marks_that_are_spread_over_tokens_quote_too(real: Pieces, english: LanguageGuard) -> None:
+def test_marks_that_are_spread_over_tokens_quote_too(real: Pieces, english: LanguageTables) -> None:
     """ " ‹" is two tokens in Qwen's vocabulary; any mark may come in pieces."""
     by_bytes = {real[each]: each for each in range(real.n_ids - 1, -1, -1)}
     thought = ids_of(real, "思考")
@@ -120,11 +117,11 @@ def test_marks_that_are_spread_over_tokens_quote_too(real: Pieces, english: Lang
         found = []
         for more in ([], [b" "]):
             ids = [by_bytes[part] for part in (*parts, *more)]
-            state = english.start([])
-            for each in ids:
-                state = english.push(state, mx.array(each, mx.uint32))
-            assert state.tolist() == english.start(ids).tolist()
-            found.append(english.masked(mx.zeros(real.n_ids), state)[thought[0]].item() == -math.inf)
+            fed, at_once = LanguageMask(english), LanguageMask(english)
+            at_once.start([], ids)
+            behind = [mask(mx.array(ids, mx.uint32), mx.zeros((1, real.n_ids))) for mask in (fed, at_once)]
+            assert mx.array_equal(*behind)
+            found.append(behind[0][0, thought[0]].item() == -math.inf)
         return found
 
     assert len(ids_of(real, " ‹")) == 2
@@ -151,22 +148,23 @@ def test_marks_that_are_spread_over_tokens_quote_too(real: Pieces, english: Lang
     assert masked_of([b"\xe3\x80", b"\xe3\x80", b"\x8c"]) == [False, False], "the second beginning counts"
 
 
-def test_where_qwq_really_drifted_the_guard_masks_it(real: Pieces, english: LanguageGuard, shared: Path) -> None:
+def test_where_qwq_really_drifted_the_guard_masks_it(real: Pieces, english: LanguageTables, shared: Path) -> None:
     n_drifts = 0
     for row in (shared / "traces" / "qwq_preview_traces.jsonl").read_text().splitlines():
         trace = json.loads(row)
         if re.search("[一-鿿]", trace["prompt"]) or not (found := re.search("[一-鿿]+", trace["response"])):
             continue
         n_drifts += 1
-        before = english.start(ids_of(real, trace["response"][: found.start()]))
-        allowed = english.masked(mx.zeros(real.n_ids), before)
-        assert allowed[ids_of(real, found[0])[0]].item() == -math.inf, trace["id"]
+        ids, mask = ids_of(real, trace["response"][: found.start()]), LanguageMask(english)
+        mask.start([], ids)
+        allowed = mask(mx.array(ids, mx.uint32), mx.zeros((1, real.n_ids)))
+        assert allowed[0, ids_of(real, found[0])[0]].item() == -math.inf, trace["id"]
     assert n_drifts == 4
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_whatever_is_drawn_foreign_letters_are_quoted_and_both_ways_to_the_state_agree(
-    real: Pieces, english: LanguageGuard, seed: int
+    real: Pieces, english: LanguageTables, seed: int
 ) -> None:
     random = np.random.default_rng(seed)
     marks = ['"', ' "', "“", "”", "「", "」", "«", "»", " (", ")", "`", "\n", " a", "b", "，", ' "(']
@@ -175,12 +173,13 @@ def test_whatever_is_drawn_foreign_letters_are_quoted_and_both_ways_to_the_state
     chances = mx.full((real.n_ids,), -math.inf)
     chances[mx.array(offered)] = 0.0
     chances[ids_of(real, "b")[0]] = 2.0
-    state, ids = english.start([]), []
+    mask, ids = LanguageMask(english), list[int]()
     for place in range(160):
-        drawn = mx.random.categorical(english.masked(chances, state), key=mx.random.key(1000 * seed + place))
-        ids.append(int(drawn.item()))
-        state = english.push(state, drawn)
-        assert state.tolist() == english.start(ids).tolist()
+        tokens, at_once = mx.array(ids, mx.uint32), LanguageMask(english)
+        at_once.start([], ids)
+        allowed = mask(tokens, chances[None])
+        assert mx.array_equal(allowed, at_once(tokens, chances[None]))
+        ids.append(int(mx.random.categorical(allowed[0], key=mx.random.key(1000 * seed + place)).item()))
     text = b"".join(real[each] for each in ids).decode(errors="ignore")
     assert len(scripts_of(text)) > 3, "foreign letters came"
     assert not set(scripts_of(_QUOTED.sub("", text))) - home_scripts("x"), text
@@ -209,10 +208,10 @@ def test_a_token_that_begins_a_character_is_judged_by_what_it_can_become(
 ) -> None:
     pieces = Pieces(load_tokenizer(tiny_checkpoint, vocab_size=320))
     pieces._known = dict.fromkeys(range(pieces.n_ids), b"a") | {7: piece}
-    guard = LanguageGuard(pieces, home_scripts(home))
+    guard = LanguageTables(pieces, home_scripts(home))
     assert np.flatnonzero(guard.foreign).tolist() == ([7] if is_foreign else [])
-    allowed = guard.masked(mx.zeros(pieces.n_ids), guard.start([]))
-    assert (allowed == -mx.inf).tolist() == guard.foreign.tolist()
+    allowed = LanguageMask(guard)(mx.array([], mx.uint32), mx.zeros((1, pieces.n_ids)))
+    assert (allowed[0] == -mx.inf).tolist() == guard.foreign.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +242,7 @@ def test_a_guarded_run_writes_no_foreign_letters_and_an_unguarded_one_reports_th
     assert "Han" not in scripts_of(guarded.text) and guarded.events == ()
 
 
-def quoting(reasoner: Reasoner, *, language_guard: bool = True, seed: int = 2, n: int = 300) -> Run:
+def quoting(reasoner: Reasoner, *, language_guard: bool = True, seed: int = 2, n: int = 300) -> Stream:
     """A run that writes only the three bytes of 水, a letter, quotation marks and line breaks."""
     strength = {b"\xe6": 2.0, b"\xb0": 2.0, b"\xb4": 2.0, b"a": 0.0, b"\n": -1.0, b'"': 0.5}
     bias = {i: strength.get(reasoner.pieces[i], float("-inf")) for i in range(reasoner.pieces.n_ids)}
@@ -279,8 +278,8 @@ def test_a_guarded_run_quotes_foreign_letters_and_goes_on_the_same_from_anywhere
 @pytest.mark.tiny
 def test_a_bias_that_leaves_nothing_beside_the_guard_is_refused(tiny_checkpoint: Path) -> None:
     pieces = Pieces(load_tokenizer(tiny_checkpoint, vocab_size=320))
-    guard = LanguageGuard(pieces, home_scripts("x"))
+    guard = LanguageTables(pieces, home_scripts("x"))
     ours = {i: -math.inf for i in range(pieces.n_ids) if not guard.foreign[i]}
-    Sampler(Sampling(logit_bias=ours).resolve(NEUTRAL), seed=0, n_ids=pieces.n_ids)
+    LogitBias(ours, n_ids=pieces.n_ids)
     with pytest.raises(OptionError, match="logit_bias bans every id that the language guard allows, so nothing could"):
-        Sampler(Sampling(logit_bias=ours).resolve(NEUTRAL), seed=0, n_ids=pieces.n_ids, guard=guard)
+        LogitBias(ours, n_ids=pieces.n_ids, masked=guard.foreign.tolist())

@@ -123,10 +123,9 @@ def test_draws_follow_the_probabilities() -> None:
     logits = np.random.default_rng(0).normal(0, 1.5, 50).astype(np.float32)
     chosen = sampling(temperature=0.8, top_k=10, top_p=0.9)
     expected = probabilities(logits, chosen)
-    sampler = Sampler(chosen, seed=11, n_ids=50)
-    memory, x = sampler.start([0]), mx.array(logits)
+    sampler, x = Sampler(chosen, seed=11), mx.array(logits)
     n_draws = 4000
-    found = Counter(mx.stack([sampler.draw(x, memory, index) for index in range(n_draws)]).tolist())
+    found = Counter(mx.stack([sampler.draw(x, index) for index in range(n_draws)]).tolist())
     assert set(found) <= set(np.flatnonzero(expected).tolist())
     possible = np.flatnonzero(expected)
     chi2 = sum((found[i] - n_draws * expected[i]) ** 2 / (n_draws * expected[i]) for i in possible.tolist())
@@ -139,8 +138,8 @@ def test_a_draw_depends_on_seed_index_and_salt_alone() -> None:
     x = mx.array(np.random.default_rng(2).normal(0, 1, 300).astype(np.float32))
 
     def ids(seed: int, salt: int = 0, first: int = 0) -> list[int]:
-        sampler = Sampler(sampling(temperature=1.0), seed=seed, n_ids=300, salt=salt)
-        return [sampler.draw(x, sampler.start([1]), index).item() for index in range(first, first + 20)]
+        sampler = Sampler(sampling(temperature=1.0), seed=seed, salt=salt)
+        return [sampler.draw(x, index).item() for index in range(first, first + 20)]
 
     assert ids(5) == ids(5)
     assert ids(5, first=10)[:10] == ids(5)[10:]
@@ -155,46 +154,11 @@ def test_a_draw_depends_on_seed_index_and_salt_alone() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-300, 5e-324])
 def test_temperature_zero_and_tiny_take_the_likeliest(temperature: float) -> None:
     logits = np.random.default_rng(4).normal(0, 2, 400).astype(np.float32)
-    sampler = Sampler(sampling(temperature=temperature, top_k=20, top_p=0.8), seed=0, n_ids=400)
-    drawn = {sampler.draw(mx.array(logits), sampler.start([0]), i).item() for i in range(20)}
+    sampler = Sampler(sampling(temperature=temperature, top_k=20, top_p=0.8), seed=0)
+    drawn = {sampler.draw(mx.array(logits), i).item() for i in range(20)}
     assert drawn == {int(logits.argmax())}
 
 
-def test_repetition_presence_and_frequency_penalties_equal_a_plain_twin() -> None:
-    torch = pytest.importorskip("torch")
-    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
-
-    logits = np.random.default_rng(8).normal(0, 2, 40).astype(np.float32)
-    prompt, output = [3, 3, 7], [5, 7, 5, 5]
-    chosen = sampling(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=-0.25)
-    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt + output]), torch.tensor(logits)[None])[0]
-    expected = expected.numpy().copy()
-    for token_id in set(output):
-        expected[token_id] -= 0.5 - 0.25 * output.count(token_id)
-    sampler = Sampler(chosen, seed=0, n_ids=40)
-    at_once = sampler.start(prompt, output)
-    one_by_one = sampler.start(prompt)
-    for token_id in output:
-        one_by_one = sampler.push(one_by_one, mx.array(token_id, mx.uint32))
-    for memory in (at_once, one_by_one):
-        np.testing.assert_allclose(np.array(sampler.adjusted(mx.array(logits), memory)), expected, rtol=1e-6)
-
-
-def test_logit_bias_is_added_and_minus_infinity_bans() -> None:
-    logits = np.zeros(6, dtype=np.float32)
-    sampler = Sampler(sampling(temperature=1.0, logit_bias={2: 1.5, 4: float("-inf")}), seed=0, n_ids=6)
-    adjusted = np.array(sampler.adjusted(mx.array(logits), sampler.start([0])))
-    assert adjusted.tolist() == [0, 0, 1.5, 0, float("-inf"), 0]
-    drawn = {sampler.draw(mx.array(logits), sampler.start([0]), i).item() for i in range(200)}
-    assert drawn == {0, 1, 2, 3, 5}
-
-
-def test_impossible_biases_and_unresolved_samplings_are_refused() -> None:
-    with pytest.raises(
-        OptionError, match=r"logit_bias has the id 10, expected ids from 0 to 9, the tokenizer's last\."
-    ):
-        Sampler(sampling(logit_bias={10: 1.0}), seed=0, n_ids=10)
-    with pytest.raises(OptionError, match="logit_bias bans every id"):
-        Sampler(sampling(logit_bias={0: float("-inf"), 1: float("-inf")}), seed=0, n_ids=2)
+def test_unresolved_samplings_are_refused() -> None:
     with pytest.raises(OptionError, match=r"still has a value of None; call resolve\(\) first"):
         kept(mx.zeros(4), Sampling(temperature=1.0))

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.generate import __main__ as command
@@ -69,10 +71,10 @@ def test_the_answer_is_asked_for_in_place_of_the_end(
     # the same, without Run, from the model alone: the prompt, those ids, and the draws of their places
     n_ids, module = reasoner.model.tokenizer.n_ids, reasoner.model.module
     sampling = reasoner.resolved(Sampling(temperature=1.0, seed=SEED))
-    alone = Decoder(module, Sampler(sampling, seed=SEED, n_ids=n_ids), n_ids=n_ids)
-    list(alone.prefill(first.prompt_ids, step=512))
-    alone.force([*first.ids[:-1], *cue])
-    expected = [alone.next().id for _ in range(len(trace.ids) - injection.end)]
+    alone, row = Decoder(module, n_ids=n_ids), Row(Sampler(sampling, seed=SEED), cache=new_cache(module))
+    list(alone.prefill(row, first.prompt_ids, chunk=512))
+    alone.force(row, [*first.ids[:-1], *cue])
+    expected = [alone.step([row])[0].id for _ in range(len(trace.ids) - injection.end)]
     assert list(trace.ids[injection.end :]) == expected
 
     half = reasoner.resume(tmp_path / "run", answer_now=True)
@@ -139,10 +141,11 @@ def test_the_last_tokens_of_a_full_context_make_room_for_the_answer(reasoner: Re
     assert trace.ids[: cut.start] == first.ids[: cut.start] and trace.finish_reason == "answered"
     assert cut.end + 30 == len(trace.ids) and len(first.ids) - 3 <= len(trace.ids) < len(first.ids)
     n_ids, module = reasoner.model.tokenizer.n_ids, reasoner.model.module
-    alone = Decoder(module, Sampler(reasoner.resolved(sampling), seed=1, n_ids=n_ids), n_ids=n_ids)
-    list(alone.prefill(first.prompt_ids, step=512))
-    alone.force(list(trace.ids[: cut.end]))
-    assert [alone.next().id for _ in range(30)] == list(trace.ids[cut.end :])
+    alone = Decoder(module, n_ids=n_ids)
+    row = Row(Sampler(reasoner.resolved(sampling), seed=1), cache=new_cache(module))
+    list(alone.prefill(row, first.prompt_ids, chunk=512))
+    alone.force(row, list(trace.ids[: cut.end]))
+    assert [alone.step([row])[0].id for _ in range(30)] == list(trace.ids[cut.end :])
 
     small = reasoner.stream("x", sampling=sampling, thinking=Thinking(on_loop="off"), limits=Limits(context=100))
     n_output = len(finished(small).ids)

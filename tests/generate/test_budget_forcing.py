@@ -8,18 +8,23 @@ from typing import Any
 import pytest
 from checkpoints import tokenizer_json, write_json
 
-from qwq_mlx.generate.budget_forcing import Asking, cue_ids
+from qwq_mlx.generate.budget_forcing import BudgetForcing, cue_ids
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.model.tokenizer import load_tokenizer
 from qwq_mlx.options import CUE_PATIENCE, Limits, Sampling, Thinking
 from qwq_mlx.reasoning.profile import find_profile
+from qwq_mlx.trace.trace import Step
 
 CUE = find_profile("qwq-preview").cue
 
 
-def first_due(asking: Asking, texts: list[str]) -> int | None:
+def step(text: str) -> Step:
+    return Step(index=0, id=0, text=text, logprob=0.0, entropy=0.0, segment="thinking")
+
+
+def first_due(asking: BudgetForcing, texts: list[str]) -> int | None:
     """After how many tokens the cue is due; None if never."""
-    found = [n for n, text in enumerate(texts, start=1) if asking.due(text, "thinking") is not None]
+    found = [n for n, text in enumerate(texts, start=1) if asking.feed(step(text), "thinking") is not None]
     assert len(found) <= 1, "asked for once"
     return found[0] if found else None
 
@@ -40,29 +45,29 @@ HALF = CUE_PATIENCE // 2
     ],
 )
 def test_the_cut_waits_for_a_good_place(texts: list[str], expected: int | None) -> None:
-    assert first_due(Asking(Thinking(think_tokens=3)), texts) == expected
+    assert first_due(BudgetForcing(Thinking(think_tokens=3)), texts) == expected
 
 
 def test_the_cut_waits_no_longer_than_its_patience() -> None:
-    assert first_due(Asking(Thinking(think_tokens=10)), [" word"] * 300) == 10 + CUE_PATIENCE
-    asking = Asking(Thinking())
+    assert first_due(BudgetForcing(Thinking(think_tokens=10)), [" word"] * 300) == 10 + CUE_PATIENCE
+    asking = BudgetForcing(Thinking())
     assert first_due(asking, [" word"] * 300) is None
     asking.ask("answered")
     assert first_due(asking, [" word"] * 300) == CUE_PATIENCE
 
 
 def test_the_first_reason_stays_and_an_answer_begun_is_left_alone() -> None:
-    asking = Asking(Thinking(think_tokens=2))
+    asking = BudgetForcing(Thinking(think_tokens=2))
     asking.ask("answered")
-    assert [asking.due(text, "thinking") for text in ("a", "b", "c\n", "\n", "\n\n")] == [
+    assert [asking.feed(step(text), "thinking") for text in ("a", "b", "c\n", "\n", "\n\n")] == [
         None,
         None,
         None,
         "answered",
         None,
     ]
-    begun = Asking(Thinking(think_tokens=1))
-    assert [begun.due("x\n", "answer") for _ in range(100)] == [None] * 100
+    begun = BudgetForcing(Thinking(think_tokens=1))
+    assert [begun.feed(step("x\n"), "answer") for _ in range(100)] == [None] * 100
 
 
 @pytest.mark.parametrize(("after", "gap"), [("", "\n\n"), ("a", "\n\n"), ("a\n", "\n"), ("\n", "\n"), ("\n\n", "")])

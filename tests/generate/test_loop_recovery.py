@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qwq_mlx.engine.row import Token
 from qwq_mlx.generate.loop_recovery import MAX_NUDGES, STRETCH
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.options import Limits, Sampling, Thinking
@@ -52,7 +53,7 @@ def test_a_loop_in_the_answer_itself_is_stopped(reasoner: Reasoner) -> None:
     # the cue is part of the question's text here, so the model is in its answer from the first token on
     given = looping(reasoner)
     run = reasoner.stream("x", **given)
-    run._written.add(0, "**Final Answer**\n\n", logprob=0.0, entropy=0.0)
+    run.run.output.feed(Token(0, 0.0, 0.0), "**Final Answer**\n\n")
     for _ in run:
         pass
     trace = run.trace()
@@ -77,7 +78,7 @@ def test_nudge_goes_back_before_the_loop_and_out_of_it(reasoner: Reasoner) -> No
     assert trace.ids[:start] == plain.ids[:start] and trace.ids[start:] != plain.ids[start : len(trace.ids)]
     assert len(trace.ids) == len(trace.logprobs) == indices[-1] + 1
     assert trace.text == reasoner.decode([i for i in trace.ids if i not in reasoner.model.stop_ids])
-    assert run._decoder.ids[run._decoder.n_prompt :] == list(trace.ids)
+    assert run._running.row.ids[run._running.row.n_prompt :] == list(trace.ids)
 
 
 def test_nudges_that_do_not_help_end_in_the_answer(reasoner: Reasoner) -> None:
@@ -91,7 +92,7 @@ def test_nudges_that_do_not_help_end_in_the_answer(reasoner: Reasoner) -> None:
 
 def test_after_the_stretch_the_temperature_is_the_runs_own(reasoner: Reasoner) -> None:
     run = reasoner.stream("x", **looping(reasoner, strength=12.0, on_loop="nudge"))
-    hot = [run._decoder.sampler.sampling.temperature for _ in run]
+    hot = [run._running.row.sampler.sampling.temperature for _ in run]
     assert 0.0 in hot and 1.0 in hot
     first = hot.index(1.0)
     after = hot[first : first + STRETCH + 2]
@@ -106,4 +107,4 @@ def test_banned_texts_hold_through_a_nudge(reasoner: Reasoner) -> None:
     trace = run.trace()
     assert any(event["action"] == "nudge" for event in trace.events)
     assert "e" not in trace.text.replace("**Final Answer**", "")
-    assert run._decoder.ids[run._decoder.n_prompt :][: len(trace.ids)] == list(trace.ids)
+    assert run._running.row.ids[run._running.row.n_prompt :][: len(trace.ids)] == list(trace.ids)

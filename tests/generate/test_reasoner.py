@@ -83,9 +83,9 @@ def test_sampling_comes_from_generation_config_unless_given(reasoner: Reasoner) 
 
 def test_max_tokens_defaults_to_the_room_left_in_the_context(reasoner: Reasoner) -> None:
     run = reasoner.stream(QUESTION, limits=Limits(context=100))
-    assert run.setup.limits.max_tokens == 100 - len(run.trace().prompt_ids)
+    assert run.request.limits.max_tokens == 100 - len(run.trace().prompt_ids)
     run = reasoner.stream(QUESTION)
-    assert run.setup.limits.context == 512
+    assert run.request.limits.context == 512
 
 
 def test_the_end_is_named(reasoner: Reasoner) -> None:

@@ -17,7 +17,7 @@ from checkpoints import write_tiny_checkpoint
 from commands import ENVIRONMENT
 
 from qwq_mlx.errors import BackendError, LoadError, OptionError, OutOfMemoryError, QwqError
-from qwq_mlx.model import load
+from qwq_mlx.model import load, upstream
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import load_model
 from qwq_mlx.model.upstream import import_mlx_lm
@@ -210,11 +210,11 @@ def test_a_machine_without_a_backend_is_told_what_to_install(monkeypatch: pytest
     def missing(name: str) -> None:
         raise ImportError("libmlx.so: cannot open shared object file")
 
-    monkeypatch.setattr(load.importlib, "import_module", missing)
+    monkeypatch.setattr(upstream.importlib, "import_module", missing)
     with pytest.raises(
         BackendError, match=r"MLX cannot start .*libmlx\.so.* pip install 'mlx\[cpu\]', or 'mlx\[cuda13\]'"
     ):
-        load.import_mlx()
+        upstream.import_mlx()
 
 
 def test_no_code_of_a_folder_is_run(folder: Path) -> None:

@@ -147,13 +147,13 @@ def test_the_flag_for_kv_bits_reaches_the_cache(
     given: str, wide: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[Any] = []
-    real: Callable[..., Any] = rooms.Run.__init__
+    real: Callable[..., Any] = rooms.Stream.__init__
 
     def noted(self: Any, *arguments: Any, **named: Any) -> None:
         real(self, *arguments, **named)
-        seen.append(self._decoder.cache)
+        seen.append(self._running.row.cache)
 
-    monkeypatch.setattr(rooms.Run, "__init__", noted)
+    monkeypatch.setattr(rooms.Stream, "__init__", noted)
     assert command.main(["-p", "x", "--model", str(wide), "--max-tokens", "3", "--kv-bits", given]) == 0
     assert [layer.bits for layer in seen[0]] == [int(given)] * 2
     capsys.readouterr()

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.errors import LoadError, OptionError
 from qwq_mlx.facts import QWQ_32B_PREVIEW
@@ -112,9 +113,9 @@ def test_the_planned_peak_is_near_the_measured_one(
     model = load_model(folder, compute_type=compute_type)
     cache = new_cache(model.module, kv_bits)
     mx.reset_peak_memory()
-    sampler = Sampler(Sampling(seed=0).resolve(NEUTRAL), seed=0, n_ids=model.tokenizer.n_ids)
-    decoder = Decoder(model.module, sampler, n_ids=model.tokenizer.n_ids, cache=cache)
-    assert list(decoder.prefill([7] * 513, step=step))[-1] == 512
+    decoder = Decoder(model.module, n_ids=model.tokenizer.n_ids)
+    row = Row(Sampler(Sampling(seed=0).resolve(NEUTRAL), seed=0), cache=cache)
+    assert list(decoder.prefill(row, [7] * 513, chunk=step))[-1] == 512
     measured = mx.get_peak_memory() - before
     workload = Workload(prefill_step=step, kv_bits=kv_bits, compute_type=compute_type)
     assert 0.98 < plan_memory(folder, workload, backend="cpu").peak_bytes / measured < 1.05

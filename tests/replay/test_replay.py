@@ -23,7 +23,7 @@ from qwq_mlx.generate import __main__ as generate
 from qwq_mlx.generate import receipt as receipt_module
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.receipt import Receipt, read_receipt
-from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
+from qwq_mlx.options import Limits, Sampling, Thinking
 from qwq_mlx.replay import __main__ as command
 from qwq_mlx.replay.compare import Difference, replay
 from qwq_mlx.trace.trace import Trace
@@ -133,8 +133,8 @@ def test_tokens_that_were_taken_back_are_no_difference(reasoner: Reasoner) -> No
 
 
 def test_what_a_receipt_cannot_hold_is_refused(reasoner: Reasoner, tmp_path: Path) -> None:
-    hooked = written(reasoner, inspect=Inspect(logits_hook=lambda index, ids, logits: mx.negative(logits)))
-    with pytest.raises(OptionError, match="The run had a logits_hook, which its receipt does not hold"):
+    hooked = written(reasoner, logits_processors=[lambda tokens, logits: mx.negative(logits)])
+    with pytest.raises(OptionError, match="The run had logits processors of its caller, which its receipt"):
         replay(reasoner, reasoner.receipt(hooked))
     run = reasoner.stream("x", sampling=Sampling(seed=1), limits=Limits(max_tokens=8))
     list(run)

@@ -3,7 +3,7 @@
 One process at a time keeps a file: a second one is refused before it loads a model. A checkpoint that cannot be written
 (the disk is full, say) costs a warning, not the run; the file is then the one before, whole.
 
-Does not: decide what a checkpoint holds (`run.Run.save` does), or print.
+Does not: decide what a checkpoint holds (`stream.Stream.save` does), or print.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from types import TracebackType
 
 from qwq_mlx.errors import GenerationError, OptionError
 from qwq_mlx.files.lock import FolderLock
-from qwq_mlx.generate.run import Run
+from qwq_mlx.generate.stream import Stream
 from qwq_mlx.trace.trace import Step, Trace
 
-__all__ = ["Keeper", "keep_unasked", "way_on"]
+__all__ = ["Autosave", "keep_unasked", "way_on"]
 
 
-class Keeper:
-    """`with Keeper(path, every=N, warn=...) as keeper:` holds the file; iterate over `keeper.steps(run)`.
+class Autosave:
+    """`with Autosave(path, every=N, warn=...) as autosave:` holds the file; iterate over `autosave.steps(run)`.
 
     path: the file. every: tokens between two checkpoints, None for none before the end. warn: called with one line.
     Raises OptionError for every below 1, ConversionError naming the process that holds the file.
@@ -38,7 +38,7 @@ class Keeper:
         self._warn = warn
         self._lock = FolderLock(path.resolve())
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> Autosave:
         self._lock.__enter__()
         for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
             left.unlink()  # of a process that was killed while it wrote; nobody else writes, the lock is ours
@@ -49,14 +49,14 @@ class Keeper:
     ) -> None:
         self._lock.__exit__(kind, error, trace)
 
-    def steps(self, run: Run) -> Iterator[Step]:
+    def steps(self, run: Stream) -> Iterator[Step]:
         """The run's steps; after every N of them a checkpoint is written."""
         for step in run:
             yield step
             if self._every is not None and (step.index + 1) % self._every == 0 and not run.is_finished:
                 self.save(run)
 
-    def save(self, run: Run) -> bool:
+    def save(self, run: Stream) -> bool:
         """Write a checkpoint; a failure is a warning. Returns whether the file holds the run as it is."""
         try:
             run.save(self.path)
@@ -66,7 +66,7 @@ class Keeper:
         return True
 
 
-def keep_unasked(run: Run, note: Callable[[str], None]) -> None:
+def keep_unasked(run: Stream, note: Callable[[str], None]) -> None:
     """Save a run under a name of its own; note is told which, or why it is not saved.
 
     A run that MLX failed in is left without its cache, so that its file is small.

@@ -74,7 +74,8 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], arrays: Mapping[str, 
 
 
 def read_checkpoint(path: Path) -> tuple[Any, dict[str, mx.array]]:
-    """State and arrays of a file that `write_checkpoint` wrote, every byte checked; `saved` checks what they say.
+    """State and arrays of a file that `write_checkpoint` wrote, every byte checked; `state` and `resume` check the
+    rest.
 
     Raises SourceError: no such file, another format or schema, a digest that does not fit, or no state.
     """

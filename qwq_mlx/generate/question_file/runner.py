@@ -24,7 +24,7 @@ from qwq_mlx.generate.checkpoint.file import model_digest
 from qwq_mlx.generate.question_file.questions import Question
 from qwq_mlx.generate.question_file.results import Results, result_line
 from qwq_mlx.generate.reasoner import Reasoner
-from qwq_mlx.generate.run import Run
+from qwq_mlx.generate.stream import Stream
 from qwq_mlx.options import Limits, Sampling, Thinking, to_json
 from qwq_mlx.trace.trace import Trace
 
@@ -81,7 +81,7 @@ class Batch:
             "settings": to_json(self._sampling, limits, thinking),
             "system_prompt": system_prompt,
         }
-        self._run: Run | None = None
+        self._run: Stream | None = None
         self._progress: Callable[[Stand], None] | None = None
         self._started_s = self._told_s = 0.0
         self._n_before = self._n_tokens = 0

@@ -21,13 +21,12 @@ from commands import ENVIRONMENT
 
 from qwq_mlx.errors import ConversionError, GenerationError, OptionError, OutOfMemoryError
 from qwq_mlx.generate import __main__ as command
-from qwq_mlx.generate.checkpoint import autosave as keeping
 from qwq_mlx.generate.checkpoint import file as checkpoint
-from qwq_mlx.generate.checkpoint.autosave import Keeper
+from qwq_mlx.generate.checkpoint.autosave import Autosave
 from qwq_mlx.generate.checkpoint.file import read_checkpoint
 from qwq_mlx.generate.reasoner import Reasoner, load
-from qwq_mlx.generate.run import Run
 from qwq_mlx.generate.stopping import failure_of
+from qwq_mlx.generate.stream import Stream
 from qwq_mlx.options import Limits, Sampling, Thinking
 from qwq_mlx.trace.trace import Trace
 
@@ -47,13 +46,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Reasoner:
     )
 
 
-def started(reasoner: Reasoner, n: int = 30, **limits: Any) -> Run:
+def started(reasoner: Reasoner, n: int = 30, **limits: Any) -> Stream:
     return reasoner.stream(
         "x 数", sampling=SAMPLED, limits=Limits(max_tokens=n, **limits), thinking=Thinking(on_loop="off")
     )
 
 
-def ids(run: Run) -> list[int]:
+def ids(run: Stream) -> list[int]:
     return [step.id for step in run]
 
 
@@ -84,7 +83,7 @@ def test_a_run_resumes_and_forks_bit_for_bit_where_its_cache_grows(
     n_around = len(wide.stream("7").trace().prompt_ids) - 1
     n_prompt = boundary - 4
 
-    def start() -> Run:
+    def start() -> Stream:
         return wide.stream(
             "7" * (n_prompt - n_around),
             sampling=Sampling(temperature=temperature, seed=4),
@@ -94,7 +93,7 @@ def test_a_run_resumes_and_forks_bit_for_bit_where_its_cache_grows(
 
     whole = [(step.id, step.logprob, step.entropy) for step in start()]
     run = start()
-    assert len(run.setup.prompt_ids) == n_prompt
+    assert len(run.request.prompt_ids) == n_prompt
     assert len(whole) == 12
     capacities = []
     for number, step in enumerate(run, start=1):
@@ -122,8 +121,8 @@ def test_a_checkpoint_is_written_every_n_tokens_and_is_whole(reasoner: Reasoner,
     path = tmp_path / "run"
     whole = ids(started(reasoner))
     notes: list[str] = []
-    with Keeper(path, every=10, warn=notes.append) as keeper:
-        for step in keeper.steps(started(reasoner)):
+    with Autosave(path, every=10, warn=notes.append) as autosave:
+        for step in autosave.steps(started(reasoner)):
             if step.index == 25:
                 break
         assert [entry[0] for entry in read_checkpoint(path)[0]["steps"]] == whole[:20]
@@ -145,8 +144,8 @@ def test_a_full_disk_costs_a_warning_and_leaves_the_checkpoint_before(
 
     monkeypatch.setattr(checkpoint, "fsync_file", full)
     run = started(reasoner)
-    with Keeper(path, every=10, warn=notes.append) as keeper:
-        produced = [step.id for step in keeper.steps(run)]
+    with Autosave(path, every=10, warn=notes.append) as autosave:
+        produced = [step.id for step in autosave.steps(run)]
     assert len(produced) == 30 and run.trace().finish_reason == "length"
     assert [note.split(": ")[0] for note in notes] == ["warning"], "tokens 20; the last one belongs to the end"
     assert "No space left on device" in notes[0] and "the run goes on" in notes[0]
@@ -175,23 +174,23 @@ def test_the_exit_code_tells_a_full_disk_from_another_fault(
 
 
 def test_a_second_keeper_of_one_file_is_refused(tmp_path: Path) -> None:
-    with Keeper(tmp_path / "run", every=None, warn=print):
+    with Autosave(tmp_path / "run", every=None, warn=print):
         script = (
-            "import sys; from pathlib import Path; from qwq_mlx.generate.checkpoint.autosave import Keeper\n"
-            "with Keeper(Path(sys.argv[1]), every=None, warn=print): pass"
+            "import sys; from pathlib import Path; from qwq_mlx.generate.checkpoint.autosave import Autosave\n"
+            "with Autosave(Path(sys.argv[1]), every=None, warn=print): pass"
         )
         done = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True, check=False
         )
         assert "ConversionError" in done.stderr and f"process {os.getpid()}" in done.stderr
-        with pytest.raises(ConversionError, match="is writing it"), Keeper(tmp_path / "run", every=None, warn=print):
+        with pytest.raises(ConversionError, match="is writing it"), Autosave(tmp_path / "run", every=None, warn=print):
             pass
 
 
 def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
     for name in (".run.123.tmp", ".other.123.tmp", "run"):
         (tmp_path / name).write_text("x")
-    with Keeper(tmp_path / "run", every=None, warn=print):
+    with Autosave(tmp_path / "run", every=None, warn=print):
         pass
     assert sorted(each.name for each in tmp_path.iterdir()) == [".other.123.tmp", "run"]
 
@@ -200,7 +199,7 @@ def test_saving_never_and_nowhere_are_refused(
     tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(OptionError, match="save_every is 0, expected a number of tokens of at least 1"):
-        Keeper(tmp_path / "run", every=0, warn=print)
+        Autosave(tmp_path / "run", every=0, warn=print)
     given = ["-p", "x", "--model", str(tiny_checkpoint), "--save-every", "5"]
     assert command.main(given) == 2
     assert "--save-every says how often, but not where. Give --save FILE too." in capsys.readouterr().err
@@ -210,8 +209,8 @@ def test_the_flags_reach_the_keeper_and_a_full_context_is_saved_and_gone_on_with
     tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved: list[int] = []
-    real = keeping.Keeper.save
-    monkeypatch.setattr(keeping.Keeper, "save", lambda self, run: saved.append(len(run.trace().ids)) or real(self, run))
+    real = Autosave.save
+    monkeypatch.setattr(Autosave, "save", lambda self, run: saved.append(len(run.trace().ids)) or real(self, run))
     model = ["--model", str(tiny_checkpoint)]
     path = tmp_path / "run"
     reasoner = load(tiny_checkpoint)
@@ -300,7 +299,7 @@ def test_only_what_would_be_taken_is_advised(
 ) -> None:
     """--kv-bits 8 was advised where it is refused, and where it is given already."""
     run = started(request.getfixturevalue(name), 6, **limits)
-    error = failure_of(RuntimeError("[malloc] Unable to allocate 8 bytes."), run.trace(), run.setup)
+    error = failure_of(RuntimeError("[malloc] Unable to allocate 8 bytes."), run.trace(), run.request)
     assert f"End what else takes memory, or start with {advice}. What was written" in str(error)
 
 
@@ -370,7 +369,7 @@ def test_what_memory_ran_out_in_is_kept_unasked_where_the_disk_takes_it(
     assert f"saved: go on with --resume {kept.name}\n" in capsys.readouterr().err
     assert read_checkpoint(kept)[1] == {}, "no cache, so it is small"
     failing.n_calls, failing.fails_at = 0, 30
-    monkeypatch.setattr(Run, "save", lambda *_: (_ for _ in ()).throw(GenerationError("the disk is full")))
+    monkeypatch.setattr(Stream, "save", lambda *_: (_ for _ in ()).throw(GenerationError("the disk is full")))
     assert command.main(given) == 5
     assert "warning: not saved: the disk is full\n" in capsys.readouterr().err
 
@@ -382,13 +381,13 @@ def test_killed_at_any_moment_the_file_is_whole_and_goes_on_to_the_same_ids(
     path = tmp_path / "run"
     whole = ids(started(reasoner, 200))
     script = (
-        "import sys; from pathlib import Path; from qwq_mlx.generate.checkpoint.autosave import Keeper\n"
+        "import sys; from pathlib import Path; from qwq_mlx.generate.checkpoint.autosave import Autosave\n"
         "from qwq_mlx.options import Limits, Sampling, Thinking\n"
         "from qwq_mlx.generate.reasoner import load\n"
         "run = load(sys.argv[1]).stream('x 数', sampling=Sampling(temperature=1.0, seed=4),\n"
         "    limits=Limits(max_tokens=200), thinking=Thinking(on_loop='off'))\n"
-        "with Keeper(Path(sys.argv[2]), every=3, warn=print) as keeper:\n"
-        "    for step in keeper.steps(run): pass\n"
+        "with Autosave(Path(sys.argv[2]), every=3, warn=print) as autosave:\n"
+        "    for step in autosave.steps(run): pass\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tiny_checkpoint), str(path)], env=ENVIRONMENT)
     deadline = time.monotonic() + 60

@@ -252,7 +252,8 @@ def test_ids_that_the_model_has_not_are_refused_wherever_a_file_brings_them(
         state, arrays = read_checkpoint(tmp_path / "run")
         state[place][-1] = bad if place == "prompt_ids" else [bad, *state[place][-1][1:]]
         write_checkpoint(tmp_path / "edited", state, arrays)
-        with pytest.raises(SourceError, match=rf"edited: Place \d+ {text} The file is edited; it cannot be resumed"):
+        expected = rf"Place \d+ {text}" if type(bad) is int else rf"{place}.* is {bad!r}, expected a whole number\."
+        with pytest.raises(SourceError, match=rf"edited: {expected} The file is edited; it cannot be resumed"):
             reasoner.resume(tmp_path / "edited", max_tokens=9)
     receipt = reasoner.receipt(run.trace())
     with pytest.raises(OptionError, match=text):

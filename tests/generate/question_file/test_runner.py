@@ -269,8 +269,7 @@ def test_logits_that_are_not_finite_fail_their_question_alone(
     def stream(messages: Any, **options: Any) -> Any:
         run = real(messages, **options)
         if messages == "y":
-            run.setup.model  # noqa: B018
-            monkeypatch.setattr(run, "_step", lambda: (_ for _ in ()).throw(GenerationError("Step 0: NaN")))
+            monkeypatch.setattr(run._decoder, "step", lambda _: (_ for _ in ()).throw(GenerationError("Step 0: NaN")))
         return run
 
     monkeypatch.setattr(reasoner, "stream", stream)

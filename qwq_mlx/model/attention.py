@@ -1,4 +1,7 @@
-"""Attention over a quantized KV cache: no matrix of codes is ever sliced or broadcast.
+"""Attention over several rows, each with a cache of its own, and over a quantized KV cache.
+
+Rows share the projections; each attends to its own cache, so no row is padded to another's length and rows may enter
+and leave at any step. No matrix of codes is ever sliced or broadcast:
 
 mlx_lm hands out the filled part of such a cache, a slice with gaps between the heads, and broadcasts it over the query
 heads that share a key head. With MLX 0.32.4 on CUDA the one has no quantized_matmul ("No implementation for problem
@@ -9,12 +12,13 @@ A cache in the compute type goes through mlx_lm's own attention, unchanged. On C
 with a quantized cache compile their kernels, 50 to 100 s on an H100; heads of a single group, 64 wide, are refused
 there (`memory.can_quantize`), for MLX 0.32.4 multiplies by those wrongly whatever their layout.
 
-Does not: decide when to quantize (`generate.fitting` does), or keep a cache on disk (`generate.cache`).
+Does not: decide when to quantize (`memory.fit` does), or keep a cache on disk (`engine.kv_cache`).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +26,7 @@ import mlx.core as mx
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
 from qwq_mlx.model.upstream import import_mlx_lm
 
-__all__ = ["attention_class", "quantized_cache_class"]
+__all__ = ["RowCaches", "attention_class", "joined", "quantized_cache_class"]
 
 
 @functools.cache
@@ -45,18 +49,32 @@ def quantized_cache_class() -> type[Any]:
     return WholeQuantizedCache
 
 
+class RowCaches:
+    """One layer's caches of the rows of a pass, each with its own length. Each row feeds one id."""
+
+    def __init__(self, caches: Sequence[Any]) -> None:
+        self.caches = tuple(caches)
+
+    def make_mask(self, n_ids: int, return_array: bool = False, window_size: int | None = None) -> None:
+        """None: the one id of a row may look at all that its cache holds."""
+
+
+def joined(caches: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    """The KV caches of some rows as one for their pass, by layer; that of a single row as it is."""
+    return caches[0] if len(caches) == 1 else [RowCaches(layer) for layer in zip(*caches, strict=True)]
+
+
 @functools.cache
 def attention_class() -> type[Any]:
-    """mlx_lm's attention of a Qwen2 layer, but for a `quantized_cache_class()`, which it reads whole."""
+    """mlx_lm's attention of a Qwen2 layer, also over a `quantized_cache_class()`, read whole, and over `RowCaches`."""
     home = import_mlx_lm("mlx_lm.models.qwen2")
+    base = import_mlx_lm("mlx_lm.models.base")
     whole = quantized_cache_class()
 
     class Attention(home.Attention):  # type: ignore[misc, name-defined]
         def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
-            if not isinstance(cache, whole):
+            if not isinstance(cache, (whole, RowCaches)):
                 return super().__call__(x, mask, cache)
-            if mask is None:
-                mask = cache.make_mask(x.shape[1])
             queries, keys, values = (
                 projected.reshape(*x.shape[:2], n_heads, -1).transpose(0, 2, 1, 3)
                 for projected, n_heads in (
@@ -65,10 +83,22 @@ def attention_class() -> type[Any]:
                     (self.v_proj(x), self.n_kv_heads),
                 )
             )
-            queries = self.rope(queries, offset=cache.offset) * self.scale
-            cache.update_and_fetch(self.rope(keys, offset=cache.offset), values)
-            mixed = _attend(queries, cache, mask)
-            return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+            caches = cache.caches if isinstance(cache, RowCaches) else (cache,)
+            mixed = [
+                self._row(queries[row : row + 1], keys[row : row + 1], values[row : row + 1], mask, own)
+                for row, own in enumerate(caches)
+            ]
+            return self.o_proj(mx.concatenate(mixed).transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+
+        def _row(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any, cache: Any) -> Any:
+            """One row's attention over its own cache: (1, heads, n_ids, width)."""
+            queries, keys = self.rope(queries, offset=cache.offset), self.rope(keys, offset=cache.offset)
+            if isinstance(cache, whole):
+                mask = cache.make_mask(queries.shape[2]) if mask is None else mask
+                cache.update_and_fetch(keys, values)
+                return _attend(queries * self.scale, cache, mask)
+            keys, values = cache.update_and_fetch(keys, values)
+            return base.scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
 
     return Attention
 

@@ -1,10 +1,10 @@
-"""The language guard: no letters of scripts that the question does not use, but in quotations, formulas and brackets.
+"""The language mask: no letters of scripts that the question does not use, but in quotations, formulas and brackets.
 
 Which ids are masked depends on whether the output is inside a quotation, and the next step starts before the last id is
 read. So the state machine of `reasoning.quotation` is worked out for every id beforehand, as tables on the device: each
 state's mask, and the state that each id leads to. A step looks up one row and one number.
 
-An opening mark is no way round the guard: what is open ends with its line, and a line has `QUOTED` foreign ids at most.
+An opening mark does not bypass the mask: what is open ends with its line, and a line has `QUOTED` foreign ids at most.
 A Chinese character is often spread over two or three byte tokens, so a token that begins a character without finishing
 it is judged by the characters it can begin.
 
@@ -24,10 +24,11 @@ import mlx.core as mx
 import numpy as np
 
 from qwq_mlx.engine.detokenizer import Pieces
+from qwq_mlx.engine.logits_processors import Incremental
 from qwq_mlx.reasoning.quotation import MARKS, Quoting, followed
 from qwq_mlx.reasoning.scripts import ScriptWatcher, allowed, script_of
 
-__all__ = ["QUOTED", "LanguageGuard", "home_scripts"]
+__all__ = ["QUOTED", "LanguageMask", "LanguageTables", "home_scripts"]
 
 QUOTED = 64
 """Foreign ids that quotations, formulas and brackets may hold in one line."""
@@ -53,48 +54,56 @@ class _State(NamedTuple):
     bytes: str = ""
 
 
-class LanguageGuard:
-    """The masks of one vocabulary and question. home: `home_scripts`. Walks the whole vocabulary once.
+class LanguageTables:
+    """The masks and transitions of one vocabulary and question, shared by all rows that have them.
 
-    Its state after some output is a (2,) int32 array: where in a quotation, and the foreign ids on this line.
-    foreign: (n_ids,) bool, on the host: ids whose text has, or begins, a letter of another script.
+    home: `home_scripts`. Walks the whole vocabulary once. foreign: (n_ids,) bool, on the host: ids whose text has, or
+    begins, a letter of another script.
     """
 
     def __init__(self, pieces: Pieces, home: Collection[str]) -> None:
         shapes = [_shape(pieces[token_id], home) for token_id in range(pieces.n_ids)]
         kinds = {shape: kind for kind, shape in enumerate(dict.fromkeys(shapes))}
-        kind_of = np.array([kinds[shape] for shape in shapes], np.uint32)
-        after, masks = _tables(list(kinds))
-        self.foreign = np.array([_FOREIGN in shape for shape in kinds])[kind_of]
-        self._breaks = np.array(["\n" in shape for shape in kinds])[kind_of]
-        self._after, self._kind_of = after, kind_of
+        self.kind_of = np.array([kinds[shape] for shape in shapes], np.uint32)
+        self.after, masks = _tables(list(kinds))
+        self.foreign = np.array([_FOREIGN in shape for shape in kinds])[self.kind_of]
+        self.breaks = np.array(["\n" in shape for shape in kinds])[self.kind_of]
         # few states differ in what they mask; the last row masks what is foreign, quoted or not
         rows, row_of = np.unique(
             np.concatenate([masks, [[_FOREIGN in shape for shape in kinds]]]), axis=0, return_inverse=True
         )
-        self._strict = int(row_of.ravel()[-1])
-        self._masks = mx.array(rows[:, kind_of]), mx.array(row_of.ravel()[:-1].astype(np.uint32))
-        self._tables = mx.array(after), mx.array(kind_of), mx.array(self._breaks), mx.array(self.foreign)
+        self.strict = int(row_of.ravel()[-1])
+        self.masks = mx.array(rows[:, self.kind_of]), mx.array(row_of.ravel()[:-1].astype(np.uint32))
+        self.on_device = mx.array(self.after), mx.array(self.kind_of), mx.array(self.breaks), mx.array(self.foreign)
 
-    def start(self, ids: Sequence[int]) -> Any:
-        """The state after this output, worked out on the host."""
-        state = n_foreign = 0
-        line = next((place for place in range(len(ids) - 1, -1, -1) if self._breaks[ids[place]]), 0)
-        for token_id in ids[line:]:  # what comes before a line break does not matter behind it
-            state = int(self._after[state, self._kind_of[token_id]])
-            n_foreign = (0 if self._breaks[token_id] else n_foreign) + int(self.foreign[token_id])
-        return mx.array([state, n_foreign], mx.int32)
 
-    def push(self, state: Any, token_id: Any) -> Any:
-        """The state once this id (scalar array, perhaps unread) came."""
-        after, kinds, breaks, foreign = self._tables
-        n_foreign = mx.where(breaks[token_id], 0, state[1]) + foreign[token_id].astype(mx.int32)
-        return mx.stack([after[state[0], kinds[token_id]].astype(mx.int32), n_foreign])
+class LanguageMask(Incremental):
+    """Masks the ids that may not come next in one sequence.
 
-    def masked(self, logits: Any, state: Any) -> Any:
-        """Logits, (n_ids,) float32, with -inf for every id that may not come next."""
-        masks, row_of = self._masks
-        row = mx.where(state[1] < QUOTED, row_of[state[0]], self._strict)
+    Its state is a (2,) int32 array: where in a quotation, and the foreign ids on this line.
+    """
+
+    def __init__(self, tables: LanguageTables) -> None:
+        super().__init__()
+        self._tables = tables
+        self._start((), ())
+
+    def _start(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        tables, state, n_foreign = self._tables, 0, 0
+        line = next((place for place in range(len(output_ids) - 1, -1, -1) if tables.breaks[output_ids[place]]), 0)
+        for token_id in output_ids[line:]:  # what comes before a line break does not matter behind it
+            state = int(tables.after[state, tables.kind_of[token_id]])
+            n_foreign = (0 if tables.breaks[token_id] else n_foreign) + int(tables.foreign[token_id])
+        self._state = mx.array([state, n_foreign], mx.int32)
+
+    def _push(self, token: Any) -> None:
+        after, kinds, breaks, foreign = self._tables.on_device
+        n_foreign = mx.where(breaks[token], 0, self._state[1]) + foreign[token].astype(mx.int32)
+        self._state = mx.stack([after[self._state[0], kinds[token]].astype(mx.int32), n_foreign])
+
+    def _apply(self, logits: Any) -> Any:
+        masks, row_of = self._tables.masks
+        row = mx.where(self._state[1] < QUOTED, row_of[self._state[0]], self._tables.strict)
         return mx.where(masks[row], -mx.inf, logits)
 
 
@@ -139,7 +148,7 @@ def _walked(state: _State, shape: str) -> tuple[_State, bool]:
 
 
 def _shape(piece: bytes, home: Collection[str]) -> str:
-    """What the guard sees of a piece: its marks and their bytes as they are, and one character for each run of anything
+    """What the mask sees of a piece: its marks and their bytes as they are, and one character for each run of anything
     else."""
     text = piece.decode("utf-8", errors="surrogateescape")
     if not text.isascii():

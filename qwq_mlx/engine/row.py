@@ -1,0 +1,212 @@
+"""One row of a pass: its ids, its KV cache, how its next id is drawn, and the step under way (nano-vllm's
+Sequence, nanochat's RowState).
+
+A row may be run alone or beside others; nothing of it is shared. Injecting ids, or going back, drops the step under
+way; the cache holds exactly the ids that were read, so nothing has to be computed twice.
+
+Does not: run the model (`decoder` does), or know texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from qwq_mlx.engine.activation_taps import Looking, Seen
+from qwq_mlx.engine.kv_cache import Layer, layers_of
+from qwq_mlx.engine.logits_processors import Incremental, LogitsProcessor
+from qwq_mlx.engine.sampler import Sampler
+from qwq_mlx.errors import OptionError
+from qwq_mlx.options import Inspect
+
+__all__ = ["Pending", "Row", "Token", "check_ids"]
+
+
+class Token(NamedTuple):
+    """One id that was drawn.
+
+    logprob, entropy: in nats, over the model's own distribution (temperature 1, no processors) of the ids that its
+      tokenizer has; entropy is None where it was not asked for.
+    seen: what `Inspect` asked for, else None.
+    """
+
+    id: int
+    logprob: float
+    entropy: float | None
+    seen: Seen | None = None
+
+
+class Pending(NamedTuple):
+    """A step under way.
+
+    id: () uint32. stats: (2,) float32, the log-probability, and the entropy or the sum of the logits.
+    tokens: (n,) uint32 with the drawn id at its end, None where no processor asks for it.
+    """
+
+    id: Any
+    stats: Any
+    tokens: Any | None
+    looking: Looking | None
+
+    def arrays(self) -> list[Any]:
+        """All arrays in it, to be computed with the step."""
+        tokens = () if self.tokens is None else (self.tokens,)
+        return [self.id, self.stats, *tokens, *(() if self.looking is None else self.looking.arrays())]
+
+
+class Row:
+    """Ids of one row, with what they follow from.
+
+    sampler: draws the ids; it may be exchanged at any time.
+    cache: KV cache by layer; what it holds of other ids is the caller's to cut off.
+    processors: logits processors, in their order. hooks: the user's own, which come first; what they return is checked.
+    max_tokens: output ids there may be; None is no limit.
+    inspect: what every token shows besides.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        *,
+        cache: list[Any],
+        processors: Sequence[LogitsProcessor] = (),
+        hooks: Sequence[LogitsProcessor] = (),
+        max_tokens: int | None = None,
+        inspect: Inspect | None = None,
+    ) -> None:
+        self.sampler = sampler
+        self.cache = cache
+        self.processors = list(processors)
+        self.hooks = tuple(hooks)
+        self.max_tokens = max_tokens
+        self.inspect = inspect or Inspect()
+        self.ids: list[int] = []
+        self.n_prompt = 0
+        self.unfed: list[int] = []
+        self.pending: Pending | None = None
+        self._tokens: Any | None = None
+
+    @property
+    def n_output(self) -> int:
+        """Ids after the prompt, drawn or injected."""
+        return len(self.ids) - self.n_prompt
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are as many output ids as there may be."""
+        return self.max_tokens is not None and self.n_output >= self.max_tokens
+
+    @property
+    def is_at_last(self) -> bool:
+        """Whether the next id is the last there may be, so that no step need follow it."""
+        return self.max_tokens is not None and self.n_output + 1 >= self.max_tokens
+
+    @property
+    def tokens(self) -> Any:
+        """All known ids as a (n,) uint32 array."""
+        if self._tokens is None:
+            self._tokens = mx.array(self.ids, mx.uint32)
+        return self._tokens
+
+    def start(self, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()) -> None:
+        """Begin behind a prompt, or go on behind prompt and output; what the cache lacks is fed with the next step."""
+        self.ids = [*prompt_ids, *output_ids]
+        self.n_prompt = len(prompt_ids)
+        self._restart()
+
+    @property
+    def has_processors(self) -> bool:
+        """Whether anything looks at `tokens`."""
+        return bool(self.hooks or self.processors)
+
+    def offered(self, tokens: Any, logits: Any, index: int) -> tuple[Any, Any | None]:
+        """The logits to draw from, (n_ids,) float32, and the logsumexp of what the hooks returned, None without any.
+
+        tokens: (n,) uint32, perhaps unread. index: of the output id to be drawn, for messages.
+        Raises OptionError where a hook returns something else than logits.
+        """
+        if not self.has_processors:
+            return logits, None
+        changed, total = logits[None], None
+        for hook in self.hooks:
+            changed = _checked(hook(tokens, changed), changed.shape, index)
+        if self.hooks:
+            total = mx.logsumexp(changed)
+        for processor in self.processors:
+            changed = processor(tokens, changed)
+        return changed[0], total
+
+    def add(self, token_id: int, tokens: Any | None) -> None:
+        """Append an id that was drawn and read. tokens: of the step that drew it."""
+        self.ids.append(token_id)
+        self._tokens = tokens
+        self.unfed = [token_id] if self.pending is None else []
+
+    def force(self, ids: Sequence[int]) -> None:
+        """Append ids that were not drawn; the next draw follows them. The step under way is dropped."""
+        self.pending = None
+        self.unfed += ids
+        self.ids += ids
+        self._tokens = None
+
+    def rewind(self, n_output: int) -> None:
+        """Go back to the first n_output ids of the output. Raises OptionError where there are fewer."""
+        if not 0 <= n_output <= self.n_output:
+            raise OptionError(f"Cannot go back to output id {n_output}; there are {self.n_output}.")
+        del self.ids[self.n_prompt + n_output :]
+        n_kept = len(self.ids) - 1
+        for layer in self.cache:
+            layer.trim(max(0, layer.offset - n_kept))
+        self._restart()
+
+    def _restart(self) -> None:
+        self.pending = None
+        self._tokens = None
+        self.unfed = self.ids[self.cache[0].offset :]
+        for processor in self.processors:
+            if isinstance(processor, Incremental):
+                processor.start(self.ids[: self.n_prompt], self.ids[self.n_prompt :])
+
+    def cached(self, n_ids: int) -> list[Layer]:
+        """What each layer's cache holds for the first n_ids at most; views, not copies."""
+        return layers_of(self.cache, n_ids)
+
+    def release_cache(self, ids: Sequence[int]) -> tuple[list[Any] | None, int]:
+        """Hand the cache over to who feeds these ids, cut to those it holds of them; all but the last at most.
+
+        This row is not to be used any more. Returns None and 0 where not one id agrees.
+        """
+        n_known = min(self.cache[0].offset, len(self.ids), len(ids) - 1)
+        n_same = next((place for place in range(n_known) if self.ids[place] != ids[place]), n_known)
+        cache, self.cache, self.pending = self.cache, [], None
+        if n_same < 1:
+            return None, 0
+        for layer in cache:
+            layer.trim(layer.offset - n_same)
+        return cache, n_same
+
+
+def _checked(changed: Any, shape: tuple[int, ...], index: int) -> Any:
+    """What a hook returned, as float32."""
+    if not isinstance(changed, mx.array) or changed.shape != shape:
+        what = f"an array of shape {changed.shape}" if isinstance(changed, mx.array) else type(changed).__name__
+        raise OptionError(
+            f"A logits processor returned {what} at step {index:,}, expected an mx.array of shape {shape}."
+        )
+    return changed.astype(mx.float32)
+
+
+def check_ids(ids: Sequence[int], n_ids: int) -> None:
+    """Raises OptionError naming the place of an id that the tokenizer does not have.
+
+    An id past the embedding table reads out of bounds on the CPU and on Metal, or crashes.
+    """
+    if not ids:
+        raise OptionError("There are no ids, expected at least one.")
+    for place, token_id in enumerate(ids):
+        if type(token_id) is not int or not 0 <= token_id < n_ids:
+            raise OptionError(
+                f"Place {place:,} holds the id {token_id!r}, expected a whole number from 0 to {n_ids - 1:,}."
+            )

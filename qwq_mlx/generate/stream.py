@@ -1,0 +1,287 @@
+"""Drives one run or several over one model: schedule -> forward -> accept, and hands out the Steps.
+
+`advance` is the engine's step over any number of running pairs of a `Run` (what was written, and what to do next) and a
+`Row` (ids, cache, the draw); a `Stream` is what a caller iterates over for one of them.
+
+Does not: load models or make prompts (`reasoner` does), or print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.kv_cache import Layer, filled_cache, layer_arrays
+from qwq_mlx.errors import GenerationError, OptionError
+from qwq_mlx.generate.checkpoint.file import model_digest, write_checkpoint
+from qwq_mlx.generate.checkpoint.inspected_steps import inspected_steps, with_inspected
+from qwq_mlx.generate.checkpoint.state import RunState, state_json
+from qwq_mlx.generate.request import PrefillProgress, Request, new_row
+from qwq_mlx.generate.run import Inject, Rewind, Run
+from qwq_mlx.generate.stopping import failure_of, trace_of
+from qwq_mlx.model.device import wired
+from qwq_mlx.trace.timings import Clock
+from qwq_mlx.trace.trace import Step, Trace
+
+__all__ = ["Running", "Stream", "advance"]
+
+
+class Running:
+    """A run and the row that draws its tokens.
+
+    cache: KV cache to go on from, None for an empty one. n_cached: leading prompt ids that it holds.
+    """
+
+    def __init__(
+        self, request: Request, decoder: Decoder, *, cache: list[Any] | None = None, n_cached: int = 0
+    ) -> None:
+        self.run = Run(request)
+        self.row, self._bad_words = new_row(request, cache)
+        self.n_cached = n_cached
+        self.clock = Clock()
+        self._decoder = decoder
+
+    @property
+    def needs_forward(self) -> bool:
+        """Whether the next token has still to be drawn."""
+        return self.run.finish is None and not (self._bad_words is not None and self._bad_words.has_settled)
+
+    def prefill(self, ids: Sequence[int]) -> Iterator[int]:
+        """Feed these ids in chunks; yields how many are in the cache after each. Output ids may be among them."""
+        request = self.run.request
+        yield from self._decoder.prefill(self.row, ids, chunk=request.limits.prefill_step, n_cached=self.n_cached)
+        if self.run.steps:
+            self.restore(self.row.cache)
+
+    def restore(self, cache: list[Any]) -> None:
+        """Go on from a cache that holds a beginning of prompt and output; their rest is fed with the next step."""
+        self.row.cache = cache
+        self.row.start(self.run.request.prompt_ids, [step.id for step in self.run.steps])
+        if self._bad_words is not None:
+            self._bad_words.watch_from(self.row.n_output)
+
+    def schedule(self) -> None:
+        """Do to the row what the run wants before the next forward."""
+        self.apply(self.run.schedule())
+
+    def apply(self, instruction: Inject | Rewind | None) -> None:
+        """Do one thing to the row, and draw from now on as the run says."""
+        if instruction is not None and self._bad_words is not None:
+            self._bad_words.drop()
+        if isinstance(instruction, Inject):
+            self._decoder.force(self.row, instruction.ids)
+        elif isinstance(instruction, Rewind):
+            self.row.rewind(instruction.n_output)
+        if instruction is not None and self._bad_words is not None:
+            self._bad_words.watch_from(self.row.n_output)
+        sampling, salt = self.run.sampling
+        if (sampling, salt) != (self.row.sampler.sampling, self.row.sampler.salt):
+            self.row.sampler = self.row.sampler.other(sampling, salt=salt)
+
+    def accept(self, token: Any | None) -> None:
+        """Hand the run its next token, if one is settled. token: the one just drawn, None where none was."""
+        if self._bad_words is not None:
+            if token is not None:
+                self._bad_words.feed(token)
+            token = self._bad_words.next() if self._bad_words.has_settled else None
+        if token is not None:
+            self.clock.drawn()
+            self.run.accept(token)
+
+
+def advance(decoder: Decoder, running: Sequence[Running]) -> None:
+    """One step of the engine: at most one token for each, with one pass over the weights for all.
+
+    Raises what `Decoder.step` raises; a run that has ended is left alone.
+    """
+    for each in running:
+        each.schedule()
+    drawing = [each for each in running if each.needs_forward]
+    tokens = iter(decoder.step([each.row for each in drawing]) if drawing else ())
+    for each in running:
+        if each in drawing:
+            each.accept(next(tokens))
+        elif each.run.finish is None:
+            each.accept(None)
+
+
+class Stream:
+    """Iterate over it for Steps; `trace()` then tells all. `stop()` ends it after the token under way.
+
+    After a nudge Steps go on from an earlier index: those from there on were taken back.
+    """
+
+    def __init__(
+        self, request: Request, *, progress: PrefillProgress | None = None, before: Stream | None = None
+    ) -> None:
+        """before: an earlier run of the same model; its cache is taken over as far as the ids agree, and it is over."""
+        self.request = request
+        self._progress = progress
+        cache, n_cached = before.hand_over(request) if before is not None else (None, 0)
+        self._decoder = Decoder(request.model.module, n_ids=request.model.tokenizer.n_ids)
+        self._running = Running(request, self._decoder, cache=cache, n_cached=n_cached)
+        self.run = self._running.run
+        self._peak_bytes = 0
+        self._has_failed = False
+        self._model_sha256 = ""
+        self._iterator = self._guarded()
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        return next(self._iterator)
+
+    def stop(self) -> None:
+        """End after the token under way, with finish_reason "interrupted". Safe to call from a signal handler."""
+        self.run.is_stopped = True
+
+    def answer_now(self) -> None:
+        """End the thinking at the next end of a sentence and ask for the answer. Safe to call from a signal handler."""
+        self.run.budget.ask("answered")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last Step has been drawn."""
+        return self.run.finish is not None
+
+    @property
+    def n_cached(self) -> int:
+        """Prompt ids whose keys and values were there already, from an earlier run."""
+        return self._running.n_cached
+
+    def hand_over(self, request: Request) -> tuple[list[Any] | None, int]:
+        """The cache for a run of another prompt, with the number of its leading ids that it holds; this run is over.
+
+        None and 0 where nothing agrees, the cache is of another kind, or it cannot be trusted.
+        """
+        self.run.finish = self.run.finish or ("interrupted", "its cache went to the next run")
+        if self._has_failed or request.plan.workload.kv_bits != self.request.plan.workload.kv_bits:
+            return None, 0
+        return self._running.row.release_cache(request.prompt_ids)
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint from which `Reasoner.resume` goes on bit for bit, after any Step or at the end.
+
+        After a failure of MLX the cache is not to be trusted and is left out: who resumes works it out again from the
+        ids, in larger passes, so there the ids may differ.
+        Raises SavingError where the disk does not take it; the run can go on all the same.
+        """
+        request, row = self.request, self._running.row
+        self._running.apply(self.run.go_back())
+        has_cache = bool(row.ids and self.run.steps) and not self._has_failed
+        layers = row.cached(len(request.prompt_ids) + len(self.run.steps) - 1) if has_cache else []
+        self._model_sha256 = self._model_sha256 or model_digest(request.model.folder)
+        seen, arrays = inspected_steps(request.inspect, self.run.steps, request.model.config.hidden_size)
+        state = replace(
+            self.run.dump(),
+            model_sha256=self._model_sha256,
+            capacities=tuple(layer.capacity for layer in layers),
+            seen=seen,
+        )
+        write_checkpoint(Path(path), state_json(state), {**arrays, **layer_arrays(layers)})
+
+    def restore(
+        self,
+        state: RunState,
+        layers: Sequence[Layer],
+        arrays: Mapping[str, mx.array] | None = None,
+        *,
+        answer_now: bool = False,
+    ) -> None:
+        """Take over a saved run of the same request before the first Step.
+
+        layers: its cache, none where it was left out.
+        arrays: of the file, with the hidden states that were seen.
+        answer_now: begin with the answer cue.
+        Raises OptionError where the answer has begun.
+        """
+        self.run.load(state)
+        self.run.output.steps = with_inspected(self.run.steps, state.seen, arrays or {})
+        if answer_now:
+            if self.run.output.segment == "answer":
+                raise OptionError(
+                    "answer_now: the answer has begun. Resume without it, or start another run if it ended."
+                )
+            self.run.budget.ask_at_once()
+        self._running.apply(None)
+        if layers:
+            module, kv_bits = self.request.model.module, self.request.plan.workload.kv_bits
+            self._running.restore(filled_cache(module, layers, kv_bits))
+            if answer_now:  # what the cache holds beyond these ids is taken off
+                self._running.row.rewind(len(self.run.steps))
+
+    def fork(self, *, at: int, seed: int) -> Stream:
+        """Another run with the first `at` output tokens of this one and draws of its own from there; no prefill.
+
+        This run is not touched. Raises OptionError for a token that is not there yet.
+        """
+        steps = self.run.steps
+        if not 1 <= at <= len(steps):
+            raise OptionError(f"at is {at}, expected from 1 to {len(steps)}, the output tokens there are.")
+        request = replace(self.request, sampling=replace(self.request.sampling, seed=seed), forked_at=at)
+        other = Stream(request)
+        layers = self._running.row.cached(len(request.prompt_ids) + at - 1)
+        other.restore(self.run.dump().until(at, texts=[step.text for step in steps]), layers)
+        other.run.output.steps = steps[:at]  # with what was seen of them
+        return other
+
+    def trace(self) -> Trace:
+        """Everything so far, frozen. Before the end its finish_reason is "interrupted"."""
+        return trace_of(
+            self.run, timings=self._running.clock.timings(), peak_bytes=self._peak_bytes or mx.get_peak_memory()
+        )
+
+    def _guarded(self) -> Iterator[Step]:
+        """The steps with the planned memory wired, and a failure of MLX as a GenerationError that has the trace."""
+        try:
+            with wired(self.request.plan.peak_bytes):
+                yield from self._steps()
+        except (RuntimeError, MemoryError) as error:
+            self._has_failed = True
+            self.run.finish = ("interrupted", f"MLX failed: {error}")
+            raise failure_of(error, self.trace(), self.request) from error
+
+    def _steps(self) -> Iterator[Step]:
+        mx.reset_peak_memory()
+        self._running.clock.start()
+        try:
+            self._prefill()
+            while True:
+                while (step := self.run.take()) is not None:
+                    yield step
+                if self.run.finish is not None:
+                    return
+                self._running.schedule()
+                if self.run.has_untaken:  # an answer cue is handed out before anything is drawn behind it
+                    continue
+                n_steps = len(self.run.steps)
+                advance(self._decoder, [self._running])
+                if n_steps == 0 and self.run.steps:
+                    self._report(len(self.request.prompt_ids))
+        except GenerationError as error:
+            self.run.finish = ("interrupted", str(error))
+            error.trace = self.trace()
+            raise
+        finally:
+            self._peak_bytes = mx.get_peak_memory()
+
+    def _prefill(self) -> None:
+        """Feed what the cache does not hold: the prompt, or after a failure everything there is."""
+        if self._running.row.ids:
+            return
+        for n_done in self._running.prefill((*self.request.prompt_ids, *(step.id for step in self.run.steps))):
+            self._report(n_done)
+            if self.run.is_stopped:
+                self.run.finish = ("interrupted", "")
+                return
+
+    def _report(self, n_done: int) -> None:
+        self._running.clock.n_prefilled = n_done - self._running.n_cached
+        if self._progress is not None:
+            self._progress(n_done, len(self.request.prompt_ids))

@@ -1,0 +1,147 @@
+"""One engine for one row and for many: a row's ids, texts and traces are the same alone and beside any others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from checkpoints import write_tiny_checkpoint
+
+from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.generate.reasoner import Reasoner, load
+from qwq_mlx.generate.stopping import trace_of
+from qwq_mlx.generate.stream import Running, Stream, advance
+from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
+from qwq_mlx.trace.trace import Trace
+
+pytestmark = pytest.mark.tiny
+
+
+@pytest.fixture(scope="module")
+def reasoner(tmp_path_factory: pytest.TempPathFactory) -> Reasoner:
+    """Heads of 64, which a quantized cache needs."""
+    return load(write_tiny_checkpoint(tmp_path_factory.mktemp("rows") / "model", n_heads=2, n_kv_heads=1))
+
+
+def requests(reasoner: Reasoner) -> dict[str, dict[str, Any]]:
+    """One request for each feature that has a state of its own."""
+    never_stop = dict.fromkeys(reasoner.model.stop_ids, float("-inf"))
+    letter = next(i for i in range(reasoner.pieces.n_ids) if reasoner.pieces[i] == b"a")
+
+    def sampling(**more: Any) -> Sampling:
+        return Sampling(**{"temperature": 0.9, "seed": 3, "logit_bias": never_stop} | more)
+
+    return {
+        "greedy": {"sampling": sampling(temperature=0.0)},
+        "penalties": {"sampling": sampling(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2)},
+        "dry": {"sampling": sampling(dry_multiplier=0.8, top_k=20)},
+        "mask": {"sampling": sampling(seed=4, temperature=2.0), "limits": Limits(max_tokens=60, language_guard=True)},
+        "bans": {"sampling": sampling(), "limits": Limits(max_tokens=50, banned=("e", "zb"))},
+        "budget": {
+            "sampling": sampling(),
+            "limits": Limits(max_tokens=110),
+            "thinking": Thinking(think_tokens=5, answer_tokens=9),
+        },
+        "at once": {"sampling": sampling(seed=8), "thinking": Thinking(think_tokens=0, answer_tokens=9)},
+        "nudge": {
+            "sampling": sampling(temperature=0.0, logit_bias=never_stop | {letter: 12.0}),
+            "limits": Limits(max_tokens=220),
+            "thinking": Thinking(on_loop="nudge"),
+        },
+        "inspect": {
+            "sampling": sampling(seed=9),
+            "inspect": Inspect(top_k=3, hidden_layers=(0, 2), loop_scores=True),
+        },
+        "processor": {
+            "sampling": sampling(seed=10),
+            "logits_processors": [lambda tokens, logits: logits.at[:, tokens].add(-1.0)],
+        },
+        "quantized cache": {"sampling": sampling(seed=11), "limits": Limits(max_tokens=40, kv_bits=8)},
+        "stops early": {"sampling": Sampling(temperature=0.9, seed=12), "limits": Limits(max_tokens=40, stop=("t",))},
+    }
+
+
+QUESTIONS = ("x", "How many r in strawberry?", "3 + 4 * 5", "a longer question, of other length 数")
+
+
+def streams(reasoner: Reasoner, names: Sequence[str]) -> list[Stream]:
+    every = requests(reasoner)
+    places = {name: place for place, name in enumerate(every)}
+    return [
+        reasoner.stream(QUESTIONS[places[name] % 4], **({"limits": Limits(max_tokens=40)} | every[name]))
+        for name in names
+    ]
+
+
+def together(reasoner: Reasoner, names: Sequence[str], late: int = 0) -> list[Trace]:
+    """Their traces from one decoder; the last `late` rows enter while the others are under way."""
+    decoder = Decoder(reasoner.model.module, n_ids=reasoner.model.tokenizer.n_ids)
+    running = [Running(stream.request, decoder) for stream in streams(reasoner, names)]
+    waiting = running[len(running) - late :] if late else []
+    active: list[Running] = []
+    n_steps = 0
+    for each in running:
+        if each not in waiting:
+            active.append(_prefilled(each))
+    while waiting or any(each.run.finish is None for each in active):
+        advance(decoder, active)
+        n_steps += 1
+        if waiting and n_steps % 7 == 0:
+            active.append(_prefilled(waiting.pop(0)))
+    return [trace_of(each.run, timings=each.clock.timings(), peak_bytes=0) for each in running]
+
+
+def _prefilled(running: Running) -> Running:
+    for _ in running.prefill(running.run.request.prompt_ids):
+        pass
+    return running
+
+
+@pytest.fixture(scope="module")
+def alone(reasoner: Reasoner) -> dict[str, Trace]:
+    traces = {}
+    for name in requests(reasoner):
+        (stream,) = streams(reasoner, [name])
+        assert [step.id for step in stream if step.index >= 0]
+        traces[name] = stream.trace()
+    return traces
+
+
+def assert_same(found: Trace, expected: Trace, name: str) -> None:
+    assert found.ids == expected.ids, name
+    assert (found.texts, found.finish_reason, found.detail) == (expected.texts, expected.finish_reason, expected.detail)
+    assert (found.injections, found.events, found.answer) == (expected.injections, expected.events, expected.answer)
+    assert [[each.id for each in step] for step in found.alternatives] == [
+        [each.id for each in step] for step in expected.alternatives
+    ]
+    for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    for layer, rows in expected.hidden.items():
+        assert mx.allclose(mx.array(found.hidden[layer]), mx.array(rows), atol=1e-4, equal_nan=True)
+
+
+def test_the_features_show(alone: dict[str, Trace]) -> None:
+    """Each request does what it is here for, or the comparisons would prove nothing."""
+    assert alone["bans"].ids != alone["budget"].ids and "e" not in alone["bans"].text
+    assert alone["budget"].injections and alone["at once"].injections[0].start == 0
+    assert any(event.get("action") == "nudge" for event in alone["nudge"].events)
+    assert len(alone["inspect"].hidden) == 2 and alone["stops early"].finish_reason == "stop"
+    assert len({trace.ids for trace in alone.values()}) == len(alone)
+
+
+def test_each_two_rows_are_what_they_are_alone(reasoner: Reasoner, alone: dict[str, Trace]) -> None:
+    for names in combinations(requests(reasoner), 2):
+        for name, trace in zip(names, together(reasoner, names), strict=True):
+            assert_same(trace, alone[name], f"{name} of {names}")
+
+
+@pytest.mark.parametrize("late", [0, 1, 5, 11])
+def test_all_rows_together_are_what_they_are_alone_whenever_they_enter(
+    reasoner: Reasoner, alone: dict[str, Trace], late: int
+) -> None:
+    names = list(requests(reasoner))
+    for name, trace in zip(names, together(reasoner, names, late), strict=True):
+        assert_same(trace, alone[name], name)
