@@ -104,7 +104,7 @@ def _dataclass(value: Any, kind: Any, where: str, without: Collection[str] = ())
     for name in (*hints, *value):
         if name not in value or name not in hints:
             raise FieldError(
-                f"{within}{name}", *(("missing", "a value") if name in hints else ("there", "no such field"))
+                f"{within}{name}", *(("missing", "a value") if name in hints else ("present", "no such field"))
             )
     fields = {name: _read(value[name], hint, f"{within}{name}") for name, hint in hints.items()}
     return _made(lambda: kind(**fields), where, value)

@@ -17,13 +17,14 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from qwq_mlx.errors import SavingError, SourceError
 from qwq_mlx.files.atomic import write_file
+from qwq_mlx.files.json_dataclass import FieldError, from_json_value
 from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.generate.checkpoint.file import model_digest
 from qwq_mlx.model.device import backend_name
@@ -111,11 +112,10 @@ def read_receipt(path: str | Path) -> Receipt:
     if sealed != _digest(values):
         raise SourceError(f"{path}: the sha256 does not fit, so the receipt is damaged or edited. {_ADVICE}")
     del values["format"], values["schema_version"]
-    differing = sorted(values.keys() ^ {each.name for each in fields(Receipt)})
-    if differing:
-        raise SourceError(f"{path}: the field {differing[0]!r} is missing or unknown. {_ADVICE}")
-    kept: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return Receipt(**kept)
+    try:
+        return from_json_value(values, Receipt)
+    except FieldError as error:
+        raise SourceError(f"{path}: {error}. {_ADVICE}") from error
 
 
 def text_digest(text: str) -> str:

@@ -13,9 +13,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from qwq_mlx.errors import SourceError
+from qwq_mlx.files.json_dataclass import FieldError, from_json_value
 from qwq_mlx.options import CUE_PATIENCE
 from qwq_mlx.reasoning.loops.detector import LoopScores
 from qwq_mlx.trace.timings import Timings
@@ -189,27 +190,17 @@ class Trace:
                 f"{where}: schema_version is {found!r}, expected {SCHEMA_VERSION}. "
                 "Read the trace with the version of qwq_mlx that wrote it."
             )
-        names = {each.name for each in dataclasses.fields(cls)} - {"hidden"}
-        differing = sorted((value.keys() - {"schema_version"}) ^ names)
-        if differing:
-            raise SourceError(
-                f"{where}: the field {differing[0]!r} is {'unknown' if differing[0] in value else 'missing'}. "
-                "The file is damaged or edited; save the trace again."
-            )
-        if value["finish_reason"] not in get_args(FinishReason):
-            raise SourceError(
-                f"{where}: finish_reason is {value['finish_reason']!r}, expected one of "
-                f"{', '.join(get_args(FinishReason))}. The file is damaged or edited; save the trace again."
-            )
+        fields = {name: field for name, field in value.items() if name != "schema_version"}
         try:
-            trace = cls(**{name: _read(name, value[name]) for name in names})
-            if "".join(trace.texts) != trace.text or not len(trace.texts) == len(trace.ids) == len(trace.logprobs):
-                raise ValueError("text, texts, ids and logprobs do not fit together")
-            return trace
-        except (TypeError, ValueError) as error:
+            trace = from_json_value(fields, cls, without={"hidden"})
+        except FieldError as error:
+            raise SourceError(f"{where}: {error}. The file is damaged or edited; save the trace again.") from error
+        if "".join(trace.texts) != trace.text or not len(trace.texts) == len(trace.ids) == len(trace.logprobs):
             raise SourceError(
-                f"{where}: is no trace ({error}). The file is damaged or edited; save it again."
-            ) from error
+                f"{where}: text, texts, ids and logprobs do not fit together. The file is damaged or edited; save the "
+                "trace again."
+            )
+        return trace
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
@@ -254,20 +245,3 @@ _WAYS_ON: dict[str, str] = {
     "interrupted": "to go on, --save the run and --resume it",
 }
 _SHOWN = 60  # characters of an answer in `describe`
-
-
-def _read(name: str, value: Any) -> Any:
-    """JSON has lists for tuples and objects for dataclasses."""
-    if name == "alternatives":
-        return tuple(tuple(Alternative(**each) for each in step) for step in value)
-    if name == "loop_scores":
-        return tuple(None if each is None else LoopScores(**each) for each in value)
-    if name == "injections":
-        return tuple(Injection(**each) for each in value)
-    if name == "timings":
-        return Timings(**value)
-    if name == "events":
-        return tuple(dict(each) for each in value)
-    if isinstance(value, list):
-        return tuple(value)
-    return value
