@@ -36,7 +36,7 @@ __all__ = ["Receipt", "here", "make_receipt", "read_receipt", "text_digest"]
 _FORMAT, _SCHEMA = "qwq_mlx receipt", 1
 _PACKAGES = ("qwq-mlx", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
 _MAX_BYTES = 64 << 20  # 32,768 ids take 0.3 MB
-_ADVICE = "Give the file that --receipt wrote."
+_ADVICE = "Give a receipt of a run."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What a run leaves behind at its end: its parts put together into a Trace, and a failure of MLX in words.
 
 Does not: see what MLX does not raise: on the CPU MLX 0.32.4 writes through the null pointer of a failed malloc, which
-ends the process (a limit of address space shows it). --save-every helps there.
+ends the process (a limit of address space shows it). Saving every so many tokens helps there.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def _less(request: Request) -> str:
     """Flags of a run that needs less memory; only those that would be taken."""
     asked = request.plan.workload
     lighter_ones = [each for _, each in lighter(request.model.config, asked, request.plan.backend)]
-    flags = ["a smaller --context"]
-    flags += [f"--prefill-step {each.prefill_step}" for each in lighter_ones if each.kv_bits == asked.kv_bits]
-    flags += [f"--kv-bits {each.kv_bits}" for each in lighter_ones if each.kv_bits != asked.kv_bits][:1]
+    flags = ["a smaller `context`"]
+    flags += [f"`prefill_step` {each.prefill_step}" for each in lighter_ones if each.kv_bits == asked.kv_bits]
+    flags += [f"`kv_bits` {each.kv_bits}" for each in lighter_ones if each.kv_bits != asked.kv_bits][:1]
     return " or ".join(flags)
 
 

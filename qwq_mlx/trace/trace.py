@@ -154,13 +154,13 @@ class Trace:
         can_ask = self.answer is None and not self.injections
         if self.finish_reason == "stop" and self.answer is None:
             n_tokens, seed = max(0, len(self.ids) - 1 - CUE_PATIENCE), self.settings["sampling"].get("seed")
-            same = "" if seed is None else f" --seed {seed}"
-            saved = "--save the run and --resume it with --answer-now, or " if self.can_be_asked else ""
-            return f"to have the answer asked for, {saved}repeat it with{same} --think-tokens {n_tokens}"
+            same = "" if seed is None else f" `seed` {seed}"
+            saved = "`save` the run and `resume` it with `answer_now`, or " if self.can_be_asked else ""
+            return f"to have the answer asked for, {saved}repeat it with{same} `think_tokens` {n_tokens}"
         if self.finish_reason == "answered" and self.answer is None:
-            return "to try again, another --seed"
+            return "to try again, another `seed`"
         if can_ask and self.finish_reason in ("loop", "context_full"):
-            return f"{_WAYS_ON[self.finish_reason]}; for an answer, --save the run and --resume it with --answer-now"
+            return f"{_WAYS_ON[self.finish_reason]}; for an answer, `save` the run and `resume` it with `answer_now`"
         return _WAYS_ON.get(self.finish_reason)
 
     def to_json(self) -> dict[str, Any]:
@@ -231,17 +231,17 @@ _ALWAYS = frozenset(("id", "text", "logprob", "entropy"))
 _DESCRIPTIONS: dict[str, str] = {
     "stop": "the model ended its text",
     "answered": "the answer was asked for during the run",
-    "length": "--max-tokens was reached",
+    "length": "`max_tokens` was reached",
     "budget": "the thinking budget was spent and the answer asked for",
     "loop": "the text went round in a loop",
     "context_full": "the context is full",
     "interrupted": "interrupted",
 }
 _WAYS_ON: dict[str, str] = {
-    "length": "to go on, --save the run and --resume it with more --max-tokens",
-    "budget": "for a longer thinking, more --think-tokens",
-    "loop": "to get past it, --on-loop nudge or another --seed",
+    "length": "to go on, `save` the run and `resume` it with more `max_tokens`",
+    "budget": "for a longer thinking, more `think_tokens`",
+    "loop": "to get past it, `on_loop` nudge or another `seed`",
     "context_full": "to go on, ask again with a shorter prompt",
-    "interrupted": "to go on, --save the run and --resume it",
+    "interrupted": "to go on, `save` the run and `resume` it",
 }
 _SHOWN = 60  # characters of an answer in `describe`

@@ -25,7 +25,7 @@ import numpy as np
 
 from qwq_mlx.errors import SavingError, SourceError
 from qwq_mlx.files.atomic import write_file
-from qwq_mlx.files.header import TensorEntry, encode_header, read_header
+from qwq_mlx.files.header import place_tensors, read_header
 
 __all__ = ["read_trace", "write_trace"]
 
@@ -136,15 +136,8 @@ def _read_arrays(path: Path, named: Any, n_tokens: int) -> dict[int, Any]:
 
 
 def _arrays_bytes(hidden: Mapping[int, Any]) -> bytes:
-    entries, parts, start = [], [], 0
-    for layer, array in hidden.items():
-        data = np.ascontiguousarray(array, np.dtype("<f4")).tobytes()
-        entries.append(
-            TensorEntry(name=str(layer), dtype="F32", shape=tuple(array.shape), start=start, end=start + len(data))
-        )
-        parts.append(data)
-        start += len(data)
-    return encode_header(entries) + b"".join(parts)
+    head, _ = place_tensors((str(layer), "F32", tuple(array.shape)) for layer, array in hidden.items())
+    return head + b"".join(np.ascontiguousarray(array, np.dtype("<f4")).tobytes() for array in hidden.values())
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -54,7 +54,7 @@ def test_the_answer_is_asked_for_in_place_of_the_end(
     first = run.trace()
     assert (first.finish_reason, first.answer, first.can_be_asked) == ("stop", None, True)
     assert first.ids[-1] in reasoner.model.stop_ids and len(first.ids) > 5
-    assert "--save the run and --resume it with --answer-now" in first.describe()
+    assert "`save` the run and `resume` it with `answer_now`" in first.describe()
     run.save(tmp_path / "run")
     asked = reasoner.resume(tmp_path / "run", answer_now=True)
     steps = list(asked)
@@ -86,7 +86,7 @@ def test_the_answer_is_asked_for_in_place_of_the_end(
 def test_the_advice_to_repeat_such_a_run_leads_to_its_answer(reasoner: Reasoner) -> None:
     """It named no seed: it looked for it in another place than a real Trace has it."""
     first = ended(reasoner).trace()
-    advised = re.search(r"repeat it with --seed (\d+) --think-tokens (\d+)$", first.describe())
+    advised = re.search(r"repeat it with `seed` (\d+) `think_tokens` (\d+)$", first.describe())
     assert advised is not None, first.describe()
     seed, think_tokens = map(int, advised.groups())
     again = reasoner.generate(
@@ -117,14 +117,14 @@ def test_a_loop_a_cut_run_and_a_run_that_wrote_nothing_are_asked_too(reasoner: R
         list(run)
         first = run.trace()
         assert first.finish_reason == reason and (first.can_be_asked or first.is_resumable)
-        assert ("--answer-now" in first.describe()) == (reason != "length")
+        assert ("answer_now" in first.describe()) == (reason != "length")
         run.save(tmp_path / "run")
         asked = reasoner.resume(tmp_path / "run", answer_now=True, max_tokens=300)
         list(asked)
         trace = asked.trace()
         assert trace.finish_reason == "answered"
         for each in ("loop", "context_full"):
-            assert "--answer-now" not in replace(trace, finish_reason=each).describe(), "once is enough"
+            assert "answer_now" not in replace(trace, finish_reason=each).describe(), "once is enough"
         assert trace.injections[0].start == len(first.ids) - (reason == "stop")
 
 
@@ -134,7 +134,7 @@ def test_the_last_tokens_of_a_full_context_make_room_for_the_answer(reasoner: Re
     run = reasoner.stream("x", sampling=sampling, thinking=thinking)
     list(run)
     first = run.trace()
-    assert first.finish_reason == "context_full" and "--resume it with --answer-now" in first.describe()
+    assert first.finish_reason == "context_full" and "`resume` it with `answer_now`" in first.describe()
     run.save(tmp_path / "run")
     trace = finished(reasoner.resume(tmp_path / "run", answer_now=True))
     (cut,) = trace.injections
@@ -195,7 +195,7 @@ def test_the_command_saves_a_run_without_an_answer_and_asks_for_it(
     out, err = capsys.readouterr()
     assert f"saved: go on with --resume {path} --answer-now" in err
     assert command.main(["--resume", str(path), *model]) == 1
-    assert "--answer-now (answer_now=True) asks for it" in capsys.readouterr().err
+    assert "--answer-now asks for it" in capsys.readouterr().err
     assert command.main(["--resume", str(path), "--answer-now", *model, "--json"]) == 0
     trace = json.loads(capsys.readouterr().out)
     assert trace["finish_reason"] == "answered" and trace["text"].startswith(out)

@@ -218,7 +218,7 @@ def test_the_commands_write_a_receipt_and_repeat_it(
     assert command.main(given(other, path, "--other-weights", "--quiet")) == 1
     assert capfd.readouterr() == ("", "")
     assert command.main([str(tmp_path / "none")]) == 2
-    assert "there is no such file. Give the file that --receipt wrote." in capfd.readouterr().err
+    assert "there is no such file. Give a receipt of a run." in capfd.readouterr().err
 
 
 def test_other_versions_are_told(reasoner: Reasoner) -> None:

@@ -185,7 +185,7 @@ def test_rates_count_intervals_and_are_absent_where_nothing_was_measured() -> No
 def test_the_end_is_described_in_words(trace: Trace) -> None:
     told = trace.describe()
     assert told.startswith("the thinking budget was spent and the answer asked for (cut at 1); ")
-    assert told.endswith("for a longer thinking, more --think-tokens")
+    assert told.endswith("for a longer thinking, more `think_tokens`")
 
 
 @pytest.mark.parametrize("reason", get_args(FinishReason))
@@ -197,7 +197,7 @@ def test_every_end_without_an_answer_has_a_reason_and_a_way_on(trace: Trace, rea
 
 def test_a_text_ended_without_an_answer_is_to_be_repeated_with_a_budget_before_its_end(trace: Trace) -> None:
     ended = replace(trace, finish_reason="stop", answer=None, ids=tuple(range(200)), settings={"sampling": {"seed": 7}})
-    assert ended.describe().endswith("repeat it with --seed 7 --think-tokens 135")
+    assert ended.describe().endswith("repeat it with `seed` 7 `think_tokens` 135")
     assert "--think-tokens" not in replace(ended, answer="5").describe()
 
 

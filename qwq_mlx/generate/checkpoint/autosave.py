@@ -82,4 +82,4 @@ def keep_unasked(run: Stream, note: Callable[[str], None]) -> None:
 
 def way_on(trace: Trace, path: str) -> str:
     """What people are told of a run that was saved there."""
-    return f"saved: go on with --resume {path}{'' if trace.is_resumable else ' --answer-now'}"
+    return f"saved: go on with `resume` {path}{'' if trace.is_resumable else ' `answer_now`'}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from qwq_mlx.errors import SavingError, SourceError
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
-from qwq_mlx.files.header import Header, TensorEntry, encode_header, read_header
+from qwq_mlx.files.header import Header, place_tensors, read_header
 from qwq_mlx.files.manifest import MANIFEST_NAME
 
 __all__ = ["SCHEMA_VERSION", "model_digest", "read_checkpoint", "write_checkpoint"]
@@ -43,21 +43,19 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], arrays: Mapping[str, 
     text = json.dumps(state, ensure_ascii=True, separators=(",", ":")).encode()
     arrays = {**arrays, _STATE: mx.array(np.frombuffer(text, np.uint8))}
     total = hashlib.sha256()
-    entries, start = [], 0
-    for name, array in arrays.items():
-        data = _bytes_of(array)
-        total.update(data)
-        dtype = _DTYPES[str(array.dtype).removeprefix("mlx.core.")]
-        entries.append(
-            TensorEntry(name=name, dtype=dtype, shape=tuple(array.shape), start=start, end=start + len(data))
-        )
-        start += len(data)
-    total.update(_layout(entries))
+    for array in arrays.values():
+        total.update(_bytes_of(array))
+    layout = [
+        (name, _DTYPES[str(array.dtype).removeprefix("mlx.core.")], tuple(array.shape))
+        for name, array in arrays.items()
+    ]
+    total.update(repr(layout).encode())
     metadata = {"format": _FORMAT, "schema": str(SCHEMA_VERSION), "sha256": total.hexdigest()}
+    n_bytes = sum(array.nbytes for array in arrays.values())
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(encode_header(entries, metadata))
+            file.write(place_tensors(layout, metadata)[0])
             for array in arrays.values():
                 file.write(_bytes_of(array))
             file.flush()
@@ -67,7 +65,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], arrays: Mapping[str, 
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise SavingError(
-            f"{path}: the run cannot be saved ({error.strerror}); {start:,} bytes are needed. "
+            f"{path}: the run cannot be saved ({error.strerror}); {n_bytes:,} bytes are needed. "
             "Make room, or give another place.",
             error,
         ) from error
@@ -82,7 +80,7 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, mx.array]]:
     header = read_header(path)
     found = (header.metadata.get("format"), header.metadata.get("schema"))
     if found[0] != _FORMAT:
-        raise SourceError(f"{path}: is no saved run of qwq_mlx. Give the file that --save wrote.")
+        raise SourceError(f"{path}: is no saved run of qwq_mlx. Give the file of a saved run.")
     if found[1] != str(SCHEMA_VERSION):
         raise SourceError(
             f"{path}: is a saved run of schema {found[1]}, expected {SCHEMA_VERSION}. "
@@ -93,7 +91,8 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, mx.array]]:
         file.seek(header.data_start)
         for chunk in _chunks(file):
             total.update(chunk)
-    total.update(_layout(sorted(header.tensors.values(), key=lambda entry: entry.start)))
+    entries = sorted(header.tensors.values(), key=lambda entry: entry.start)
+    total.update(repr([(entry.name, entry.dtype, tuple(entry.shape)) for entry in entries]).encode())
     if total.hexdigest() != header.metadata.get("sha256"):
         raise SourceError(f"{path}: the sha256 does not fit, so the file is damaged or edited. It cannot be resumed.")
     return _loaded(path, header)
@@ -134,11 +133,6 @@ def model_digest(folder: Path) -> str:
             for chunk in _chunks(file):
                 total.update(chunk)
     return total.hexdigest()
-
-
-def _layout(entries: Sequence[TensorEntry]) -> bytes:
-    """Names, types and shapes in the order of the data; the header that says them is not part of the data."""
-    return repr([(entry.name, entry.dtype, tuple(entry.shape)) for entry in entries]).encode()
 
 
 def _chunks(file: Any) -> Iterator[bytes]:

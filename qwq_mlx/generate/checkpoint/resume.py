@@ -65,7 +65,7 @@ def opened(state: RunState, model: LoadedModel, *, path: Path, answer_now: bool)
         if reason not in _GOES_ON:
             raise SourceError(
                 f"{path}: the run has ended ({reason}), so there is nothing to resume. If it has no answer, "
-                "--answer-now (answer_now=True) asks for it."
+                "`answer_now=True` asks for it."
             )
         return state
     if state.injections:

@@ -169,7 +169,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     try:
         file = path.open("rb")
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}). Give the file that --output wrote.") from error
+        raise SourceError(f"{path}: cannot be read ({error.strerror}). Give a file of results.") from error
     end = 0
     with file:
         for index, text in enumerate(file):
@@ -184,8 +184,8 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 ) from error
             if not isinstance(line, dict) or line.get("index") != index or not isinstance(line.get("run"), dict):
                 raise SourceError(
-                    f"{path}: line {index + 1:,} is not the result of question {index:,}. The file was not written by "
-                    "--output, or it was edited; choose another output."
+                    f"{path}: line {index + 1:,} is not the result of question {index:,}. The file holds something "
+                    "else, or it was edited; choose another output."
                 )
             end += len(text)
             yield line, end
