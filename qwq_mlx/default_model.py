@@ -1,11 +1,11 @@
-"""Which model a command runs when none is named.
+"""Which model runs when none is named.
 
-In order: --model, $QWQ_MLX_MODEL, the first finished conversion of a QwQ-32B under conversions/ (of the current folder,
-then of the checkout this package lies in), else the pocket model that ships with the package. The pocket's 4-bit
-conversion is made once in the user's cache folder, by whichever command comes first; its folder is named after the
+In order: the folder that is named, $QWQ_MLX_MODEL, the first finished conversion of a QwQ-32B under conversions/ (of
+the current folder, then of the checkout this package lies in), else the pocket model that ships with the package. The
+pocket's 4-bit conversion is made once in the user's cache folder, by whoever comes first; its folder is named after the
 digest of checkpoint and recipe, so another one of these gets another conversion.
 
-Does not: convert (the command hands `made_ready` the converter, which this package does not know), load, or download.
+Does not: load, or download.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from qwq_mlx.errors import ConversionError, LoadError
 from qwq_mlx.facts import MODELS
 from qwq_mlx.quant.recipe import load_recipe
 
-__all__ = ["Choice", "Converter", "choose_model", "made_ready", "pocket_checkpoint", "ready_model", "user_cache_folder"]
+__all__ = ["Choice", "choose_model", "pocket_checkpoint", "ready_model", "user_cache_folder"]
 
 _RECIPE = "pocket-4bit"
 _PACKAGE = Path(__file__).resolve().parent
@@ -42,15 +41,8 @@ class Choice:
     source: Path | None = None
 
 
-class Converter(Protocol):
-    """`qwq_mlx.convert_checkpoint`, as far as it is used here."""
-
-    def __call__(self, source: Path, output: Path, /, *, recipe: str, quality: bool) -> object:
-        """Convert source to the new folder output."""
-
-
-def choose_model(named: str | None, environment: Mapping[str, str] | None = None) -> Choice:
-    """The model folder for a command. named: the value of --model, or None.
+def choose_model(named: str | Path | None, environment: Mapping[str, str] | None = None) -> Choice:
+    """The folder of the model to run. named: the folder that the user named, or None.
 
     Raises LoadError where nothing is named and the package has no pocket checkpoint.
     """
@@ -65,35 +57,36 @@ def choose_model(named: str | None, environment: Mapping[str, str] | None = None
     return _pocket(environment)
 
 
-def ready_model(named: str | None, converter: Callable[[], Converter], note: Callable[[str], None]) -> Path:
-    """The folder of the model for a command, there and whole: `choose_model`, a line about it, `made_ready`."""
+def ready_model(named: str | Path | None, note: Callable[[str], None] = lambda text: None) -> Path:
+    """The folder of the model to run, there and whole; the pocket model is converted first where that is needed.
+
+    named: the folder that the user named, or None. note: shows a line that says which model it is where none was named,
+    and one before a conversion. Two processes at once: the one that comes second uses what the first made.
+    Raises LoadError where there is no model or the cache folder cannot be written, and what a conversion raises.
+    """
     choice = choose_model(named)
     if choice.note:
         note(choice.note)
-    return made_ready(choice, converter, note)
-
-
-def made_ready(choice: Choice, converter: Callable[[], Converter], note: Callable[[str], None]) -> Path:
-    """The folder of a choice, converted first where that is needed, which a line says.
-
-    converter: gives the function that converts; called only where it is needed, since it comes with heavy imports.
-    note: shows the line. Two commands at once: the one that comes second uses what the first made.
-    Raises LoadError where the cache folder cannot be written, and what the converter raises.
-    """
     if choice.source is not None:
-        try:
-            choice.folder.parent.mkdir(parents=True, exist_ok=True)
-            note(f"converting the pocket model to 4 bits, once: {choice.folder}")
-            converter()(choice.source, choice.folder, recipe=_RECIPE, quality=False)
-        except OSError as error:
-            raise LoadError(
-                f"{choice.folder}: cannot be written ({error.strerror}), so the pocket model has no place. "
-                "Set XDG_CACHE_HOME to a folder that can be written, or give --model FOLDER."
-            ) from error
-        except ConversionError:
-            if not (choice.folder / "config.json").is_file():
-                raise
+        note(f"converting the pocket model to 4 bits, once: {choice.folder}")
+        _convert(choice.source, choice.folder)
     return choice.folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    from qwq_mlx.convert import convert_checkpoint  # here, because it comes with heavy imports
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        convert_checkpoint(source, folder, recipe=_RECIPE, quality=False)
+    except OSError as error:
+        raise LoadError(
+            f"{folder}: cannot be written ({error.strerror}), so the pocket model has no place. "
+            "Set XDG_CACHE_HOME to a folder that can be written, or name the folder of a model."
+        ) from error
+    except ConversionError:
+        if not (folder / "config.json").is_file():
+            raise
 
 
 def _pocket(environment: Mapping[str, str]) -> Choice:
@@ -101,12 +94,12 @@ def _pocket(environment: Mapping[str, str]) -> Choice:
     if not (source / "config.json").is_file():
         raise LoadError(
             f"{source}: the pocket model is not there, and no other model is named. "
-            f"Give --model FOLDER or set {_VARIABLE}; python -m qwq_mlx.convert makes a folder from a checkpoint."
+            f"Name the folder of one or set {_VARIABLE}; python -m qwq_mlx.convert makes a folder from a checkpoint."
         )
     folder = user_cache_folder(environment) / f"{_RECIPE}-{_digest(source)[:16]}"
     note = (
         "model: the bundled pocket model, which knows only small puzzles. For QwQ-32B-Preview: "
-        "python -m qwq_mlx.convert, then --model FOLDER"
+        "python -m qwq_mlx.convert, then give its folder as `model`"
     )
     return Choice(folder=folder, note=note, source=None if (folder / "config.json").is_file() else source)
 

@@ -98,7 +98,8 @@ class _Work:
         command = [sys.executable, script, "--quiet", "--source", str(self.source), "--output", str(output)]
         command += ["--quality-tokens", "400"]  # kills fall into the measurement, too, and it stays short
         # a session of its own: Ctrl-C at the terminal is for this script alone
-        return subprocess.Popen(command, stderr=pipe, text=True, start_new_session=True)
+        nowhere = subprocess.DEVNULL
+        return subprocess.Popen(command, stdout=nowhere, stderr=pipe, text=True, start_new_session=True)
 
     def wait_at_random(self, child: subprocess.Popen[str], lot: random.Random) -> bool:
         """Wait for a random part of a run's time, not the first: there Python and MLX start. Whether it still runs.

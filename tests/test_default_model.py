@@ -8,7 +8,7 @@ import pytest
 from checkpoints import write_json
 
 from qwq_mlx import default_model
-from qwq_mlx.default_model import Choice, choose_model, made_ready, ready_model, user_cache_folder
+from qwq_mlx.default_model import Choice, choose_model, ready_model, user_cache_folder
 from qwq_mlx.errors import ConversionError, LoadError
 from qwq_mlx.facts import POCKET, QWQ_32B_PREVIEW, ModelFacts
 
@@ -88,44 +88,60 @@ def test_the_cache_folder_follows_the_system(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_model_at_all_says_what_to_do(package: Path) -> None:
     (package / "pocket" / "checkpoint" / "config.json").unlink()
-    with pytest.raises(LoadError, match=r"the pocket model is not there.*Give --model FOLDER or set QWQ_MLX_MODEL"):
+    with pytest.raises(LoadError, match=r"the pocket model is not there.*Name the folder of one or set QWQ_MLX_MODEL"):
         choose_model(None, {})
 
 
-def test_a_choice_is_made_ready_once_and_a_race_is_no_error(package: Path, tmp_path: Path) -> None:
-    choice = choose_model(None, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+@pytest.fixture
+def no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwq_mlx.convert.job.convert_checkpoint", lambda *_, **__: pytest.fail("was converted"))
+
+
+def test_the_pocket_is_made_ready_once_and_a_race_is_no_error(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("QWQ_MLX_MODEL", raising=False)
+    choice = choose_model(None)
     made: list[tuple[Path, Path, str, bool]] = []
     told: list[str] = []
 
-    def convert_too_late(source: Path, output: Path, /, *, recipe: str, quality: bool) -> None:
+    def convert_too_late(source: Path, output: Path, *, recipe: str, quality: bool) -> None:
         made.append((source, output, recipe, quality))
         conversion(output, POCKET)
         raise ConversionError("another process holds the folder")
 
-    def convert_in_vain(source: Path, output: Path, /, *, recipe: str, quality: bool) -> None:
+    def convert_in_vain(source: Path, output: Path, *, recipe: str, quality: bool) -> None:
         raise ConversionError("no room")
 
+    monkeypatch.setattr("qwq_mlx.convert.job.convert_checkpoint", convert_in_vain)
     with pytest.raises(ConversionError, match="no room"):
-        made_ready(choice, lambda: convert_in_vain, told.append)
-    assert made_ready(choice, lambda: convert_too_late, told.append) == choice.folder
+        ready_model(None)
+    monkeypatch.setattr("qwq_mlx.convert.job.convert_checkpoint", convert_too_late)
+    assert ready_model(None, told.append) == choice.folder
     assert made == [(choice.source, choice.folder, "pocket-4bit", False)]
-    assert told == [f"converting the pocket model to 4 bits, once: {choice.folder}"] * 2
-    there = Choice(folder=choice.folder)
-    assert made_ready(there, lambda: pytest.fail("was converted again"), told.append) == choice.folder
-    assert len(told) == 2
+    assert told == [choice.note, f"converting the pocket model to 4 bits, once: {choice.folder}"]
+    assert ready_model(None, told.append) == choice.folder
+    assert len(made) == 1 and told[2:] == [choice.note]
 
 
-def test_every_command_tells_which_model_it_took(package: Path) -> None:
+@pytest.mark.usefixtures("no_conversion")
+def test_every_command_tells_which_model_it_took(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QWQ_MLX_MODEL", raising=False)
     told: list[str] = []
-    assert ready_model("some/where", lambda: pytest.fail("was converted"), told.append) == Path("some/where")
+    assert ready_model("some/where", told.append) == Path("some/where")
     assert told == []
     folder = conversion(package.parent / "conversions" / "a", QWQ_32B_PREVIEW)
-    assert ready_model(None, lambda: pytest.fail("was converted"), told.append) == folder
+    assert ready_model(None, told.append) == folder
     assert told == [f"model: {folder}"]
 
 
-def test_a_cache_folder_that_cannot_be_written_says_what_to_do(package: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_conversion")
+def test_a_cache_folder_that_cannot_be_written_says_what_to_do(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "cache").write_text("a file")
-    choice = choose_model(None, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("QWQ_MLX_MODEL", raising=False)
     with pytest.raises(LoadError, match=r"cannot be written .*Set XDG_CACHE_HOME"):
-        made_ready(choice, lambda: pytest.fail("was converted"), lambda text: None)
+        ready_model(None)

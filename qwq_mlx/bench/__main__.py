@@ -11,69 +11,66 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qwq_mlx.bench.options import BenchOptions
-from qwq_mlx.errors import OptionError, QwqError
+from qwq_mlx.bench.timing import BenchOptions
+from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
 
 if TYPE_CHECKING:
     from qwq_mlx.bench.decode import Row
-    from qwq_mlx.default_model import Converter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parsed = _parser().parse_args(arguments)
-    try:
-        options = BenchOptions(n_tokens=parsed.tokens, repeats=parsed.repeats, n_layers=parsed.layers)
-        rows = _measure(parsed.model, options)
-    except OptionError as error:
-        return _complain(str(error), 2)
-    except QwqError as error:
-        return _complain(str(error), 1)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
-    from qwq_mlx.bench.decode import describe_machine
-
-    print(_table(rows))
-    result = {"rows": [row.as_json() for row in rows], "repeats": options.repeats, "machine": describe_machine()}
-    print(json.dumps(result))
-    return 0
+    return run_command(_parser(), arguments, _bench)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m qwq_mlx.bench",
+    parser = make_parser(
+        "bench",
         description="Decode tokens per second of qwq_mlx and mlx-lm on the same weights, taking turns in one run.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C).",
-        allow_abbrev=False,
+        exit_codes="0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C)",
     )
-    add, own = parser.add_argument, BenchOptions()
+    add, default = parser.add_argument, BenchOptions()
     add("--model", metavar="FOLDER", help="a conversion or checkpoint (default: as python -m qwq_mlx.generate)")
     add(
         "--layers",
         type=int,
         metavar="N",
-        default=own.n_layers,
+        dest="n_layers",
+        default=default.n_layers,
         help="layers of the QwQ-shaped random model, 0 leaves it out (default: %(default)s)",
     )
-    add("--tokens", type=int, metavar="N", default=own.n_tokens, help="tokens per run (default: %(default)s)")
-    add("--repeats", type=int, metavar="N", default=own.repeats, help="runs of each contestant (default: %(default)s)")
+    add(
+        "--tokens",
+        type=int,
+        metavar="N",
+        dest="n_tokens",
+        default=default.n_tokens,
+        help="tokens per run (default: %(default)s)",
+    )
+    add(
+        "--repeats",
+        type=int,
+        metavar="N",
+        default=default.repeats,
+        help="runs of each contestant (default: %(default)s)",
+    )
+    add_output(parser)
     return parser
 
 
-def _measure(named: str | None, options: BenchOptions) -> list[Row]:
-    from qwq_mlx.bench.decode import bench_folder, bench_qwq_shaped
+def _bench(command: Command) -> int:
+    parsed = command.options
+    options = BenchOptions(n_tokens=parsed.n_tokens, repeats=parsed.repeats, n_layers=parsed.n_layers)
+    from qwq_mlx.bench.decode import bench_folder, bench_qwq_shaped, describe_machine
     from qwq_mlx.default_model import ready_model
 
-    rows = bench_folder(ready_model(named, _converter, _note), options, _note)
+    rows = bench_folder(ready_model(parsed.model, command.note), options, command.note)
     if options.n_layers > 0:
-        rows.append(bench_qwq_shaped(options, _note))
-    return rows
-
-
-def _converter() -> Converter:
-    from qwq_mlx.convert import convert_checkpoint
-
-    return convert_checkpoint
+        rows.append(bench_qwq_shaped(options, command.note))
+    print(_table(rows))
+    result = {"rows": [row.as_json() for row in rows], "repeats": options.repeats, "machine": describe_machine()}
+    print(json.dumps(result))
+    return 0
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -90,15 +87,6 @@ def _table(rows: Sequence[Row]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
     return "\n".join("  ".join(cells).rstrip() for cells in padded)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _complain(text: str, code: int) -> int:
-    _note(f"error: {text}")
-    return code
 
 
 if __name__ == "__main__":

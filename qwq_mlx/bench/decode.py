@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qwq_mlx.bench.models import in_compute_type, qwq_shaped, random_module
-from qwq_mlx.bench.options import BenchOptions
-from qwq_mlx.bench.timing import Rates, compare
+from qwq_mlx.bench.timing import BenchOptions, Rates, compare
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import default_compute_type
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm

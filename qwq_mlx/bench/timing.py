@@ -3,7 +3,7 @@
 A contestant is a function that starts a run and returns an iterator of tokens. The clock starts at the first token, so
 prefill and compilation are outside, and n tokens give n - 1 intervals. One round before the clock warms caches up.
 
-Does not: know models, or compare numbers from different runs.
+Does not: import MLX, know models, or compare numbers from different runs.
 """
 
 from __future__ import annotations
@@ -13,11 +13,33 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from qwq_mlx.errors import GenerationError
+from qwq_mlx.errors import GenerationError, OptionError
+from qwq_mlx.facts import QWQ_32B_PREVIEW
 
-__all__ = ["Rates", "compare", "decode_tok_s"]
+__all__ = ["BenchOptions", "Rates", "compare", "decode_tok_s"]
 
 Contestant = Callable[[], Iterable[object]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """How much is measured.
+
+    n_tokens: per run. repeats: measured runs of each contestant. n_layers: of the QwQ-shaped model; 0 leaves it out.
+    """
+
+    n_tokens: int = 64
+    repeats: int = 5
+    n_layers: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value, low, high in (
+            ("n_tokens", self.n_tokens, 2, 30_000),
+            ("repeats", self.repeats, 1, 10_000),
+            ("n_layers", self.n_layers, 0, QWQ_32B_PREVIEW.num_hidden_layers),
+        ):
+            if type(value) is not int or not low <= value <= high:
+                raise OptionError(f"{name} is {value!r}, expected a whole number from {low} to {high:,}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

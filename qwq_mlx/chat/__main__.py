@@ -13,20 +13,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwq_mlx.chat.commands import COMMANDS, parse_line, think_tokens
 from qwq_mlx.chat.folding import folded
 from qwq_mlx.chat.reader import ReadLine, editing_reader, has_editing, plain_reader, read_message
-from qwq_mlx.cli.signals import Interruption, silence
+from qwq_mlx.cli.command import Command, load_reasoner, make_parser, run_command
+from qwq_mlx.cli.generate_flags import bits
 from qwq_mlx.cli.terminal import show
-from qwq_mlx.errors import GenerationError, OptionError, PromptError, QwqError
+from qwq_mlx.errors import GenerationError, PromptError, QwqError
 from qwq_mlx.options import Limits, Sampling, Thinking
 
 if TYPE_CHECKING:
     from qwq_mlx.chat.conversation import Conversation, Turn
-    from qwq_mlx.default_model import Converter
-    from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.generate.stream import Stream
 
 _MORE_ROOM = "/back makes room, or /save FILE, start again with a larger --context and /load FILE"
@@ -35,49 +34,28 @@ _ENDED = (129, 143)  # the terminal was closed, or the process was asked to end
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = _parser().parse_args(arguments)
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")  # type: ignore[union-attr]
-    with Interruption(asks=False) as interruption:
-        try:
-            sampling = Sampling(temperature=options.temp, seed=options.seed)
-            limits = Limits(max_tokens=options.max_tokens, context=options.context, kv_bits=options.kv_bits)
-            thinking = Thinking(think_tokens=options.think_tokens)
-            reasoner = _load(options, limits)
-            from qwq_mlx.chat.conversation import Conversation
-
-            talk = Conversation(
-                reasoner, system_prompt=options.system_prompt, sampling=sampling, limits=limits, thinking=thinking
-            )
-            return _Chat(talk, interruption).hold(_reader())
-        except QwqError as error:
-            return _complain(str(error), error.exit_code)
-        except BrokenPipeError:
-            silence(sys.stdout.fileno())
-            return 0
-        except KeyboardInterrupt:
-            return interruption.exit_code or 130
+    return run_command(_parser(), arguments, _chat, interrupted=lambda options: "")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m qwq_mlx.chat",
+    parser = make_parser(
+        "chat",
         description="Talk with a model. A line is a message; a backslash at its end, or three double quotes before and "
         "behind, make it several lines. /help shows the commands.",
-        epilog="Exit codes: 0 ended, 1 failed, 2 wrong usage, 5 memory ran out while loading, 129 terminal "
-        "closed, 143 terminated.",
-        allow_abbrev=False,
+        exit_codes="0 ended, 1 failed, 2 wrong usage, 5 memory ran out while loading, 129 terminal closed, 143 "
+        "terminated",
     )
     add = parser.add_argument
     add("--model", metavar="DIR", help="a conversion or checkpoint (default: as python -m qwq_mlx.generate)")
     add("--system-prompt", metavar="TEXT", help="replaces the chat template's default system prompt")
-    add("--temp", type=float, metavar="T", help="temperature; 0 is greedy (default: the model's)")
+    add("--temp", type=float, metavar="T", dest="temperature", help="temperature; 0 is greedy (default: the model's)")
     add("--seed", type=int, metavar="N", help="of the first turn, later ones count on (default: drawn)")
     add("--max-tokens", type=int, metavar="N", help="tokens of an answer at most (default: the room left)")
     add("--think-tokens", type=int, metavar="N", help="ask for the answer after N tokens of thinking")
     add("--context", type=int, metavar="N", help="positions of the whole conversation (default: the model's own)")
     add(
         "--kv-bits",
-        type=lambda text: int(text) if text.isdecimal() else text,
+        type=bits,
         choices=(8, 4, "auto"),
         help="quantize the KV cache (default: not)",
     )
@@ -85,30 +63,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(options: argparse.Namespace, limits: Limits) -> Reasoner:
-    from qwq_mlx.default_model import ready_model
-    from qwq_mlx.generate.reasoner import load
-    from qwq_mlx.model.template import template_warning
+def _chat(command: Command) -> int:
+    options = command.options
+    sampling = Sampling(temperature=options.temperature, seed=options.seed)
+    limits = Limits(max_tokens=options.max_tokens, context=options.context, kv_bits=options.kv_bits)
+    thinking = Thinking(think_tokens=options.think_tokens)
+    reasoner = load_reasoner(command, limits)
+    from qwq_mlx.chat.conversation import Conversation
 
-    reasoner = load(ready_model(options.model, _converter, _note), limits=limits, force=options.force)
-    warning = template_warning(reasoner.model.tokenizer.chat_template)
-    if warning is not None:
-        _note(f"warning: {warning}")
-    return reasoner
-
-
-def _converter() -> Converter:
-    from qwq_mlx.convert import convert_checkpoint
-
-    return convert_checkpoint
+    talk = Conversation(
+        reasoner, system_prompt=options.system_prompt, sampling=sampling, limits=limits, thinking=thinking
+    )
+    return _Chat(talk, command).hold(_reader(command))
 
 
-def _reader() -> ReadLine:
+def _reader(command: Command) -> ReadLine:
     if not sys.stdin.isatty():
-        _note("stdin is no terminal: one message a line, no editing")
+        command.note("stdin is no terminal: one message a line, no editing")
         return plain_reader(sys.stdin, sys.stderr)
     if not has_editing():
-        _note("no history and editing: pip install 'qwq-mlx[chat]' (prompt_toolkit) gives them")
+        command.note("no history and editing: pip install 'qwq-mlx[chat]' (prompt_toolkit) gives them")
         return plain_reader(sys.stdin, sys.stderr)
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     return editing_reader(sys.stderr, state / "qwq_mlx" / "chat_history")
@@ -117,29 +91,28 @@ def _reader() -> ReadLine:
 class _Chat:
     """The loop: read, answer, read."""
 
-    def __init__(self, talk: Conversation, interruption: Interruption) -> None:
+    def __init__(self, talk: Conversation, command: Command) -> None:
         self._talk = talk
-        self._interruption = interruption
+        self._command = command
+        self._interruption = command.interruption
         self._is_folded = False
         self._is_over = False
 
     def hold(self, read_line: ReadLine) -> int:
         """Until /quit or the end of input; returns the exit code."""
-        _note(f"{self._talk.reasoner.model.name}: /help shows the commands, /quit ends")
+        self._note(f"{self._talk.reasoner.model.name}: /help shows the commands, /quit ends")
         while not self._is_over:
             try:
                 self._take(read_message(read_line, f"[{self._talk.n_left:,} left] > "))
             except EOFError:
                 break
-            except OptionError as error:
-                _note(f"error: {error}")
             except QwqError as error:
-                _note(f"error: {error}")
+                self._note(f"error: {self._command.explain(error)}")
             except KeyboardInterrupt:
                 if self._interruption.exit_code in _ENDED:
                     return self._interruption.exit_code
                 self._interruption.exit_code = 0
-                _note("(/quit or Ctrl-D ends the chat)")
+                self._note("(/quit or Ctrl-D ends the chat)")
         return 0
 
     def _take(self, text: str) -> None:
@@ -159,37 +132,37 @@ class _Chat:
         self._answer(self._talk.retry())
 
     def _do_back(self, _: str) -> None:
-        _note(f"taken off: {self._talk.back()}")
+        self._note(f"taken off: {self._talk.back()}")
 
     def _do_system(self, text: str) -> None:
         if text:
             self._talk.system_prompt = text
-        _note(f"system prompt: {self._talk.system_prompt or '(the template has its own)'}")
+        self._note(f"system prompt: {self._talk.system_prompt or '(the template has its own)'}")
 
     def _do_save(self, text: str) -> None:
         self._talk.save(Path(text))
-        _note(f"saved: {text}")
+        self._note(f"saved: {text}")
 
     def _do_load(self, text: str) -> None:
         self._talk.load(Path(text))
-        _note(f"{len(self._talk.messages)} messages from {text}")
+        self._note(f"{len(self._talk.messages)} messages from {text}")
 
     def _do_think(self, text: str) -> None:
         self._talk.thinking = replace(self._talk.thinking, think_tokens=think_tokens(text))
-        _note(f"thinking: {text if text == 'off' else f'{text} tokens'}")
+        self._note(f"thinking: {text if text == 'off' else f'{text} tokens'}")
 
     def _do_fold(self, _: str) -> None:
         self._is_folded = not self._is_folded
-        _note(f"thinking is shown {'as one line' if self._is_folded else 'in full'}")
+        self._note(f"thinking is shown {'as one line' if self._is_folded else 'in full'}")
 
     def _do_stats(self, _: str) -> None:
         for number, turn in enumerate(self._talk.turns, start=1):
-            _note(f"turn {number}: {_cost(turn)}")
-        _note(f"context: {self._talk.n_left:,} of {self._talk.context:,} positions left")
+            self._note(f"turn {number}: {_cost(turn)}")
+        self._note(f"context: {self._talk.n_left:,} of {self._talk.context:,} positions left")
 
     def _do_help(self, _: str) -> None:
         for name, text in COMMANDS.items():
-            _note(f"{name:<8} {text}")
+            self._note(f"{name:<8} {text}")
 
     def _do_quit(self, _: str) -> None:
         self._is_over = True
@@ -197,10 +170,10 @@ class _Chat:
     def _answer(self, run: Stream) -> None:
         """Show one answer; Ctrl-C ends it and it is kept as far as it came."""
         if run.request.note and not self._talk.turns:
-            _note(run.request.note)
+            self._note(run.request.note)
         self._interruption.run = run
         try:
-            show(folded(run, _note, _report) if self._is_folded else run, sys.stdout, is_silent=False)
+            show(folded(run, self._note, _report) if self._is_folded else run, sys.stdout, is_silent=False)
         except GenerationError:
             self._talk.drop_last()
             raise
@@ -211,12 +184,15 @@ class _Chat:
             sys.stdout.flush()
         turn = self._talk.close(run)
         if turn.finish_reason not in ("stop", "answered"):
-            _note(f"({turn.finish_reason}: {run.trace().detail or 'the answer is kept as far as it came'})")
+            self._note(f"({turn.finish_reason}: {run.trace().detail or 'the answer is kept as far as it came'})")
         if turn.finish_reason == "context_full":
-            _note(f"(the answer is kept as far as it came; {_MORE_ROOM})")
+            self._note(f"(the answer is kept as far as it came; {_MORE_ROOM})")
         if self._interruption.exit_code in _ENDED:
             raise KeyboardInterrupt
         self._interruption.exit_code = 0
+
+    def _note(self, text: str) -> None:
+        self._command.note(text)
 
 
 def _report(text: str) -> None:
@@ -232,16 +208,6 @@ def _cost(turn: Turn) -> str:
         f"prompt {turn.n_prompt:,} tokens, {turn.n_fed:,} of them new in {turn.prefill_s:.2f} s; "
         f"output {turn.n_output:,} tokens{rate}, {turn.n_thinking:,} of them thinking; {turn.finish_reason}"
     )
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
-def _complain(message: Any, code: int) -> int:
-    _note(f"error: {message}")
-    return code
 
 
 if __name__ == "__main__":

@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 from qwq_mlx.errors import OptionError
 from qwq_mlx.options import LOOP_ACTIONS, Limits, Sampling, Thinking
 
-__all__ = ["Asked", "add_limits", "add_sampling", "asked_for", "with_flag"]
+__all__ = ["Asked", "add_limits", "add_sampling", "asked_for", "bits"]
 
-_FLAGS = {"temperature": "--temp", "banned": "--ban"}
-_KINDS = (Sampling, Limits, Thinking)
 _OF_ONE_QUESTION = ("prompt", "resume", "save", "save_every", "no_save", "receipt", "json", "answer_now")
 
 
@@ -25,7 +23,7 @@ def add_limits(add: Callable[..., Any]) -> None:
     answer_tokens, on_loop = _default(Thinking, "answer_tokens"), _default(Thinking, "on_loop")
     add("--max-tokens", type=int, metavar="N", help="tokens to produce at most (default: the room left in the context)")
     add("--context", type=int, metavar="N", help="positions to use at most, prompt included (default: the model's own)")
-    add("--kv-bits", type=_bits, choices=(8, 4, "auto"), help="quantize the KV cache (default: not)")
+    add("--kv-bits", type=bits, choices=(8, 4, "auto"), help="quantize the KV cache (default: not)")
     add(
         "--prefill-step",
         type=int,
@@ -73,7 +71,8 @@ def _default(options: type, name: str) -> Any:
     return next(each.default for each in fields(options) if each.name == name)
 
 
-def _bits(text: str) -> int | str:
+def bits(text: str) -> int | str:
+    """The type of --kv-bits: a number, or "auto"."""
     return int(text) if text.isdecimal() else text
 
 
@@ -102,13 +101,6 @@ def asked_for(given: Mapping[str, Any]) -> Asked:
     if given["no_save"] and given["save"] is not None:
         raise OptionError("--no-save and --save cannot both be meant. Leave one out.")
     return asked
-
-
-def with_flag(message: str) -> str:
-    """The flag's name instead of the field's, where the message begins with it."""
-    name, _, rest = message.partition(" ")
-    known = {each.name for kind in _KINDS for each in fields(kind)}
-    return f"{_FLAGS.get(name, '--' + name.replace('_', '-'))} {rest}" if name in known else message
 
 
 def _given(given: Mapping[str, Any], kind: type) -> dict[str, Any]:

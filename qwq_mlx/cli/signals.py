@@ -20,6 +20,8 @@ from typing import Any, Protocol, runtime_checkable
 
 __all__ = ["QUESTION", "Interruption", "silence"]
 
+_HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
+
 QUESTION = b"\n[a]nswer now, [s]ave and stop, s[t]op; Enter goes on, Ctrl-C ends at once: "
 
 
@@ -62,8 +64,10 @@ class Interruption:
         self._shown: list[int] = []
 
     def __enter__(self) -> Interruption:
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        for number in (signal.SIGINT, signal.SIGTERM, *(() if ignored else (signal.SIGHUP,))):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if _HANGUP is not None and signal.getsignal(_HANGUP) != signal.SIG_IGN:
+            numbers.append(_HANGUP)
+        for number in numbers:
             self._before[number] = signal.signal(number, self._on_signal)
         self._shown = [file.fileno() for file in (sys.stdout, sys.stderr) if file.isatty()]
         return self
@@ -73,7 +77,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: object) -> None:
-        if number == signal.SIGHUP:
+        if number == _HANGUP:
             silence(*self._shown)
             if self.exit_code:
                 return

@@ -6,15 +6,18 @@ Does not: choose what goes to stdout or stderr; the commands do, and hand over t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.generate.question_file.runner import Stand
     from qwq_mlx.generate.stream import Stream
     from qwq_mlx.trace.trace import Step, Trace
 
-__all__ = ["batch_bar", "batch_line", "batch_progress", "prefill_progress", "settings_line", "show", "summary_line"]
+__all__ = ["batch_line", "batch_progress", "prefill_progress", "settings_line", "show", "summary_line"]
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 # A model can write escape sequences; on a terminal they are shown as symbols instead of being obeyed.
@@ -83,53 +86,48 @@ def summary_line(trace: Trace) -> str:
     )
 
 
-def batch_bar(stand: Stand, *, width: int = 20) -> str:
-    """Where a batch stands: a bar, questions, rate and time left."""
-    n_full = width * stand.n_done // stand.n_total
-    rate = f", {stand.n_tokens / stand.seconds:,.1f} tok/s" if stand.n_tokens and stand.seconds > 0 else ""
-    left = "" if stand.seconds_left is None else f", {_clock(stand.seconds_left)} left"
-    failed = f", {stand.n_failed:,} failed" if stand.n_failed else ""
-    return (
-        f"[{'#' * n_full}{'.' * (width - n_full)}] {stand.n_done:,} of {stand.n_total:,} questions{failed}{rate}{left}"
-    )
+@contextmanager
+def batch_progress(*, is_shown: bool) -> Iterator[Callable[[Stand], None]]:
+    """How far a file of questions is: a bar on a terminal, else a line on stderr for every question."""
+    from qwq_mlx.cli.progress import ProgressBar
+
+    is_terminal = sys.stderr.isatty()
+    with ProgressBar(unit="question", is_shown=is_shown and is_terminal, stays=True) as bar:
+
+        def progress(stand: Stand) -> None:
+            if is_terminal:
+                bar.show("answering", stand.n_done, stand.n_total, n_before=stand.n_before, note=_cost(stand))
+            elif is_shown and (stand.last is not None or (stand.n_before and not stand.n_tokens)):
+                sys.stderr.write(batch_line(stand) + "\n")
+                sys.stderr.flush()
+
+        yield progress
 
 
 def batch_line(stand: Stand) -> str:
     """The question that was just answered, and where the batch stands."""
-    line = stand.last or {}
-    trace = line.get("trace") or {}
-    what = line.get("error") or f"{trace.get('finish_reason')}, {len(trace.get('ids', ())):,} tokens"
-    return f"{line.get('id')}: {what}; {batch_bar(stand)}"
+    what = "going on"
+    if stand.last is not None:
+        trace = stand.last.get("trace") or {}
+        outcome = stand.last.get("error") or f"{trace.get('finish_reason')}, {len(trace.get('ids', ())):,} tokens"
+        what = f"{stand.last.get('id')}: {outcome}"
+    cost = f", {_cost(stand)}" if _cost(stand) else ""
+    return f"{what}; {stand.n_done:,} of {stand.n_total:,} questions{cost}"
 
 
-def batch_progress(out: TextIO) -> Callable[[Stand], None]:
-    """Shows where a batch stands: by a bar that is written over on a terminal, else by a line a question."""
-    is_terminal = out.isatty()
-
-    def progress(stand: Stand) -> None:
-        if is_terminal:
-            end = "\n" if stand.n_done == stand.n_total else ""
-            out.write(f"\r\x1b[K{batch_bar(stand)}{end}")
-        elif stand.last is not None or (stand.n_before and not stand.n_tokens):
-            out.write((batch_line(stand) if stand.last else f"going on: {batch_bar(stand)}") + "\n")
-        out.flush()
-
-    return progress
+def _cost(stand: Stand) -> str:
+    failed = [f"{stand.n_failed:,} failed"] if stand.n_failed else []
+    rate = [f"{stand.n_tokens / stand.seconds:,.1f} tok/s"] if stand.n_tokens and stand.seconds > 0 else []
+    return ", ".join([*failed, *rate])
 
 
-def prefill_progress(out: TextIO) -> Callable[[int, int], None]:
-    """Shows on a terminal how far a prompt of more than 1,024 ids is; the line is empty at the end."""
+def prefill_progress(bar: ProgressBar) -> Callable[[int, int], None]:
+    """Shows how far a prompt of more than 1,024 ids is; the bar is gone before the first token."""
 
     def progress(n_done: int, n_total: int) -> None:
-        if n_total > 1024:
-            text = "" if n_done >= n_total else f"prefill {n_done:,} of {n_total:,} tokens"
-            out.write(f"\r\x1b[K{text}")
-            out.flush()
+        if n_done >= n_total:
+            bar.clear()
+        elif n_total > 1024:
+            bar.show("prefill", n_done, n_total)
 
     return progress
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

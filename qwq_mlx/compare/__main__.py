@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from qwq_mlx.errors import OptionError, QwqError
+from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
 
 if TYPE_CHECKING:
     from qwq_mlx.compare.table import Comparison
@@ -23,31 +23,15 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        comparison = _compare(options)
-    except OptionError as error:
-        return _complain(f"error: {error}", 2)
-    except QwqError as error:
-        return _complain(f"error: {error}", 1)
-    except KeyboardInterrupt:
-        return _complain("interrupted: nothing was changed.", 130)
-    if options.json:
-        print(json.dumps(_as_json(comparison), ensure_ascii=False))
-    else:
-        from qwq_mlx.compare.table import comparison_text
-
-        print(comparison_text(comparison))
-    return 0
+    return run_command(_parser(), arguments, _compare)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m qwq_mlx.compare",
+    parser = make_parser(
+        "compare",
         description="Compare conversions and checkpoints of one model on a text: what each takes and what it lost "
         "against the first. One layer of one model is in memory at a time.",
-        epilog="Exit codes: 0 done, 1 a folder is missing or damaged, 2 wrong usage, 130 interrupted (Ctrl-C).",
-        allow_abbrev=False,
+        exit_codes="0 done, 1 a folder is missing or damaged, 2 wrong usage, 130 interrupted (Ctrl-C)",
     )
     add = parser.add_argument
     add("folders", metavar="DIR", nargs="+", help="a conversion or a checkpoint; the first is the reference")
@@ -57,32 +41,36 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='plain text, or .jsonl with {"question": ..., "reply": ...} a line (default: a bundled text)',
     )
-    add("--tokens", type=int, metavar="N", help="tokens of the text at most, context included (default: 2048)")
-    add("--json", action="store_true", help="print one line of JSON in place of the tables")
-    add("--quiet", action="store_true", help="on stderr only errors")
+    add(
+        "--tokens",
+        type=int,
+        metavar="N",
+        dest="n_positions",
+        help="tokens of the text at most, context included (default: 2048)",
+    )
+    add_output(parser, json="print one line of JSON in place of the tables")
     return parser
 
 
-def _compare(options: argparse.Namespace) -> Comparison:
-    from qwq_mlx.compare.table import compare_models
+def _compare(command: Command) -> int:
+    from qwq_mlx.cli.progress import ProgressBar
+    from qwq_mlx.compare.table import compare_models, comparison_text
     from qwq_mlx.quality.text import DEFAULT_POSITIONS
 
-    is_shown = sys.stderr.isatty() and not options.quiet
-    try:
-        return compare_models(
+    options = command.options
+    with ProgressBar(unit="B", is_shown=command.shows_progress) as bar:
+        comparison = compare_models(
             options.folders,
             reference=options.reference,
             text=options.text,
-            n_positions=DEFAULT_POSITIONS if options.tokens is None else options.tokens,
-            progress=_show if is_shown else None,
+            n_positions=DEFAULT_POSITIONS if options.n_positions is None else options.n_positions,
+            progress=lambda done_bytes, total_bytes: bar.show("comparing", done_bytes, total_bytes),
         )
-    finally:
-        if is_shown:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-
-
-def _show(done_bytes: int, total_bytes: int) -> None:
-    print(f"\r\x1b[2Kcomparing {100 * done_bytes / total_bytes:3.0f} %", end="", file=sys.stderr, flush=True)
+    if options.json:
+        print(json.dumps(_as_json(comparison), ensure_ascii=False))
+    else:
+        print(comparison_text(comparison))
+    return 0
 
 
 def _as_json(comparison: Comparison) -> dict[str, object]:
@@ -90,11 +78,6 @@ def _as_json(comparison: Comparison) -> dict[str, object]:
     for row in value["rows"]:
         row["folder"] = str(row["folder"])
     return value
-
-
-def _complain(text: str, code: int) -> int:
-    print(text, file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def compare_models(
     others = list(folders) if reference is not None else list(folders[1:])
     if not folders or not others:
         raise OptionError(
-            f"{len(folders)} folders to compare, expected at least two, or one and --reference. "
+            f"{len(folders)} folders to compare, expected at least two, or one and a `reference`. "
             "Give a checkpoint and a conversion of it."
         )
     first = reference if reference is not None else folders[0]

@@ -1,7 +1,7 @@
 """`python -m qwq_mlx.convert --source DIR --output DIR`: a checkpoint becomes packed MLX weights.
 
-Arguments are read before anything heavy is imported, so --help answers at once. Plan, progress and result go to stderr;
-stdout stays empty but for --json. An interrupted run says how to go on.
+The result goes to stdout, as text or with --json as one line; plan, progress and warnings go to stderr. Arguments are
+read before anything heavy is imported, so --help answers at once. An interrupted run says how to go on.
 
 Does not: convert anything itself (`qwq_mlx.convert.job` does).
 """
@@ -12,54 +12,41 @@ import argparse
 import json
 import re
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from qwq_mlx.errors import OptionError, QwqError
+from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
+from qwq_mlx.errors import OptionError
 from qwq_mlx.quant import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
+    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.convert.plan import Plan
     from qwq_mlx.convert.progress import Progress
-    from qwq_mlx.convert.result import Conversion
 
-
-class _TerminatedError(BaseException):
-    """SIGTERM came."""
+_PHASES = {
+    "calibrate": "calibrating",
+    "convert": "converting",
+    "check": "reading back",
+    "quality": "measuring",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = _parser().parse_args(arguments)
-    before = signal.signal(signal.SIGTERM, _terminate)
-    screen = _Screen(quiet=options.quiet)
-    try:
-        conversion = _convert(options, screen)
-        if options.json:
-            print(json.dumps({**asdict(conversion), "output": str(conversion.output)}))
-    except QwqError as error:
-        return screen.complain(f"error: {error}", error.exit_code)
-    except KeyboardInterrupt:
-        return screen.complain(_how_to_go_on(options), 130)
-    except _TerminatedError:
-        return screen.complain(_how_to_go_on(options), 143)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
+    return run_command(_parser(), arguments, _convert, interrupted=_how_to_go_on)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m qwq_mlx.convert",
+    parser = make_parser(
+        "convert",
         description="Convert a Qwen2 checkpoint (QwQ-32B-Preview) to packed MLX weights, in bounded memory. "
         "An interrupted conversion goes on where it was when the same command runs again.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 disk full, 130 interrupted (Ctrl-C), 143 terminated.",
-        allow_abbrev=False,
+        exit_codes="0 done, 1 failed, 2 wrong usage, 3 disk full, 129 terminal closed, 130 interrupted (Ctrl-C), 143 "
+        "terminated",
     )
     add = parser.add_argument
     add(
@@ -79,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--target-size",
         metavar="SIZE",
+        dest="target_bytes",
         help="choose the bits of every matrix so that the output fits this size, as 17GB (also GiB, MB, MiB): the "
         "recipe's mode, fit and overrides stay, groups are its own or larger; the output matrix, narrow matrices and "
         "the layers where rounding hurts most get more (default: the recipe's bits)",
@@ -94,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--restart", action="store_true", help="throw an unfinished conversion away instead of continuing it")
     add("--keep-source", action="store_true", help="leave what is fetched in OUTPUT.source")
     add("--dry-run", action="store_true", help="show the plan and stop")
-    add("--workers", type=int, metavar="N", help="threads that pack (default: one per core)")
+    add("--workers", type=int, metavar="N", dest="n_workers", help="threads that pack (default: one per core)")
     judged = parser.add_mutually_exclusive_group()
     judged.add_argument(
         "--quality",
@@ -106,8 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     judged.add_argument("--no-quality", action="store_true", help="do not compare")
     add("--quality-tokens", type=int, metavar="N", help="tokens of that text at most, context included (default: 2048)")
-    add("--json", action="store_true", help="print the result as one line of JSON on stdout")
-    add("--quiet", action="store_true", help="on stderr only warnings and errors")
+    add_output(parser, json="print the result as one line of JSON")
     return parser
 
 
@@ -123,86 +110,71 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def _convert(options: argparse.Namespace, screen: _Screen) -> Conversion:
+def _convert(command: Command) -> int:
+    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.convert.job import convert_checkpoint
     from qwq_mlx.convert.plan_text import result_text
 
-    conversion = convert_checkpoint(
-        options.source,
-        options.output,
-        recipe=DEFAULT_RECIPE if options.recipe is None else options.recipe,
-        target_bytes=None if options.target_size is None else _bytes(options.target_size),
-        calibrate=options.calibrate,
-        force=options.force,
-        restart=options.restart,
-        revision=options.revision,
-        keep_source=options.keep_source,
-        dry_run=options.dry_run,
-        n_workers=options.workers,
-        quality=False if options.no_quality else options.quality,
-        quality_tokens=options.quality_tokens,
-        on_plan=lambda plan: screen.show_plan(plan, options.output),
-        progress=None if options.quiet else screen.show_progress,
-    )
-    if options.quiet:
-        for warning in conversion.warnings:
-            screen.say(f"warning: {warning}")
+    options = command.options
+    with ProgressBar(unit="B", is_shown=not command.is_quiet) as bar:
+        conversion = convert_checkpoint(
+            options.source,
+            options.output,
+            recipe=DEFAULT_RECIPE if options.recipe is None else options.recipe,
+            target_bytes=None if options.target_bytes is None else _bytes(options.target_bytes),
+            calibrate=options.calibrate,
+            force=options.force,
+            restart=options.restart,
+            revision=options.revision,
+            keep_source=options.keep_source,
+            dry_run=options.dry_run,
+            n_workers=options.n_workers,
+            quality=False if options.no_quality else options.quality,
+            quality_tokens=options.quality_tokens,
+            on_plan=lambda plan: _show_plan(plan, command),
+            progress=lambda progress: _show_progress(progress, bar),
+        )
+    for warning in conversion.warnings:
+        command.warn(f"warning: {warning}")
+    if options.json:
+        print(json.dumps({**asdict(conversion), "output": str(conversion.output)}))
     else:
-        screen.say(result_text(conversion))
-    return conversion
+        print(result_text(conversion))
+    return 0
 
 
 def _bytes(size: str) -> int:
     """ "17GB" -> 17000000000. Raises OptionError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM]i?B)", size)
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM]i?B)", size)
+    if match is None:
         raise OptionError(f"--target-size is {size!r}, expected a number and GB, GiB, MB or MiB: 17GB, 16.5GiB.")
-    return int(float(found[1]) * {"GB": 10**9, "MB": 10**6, "GiB": 1 << 30, "MiB": 1 << 20}[found[2]])
+    return int(float(match[1]) * {"GB": 10**9, "MB": 10**6, "GiB": 1 << 30, "MiB": 1 << 20}[match[2]])
 
 
-class _Screen:
-    """stderr: whole lines, and on a terminal one progress line that the next one replaces."""
+def _show_plan(plan: Plan, command: Command) -> None:
+    """On stderr; of a dry run the plan is the result."""
+    from qwq_mlx.convert.plan_text import plan_text
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._is_terminal = sys.stderr.isatty()
-        self._is_open = False  # a progress line stands on the terminal, without its end
-        self._progress: object = None
+    output = command.options.output
+    parent = next(each for each in Path(output).absolute().parents if each.exists())
+    text = command.with_flags(plan_text(plan, output, shutil.disk_usage(parent).free))
+    if command.options.dry_run and not command.options.json:
+        print(text)
+    else:
+        command.note(text)
 
-    def say(self, text: str) -> None:
-        self._end_line()
-        print(text, file=sys.stderr, flush=True)
 
-    def complain(self, text: str, code: int) -> int:
-        self.say(text)
-        return code
+def _show_progress(progress: Progress, bar: ProgressBar) -> None:
+    from qwq_mlx.convert.plan_text import size_text
 
-    def show_plan(self, plan: Plan, output: str) -> None:
-        from qwq_mlx.convert.plan_text import plan_text
-
-        if not self._quiet:
-            parent = next(each for each in Path(output).absolute().parents if each.exists())
-            self.say(plan_text(plan, output, shutil.disk_usage(parent).free))
-
-    def show_progress(self, progress: Progress) -> None:
-        from qwq_mlx.convert.plan_text import ProgressLine
-
-        if not isinstance(self._progress, ProgressLine):
-            self._progress = ProgressLine(is_terminal=self._is_terminal)
-        line = self._progress.update(progress)
-        if line is None:
-            return
-        if self._is_terminal:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[2K{line[:width]}", end="", file=sys.stderr, flush=True)
-            self._is_open = True
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    def _end_line(self) -> None:
-        if self._is_open:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-            self._is_open = False
+    fetched = "" if progress.fetched_bytes is None else f"{size_text(progress.fetched_bytes)} fetched, "
+    bar.show(
+        _PHASES[progress.phase],
+        progress.done_bytes,
+        progress.total_bytes,
+        n_before=progress.resumed_bytes,
+        note=f"{fetched}{progress.what}",
+    )
 
 
 def _how_to_go_on(options: argparse.Namespace) -> str:
@@ -214,10 +186,6 @@ def _how_to_go_on(options: argparse.Namespace) -> str:
         f"interrupted: what is finished is kept in {partial}. "
         "Run the same command again to go on from there, or add --restart to begin anew."
     )
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise _TerminatedError
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def _check_tensors(plan: Plan, folder: Path, digests: Mapping[str, ShardDigest],
     if wrong:
         raise ConversionError(
             f"{folder}: {len(wrong):,} tensors read back are not what was written: {', '.join(wrong[:10])}. "
-            "The disk or the memory is failing; begin again with --restart, on another disk if it happens twice."
+            "The disk or the memory is failing; begin again with `restart=True`, on another disk if it happens twice."
         )
 
 

@@ -85,7 +85,7 @@ class Journal:
             raise ConversionError(
                 f"{path.parent}: holds an unfinished conversion of something else:\n"
                 + "\n".join(f"  {each}" for each in differing)
-                + "\nGive the same source and recipe to finish it, or --restart to throw it away and begin again."
+                + "\nGive the same source and recipe to finish it, or `restart=True` to throw it away and begin again."
             )
         done = {line["name"]: Done(**{**line, "sha256": tuple(line["sha256"])}) for line in lines[1:]}
         return cls(path, done, n_bytes)

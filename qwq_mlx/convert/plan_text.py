@@ -1,28 +1,18 @@
-"""A plan, a progress and a result as text for a person. GB is 1e9 bytes.
+"""A plan and a result as text for a person. GB is 1e9 bytes.
 
 Does not: print.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qwq_mlx.convert.plan import Plan
-    from qwq_mlx.convert.progress import Progress
     from qwq_mlx.convert.result import Conversion
 
-__all__ = ["ProgressLine", "duration_text", "plan_text", "result_text", "size_text"]
-
-_PHASES = {
-    "calibrate": "calibrating",
-    "convert": "converting",
-    "check": "reading back",
-    "quality": "measuring",
-}
-_TERMINAL_S, _FILE_S = 0.1, 10.0  # between two lines: on a terminal, where one replaces the other, and in a file
+__all__ = ["duration_text", "plan_text", "result_text", "size_text"]
 
 
 def size_text(n_bytes: float) -> str:
@@ -74,62 +64,21 @@ def _widths(plan: Plan) -> str:
 
 
 def result_text(conversion: Conversion) -> str:
-    """What a conversion did, in one or two lines, and its warnings."""
-    lines = [f"warning: {each}" for each in conversion.warnings]
+    """What a conversion did, in two or three lines."""
     if not conversion.is_written:
-        return "\n".join([*lines, "dry run: nothing was written"])
+        return "dry run: nothing was written"
     error = "" if conversion.relative_error is None else f", relative error {100 * conversion.relative_error:.2f} %"
     resumed = f", {size_text(conversion.resumed_bytes)} of it before" if conversion.resumed_bytes else ""
     rate = (conversion.source_bytes - conversion.resumed_bytes) / max(conversion.wall_s, 1e-9)
-    lines.append(
+    lines = [
         f"done: {conversion.output}: {conversion.n_tensors:,} tensors, {size_text(conversion.output_bytes)}, "
-        f"{conversion.bits_per_weight:.3f} bits per weight{error}"
-    )
-    lines.append(
+        f"{conversion.bits_per_weight:.3f} bits per weight{error}",
         f"      {size_text(conversion.source_bytes)} read{resumed} in {duration_text(conversion.wall_s)} "
-        f"({size_text(rate)}/s), peak memory {size_text(conversion.peak_memory_bytes)}"
-    )
+        f"({size_text(rate)}/s), peak memory {size_text(conversion.peak_memory_bytes)}",
+    ]
     if conversion.kl is not None and conversion.top1_agreement is not None:
         lines.append(
             f"      quality: KL {conversion.kl:.4g} nats a token, {100 * conversion.top1_agreement:.2f} % same most "
             f"likely token; see {conversion.output / 'report.html'}"
         )
     return "\n".join(lines)
-
-
-class ProgressLine:
-    """Progress values to lines: what is done of what, how fast, what remains, which tensor.
-
-    On a terminal a line is due ten times a second, in a file every ten seconds.
-    """
-
-    def __init__(self, *, is_terminal: bool) -> None:
-        self._every_s = _TERMINAL_S if is_terminal else _FILE_S
-        self._phase = ""
-        self._started = self._last = time.monotonic()
-
-    def update(self, progress: Progress) -> str | None:
-        """The line to show now, or None where the last one is fresh."""
-        now = time.monotonic()
-        if progress.phase != self._phase:
-            self._phase, self._started, self._last = progress.phase, now, now
-            return None
-        if progress.done_bytes == progress.resumed_bytes:
-            self._started = now  # waiting for the first shard does not count
-        if now - self._last < self._every_s:
-            return None
-        self._last = now
-        return self.line(progress, now - self._started)
-
-    @staticmethod
-    def line(progress: Progress, elapsed_s: float) -> str:
-        """The line for a phase that has run `elapsed_s` seconds."""
-        rate = (progress.done_bytes - progress.resumed_bytes) / max(elapsed_s, 1e-9)
-        left = duration_text((progress.total_bytes - progress.done_bytes) / rate) if rate > 0 else "?"
-        share = 100 * progress.done_bytes / max(progress.total_bytes, 1)
-        fetched = "" if progress.fetched_bytes is None else f"  {size_text(progress.fetched_bytes)} fetched"
-        return (
-            f"{_PHASES.get(progress.phase, progress.phase)} {share:3.0f} %  "
-            f"{size_text(progress.done_bytes)} of {size_text(progress.total_bytes)}{fetched}  {size_text(rate)}/s  "
-            f"{left} left  {progress.what}"
-        )

@@ -95,15 +95,15 @@ def check_fit(recipe: Recipe, calibrate: str | Path | None) -> None:
     if calibrate is None:
         if recipe.fit == "calibrated":
             raise OptionError(
-                f"{recipe.path}: the fit 'calibrated' weighs errors by a text. Give one with --calibrate TEXT, or take "
+                f"{recipe.path}: the fit 'calibrated' weighs errors by a text. Give one as `calibrate`, or take "
                 "a recipe whose fit is 'least-squares'."
             )
         return
     packings = [recipe.packing, *(each.packing for each in recipe.overrides)]
     if modes := sorted({each.mode for each in packings if each is not None and not each.is_affine}):
         raise OptionError(
-            f"--calibrate {calibrate} chooses scales and biases of mode 'affine', the recipe {recipe.name} has "
-            f"{', '.join(modes)}. Leave --calibrate out, or take a recipe that is affine throughout."
+            f"calibrate is {str(calibrate)!r}, which chooses scales and biases of mode 'affine', but {recipe.name} has "
+            f"{', '.join(modes)}. Leave `calibrate` out, or take a recipe that is affine throughout."
         )
 
 
@@ -122,12 +122,12 @@ def check_output(output: Path, source: Path | None, *, force: bool) -> None:
         raise ConversionError(f"{output}: is not a folder. Choose another output.")
     if output.is_dir() and not force:
         raise ConversionError(
-            f"{output}: exists already. Choose another output, or pass --force to replace it "
+            f"{output}: exists already. Choose another output, or pass `force=True` to replace it "
             "once the new one is complete."
         )
     if output.is_dir() and not (output / CONFIG_NAME).is_file() and any(output.iterdir()):
         raise ConversionError(
-            f"{output}: holds files but no {CONFIG_NAME}, so it is not a model that --force may replace. "
+            f"{output}: holds files but no {CONFIG_NAME}, so it is not a model that `force=True` may replace. "
             "Choose another output, or remove the folder yourself."
         )
     existing = _existing_parent(output)

@@ -75,8 +75,10 @@ def plan_judge(plan: Plan, wanted: str | Path | bool | None, *, n_tokens: int | 
     """
     if wanted is False:
         if n_tokens is not None:
-            raise OptionError("--quality-tokens says how much is measured, and --no-quality that nothing is; give one.")
-        return Judge(note="not measured (--no-quality)")
+            raise OptionError(
+                "quality_tokens says how much is measured, and `quality=False` that nothing is. Give one of the two."
+            )
+        return Judge(note="not measured (`quality=False`)")
     is_asked = wanted is not None or n_tokens is not None
     if not is_asked and plan.source_bytes > SMALL_BYTES:
         return Judge(note=_offer(plan, keep_source))
@@ -103,7 +105,7 @@ def _offer(plan: Plan, keep_source: bool) -> str:
     """That nothing is measured, and what it would take; before any text is read, so of a whole one."""
     from qwq_mlx.quality.text import DEFAULT_POSITIONS
 
-    flags = "--quality --keep-source" if plan.origin.is_remote and not keep_source else "--quality"
+    flags = "`quality` with `keep_source=True`" if plan.origin.is_remote and not keep_source else "`quality`"
     duration = _duration(plan, [DEFAULT_POSITIONS])
     return f"not measured; {flags} measures it on a bundled text, in about {duration} more at most"
 
@@ -113,7 +115,7 @@ def _problem(plan: Plan, keep_source: bool) -> str | None:
     if plan.origin.is_remote and not keep_source:
         return (
             "quality needs the whole source beside the conversion, and shards from the Hub are dropped as they are "
-            "converted. Add --keep-source, or convert with --no-quality and compare later with python -m "
+            "converted. Add `keep_source=True`, or convert with `quality=False` and compare later with python -m "
             "qwq_mlx.compare."
         )
     from qwq_mlx.model.layout import packings
@@ -134,7 +136,7 @@ def _note(plan: Plan, text: QualityText) -> str:
     memory = estimate_memory_bytes(plan.config, text)
     return (
         f"{text.n_tokens:,} tokens of {text.name}, both models layer by layer: about {duration} more, "
-        f"{size_text(memory)} of memory (--no-quality skips it)"
+        f"{size_text(memory)} of memory (`quality=False` skips it)"
     )
 
 

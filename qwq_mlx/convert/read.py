@@ -203,5 +203,5 @@ def _check_prefix(shard: Header, record: Done, found: str) -> None:
         raise ConversionError(
             f"{shard.path}: differs from the shard that the unfinished conversion read: up to the end of "
             f"{record.name} its sha256 is {found[:12]}…, it was {record.source_sha256[:12]}…. "
-            "Give the same source to finish it, or --restart to throw it away and begin again."
+            "Give the same source to finish it, or `restart=True` to throw it away and begin again."
         )

@@ -114,7 +114,9 @@ def open_origin(source: str | Path, *, revision: str | None, unfinished: tuple[s
     is_name = isinstance(source, str) and is_repository_name(source) and not os.path.lexists(source)
     if not is_name:
         if revision is not None:
-            raise OptionError(f"--revision {revision} goes with a repository of the Hub, but {source} is a folder.")
+            raise OptionError(
+                f"revision is {revision!r}, which only a repository of the Hub has, but {source} is a folder."
+            )
         yield _local(Path(source))
         return
     repository = str(source)

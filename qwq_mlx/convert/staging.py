@@ -66,7 +66,7 @@ def published(plan: Plan, output: Path) -> Journal | None:
     try:
         found = {name: record.sha256 for name, record in check_sizes(output).tensors.items()}
     except SourceError:
-        return None  # not whole, so not ours; --force replaces it
+        return None  # not whole, so not ours; force replaces it
     made = {
         output.entry.name: sha256
         for tensor in plan.tensors

@@ -70,7 +70,7 @@ def recipe_for_size(origin: Origin, config: Qwen2Config, recipe: Recipe, target_
 
 
 def _unreachable(recipe: Recipe, lowest: Packing, target_bytes: int, smallest_bytes: int) -> str:
-    ways = [f"Give --target-size {_size(smallest_bytes)} or more"]
+    ways = [f"Give {_size(smallest_bytes)} or more"]
     if recipe.overrides:
         ways.append("or a recipe without overrides")
     return (
@@ -81,6 +81,6 @@ def _unreachable(recipe: Recipe, lowest: Packing, target_bytes: int, smallest_by
 
 
 def _size(n_bytes: int) -> str:
-    """As --target-size takes it, rounded up: 17GB, 2.154MB."""
+    """Rounded up: 17GB, 2.154MB."""
     unit, scale = ("GB", 1e9) if n_bytes >= 1e9 else ("MB", 1e6)
     return f"{math.ceil(1000 * n_bytes / scale) / 1000:.3f}".rstrip("0").rstrip(".") + unit

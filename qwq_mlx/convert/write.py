@@ -81,13 +81,13 @@ class ShardWriter:
         except OSError as error:
             raise ConversionError(
                 f"{path}: the unfinished conversion cannot go on without it ({error.strerror}). "
-                "Begin again with --restart."
+                "Begin again with `restart=True`."
             ) from error
         if (size := os.fstat(fd).st_size) != shard.size_bytes:
             os.close(fd)
             raise ConversionError(
                 f"{path}: has {size:,} bytes, expected {shard.size_bytes:,} in the unfinished conversion. "
-                "Begin again with --restart."
+                "Begin again with `restart=True`."
             )
         return fd
 

@@ -79,7 +79,7 @@ def publish(partial: Path, final: Path, *, replace: bool) -> None:
         if not replace:
             raise ConversionError(
                 f"{final}: exists already. The finished conversion waits in {partial}; "
-                "remove the old folder or pass --force to replace it."
+                "remove the old folder or pass `force=True` to replace it."
             )
         if os.path.lexists(old):
             _remove(old)

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from qwq_mlx.errors import OptionError, QwqError
+from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
+from qwq_mlx.errors import OptionError
 
 if TYPE_CHECKING:
     from qwq_mlx.model.memory.plan import MemoryPlan
@@ -25,24 +26,16 @@ _GIB = 1 << 30
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        print(_report(options))
-    except OptionError as error:
-        return _complain(str(error), 2)
-    except QwqError as error:
-        return _complain(str(error), 1)
-    return 0
+    return run_command(_parser(), arguments, _fit)
 
 
 def _parser() -> argparse.ArgumentParser:
     from qwq_mlx.model.memory.plan import RESERVE_BYTES, Workload
 
-    parser = argparse.ArgumentParser(
-        prog="python -m qwq_mlx.fit",
+    parser = make_parser(
+        "fit",
         description="Plan the memory of a run from headers alone: what it needs, what fits, what would make it fit.",
-        epilog="Exit codes: 0 answered, 1 failed, 2 wrong usage. The limits of Macs are not measured on Metal.",
-        allow_abbrev=False,
+        exit_codes="0 answered, 1 failed, 2 wrong usage. The limits of Macs are not measured on Metal",
     )
     add, own = parser.add_argument, Workload()
     add("--model", metavar="FOLDER", help="a conversion or checkpoint (default: QwQ-32B-Preview at 4 bits, group 64)")
@@ -83,8 +76,13 @@ def _parser() -> argparse.ArgumentParser:
         default=RESERVE_BYTES / 1e9,
         help="kept free below the limit, in GB (default: %(default)s)",
     )
-    add("--json", action="store_true", help="one JSON line in place of the text")
+    add_output(parser, json="one JSON line in place of the text")
     return parser
+
+
+def _fit(command: Command) -> int:
+    print(_report(command.options))
+    return 0
 
 
 def _report(options: argparse.Namespace) -> str:
@@ -152,11 +150,6 @@ def _of_mlx_lm(plan: MemoryPlan) -> list[str]:
 def _as_json(plan: MemoryPlan, draft: str | None) -> dict[str, Any]:
     workload = {**asdict(replace(plan.workload, draft=None)), "draft": draft}
     return {**asdict(plan), "workload": workload, "peak_bytes": plan.peak_bytes, "fits": plan.fits, "binds": plan.binds}
-
-
-def _complain(text: str, code: int) -> int:
-    print(f"error: {text}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwq_mlx.cli.generate_flags import Asked, add_limits, add_sampling, asked_for, with_flag
-from qwq_mlx.cli.signals import Interruption, silence
+from qwq_mlx.cli.command import Command, add_output, load_reasoner, make_parser, run_command
+from qwq_mlx.cli.generate_flags import Asked, add_limits, add_sampling, asked_for
+from qwq_mlx.cli.signals import silence
 from qwq_mlx.cli.terminal import batch_progress, prefill_progress, settings_line, show, summary_line
-from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, QwqError, SavingError
-from qwq_mlx.options import Limits
+from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, SavingError
 
 if TYPE_CHECKING:
-    from qwq_mlx.default_model import Converter
+    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.generate.checkpoint.autosave import Autosave
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.generate.stream import Stream
@@ -30,36 +30,31 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")  # type: ignore[union-attr]
-    with Interruption() as interruption:
-        try:
-            asked = asked_for(vars(options))
-            if options.input is not None or options.output is not None:
-                return _batch(options, asked, interruption)
-            if options.resume is not None:
-                return _generate(options, None, asked, interruption)
-            return _generate(options, _prompt(options), asked, interruption)
-        except OptionError as error:
-            return _complain(with_flag(str(error)), 2)
-        except QwqError as error:
-            return _complain(str(error), error.exit_code)
-        except BrokenPipeError:
-            return _without_stdout()
-        except KeyboardInterrupt:
-            return _complain("interrupted: at once, what was not shown is lost", interruption.exit_code)
+    return run_command(
+        _parser(),
+        arguments,
+        _work,
+        interrupted=lambda options: "interrupted: at once, what was not shown is lost",
+        asks=None,
+    )
+
+
+def _work(command: Command) -> int:
+    options = command.options
+    asked = asked_for(vars(options))
+    if options.input is not None or options.output is not None:
+        return _batch(command, asked)
+    return _generate(command, None if options.resume is not None else _prompt(options), asked)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m qwq_mlx.generate",
+    parser = make_parser(
+        "generate",
         description="Answer one question. The model's text goes to stdout, everything else to stderr.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the disk is full, 4 the model's logits were NaN or "
+        exit_codes="0 done, 1 failed, 2 wrong usage, 3 the disk is full, 4 the model's logits were NaN or "
         "infinite, 5 memory ran out while loading or in mid-run, 129 terminal closed, 130 interrupted (Ctrl-C), 143 "
         "terminated. After 4 and above, what there was of the run is in the file of --save; without it, after 5 and "
-        "above, in one of its own.",
-        allow_abbrev=False,
+        "above, in one of its own",
     )
     add = parser.add_argument
     add("-p", "--prompt", metavar="TEXT", help="the question; '-' reads stdin, as does no --prompt with piped stdin")
@@ -77,8 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--answer-now", action="store_true", help="with --resume: ask for the answer at once, also of a run that ended")
     add("--force", action="store_true", help="run even where the memory plan says that it does not fit")
     add("--receipt", metavar="FILE", help="write what the output followed from, for python -m qwq_mlx.replay FILE")
-    add("--json", action="store_true", help="print the whole trace as one line of JSON instead of the text")
-    add("--quiet", action="store_true", help="on stderr only errors, and the end of a run that did not end by itself")
+    add_output(parser, json="print the whole trace as one line of JSON instead of the text")
     add = parser.add_argument_group("many questions").add_argument
     add("--input", metavar="FILE", help='JSON lines of {"question" or "messages", "id", "expected"}')
     add(
@@ -110,13 +104,14 @@ def _prompt(options: argparse.Namespace) -> str:
     return text
 
 
-def _batch(options: argparse.Namespace, asked: Asked, interruption: Interruption) -> int:
+def _batch(command: Command, asked: Asked) -> int:
     from qwq_mlx.generate.question_file.questions import read_questions
     from qwq_mlx.generate.question_file.results import Results
 
+    options, interruption = command.options, command.interruption
     questions = read_questions(Path(options.input), system_prompt=options.system_prompt)
     with Results(Path(options.output)) as results:
-        reasoner = _load(options, asked.limits)
+        reasoner = load_reasoner(command, asked.limits)
         from qwq_mlx.generate.question_file.runner import Batch
 
         batch = Batch(
@@ -130,167 +125,138 @@ def _batch(options: argparse.Namespace, asked: Asked, interruption: Interruption
         )
         interruption.run = batch
         try:
-            stand = batch.work(None if options.quiet else batch_progress(sys.stderr))
+            with batch_progress(is_shown=not command.is_quiet) as progress:
+                stand = batch.work(progress)
         finally:
             interruption.run = None
     if batch.is_stopped and stand.n_done < stand.n_total:
-        _note(f"interrupted: {stand.n_done:,} of {stand.n_total:,} are in {options.output}; run it again to go on")
+        command.warn(
+            f"interrupted: {stand.n_done:,} of {stand.n_total:,} are in {options.output}; run it again to go on"
+        )
         return interruption.exit_code
     if stand.n_failed:
         text = f"{options.output}: {stand.n_failed:,} questions were not answered; see their 'error'."
         if not stand.n_out_of_memory:
-            return _complain(text, 1)
+            return command.fail(text, 1)
         text += f" Memory ran out in {stand.n_out_of_memory:,}: make room and run it again, which tries those again."
-        return _complain(text, OutOfMemoryError.exit_code)
+        return command.fail(text, OutOfMemoryError.exit_code)
     return 0
 
 
-def _generate(options: argparse.Namespace, prompt: str | None, asked: Asked, interruption: Interruption) -> int:
+def _generate(command: Command, prompt: str | None, asked: Asked) -> int:
+    options = command.options
     if options.save is None:
-        return _answer(options, prompt, asked, interruption, None)
+        return _answer(command, prompt, asked, None)
     from qwq_mlx.generate.checkpoint.autosave import Autosave
 
-    with Autosave(Path(options.save), every=options.save_every, warn=_note) as keeper:
-        return _answer(options, prompt, asked, interruption, keeper)
+    with Autosave(Path(options.save), every=options.save_every, warn=command.warn) as keeper:
+        return _answer(command, prompt, asked, keeper)
 
 
-def _answer(
-    options: argparse.Namespace,
-    prompt: str | None,
-    asked: Asked,
-    interruption: Interruption,
-    keeper: Autosave | None,
-) -> int:
+def _answer(command: Command, prompt: str | None, asked: Asked, keeper: Autosave | None) -> int:
+    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.model.prompt import conversation
 
+    options, interruption = command.options, command.interruption
     if options.receipt is not None and not Path(options.receipt).parent.is_dir():
-        raise OptionError(f"--receipt is {options.receipt!r}, but there is no such folder. Make it first.")
+        raise OptionError(f"receipt is {options.receipt!r}, but there is no such folder. Make it first.")
     if prompt is not None:
         conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
-    reasoner = _load(options, asked.limits)
+    reasoner = load_reasoner(command, asked.limits, warns_of_template=prompt is not None)  # a saved run has its prompt
     from qwq_mlx.generate.checkpoint.autosave import keep_unasked, way_on
 
+    bar = ProgressBar(unit="tokens", is_shown=command.shows_progress)
+    run = _start(reasoner, options, prompt, asked, bar)
+    interruption.run = run
+    if run.request.note:
+        command.warn(run.request.note)
+    command.note(settings_line(run))
+    try:
+        with bar:
+            show(keeper.steps(run) if keeper is not None else run, sys.stdout, is_silent=options.json)
+        trace = run.trace()
+        if options.json:
+            _print_json(trace)
+        sys.stdout.flush()
+    except GenerationError as error:
+        return _failed(error, run, keeper, command)
+    except OSError as error:
+        return _unshown(error, run, keeper, command)
+    finally:
+        interruption.run = None
+    if keeper is not None and (trace.is_resumable or trace.can_be_asked):
+        run.save(options.save)
+        command.warn(way_on(trace, options.save))
+    elif keeper is None and _is_kept_unasked(trace, command):
+        keep_unasked(run, command.warn)
+    if options.receipt is not None:
+        reasoner.receipt(trace).save(options.receipt)
+    if not command.is_quiet or trace.finish_reason not in ("stop", "answered"):
+        command.warn(summary_line(trace))
+    return interruption.exit_code if trace.finish_reason == "interrupted" else 0
+
+
+def _start(
+    reasoner: Reasoner, options: argparse.Namespace, prompt: str | None, asked: Asked, bar: ProgressBar
+) -> Stream:
+    """The run of a question, or where there is none the saved one."""
     if prompt is None:
-        run = reasoner.resume(
+        return reasoner.resume(
             options.resume,
             max_tokens=asked.limits.max_tokens,
             context=asked.limits.context,
             answer_now=options.answer_now,
         )
-    else:
-        run = reasoner.stream(
-            prompt,
-            system_prompt=options.system_prompt,
-            sampling=asked.sampling,
-            limits=asked.limits,
-            thinking=asked.thinking,
-            progress=prefill_progress(sys.stderr) if sys.stderr.isatty() and not options.quiet else None,
-        )
-    interruption.run = run
-    if run.request.note:
-        _note(run.request.note)
-    if not options.quiet:
-        _note(settings_line(run))
-    try:
-        show(keeper.steps(run) if keeper is not None else run, sys.stdout, is_silent=options.json)
-        trace = run.trace()
-        if options.json:
-            sys.stdout.write(json.dumps(trace.to_json(), ensure_ascii=False) + "\n")
-        sys.stdout.flush()
-    except GenerationError as error:
-        return _failed(error, run, keeper, options)
-    except OSError as error:
-        return _unshown(error, run, keeper, interruption, options)
-    finally:
-        interruption.run = None
-    if keeper is not None and (trace.is_resumable or trace.can_be_asked):
-        run.save(options.save)
-        _note(way_on(trace, options.save))
-    elif keeper is None and _is_kept_unasked(trace, interruption, options):
-        keep_unasked(run, _note)
-    if options.receipt is not None:
-        reasoner.receipt(trace).save(options.receipt)
-    if not options.quiet or trace.finish_reason not in ("stop", "answered"):
-        _note(summary_line(trace))
-    return interruption.exit_code if trace.finish_reason == "interrupted" else 0
+    return reasoner.stream(
+        prompt,
+        system_prompt=options.system_prompt,
+        sampling=asked.sampling,
+        limits=asked.limits,
+        thinking=asked.thinking,
+        progress=prefill_progress(bar),
+    )
 
 
-def _is_kept_unasked(trace: Trace, interruption: Interruption, options: argparse.Namespace) -> bool:
+def _print_json(trace: Trace) -> None:
+    sys.stdout.write(json.dumps(trace.to_json(), ensure_ascii=False) + "\n")
+
+
+def _is_kept_unasked(trace: Trace, command: Command) -> bool:
     """Whether hours may be lost otherwise: somebody answered so, or it was cut short and nobody could be asked."""
-    if interruption.wants_save is not None:
-        return interruption.wants_save and trace.is_resumable
-    return trace.finish_reason in ("interrupted", "context_full") and bool(trace.ids) and not options.no_save
+    if command.interruption.wants_save is not None:
+        return command.interruption.wants_save and trace.is_resumable
+    return trace.finish_reason in ("interrupted", "context_full") and bool(trace.ids) and not command.options.no_save
 
 
-def _failed(error: GenerationError, run: Stream, keeper: Autosave | None, options: argparse.Namespace) -> int:
+def _failed(error: GenerationError, run: Stream, keeper: Autosave | None, command: Command) -> int:
     """What was written is kept: in the file of --save, on stdout with --json, and as text it is there already."""
     from qwq_mlx.generate.checkpoint.autosave import keep_unasked
 
-    if options.json:
-        sys.stdout.write(json.dumps(run.trace().to_json(), ensure_ascii=False) + "\n")
+    if command.options.json:
+        _print_json(run.trace())
     sys.stdout.flush()
     if keeper is not None and keeper.save(run):
-        _note(f"saved: go on with --resume {options.save}")
-    if keeper is None and isinstance(error, OutOfMemoryError) and not options.no_save and run.trace().ids:
-        keep_unasked(run, _note)
-    return _complain(str(error), error.exit_code)
+        command.warn(f"saved: go on with --resume {command.options.save}")
+    if keeper is None and isinstance(error, OutOfMemoryError) and not command.options.no_save and run.trace().ids:
+        keep_unasked(run, command.warn)
+    return command.fail(command.explain(error), error.exit_code)
 
 
-def _unshown(
-    error: OSError, run: Stream, keeper: Autosave | None, interruption: Interruption, options: argparse.Namespace
-) -> int:
+def _unshown(error: OSError, run: Stream, keeper: Autosave | None, command: Command) -> int:
     """Stdout takes no more: its reader left, the disk is full, or the terminal was closed. What there is gets saved."""
     from qwq_mlx.generate.checkpoint.autosave import keep_unasked
 
-    _without_stdout()
-    if keeper is not None and keeper.save(run):
-        _note(f"saved: go on with --resume {keeper.path}")
-    # Ctrl-C also ends the reader of a pipe (| tee), often before the run has come to its end.
-    if keeper is None and interruption.exit_code and _is_kept_unasked(run.trace(), interruption, options):
-        keep_unasked(run, _note)
-    if interruption.exit_code or isinstance(error, BrokenPipeError):
-        return interruption.exit_code
-    unshown = SavingError(f"stdout: cannot be written ({error.strerror}). Make room, or send it elsewhere.", error)
-    return _complain(str(unshown), unshown.exit_code)
-
-
-def _load(options: argparse.Namespace, limits: Limits) -> Reasoner:
-    from qwq_mlx.default_model import ready_model
-    from qwq_mlx.generate.reasoner import load
-    from qwq_mlx.model.template import template_warning
-
-    folder = ready_model(options.model, _converter, _silent if options.quiet else _note)
-    reasoner = load(folder, limits=limits, force=options.force)
-    warning = template_warning(reasoner.model.tokenizer.chat_template)
-    if warning is not None and not options.quiet and options.resume is None:  # a saved run has its prompt
-        _note(f"warning: {warning}")
-    return reasoner
-
-
-def _converter() -> Converter:
-    from qwq_mlx.convert import convert_checkpoint
-
-    return convert_checkpoint
-
-
-def _silent(text: str) -> None:
-    """--quiet."""
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
-def _complain(message: str, code: int) -> int:
-    _note(f"error: {message}" if code < 128 else message)
-    return code
-
-
-def _without_stdout() -> int:
-    """Whoever read our output has left, which is their right; keep Python from complaining at exit."""
     silence(sys.stdout.fileno())
-    return 0
+    exit_code = command.interruption.exit_code
+    if keeper is not None and keeper.save(run):
+        command.warn(f"saved: go on with --resume {keeper.path}")
+    # Ctrl-C also ends the reader of a pipe (| tee), often before the run has come to its end.
+    if keeper is None and exit_code and _is_kept_unasked(run.trace(), command):
+        keep_unasked(run, command.warn)
+    if exit_code or isinstance(error, BrokenPipeError):
+        return exit_code
+    unshown = SavingError(f"stdout: cannot be written ({error.strerror}). Make room, or send it elsewhere.", error)
+    return command.fail(str(unshown), unshown.exit_code)
 
 
 if __name__ == "__main__":

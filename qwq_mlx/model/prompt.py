@@ -104,7 +104,7 @@ def _checked(index: int, message: object) -> dict[str, str]:
     if not isinstance(content, str):
         raise PromptError(f"Message {index}: the content is {type(content).__name__}, expected a text.")
     if role == "user" and not content.strip():
-        raise PromptError("The prompt is empty. Give a question, for example --prompt 'How many r in strawberry?'.")
+        raise PromptError("The prompt is empty. Give a question, for example 'How many r in strawberry?'.")
     try:
         content.encode()
     except UnicodeEncodeError as error:

@@ -13,7 +13,7 @@ llama.cpp's K mixes give these more.
 Every matrix begins at the lowest rung of a ladder of packings; then, again and again, the one is raised whose harm
 falls most for a byte. Groups of 128 are on the ladder beside the recipe's own: a quarter of a bit is better spent on
 more codes. Where two steps are worth the same, the sensitive layers and the later ones go first. Nothing is measured,
-so it costs nothing and works from headers; the activations of a text do not enter, --calibrate or not.
+so it costs nothing and works from headers; the activations of a text do not enter, calibrated or not.
 
 KL of the pocket model off its training grid over that of recipes of the same bytes, means of four texts that nothing
 was chosen on (5,436 tokens, scripts/pocket/target_size.py --first-seed 61): 0.25 of 2bit's, 0.02 (2bit-g32), 0.03

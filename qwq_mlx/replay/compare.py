@@ -66,7 +66,7 @@ def check_model(reasoner: Reasoner, receipt: Receipt) -> None:
     if model_digest(folder) != receipt.model["sha256"]:
         raise SourceError(
             f"{folder}: is another model than {receipt.model['name']!r} ({receipt.model['weights']}) of the receipt; "
-            "their digests differ. Give its folder with --model DIR, or compare all the same with --other-weights."
+            "their digests differ. Give its folder as `model`, or compare all the same with `other_weights=True`."
         )
 
 

@@ -138,7 +138,7 @@ def _importance(folder: Path, manifest: Manifest) -> Importance:
         raise OptionError(
             f"{folder}: was calibrated with the text {manifest.calibration['file']} by a version that did not keep "
             f"what it found ({STATISTICS_NAME}), without which no tensor can be packed again. Verify it without "
-            "--source (--full still reads every byte), or convert again."
+            "`source` (`full=True` still reads every byte), or convert again."
         )
     return found
 

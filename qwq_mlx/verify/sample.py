@@ -63,8 +63,8 @@ def verify_sample(
     if wrong:
         raise SourceError(
             f"{folder}: {len(wrong):,} of {len(drawn):,} tensors drawn have other bytes than its manifest says: "
-            f"{', '.join(sorted(wrong)[:_MAX_NAMES])}. Run --full to see all that are wrong; then convert the source "
-            "again, or copy the folder again from where it was whole."
+            f"{', '.join(sorted(wrong)[:_MAX_NAMES])}. Read all with `full=True` to see which are "
+            "wrong; then convert the source again, or copy the folder again from where it was whole."
         )
     return tuple(sorted(drawn))
 

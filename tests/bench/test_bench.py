@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -18,8 +17,7 @@ import pytest
 from qwq_mlx.bench import __main__ as command
 from qwq_mlx.bench import decode as contest
 from qwq_mlx.bench.models import in_compute_type, qwq_shaped, random_module
-from qwq_mlx.bench.options import BenchOptions
-from qwq_mlx.bench.timing import Rates, compare, decode_tok_s
+from qwq_mlx.bench.timing import BenchOptions, Rates, compare, decode_tok_s
 from qwq_mlx.errors import GenerationError, OptionError
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.layout import Packing
@@ -194,12 +192,12 @@ def test_the_command_prints_a_table_and_one_json_line(
 def test_layers_zero_leaves_the_shaped_model_out(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contest, "bench_folder", lambda *_: [])
     monkeypatch.setattr(contest, "bench_qwq_shaped", lambda *_: pytest.fail("was measured"))
-    assert command._measure(str(tiny_checkpoint), BenchOptions(n_layers=0)) == []
+    assert command.main(["--model", str(tiny_checkpoint), "--layers", "0"]) == 0
 
 
 def test_wrong_options_and_folders_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--tokens", "1"]) == 2
-    assert capsys.readouterr().err == "error: tokens is 1, expected a whole number from 2 to 30,000.\n"
+    assert capsys.readouterr().err == "error: --tokens is 1, expected a whole number from 2 to 30,000.\n"
     assert command.main(["--model", str(tmp_path / "nowhere")]) == 1
     assert "nowhere: there is no such folder." in capsys.readouterr().err
 
@@ -208,9 +206,9 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "_measure", interrupted)
-    assert command.main([]) == 130
-    assert capsys.readouterr().err == "error: interrupted\n"
+    monkeypatch.setattr(contest, "bench_folder", interrupted)
+    assert command.main(["--model", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was changed.\n"
 
 
 def test_the_pocket_is_converted_as_for_every_command_where_no_conversion_is_there_yet(
@@ -225,10 +223,11 @@ def test_the_pocket_is_converted_as_for_every_command_where_no_conversion_is_the
     monkeypatch.setattr(
         qwq_mlx.convert, "convert_checkpoint", lambda *paths, recipe, quality: converted.append((*paths, recipe))
     )
-    monkeypatch.setattr(contest, "bench_folder", lambda folder, *_: [SimpleNamespace(folder=folder)])
-    rows = command._measure(None, BenchOptions(n_layers=0))
+    benched: list[Path] = []
+    monkeypatch.setattr(contest, "bench_folder", lambda folder, *_: benched.append(folder) or [])
+    assert command.main(["--layers", "0"]) == 0
     assert converted == [(tmp_path, choice.folder, "pocket-4bit")]
-    assert rows[0].folder == choice.folder
+    assert benched == [choice.folder]
     assert "model: the pocket" in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
@@ -24,6 +25,8 @@ from qwq_mlx.chat import __main__ as command
 from qwq_mlx.chat import reader
 from qwq_mlx.chat.commands import COMMANDS, parse_line, think_tokens
 from qwq_mlx.chat.reader import plain_reader, read_message
+from qwq_mlx.cli.command import Command
+from qwq_mlx.cli.signals import Interruption
 from qwq_mlx.errors import FitError, OptionError
 from qwq_mlx.generate.reasoner import Reasoner, load
 
@@ -71,12 +74,14 @@ def test_every_command_is_parsed_and_every_other_refused() -> None:
 def test_without_a_terminal_or_prompt_toolkit_lines_are_plain_and_it_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    parser = argparse.ArgumentParser()
+    started = Command(parser, parser.parse_args([]), Interruption(asks=False))
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False, readline=lambda: "x\n"))
-    assert command._reader()("> ") == "x"
+    assert command._reader(started)("> ") == "x"
     assert "stdin is no terminal" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: "y\n"))
     monkeypatch.setattr(command, "has_editing", lambda: False)
-    assert command._reader()("> ") == "y"
+    assert command._reader(started)("> ") == "y"
     out, err = capsys.readouterr()
     assert "pip install 'qwq-mlx[chat]'" in err and out == ""
 
@@ -93,7 +98,7 @@ def chat(
     """The command in this process, its model loaded once: exit code, stdout, stderr."""
 
     def call(typed: str, *given: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(command, "_load", lambda *_: loaded)
+        monkeypatch.setattr(command, "load_reasoner", lambda *_: loaded)
         stdin: Any = io.StringIO(typed)
         monkeypatch.setattr(sys, "stdin", stdin)
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer := io.BytesIO(), write_through=True))
@@ -155,7 +160,7 @@ def test_flags_reach_the_conversation(chat: Chat, loaded: Reasoner, monkeypatch:
     assert (options["limits"].context, options["limits"].max_tokens) == (300, 3)
     assert options["thinking"].think_tokens == 2 and options["system_prompt"] == "S"
     code, _, err = chat("one\n", "--kv-bits", "8")
-    assert code == 2 and "kv_bits is 8, but heads of width 32" in err
+    assert code == 2 and "--kv-bits is 8, but heads of width 32" in err
 
 
 @pytest.mark.tiny

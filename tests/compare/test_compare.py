@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from checkpoints import write_tiny_checkpoint
 
-from qwq_mlx.compare import __main__ as command
 from qwq_mlx.compare.__main__ import main
 from qwq_mlx.compare.table import compare_models
 from qwq_mlx.convert import convert_checkpoint
@@ -121,7 +120,7 @@ def test_what_cannot_be_compared_is_refused_before_a_layer_is_read(
     (tmp_path / "empty.txt").write_text("")
     first, second = home / "checkpoint", home / "bits-4"
     cases: list[tuple[type[Exception], str, list[Path], dict[str, Any]]] = [
-        (OptionError, "1 folders to compare, expected at least two, or one and --reference", [first], {}),
+        (OptionError, "1 folders to compare, expected at least two, or one and a `reference`", [first], {}),
         (OptionError, "0 folders to compare", [], {"reference": first}),
         (LoadError, "nowhere: there is no such folder", [first, tmp_path / "nowhere"], {}),
         (OptionError, "deep: is another model than .*: num_hidden_layers is 3, the reference has 2", [first, deep], {}),
@@ -148,22 +147,22 @@ def test_exit_codes_and_messages_of_the_command(
     code, out, err = run(capsys, home / "checkpoint", tmp_path / "nowhere")
     assert (code, out) == (1, "") and "nowhere: there is no such folder" in err
 
-    def interrupted(_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "_compare", interrupted)
+    monkeypatch.setattr("qwq_mlx.compare.table.compare_models", interrupted)
     assert run(capsys, home / "checkpoint", home / "bits-4") == (130, "", "interrupted: nothing was changed.\n")
 
 
 @pytest.mark.parametrize(("quiet", "is_shown"), [(False, True), (True, False)])
 def test_progress_is_shown_on_a_terminal_unless_quiet(
-    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: bool, is_shown: bool
+    home: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: bool, is_shown: bool
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     arguments = [home / "bits-4", home / "bits-8", "--text", home / "essay.txt", "--tokens", 64]
-    code, _, err = run(capsys, *arguments, *(["--quiet"] if quiet else []))
+    code, _, err = run(capfd, *arguments, *(["--quiet"] if quiet else []))
     assert code == 0
-    assert ("comparing " in err) == is_shown
+    assert ("comparing: " in err) == is_shown
 
 
 def test_help_comes_without_loading_anything_heavy() -> None:

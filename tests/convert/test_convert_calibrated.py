@@ -236,8 +236,8 @@ def test_a_repository_whose_shards_are_dropped_passes_twice_with_two_shards_on_t
     assert (tmp_path / "out" / STATISTICS_NAME).read_bytes() == (tmp_path / "local" / STATISTICS_NAME).read_bytes()
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out.source").exists()
     arguments = ["--source", "a/b", "--output", str(tmp_path / "two"), "--calibrate", str(text), "--dry-run"]
-    assert main(arguments) == 0 and "the source is fetched twice, to calibrate and to pack" in capsys.readouterr().err
-    assert main([*arguments, "--keep-source"]) == 0 and "fetched twice" not in capsys.readouterr().err
+    assert main(arguments) == 0 and "the source is fetched twice, to calibrate and to pack" in capsys.readouterr().out
+    assert main([*arguments, "--keep-source"]) == 0 and "fetched twice" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("phase", ["calibrate", "convert"])
@@ -266,8 +266,8 @@ def test_shards_that_a_text_would_need_all_at_a_time_are_refused_before_one_is_f
     source = pushed(server, write_tiny_checkpoint(tmp_path / "source", n_layers=1, n_shards=5))
     with pytest.raises(
         OptionError,
-        match=r"--calibrate text\.txt: the text passes the layers one by one, and at model\.layers\.0 \d shards would "
-        r"have to be on the disk \(model-0000\d-of-00005\.safetensors, .* 2 are there at a time\. Add --keep-source",
+        match=r"calibrate is 'text\.txt': the text passes the layers one by one, and at model\.layers\.0 \d shards "
+        r"would have to be on the disk \(model-0000\d-of-00005\.safetensors, .* 2 are there at a time\. Add `keep_s",
     ):
         convert_checkpoint("a/b", tmp_path / "out", calibrate=text)
     assert not list(tmp_path.glob("out*"))
@@ -337,10 +337,10 @@ def test_a_text_that_cannot_be_read_or_is_huge_is_refused(
 def test_recipes_and_sources_that_do_not_go_with_a_text_are_refused(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text('[weights]\nfit = "calibrated"\n')
-    with pytest.raises(OptionError, match=r"own\.toml: the fit 'calibrated' .* Give one with --calibrate TEXT"):
+    with pytest.raises(OptionError, match=r"own\.toml: the fit 'calibrated' .* Give one as `calibrate`"):
         check_fit(load_recipe(own), None)
     check_fit(load_recipe(own), "text")
-    with pytest.raises(OptionError, match=r"mode 'affine', the recipe nvfp4 has nvfp4\. Leave --calibrate out"):
+    with pytest.raises(OptionError, match=r"mode 'affine', but nvfp4 has nvfp4\. Leave `calibrate` out"):
         check_fit(load_recipe("nvfp4"), "text")
 
 
@@ -360,7 +360,7 @@ def test_the_command_calibrates(
 ) -> None:
     arguments = ["--source", str(tiny_checkpoint), "--output", str(tmp_path / "out"), "--calibrate", str(text)]
     assert main([*arguments, "--dry-run"]) == 0
-    assert "groups of 64, calibrated by" in capsys.readouterr().err
+    assert "groups of 64, calibrated by" in capsys.readouterr().out
     text.write_text("short", encoding="utf-8")
     assert main(arguments) == 2
     assert "expected at least 512 to calibrate" in capsys.readouterr().err

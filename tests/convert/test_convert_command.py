@@ -8,14 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faulty_disk import FaultyDisk
 
 from qwq_mlx.convert import Progress, __main__, convert_checkpoint
 from qwq_mlx.convert.__main__ import main
-from qwq_mlx.convert.plan_text import ProgressLine, duration_text, size_text
+from qwq_mlx.convert.plan_text import duration_text, size_text
 from qwq_mlx.errors import RecipeError
 
 
@@ -32,14 +34,15 @@ def run(*arguments: object, module: bool = True, cwd: Path | None = None) -> sub
     )
 
 
-def test_the_script_converts_from_anywhere_and_prints_plan_and_result_on_stderr(
+def test_the_script_converts_from_anywhere_and_prints_the_plan_on_stderr_and_the_result_on_stdout(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     done = run("--source", tiny_checkpoint, "--output", "out dir", "--no-quality", module=False, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert done.returncode == 0, done.stderr
     assert "27 tensors, 328,832 weights in BF16" in done.stderr
     assert "qwq-32b-preview-4bit: affine, 4 bits, groups of 64, least-squares" in done.stderr
-    assert "4.540 bits per weight" in done.stderr and "relative error 8." in done.stderr
+    assert "4.540 bits per weight" in done.stderr and "done: " not in done.stderr
+    assert "4.540 bits per weight" in done.stdout and "relative error 8." in done.stdout
     assert (tmp_path / "out dir" / "manifest.json").is_file()
     assert "\r" not in done.stderr and "\x1b" not in done.stderr
 
@@ -47,10 +50,13 @@ def test_the_script_converts_from_anywhere_and_prints_plan_and_result_on_stderr(
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--source", str(tiny_checkpoint), "--output", str(tmp_path / "a" / "out"), "--dry-run", "--json"]) == 0
+    arguments = ["--source", str(tiny_checkpoint), "--output", str(tmp_path / "a" / "out"), "--dry-run"]
+    assert main(arguments) == 0
     out, err = capsys.readouterr()
-    assert "bits per weight" in err and "GB free" in err and err.endswith("dry run: nothing was written\n")
-    result = json.loads(out)
+    assert "bits per weight" in out and "GB free" in out and out.endswith("dry run: nothing was written\n")
+    assert err == ""
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
     assert result["is_written"] is False and result["relative_error"] is None
     assert list(tmp_path.iterdir()) == []
     assert convert_checkpoint(tiny_checkpoint, tmp_path / "out").output_bytes == result["output_bytes"]
@@ -82,7 +88,7 @@ def test_the_plan_is_exact(tiny_checkpoint: Path, tmp_path: Path) -> None:
     [
         (["--source", "none", "--output", "out"], 1, "error: none: there is no such folder"),
         (["--source", ".", "--output", "out", "--recipe", "7bit"], 2, "error: There is no recipe '7bit'. Recipes: "),
-        (["--source", ".", "--output", "out", "--workers", "0"], 2, "error: n_workers is 0, expected"),
+        (["--source", ".", "--output", "out", "--workers", "0"], 2, "error: --workers is 0, expected"),
     ],
 )
 def test_failures_are_one_message_with_the_right_code(
@@ -140,12 +146,12 @@ def test_an_interrupted_command_says_what_is_kept_and_the_same_command_finishes(
     arguments = ["--source", str(tiny_checkpoint), "--output", str(tmp_path / "out"), "--json"]
     handler = signal.getsignal(signal.SIGTERM)
 
-    def press(self: object, progress: Progress) -> None:
+    def press(progress: Progress, bar: object) -> None:
         if progress.done_bytes > 0.5 * progress.total_bytes:
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(__main__._Screen, "show_progress", press)
+        patch.setattr(__main__, "_show_progress", press)
         assert main(arguments) == code
     out, err = capsys.readouterr()
     assert out == "" and f"interrupted: what is finished is kept in {tmp_path}/out.partial. Run the same command" in err
@@ -160,7 +166,7 @@ def test_an_interruption_before_anything_was_written_says_so(
     def press(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(__main__._Screen, "show_plan", press)
+    monkeypatch.setattr(__main__, "_show_plan", press)
     assert main(["--source", str(tiny_checkpoint), "--output", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err == "interrupted: nothing was kept.\n"
 
@@ -173,54 +179,22 @@ def test_quiet_leaves_warnings_and_errors_alone(
     raw = shard.read_bytes()
     shard.write_bytes(raw[:-8192] + bytes(8192))
     assert main(["--source", str(source), "--output", str(tmp_path / "out"), "--quiet"]) == 0
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert err.startswith(f"warning: {shard.name}: lm_head.weight has 2 pages") and err.count("\n") == 2
     assert "\nwarning: the chat template (sha256 " in err
+    assert out.startswith("done: ")
 
 
-def test_progress_on_a_terminal_replaces_its_line_and_in_a_file_adds_lines(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    step = Progress(phase="convert", what="lm_head.weight", done_bytes=3 * 10**9, total_bytes=9 * 10**9)
-    for is_terminal, shown in ((True, "\r\x1b[2Kconverting  33 %"), (False, "converting  33 %")):
-        screen = __main__._Screen(quiet=False)
-        screen._is_terminal = is_terminal
-        monkeypatch.setattr(ProgressLine, "update", lambda self, progress: self.line(progress, 2.0))
-        screen.show_progress(step)
-        screen.say("end")
-        err = capsys.readouterr().err
-        assert err.startswith(shown) and err.endswith("\r\x1b[2Kend\n" if is_terminal else "lm_head.weight\nend\n")
-
-
-def test_a_progress_line_shows_what_is_done_how_fast_and_what_remains() -> None:
-    step = Progress(phase="convert", what="x", done_bytes=30 * 10**8, total_bytes=90 * 10**8, resumed_bytes=10**9)
-    assert ProgressLine.line(step, 2.0) == "converting  33 %  3.00 GB of 9.00 GB  1.00 GB/s  0:06 left  x"
-    check = Progress(phase="check", what="y", done_bytes=0, total_bytes=90)
-    assert ProgressLine.line(check, 0.0) == "reading back   0 %  0 bytes of 90 bytes  0 bytes/s  ? left  y"
-
-
-def test_progress_lines_come_at_their_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("qwq_mlx.convert.plan_text.time.monotonic", lambda: now[0])
-    line = ProgressLine(is_terminal=False)
-    shown = []
-    for now[0] in (0.0, 5.0, 11.0, 12.0, 22.0):
-        step = Progress(phase="convert", what="x", done_bytes=int(now[0]), total_bytes=100)
-        if line.update(step) is not None:
-            shown.append(now[0])
-    assert shown == [11.0, 22.0]
-
-
-def test_the_rate_does_not_count_the_wait_for_the_first_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("qwq_mlx.convert.plan_text.time.monotonic", lambda: now[0])
-    line = ProgressLine(is_terminal=False)
-    shown = []
-    for now[0], done in ((0.0, 0), (50.0, 0), (100.0, 0), (102.0, 20), (110.0, 100)):
-        step = Progress(phase="convert", what="x", done_bytes=done * 10**6, total_bytes=10**9, fetched_bytes=0)
-        shown.append(line.update(step))
-    assert shown[1] is not None and "0 bytes/s  ? left" in shown[1]
-    assert shown[4] is not None and "10.00 MB/s  1:30 left" in shown[4]
+def test_progress_names_the_phase_what_was_fetched_and_the_tensor(capsys: pytest.CaptureFixture[str]) -> None:
+    step = Progress(phase="convert", what="lm_head.weight", done_bytes=3, total_bytes=9, fetched_bytes=5 * 10**9)
+    shown: list[tuple[object, ...]] = []
+    bar = SimpleNamespace(show=lambda *values, n_before, note: shown.append((*values, n_before, note)))
+    __main__._show_progress(replace(step, resumed_bytes=2), bar)
+    __main__._show_progress(Progress(phase="check", what="model", done_bytes=0, total_bytes=90), bar)
+    assert shown == [
+        ("converting", 3, 9, 2, "5.00 GB fetched, lm_head.weight"),
+        ("reading back", 0, 90, 0, "model"),
+    ]
 
 
 def test_sizes_and_durations_read_as_people_write_them() -> None:

@@ -23,7 +23,6 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--quality", "text.txt"], "quality", "text.txt"),
     (["--no-quality"], "quality", False),
     (["--quality-tokens", "77"], "quality_tokens", 77),
-    (["--quiet"], "has_progress", False),
 ]
 
 
@@ -33,7 +32,7 @@ class _ReachedError(Exception):
 
 def reached(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> dict[str, Any]:
     def convert(source: Any, output: Any, *, on_plan: Any, progress: Any, **chosen: Any) -> None:
-        raise _ReachedError(chosen | {"source": source, "output": output, "has_progress": progress is not None})
+        raise _ReachedError(chosen | {"source": source, "output": output})
 
     monkeypatch.setattr("qwq_mlx.convert.job.convert_checkpoint", convert)
     with pytest.raises(_ReachedError) as caught:

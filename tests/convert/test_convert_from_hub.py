@@ -173,7 +173,7 @@ def test_a_folder_goes_before_a_repository_and_takes_no_revision(
     Path(NAME).symlink_to(source)
     assert verify_full(convert_checkpoint(NAME, "out").output).source.repository is None
     assert server.requests == []
-    with pytest.raises(OptionError, match=f"--revision v1 goes with a repository of the Hub, but {NAME} is a folder"):
+    with pytest.raises(OptionError, match=f"revision is 'v1', .* but {NAME} is a folder"):
         convert_checkpoint(NAME, "second", revision="v1")
 
 

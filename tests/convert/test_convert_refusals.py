@@ -182,7 +182,9 @@ def convert_into(source: Path, output: Path, message: str, **options: object) ->
 def test_an_existing_output_is_refused_with_what_to_do(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     convert_into(
-        tiny_checkpoint, tmp_path / "out", r"out: exists already\. Choose another output, or pass --force to replace it"
+        tiny_checkpoint,
+        tmp_path / "out",
+        r"out: exists already\. Choose another output, or pass `force=True`",
     )
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 

@@ -83,7 +83,7 @@ def test_another_recipe_or_version_or_tokenizer_is_never_mixed_in(
     resume_refused(
         source,
         output,
-        r"(?s)out\.partial: holds an unfinished conversion of something else:.*recipe: was .*--restart",
+        r"(?s)out\.partial: holds an unfinished conversion of something else:.*recipe: was .*`restart=True`",
         recipe="pocket-4bit",
     )
     with monkeypatch.context() as patch:

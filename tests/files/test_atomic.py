@@ -101,7 +101,7 @@ def test_an_existing_output_is_never_overwritten_unasked(tmp_path: Path, kind: s
     else:
         final.symlink_to(tmp_path / "nowhere")
     with pytest.raises(
-        ConversionError, match=r"out: exists already.*out\.partial.*remove the old folder or pass --force"
+        ConversionError, match=r"out: exists already.*out\.partial.*remove the old folder or pass `force=True`"
     ):
         publish(partial, final, replace=False)
     assert (partial / "f").read_text() == "new"

@@ -136,11 +136,11 @@ def test_a_folder_is_planned_from_its_headers_on_this_machine(
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["--ram", "-1"], 2, "ram is -1.0, expected a number from 0 to 1,000,000"),
-        (["--reserve", "nan"], 2, "reserve is nan, expected a number from 0 to 1,000,000"),
-        (["--ram", "32", "--kv-bits", "5"], 2, "kv_bits is 5, expected None, 8 or 4"),
+        (["--ram", "-1"], 2, "--ram is -1.0, expected a number from 0 to 1,000,000"),
+        (["--reserve", "nan"], 2, "--reserve is nan, expected a number from 0 to 1,000,000"),
+        (["--ram", "32", "--kv-bits", "5"], 2, "--kv-bits is 5, expected None, 8 or 4"),
         (["--ram", "32", "--kv-bits", "8", "--samples", "2"], 2, "n_sequences is 2 beside kv_bits 8, but mlx-lm's"),
-        (["--ram", "32", "--context", "40000"], 2, "context is 40,000, expected at most 32,768"),
+        (["--ram", "32", "--context", "40000"], 2, "--context is 40,000, expected at most 32,768"),
         (["--ram", "32", "--model", "/nowhere"], 1, "/nowhere: there is no such folder"),
     ],
 )

@@ -1,6 +1,6 @@
 """What a calibration text says of the channels, before the first tensor is packed: at once, or shard by shard.
 
-A source that is there, or that stays once it is fetched, is run where it lies. From the Hub without --keep-source its
+A source that is there, or that stays once it is fetched, is run where it lies. From the Hub without keep_source its
 shards pass by twice: this pass first, then the packing one, each with two shards on the disk at most.
 
 Does not: compute the importance (`calibration` does) or order shards (`first_pass` does).

@@ -48,10 +48,10 @@ def pass_order(checkpoint: Checkpoint, config: Qwen2Config, text: str | Path, *,
         there = _there(needed, part)
         if len(there) > N_ON_DISK:
             raise OptionError(
-                f"--calibrate {text}: the text passes the layers one by one, and at {part.rstrip('.')} "
+                f"calibrate is {str(text)!r}: the text passes the layers one by one, and at {part.rstrip('.')} "
                 f"{len(there)} shards would have to be on the disk ({', '.join(there)}); from the Hub {N_ON_DISK} are "
-                "there at a time. Add --keep-source, which leaves all in OUTPUT.source (the plan says how much), or "
-                "give the folder of a checkpoint that is there."
+                "there at a time. Add `keep_source=True`, which leaves all in OUTPUT.source (the plan says how much), "
+                "or give the folder of a checkpoint that is there."
             )
     return PassOrder(tuple(shards.values()), needed)
 

@@ -223,7 +223,7 @@ class Hub:
                 ) from error
             except hub.RevisionNotFoundError as error:
                 raise SourceError(
-                    f"{label}: the repository has no such revision. Give a branch, a tag or a commit with --revision."
+                    f"{label}: the repository has no such revision. Give a branch, a tag or a commit as `revision`."
                 ) from error
             except hub.OfflineModeIsEnabled as error:
                 raise SourceError(

@@ -64,7 +64,7 @@ def fitted(
             f"A context of {plan.context:,} does not fit the memory of this machine:\n{plan.arithmetic()}\n"
             f"The largest context that fits is {plan.largest_context:,}. The cheapest change: "
             f"{change.text if change else 'none; take a model of fewer bits or a machine with more memory'}. "
-            "--force (force=True) tries it all the same."
+            "`force=True` tries it all the same."
         )
     capped = replace(limits, context=plan.largest_context)
     note += f"the context is capped to {plan.largest_context:,} of {own:,} positions, more does not fit the memory"

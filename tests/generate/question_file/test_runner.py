@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import ENVIRONMENT
 
-from qwq_mlx.cli.terminal import batch_bar, batch_line
+from qwq_mlx.cli.terminal import batch_line
 from qwq_mlx.errors import ConversionError, GenerationError, OptionError, SavingError, SourceError, TemplateLimitError
 from qwq_mlx.generate import __main__ as command
 from qwq_mlx.generate.question_file import results as results_module
@@ -415,7 +416,7 @@ def test_the_command_ends_with_5_where_memory_ran_out_and_says_what_to_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     short_of_memory({1})
-    monkeypatch.setattr(command, "_load", lambda *_: reasoner)
+    monkeypatch.setattr(command, "load_reasoner", lambda *_: reasoner)
     given = f"--input {whole / 'in.jsonl'} --output {tmp_path / 'out'} --seed 5 --temp 1 --max-tokens 6"
     assert command.main(given.split()) == 5
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -447,24 +448,13 @@ def test_a_template_that_a_busy_machine_slows_down_is_no_answer(
     assert compared(tmp_path / "out") == compared(whole / "out.jsonl")
 
 
-def test_the_bar_says_how_fast_and_how_long() -> None:
-    stand = Stand(
-        n_done=6, n_total=10, n_before=2, n_failed=1, n_out_of_memory=0, n_tokens=800, seconds=20.0, last=None
-    )
-    assert batch_bar(stand) == "[############........] 6 of 10 questions, 1 failed, 40.0 tok/s, 0:20 left"
+def test_a_line_says_what_was_answered_how_far_the_file_is_and_how_fast() -> None:
     start = Stand(n_done=2, n_total=10, n_before=2, n_failed=0, n_out_of_memory=0, n_tokens=0, seconds=0.0, last=None)
-    assert batch_bar(start) == "[####................] 2 of 10 questions"
-    slow = Stand(
-        n_done=1,
-        n_total=9,
-        n_before=0,
-        n_failed=0,
-        n_out_of_memory=0,
-        n_tokens=9,
-        seconds=900,
-        last={"id": 4, "error": "It broke."},
-    )
-    assert batch_line(slow).startswith("4: It broke.; [##") and batch_line(slow).endswith("2:00:00 left")
+    assert batch_line(start) == "going on; 2 of 10 questions"
+    trace = {"finish_reason": "stop", "ids": [1] * 1200}
+    later = replace(start, n_done=6, n_failed=1, n_tokens=800, seconds=20.0, last={"id": "a", "trace": trace})
+    assert batch_line(later) == "a: stop, 1,200 tokens; 6 of 10 questions, 1 failed, 40.0 tok/s"
+    assert batch_line(replace(later, last={"id": 4, "error": "It broke."})).startswith("4: It broke.; 6 of 10")
 
 
 def arguments(whole: Path, output: Path, model: Path) -> list[str]:

@@ -1,0 +1,143 @@
+"""The frame of every command: one form of parser, one answer to each error and signal, one rule for where lines go.
+
+Results go to stdout and everything else to stderr, where --quiet leaves only warnings and errors. The library's
+messages name its fields and arguments; here they become the flags that set them.
+
+Does not: know what any command does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qwq_mlx.cli.signals import Interruption, silence
+from qwq_mlx.errors import OptionError, QwqError
+
+if TYPE_CHECKING:
+    from qwq_mlx.generate.reasoner import Reasoner
+    from qwq_mlx.options import Limits
+
+__all__ = ["Command", "add_output", "load_reasoner", "make_parser", "run_command"]
+
+_FIRST_WORD = re.compile(r"^(\w+)(?= )()")
+_QUOTED = re.compile(r"`(\w+)(=True|=False)?`")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command at work: what was parsed, and the signals it gets."""
+
+    parser: argparse.ArgumentParser
+    options: argparse.Namespace
+    interruption: Interruption
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether --quiet was given."""
+        return bool(getattr(self.options, "quiet", False))
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether progress that is of use only while one watches is shown: on a terminal, without --quiet."""
+        return sys.stderr.isatty() and not self.is_quiet
+
+    def note(self, text: str) -> None:
+        """A line on stderr, not under --quiet."""
+        if not self.is_quiet:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """A line on stderr."""
+        sys.stderr.write(self.with_flags(text) + "\n")
+        sys.stderr.flush()
+
+    def fail(self, text: str, code: int) -> int:
+        """Show an error; returns the exit code."""
+        self.warn(f"error: {text}")
+        return code
+
+    def with_flags(self, text: str) -> str:
+        """A text of the library with this command's flags: `max_tokens` -> --max-tokens, `force=True` -> --force."""
+        return _QUOTED.sub(self._flag, text)
+
+    def explain(self, error: QwqError) -> str:
+        """An error's message with this command's flags; one of a wrong value begins with the name of its field."""
+        text = _FIRST_WORD.sub(self._flag, str(error)) if isinstance(error, OptionError) else str(error)
+        return self.with_flags(text)
+
+    def _flag(self, name: re.Match[str]) -> str:
+        flags = {each.dest: each.option_strings[-1] for each in self.parser._actions if each.option_strings}
+        negated = flags.get(f"no_{name[1]}")
+        if name[2] == "=False" and negated is not None:
+            return negated
+        return flags.get(name[1], name[0])
+
+
+def make_parser(name: str, *, description: str, exit_codes: str) -> argparse.ArgumentParser:
+    """The parser of `python -m qwq_mlx.NAME`. exit_codes: "0 done, 1 failed, ...", for the end of its help."""
+    return argparse.ArgumentParser(
+        prog=f"python -m qwq_mlx.{name}",
+        description=description,
+        epilog=f"Exit codes: {exit_codes}.",
+        allow_abbrev=False,
+    )
+
+
+def add_output(parser: argparse.ArgumentParser, *, json: str | None = None) -> None:
+    """Add --quiet, and where `json` is its help, --json."""
+    if json is not None:
+        parser.add_argument("--json", action="store_true", help=json)
+    parser.add_argument("--quiet", action="store_true", help="on stderr only warnings and errors")
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    work: Callable[[Command], int],
+    *,
+    interrupted: Callable[[argparse.Namespace], str] = lambda options: "interrupted: nothing was changed.",
+    asks: bool | None = False,
+    failure_code: int | None = None,
+) -> int:
+    """Parse and do the work; returns the exit code.
+
+    work: returns the exit code of a command that came to its end. interrupted: the line for a command that a signal
+    ended at once, "" for none. asks: as `Interruption` takes it. failure_code: for every error; None takes each one's
+    own.
+    """
+    options = parser.parse_args(arguments)
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")  # type: ignore[union-attr]
+    with Interruption(asks=asks) as interruption:
+        command = Command(parser, options, interruption)
+        try:
+            code = work(command)
+            sys.stdout.flush()
+            return code
+        except QwqError as error:
+            return command.fail(command.explain(error), error.exit_code if failure_code is None else failure_code)
+        except BrokenPipeError:  # whoever read our output has left, which is their right
+            silence(sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt:
+            if line := interrupted(options):
+                command.warn(line)
+            return interruption.exit_code or 130
+
+
+def load_reasoner(command: Command, limits: Limits, *, warns_of_template: bool = True) -> Reasoner:
+    """The model of --model, or the default one, which a line says. Raises what `qwq_mlx.load` raises."""
+    from qwq_mlx.default_model import ready_model
+    from qwq_mlx.generate.reasoner import load
+    from qwq_mlx.model.template import template_warning
+
+    folder = ready_model(command.options.model, command.note)
+    reasoner = load(folder, limits=limits, force=command.options.force)
+    warning = template_warning(reasoner.model.tokenizer.chat_template)
+    if warning is not None and warns_of_template:
+        command.note(f"warning: {warning}")
+    return reasoner
