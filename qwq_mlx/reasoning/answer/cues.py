@@ -17,11 +17,13 @@ __all__ = [
     "announces",
     "any_of",
     "begins_explanation",
+    "corrects",
     "doubts",
     "is_bullet",
     "is_example",
     "is_remark",
     "part_of",
+    "rejects",
 ]
 
 MAX_LINE = 1024
@@ -44,6 +46,16 @@ DOUBTS: Phrases = {
     "zh": (*DOUBTS_STRICTLY["zh"], "不,", "但是", "让我"),
 }
 BEFORE_A_DOUBT: Phrases = {"en": ("oh", "ah", "hmm+", "no", "but", "and", "so", "well", "okay", "ok")}
+CORRECTS: Phrases = {
+    "en": (
+        *DOUBTS_STRICTLY["en"],
+        *("actually", "no", "correction", "corrected", "rather", "instead", "sorry", "oops", "i mean", "make that"),
+        *("scratch that", "strike that", "on second thought", "in fact", "should be", "mistake", "wrong", "edit"),
+    ),
+    "zh": ("不对", "更正", "应该是", "应为"),
+    "signs": ("→", "⇒", "=>…", r"\\(?:[lL]ong)?[rR]ightarrow", r"\\to"),
+}
+REJECTS: Phrases = {"en": ("not", "isn't", "instead of", "rather than"), "zh": ("不是", "而非")}
 CONCLUDES: Phrases = {
     "en": (
         *("so", "thus", "therefore", "hence", "consequently", "in conclusion", "in (?:total|all|summary|short)"),
@@ -89,6 +101,8 @@ def _doubt(phrases: Phrases) -> re.Pattern[str]:
 
 
 _DOUBTS, _DOUBTS_STRICTLY = _doubt(DOUBTS), _doubt(DOUBTS_STRICTLY)
+_CORRECTS = re.compile(rf"(?<![A-Za-z]){any_of(CORRECTS)}", re.IGNORECASE)
+_REJECTS = re.compile(rf"(?<![A-Za-z]){any_of(REJECTS)}[\s$\\(:\"“]*$", re.IGNORECASE)
 _ANNOUNCES = re.compile(
     r"(?:\banswers?\b|\bcorrect (?:option|choice)|\b(?:final|correct) (?:result|solution)|答案)[^.!?\n]{0,60}[:：]\W*$"
     r"|\banswer is\s*$",
@@ -132,6 +146,16 @@ def announces(line: str) -> bool:
 def begins_explanation(line: str) -> bool:
     """Whether a line is a heading such as "**Explanation**" or "Note: ...", after which an answer is only explained."""
     return bool(_EXPLAINS.match(line[:400]))
+
+
+def corrects(between: str) -> bool:
+    """Whether the text between two answers takes the first back: ". Wait, actually ", " → "."""
+    return bool(_CORRECTS.search(between))
+
+
+def rejects(between: str) -> bool:
+    """Whether the text between two answers says that the second is none: ", not ", " instead of "."""
+    return bool(_REJECTS.search(between))
 
 
 def is_example(line: str) -> bool:

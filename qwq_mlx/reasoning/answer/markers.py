@@ -55,7 +55,7 @@ class Scanner:
         parts = [f"(?P<{kind}>{re.escape(tag)})" for kind, tag in thinking if tag] + [
             rf"(?P<begin>[<\[]/?)(?P<name>{names})[>\]]",
             rf"(?P<heading>(?<![^\n])[ ]?(?:{_HEADING}))",
-            r"(?P<box>\\f?box(?:ed)? ?\{)",
+            r"(?P<box>(?:\\f?box(?:ed)?|(?<![\\a-z])boxed) ?\{)",
             r"(?P<escape>\\[\\{}])",
             r"(?P<brace>[{}])",
             r"(?P<sentence>[.!?] )",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from qwq_mlx.reasoning.answer.cues import corrects, rejects
 from qwq_mlx.reasoning.answer.rule import Rule
 from qwq_mlx.reasoning.answer.split import Candidate
 
@@ -24,7 +25,7 @@ class Boxes(NamedTuple):
     """A further box or tag behind an answer that is marked already.
 
     value, further: what the answer is so far, and what the further mark holds.
-    between: the text between two boxes that stand side by side in one line, None for other marks.
+    between: the text between two boxes of one conclusion that stand side by side in one line, None for others.
     is_inside: the further mark stands in the last one.
     is_next_part: it answers the question's next part, or stands in the next item of the conclusion's list.
     is_same_conclusion: it stands in the same line, or under the same heading, and no doubt between them.
@@ -39,7 +40,7 @@ class Boxes(NamedTuple):
 
 
 def _again(seen: Boxes) -> str | None:
-    if not seen.is_same_conclusion or seen.between is None:
+    if seen.between is None:
         return None
     between = seen.between.strip(" $")
     is_again = between.startswith(("=", "\\approx")) or (between.startswith("or") and "=" not in between)
@@ -47,7 +48,7 @@ def _again(seen: Boxes) -> str | None:
 
 
 def _beside(seen: Boxes) -> str | None:
-    return f"{seen.value}, {seen.further}" if seen.is_same_conclusion and seen.between is not None else None
+    return f"{seen.value}, {seen.further}" if seen.between is not None else None
 
 
 SEVERAL_BOXES: tuple[Rule[Boxes, str], ...] = (
@@ -56,6 +57,11 @@ SEVERAL_BOXES: tuple[Rule[Boxes, str], ...] = (
          "Answer in <answer></answer>."),
     Rule("next part", 1.0, lambda seen: f"{seen.value}, {seen.further}" if seen.is_next_part else None,
          'Parts "(a)" and "(b)", or items of one list, are joined.', ("(a) \\boxed{3}\n\n(b) \\boxed{8}", "3, 8")),
+    Rule("rejected", 1.0, lambda seen: seen.value if rejects(seen.between or "") else None,
+         'A second box behind "not" or "instead of" is none.', ("So \\boxed{2}, not \\boxed{3}.", "2")),
+    Rule("corrected", 1.0, lambda seen: seen.further if corrects(seen.between or "") else None,
+         'A second box behind "wait", "actually" or an arrow takes the place of the first.',
+         ("So \\boxed{2}. Wait, no, \\boxed{3}.", "3")),
     Rule("again", 1.0, _again,
          'Behind "=", "≈" or "or" the second box says the first again.', ("\\boxed{2 + 2} = \\boxed{4}", "4")),
     Rule("side by side", 1.0, _beside,

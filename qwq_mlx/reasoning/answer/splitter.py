@@ -261,7 +261,7 @@ class Splitter:
         return Boxes(
             value=marked.value,
             further=mark.value.strip(),
-            between=between if marked.value is not None and is_beside and mark.kind == "box" else None,
+            between=between if marked.value is not None and is_open and is_beside and mark.kind == "box" else None,
             is_inside=marked.value is not None and mark.start < marked.end,
             is_next_part=is_next_part,
             is_same_conclusion=is_open and (is_next_part or marked.kind == "heading" or is_one_line),
