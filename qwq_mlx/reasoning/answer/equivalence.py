@@ -167,6 +167,7 @@ def _bare(text: str) -> str:
     text = re.sub(r"(?<=\d)(?:\\[,;:! ]|~)(?=\d{3}(?!\d))", "", text)  # 1\,234 is a number
     text = re.sub(r"\\varnothing(?![a-z])|∅|^\\\{\s*\\\}$", r"\\emptyset", text)
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[,!;: ]|\\q?quad(?![a-z])|~", " ", text)
+    text = re.sub(r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge|bf|rm|bold)(?![a-zA-Z])", " ", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text).replace("{,}", ",")
     text = (
         re.sub(r"(?<=\d),\s*(?=\d{3}(?!\d))(?=\d{3}(?:,\s*\d{3})*(?!\d|\s*,\s*\d{1,2}(?!\d)))", "", text)

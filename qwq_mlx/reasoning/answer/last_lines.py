@@ -16,6 +16,7 @@ from qwq_mlx.reasoning.answer.unmarked import COUNTED, EQUATES, FORMULA, YES_NO,
 
 __all__ = [
     "after_colon",
+    "box_without_braces",
     "closing_sentence",
     "compared",
     "displayed",
@@ -88,6 +89,12 @@ def number_alone(line: str) -> str | None:
     """A number and nothing else."""
     number = _BARE.fullmatch(re.sub(r"\s+", " ", line[-MAX_LINE:]).strip())
     return number["value"] if number else None
+
+
+def box_without_braces(line: str) -> str | None:
+    """What follows \\boxed without braces: "\\boxed42", "\\boxed[42]"."""
+    box = re.search(r"\\boxed\s*(?:\[([^\[\]\n]{1,80})\]|(-?\d[\d.,/]*\d|-?\d|[A-Z]\b))", line)
+    return (box[1] or box[2]) if box else None
 
 
 def displayed(text: str) -> str | None:

@@ -113,6 +113,8 @@ SHORT_LINES: tuple[Words, ...] = (
 """What a short line says besides its words. Seen: the line."""
 
 CONCLUSIONS: tuple[Words, ...] = (
+    Rule("open box", 0.5, unmarked.open_box,
+         "A box that the text ends in.", ("\\[ \\boxed{42", "42")),
     Rule("displayed formula", 1.0, unmarked.whole_formula,
          "One displayed formula and nothing else.", ("\\[ x = 3 \\]", "x = 3")),
     Rule("code block", 1.0, unmarked.code_block,
@@ -133,7 +135,8 @@ CONCLUSIONS: tuple[Words, ...] = (
 
 
 def _conclusion(text: str) -> Reading[str] | None:
-    return first(CONCLUSIONS, re.sub(r"\\boxed\s+(?=[^{\s])", "", text))  # a box without braces holds what follows
+    # A box without braces holds what follows.
+    return first(CONCLUSIONS, re.sub(r"\\boxed(?:\s*\[([^\[\]\n]{1,80})\]|\s+(?=[^{\s])|(?=\d))", r"\1", text))
 
 
 def _reduced(line: str) -> Reading[str] | None:
@@ -240,6 +243,8 @@ LAST_LINES: tuple[Rule[LastLine, str], ...] = (
          ("No, because 91 = 7 * 13.", "No"), "Is 91 prime?"),
     Rule("number alone", 0.5, lambda seen: last_lines.number_alone(seen.line),
          "A number and nothing else.", ("= 42", "42")),
+    Rule("box without braces", 0.5, lambda seen: last_lines.box_without_braces(seen.line),
+         "A box that holds what follows it.", ("So it is \\boxed42", "42")),
     Rule("closing sentence", 0.5, _closing,
          "A sentence that concludes.", ("In total, she paid $45.", "$45")),
     Rule("displayed formula", 0.5, lambda seen: last_lines.displayed(seen.tail),

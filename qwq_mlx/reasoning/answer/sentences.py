@@ -105,6 +105,7 @@ _REASON = re.compile(
     r"|(?<=[\d)$}%\]]),\s+(?:not|as|but|and (?:not|we|i|this|that|it)|i (?:believe|think|guess|suppose))\b",
     re.I,
 )
+_BOX = re.compile(r"^\$?\\?f?boxed\s*[{\[]?\s*(.+?)\s*[}\]]?\s*\$?$")
 _SEVERAL = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|&|\band\b|\bor\b|、|和)\s*(?:\band\b\s*)?\(?[A-J]\)?)+[\s.]*")
 
 
@@ -115,6 +116,7 @@ def value_of(rest: str) -> str | None:
         return value[1:end].strip() or None
     value = re.sub(r"^not\b[^.;]{1,80}?\bbut(?:\s+rather)?\s+(?=\S)", "", value, flags=re.IGNORECASE)
     value = re.split(r"(?<=[^\d\W])[.!?。！](?=\s|$)|(?<=[\d)\]}*$])[.!?。！](?=\s|$)|\n|[。！]", value, maxsplit=1)[0]
+    value = _unboxed(value)
     value = _HEDGE.sub("", _bold(value).strip().strip("*_`").strip())
     value = _REASON.split(value, maxsplit=1)[0]
     value = re.sub(r"^(yes|no),\s.*", r"\1", value, flags=re.IGNORECASE)
@@ -133,6 +135,13 @@ def value_of(rest: str) -> str | None:
     if len(value) > 1 and value.startswith("$") and value.endswith("$"):
         value = value.strip("$").strip()
     return None if not value or len(value) > 300 or _NO_VALUE.match(value) else value
+
+
+def _unboxed(value: str) -> str:
+    """The content of a value that is one box, also of one whose end is cut: "\\boxed{42"."""
+    box = _BOX.match(value)
+    outside = re.sub(r"\{[^{}]*\}", "", re.sub(r"\{[^{}]*\}", "", box[1])) if box else "{"
+    return box[1] if box and not {"{", "}"} & set(outside) else value
 
 
 def _bold(value: str) -> str:

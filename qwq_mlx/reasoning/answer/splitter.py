@@ -314,11 +314,11 @@ class Splitter:
         return candidate
 
     def _under_heading(self, marked: Candidate, is_ended: bool) -> Reading[str] | None:
-        """What a conclusion without a box says; of a cut one only its whole lines count, and an open box is none."""
+        """What a conclusion without a box says; of a cut one only its whole lines count, and no open box."""
         text = marked.captured
         if not is_ended and not text.rstrip().endswith((*_LINE_ENDS, "```")):
             text = text.rpartition("\n")[0]
-        return MARK["heading"].read("" if self._scanner.is_inside else text)
+        return MARK["heading"].read("" if self._scanner.is_inside and not is_ended else text)
 
     def _is_far(self, candidate: Candidate) -> bool:
         return self._scanner.n_chars - candidate.end > _FAR

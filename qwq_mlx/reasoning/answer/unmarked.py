@@ -30,6 +30,7 @@ __all__ = [
     "lines_of",
     "one_marked",
     "one_paragraph",
+    "open_box",
     "whole_formula",
     "whole_line",
     "yes_or_no",
@@ -60,6 +61,13 @@ def whole_formula(text: str) -> str | None:
     """A displayed formula and nothing else."""
     formula = re.fullmatch(r"[\s*:]*(?:\\\[|\$\$)\s*(.{1,600}?)\s*(?:\\\]|\$\$)\s*", text, re.DOTALL)
     return formula[1].rstrip(" .") if formula and "\\]" not in formula[1] else None
+
+
+def open_box(text: str) -> str | None:
+    """What stands in a box that the text ends in."""
+    box = re.search(r"\\?f?boxed ?\{([^\n]{1,200})\s*$", text)
+    is_open = box is not None and box[1].count("{") >= box[1].count("}")
+    return (re.sub(r"\s*(?:\\[\])]|\$+)\s*$", "", box[1]).strip() or None) if box and is_open else None
 
 
 def code_block(text: str) -> str | None:
