@@ -11,6 +11,7 @@ from typing import Any
 from qwq_mlx.reasoning.answer.precedence import LAST_WORD, SEVERAL_BOXES
 from qwq_mlx.reasoning.answer.rule import Rule
 from qwq_mlx.reasoning.answer.rules import (
+    BY_THE_QUESTION,
     CLOSING_SENTENCES,
     CONCLUSIONS,
     LAST_LINES,
@@ -27,6 +28,7 @@ TABLES: tuple[tuple[str, Sequence[Rule[Any, Any]]], ...] = (
     ("What stands under a heading, or behind the thinking, without a box", CONCLUSIONS),
     ("What a short line says besides its words", SHORT_LINES),
     ("What the last line of a text without any mark says", LAST_LINES),
+    ("What a line says in the question's own words", BY_THE_QUESTION),
     ('What a closing sentence says that begins with "So", "Therefore", "In total"', CLOSING_SENTENCES),
 )
 """Every table with its title, the one that decides first at the top."""

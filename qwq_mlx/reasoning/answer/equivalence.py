@@ -29,7 +29,7 @@ _UNIT = re.compile(
     r"|\s+(?P<words>[A-Za-z][A-Za-z /²³^]*\d?)|\s*(?P<han>[\u3400-\u9fff]{1,6}))\s*$",
     re.DOTALL,
 )
-_CHOICE = re.compile(r"\(?\s*([A-J])\s*\)?(?:[.:]\s*.*|\)\s+.*)?$", re.DOTALL)
+_CHOICE = re.compile(r"[(\[<]?\s*([A-J])\s*[)\]>]?(?:[.:]\s*.*|\)\s+.*)?$", re.DOTALL)
 
 
 def normalise(answer: str) -> str:

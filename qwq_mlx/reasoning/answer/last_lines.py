@@ -30,6 +30,7 @@ __all__ = [
     "one_in_bold",
     "one_quantity",
     "one_quoted",
+    "said_true_or_false",
     "said_yes_or_no",
     "there_is_no",
 ]
@@ -67,6 +68,7 @@ _NAMED = re.compile(
 )
 _AFTER_COLON = re.compile(r"[^:]{1,80}\b(?:is|are):\s+(.{1,80})")
 _THERE_IS_NO = re.compile(r"there (?:is|are|exists?)\s+(no \w+(?: \w+)?)")
+_TRUE_OR_FALSE = re.compile(r"\b(not |n't )?(true|false)\b", re.IGNORECASE)
 _BARE = re.compile(rf"[=*`$\s]*(?P<value>{_NUMBER}%?)[*`$.\s]*")
 _COMPARED = re.compile(
     r"(?P<value>[-−]?[$€£¥]?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[A-Z][\w'’-]+(?: [A-Z][\w'’-]+){0,2})"
@@ -83,6 +85,15 @@ def said_yes_or_no(text: str) -> str | None:
     """The yes or no that a paragraph begins with."""
     word = YES_NO.match(text)
     return word["value"] if word else None
+
+
+def said_true_or_false(text: str) -> str | None:
+    """The one of the two words that a line uses, turned round behind "not"."""
+    words = list(_TRUE_OR_FALSE.finditer(text))
+    if len({word[2].casefold() for word in words}) != 1:
+        return None
+    word = str(words[-1][2])
+    return ("False" if word.casefold() == "true" else "True") if words[-1][1] else word
 
 
 def number_alone(line: str) -> str | None:

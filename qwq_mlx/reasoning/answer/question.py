@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["Choices", "Question", "choose", "named_letter", "offered"]
+__all__ = ["Choices", "Question", "choose", "named_letter", "offered", "several_letters"]
 
 Choices = tuple[tuple[str, str], ...]
 """(label, plain text) of each choice, in order: ("C", "jupiter")."""
@@ -21,11 +21,13 @@ _ASKS_FOR_CODE = re.compile(
     re.IGNORECASE,
 )
 _ASKS_YES_OR_NO = re.compile(
-    r"\byes(?: |/| or | and |, )*no\b|\btrue(?: |/| or )+false\b"
+    r"\byes(?: |/| or | and |, )*no\b|\btrue(?: |/| or )+false\b|判断(?:对错|正误)|对还是错"
     r"|(?:^|[.!?:\n]\s*)(?:is|are|was|were|do|does|did|can|could|will|would|should|has|have|must)\b[^.!?\n]{2,200}\?\W*$"
     r"|是否|对吗|吗[?？]",
     re.IGNORECASE,
 )
+_TRUE_OR_FALSE = re.compile(r"\btrue(?: |/| or )+false\b|判断(?:对错|正误)|对还是错", re.IGNORECASE)
+_JSON = re.compile(r"\bjson\b", re.IGNORECASE)
 _TAG_PAIR = re.compile(r"([<\[])([A-Za-z][\w-]{0,31})[>\]]")
 # Parentheses, full stop and colon also as Chinese writes them.
 _LISTED = re.compile(r"^[ \t>*-]*[(（]?([A-J]|\d{1,2})(?:[.):][ \t]+|[)）、．：][ \t]*)(\S[^\n]{0,300})$", re.MULTILINE)
@@ -37,6 +39,13 @@ _ORDINAL = re.compile(
 )
 _LETTERED = re.compile(r"(?:\(|\b[Oo]ption |\b[Cc]hoice |选项?)\s*([A-J])(?![A-Za-z'’])")
 _BARE = re.compile(r"(?<![A-Za-z'’-])([B-HJ])(?![A-Za-z'’-])")
+_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf)\s*\{([^{}]*)\}")
+_SEVERAL = re.compile(
+    r"(?:(?:so|thus|therefore|hence),?\s+)?(?:both\s+|(?:the\s+)?(?:options?|choices?|answers?)\s+|选项?\s*)?"
+    r"(\(?[A-J]\)?(?:\s*(?:,|;|/|&|\+|、|和)?\s*(?:and\s+)?\(?[A-J]\)?)+)"
+    r"(?:\s+(?:are|is)\s+(?:all\s+|both\s+)?(?:correct|right|true))?",
+    re.IGNORECASE,
+)
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")  # each Han character is a word
 
 
@@ -46,7 +55,9 @@ class Question:
 
     choices: of a multiple choice, () for none.
     tags: names of answer tags asked for, in lower case.
-    is_yes_or_no: it can be answered by yes or no.
+    is_yes_or_no: it can be answered by yes or no, or by true or false.
+    is_true_or_false: it asks for one of these two words.
+    is_json: it speaks of JSON.
     is_code: a code block can be its answer.
 
     >>> question = Question.of("Is 7 prime? Put the answer in <answer></answer>.")
@@ -57,17 +68,26 @@ class Question:
     choices: Choices
     tags: tuple[str, ...]
     is_yes_or_no: bool
+    is_true_or_false: bool
+    is_json: bool
     is_code: bool
 
     @classmethod
     def of(cls, prompt: str | None) -> Question:
         """What a prompt asks for; one that is not known may ask for code."""
         text = prompt or ""
-        return cls(offered(text), _requested_tags(text), _asks_yes_or_no(text), prompt is None or _asks_for_code(text))
+        return cls(
+            choices=offered(text),
+            tags=_requested_tags(text),
+            is_yes_or_no=_asks_yes_or_no(text),
+            is_true_or_false=_finds(_TRUE_OR_FALSE, text),
+            is_json=_finds(_JSON, text),
+            is_code=prompt is None or _finds(_ASKS_FOR_CODE, text),
+        )
 
     def labelled(self, value: str | None) -> str | None:
-        """An answer in words that repeats one of the choices, as its label; any other as it is."""
-        return value and (choose(value, self.choices) or value)
+        """An answer in words that repeats one of the choices, as its label, and "BC" as "B, C"; any other as it is."""
+        return value and (choose(value, self.choices) or several_letters(value, self.choices) or value)
 
 
 def offered(prompt: str) -> Choices:
@@ -89,6 +109,7 @@ def choose(value: str, choices: Choices, *, is_part: bool = False) -> str | None
     ordinal = _ORDINAL.fullmatch(value.strip())
     if ordinal and _ORDINALS.index(ordinal[1].lower()) < len(choices):
         return choices[_ORDINALS.index(ordinal[1].lower())][0]
+    value = _TEXT.sub(r"\1", value)
     plain = f" {_plain(re.sub(r'^[(]?(?:[A-J]|[0-9]{1,2})[.):] +', '', value.strip()))} "
     named = re.fullmatch(r"(.+?)\s*[(（]([A-J])[)）]", value.strip(), re.DOTALL)
     if named and f" {_plain(named[1])} " in {f" {text} " for label, text in choices if label == named[2]}:
@@ -109,6 +130,14 @@ def named_letter(text: str, choices: Choices, *, is_bare: bool) -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
+def several_letters(text: str, choices: Choices) -> str | None:
+    """The labels where a text names several and says no more: "BC", "Both B and C."; "B, C"."""
+    labels = [label for label, _ in choices if label.isalpha()]
+    named = _SEVERAL.fullmatch(_TEXT.sub(r"\1", text).strip(" *_$.\\()[]{}"))
+    letters = re.findall("[A-J]", named[1]) if named else []
+    return ", ".join(letters) if len(letters) > 1 and sorted(set(letters) & set(labels)) == letters else None
+
+
 def _run(lines: list[tuple[str, str]]) -> Choices:
     """The last run of labels from 1 or A on."""
     run: list[tuple[str, str]] = []
@@ -125,9 +154,9 @@ def _plain(text: str) -> str:
     return " ".join(_WORD.findall(text.casefold().replace("'s", "").replace("’s", "")))
 
 
-def _asks_for_code(prompt: str) -> bool:
-    """Whether a prompt speaks of code, so that a code block can be its answer."""
-    return bool(_ASKS_FOR_CODE.search(prompt[:_MAX_OFFER]) or _ASKS_FOR_CODE.search(prompt[-_MAX_OFFER:]))
+def _finds(pattern: re.Pattern[str], prompt: str) -> bool:
+    """Whether a prompt says so at one of its ends."""
+    return bool(pattern.search(prompt[:_MAX_OFFER]) or pattern.search(prompt[-_MAX_OFFER:]))
 
 
 def _asks_yes_or_no(prompt: str) -> bool:

@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 from qwq_mlx.reasoning.answer import last_lines, sentences, unmarked
 from qwq_mlx.reasoning.answer.cues import MAX_LINE
-from qwq_mlx.reasoning.answer.question import Question, choose, named_letter
+from qwq_mlx.reasoning.answer.question import Question, choose, named_letter, several_letters
 from qwq_mlx.reasoning.answer.rule import Reading, Rule, first
 
 __all__ = [
+    "BY_THE_QUESTION",
     "CLOSING_SENTENCES",
     "CONCLUSIONS",
     "LAST_LINES",
@@ -229,18 +230,30 @@ def _closing(seen: LastLine) -> Reading[str] | None:
 
 _PLANET = "Which planet is the largest?\n(A) Mars\n(B) Venus\n(C) Jupiter\n"
 
-LAST_LINES: tuple[Rule[LastLine, str], ...] = (
+BY_THE_QUESTION: tuple[Rule[LastLine, str], ...] = (
+    Rule("several letters", 0.5, lambda seen: several_letters(seen.line, seen.question.choices),
+         "Several listed choices and nothing else.", ("Both B and C.", "B, C"), _PLANET),
     Rule("choice by letter", 0.5, lambda seen: named_letter(seen.line, seen.question.choices, is_bare=False),
          'The one listed choice that is named as "(B)" or "option B".', ("It must be (C) then.", "C"), _PLANET),
     Rule("choice in words", 0.5, lambda seen: choose(seen.line, seen.question.choices, is_part=True),
          "The one listed choice whose words are repeated.", ("I take Jupiter for the largest.", "C"), _PLANET),
     Rule("choice by bare letter", 0.5, lambda seen: named_letter(seen.line, seen.question.choices, is_bare=True),
          "The one listed choice whose letter stands alone.", ("It can only be C then", "C"), _PLANET),
-    Rule("no choice", 0.5, lambda seen: "" if seen.question.choices else None,
-         "Of a multiple choice, no other answer.", ("So it is 12.", ""), _PLANET),
+    Rule("true or false", 0.5,
+         lambda seen: last_lines.said_true_or_false(seen.line) if seen.question.is_true_or_false else None,
+         "The one of the two words that it uses, where the question asks for one.",
+         ("So 91 is not prime, hence false.", "false"), "Is 91 prime? Answer True or False."),
     Rule("yes or no", 0.5, lambda seen: last_lines.said_yes_or_no(seen.line) if seen.question.is_yes_or_no else None,
          "The yes or no that it begins with, where the question can be answered so.",
          ("No, because 91 = 7 * 13.", "No"), "Is 91 prime?"),
+)  # fmt: skip
+"""What a line says in the question's own words."""
+
+LAST_LINES: tuple[Rule[LastLine, str], ...] = (
+    Rule("by the question", 1.0, lambda seen: first(BY_THE_QUESTION, seen),
+         "A listed choice, or yes or no, where the question asks for one.", ("It must be (C) then.", "C"), _PLANET),
+    Rule("no choice", 0.5, lambda seen: "" if seen.question.choices else None,
+         "Of a multiple choice, no other answer.", ("So it is 12.", ""), _PLANET),
     Rule("number alone", 0.5, lambda seen: last_lines.number_alone(seen.line),
          "A number and nothing else.", ("= 42", "42")),
     Rule("box without braces", 0.5, lambda seen: last_lines.box_without_braces(seen.line),

@@ -126,7 +126,7 @@ def value_of(rest: str) -> str | None:
     if _SEVERAL.fullmatch(value):
         return ", ".join(re.findall(r"[A-J]", value))
     choice = re.match(r"^(\()?([A-J]|\d{1,2})(?(1)\)|\)?)(?:[:.)．：]\s+\S|\s*[,;-]\s+[A-Za-z]{2}|\s*\()", value)
-    choice = choice or re.fullmatch(r"([(（])?([A-J])(?:[)）]|[)）．、].*)", value, re.DOTALL)
+    choice = choice or re.fullmatch(r"([(（\[<])?([A-J])(?:[)）\]>]|[)）．、].*)", value, re.DOTALL)
     if choice:
         value = choice[2]
     value = value.strip(" .;,:!*_`")

@@ -13,6 +13,8 @@ beginning of a line and says something else after it is split there.
 
 from __future__ import annotations
 
+import re
+
 from qwq_mlx.reasoning.answer.code_blocks import CodeAnswer
 from qwq_mlx.reasoning.answer.cues import announces, begins_explanation, doubts, is_bullet, is_remark, part_of
 from qwq_mlx.reasoning.answer.markers import Mark, Scanner
@@ -286,6 +288,8 @@ class Splitter:
         marked, stated, reply = self._marked, self._stated, self._reply
         if marked is not None and marked.value is None:
             marked.take(self._under_heading(marked, is_ended))
+            marked.value = self._question.labelled(marked.value)
+        elif marked is not None and not re.search(r"\d", marked.value or ""):
             marked.value = self._question.labelled(marked.value)
         if stated is not None:
             stated.value = self._question.labelled(stated.value)

@@ -52,7 +52,8 @@ COUNTED = re.compile(r"(?:一共|总共|共|有|需要|得到|剩下)\s*(?P<valu
 YES_NO = re.compile(
     r"^[\s*_]*(?:(?:so|thus|therefore|hence|well|in conclusion|finally),?\s+)?"
     r"(?:(?:i|i'd|i would|we)(?: can| would)? (?:say|answer),?\s+)?"
-    r"(?:the answer is\s+)?[\"“]?(?P<value>yes|no|是的|不是|是|否)(?=[\s*_]*(?:[,.:;!\"”，。]|$))",
+    r"(?:the answer is\s+)?[\"“]?(?P<value>yes|no|true|false|是的|不是|是|否)"
+    r"(?=[\s*_]*(?:[,.:;!\"”，。–—]|\s-\s|$))",
     re.IGNORECASE,
 )
 

@@ -72,7 +72,7 @@ CHOICES = "Who is she?\n1. Anna is Carl's child.\n2. Anna is Carl's aunt or uncl
         ("Anna is Carl's parent or Anna is Carl's child.", None),
         ("The answer is Anna.", "Anna"),
         ("The answer is the sixth option.", "the sixth option"),
-        (f"{BOX}{{\\text{{Anna is Carl's parent.}}}}", "\\text{Anna is Carl's parent.}"),
+        (f"{BOX}{{\\text{{Anna is Carl's parent.}}}}", "3"),
     ],
 )
 def test_an_answer_in_words_is_matched_to_the_prompts_choices(text: str, answer: str | None) -> None:
