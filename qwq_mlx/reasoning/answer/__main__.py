@@ -11,11 +11,13 @@ from typing import Any
 from qwq_mlx.reasoning.answer.precedence import LAST_WORD, SEVERAL_BOXES
 from qwq_mlx.reasoning.answer.rule import Rule
 from qwq_mlx.reasoning.answer.rules import (
+    BLOCKS,
     BY_THE_QUESTION,
     CLOSING_SENTENCES,
     CONCLUSIONS,
     LAST_LINES,
     MARKS,
+    REPLIES,
     SHORT_LINES,
     STATEMENTS,
 )
@@ -25,6 +27,8 @@ TABLES: tuple[tuple[str, Sequence[Rule[Any, Any]]], ...] = (
     ("How an answer is marked; of several marks the last counts", MARKS),
     ("What a further box does to an answer", SEVERAL_BOXES),
     ("What a line states", STATEMENTS),
+    ("What follows the thinking, and marks no answer", REPLIES),
+    ("What a text is that is no prose", BLOCKS),
     ("What stands under a heading, or behind the thinking, without a box", CONCLUSIONS),
     ("What a short line says besides its words", SHORT_LINES),
     ("What the last line of a text without any mark says", LAST_LINES),

@@ -20,6 +20,7 @@ __all__ = [
     "corrects",
     "doubts",
     "is_bullet",
+    "is_courtesy",
     "is_example",
     "is_remark",
     "part_of",
@@ -51,9 +52,10 @@ CORRECTS: Phrases = {
         *DOUBTS_STRICTLY["en"],
         *("actually", "no", "correction", "corrected", "rather", "instead", "sorry", "oops", "i mean", "make that"),
         *("scratch that", "strike that", "on second thought", "in fact", "should be", "mistake", "wrong", "edit"),
+        *("let me…", "let's…"),
     ),
     "zh": ("不对", "更正", "应该是", "应为"),
-    "signs": ("→", "⇒", "=>…", r"\\(?:[lL]ong)?[rR]ightarrow", r"\\to"),
+    "signs": ("[→⇒⟶➔➜]…", "[-=]+>…", r"\\(?:[lL]ong)?[rR]ightarrow", r"\\to"),
 }
 REJECTS: Phrases = {"en": ("not", "isn't", "instead of", "rather than"), "zh": ("不是", "而非")}
 CONCLUDES: Phrases = {
@@ -62,7 +64,19 @@ CONCLUDES: Phrases = {
         *("finally", "altogether", "overall", "that means", "this means", "this gives", "that gives"),
         *("to summarize", "in the end"),
     ),
-    "zh": ("所以", "因此", "因而", "故", "于是", "综上", "总之", "最终", "这样", "共", "一共", "总共"),
+    "de": ("also", "daher", "somit", "folglich", "insgesamt"),
+    "es": ("por lo tanto", "por tanto", "entonces", "así que", "en total"),
+    "fr": ("donc", "ainsi", "par conséquent", "finalement", "au total"),
+    "it": ("quindi", "dunque", "pertanto", "in totale"),
+    "ja": ("したがって", "よって", "ゆえに", "だから"),
+    "ko": ("따라서", "그러므로"),
+    "pt": ("portanto", "logo", "então", "no total"),
+    "ru": ("итак", "таким образом", "следовательно", "значит", "всего"),
+    "vi": ("vậy", "do đó", "vì vậy"),
+    "zh": (
+        *("解得", "可得", "得到", "所以", "因此", "因而", "故", "于是", "综上", "总之", "最终"),
+        *("这样", "共", "一共", "总共"),
+    ),
 }
 EXPLAINS: Phrases = {
     "en": (
@@ -119,6 +133,7 @@ _REMARK = re.compile(
     r"|checks? out|is it|done|sure)\b[^\d$\\\"“`\n]{0,30}[.!]\s*",
     re.IGNORECASE,
 )
+_COURTESY = re.compile(r"\W*(?:let me know|feel free|i hope|hope (?:this|that)|happy to help|please)\b", re.IGNORECASE)
 _LABEL = re.compile(
     r"[\s>*_-]{0,8}(?:part|question|problem|item)?\s*[(（]?(?:(?P<letter>[a-h])|(?P<roman>i{1,3}|iv|vi{0,3})|(?P<number>\d))"
     r"[)）.:：][\s*_:]",
@@ -166,6 +181,11 @@ def is_example(line: str) -> bool:
 def is_remark(line: str) -> bool:
     """Whether a line says only that what stands before it is right: "I'm confident in this answer."."""
     return len(line) <= 120 and bool(_REMARK.fullmatch(line)) and not re.search(r"\b[A-HJ]\b", line)
+
+
+def is_courtesy(line: str) -> bool:
+    """Whether a line only offers more help: "Let me know if ..."."""
+    return bool(_COURTESY.match(line))
 
 
 def is_bullet(line: str) -> bool:

@@ -24,12 +24,16 @@ __all__ = [
     "excepted",
     "formulas",
     "inequality",
+    "is_reply",
+    "last_clause",
     "named",
     "number_alone",
+    "number_in_words",
     "one_code_span",
     "one_in_bold",
     "one_quantity",
     "one_quoted",
+    "only_code",
     "said_true_or_false",
     "said_yes_or_no",
     "there_is_no",
@@ -69,6 +73,11 @@ _NAMED = re.compile(
 _AFTER_COLON = re.compile(r"[^:]{1,80}\b(?:is|are):\s+(.{1,80})")
 _THERE_IS_NO = re.compile(r"there (?:is|are|exists?)\s+(no \w+(?: \w+)?)")
 _TRUE_OR_FALSE = re.compile(r"\b(not |n't )?(true|false)\b", re.IGNORECASE)
+_NO_REPLY = re.compile(r"\W*(?:i|i'm|i'll|let|let's|we|hmm+|wait|okay|ok|hello|hi|thanks?)\b", re.IGNORECASE)
+_CLAUSE = re.compile(
+    r"[,;]\s+(?:and\s+)?(?:so|thus|hence|therefore|making|giving|for a total of|which (?:is|makes|gives|means))\b",
+    re.IGNORECASE,
+)
 _BARE = re.compile(rf"[=*`$\s]*(?P<value>{_NUMBER}%?)[*`$.\s]*")
 _COMPARED = re.compile(
     r"(?P<value>[-−]?[$€£¥]?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[A-Z][\w'’-]+(?: [A-Z][\w'’-]+){0,2})"
@@ -108,6 +117,33 @@ def box_without_braces(line: str) -> str | None:
     return (box[1] or box[2]) if box else None
 
 
+def number_in_words(line: str) -> str | None:
+    """The value of the last equation, or the one number, in a line of two words or more."""
+    words = re.findall(r"(?<![\\\w])[A-Za-z]{2,}|[\u3400-\u9fff]", FORMULA.sub("", line))
+    sentence = closing_sentence(line, needs_cue=False)
+    if len(words) < 2 or not sentence or not re.search(r"\d", sentence):
+        return None
+    equation = sentence.rpartition("=")[2].strip() if re.search(r"\d\s*=\s*\d", sentence) else ""
+    return one_quantity(equation or sentence)
+
+
+def last_clause(line: str) -> str | None:
+    """The number in a last clause that concludes: "48 in April and 24 in May, so 72 altogether"."""
+    *_, clause = _CLAUSE.split(closing_sentence(line, needs_cue=False) or "")
+    return one_quantity(clause) if clause and _CLAUSE.search(line) else None
+
+
+def only_code(text: str) -> str | None:
+    """The content of a text that is one code block."""
+    block = re.fullmatch(r"\s*```[^\n`]*\n((?:(?!```).)+?)\n?```\s*", text, re.DOTALL)
+    return block[1].strip("\n") if block else None
+
+
+def is_reply(line: str) -> bool:
+    """Whether a text of one line can be an answer: no question, and nothing said about oneself."""
+    return bool(line.strip()) and not line.rstrip().endswith(("?", "？")) and not _NO_REPLY.match(line)
+
+
 def displayed(text: str) -> str | None:
     """The formula that a text ends with where a colon or a verb announced it: "so the inverse is:\n\n\\[ ... \\]"."""
     formula = _DISPLAYED.search(text[-2 * MAX_LINE :])
@@ -115,14 +151,17 @@ def displayed(text: str) -> str | None:
     return formula[1].rstrip(" .") if formula and is_one else None
 
 
-def closing_sentence(line: str) -> str | None:
-    """The last sentence of a line, without the "So" or "In total" that it must begin with; None where it does not."""
+def closing_sentence(line: str, *, needs_cue: bool = True) -> str | None:
+    """The last sentence of a line, without the "So" or "In total" that it begins with.
+
+    needs_cue: None where it does not begin so.
+    """
     line = re.sub(r"\s+", " ", line[-MAX_LINE:]).strip()
     sentence = re.split(r"(?<=[.?])\s+|(?<=[^\d\s]!)\s+|。", line.rstrip("。"))[-1].rstrip(" .!").replace("{,}", ",")
     sentence = _DOUBT_BEFORE_CUE.sub("", sentence)  # "Wait, the height is 5, so the area should be 30."
     cue = _CLOSING_CUE.match(sentence)
     if not cue:
-        return None
+        return None if needs_cue else sentence
     return sentence[cue.end() :].strip(" ,，:") if cue[0].isascii() else sentence
 
 

@@ -29,6 +29,12 @@ _HEADING_LINE = re.compile(
 )
 
 
+# Tags that models put around their thinking, where the profile knows none: they count at the end of a line.
+_THINKING_ENDS = re.compile(
+    r"(?:</(?:think|thinking|thoughts?|reasoning|reflection)>|\[/THINK\]|<\|end_of_thought\|>)[ \t]*$", re.IGNORECASE
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
     """One mark. kind: "heading", "box", "tag", "open", "close", "sentence" or "line".
@@ -61,6 +67,7 @@ class Scanner:
             r"(?P<sentence>[.!?] )",
             r"(?P<line>\n)",
         ]
+        self._is_untagged = close_tag is None
         self._marks = re.compile("|".join(parts), re.IGNORECASE)
         self._kept = ""
         self._base = 0  # characters before `_kept`
@@ -113,8 +120,11 @@ class Scanner:
                 yield Mark("heading", self._line, start)
             if not self._slice(self._line, start).strip():
                 self._depth = 0  # a blank line ends a box that nobody closed
-            yield Mark("line", self._line, end, self._slice(self._line, start))
-            self._line = end
+            line, line_start, self._line = self._slice(self._line, start), self._line, end
+            yield Mark("line", line_start, end, line)
+            if self._is_untagged and (tag := _THINKING_ENDS.search(line[-_REACH:])):
+                self._depth, self._tag = 0, None
+                yield Mark("close", start - len(tag[0]), end)
         elif kind in ("heading", "open", "close"):
             self._depth, self._tag = 0, None
             yield Mark(kind, start, end)

@@ -28,6 +28,7 @@ _ASKS_YES_OR_NO = re.compile(
 )
 _TRUE_OR_FALSE = re.compile(r"\btrue(?: |/| or )+false\b|判断(?:对错|正误)|对还是错", re.IGNORECASE)
 _JSON = re.compile(r"\bjson\b", re.IGNORECASE)
+_TEMPLATE = re.compile(r"<\|[a-z_]+\|>(?:assistant)?|<think>")
 _TAG_PAIR = re.compile(r"([<\[])([A-Za-z][\w-]{0,31})[>\]]")
 # Parentheses, full stop and colon also as Chinese writes them.
 _LISTED = re.compile(r"^[ \t>*-]*[(（]?([A-J]|\d{1,2})(?:[.):][ \t]+|[)）、．：][ \t]*)(\S[^\n]{0,300})$", re.MULTILINE)
@@ -41,7 +42,7 @@ _LETTERED = re.compile(r"(?:\(|\b[Oo]ption |\b[Cc]hoice |选项?)\s*([A-J])(?![A
 _BARE = re.compile(r"(?<![A-Za-z'’-])([B-HJ])(?![A-Za-z'’-])")
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf)\s*\{([^{}]*)\}")
 _SEVERAL = re.compile(
-    r"(?:(?:so|thus|therefore|hence),?\s+)?(?:both\s+|(?:the\s+)?(?:options?|choices?|answers?)\s+|选项?\s*)?"
+    r"(?:(?:so|thus|therefore|hence),?\s+)?(?:both\s+|(?:the\s+)?(?:options?|choices?|answers?|statements?|items?)\s+|选项?\s*)?"
     r"(\(?[A-J]\)?(?:\s*(?:,|;|/|&|\+|、|和)?\s*(?:and\s+)?\(?[A-J]\)?)+)"
     r"(?:\s+(?:are|is)\s+(?:all\s+|both\s+)?(?:correct|right|true))?",
     re.IGNORECASE,
@@ -161,7 +162,7 @@ def _finds(pattern: re.Pattern[str], prompt: str) -> bool:
 
 def _asks_yes_or_no(prompt: str) -> bool:
     """Whether a prompt says "yes or no", or ends in a question that begins with its verb."""
-    end = prompt[-1000:].replace("<|im_end|>", "").replace("<|im_start|>assistant", "").rstrip()
+    end = _TEMPLATE.sub("", prompt[-1000:]).rstrip()
     return bool(_ASKS_YES_OR_NO.search(end))
 
 

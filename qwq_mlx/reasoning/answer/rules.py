@@ -15,20 +15,23 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from qwq_mlx.reasoning.answer import last_lines, sentences, unmarked
-from qwq_mlx.reasoning.answer.cues import MAX_LINE
+from qwq_mlx.reasoning.answer.cues import MAX_LINE, is_courtesy, is_remark
 from qwq_mlx.reasoning.answer.question import Question, choose, named_letter, several_letters
 from qwq_mlx.reasoning.answer.rule import Reading, Rule, first
 
 __all__ = [
+    "BLOCKS",
     "BY_THE_QUESTION",
     "CLOSING_SENTENCES",
     "CONCLUSIONS",
     "LAST_LINES",
     "MARK",
     "MARKS",
+    "REPLIES",
     "SHORT_LINES",
     "STATEMENTS",
     "LastLine",
+    "Reply",
     "stated",
 ]
 
@@ -92,6 +95,9 @@ STATEMENTS: tuple[Words, ...] = (
          'What follows "to answer the question:".', ("So, to answer your question: 12.", "12")),
     Rule("the answer is (Chinese)", 1.0, _says(sentences.CHINESE_ANSWER_IS),
          'A noun for the answer and a verb for "is", in Chinese.', ("所以答案是 5。", "5")),
+    Rule("the answer is (other languages)", 1.0, _says(sentences.ANSWER_IS_ELSEWHERE),
+         'A noun for the answer and a verb for "is" or a colon, in one of 18 languages.',
+         ("Die Lösung lautet 42.", "42")),
     Rule("picked (Chinese)", 1.0, _says(sentences.CHINESE_CHOSEN),
          "A letter that is chosen, in Chinese.", ("故选:C.", "C")),
 )  # fmt: skip
@@ -100,6 +106,8 @@ STATEMENTS: tuple[Words, ...] = (
 _PARAGRAPH = "First the goat goes over, and then the wolf." + 5 * " She comes back for the other two."
 
 SHORT_LINES: tuple[Words, ...] = (
+    Rule("bold label", 1.0, unmarked.labelled,
+         "What follows a label in bold.", ("**Total:** 72 clips", "72 clips")),
     Rule("one thing marked", 1.0, unmarked.one_marked,
          "The one thing in bold, in quotation marks or set as a formula.", ("The speed is **12 m/s**.", "12 m/s")),
     Rule("formula alone", 1.0, unmarked.formula_alone,
@@ -113,15 +121,25 @@ SHORT_LINES: tuple[Words, ...] = (
 )  # fmt: skip
 """What a short line says besides its words. Seen: the line."""
 
-CONCLUSIONS: tuple[Words, ...] = (
+BLOCKS: tuple[Words, ...] = (
+    Rule("answer tags", 1.0, unmarked.in_tags,
+         "Answer tags that hold the whole text.", ("<answer>\n8\n</answer>", "8")),
     Rule("open box", 0.5, unmarked.open_box,
          "A box that the text ends in.", ("\\[ \\boxed{42", "42")),
     Rule("displayed formula", 1.0, unmarked.whole_formula,
          "One displayed formula and nothing else.", ("\\[ x = 3 \\]", "x = 3")),
     Rule("code block", 1.0, unmarked.code_block,
          "The last code block; of JSON its answer.", ("```\n42\n```\nThat is all.", "42")),
+    Rule("total", 1.0, unmarked.total,
+         "What its last line calls the total.", ("- April: 48\n- May: 24\n- Total: 72", "72")),
     Rule("list", 1.0, unmarked.all_items,
          "Parts, bullets or a table of at most 600 characters.", ("(a) 3\n(b) 5", "(a) 3\n(b) 5")),
+)  # fmt: skip
+"""What a text is that is no prose. Seen: the text."""
+
+CONCLUSIONS: tuple[Words, ...] = (
+    Rule("formula, code or list", 1.0, lambda text: first(BLOCKS, text),
+         "One formula, a code block, a total, or a list.", ("\\[ x = 3 \\]", "x = 3")),
     Rule("statement", 1.0, lambda text: next(filter(None, map(_statement, reversed(unmarked.lines_of(text)))), None),
          "The last line that states an answer.", ("The answer is B.\nOxygen has less.", "B")),
     Rule("one paragraph", 1.0, unmarked.one_paragraph,
@@ -129,6 +147,14 @@ CONCLUSIONS: tuple[Words, ...] = (
          (_PARAGRAPH, _PARAGRAPH)),
     Rule("short line", 1.0, lambda text: first(SHORT_LINES, unmarked.first_line(text)),
          "What its first line says besides its words.", ("The area is 12.\nIt is small.", "12")),
+    Rule("sentence with one number", 0.8, lambda text: last_lines.number_in_words(unmarked.first_line(text)),
+         "The last equation's value, or the one number, in a first line of words.",
+         ("Natalia sold 72 clips.", "72 clips")),
+    Rule("last clause", 0.8, lambda text: last_lines.last_clause(unmarked.first_line(text)),
+         'The number in a last clause behind ", so" in its first line.', ("He has 3 and she has 4, so 7 in all.", "7")),
+    Rule("whole sentence", 0.6, unmarked.whole_sentence,
+         "A first line of six words or more, as it stands.",
+         ("He crosses the river with the goat first.", "He crosses the river with the goat first")),
     Rule("whole line", 1.0, unmarked.whole_line,
          "Its first line as it stands.", ("Canberra.", "Canberra")),
 )  # fmt: skip
@@ -171,8 +197,6 @@ MARKS: tuple[Words, ...] = (
          "Put it in <answer></answer>."),
     Rule("box", 0.9, str.strip,
          "The content of \\boxed{}.", ("So it is \\boxed{5}.", "5")),
-    Rule("closed", 0.9, _conclusion,
-         "The text behind the closing tag of the thinking.", ("2 + 3 is 5.</think>The sum is 5.", "5")),
     Rule("sentence", 0.85, _reduced,
          "The last line that states an answer.", ("So the answer is 5.\n\nI'm sure.", "5")),
     Rule("announced", 0.85, _announced,
@@ -216,11 +240,18 @@ CLOSING_SENTENCES: tuple[Words, ...] = (
 
 
 class LastLine(NamedTuple):
-    """The last line that says more than that all before it is right, the text's end, and the question."""
+    """The last line that says more than that all before it is right.
+
+    line: the line.
+    tail: the text's end.
+    question: what the prompt asks for.
+    is_whole: the text has no other line.
+    """
 
     line: str
     tail: str
     question: Question
+    is_whole: bool = False
 
 
 def _closing(seen: LastLine) -> Reading[str] | None:
@@ -228,29 +259,40 @@ def _closing(seen: LastLine) -> Reading[str] | None:
     return None if sentence is None else first(CLOSING_SENTENCES, sentence)
 
 
+def _json(seen: LastLine) -> str | None:
+    objects = [text for text in (seen.line, seen.tail) if unmarked.json_object(text)]
+    answers = [unmarked.json_answer(text) or (text.strip() if seen.question.is_json else None) for text in objects]
+    return next(filter(None, answers), None)
+
+
+def _one_line(seen: LastLine) -> Reading[str] | None:
+    is_reply = seen.is_whole and last_lines.is_reply(seen.line)
+    return first(REPLIES, Reply(seen.line, seen.question)) if is_reply else None
+
+
 _PLANET = "Which planet is the largest?\n(A) Mars\n(B) Venus\n(C) Jupiter\n"
 
 BY_THE_QUESTION: tuple[Rule[LastLine, str], ...] = (
-    Rule("several letters", 0.5, lambda seen: several_letters(seen.line, seen.question.choices),
+    Rule("several letters", 1.0, lambda seen: several_letters(seen.line, seen.question.choices),
          "Several listed choices and nothing else.", ("Both B and C.", "B, C"), _PLANET),
-    Rule("choice by letter", 0.5, lambda seen: named_letter(seen.line, seen.question.choices, is_bare=False),
+    Rule("choice by letter", 1.0, lambda seen: named_letter(seen.line, seen.question.choices, is_bare=False),
          'The one listed choice that is named as "(B)" or "option B".', ("It must be (C) then.", "C"), _PLANET),
-    Rule("choice in words", 0.5, lambda seen: choose(seen.line, seen.question.choices, is_part=True),
+    Rule("choice in words", 1.0, lambda seen: choose(seen.line, seen.question.choices, is_part=True),
          "The one listed choice whose words are repeated.", ("I take Jupiter for the largest.", "C"), _PLANET),
-    Rule("choice by bare letter", 0.5, lambda seen: named_letter(seen.line, seen.question.choices, is_bare=True),
+    Rule("choice by bare letter", 1.0, lambda seen: named_letter(seen.line, seen.question.choices, is_bare=True),
          "The one listed choice whose letter stands alone.", ("It can only be C then", "C"), _PLANET),
-    Rule("true or false", 0.5,
+    Rule("true or false", 1.0,
          lambda seen: last_lines.said_true_or_false(seen.line) if seen.question.is_true_or_false else None,
          "The one of the two words that it uses, where the question asks for one.",
          ("So 91 is not prime, hence false.", "false"), "Is 91 prime? Answer True or False."),
-    Rule("yes or no", 0.5, lambda seen: last_lines.said_yes_or_no(seen.line) if seen.question.is_yes_or_no else None,
+    Rule("yes or no", 1.0, lambda seen: last_lines.said_yes_or_no(seen.line) if seen.question.is_yes_or_no else None,
          "The yes or no that it begins with, where the question can be answered so.",
          ("No, because 91 = 7 * 13.", "No"), "Is 91 prime?"),
 )  # fmt: skip
 """What a line says in the question's own words."""
 
 LAST_LINES: tuple[Rule[LastLine, str], ...] = (
-    Rule("by the question", 1.0, lambda seen: first(BY_THE_QUESTION, seen),
+    Rule("by the question", 0.5, lambda seen: first(BY_THE_QUESTION, seen),
          "A listed choice, or yes or no, where the question asks for one.", ("It must be (C) then.", "C"), _PLANET),
     Rule("no choice", 0.5, lambda seen: "" if seen.question.choices else None,
          "Of a multiple choice, no other answer.", ("So it is 12.", ""), _PLANET),
@@ -262,7 +304,57 @@ LAST_LINES: tuple[Rule[LastLine, str], ...] = (
          "A sentence that concludes.", ("In total, she paid $45.", "$45")),
     Rule("displayed formula", 0.5, lambda seen: last_lines.displayed(seen.tail),
          "A displayed formula behind a colon or a verb.", ("The inverse is:\n\\[ x - 1 \\]", "x - 1")),
+    Rule("JSON", 0.7, _json,
+         "A text that is a JSON object: its answer, or the object where JSON was asked for.",
+         ('{"answer": {"value": 42}}', "42")),
+    Rule("code block alone", 0.5, lambda seen: last_lines.only_code(seen.tail),
+         "A code block and nothing else.", ("```output\n42\n```", "42"), "What is 40 + 2?"),
+    Rule("one line", 0.5, _one_line,
+         "A text that is one line, read as a reply.", ("2 + 3 = 5", "5")),
     Rule("nothing", 0.5, lambda seen: "",
          "Anything else gives no answer.", ("I hope this helps!", "")),
 )  # fmt: skip
 """What the last line of a text comes to that marks no answer."""
+
+
+class Reply(NamedTuple):
+    """What follows the thinking, and what the prompt asks for."""
+
+    text: str
+    question: Question
+
+
+def _asked(seen: Reply) -> Reading[str] | None:
+    lines = unmarked.lines_of(seen.text)
+    ends = dict.fromkeys([*lines[:1], *lines[-1:]])
+    return next(filter(None, (first(BY_THE_QUESTION, LastLine(line, "", seen.question)) for line in ends)), None)
+
+
+def _last(seen: Reply) -> str:
+    lines = unmarked.lines_of(seen.text)
+    return next((line for line in reversed(lines) if not is_remark(line) and not is_courtesy(line)), "")
+
+
+def _closing_line(seen: Reply) -> Reading[str] | None:
+    last = _last(seen)
+    sentence = last_lines.closing_sentence(last, needs_cue=False) if last != unmarked.first_line(seen.text) else None
+    return first(CLOSING_SENTENCES, sentence) if sentence else None
+
+
+REPLIES: tuple[Rule[Reply, str], ...] = (
+    Rule("by the question", 0.9, _asked,
+         "A listed choice, or yes or no, in the first or last line, where the question asks for one.",
+         ("7 * 13</think>False — 91 is 7 * 13.", "False"), "Is 91 prime? Answer True or False.<think>"),
+    Rule("formula, code or list", 0.9, lambda seen: first(BLOCKS, seen.text),
+         "One formula, a code block, a total, or a list.", ("5</think>\\[ x = 5 \\]", "x = 5")),
+    Rule("closing sentence", 0.9, lambda seen: _closing(LastLine(_last(seen), "", seen.question)),
+         "A last line that concludes.", ("5</think>So the capital is Canberra.", "Canberra")),
+    Rule("displayed formula", 0.9, lambda seen: last_lines.displayed(seen.text),
+         "A displayed formula behind a colon or a verb.", ("5</think>The inverse is:\n\\[ x - 1 \\]", "x - 1")),
+    Rule("closing line", 0.8, _closing_line,
+         "Of several lines the last, read as a closing sentence.",
+         ("5</think>She sold 48, then 24.\n\nTotal: 48 + 24 = **72** clips.", "72")),
+    Rule("conclusion", 0.9, lambda seen: _conclusion(seen.text),
+         "What it says as a conclusion.", ("2 + 3 is 5.</think>The sum is 5.", "5")),
+)  # fmt: skip
+"""What follows the thinking's closing tag, and marks no answer."""

@@ -14,6 +14,7 @@ import re
 __all__ = [
     "ANSWERS_THE_QUESTION",
     "ANSWER_IS",
+    "ANSWER_IS_ELSEWHERE",
     "CALLED_RIGHT",
     "CHINESE_ANSWER_IS",
     "CHINESE_CALLED_RIGHT",
@@ -33,6 +34,36 @@ _NOUN = r"(?:answers?|options?|choices?|solutions?|results?|conclusion)"
 _IS = (
     r"(?:is|are|was|were|equals|should be|must be|would be|will be|has to be|seems to be|appears to be|remains|becomes"
     r"|(?:come|turn|work)s? out (?:to be|as|at|to)|ends up (?:being|as))"
+)
+# Nouns for the answer and verbs for "is", by language: one line of data each.
+_NOUNS_AND_VERBS = {
+    "ar": ("الإجابة|الجواب|الناتج|الحل|النتيجة", "هي|هو"),
+    "de": ("Antwort|Lösung|Ergebnis|Endergebnis", "ist|lautet|beträgt|wäre"),
+    "es": ("respuesta|resultado|solución", "es|sería|será"),
+    "fr": ("réponse|résultat|solution", "est|vaut|serait|sera"),
+    "he": ("התשובה|תשובה|התוצאה", "היא|הוא"),
+    "hi": ("उत्तर|जवाब", "है"),
+    "id": ("jawaban(?:nya)?|hasil(?:nya)?", "adalah|ialah"),
+    "it": ("risposta|risultato|soluzione", "è|sarà|sarebbe"),
+    "ja": ("答え|解答|正解|最終回答|答", "は|とは"),
+    "ko": ("답|정답|해답|답변", "은|는|이"),
+    "nl": ("antwoord|resultaat|oplossing", "is|luidt|bedraagt"),
+    "pl": ("odpowiedź|odpowiedzią|wynik|rozwiązanie", "to|jest|brzmi|wynosi"),
+    "pt": ("resposta|resultado|solução", "é|será|seria"),
+    "ru": ("ответ|ответом|результат|решение", "равен|это|является|будет|—|-"),
+    "sv": ("svaret|svar|resultatet", "är|blir"),
+    "tr": ("cevap|yanıt|sonuç", "="),
+    "uk": ("відповідь|результат", "дорівнює|це|—|-"),
+    "vi": ("đáp án|câu trả lời|kết quả|đáp số", "là|bằng"),
+}
+ANSWER_IS_ELSEWHERE = re.compile(
+    r"(?<![^\W_])(?:"
+    + "|".join(
+        rf"(?:{nouns})(?:\s+[^\W\d_]{{1,14}}){{0,2}}?[\s*_]*(?:(?:{verbs})(?![^\W\d_])[:：]?|[:：])"
+        for nouns, verbs in _NOUNS_AND_VERBS.values()
+    )
+    + r")[\s*_]*(?P<rest>\S.*)",
+    re.IGNORECASE | re.DOTALL,
 )
 _OPTION = r"(?:option\s+|choice\s+|answer\s+)?"
 _LETTER = r"\(?(?P<rest>[A-J])\)?"
@@ -106,6 +137,7 @@ _REASON = re.compile(
     re.I,
 )
 _BOX = re.compile(r"^\$?\\?f?boxed\s*[{\[]?\s*(.+?)\s*[}\]]?\s*\$?$")
+_COPULA = re.compile(r"(?<=[\d\w)}$])\s*(?:です|である|だ|となります|になります|입니다|이다|है|हैं|dir|dır|dur|dür)$")
 _SEVERAL = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|&|\band\b|\bor\b|、|和)\s*(?:\band\b\s*)?\(?[A-J]\)?)+[\s.]*")
 
 
@@ -126,10 +158,10 @@ def value_of(rest: str) -> str | None:
     if _SEVERAL.fullmatch(value):
         return ", ".join(re.findall(r"[A-J]", value))
     choice = re.match(r"^(\()?([A-J]|\d{1,2})(?(1)\)|\)?)(?:[:.)．：]\s+\S|\s*[,;-]\s+[A-Za-z]{2}|\s*\()", value)
-    choice = choice or re.fullmatch(r"([(（\[<])?([A-J])(?:[)）\]>]|[)）．、].*)", value, re.DOTALL)
+    choice = choice or re.fullmatch(r"([(（\[<{【])?([A-J])(?:[)）\]>}】]|[)）．、】\]].*)", value, re.DOTALL)
     if choice:
         value = choice[2]
-    value = value.strip(" .;,:!*_`")
+    value = _COPULA.sub("", value.strip(" .;,:!*_`。"))
     if value.startswith("\\(") and value.endswith("\\)"):
         value = value[2:-2].strip()
     if len(value) > 1 and value.startswith("$") and value.endswith("$"):

@@ -21,7 +21,7 @@ from qwq_mlx.reasoning.answer.markers import Mark, Scanner
 from qwq_mlx.reasoning.answer.precedence import FAR, LAST_WORD, SEVERAL_BOXES, Boxes, Ending
 from qwq_mlx.reasoning.answer.question import Question
 from qwq_mlx.reasoning.answer.rule import Reading, first, within
-from qwq_mlx.reasoning.answer.rules import LAST_LINES, MARK, LastLine
+from qwq_mlx.reasoning.answer.rules import LAST_LINES, MARK, REPLIES, LastLine, Reply
 from qwq_mlx.reasoning.answer.split import Candidate, Kind, Place, Segment, Split
 from qwq_mlx.reasoning.profile import Profile
 
@@ -97,7 +97,7 @@ class Splitter:
     @property
     def segment(self) -> Segment:
         """The part that the next token belongs to, as far as known."""
-        if self._profile.has_tags:
+        if self._profile.has_tags or self._reply is not None:
             return "thinking" if self._reply is None else "answer"
         return "answer" if self._marked is not None and not self._marked.is_revised else "thinking"
 
@@ -294,7 +294,7 @@ class Splitter:
         if stated is not None:
             stated.value = self._question.labelled(stated.value)
         if reply is not None:
-            reply.take(MARK["closed"].read(reply.captured))
+            reply.take(first(REPLIES, Reply(reply.captured, self._question)))
             reply.value = self._question.labelled(reply.value)
         ending = Ending(
             marked=marked,
@@ -314,7 +314,9 @@ class Splitter:
         last = self._line if line.strip() and not is_remark(line) else self._previous
         text = self._scanner.tail(last.char).partition("\n")[0]
         candidate = Candidate("paragraph", last, self._scanner.n_chars)
-        candidate.take(first(LAST_LINES, LastLine(text, self._scanner.tail(0), self._question)))
+        tail = self._scanner.tail(0)
+        is_whole = text.strip() == tail.strip()
+        candidate.take(first(LAST_LINES, LastLine(text, tail, self._question, is_whole)))
         return candidate
 
     def _under_heading(self, marked: Candidate, is_ended: bool) -> Reading[str] | None:

@@ -25,14 +25,19 @@ __all__ = [
     "equated_number",
     "first_line",
     "formula_alone",
+    "in_tags",
     "joined_formulas",
     "json_answer",
+    "json_object",
+    "labelled",
     "lines_of",
     "one_marked",
     "one_paragraph",
     "open_box",
+    "total",
     "whole_formula",
     "whole_line",
+    "whole_sentence",
     "yes_or_no",
 ]
 
@@ -49,6 +54,11 @@ EQUATES = re.compile(
     re.IGNORECASE,
 )
 COUNTED = re.compile(r"(?:一共|总共|共|有|需要|得到|剩下)\s*(?P<value>\d[\d,.]*)\s*[\u3400-\u9fff]?")
+_TOTAL = re.compile(
+    r"\W*(?:\d{1,2}[.)]\s*)?\W*(?:grand\s+|in\s+)?(?:total|sum|altogether|result|overall)\b[^:：|\d]{0,30}"
+    r"[:：|][\s*]*(?P<value>[^\s|*][^|]{0,80}).*",
+    re.IGNORECASE,
+)
 YES_NO = re.compile(
     r"^[\s*_]*(?:(?:so|thus|therefore|hence|well|in conclusion|finally),?\s+)?"
     r"(?:(?:i|i'd|i would|we)(?: can| would)? (?:say|answer),?\s+)?"
@@ -56,6 +66,14 @@ YES_NO = re.compile(
     r"(?=[\s*_]*(?:[,.:;!\"”，。–—]|\s-\s|$))",
     re.IGNORECASE,
 )
+
+
+def in_tags(text: str) -> str | None:
+    """What stands between answer tags that hold the whole text."""
+    tags = re.fullmatch(
+        r"\s*<(answer|final_answer|solution|output)>\s*(.+?)\s*</\1>\s*", text, re.DOTALL | re.IGNORECASE
+    )
+    return tags[2] if tags else None
 
 
 def whole_formula(text: str) -> str | None:
@@ -84,6 +102,12 @@ def all_items(text: str) -> str | None:
     return "\n".join(lines) if is_list else None
 
 
+def total(text: str) -> str | None:
+    """What the last line calls the total: "3. Total: 48 + 24 = 72 clips", "| **Total** | **72** |"."""
+    last = _TOTAL.match(next(iter(reversed(lines_of(text))), ""))
+    return value_of(last["value"].strip(" |*").rpartition("=")[2]) if last else None
+
+
 def one_paragraph(text: str) -> str | None:
     """A paragraph that stands alone; "" where the first line is too long to be an answer."""
     lines = lines_of(text)
@@ -97,6 +121,12 @@ def first_line(text: str) -> str:
     return next(iter(lines_of(text)), "")
 
 
+def whole_sentence(text: str) -> str | None:
+    """The first line where it has six words or more."""
+    line = whole_line(text)
+    return line if len(re.findall(r"[^\W\d_]{2,}", line)) >= 6 else None
+
+
 def whole_line(text: str) -> str:
     """The first line without markup and its full stop."""
     return first_line(text).strip("*_`$").strip().rstrip(".。")
@@ -108,7 +138,11 @@ def lines_of(text: str) -> list[str]:
 
 
 def json_answer(code: str) -> str | None:
-    """The value of "answer" or "final_answer" where a code block is a JSON object that has one."""
+    """The value of "answer" or "final_answer" where a code block is a JSON object that has one.
+
+    >>> json_answer('{"answer": {"value": 42}}')
+    '42'
+    """
     try:
         parsed = json.loads(code) if code.lstrip().startswith("{") else None
     except (ValueError, RecursionError):
@@ -117,10 +151,28 @@ def json_answer(code: str) -> str | None:
     answers = [value for key, value in values if key.casefold() in ("answer", "final_answer")]
     if not answers:
         return None
-    return answers[-1] if isinstance(answers[-1], str) else json.dumps(answers[-1], ensure_ascii=False)
+    answer = answers[-1]
+    while isinstance(answer, dict) and len(answer) == 1:
+        [answer] = answer.values()
+    return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+
+
+def json_object(text: str) -> str | None:
+    """A text that is one JSON object, as it stands."""
+    try:
+        is_object = text.lstrip().startswith("{") and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return None
+    return text.strip() if is_object else None
 
 
 # One short line: what it says besides its words.
+
+
+def labelled(line: str) -> str | None:
+    """What follows a label in bold: "**Total:** 72 clips"."""
+    label = re.match(r"(?:\*\*)?[^*\n]{1,40}(?:[:：]\*\*|\*\*[:：])\s*(\S.{0,100})$", line)
+    return value_of(label[1]) if label else None
 
 
 def one_marked(line: str) -> str | None:
