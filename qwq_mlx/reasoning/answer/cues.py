@@ -23,6 +23,7 @@ __all__ = [
     "is_courtesy",
     "is_example",
     "is_remark",
+    "is_separator",
     "part_of",
     "rejects",
 ]
@@ -171,6 +172,12 @@ def corrects(between: str) -> bool:
 def rejects(between: str) -> bool:
     """Whether the text between two answers says that the second is none: ", not ", " instead of "."""
     return bool(_REJECTS.search(between))
+
+
+def is_separator(between: str) -> bool:
+    """Whether the text between two answers only joins them: ", ", " and ", " cm, y = "."""
+    words = re.sub(r"\\[a-zA-Z]+", " ", between).casefold()
+    return not re.search(r"[^\W\d_]{3,}", re.sub(r"\b(?:and|und|y|et|the|is|are)\b", " ", words))
 
 
 def is_example(line: str) -> bool:

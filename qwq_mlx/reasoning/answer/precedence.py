@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from qwq_mlx.reasoning.answer.cues import corrects, rejects
+from qwq_mlx.reasoning.answer.cues import corrects, is_separator, rejects
 from qwq_mlx.reasoning.answer.rule import Rule
 from qwq_mlx.reasoning.answer.split import Candidate
 
@@ -64,9 +64,12 @@ SEVERAL_BOXES: tuple[Rule[Boxes, str], ...] = (
          ("So \\boxed{2}. Wait, no, \\boxed{3}.", "3")),
     Rule("again", 1.0, _again,
          'Behind "=", "≈" or "or" the second box says the first again.', ("\\boxed{2 + 2} = \\boxed{4}", "4")),
-    Rule("side by side", 1.0, _beside,
-         "Boxes at most 24 characters apart in one line are joined.",
+    Rule("side by side", 1.0, lambda seen: _beside(seen) if is_separator(seen.between or "") else None,
+         "Boxes in one line with only a comma, a name or a word like \"and\" between them are joined.",
          ("The roots are \\boxed{2} and \\boxed{3}.", "2, 3")),
+    Rule("near each other", 0.8, _beside,
+         "Boxes at most 24 characters apart in one line are joined.",
+         ("It is \\boxed{2} plus some \\boxed{3}.", "2, 3")),
     Rule("same conclusion", 1.0, lambda seen: seen.further if seen.is_same_conclusion else None,
          "The later box in one line or under one heading counts.",
          ("**Final Answer**\n\n\\boxed{4}\n\n\\boxed{5}", "5")),

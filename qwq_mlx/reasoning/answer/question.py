@@ -47,6 +47,7 @@ _SEVERAL = re.compile(
     r"(?:\s+(?:are|is)\s+(?:all\s+|both\s+)?(?:correct|right|true))?",
     re.IGNORECASE,
 )
+_MAX_NAMES = 120  # characters of a text that names several choices and says no more
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")  # each Han character is a word
 
 
@@ -134,6 +135,8 @@ def named_letter(text: str, choices: Choices, *, is_bare: bool) -> str | None:
 def several_letters(text: str, choices: Choices) -> str | None:
     """The labels where a text names several and says no more: "BC", "Both B and C."; "B, C"."""
     labels = [label for label, _ in choices if label.isalpha()]
+    if len(text) > _MAX_NAMES:
+        return None
     named = _SEVERAL.fullmatch(_TEXT.sub(r"\1", text).strip(" *_$.\\()[]{}"))
     letters = re.findall("[A-J]", named[1]) if named else []
     return ", ".join(letters) if len(letters) > 1 and sorted(set(letters) & set(labels)) == letters else None

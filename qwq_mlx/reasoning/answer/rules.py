@@ -107,7 +107,9 @@ _PARAGRAPH = "First the goat goes over, and then the wolf." + 5 * " She comes ba
 
 SHORT_LINES: tuple[Words, ...] = (
     Rule("bold label", 1.0, unmarked.labelled,
-         "What follows a label in bold.", ("**Total:** 72 clips", "72 clips")),
+         "What follows a label in bold.", ("**Speed:** 12 m/s", "12 m/s")),
+    Rule("equation of numbers", 1.0, unmarked.equation_of_numbers,
+         "The right side of an equation without variables.", ("2 + 3 = 5", "5")),
     Rule("one thing marked", 1.0, unmarked.one_marked,
          "The one thing in bold, in quotation marks or set as a formula.", ("The speed is **12 m/s**.", "12 m/s")),
     Rule("formula alone", 1.0, unmarked.formula_alone,
@@ -132,7 +134,7 @@ BLOCKS: tuple[Words, ...] = (
          "The last code block; of JSON its answer.", ("```\n42\n```\nThat is all.", "42")),
     Rule("total", 1.0, unmarked.total,
          "What its last line calls the total.", ("- April: 48\n- May: 24\n- Total: 72", "72")),
-    Rule("list", 1.0, unmarked.all_items,
+    Rule("list", 0.8, unmarked.all_items,
          "Parts, bullets or a table of at most 600 characters.", ("(a) 3\n(b) 5", "(a) 3\n(b) 5")),
 )  # fmt: skip
 """What a text is that is no prose. Seen: the text."""
@@ -155,8 +157,10 @@ CONCLUSIONS: tuple[Words, ...] = (
     Rule("whole sentence", 0.6, unmarked.whole_sentence,
          "A first line of six words or more, as it stands.",
          ("He crosses the river with the goat first.", "He crosses the river with the goat first")),
-    Rule("whole line", 1.0, unmarked.whole_line,
-         "Its first line as it stands.", ("Canberra.", "Canberra")),
+    Rule("few words", 1.0, unmarked.few_words,
+         "A first line of at most three words, or without any.", ("Canberra.", "Canberra")),
+    Rule("whole line", 0.8, unmarked.whole_line,
+         "Its first line as it stands.", ("The goat goes first.", "The goat goes first")),
 )  # fmt: skip
 """What a text under a heading, or behind the thinking's closing tag, says without a box. Seen: the text."""
 
@@ -347,13 +351,13 @@ REPLIES: tuple[Rule[Reply, str], ...] = (
          ("7 * 13</think>False — 91 is 7 * 13.", "False"), "Is 91 prime? Answer True or False.<think>"),
     Rule("formula, code or list", 0.9, lambda seen: first(BLOCKS, seen.text),
          "One formula, a code block, a total, or a list.", ("5</think>\\[ x = 5 \\]", "x = 5")),
-    Rule("closing sentence", 0.9, lambda seen: _closing(LastLine(_last(seen), "", seen.question)),
+    Rule("closing sentence", 0.8, lambda seen: _closing(LastLine(_last(seen), "", seen.question)),
          "A last line that concludes.", ("5</think>So the capital is Canberra.", "Canberra")),
     Rule("displayed formula", 0.9, lambda seen: last_lines.displayed(seen.text),
          "A displayed formula behind a colon or a verb.", ("5</think>The inverse is:\n\\[ x - 1 \\]", "x - 1")),
     Rule("closing line", 0.8, _closing_line,
          "Of several lines the last, read as a closing sentence.",
-         ("5</think>She sold 48, then 24.\n\nTotal: 48 + 24 = **72** clips.", "72")),
+         ("5</think>She sold 48, then 24.\n\nThat makes **72** clips.", "72")),
     Rule("conclusion", 0.9, lambda seen: _conclusion(seen.text),
          "What it says as a conclusion.", ("2 + 3 is 5.</think>The sum is 5.", "5")),
 )  # fmt: skip

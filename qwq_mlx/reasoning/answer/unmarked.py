@@ -23,6 +23,8 @@ __all__ = [
     "counted",
     "equated_formulas",
     "equated_number",
+    "equation_of_numbers",
+    "few_words",
     "first_line",
     "formula_alone",
     "in_tags",
@@ -54,6 +56,7 @@ EQUATES = re.compile(
     re.IGNORECASE,
 )
 COUNTED = re.compile(r"(?:一共|总共|共|有|需要|得到|剩下)\s*(?P<value>\d[\d,.]*)\s*[\u3400-\u9fff]?")
+_NUMERIC = re.compile(r"[-+−*/×÷·^().,\d\s]+")
 _TOTAL = re.compile(
     r"\W*(?:\d{1,2}[.)]\s*)?\W*(?:grand\s+|in\s+)?(?:total|sum|altogether|result|overall)\b[^:：|\d]{0,30}"
     r"[:：|][\s*]*(?P<value>[^\s|*][^|]{0,80}).*",
@@ -71,7 +74,7 @@ YES_NO = re.compile(
 def in_tags(text: str) -> str | None:
     """What stands between answer tags that hold the whole text."""
     tags = re.fullmatch(
-        r"\s*<(answer|final_answer|solution|output)>\s*(.+?)\s*</\1>\s*", text, re.DOTALL | re.IGNORECASE
+        r"[\s*:]*<(answer|final_answer|solution|output)>\s*(.+?)\s*</\1>\s*", text, re.DOTALL | re.IGNORECASE
     )
     return tags[2] if tags else None
 
@@ -104,7 +107,7 @@ def all_items(text: str) -> str | None:
 
 def total(text: str) -> str | None:
     """What the last line calls the total: "3. Total: 48 + 24 = 72 clips", "| **Total** | **72** |"."""
-    last = _TOTAL.match(next(iter(reversed(lines_of(text))), ""))
+    last = _TOTAL.match(next(iter(reversed(lines_of(text))), "")[:_SHORT])
     return value_of(last["value"].strip(" |*").rpartition("=")[2]) if last else None
 
 
@@ -125,6 +128,12 @@ def whole_sentence(text: str) -> str | None:
     """The first line where it has six words or more."""
     line = whole_line(text)
     return line if len(re.findall(r"[^\W\d_]{2,}", line)) >= 6 else None
+
+
+def few_words(text: str) -> str | None:
+    """The first line where it has at most three words."""
+    line = whole_line(text)
+    return line if len(re.findall(r"(?<!\\)[^\W\d_]{2,}", line)) <= 3 else None
 
 
 def whole_line(text: str) -> str:
@@ -173,6 +182,13 @@ def labelled(line: str) -> str | None:
     """What follows a label in bold: "**Total:** 72 clips"."""
     label = re.match(r"(?:\*\*)?[^*\n]{1,40}(?:[:：]\*\*|\*\*[:：])\s*(\S.{0,100})$", line)
     return value_of(label[1]) if label else None
+
+
+def equation_of_numbers(line: str) -> str | None:
+    """The right side of an equation without variables: "2 + 3 = 5" gives "5"."""
+    sides = _plain(line).strip("\\()[]. ").split("=")
+    is_numeric = all(_NUMERIC.fullmatch(side) and re.search(r"\d", side) for side in sides)
+    return sides[-1].strip() if is_numeric and len(sides) > 1 else None
 
 
 def one_marked(line: str) -> str | None:

@@ -15,7 +15,7 @@ from qwq_mlx.reasoning.answer.__main__ import TABLES
 from qwq_mlx.reasoning.answer.rule import Rule, first
 
 ROWS = [(table, rule) for _, table in TABLES for rule in table]
-UNDER_A_HEADING = (rules.CONCLUSIONS, rules.SHORT_LINES)
+UNDER_A_HEADING = (rules.BLOCKS, rules.CONCLUSIONS, rules.SHORT_LINES)
 
 
 @pytest.mark.parametrize(("table", "rule"), ROWS, ids=[rule.name for _, rule in ROWS])
