@@ -2,7 +2,7 @@
 
     import qwq_mlx
 
-    reasoner = qwq_mlx.load("conversions/QwQ-32B-Preview-4bit")
+    reasoner = qwq_mlx.load()  # or load("conversions/QwQ-32B-Preview-4bit")
     trace = reasoner.generate("How many r in strawberry.")
     print(trace.answer)
 

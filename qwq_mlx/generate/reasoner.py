@@ -3,7 +3,7 @@
 What a caller leaves open is filled here, once: sampling from the model's generation_config.json, a seed drawn and
 written down, `max_tokens` as the room that the context leaves. Then `stream.Stream` takes over.
 
-Does not: choose a model (`default_model` does), keep a conversation's cache, or print.
+Does not: keep a conversation's cache, or print.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qwq_mlx.default_model import ready_model
 from qwq_mlx.engine.detokenizer import Pieces, decode
 from qwq_mlx.engine.kv_cache import saved_layers
 from qwq_mlx.engine.logits_processors import LogitsProcessor
@@ -40,14 +41,22 @@ __all__ = ["Reasoner", "load"]
 
 
 def load(
-    folder: str | Path, *, compute_type: ComputeType | None = None, limits: Limits | None = None, force: bool = False
+    folder: str | Path | None = None,
+    *,
+    compute_type: ComputeType | None = None,
+    limits: Limits | None = None,
+    force: bool = False,
 ) -> Reasoner:
     """Check a model folder (a checkpoint or a conversion), load its weights, and return what answers questions.
 
-    compute_type: "float32" or "bfloat16"; None picks by backend. limits: of the runs to come, so that what cannot fit
-    the memory is refused before a weight is read. force: plan, but refuse and cap nothing.
+    folder: None takes the default model as the commands do: $QWQ_MLX_MODEL, the first conversion of a QwQ-32B under
+      conversions/, else the bundled pocket model, converted once into the user's cache.
+    compute_type: "float32" or "bfloat16"; None picks by backend.
+    limits: of the runs to come, so that what cannot fit the memory is refused before a weight is read.
+    force: plan, but refuse and cap nothing.
     Raises LoadError, SourceError or BackendError; FitError with the arithmetic.
     """
+    folder = ready_model(folder)
     limit = None if force else limit_bytes()
     files, asked = open_model_folder(folder), limits or Limits()
     fitted(files, asked, limit_bytes=limit, backend=backend_name(), compute_type=compute_type)

@@ -240,3 +240,10 @@ def test_two_runs_beside_each_other_draw_what_each_draws_alone(reasoner: Reasone
             if step is not None:
                 together[number].append(step.id)
     assert [tuple(ids) for ids in together] == alone
+
+
+def test_without_a_folder_the_default_model_is_loaded_as_the_commands_do(
+    known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWQ_MLX_MODEL", str(known_checkpoint))
+    assert load().model.folder == known_checkpoint
