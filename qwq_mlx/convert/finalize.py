@@ -1,7 +1,7 @@
 """After the last tensor: the small files, everything read back, and the manifest that says what the folder is.
 
 Reading back compares each output tensor with the digest taken while it was packed, so what the manifest vouches for is
-what lies on the disk.
+what lies on the disk; and the safetensors package must find the same tensors in it, since loaders use that.
 
 Does not: publish the folder (the job does).
 """
@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from qwq_mlx.convert.calibration.importance import STATISTICS_NAME
 from qwq_mlx.convert.journal import Done
@@ -90,6 +92,7 @@ def finish(
     others += [] if plan.calibration is None else [STATISTICS_NAME]
     files, digests = _read_back(plan, folder, others, progress)
     _check_tensors(plan, folder, digests, done)
+    _check_with_reference(plan, folder)
     manifest = Manifest(
         source=_source_record(plan, small, done),
         recipe=plan.recipe.as_mapping(),
@@ -157,6 +160,25 @@ def _check_tensors(plan: Plan, folder: Path, digests: Mapping[str, ShardDigest],
             f"{folder}: {len(wrong):,} tensors read back are not what was written: {', '.join(wrong[:10])}. "
             "The disk or the memory is failing; begin again with `restart=True`, on another disk if it happens twice."
         )
+
+
+def _check_with_reference(plan: Plan, folder: Path) -> None:
+    """Raises ConversionError for a shard in which the safetensors package does not find what the plan put there."""
+    expected: dict[str, set[str]] = {shard.name: set() for shard in plan.shards}
+    for tensor in plan.tensors:
+        for output in tensor.outputs:
+            expected[plan.shards[output.shard].name].add(output.entry.name)
+    for name, tensors in expected.items():
+        try:
+            with safe_open(folder / name, framework="np") as file:
+                problem = "" if set(file.keys()) == tensors else "finds other tensors in it"
+        except SafetensorError as error:
+            problem = f"cannot read it ({error})"
+        if problem:
+            raise ConversionError(
+                f"{folder / name}: the safetensors package {problem}, though its bytes are those that were written. "
+                "This is a fault of qwq_mlx: report it with the recipe, and keep the source."
+            )
 
 
 def _tensor_records(plan: Plan, done: Mapping[str, Done]) -> dict[str, TensorRecord]:

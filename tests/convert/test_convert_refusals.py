@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -291,5 +294,27 @@ def test_a_disk_that_reads_back_other_bytes_is_noticed(source: Path, monkeypatch
     monkeypatch.setattr(job, "run_pipeline", flip)
     convert_into(
         source, source.parent / "out", r"model: 1 tensors read back are not what was written: lm_head\.biases\."
+    )
+    assert not (source.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["lm_head.weight"], "finds other tensors in it"), (None, r"cannot read it \(odd header\)")],
+)
+def test_a_shard_that_the_reference_reads_otherwise_is_not_published(
+    source: Path, monkeypatch: pytest.MonkeyPatch, names: list[str] | None, message: str
+) -> None:
+    from safetensors import SafetensorError
+
+    @contextmanager
+    def safe_open(path: Path, framework: str) -> Iterator[Any]:
+        if names is None:
+            raise SafetensorError("odd header")
+        yield SimpleNamespace(keys=lambda: names)
+
+    monkeypatch.setattr("qwq_mlx.convert.finalize.safe_open", safe_open)
+    convert_into(
+        source, source.parent / "out", rf"model-00001-of-00001\.safetensors: the safetensors package {message}"
     )
     assert not (source.parent / "out").exists()
