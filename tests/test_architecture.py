@@ -15,7 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # knows anybody else.
 LAYERS = (
     {"errors", "facts"},
-    {"files", "quant", "reasoning", "pocket", "options"},
+    {"files"},
+    {"quant", "reasoning", "pocket", "options"},
     {"trace", "model"},
     {"quality", "engine"},
     {"convert"},

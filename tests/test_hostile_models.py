@@ -27,6 +27,7 @@ import os, sys
 HOSTILE, ALLOWED, LOG = {hostile!r}, {allowed!r}, {log!r}
 log = os.open(LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 CODE = {suffixes!r}
+CHILD = ["limited_child.py", "template_child.py"]
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
 
 def inside(path, folders):
@@ -54,7 +55,8 @@ def hook(event, arguments):
         bad = "" if is_checked_elsewhere or inside(arguments[0], ALLOWED) else arguments[0]  # by its open
     elif event == "subprocess.Popen":
         # the template's own child, and what PyTorch's CUDA build asks the system when it is imported
-        known = str(arguments[1][-1]).endswith("template_child.py") or arguments[1] == ["/sbin/ldconfig", "-p"]
+        is_child = [str(each).rpartition("/")[2] for each in arguments[1][2:4]] == CHILD
+        known = is_child or arguments[1] == ["/sbin/ldconfig", "-p"]
         bad = "" if known else str(arguments[1])
     elif event in ("socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "pickle.find_class", "pty.spawn"):
         bad = repr(arguments)
@@ -177,7 +179,7 @@ def test_twelve_hostile_folders_are_data_to_convert_verify_load_and_prompt(tmp_p
     log, python = tmp_path / "log", tmp_path / "python"
     allowed = [str(tmp_path / "out"), str(log)]
     hook = HOOK.format(hostile=str(tmp_path / "hostile"), allowed=allowed, log=str(log), suffixes=CODE_SUFFIXES)
-    child = f"{hook}\nimport runpy\nrunpy.run_path(sys.argv[-1], run_name='__main__')\n"
+    child = f"{hook}\nimport runpy\nsys.argv = sys.argv[2:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     python.write_text(f'#!/bin/sh\nexec {quote(sys.executable)} -I {quote(str(tmp_path / "child.py"))} "$@"\n')
     python.chmod(0o700)
     (tmp_path / "child.py").write_text(child)

@@ -10,13 +10,11 @@ Does not: tokenize, or decide what a user's text may become (`model.prompt` does
 from __future__ import annotations
 
 import hashlib
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from qwq_mlx.errors import PromptError, TemplateLimitError
+from qwq_mlx.files.limited_child import run_limited
 
 __all__ = ["KNOWN_TEMPLATES", "is_known", "render", "template_digest", "template_warning"]
 
@@ -80,20 +78,21 @@ def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping
 
 def _render_in_child(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str]) -> str:
     label = f"chat template (sha256 {template_digest(template)[:12]}…)"
-    limits = {"cpu_s": CHILD_CPU_S, "memory_bytes": CHILD_MEMORY_BYTES, "output_bytes": CHILD_OUTPUT_BYTES}
-    request = json.dumps({"template": template, "messages": list(messages), "tokens": dict(tokens), **limits})
-    child = str(Path(__file__).with_name("template_child.py"))
     advice = "Take the chat template from the model's source again, or use a conversion of QwQ-32B-Preview."
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", child],
-            input=request.encode(),
-            capture_output=True,
-            timeout=CHILD_WALL_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise TemplateLimitError(f"{label}: did not finish within {CHILD_WALL_S:g} s. {advice}") from error
+    done = run_limited(
+        Path(__file__).with_name("template_child.py"),
+        {
+            "template": template,
+            "messages": list(messages),
+            "tokens": dict(tokens),
+            "output_bytes": CHILD_OUTPUT_BYTES,
+        },
+        cpu_s=CHILD_CPU_S,
+        memory_bytes=CHILD_MEMORY_BYTES + len(template) * 64,
+        wall_s=CHILD_WALL_S,
+    )
+    if done is None:
+        raise TemplateLimitError(f"{label}: did not finish within {CHILD_WALL_S:g} s. {advice}")
     if done.returncode == 0:
         return done.stdout.decode()
     if done.returncode == 1 and done.stderr.strip():

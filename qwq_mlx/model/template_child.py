@@ -1,29 +1,17 @@
-"""Runs as a child process of its own: render one chat template under limits of CPU and memory.
+"""Runs as a child process of its own (`files.limited_child`): render one chat template.
 
-Reads one JSON object on stdin, writes the text on stdout in UTF-8. Started by `model.template` with `python -I`, so
-that neither the current folder nor the environment is on the path; imports nothing of this package. A template that
+Reads one JSON object on stdin, writes the text on stdout in UTF-8; imports nothing of this package. A template that
 fails ends the child with status 1, and the parent reads the last line of stderr.
 
-Does not: see files (the sandbox has no loader), or raise its own limits again. On macOS the memory limit is advisory
-(not measured there); the CPU limit and the parent's clock hold.
+Does not: see files (the sandbox has no loader), or set its limits (the process has them already).
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from datetime import datetime
 from typing import Any
-
-
-def _limit(cpu_s: int, memory_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
-    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
-        try:
-            resource.setrlimit(kind, (memory_bytes, memory_bytes))
-        except (OSError, ValueError):  # macOS refuses limits below what is mapped already
-            continue
 
 
 def _render(request: dict[str, Any]) -> str:
@@ -56,7 +44,6 @@ def _render(request: dict[str, Any]) -> str:
 
 def _main() -> None:
     request = json.load(sys.stdin)
-    _limit(request["cpu_s"], request["memory_bytes"] + len(request["template"]) * 64)
     sys.stdout.buffer.write(_render(request).encode())
 
 

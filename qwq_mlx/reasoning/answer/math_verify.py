@@ -12,12 +12,11 @@ ignores case ((B) is b, 3R^2 is 3r^2); in 2 it reads a product that `expression`
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
+
+from qwq_mlx.files.limited_child import run_limited
 
 __all__ = ["has_math_verify", "is_mathematical", "is_same_by_algebra"]
 
@@ -51,16 +50,11 @@ def is_same_by_algebra(left: str, right: str) -> bool:
     is_worth_it = any("\\" in each for each in pair) and all(is_mathematical(each) or each.isdecimal() for each in pair)
     if not has_math_verify() or not is_worth_it or any(each.count("{") != each.count("}") for each in pair):
         return False
-    child = str(Path(__file__).with_name("math_verify_child.py"))
-    request = json.dumps({"pair": pair, "cpu_s": CHILD_CPU_S, "memory_bytes": CHILD_MEMORY_BYTES})
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", child],
-            input=request.encode(),
-            capture_output=True,
-            timeout=CHILD_WALL_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0 and done.stdout == b"same"
+    done = run_limited(
+        Path(__file__).with_name("math_verify_child.py"),
+        {"pair": pair},
+        cpu_s=CHILD_CPU_S,
+        memory_bytes=CHILD_MEMORY_BYTES,
+        wall_s=CHILD_WALL_S,
+    )
+    return done is not None and done.returncode == 0 and done.stdout == b"same"
