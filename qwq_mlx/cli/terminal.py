@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from qwq_mlx.cli.progress import ProgressBar
-    from qwq_mlx.generate.question_file.runner import Stand
+    from qwq_mlx.generate.question_file.runner import BatchProgress
     from qwq_mlx.generate.stream import Stream
     from qwq_mlx.trace.trace import Step, Trace
 
@@ -87,14 +87,14 @@ def summary_line(trace: Trace) -> str:
 
 
 @contextmanager
-def batch_progress(*, is_shown: bool) -> Iterator[Callable[[Stand], None]]:
+def batch_progress(*, is_shown: bool) -> Iterator[Callable[[BatchProgress], None]]:
     """How far a file of questions is: a bar on a terminal, else a line on stderr for every question."""
     from qwq_mlx.cli.progress import ProgressBar
 
     is_terminal = sys.stderr.isatty()
     with ProgressBar(unit="question", is_shown=is_shown and is_terminal, stays=True) as bar:
 
-        def progress(stand: Stand) -> None:
+        def progress(stand: BatchProgress) -> None:
             if is_terminal:
                 bar.show("answering", stand.n_done, stand.n_total, n_before=stand.n_before, note=_cost(stand))
             elif is_shown and (stand.last is not None or (stand.n_before and not stand.n_tokens)):
@@ -104,7 +104,7 @@ def batch_progress(*, is_shown: bool) -> Iterator[Callable[[Stand], None]]:
         yield progress
 
 
-def batch_line(stand: Stand) -> str:
+def batch_line(stand: BatchProgress) -> str:
     """The question that was just answered, and where the batch stands."""
     what = "going on"
     if stand.last is not None:
@@ -115,7 +115,7 @@ def batch_line(stand: Stand) -> str:
     return f"{what}; {stand.n_done:,} of {stand.n_total:,} questions{cost}"
 
 
-def _cost(stand: Stand) -> str:
+def _cost(stand: BatchProgress) -> str:
     failed = [f"{stand.n_failed:,} failed"] if stand.n_failed else []
     rate = [f"{stand.n_tokens / stand.seconds:,.1f} tok/s"] if stand.n_tokens and stand.seconds > 0 else []
     return ", ".join([*failed, *rate])

@@ -47,15 +47,15 @@ class Pieces:
 
     def __getitem__(self, token_id: int) -> bytes:
         """The bytes of an id; none for an id that the tokenizer leaves out (a hole in its vocabulary)."""
-        found = self._known.get(token_id)
-        if found is None:
+        piece = self._known.get(token_id)
+        if piece is None:
             token = self._backend.id_to_token(token_id) or ""
             if all(character in _BYTES for character in token):
-                found = bytes(_BYTES[character] for character in token)
+                piece = bytes(_BYTES[character] for character in token)
             else:  # an added token is kept as text; one with a space in it is none of the byte characters
-                found = token.encode()
-            self._known[token_id] = found
-        return found
+                piece = token.encode()
+            self._known[token_id] = piece
+        return piece
 
     def holding(self, texts: Sequence[str]) -> list[int]:
         """Ids whose bytes contain one of the texts (for DRY's breakers); walks the whole vocabulary once."""

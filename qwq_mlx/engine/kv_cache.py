@@ -50,12 +50,12 @@ def grow(cache: Sequence[Any], n_ids: int) -> None:
             return
         needed = each.offset + n_ids
         for name in ("keys", "values"):
-            kept = getattr(each, name)
-            parts = [kept] if isinstance(kept, mx.array) else list(kept)
+            array_or_parts = getattr(each, name)
+            parts = [array_or_parts] if isinstance(array_or_parts, mx.array) else list(array_or_parts)
             if needed <= parts[0].shape[2]:
                 return  # all layers are of one length
             grown = [_padded(part[..., : each.offset, :], n_positions(needed)) for part in parts]
-            setattr(each, name, grown[0] if isinstance(kept, mx.array) else tuple(grown))
+            setattr(each, name, grown[0] if isinstance(array_or_parts, mx.array) else tuple(grown))
             mx.eval(grown)
 
 
@@ -65,8 +65,8 @@ def layers_of(cache: Sequence[Any], n_ids: int) -> list[Layer]:
     layers = []
     for each in cache:
         arrays = {}
-        for name, kept in (("keys", each.keys), ("values", each.values)):
-            parts = {name: kept} if isinstance(kept, mx.array) else _named(name, kept)
+        for name, array_or_parts in (("keys", each.keys), ("values", each.values)):
+            parts = {name: array_or_parts} if isinstance(array_or_parts, mx.array) else _named(name, array_or_parts)
             arrays.update({part: array[..., :n_ids, :] for part, array in parts.items()})
         layers.append(Layer(arrays, next(iter(parts.values())).shape[2]))
     return layers

@@ -20,7 +20,7 @@ import mlx.core as mx
 from qwq_mlx.errors import OptionError
 from qwq_mlx.options import Sampling
 
-__all__ = ["Sampler", "kept"]
+__all__ = ["Sampler", "filtered"]
 
 # Ids whose logit equals the k-th are kept too, as transformers does; in bfloat16 a few dozen can be equal.
 _TIES = 64
@@ -51,12 +51,12 @@ class Sampler:
         """
         if self.sampling.is_greedy:
             return mx.argmax(logits)
-        ids, values = kept(logits, self.sampling)
+        ids, values = filtered(logits, self.sampling)
         chosen = mx.random.categorical(values, key=self._base + mx.array([0, index], mx.uint32))
         return chosen if ids is None else ids[chosen]
 
 
-def kept(logits: Any, sampling: Sampling) -> tuple[Any | None, Any]:
+def filtered(logits: Any, sampling: Sampling) -> tuple[Any | None, Any]:
     """The ids that may be drawn and their tempered logits; ids that are dropped have -inf.
 
     logits: (n,) float32; sampling: resolved, temperature above 0. Returns ids (k,) or None for all n in order, and

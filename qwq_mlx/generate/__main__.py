@@ -112,9 +112,9 @@ def _batch(command: Command, asked: Asked) -> int:
     questions = read_questions(Path(options.input), system_prompt=options.system_prompt)
     with Results(Path(options.output)) as results:
         reasoner = load_reasoner(command, asked.limits)
-        from qwq_mlx.generate.question_file.runner import Batch
+        from qwq_mlx.generate.question_file.runner import QuestionFile
 
-        batch = Batch(
+        batch = QuestionFile(
             reasoner,
             questions,
             results,

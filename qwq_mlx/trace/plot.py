@@ -113,11 +113,11 @@ def _events(axes: Any, trace: Trace) -> None:
 
 def _candidates(axes: Any, trace: Trace) -> None:
     """A mark over each stated answer; its value where it is another than the one before, while there is room."""
-    found = candidates(trace.texts)
-    if not found:
+    stated = candidates(trace.texts)
+    if not stated:
         return
     top = axes.get_xaxis_transform()
-    places = [each.index for each in found]
+    places = [each.index for each in stated]
     axes.plot(
         places,
         [1.02] * len(places),
@@ -130,7 +130,7 @@ def _candidates(axes: Any, trace: Trace) -> None:
     )
     new = [
         each
-        for before, each in zip((None, *found), found, strict=False)
+        for before, each in zip((None, *stated), stated, strict=False)
         if before is None or before.value != each.value
     ]
     gap, last = len(trace.ids) / _MAX_LABELS, -np.inf

@@ -26,7 +26,7 @@ class Candidate:
 
 def candidates(texts: Sequence[str]) -> list[Candidate]:
     """The answers that lines state, a box before words. texts: what each token let out."""
-    found: list[Candidate] = []
+    answers: list[Candidate] = []
     line = ""
     for index, text in enumerate((*texts, "\n")):
         line += text
@@ -37,5 +37,5 @@ def candidates(texts: Sequence[str]) -> list[Candidate]:
             boxes = _BOX.findall(each)
             value = boxes[-1] if boxes else stated(each.strip()[-MAX_LINE:])
             if value is not None:
-                found.append(Candidate(min(index, max(len(texts) - 1, 0)), normalise(value)))
-    return found
+                answers.append(Candidate(min(index, max(len(texts) - 1, 0)), normalise(value)))
+    return answers

@@ -185,9 +185,9 @@ class Trace:
     def from_json(cls, value: Any, *, where: str) -> Trace:
         """The Trace again. Raises SourceError for another schema, and fields missing, unknown or of a wrong kind."""
         if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
-            found = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
+            version = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
             raise SourceError(
-                f"{where}: schema_version is {found!r}, expected {SCHEMA_VERSION}. "
+                f"{where}: schema_version is {version!r}, expected {SCHEMA_VERSION}. "
                 "Read the trace with the version of qwq_mlx that wrote it."
             )
         fields = {name: field for name, field in value.items() if name != "schema_version"}

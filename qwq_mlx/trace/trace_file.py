@@ -77,10 +77,10 @@ def read_trace(path: Path, *, schema: int) -> tuple[dict[str, Any], list[dict[st
     fields = _object(lines[0], path, 1)
     if fields.pop("format", None) != _FORMAT and "schema_version" not in fields:
         raise SourceError(f"{path}: is no trace of qwq_mlx. Give the file that save() wrote.")
-    found = fields.pop("schema_version", None)
-    if found != schema:
+    version = fields.pop("schema_version", None)
+    if version != schema:
         raise SourceError(
-            f"{path}: schema_version is {found!r}, expected {schema}. "
+            f"{path}: schema_version is {version!r}, expected {schema}. "
             "Read the trace with the version of qwq_mlx that wrote it."
         )
     last = _object(lines[-2], path, len(lines) - 1) if len(lines) > 2 and not lines[-1] else {}

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwq_mlx.engine.sampler import Sampler, kept
+from qwq_mlx.engine.sampler import Sampler, filtered
 from qwq_mlx.errors import OptionError
 from qwq_mlx.options import NEUTRAL, Sampling
 
@@ -22,7 +22,7 @@ def sampling(**changes: Any) -> Sampling:
 
 def probabilities(logits: np.ndarray, chosen: Sampling) -> np.ndarray:
     """Ours as a vector over all ids."""
-    ids, values = kept(mx.array(logits), chosen)
+    ids, values = filtered(mx.array(logits), chosen)
     where = np.arange(logits.size) if ids is None else np.array(ids)
     result = np.zeros(logits.size)
     result[where] = np.array(mx.softmax(values))
@@ -161,4 +161,4 @@ def test_temperature_zero_and_tiny_take_the_likeliest(temperature: float) -> Non
 
 def test_unresolved_samplings_are_refused() -> None:
     with pytest.raises(OptionError, match=r"still has a value of None; call resolve\(\) first"):
-        kept(mx.zeros(4), Sampling(temperature=1.0))
+        filtered(mx.zeros(4), Sampling(temperature=1.0))

@@ -75,13 +75,13 @@ class DryPenalty(Incremental):
 def agreements(ids: Sequence[int]) -> list[int]:
     """For each place, how many ids up to and with it equal the latest ids; 0 at the last place. Linear (Z function)."""
     back = list(reversed(ids))
-    found = [0] * len(back)
+    lengths = [0] * len(back)
     left = right = 0
     for i in range(1, len(back)):
-        length = min(right - i, found[i - left]) if i < right else 0
+        length = min(right - i, lengths[i - left]) if i < right else 0
         while i + length < len(back) and back[length] == back[i + length]:
             length += 1
-        found[i] = length
+        lengths[i] = length
         if i + length > right:
             left, right = i, i + length
-    return found[::-1]
+    return lengths[::-1]

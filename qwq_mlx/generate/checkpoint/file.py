@@ -78,12 +78,12 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, mx.array]]:
     Raises SourceError: no such file, another format or schema, a digest that does not fit, or no state.
     """
     header = read_header(path)
-    found = (header.metadata.get("format"), header.metadata.get("schema"))
-    if found[0] != _FORMAT:
+    file_format, schema = (header.metadata.get("format"), header.metadata.get("schema"))
+    if file_format != _FORMAT:
         raise SourceError(f"{path}: is no saved run of qwq_mlx. Give the file of a saved run.")
-    if found[1] != str(SCHEMA_VERSION):
+    if schema != str(SCHEMA_VERSION):
         raise SourceError(
-            f"{path}: is a saved run of schema {found[1]}, expected {SCHEMA_VERSION}. "
+            f"{path}: is a saved run of schema {schema}, expected {SCHEMA_VERSION}. "
             "Resume it with the version of qwq_mlx that wrote it."
         )
     total = hashlib.sha256()
@@ -108,9 +108,9 @@ def _loaded(path: Path, header: Header) -> tuple[Any, dict[str, mx.array]]:
                 "The file is edited; it cannot be resumed."
             )
     if entry is None or entry.dtype != _DTYPES["uint8"] or len(entry.shape) != 1:
-        found = "is missing" if entry is None else f"is {entry.dtype} {tuple(entry.shape)}"
+        actual = "is missing" if entry is None else f"is {entry.dtype} {tuple(entry.shape)}"
         raise SourceError(
-            f"{path}: the array {_STATE!r} {found}, expected U8 with one axis, the run's state as JSON. "
+            f"{path}: the array {_STATE!r} {actual}, expected U8 with one axis, the run's state as JSON. "
             "The file is edited; it cannot be resumed."
         )
     arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]

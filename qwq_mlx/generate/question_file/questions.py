@@ -77,9 +77,9 @@ def _question(line: bytes, where: str, index: int, system_prompt: str | None) ->
         raise SourceError(f"{where} has the field {unknown[0]!r}, expected only {', '.join(sorted(_FIELDS))}.")
     if ("question" in value) == ("messages" in value):
         raise SourceError(f'{where} has {"both" if "question" in value else "neither"} "question" and "messages".')
-    found = value.get("id", index)
-    if not isinstance(found, (str, int)) or isinstance(found, bool):
-        raise SourceError(f"{where} has the id {found!r}, expected a text or a whole number.")
+    question_id = value.get("id", index)
+    if not isinstance(question_id, (str, int)) or isinstance(question_id, bool):
+        raise SourceError(f"{where} has the id {question_id!r}, expected a text or a whole number.")
     messages = value["question"] if "question" in value else value["messages"]
     if not isinstance(messages, str if "question" in value else list):
         raise SourceError(
@@ -91,4 +91,4 @@ def _question(line: bytes, where: str, index: int, system_prompt: str | None) ->
     except PromptError as error:
         raise SourceError(f"{where}: {error}") from error
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-    return Question(index=index, id=found, messages=messages, expected=value.get("expected"), sha256=digest)
+    return Question(index=index, id=question_id, messages=messages, expected=value.get("expected"), sha256=digest)

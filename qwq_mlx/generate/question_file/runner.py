@@ -28,16 +28,23 @@ from qwq_mlx.generate.stream import Stream
 from qwq_mlx.options import Limits, Sampling, Thinking, to_json
 from qwq_mlx.trace.trace import Trace
 
-__all__ = ["Batch", "Stand", "question_seed"]
+__all__ = ["BatchProgress", "QuestionFile", "question_seed"]
 
 _TICK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stand:
-    """Where a batch stands. n_done: lines in the file, of n_total, but for those to be tried again; n_before: of them
-    from earlier runs; n_failed: of them with an error; n_out_of_memory: of those, what the next run tries again.
-    n_tokens, seconds: of this run. last: the line just written, None before and between."""
+class BatchProgress:
+    """How far a file of questions is.
+
+    n_done: lines in the file, but for those to be tried again.
+    n_total: questions.
+    n_before: lines from earlier runs.
+    n_failed: lines with an error.
+    n_out_of_memory: of those, what the next run tries again.
+    n_tokens, seconds: of this run.
+    last: the line just written, None before and between.
+    """
 
     n_done: int
     n_total: int
@@ -55,7 +62,7 @@ class Stand:
         return self.seconds / n_now * (self.n_total - self.n_done) if n_now else None
 
 
-class Batch:
+class QuestionFile:
     """Answers questions into an open Results; `stop()` ends it after the token under way, that question unwritten."""
 
     def __init__(
@@ -82,7 +89,7 @@ class Batch:
             "system_prompt": system_prompt,
         }
         self._run: Stream | None = None
-        self._progress: Callable[[Stand], None] | None = None
+        self._progress: Callable[[BatchProgress], None] | None = None
         self._started_s = self._told_s = 0.0
         self._n_before = self._n_tokens = 0
         self._waiting: set[int] = set()
@@ -95,7 +102,7 @@ class Batch:
         if self._run is not None:
             self._run.stop()
 
-    def work(self, progress: Callable[[Stand], None] | None = None) -> Stand:
+    def work(self, progress: Callable[[BatchProgress], None] | None = None) -> BatchProgress:
         """Answer what is not answered yet; progress is told before the first question, after each, and meanwhile.
 
         A question that cannot be answered (too long for the context, logits that are not finite) gets a line with its
@@ -124,10 +131,10 @@ class Batch:
         if time.perf_counter() - self._told_s > _TICK_S:
             self._tell(n_now)
 
-    def _tell(self, n_now: int, last: dict[str, Any] | None = None) -> Stand:
+    def _tell(self, n_now: int, last: dict[str, Any] | None = None) -> BatchProgress:
         lines, self._told_s = self._results.lines, time.perf_counter()
         done = [line for line in lines if line["index"] not in self._waiting]
-        stand = Stand(
+        stand = BatchProgress(
             n_done=len(done),
             n_total=len(self._questions),
             n_before=self._n_before,
@@ -215,12 +222,12 @@ def _seed_of(results: Results) -> int:
     return seed if type(seed) is int else secrets.randbits(32)
 
 
-def _differing(found: Any, expected: Any, name: str = "") -> list[str]:
+def _differing(actual: Any, expected: Any, name: str = "") -> list[str]:
     """Names of the values that differ, as deep as both have objects."""
-    if isinstance(found, dict) and isinstance(expected, dict):
+    if isinstance(actual, dict) and isinstance(expected, dict):
         return [
             each
-            for key in sorted(found.keys() | expected.keys())
-            for each in _differing(found.get(key), expected.get(key), key)
+            for key in sorted(actual.keys() | expected.keys())
+            for each in _differing(actual.get(key), expected.get(key), key)
         ]
-    return [] if json.dumps(found) == json.dumps(expected) else [name]
+    return [] if json.dumps(actual) == json.dumps(expected) else [name]

@@ -25,7 +25,7 @@ from qwq_mlx.generate import __main__ as command
 from qwq_mlx.generate.question_file import results as results_module
 from qwq_mlx.generate.question_file.questions import read_questions
 from qwq_mlx.generate.question_file.results import Results, read_traces
-from qwq_mlx.generate.question_file.runner import Batch, Stand, question_seed
+from qwq_mlx.generate.question_file.runner import BatchProgress, QuestionFile, question_seed
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.model import prompt, template
 from qwq_mlx.options import Limits, Sampling, Thinking
@@ -50,16 +50,18 @@ def write_lines(path: Path, lines: list[Any] = LINES) -> Path:
     return path
 
 
-def answered(reasoner: Reasoner, source: Path, output: Path, *, stop_after: int | None = None, **options: Any) -> Stand:
+def answered(
+    reasoner: Reasoner, source: Path, output: Path, *, stop_after: int | None = None, **options: Any
+) -> BatchProgress:
     settings: dict[str, Any] = {
         "sampling": Sampling(temperature=1.0, seed=5),
         "limits": Limits(max_tokens=6),
         "thinking": Thinking(),
     }
     with Results(output) as results:
-        batch = Batch(reasoner, read_questions(source), results, **(settings | options))
+        batch = QuestionFile(reasoner, read_questions(source), results, **(settings | options))
 
-        def progress(stand: Stand) -> None:
+        def progress(stand: BatchProgress) -> None:
             if stand.n_done == stop_after:
                 batch.stop()
 
@@ -379,7 +381,7 @@ def test_a_line_that_cannot_be_written_again_leaves_the_file_as_it_was(
             "replace": (results_module.Path, "replace"),
         }[broken]
         with Results(output) as results:
-            batch = Batch(
+            batch = QuestionFile(
                 reasoner,
                 read_questions(whole / "in.jsonl"),
                 results,
@@ -449,7 +451,9 @@ def test_a_template_that_a_busy_machine_slows_down_is_no_answer(
 
 
 def test_a_line_says_what_was_answered_how_far_the_file_is_and_how_fast() -> None:
-    start = Stand(n_done=2, n_total=10, n_before=2, n_failed=0, n_out_of_memory=0, n_tokens=0, seconds=0.0, last=None)
+    start = BatchProgress(
+        n_done=2, n_total=10, n_before=2, n_failed=0, n_out_of_memory=0, n_tokens=0, seconds=0.0, last=None
+    )
     assert batch_line(start) == "going on; 2 of 10 questions"
     trace = {"finish_reason": "stop", "ids": [1] * 1200}
     later = replace(start, n_done=6, n_failed=1, n_tokens=800, seconds=20.0, last={"id": "a", "trace": trace})
