@@ -30,14 +30,14 @@ def _parser() -> argparse.ArgumentParser:
         exit_codes="0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C)",
     )
     add, default = parser.add_argument, BenchOptions()
-    add("--model", metavar="FOLDER", help="a conversion or checkpoint (default: as python -m qwq_mlx.generate)")
+    add("--model", metavar="FOLDER", help="model folder (default: as python -m qwq_mlx.generate)")
     add(
         "--layers",
         type=int,
         metavar="N",
         dest="n_layers",
         default=default.n_layers,
-        help="layers of the QwQ-shaped random model, 0 leaves it out (default: %(default)s)",
+        help="layers of the QwQ-shaped random model; 0 leaves it out (default: %(default)s)",
     )
     add(
         "--tokens",
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         default=default.repeats,
-        help="runs of each contestant (default: %(default)s)",
+        help="runs of each (default: %(default)s)",
     )
     add_output(parser)
     return parser

@@ -40,26 +40,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "chat",
-        description="Talk with a model. A line is a message; a backslash at its end, or three double quotes before and "
-        "behind, make it several lines. /help shows the commands.",
+        description="Interactive chat. A line is a message; a backslash at its end, or three double quotes around it, "
+        "make it several lines. /help shows the commands.",
         exit_codes="0 ended, 1 failed, 2 wrong usage, 5 memory ran out while loading, 129 terminal closed, 143 "
         "terminated",
     )
     add = parser.add_argument
-    add("--model", metavar="DIR", help="a conversion or checkpoint (default: as python -m qwq_mlx.generate)")
-    add("--system-prompt", metavar="TEXT", help="replaces the chat template's default system prompt")
+    add("--model", metavar="DIR", help="model folder (default: as python -m qwq_mlx.generate)")
+    add("--system-prompt", metavar="TEXT", help="system prompt (default: the chat template's)")
     add("--temp", type=float, metavar="T", dest="temperature", help="temperature; 0 is greedy (default: the model's)")
-    add("--seed", type=int, metavar="N", help="of the first turn, later ones count on (default: drawn)")
-    add("--max-tokens", type=int, metavar="N", help="tokens of an answer at most (default: the room left)")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="random seed of the first turn, counted up in later ones (default: random)",
+    )
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="maximum number of tokens of a reply (default: what the context leaves)",
+    )
     add("--think-tokens", type=int, metavar="N", help="ask for the answer after N tokens of thinking")
-    add("--context", type=int, metavar="N", help="positions of the whole conversation (default: the model's own)")
+    add(
+        "--context",
+        type=int,
+        metavar="N",
+        help="context length of the whole conversation in tokens (default: the model's own)",
+    )
     add(
         "--kv-bits",
         type=bits,
         choices=(8, 4, "auto"),
-        help="quantize the KV cache (default: not)",
+        help="bits of a quantized KV cache (default: off)",
     )
-    add("--force", action="store_true", help="run even where the memory plan says that it does not fit")
+    add("--force", action="store_true", help="run even if the memory plan says that it does not fit")
     return parser
 
 

@@ -21,24 +21,31 @@ _OF_ONE_QUESTION = ("prompt", "resume", "save", "save_every", "no_save", "receip
 def add_limits(add: Callable[..., Any]) -> None:
     """Options of Limits and Thinking. add: a parser's add_argument."""
     answer_tokens, on_loop = _default(Thinking, "answer_tokens"), _default(Thinking, "on_loop")
-    add("--max-tokens", type=int, metavar="N", help="tokens to produce at most (default: the room left in the context)")
-    add("--context", type=int, metavar="N", help="positions to use at most, prompt included (default: the model's own)")
-    add("--kv-bits", type=bits, choices=(8, 4, "auto"), help="quantize the KV cache (default: not)")
+    add(
+        "--max-tokens", type=int, metavar="N", help="maximum number of output tokens (default: what the context leaves)"
+    )
+    add("--context", type=int, metavar="N", help="context length in tokens, prompt included (default: the model's own)")
+    add("--kv-bits", type=bits, choices=(8, 4, "auto"), help="bits of a quantized KV cache (default: off)")
     add(
         "--prefill-step",
         type=int,
         metavar="N",
-        help=f"prompt ids per pass (default: {_default(Limits, 'prefill_step')})",
+        help=f"prompt tokens per prefill pass (default: {_default(Limits, 'prefill_step')})",
     )
-    add("--stop", action="append", metavar="TEXT", help="end where this text comes, without it; repeatable")
+    add("--stop", action="append", metavar="TEXT", help="stop at this text, which is left out; repeatable")
     add(
         "--think-tokens",
         type=int,
         metavar="N",
-        help="ask for the answer after N tokens of thinking (default: no budget)",
+        help="thinking budget in tokens, after which the answer is asked for (default: none)",
     )
-    add("--answer-tokens", type=int, metavar="N", help=f"tokens of an answer asked for (default: {answer_tokens})")
-    add("--on-loop", choices=LOOP_ACTIONS, help=f"what to do when the text goes round in a loop (default: {on_loop})")
+    add(
+        "--answer-tokens",
+        type=int,
+        metavar="N",
+        help=f"maximum number of tokens of that answer (default: {answer_tokens})",
+    )
+    add("--on-loop", choices=LOOP_ACTIONS, help=f"what to do when the output loops (default: {on_loop})")
 
 
 def add_sampling(add: Callable[..., Any]) -> None:
@@ -46,23 +53,45 @@ def add_sampling(add: Callable[..., Any]) -> None:
     multiplier, base = _default(Sampling, "dry_multiplier"), _default(Sampling, "dry_base")
     length, order = _default(Sampling, "dry_allowed_length"), _default(Sampling, "order")
     add("--temp", type=float, metavar="T", dest="temperature", help="temperature; 0 is greedy")
-    add("--top-p", type=float, metavar="P", help="keep the likeliest ids that hold P together; 1 keeps all")
-    add("--top-k", type=int, metavar="K", help="keep the K likeliest ids; 0 keeps all")
-    add("--min-p", type=float, metavar="P", help="drop ids below P times the likeliest one's probability")
-    add("--seed", type=int, metavar="N", help="of the draws (default: drawn, and shown)")
-    add("--repetition-penalty", type=float, metavar="X", help="over prompt and output; 1 is off")
-    add("--presence-penalty", type=float, metavar="X", help="over the output; 0 is off")
-    add("--frequency-penalty", type=float, metavar="X", help="over the output; 0 is off")
-    add("--dry-multiplier", type=float, metavar="X", help=f"strength of DRY; 0 is off (default: {multiplier})")
-    add("--dry-base", type=float, metavar="X", help=f"growth of DRY per repeated id (default: {base})")
-    add("--dry-allowed-length", type=int, metavar="N", help=f"repeat that DRY allows (default: {length})")
-    add("--logit-bias", action="append", metavar="ID=X", help="add X to the logit of an id, -inf bans it; repeatable")
-    add("--ban", action="append", metavar="TEXT", dest="banned", help="a text that is never written; repeatable")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="nucleus sampling: keep the most likely tokens up to probability P; 1 is off",
+    )
+    add("--top-k", type=int, metavar="K", help="keep the K most likely tokens; 0 is off")
+    add(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="drop tokens below P times the probability of the most likely one; 0 is off",
+    )
+    add("--seed", type=int, metavar="N", help="random seed (default: random, printed)")
+    add("--repetition-penalty", type=float, metavar="X", help="penalise tokens of prompt and output; 1 is off")
+    add("--presence-penalty", type=float, metavar="X", help="penalise tokens of the output; 0 is off")
+    add("--frequency-penalty", type=float, metavar="X", help="penalise tokens by their count in the output; 0 is off")
+    add(
+        "--dry-multiplier",
+        type=float,
+        metavar="X",
+        help=f"DRY: penalise tokens that would extend a repeated sequence; 0 is off (default: {multiplier})",
+    )
+    add("--dry-base", type=float, metavar="X", help=f"DRY: growth of the penalty per repeated token (default: {base})")
+    add(
+        "--dry-allowed-length", type=int, metavar="N", help=f"DRY: longest repeat without a penalty (default: {length})"
+    )
+    add(
+        "--logit-bias",
+        action="append",
+        metavar="ID=X",
+        help="add X to the logit of a token id; -inf bans it; repeatable",
+    )
+    add("--ban", action="append", metavar="TEXT", dest="banned", help="text that is never written; repeatable")
     add(
         "--language-guard",
         action="store_true",
         default=None,
-        help="no letters of scripts that the question does not use, but quoted, in formulas or in brackets",
+        help="no letters of scripts that the question does not use, except in quotations, formulas and brackets",
     )
     add("--order", choices=("hf", "mlx-lm"), help=f"order of the sampling steps (default: {order})")
 
@@ -97,9 +126,9 @@ def asked_for(given: Mapping[str, Any]) -> Asked:
     elif given["answer_now"]:
         raise OptionError("--answer-now asks a saved run for its answer. Give its file with --resume FILE.")
     if given["save_every"] is not None and given["save"] is None:
-        raise OptionError("--save-every says how often, but not where. Give --save FILE too.")
+        raise OptionError("--save-every needs --save FILE.")
     if given["no_save"] and given["save"] is not None:
-        raise OptionError("--no-save and --save cannot both be meant. Leave one out.")
+        raise OptionError("--save and --no-save are mutually exclusive.")
     return asked
 
 
@@ -137,5 +166,5 @@ def _refuse_beside_input(given: Mapping[str, Any]) -> None:
     for name in _OF_ONE_QUESTION:
         if given[name] not in (None, False):
             raise OptionError(
-                f"--{name.replace('_', '-')} belongs to one question and cannot be given beside --input. Leave it out."
+                f"--{name.replace('_', '-')} applies to a single question; it is not allowed with --input."
             )

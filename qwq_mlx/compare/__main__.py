@@ -34,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         exit_codes="0 done, 1 a folder is missing or damaged, 2 wrong usage, 130 interrupted (Ctrl-C)",
     )
     add = parser.add_argument
-    add("folders", metavar="DIR", nargs="+", help="a conversion or a checkpoint; the first is the reference")
-    add("--reference", metavar="DIR", help="what all are compared with (default: the first)")
+    add("folders", metavar="DIR", nargs="+", help="conversion or checkpoint; the first is the reference")
+    add("--reference", metavar="DIR", help="reference model (default: the first)")
     add(
         "--text",
         metavar="FILE",
@@ -46,9 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         dest="n_positions",
-        help="tokens of the text at most, context included (default: 2048)",
+        help="maximum number of tokens of the text, context included (default: 2048)",
     )
-    add_output(parser, json="print one line of JSON in place of the tables")
+    add_output(parser, json="print one line of JSON instead of the tables")
     return parser
 
 

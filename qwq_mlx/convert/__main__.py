@@ -53,15 +53,15 @@ def _parser() -> argparse.ArgumentParser:
         "--source",
         metavar="DIR",
         required=True,
-        help="the checkpoint's folder, or a repository of the Hub (Qwen/QwQ-32B-Preview), fetched shard by shard",
+        help="checkpoint folder, or a Hub repository (Qwen/QwQ-32B-Preview), downloaded shard by shard",
     )
     add("--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
-    add("--output", metavar="DIR", required=True, action=_Once, help="the folder to make")
+    add("--output", metavar="DIR", required=True, action=_Once, help="output folder")
     add(
         "--recipe",
         metavar="NAME",
         action=_Once,
-        help=f"a recipe under conversions/, or the path of a .toml file (default: {DEFAULT_RECIPE})",
+        help=f"recipe name under conversions/, or the path of a .toml file (default: {DEFAULT_RECIPE})",
     )
     add(
         "--target-size",
@@ -78,11 +78,17 @@ def _parser() -> argparse.ArgumentParser:
         "run on it first, one layer in memory (at least 512 tokens; from the Hub every shard is fetched twice, or once "
         "with --keep-source; default: no text)",
     )
-    add("--force", action="store_true", help="replace an existing output, once the new one is complete")
-    add("--restart", action="store_true", help="throw an unfinished conversion away instead of continuing it")
-    add("--keep-source", action="store_true", help="leave what is fetched in OUTPUT.source")
+    add("--force", action="store_true", help="replace an existing output once the new one is complete")
+    add("--restart", action="store_true", help="discard an unfinished conversion instead of continuing it")
+    add("--keep-source", action="store_true", help="keep what is downloaded in OUTPUT.source")
     add("--dry-run", action="store_true", help="show the plan and stop")
-    add("--workers", type=int, metavar="N", dest="n_workers", help="threads that pack (default: one per core)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        dest="n_workers",
+        help="number of quantization threads (default: one per core)",
+    )
     judged = parser.add_mutually_exclusive_group()
     judged.add_argument(
         "--quality",
@@ -93,7 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         "sources up to 2 GB; for the 32B it takes minutes on a Mac, and the plan (--dry-run) says about how many",
     )
     judged.add_argument("--no-quality", action="store_true", help="do not compare")
-    add("--quality-tokens", type=int, metavar="N", help="tokens of that text at most, context included (default: 2048)")
+    add(
+        "--quality-tokens",
+        type=int,
+        metavar="N",
+        help="maximum number of tokens of that text, context included (default: 2048)",
+    )
     add_output(parser, json="print the result as one line of JSON")
     return parser
 

@@ -38,45 +38,45 @@ def _parser() -> argparse.ArgumentParser:
         exit_codes="0 answered, 1 failed, 2 wrong usage. The limits of Macs are not measured on Metal",
     )
     add, own = parser.add_argument, Workload()
-    add("--model", metavar="FOLDER", help="a conversion or checkpoint (default: QwQ-32B-Preview at 4 bits, group 64)")
+    add("--model", metavar="FOLDER", help="model folder (default: QwQ-32B-Preview at 4 bits, group size 64)")
     add("--ram", type=float, metavar="GIB", help="memory of the Mac to plan for, in GiB (default: this machine)")
-    add("--context", type=int, metavar="N", help="positions, prompt and output together (default: the model's own)")
-    add("--kv-bits", type=int, metavar="B", help="quantize the KV cache to 8 or 4 bits (default: not)")
+    add("--context", type=int, metavar="N", help="context length in tokens, prompt included (default: the model's own)")
+    add("--kv-bits", type=int, metavar="B", help="bits of a quantized KV cache, 8 or 4 (default: off)")
     add(
         "--samples",
         type=int,
         metavar="K",
         default=own.n_sequences,
-        help="sequences at once, as mlx-lm's batches hold them (default: %(default)s)",
+        help="number of sequences in a batch of mlx-lm (default: %(default)s)",
     )
     add(
         "--prefill-step",
         type=int,
         metavar="N",
         default=own.prefill_step,
-        help="prompt ids per pass (default: %(default)s)",
+        help="prompt tokens per prefill pass (default: %(default)s)",
     )
     add("--compute-type", metavar="TYPE", help="float32 or bfloat16 (default: by backend)")
     add(
         "--draft",
         metavar="FOLDER",
-        help="plan a draft model beside it, as mlx-lm decodes with one",
+        help="draft model for speculative decoding with mlx-lm",
     )
     add(
         "--draft-tokens",
         type=int,
         metavar="N",
         default=own.n_draft,
-        help="ids that it guesses at a time (default: %(default)s)",
+        help="draft tokens per step (default: %(default)s)",
     )
     add(
         "--reserve",
         type=float,
         metavar="GB",
         default=RESERVE_BYTES / 1e9,
-        help="kept free below the limit, in GB (default: %(default)s)",
+        help="memory kept free below the limit, in GB (default: %(default)s)",
     )
-    add_output(parser, json="one JSON line in place of the text")
+    add_output(parser, json="print one line of JSON instead of the text")
     return parser
 
 

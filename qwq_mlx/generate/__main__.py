@@ -57,33 +57,43 @@ def _parser() -> argparse.ArgumentParser:
         "above, in one of its own",
     )
     add = parser.add_argument
-    add("-p", "--prompt", metavar="TEXT", help="the question; '-' reads stdin, as does no --prompt with piped stdin")
-    add("--system-prompt", metavar="TEXT", help="replaces the chat template's default system prompt")
-    add("--model", metavar="DIR", help="a conversion or checkpoint (default: $QWQ_MLX_MODEL, conversions/, the pocket)")
+    add("-p", "--prompt", metavar="TEXT", help="the question; '-' or piped stdin reads it from stdin")
+    add("--system-prompt", metavar="TEXT", help="system prompt (default: the chat template's)")
+    add(
+        "--model",
+        metavar="DIR",
+        help="model folder (default: $QWQ_MLX_MODEL, else a conversion under conversions/, else the bundled model)",
+    )
     add(
         "--save",
         metavar="FILE",
-        help="when the run is cut short (Ctrl-C, a signal, --max-tokens, full context) or ends without an answer, "
-        "save it here to go on with (default: qwq-run-DATE-TIME-PID where a signal or a full context cut it short)",
+        help="save the run here if it is cut short (Ctrl-C, a signal, --max-tokens, full context) or ends without an "
+        "answer, to resume it later (default: qwq-run-DATE-TIME-PID if a signal or a full context cuts it short)",
     )
-    add("--no-save", action="store_true", help="do not save a run that a signal or a full context cut short")
-    add("--save-every", type=int, metavar="N", help="besides, save every N tokens (default: only at the end)")
-    add("--resume", metavar="FILE", help="go on with a saved run: its settings; --max-tokens, --context may rise")
-    add("--answer-now", action="store_true", help="with --resume: ask for the answer at once, also of a run that ended")
-    add("--force", action="store_true", help="run even where the memory plan says that it does not fit")
-    add("--receipt", metavar="FILE", help="write what the output followed from, for python -m qwq_mlx.replay FILE")
+    add("--no-save", action="store_true", help="do not save a run that a signal or a full context cuts short")
+    add("--save-every", type=int, metavar="N", help="also save every N tokens (default: only at the end)")
+    add(
+        "--resume",
+        metavar="FILE",
+        help="resume a saved run with its own settings; --max-tokens and --context may be raised",
+    )
+    add("--answer-now", action="store_true", help="with --resume: ask for the answer now, also in a run that has ended")
+    add("--force", action="store_true", help="run even if the memory plan says that it does not fit")
+    add(
+        "--receipt",
+        metavar="FILE",
+        help="write a receipt of the run, which python -m qwq_mlx.replay repeats and compares",
+    )
     add_output(parser, json="print the whole trace as one line of JSON instead of the text")
-    add = parser.add_argument_group("many questions").add_argument
+    add = parser.add_argument_group("a file of questions").add_argument
     add("--input", metavar="FILE", help='JSON lines of {"question" or "messages", "id", "expected"}')
     add(
         "--output",
         metavar="FILE",
-        help="their traces, a line each; where it has some, the rest is answered, and what ran out of memory",
+        help="their traces, one a line; an existing file is continued",
     )
-    add_limits(parser.add_argument_group("where it ends").add_argument)
-    add_sampling(
-        parser.add_argument_group("how ids are drawn (default: the model's generation_config.json)").add_argument
-    )
+    add_limits(parser.add_argument_group("limits").add_argument)
+    add_sampling(parser.add_argument_group("sampling (default: the model's generation_config.json)").add_argument)
     return parser
 
 

@@ -38,9 +38,9 @@ def _parser() -> argparse.ArgumentParser:
         exit_codes="0 the same, 1 different, 2 it could not be compared, 130 interrupted (Ctrl-C)",
     )
     add = parser.add_argument
-    add("receipt", metavar="RECEIPT", help="the file that --receipt wrote")
-    add("--model", metavar="DIR", help="the model (default: as for python -m qwq_mlx.generate)")
-    add("--other-weights", action="store_true", help="compare though the weights are others than the receipt's")
+    add("receipt", metavar="RECEIPT", help="receipt written by generate --receipt")
+    add("--model", metavar="DIR", help="model folder (default: as python -m qwq_mlx.generate)")
+    add("--other-weights", action="store_true", help="compare even if the weights differ from the receipt's")
     add_output(parser, json="print the result as one line of JSON")
     return parser
 

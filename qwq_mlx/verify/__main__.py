@@ -34,15 +34,18 @@ def _parser() -> argparse.ArgumentParser:
         exit_codes="0 everything is right, 1 it is not, 2 wrong usage, 130 interrupted (Ctrl-C)",
     )
     add = parser.add_argument
-    add("folder", metavar="DIR", help="the conversion's folder")
+    add("folder", metavar="DIR", help="conversion folder")
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--full", action="store_true", help="read and hash every byte")
     depth.add_argument(
-        "--sample", type=float, metavar="PERCENT", help="read and hash tensors drawn by lot, this part of the bytes"
+        "--sample",
+        type=float,
+        metavar="PERCENT",
+        help="read and hash randomly chosen tensors, this percentage of the bytes",
     )
-    add("--source", metavar="DIR", help="the checkpoint's folder: pack some of its tensors again and compare the bits")
-    add("--tensors", type=int, metavar="N", dest="n_tensors", help="tensors to pack again (default: 8)")
-    add("--seed", type=int, metavar="N", help="which tensors are drawn (default: others each time)")
+    add("--source", metavar="DIR", help="checkpoint folder: quantize some of its tensors again and compare the bits")
+    add("--tensors", type=int, metavar="N", dest="n_tensors", help="number of tensors to quantize again (default: 8)")
+    add("--seed", type=int, metavar="N", help="random seed of the choice of tensors (default: random)")
     add_output(parser, json="print the result as one line of JSON")
     return parser
 

@@ -129,7 +129,7 @@ USAGE: list[tuple[Sequence[str], str]] = [
     (["-p", " \n"], "error: The prompt is empty"),
     (["-p", "-"], "error: The prompt is empty"),
     ([], "error: The prompt is empty"),
-    (["-p", "x", "--save", "y", "--no-save"], "error: --no-save and --save cannot both be meant. Leave one out."),
+    (["-p", "x", "--save", "y", "--no-save"], "error: --save and --no-save are mutually exclusive."),
     (["-p", "x", "--temp", "warm"], "argument --temp: invalid float value: 'warm'"),
     (["-p", "x", "--temperature", "1"], "unrecognized arguments: --temperature 1"),
     (["-p", "x", "--max", "5"], "unrecognized arguments: --max 5"),

@@ -202,7 +202,7 @@ def test_saving_never_and_nowhere_are_refused(
         Autosave(tmp_path / "run", every=0, warn=print)
     given = ["-p", "x", "--model", str(tiny_checkpoint), "--save-every", "5"]
     assert command.main(given) == 2
-    assert "--save-every says how often, but not where. Give --save FILE too." in capsys.readouterr().err
+    assert "--save-every needs --save FILE." in capsys.readouterr().err
 
 
 def test_the_flags_reach_the_keeper_and_a_full_context_is_saved_and_gone_on_with(
