@@ -20,6 +20,7 @@ __all__ = [
     "closing_sentence",
     "compared",
     "displayed",
+    "ended_yes_or_no",
     "equated",
     "excepted",
     "formulas",
@@ -72,12 +73,16 @@ _NAMED = re.compile(
 )
 _AFTER_COLON = re.compile(r"[^:]{1,80}\b(?:is|are):\s+(.{1,80})")
 _THERE_IS_NO = re.compile(r"there (?:is|are|exists?)\s+(no \w+(?: \w+)?)")
+_ENDS_YES_OR_NO = re.compile(r"(?:[.,;:—!?]|\b(?:so|hence|thus|therefore),?)\s+\**(yes|no)[\s.!*]*$", re.IGNORECASE)
 _TRUE_OR_FALSE = re.compile(r"\b(not |n't )?(true|false)\b", re.IGNORECASE)
 _NO_REPLY = re.compile(r"\W*(?:i|i'm|i'll|let|let's|we|hmm+|wait|okay|ok|hello|hi|thanks?)\b", re.IGNORECASE)
 _CLAUSE = re.compile(
-    r"[,;]\s+(?:and\s+)?(?:so|thus|hence|therefore|making|giving|for a total of|which (?:is|makes|gives|means))\b",
+    r"[,;]\s+(?:and\s+)?(?:so|thus|hence|therefore|i\.e\.|that is|namely|making|giving|for a total of"
+    r"|which (?:is|makes|gives|means))\b"
+    r"|\b(?:we|you|i) (?:get|have|obtain)\b|\bthat (?:gives|makes|leaves)\b",
     re.IGNORECASE,
 )
+_PLACE = re.compile(r"^(\S+(?: [A-Za-z]+){1,2}) (?:in|on|at|by|for|from|altogether|after|before|when|because)\b.*")
 _BARE = re.compile(rf"[=*`$\s]*(?P<value>{_NUMBER}%?)[*`$.\s]*")
 _COMPARED = re.compile(
     r"(?P<value>[-−]?[$€£¥]?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[A-Z][\w'’-]+(?: [A-Z][\w'’-]+){0,2})"
@@ -94,6 +99,12 @@ def said_yes_or_no(text: str) -> str | None:
     """The yes or no that a paragraph begins with."""
     word = YES_NO.match(text)
     return word["value"] if word else None
+
+
+def ended_yes_or_no(text: str) -> str | None:
+    """The yes or no that a line ends with, as a sentence or behind "so"."""
+    word = _ENDS_YES_OR_NO.search(text[-MAX_LINE:])
+    return word[1] if word else None
 
 
 def said_true_or_false(text: str) -> str | None:
@@ -120,7 +131,7 @@ def box_without_braces(line: str) -> str | None:
 def number_in_words(line: str) -> str | None:
     """The value of the last equation, or the one number, in a line of two words or more."""
     words = re.findall(r"(?<![\\\w])[A-Za-z]{2,}|[\u3400-\u9fff]", FORMULA.sub("", line))
-    sentence = closing_sentence(line, needs_cue=False)
+    sentence = closing_sentence(re.sub(r"\s*\([^()]{1,80}\)(?=\W*$)", "", line), needs_cue=False)
     if len(words) < 2 or not sentence or not re.search(r"\d", sentence):
         return None
     equation = sentence.rpartition("=")[2].strip() if re.search(r"\d\s*=\s*\d", sentence) else ""
@@ -201,6 +212,7 @@ def equated(sentence: str) -> str | None:
         if FORMULA.search(sentence, verb.end()) and "=" not in verb[0] and not words[verb.end() :].startswith("$"):
             continue
         value = joined_formulas(sentence[verb.end() :], only=True) or value_of(sentence[verb.end() :])
+        value = value and _PLACE.sub(r"\1", value)
         if value and len(value) <= 80 and re.match(r"[-+−]?[\d$€£¥\\(\[{|]|[a-z](?:\s*[=^+*/-]|$)|pi\b|π", value):
             return value
     return None

@@ -29,10 +29,16 @@ _HEADING_LINE = re.compile(
 )
 
 
-# Tags that models put around their thinking, where the profile knows none: they count at the end of a line.
-_THINKING_ENDS = re.compile(
-    r"(?:</(?:think|thinking|thoughts?|reasoning|reflection)>|\[/THINK\]|<\|end_of_thought\|>)[ \t]*$", re.IGNORECASE
+# Tags around a thinking, where the profile knows none. They count at both ends of a line, behind
+# a sentence, and anywhere in a text that begins with one.
+_THINKING_END = (
+    r"(?:(?:</|\[/|◁/)[a-z_:]{0,10}(?:think|thought|reason|reflect|analysis|scratchpad)[a-z_]{0,12}[>\]▷]"
+    r"|<\|end_(?:of_)?(?:think|thought)[a-z]{0,4}\|>)"
 )
+_THINKING_BEGINS = re.compile(
+    r"\s*(?:[<\[◁][a-z_:]{0,10}(?:think|thought|reason|reflect|analysis|scratchpad)|<\|(?:begin|start)_)", re.IGNORECASE
+)
+_THINKING_ENDS = re.compile(rf"{_THINKING_END}[ \t]*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +63,11 @@ class Scanner:
 
     def __init__(self, *, open_tag: str | None, close_tag: str | None, answer_tags: tuple[str, ...]) -> None:
         names = "|".join(re.escape(name) for name in answer_tags) or r"\b\B"
-        thinking = [("open", open_tag), ("close", close_tag)]
-        parts = [f"(?P<{kind}>{re.escape(tag)})" for kind, tag in thinking if tag] + [
+        opening = re.escape(open_tag) if open_tag else r"\b\B"
+        closing = re.escape(close_tag) if close_tag else _THINKING_END
+        parts = [
+            rf"(?P<open>{opening})",
+            rf"(?P<close>{closing})",
             rf"(?P<begin>[<\[]/?)(?P<name>{names})[>\]]",
             rf"(?P<heading>(?<![^\n])[ ]?(?:{_HEADING}))",
             r"(?P<box>(?:\\f?box(?:ed)?|(?<![\\a-z])boxed) ?\{)",
@@ -69,7 +78,7 @@ class Scanner:
         ]
         self._is_untagged = close_tag is None
         self._marks = re.compile("|".join(parts), re.IGNORECASE)
-        self._kept = ""
+        self._kept = self._head = ""
         self._base = 0  # characters before `_kept`
         self._next = 0  # where the search goes on, in characters of the whole text
         self._line = 0  # where the current line began
@@ -101,6 +110,7 @@ class Scanner:
     def feed(self, text: str) -> Iterator[Mark]:
         """Take the next piece and yield the marks completed by it, in order."""
         self._kept += text
+        self._head += text[: _REACH - len(self._head)]
         self.n_chars += len(text)
         while found := self._marks.search(self._kept, self._next - self._base):
             self._next = self._base + found.end()
@@ -125,6 +135,8 @@ class Scanner:
             if self._is_untagged and (tag := _THINKING_ENDS.search(line[-_REACH:])):
                 self._depth, self._tag = 0, None
                 yield Mark("close", start - len(tag[0]), end)
+        elif kind == "close" and self._is_untagged and not self._closes_thinking(start):
+            pass  # a text that only speaks of the tag
         elif kind in ("heading", "open", "close"):
             self._depth, self._tag = 0, None
             yield Mark(kind, start, end)
@@ -138,6 +150,11 @@ class Scanner:
             self._depth += -1 if found[0] == "}" else 1
             if not self._depth:
                 yield Mark("box", self._box, end, self._slice(self._content, end - 1))
+
+    def _closes_thinking(self, start: int) -> bool:
+        """Whether a tag that no profile names is meant: behind a sentence, or in a text that began with a tag."""
+        before = self._slice(start - 1, start)
+        return start == self._line or before in (".", "!", "?", "}", "。") or bool(_THINKING_BEGINS.match(self._head))
 
     def _answer_tag(self, found: re.Match[str], start: int, end: int) -> Iterator[Mark]:
         name = found["name"].lower()

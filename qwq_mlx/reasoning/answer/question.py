@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["Choices", "Question", "choose", "named_letter", "offered", "several_letters"]
+__all__ = ["Choices", "Question", "choose", "every_letter", "named_letter", "offered", "several_letters"]
 
 Choices = tuple[tuple[str, str], ...]
 """(label, plain text) of each choice, in order: ("C", "jupiter")."""
@@ -28,6 +28,8 @@ _ASKS_YES_OR_NO = re.compile(
 )
 _TRUE_OR_FALSE = re.compile(r"\btrue(?: |/| or )+false\b|判断(?:对错|正误)|对还是错", re.IGNORECASE)
 _JSON = re.compile(r"\bjson\b", re.IGNORECASE)
+_SELECT_ALL = re.compile(r"\b(?:select|choose|mark|check) all\b|\ball that apply\b|\bone or more\b|多选", re.IGNORECASE)
+_JOINS = re.compile(r"[,;\n]|\band\b|\\\\")
 _TEMPLATE = re.compile(r"<\|[a-z_]+\|>(?:assistant)?|<think>")
 _TAG_PAIR = re.compile(r"([<\[])([A-Za-z][\w-]{0,31})[>\]]")
 # Parentheses, full stop and colon also as Chinese writes them.
@@ -60,6 +62,7 @@ class Question:
     is_yes_or_no: it can be answered by yes or no, or by true or false.
     is_true_or_false: it asks for one of these two words.
     is_json: it speaks of JSON.
+    is_select_all: several choices may be right.
     is_code: a code block can be its answer.
 
     >>> question = Question.of("Is 7 prime? Put the answer in <answer></answer>.")
@@ -72,6 +75,7 @@ class Question:
     is_yes_or_no: bool
     is_true_or_false: bool
     is_json: bool
+    is_select_all: bool
     is_code: bool
 
     @classmethod
@@ -84,12 +88,23 @@ class Question:
             is_yes_or_no=_asks_yes_or_no(text),
             is_true_or_false=_finds(_TRUE_OR_FALSE, text),
             is_json=_finds(_JSON, text),
+            is_select_all=_finds(_SELECT_ALL, text),
             is_code=prompt is None or _finds(_ASKS_FOR_CODE, text),
         )
 
     def labelled(self, value: str | None) -> str | None:
         """An answer in words that repeats one of the choices, as its label, and "BC" as "B, C"; any other as it is."""
-        return value and (choose(value, self.choices) or several_letters(value, self.choices) or value)
+        if not value or not self.choices:
+            return value
+        return choose(value, self.choices) or several_letters(value, self.choices) or self._several(value) or value
+
+    def _several(self, value: str) -> str | None:
+        """The labels of a list of choices in words, where several may be chosen."""
+        parts = [
+            part for part in re.split(r"\s*(?:,|;|\n|\band\b|\\\\)\s*", _TEXT.sub(r"\1", value)) if part.strip(" -*•")
+        ]
+        labels = [choose(part.strip(" -*•"), self.choices) for part in parts] if self.is_select_all else []
+        return ", ".join(label for label in labels if label) if len(labels) > 1 and all(labels) else None
 
 
 def offered(prompt: str) -> Choices:
@@ -140,6 +155,13 @@ def several_letters(text: str, choices: Choices) -> str | None:
     named = _SEVERAL.fullmatch(_TEXT.sub(r"\1", text).strip(" *_$.\\()[]{}"))
     letters = re.findall("[A-J]", named[1]) if named else []
     return ", ".join(letters) if len(letters) > 1 and sorted(set(letters) & set(labels)) == letters else None
+
+
+def every_letter(text: str, question: Question) -> str | None:
+    """The labels that a text names, two or more, where several may be chosen."""
+    labels = [label for label, _ in question.choices if label.isalpha()] if question.is_select_all else []
+    named = [label for label in labels if label in {*_BARE.findall(text), *_LETTERED.findall(text)}]
+    return ", ".join(named) if len(named) > 1 else None
 
 
 def _run(lines: list[tuple[str, str]]) -> Choices:

@@ -15,8 +15,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from qwq_mlx.reasoning.answer import last_lines, sentences, unmarked
-from qwq_mlx.reasoning.answer.cues import MAX_LINE, is_courtesy, is_remark
-from qwq_mlx.reasoning.answer.question import Question, choose, named_letter, several_letters
+from qwq_mlx.reasoning.answer.cues import MAX_LINE, is_bullet, is_courtesy, is_remark
+from qwq_mlx.reasoning.answer.question import Question, choose, every_letter, named_letter, several_letters
 from qwq_mlx.reasoning.answer.rule import Reading, Rule, first
 
 __all__ = [
@@ -75,6 +75,11 @@ STATEMENTS: tuple[Words, ...] = (
          'A line that begins with "Answer:", "Result =" or the like.', ("Answer: 12", "12")),
     Rule("the answer is", 1.0, _says(sentences.ANSWER_IS),
          'A noun for the answer and a verb for "is".', ("So the correct option is B, as shown.", "B")),
+    Rule("correction", 1.0, _says(sentences.CORRECTION),
+         'A line that begins with "Correction:" or the like.', ("The answer is 7.\n\nCorrection: 8", "8")),
+    Rule("it should be", 1.0, _says(sentences.SHOULD_BE),
+         "A number in a line that doubts what stood before it.",
+         ("The answer is 7.\n\nWait, no. It should be 8.", "8")),
     Rule("option is correct", 1.0, _says(sentences.CHOSEN),
          "A lettered or numbered option that is called correct, or ends the sentence.", ("Option C is correct.", "C")),
     Rule("is the right answer", 1.0, _says(sentences.CALLED_RIGHT),
@@ -285,10 +290,17 @@ BY_THE_QUESTION: tuple[Rule[LastLine, str], ...] = (
          "The one listed choice whose words are repeated.", ("I take Jupiter for the largest.", "C"), _PLANET),
     Rule("choice by bare letter", 1.0, lambda seen: named_letter(seen.line, seen.question.choices, is_bare=True),
          "The one listed choice whose letter stands alone.", ("It can only be C then", "C"), _PLANET),
+    Rule("every letter", 1.0, lambda seen: every_letter(seen.line, seen.question),
+         "All letters that it names, where several may be chosen.",
+         ("Only B and C are.", "B, C"), f"Select all that apply. {_PLANET}"),
     Rule("true or false", 1.0,
          lambda seen: last_lines.said_true_or_false(seen.line) if seen.question.is_true_or_false else None,
          "The one of the two words that it uses, where the question asks for one.",
          ("So 91 is not prime, hence false.", "false"), "Is 91 prime? Answer True or False."),
+    Rule("yes or no at the end", 1.0,
+         lambda seen: last_lines.ended_yes_or_no(seen.line) if seen.question.is_yes_or_no else None,
+         "The yes or no that it ends with, where the question can be answered so.",
+         ("The number 91 is composite, so no.", "no"), "Is 91 prime?"),
     Rule("yes or no", 1.0, lambda seen: last_lines.said_yes_or_no(seen.line) if seen.question.is_yes_or_no else None,
          "The yes or no that it begins with, where the question can be answered so.",
          ("No, because 91 = 7 * 13.", "No"), "Is 91 prime?"),
@@ -341,8 +353,14 @@ def _last(seen: Reply) -> str:
 
 def _closing_line(seen: Reply) -> Reading[str] | None:
     last = _last(seen)
-    sentence = last_lines.closing_sentence(last, needs_cue=False) if last != unmarked.first_line(seen.text) else None
+    is_prose = last != unmarked.first_line(seen.text) and not is_bullet(last)
+    sentence = last_lines.closing_sentence(last, needs_cue=False) if is_prose else None
     return first(CLOSING_SENTENCES, sentence) if sentence else None
+
+
+def _few_words(seen: Reply) -> Reading[str] | None:
+    is_short = len(unmarked.lines_of(seen.text)) == 1 and unmarked.few_words(seen.text) is not None
+    return _conclusion(seen.text) if is_short else None
 
 
 REPLIES: tuple[Rule[Reply, str], ...] = (
@@ -358,7 +376,9 @@ REPLIES: tuple[Rule[Reply, str], ...] = (
     Rule("closing line", 0.8, _closing_line,
          "Of several lines the last, read as a closing sentence.",
          ("5</think>She sold 48, then 24.\n\nThat makes **72** clips.", "72")),
-    Rule("conclusion", 0.9, lambda seen: _conclusion(seen.text),
-         "What it says as a conclusion.", ("2 + 3 is 5.</think>The sum is 5.", "5")),
+    Rule("few words", 0.9, _few_words,
+         "What one line of at most three words says.", ("Her name?</think>Ann Lee.", "Ann Lee")),
+    Rule("conclusion", 0.8, lambda seen: _conclusion(seen.text),
+         "What it says as a conclusion.", ("2 + 3 is 5.</think>The sum of both numbers is 5.", "5")),
 )  # fmt: skip
 """What follows the thinking's closing tag, and marks no answer."""

@@ -20,6 +20,7 @@ __all__ = [
     "CHINESE_CALLED_RIGHT",
     "CHINESE_CHOSEN",
     "CHOSEN",
+    "CORRECTION",
     "GSM8K",
     "IS_THE_ANSWER",
     "IT_IS",
@@ -27,6 +28,7 @@ __all__ = [
     "LABELLED",
     "LEAVES",
     "PICKED",
+    "SHOULD_BE",
     "value_of",
 ]
 
@@ -70,7 +72,7 @@ _LETTER = r"\(?(?P<rest>[A-J])\)?"
 _END = r"\s*[.!]?\s*$"
 
 JSON_FIELD = re.compile(
-    r'"(?:final_)?answer"\s*:\s*(?P<rest>"(?:[^"\\]|\\.)*"|\[[^\[\]{}\n]{0,200}\]|[-\w.]+)', re.IGNORECASE
+    r'["\'](?:final_)?answer["\']\s*:\s*(?P<rest>"(?:[^"\\]|\\.)*"|\[[^\[\]{}\n]{0,200}\]|[-\w.]+)', re.IGNORECASE
 )
 LABELLED = re.compile(
     r"^[^\w\n]{0,12}(?:(?:final|correct|the|my)\s+){0,2}(?:ans|answers?|solution|result)[\s*_]*[:=][\s*_]*(?P<rest>\S.*)",
@@ -84,6 +86,13 @@ ANSWER_IS = re.compile(
     r"(?:\s+(?:indeed|still|clearly|definitely|simply|that|therefore|thus|probably|likely|just))*"
     r"(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
+)
+CORRECTION = re.compile(
+    r"^\W{0,8}(?:correction|corrected|edit|update)\b[^:：\n]{0,20}[:：]\s*(?P<rest>\S.*)", re.IGNORECASE
+)
+SHOULD_BE = re.compile(
+    r"^\W{0,4}(?:wait|no|actually|hmm+|hold on|sorry|oops)\b.{0,200}?\bit (?:should|must) be\s+(?P<rest>[-+$\\(]*\d.*)",
+    re.IGNORECASE,
 )
 CHOSEN = re.compile(
     r"\b(?:option|choice)\s+\(?(?P<rest>[A-J]|\d{1,2})\)?(?:\s+(?:is|seems|must be|should be|would be)\s+(?:\w+\s+)?"
@@ -121,7 +130,9 @@ CHINESE_CHOSEN = re.compile(
 )
 
 _NO_VALUE = re.compile(
-    r"^(?:not\b|n't\b|correct\b|right\b|wrong\b|incorrect\b|clear\b|in the\b|to be\b|what\b|still\b$)", re.I
+    r"^(?:\\boxed\{\s*\}|"
+    r"not\b|n't\b|correct\b|right\b|wrong\b|incorrect\b|clear\b|in the\b|to be\b|what\b|still\b$)",
+    re.I,
 )
 _HEDGE = re.compile(
     r"^(?:(?:approximately|about|roughly|around|nearly|exactly|at|on|just|only|simply|indeed|equal to|given by)\s+)+"
@@ -136,16 +147,28 @@ _REASON = re.compile(
     r"|(?<=[\d)$}%\]]),\s+(?:not|as|but|and (?:not|we|i|this|that|it)|i (?:believe|think|guess|suppose))\b",
     re.I,
 )
+_STRUCK = re.compile(r"~~[^~\n]{1,80}~~")
+_CORRECTION = re.compile(  # "7... no, 8", "7. Correction: 8."
+    r"[\s,.;:—–-](?:no|wait|sorry|actually|correction|rather|i mean)\b[\s,:]+(?:it is |it's )?"
+    r"(?P<value>\$?\\?\(?[-−]?(?:\d[\d.,/]*|[A-J])\\?[)$]?)[\s.!)]*$",
+    re.IGNORECASE,
+)
 _BOX = re.compile(r"^\$?\\?f?boxed\s*[{\[]?\s*(.+?)\s*[}\]]?\s*\$?$")
 _COPULA = re.compile(r"(?<=[\d\w)}$])\s*(?:です|である|だ|となります|になります|입니다|이다|है|हैं|dir|dır|dur|dür)$")
+_BRACKETED = re.compile(r"([(（\[<{【]{1,2})?([A-J])(?:[)）\]>}】]{1,2}|[)）．、】\]].*)", re.DOTALL)
+_GLOSS = re.compile(r"(?<=[A-J])\s*\([^()]{2,60}\)")
 _SEVERAL = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|&|\band\b|\bor\b|、|和)\s*(?:\band\b\s*)?\(?[A-J]\)?)+[\s.]*")
 
 
 def value_of(rest: str) -> str | None:
     """The value at the beginning of what follows "the answer is", without hedges, markup and reasons; None for none."""
-    value = rest.strip().lstrip(":：").strip()
+    value = _STRUCK.sub("", rest).strip().lstrip(":：").strip()
+    if (correction := _CORRECTION.search(value)) is not None:
+        value = correction["value"]
     if value.startswith('"') and (end := value.find('"', 1)) > 0:
         return value[1:end].strip() or None
+    if _SEVERAL.fullmatch(named := _GLOSS.sub("", value.replace("*", ""))):
+        return ", ".join(re.findall(r"[A-J]", named))
     value = re.sub(r"^not\b[^.;]{1,80}?\bbut(?:\s+rather)?\s+(?=\S)", "", value, flags=re.IGNORECASE)
     value = re.split(r"(?<=[^\d\W])[.!?。！](?=\s|$)|(?<=[\d)\]}*$])[.!?。！](?=\s|$)|\n|[。！]", value, maxsplit=1)[0]
     value = _unboxed(value)
@@ -158,7 +181,9 @@ def value_of(rest: str) -> str | None:
     if _SEVERAL.fullmatch(value):
         return ", ".join(re.findall(r"[A-J]", value))
     choice = re.match(r"^(\()?([A-J]|\d{1,2})(?(1)\)|\)?)(?:[:.)．：]\s+\S|\s*[,;-]\s+[A-Za-z]{2}|\s*\()", value)
-    choice = choice or re.fullmatch(r"([(（\[<{【])?([A-J])(?:[)）\]>}】]|[)）．、】\]].*)", value, re.DOTALL)
+    choice = choice or re.fullmatch(
+        r"([(（\[<{【]{1,2})?([A-J])(?:[)）\]>}】]{1,2}$|[)）\]>}】]|[)）．、】\]].*)", value, re.DOTALL
+    )
     if choice:
         value = choice[2]
     value = _COPULA.sub("", value.strip(" .;,:!*_`。"))

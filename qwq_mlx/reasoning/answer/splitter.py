@@ -288,14 +288,13 @@ class Splitter:
         marked, stated, reply = self._marked, self._stated, self._reply
         if marked is not None and marked.value is None:
             marked.take(self._under_heading(marked, is_ended))
-            marked.value = self._question.labelled(marked.value)
+            self._label(marked)
         elif marked is not None and not re.search(r"\d", marked.value or ""):
-            marked.value = self._question.labelled(marked.value)
-        if stated is not None:
-            stated.value = self._question.labelled(stated.value)
+            self._label(marked)
         if reply is not None:
             reply.take(first(REPLIES, Reply(reply.captured, self._question)))
-            reply.value = self._question.labelled(reply.value)
+        for candidate in filter(None, (stated, reply)):
+            self._label(candidate)
         ending = Ending(
             marked=marked,
             sentence=stated,
@@ -307,6 +306,15 @@ class Splitter:
             is_far=stated is not None and self._is_far(stated),
         )
         return first(LAST_WORD, ending)
+
+    def _label(self, candidate: Candidate) -> None:
+        """Give the label of a choice for its words: then it does not matter how many they are."""
+        label = self._question.labelled(candidate.value)
+        if label != candidate.value:
+            candidate.value = label
+            candidate.confidence = max(
+                candidate.confidence, MARK[candidate.kind].confidence if candidate.kind in MARK else 0
+            )
 
     def _last_line(self) -> Candidate:
         """What the last line comes to that says more than that all before it is right."""

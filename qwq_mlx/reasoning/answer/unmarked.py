@@ -133,7 +133,8 @@ def whole_sentence(text: str) -> str | None:
 def few_words(text: str) -> str | None:
     """The first line where it has at most three words."""
     line = whole_line(text)
-    return line if len(re.findall(r"(?<!\\)[^\W\d_]{2,}", line)) <= 3 else None
+    n_words = len(re.findall(r"(?<!\\)[^\W\d_]{2,}", line))
+    return line if n_words == 0 or (n_words <= 3 and not re.search(r"[(,;:]", line)) else None
 
 
 def whole_line(text: str) -> str:
@@ -158,6 +159,8 @@ def json_answer(code: str) -> str | None:
         return None
     values = parsed.items() if isinstance(parsed, dict) else ()
     answers = [value for key, value in values if key.casefold() in ("answer", "final_answer")]
+    if not answers and len(values) == 1:
+        answers = [value for key, value in values if key.casefold() in ("result", "solution", "value", "output")]
     if not answers:
         return None
     answer = answers[-1]
