@@ -148,6 +148,7 @@ class Reasoner:
         """
         others = {
             "logits_processors": "logits processors of its caller",
+            "logits_hook": "logits processors of its caller",  # its name in earlier versions
             "forked_at": "a beginning drawn with another seed",
         }
         for name, words in others.items():

@@ -260,9 +260,9 @@ class Stream:
                 self._running.schedule()
                 if self.run.has_untaken:  # an answer cue is handed out before anything is drawn behind it
                     continue
-                n_steps = len(self.run.steps)
+                is_first = not self.run.steps and not self._running.clock.has_drawn
                 advance(self._decoder, [self._running])
-                if n_steps == 0 and self.run.steps:
+                if is_first and self._running.clock.has_drawn:
                     self._report(len(self.request.prompt_ids))
         except GenerationError as error:
             self.run.finish = ("interrupted", str(error))

@@ -43,13 +43,17 @@ class Clock:
         """The run begins."""
         self._started_s = self._first_s = self._latest_s = time.perf_counter()
 
-    def drawn(self) -> bool:
-        """An id was read; whether it was the first."""
+    @property
+    def has_drawn(self) -> bool:
+        """Whether an id was read."""
+        return self._n_drawn > 0
+
+    def drawn(self) -> None:
+        """An id was read."""
         self._latest_s = time.perf_counter()
         self._n_drawn += 1
         if self._n_drawn == 1:
             self._first_s = self._latest_s
-        return self._n_drawn == 1
 
     def timings(self) -> Timings:
         """What was measured so far. Prefill lasts until the first id is there."""

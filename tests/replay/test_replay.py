@@ -229,3 +229,10 @@ def test_other_versions_are_told(reasoner: Reasoner) -> None:
         f"backend {receipt.backend}, the receipt's is metal",
     )
     assert command._text(found).startswith("mlx ")
+
+
+def test_a_receipt_of_a_run_with_a_hook_under_its_old_name_is_refused_too(reasoner: Reasoner) -> None:
+    receipt = reasoner.receipt(written(reasoner))
+    old = dataclasses.replace(receipt, settings={**receipt.settings, "logits_hook": True})
+    with pytest.raises(OptionError, match="The run had logits processors of its caller"):
+        reasoner.rerun(old)
