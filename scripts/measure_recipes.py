@@ -47,7 +47,7 @@ from qwq_mlx.convert.calibration.importance import read_calibration  # noqa: E40
 from qwq_mlx.model.architecture import tensor_shapes  # noqa: E402
 from qwq_mlx.model.folder import open_model_folder  # noqa: E402
 from qwq_mlx.model.memory.advice import MACS_GIB  # noqa: E402
-from qwq_mlx.model.memory.plan import ModelShape, Workload, metal_limit_bytes, plan_memory, shape_of_facts  # noqa: E402
+from qwq_mlx.model.memory.plan import Workload, metal_limit_bytes, plan_memory, shape_of_recipe  # noqa: E402
 from qwq_mlx.model.memory.sizes import weights_bytes  # noqa: E402
 from qwq_mlx.model.memory.workload import FLOAT_BYTES  # noqa: E402
 from qwq_mlx.model.tokenizer import load_tokenizer  # noqa: E402
@@ -258,16 +258,13 @@ def add_solved(row: dict[str, Any], folder: Path, count: int) -> None:
 
 def of_the_32b(recipe: Recipe) -> dict[str, Any]:
     """Size in GB, and the smallest Mac's memory in GiB on which the plan gives 8,192 positions."""
-    shape = shape_of_facts(facts.QWQ_32B_PREVIEW)
-    chosen = {path: recipe.packing_of(path, n_layers=shape.config.num_hidden_layers) for path in shape.packed}
-    packed = {path: packing for path, packing in chosen.items() if packing is not None}
-    model = ModelShape(config=shape.config, packed=packed)
+    model = shape_of_recipe(facts.QWQ_32B_PREVIEW, recipe)
     fits = (
         gib
         for gib in MACS_GIB
         if plan_memory(model, Workload(context=CONTEXT), limit_bytes=metal_limit_bytes(gib << 30)).fits
     )
-    n_bytes = weights_bytes(shape.config, packed, FLOAT_BYTES["bfloat16"])
+    n_bytes = weights_bytes(model.config, model.packed, FLOAT_BYTES["bfloat16"])
     return {"gb_32b": round(n_bytes / 1e9, 2), "smallest_mac_gib": next(fits, None)}
 
 

@@ -19,7 +19,8 @@ from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
 from qwq_mlx.errors import OptionError
 
 if TYPE_CHECKING:
-    from qwq_mlx.model.memory.plan import MemoryPlan
+    from qwq_mlx.model.folder import ModelFolder
+    from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape
 
 _GIB = 1 << 30
 
@@ -38,7 +39,11 @@ def _parser() -> argparse.ArgumentParser:
         exit_codes="0 answered, 1 failed, 2 wrong usage. The limits of Macs are not measured on Metal",
     )
     add, own = parser.add_argument, Workload()
-    add("--model", metavar="FOLDER", help="model folder (default: QwQ-32B-Preview at 4 bits, group size 64)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--model", metavar="FOLDER", help="model folder (default: QwQ-32B-Preview at 4 bits, group size 64)"
+    )
+    what.add_argument("--recipe", metavar="NAME", help="plan QwQ-32B-Preview converted by this recipe")
     add("--ram", type=float, metavar="GIB", help="memory of the Mac to plan for, in GiB (default: this machine)")
     add("--context", type=int, metavar="N", help="context length in tokens, prompt included (default: the model's own)")
     add("--kv-bits", type=int, metavar="B", help="bits of a quantized KV cache, 8 or 4 (default: off)")
@@ -86,10 +91,9 @@ def _fit(command: Command) -> int:
 
 
 def _report(options: argparse.Namespace) -> str:
-    from qwq_mlx.facts import QWQ_32B_PREVIEW
     from qwq_mlx.model.folder import open_model_folder
     from qwq_mlx.model.memory.advice import cheapest_change, table_of_macs
-    from qwq_mlx.model.memory.plan import Backend, ModelShape, Workload, metal_limit_bytes, plan_memory, shape_of_facts
+    from qwq_mlx.model.memory.plan import Backend, ModelShape, Workload, metal_limit_bytes, plan_memory
 
     for name, value in (("ram", options.ram), ("reserve", options.reserve)):
         if value is not None and not 0 <= value < 1e6:
@@ -113,8 +117,7 @@ def _report(options: argparse.Namespace) -> str:
         from qwq_mlx.model.device import limit_bytes as limit_of_device
 
         backend, limit_bytes = backend_name(), limit_of_device()
-    model = shape_of_facts(QWQ_32B_PREVIEW) if options.model is None else open_model_folder(options.model)
-    name = f"{QWQ_32B_PREVIEW.name}, 4-bit weights, group 64" if options.model is None else options.model
+    model, name = _model(options)
     plan = plan_memory(model, workload, limit_bytes=limit_bytes, reserve_bytes=reserve_bytes, backend=backend)
     change = cheapest_change(model, plan)
     if options.json:
@@ -134,6 +137,21 @@ def _report(options: argparse.Namespace) -> str:
             f"{gib:>3} GiB{limit:>7.1f} GB{each.peak_bytes / 1e9:>9.1f} GB{each.largest_context:>14,}   {note}"
         )
     return "\n".join(lines)
+
+
+def _model(options: argparse.Namespace) -> tuple[ModelFolder | ModelShape, str]:
+    """What to plan, and its name."""
+    from qwq_mlx.facts import QWQ_32B_PREVIEW
+    from qwq_mlx.model.folder import open_model_folder
+    from qwq_mlx.model.memory.plan import shape_of_facts, shape_of_recipe
+    from qwq_mlx.quant.recipe import load_recipe
+
+    if options.model is not None:
+        return open_model_folder(options.model), options.model
+    if options.recipe is not None:
+        recipe = load_recipe(options.recipe)
+        return shape_of_recipe(QWQ_32B_PREVIEW, recipe), f"{QWQ_32B_PREVIEW.name}, recipe {recipe.name}"
+    return shape_of_facts(QWQ_32B_PREVIEW), f"{QWQ_32B_PREVIEW.name}, 4-bit weights, group 64"
 
 
 def _of_mlx_lm(plan: MemoryPlan) -> list[str]:

@@ -122,6 +122,15 @@ def test_every_flag_reaches_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert batched["batch_bytes"] > 0 == batched["speculative_bytes"]
 
 
+def test_a_recipe_is_planned_without_a_conversion(capsys: pytest.CaptureFixture[str]) -> None:
+    """The size is that of the README's table of recipes, and the recipe whose packing is the default's is its plan."""
+    two_bits = json.loads(run(capsys, "--ram", "24", "--recipe", "2bit-g32", "--json")[1])
+    assert two_bits["model"] == "QwQ-32B-Preview, recipe 2bit-g32"
+    assert round(two_bits["weights_bytes"] / 1e9, 1) == 12.3
+    four_bits = json.loads(run(capsys, "--ram", "32", "--recipe", "4bit", "--json")[1])
+    assert four_bits == {**json.loads(run(capsys, "--ram", "32", "--json")[1]), "model": four_bits["model"]}
+
+
 def test_a_folder_is_planned_from_its_headers_on_this_machine(
     tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,7 @@ from qwq_mlx.model.memory.activations import logits_bytes, n_positions, sampler_
 from qwq_mlx.model.memory.batch_and_draft import batch_bytes, speculative_bytes
 from qwq_mlx.model.memory.sizes import bytes_of_float, bytes_of_pass, kv_bytes_per_token, load_bytes, weights_bytes
 from qwq_mlx.model.memory.workload import BACKENDS, KV_GROUP, Backend, ModelShape, Workload
+from qwq_mlx.quant.recipe import Recipe
 
 __all__ = [
     "KV_GROUP",
@@ -39,6 +40,7 @@ __all__ = [
     "metal_limit_bytes",
     "plan_memory",
     "shape_of_facts",
+    "shape_of_recipe",
 ]
 
 RESERVE_BYTES = 500_000_000
@@ -147,6 +149,13 @@ def shape_of_facts(facts: ModelFacts, *, bits: int = 4, group_size: int = 64, co
     packing = Packing(bits=bits, group_size=group_size)
     matrices = [name.removesuffix(".weight") for name, shape in tensor_shapes(config).items() if len(shape) == 2]
     return ModelShape(config=config, packed=dict.fromkeys(matrices, packing))
+
+
+def shape_of_recipe(facts: ModelFacts, recipe: Recipe) -> ModelShape:
+    """The shape of a known model converted by a recipe."""
+    shape = shape_of_facts(facts)
+    chosen = {path: recipe.packing_of(path, n_layers=shape.config.num_hidden_layers) for path in shape.packed}
+    return replace(shape, packed={path: packing for path, packing in chosen.items() if packing is not None})
 
 
 def metal_limit_bytes(ram_bytes: int) -> int:
