@@ -124,6 +124,25 @@ def test_nothing_is_swallowed_and_nothing_executed(path: Path) -> None:
     assert path.name not in {"utils.py", "helpers.py", "common.py"}
 
 
+DOORS = ("qwq_mlx.reasoning.answer", "qwq_mlx.reasoning.loops")  # folders of which others import only the door
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_a_folder_with_a_door_is_entered_by_the_door(path: Path) -> None:
+    inside = ".".join(["qwq_mlx", *path.relative_to(PACKAGE).parts[:-1]])
+    for module in _imported(_tree(path)):
+        for door in DOORS:
+            if inside != door and module.startswith(f"{door}."):
+                assert module.removeprefix(f"{door}.") in _exported(door), f"{_name(path)} imports {module}"
+
+
+def _exported(door: str) -> list[str]:
+    tree = _tree(PACKAGE.joinpath(*door.split(".")[1:], "__init__.py"))
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    [names] = [node.value for node in assigned if ast.unparse(node.targets[0]) == "__all__"]
+    return list(ast.literal_eval(names))
+
+
 def test_every_room_and_file_says_what_it_is_for() -> None:
     for path in FILES:
         assert ast.get_docstring(_tree(path)), _name(path)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from qwq_mlx.model.tokenizer import LoadedTokenizer
 from qwq_mlx.options import CUE_PATIENCE, Thinking
-from qwq_mlx.reasoning.answer.splitter import Segment
+from qwq_mlx.reasoning.answer import Segment
 from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.trace.trace import FinishReason, Step
 

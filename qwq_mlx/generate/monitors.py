@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from qwq_mlx.reasoning.loops.detector import Loop, LoopDetector, LoopScores
+from qwq_mlx.reasoning.loops import Loop, LoopDetector, LoopScores
 from qwq_mlx.reasoning.scripts import ScriptWatcher
 from qwq_mlx.trace.trace import Step
 

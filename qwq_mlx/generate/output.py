@@ -10,9 +10,8 @@ from collections.abc import Iterable, Sequence
 from qwq_mlx.engine.detokenizer import StopScanner, TextStream
 from qwq_mlx.engine.row import Token
 from qwq_mlx.generate.request import Request
-from qwq_mlx.reasoning.answer.split import Split
-from qwq_mlx.reasoning.answer.splitter import Segment, Splitter
-from qwq_mlx.reasoning.loops.detector import LoopScores
+from qwq_mlx.reasoning.answer import Segment, Split, Splitter
+from qwq_mlx.reasoning.loops import LoopScores
 from qwq_mlx.trace.trace import Alternative, FinishReason, Step
 
 __all__ = ["Output", "SavedStep"]

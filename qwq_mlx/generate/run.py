@@ -27,7 +27,7 @@ from qwq_mlx.generate.monitors import Monitors
 from qwq_mlx.generate.output import Output
 from qwq_mlx.generate.request import Request
 from qwq_mlx.options import Sampling
-from qwq_mlx.reasoning.loops.detector import Loop
+from qwq_mlx.reasoning.loops import Loop
 from qwq_mlx.trace.trace import FinishReason, Injection, Step
 
 __all__ = ["Inject", "Rewind", "Run"]

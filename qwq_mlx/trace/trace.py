@@ -18,7 +18,8 @@ from typing import Any, Literal
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.json_dataclass import FieldError, from_json_value
 from qwq_mlx.options import CUE_PATIENCE
-from qwq_mlx.reasoning.loops.detector import LoopScores
+from qwq_mlx.reasoning.answer import Segment
+from qwq_mlx.reasoning.loops import LoopScores
 from qwq_mlx.trace.timings import Timings
 from qwq_mlx.trace.trace_file import read_trace, write_trace
 
@@ -27,7 +28,6 @@ __all__ = ["SCHEMA_VERSION", "Alternative", "FinishReason", "Injection", "Step",
 SCHEMA_VERSION = 2
 
 FinishReason = Literal["stop", "answered", "length", "budget", "loop", "context_full", "interrupted"]
-Segment = Literal["thinking", "answer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

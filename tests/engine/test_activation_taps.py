@@ -16,7 +16,7 @@ from qwq_mlx.errors import GenerationError, OptionError
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
-from qwq_mlx.reasoning.loops.detector import LoopDetector, LoopOptions
+from qwq_mlx.reasoning.loops import LoopDetector, LoopOptions
 
 pytestmark = pytest.mark.tiny
 ALL = Inspect(top_k=5, hidden_layers=(0, 1, 2), loop_scores=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from qwq_mlx.generate.checkpoint.state import InspectedSteps
 from qwq_mlx.options import Inspect
-from qwq_mlx.reasoning.loops.detector import LoopScores
+from qwq_mlx.reasoning.loops import LoopScores
 from qwq_mlx.trace.trace import Alternative, Step
 
 __all__ = ["HIDDEN", "hidden_rows", "inspected_steps", "with_inspected"]

@@ -25,7 +25,7 @@ from qwq_mlx.reasoning.answer.rules import LAST_LINES, MARK, REPLIES, LastLine, 
 from qwq_mlx.reasoning.answer.split import Candidate, Kind, Place, Segment, Split
 from qwq_mlx.reasoning.profile import Profile
 
-__all__ = ["Segment", "Split", "Splitter", "extract"]
+__all__ = ["Splitter", "extract"]
 
 _PIECE = 1024  # characters scanned at once
 _FAR = 1_500  # characters after a mark from which on it is less likely to be the last word
