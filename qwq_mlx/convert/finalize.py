@@ -14,7 +14,6 @@ import platform
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from qwq_mlx.files.manifest import (
     write_manifest,
 )
 from qwq_mlx.model.process_memory import peak_memory_bytes
+from qwq_mlx.model.upstream import package_version
 from qwq_mlx.quality.report import REPORT_NAME, ReportFacts, report_page
 from qwq_mlx.quality.result import Quality
 
@@ -56,7 +56,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "recipe": plan.recipe.text,
         "calibration": None if plan.calibration is None else plan.calibration.as_mapping(),
         "block_bytes": BLOCK_BYTES,
-        "versions": {name: _version(name) for name in ("qwq_mlx", "mlx", "numpy")},
+        "versions": _versions(),
     }
 
 
@@ -98,7 +98,7 @@ def finish(
         recipe=plan.recipe.as_mapping(),
         fit=plan.fit,
         calibration=None if plan.calibration is None else plan.calibration.as_mapping(),
-        versions={name: _version(name) for name in ("qwq_mlx", "mlx", "numpy")} | {"python": platform.python_version()},
+        versions=_versions() | {"python": platform.python_version()},
         files=files,
         tensors=tensors,
         run={**run, "peak_memory_bytes": peak_memory_bytes()},
@@ -208,7 +208,7 @@ def _report_facts(plan: Plan, tensors: Mapping[str, TensorRecord]) -> ReportFact
         output_bytes=plan.output_bytes,
         bits_per_weight=plan.bits_per_weight,
         tensor_errors={name: each.relative_error for name, each in tensors.items() if each.relative_error is not None},
-        versions={name: _version(name) for name in ("qwq_mlx", "mlx", "numpy")},
+        versions=_versions(),
     )
 
 
@@ -222,8 +222,6 @@ def _source_record(plan: Plan, small: Mapping[str, bytes], done: Mapping[str, Do
     return SourceRecord(repository=plan.origin.repository, commit=plan.origin.commit, files=files)
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name.replace("_", "-"))
-    except PackageNotFoundError:
-        return "not installed"  # run from a checkout
+def _versions() -> dict[str, str]:
+    """Of the packages that decide the bytes."""
+    return {name: package_version(name) for name in ("qwq_mlx", "mlx", "numpy")}

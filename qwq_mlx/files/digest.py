@@ -1,4 +1,4 @@
-"""sha256 of files, and of a shard's header and tensors in the same pass.
+"""sha256 of files, of JSON values, and of a shard's header and tensors in the same pass.
 
 Does not: compare digests with anything (`manifest` does).
 """
@@ -6,17 +6,19 @@ Does not: compare digests with anything (`manifest` does).
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.header import Header
 from qwq_mlx.files.reading import open_to_read
 
-__all__ = ["Progress", "ShardDigest", "sha256_file", "sha256_header", "sha256_shard"]
+__all__ = ["Progress", "ShardDigest", "sha256_file", "sha256_header", "sha256_json", "sha256_shard"]
 
 Progress = Callable[[int], object]  # called with the number of bytes done since the last call
 
@@ -41,6 +43,15 @@ def sha256_file(path: Path, progress: Progress | None = None) -> str:
             if progress is not None:
                 progress(len(block))
     return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """sha256 of a JSON value, whatever the order of its keys: what a file says of itself.
+
+    >>> sha256_json({"b": 1, "a": [2]}) == sha256_json({"a": [2], "b": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_header(header: Header) -> str:

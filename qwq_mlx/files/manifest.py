@@ -43,6 +43,7 @@ from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.checkpoint import SUFFIX
 from qwq_mlx.files.digest import Progress, ShardDigest, sha256_file, sha256_header, sha256_shard
 from qwq_mlx.files.header import read_header
+from qwq_mlx.files.json_dataclass import FieldError, from_json_value
 from qwq_mlx.files.json_object import read_json_object
 
 __all__ = [
@@ -146,9 +147,9 @@ def read_manifest(folder: Path) -> Manifest:
     if _encode(value, schema) != raw:
         raise SourceError(f"{path}: its digest is {str(digest)[:80]!r}, which its content does not have. {_ADVICE}")
     try:
-        return _decode({**_ADDED_SINCE[schema], **value})
-    except (KeyError, TypeError, AttributeError) as error:  # only a forged digest leads here
-        raise SourceError(f"{path}: lacks a field of schema {schema} ({error}). {_ADVICE}") from error
+        return from_json_value({**_ADDED_SINCE[schema], **value}, Manifest)
+    except FieldError as error:  # only a forged digest leads here
+        raise SourceError(f"{path}: is not of schema {schema}: {error}. {_ADVICE}") from error
 
 
 def check_sizes(folder: Path) -> Manifest:
@@ -270,27 +271,3 @@ def _encode(content: Mapping[str, Any], schema: int) -> bytes:
         return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
     return spoken(hashlib.sha256(spoken("")).hexdigest())
-
-
-def _decode(value: Mapping[str, Any]) -> Manifest:
-    source = value["source"]
-    return Manifest(
-        source=SourceRecord(
-            repository=source["repository"], commit=source["commit"], files=_file_records(source["files"])
-        ),
-        recipe=value["recipe"],
-        fit=value["fit"],
-        calibration=value["calibration"],
-        versions=value["versions"],
-        files=_file_records(value["files"]),
-        tensors={
-            name: TensorRecord(**{**record, "shape": tuple(record["shape"])})
-            for name, record in value["tensors"].items()
-        },
-        run=value["run"],
-        quality=value["quality"],
-    )
-
-
-def _file_records(records: Mapping[str, Mapping[str, Any]]) -> dict[str, FileRecord]:
-    return {name: FileRecord(**record) for name, record in records.items()}

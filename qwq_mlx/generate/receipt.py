@@ -18,17 +18,18 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from qwq_mlx.errors import SavingError, SourceError
 from qwq_mlx.files.atomic import write_file
+from qwq_mlx.files.digest import sha256_json
 from qwq_mlx.files.json_dataclass import FieldError, from_json_value
 from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.generate.checkpoint.file import model_digest
 from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.load import LoadedModel
+from qwq_mlx.model.upstream import package_version
 from qwq_mlx.trace.trace import Trace
 
 __all__ = ["Receipt", "here", "make_receipt", "read_receipt", "text_digest"]
@@ -62,7 +63,7 @@ class Receipt:
     def save(self, path: str | Path) -> None:
         """Write it as JSON; it appears whole or not at all. Raises SavingError where the disk does not take it."""
         values = {"format": _FORMAT, "schema_version": _SCHEMA, **asdict(self)}
-        values["sha256"] = _digest(values)
+        values["sha256"] = sha256_json(values)
         try:
             write_file(Path(path), (json.dumps(values, ensure_ascii=False) + "\n").encode())
         except OSError as error:
@@ -94,7 +95,7 @@ def here(model: LoadedModel) -> dict[str, Any]:
     return {
         "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
         "template_sha256": text_digest(model.tokenizer.chat_template or ""),
-        "versions": {**{name: _version(name) for name in _PACKAGES}, "python": platform.python_version()},
+        "versions": {**{name: package_version(name) for name in _PACKAGES}, "python": platform.python_version()},
         "backend": backend_name(),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -109,7 +110,7 @@ def read_receipt(path: str | Path) -> Receipt:
             f"{_FORMAT!r} of schema {_SCHEMA}. {_ADVICE}"
         )
     sealed = values.pop("sha256", None)
-    if sealed != _digest(values):
+    if sealed != sha256_json(values):
         raise SourceError(f"{path}: the sha256 does not fit, so the receipt is damaged or edited. {_ADVICE}")
     del values["format"], values["schema_version"]
     try:
@@ -125,14 +126,3 @@ def text_digest(text: str) -> str:
 
 def _ids_digest(ids: Sequence[int]) -> str:
     return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "none"

@@ -8,13 +8,14 @@ Does not: load a model (`load` does).
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 from types import ModuleType
 from typing import Any
 
 from qwq_mlx.errors import BackendError
 
-__all__ = ["import_mlx", "import_mlx_lm", "import_transformers"]
+__all__ = ["import_mlx", "import_mlx_lm", "import_transformers", "package_version"]
 
 
 def import_mlx() -> ModuleType:
@@ -53,6 +54,14 @@ def import_mlx_lm(name: str) -> Any:
 
 def _keep_limit(resource: int, limits: tuple[int, int], /) -> None:
     """Stand-in for resource.setrlimit while mlx_lm is imported."""
+
+
+def package_version(name: str) -> str:
+    """The version of an installed package; "none" where it is not (this one may run from a checkout)."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def import_transformers() -> Any:

@@ -87,7 +87,7 @@ def test_another_recipe_or_version_or_tokenizer_is_never_mixed_in(
         recipe="pocket-4bit",
     )
     with monkeypatch.context() as patch:
-        patch.setattr("qwq_mlx.convert.finalize._version", lambda name: "99")
+        patch.setattr("qwq_mlx.convert.finalize.package_version", lambda name: "99")
         resume_refused(source, output, r"versions\.mlx: was '0.*', is '99'")
     config = source / "tokenizer_config.json"
     before = config.read_bytes()

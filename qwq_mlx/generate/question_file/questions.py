@@ -8,13 +8,13 @@ Does not: compare answers with "expected" (it is passed on), or make prompts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qwq_mlx.errors import PromptError, SourceError
+from qwq_mlx.files.digest import sha256_json
 from qwq_mlx.model.prompt import Messages, conversation
 
 __all__ = ["Question", "read_questions"]
@@ -90,5 +90,5 @@ def _question(line: bytes, where: str, index: int, system_prompt: str | None) ->
         conversation(messages, system_prompt=system_prompt)
     except PromptError as error:
         raise SourceError(f"{where}: {error}") from error
-    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    digest = sha256_json(value)
     return Question(index=index, id=question_id, messages=messages, expected=value.get("expected"), sha256=digest)
