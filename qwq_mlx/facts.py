@@ -18,7 +18,7 @@ class ModelFacts:
     """One published model.
 
     repository: the Hub's name, or None for a model that ships with the package.
-    n_shards, source_bytes: safetensors shards and the bytes of all tensors in them (bfloat16).
+    source_bytes: of all tensors in the checkpoint (bfloat16).
     profile: name of the reasoning profile (`qwq_mlx.reasoning.profile`).
     system_prompt: what the chat template writes when the conversation has no system message; None if it writes nothing.
     """
@@ -31,7 +31,6 @@ class ModelFacts:
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
-    n_shards: int
     source_bytes: int | None
     profile: str
     system_prompt: str | None
@@ -51,7 +50,6 @@ QWQ_32B_PREVIEW = ModelFacts(
     num_attention_heads=40,
     num_key_value_heads=8,
     vocab_size=152_064,
-    n_shards=17,
     source_bytes=65_527_752_704,
     profile="qwq-preview",
     system_prompt=_QWQ_PREVIEW_SYSTEM,
@@ -67,7 +65,6 @@ QWQ_32B = ModelFacts(
     num_attention_heads=40,
     num_key_value_heads=8,
     vocab_size=152_064,
-    n_shards=14,
     source_bytes=65_527_752_704,
     profile="qwq-tagged",
     system_prompt=None,
@@ -83,7 +80,6 @@ POCKET = ModelFacts(
     num_attention_heads=4,
     num_key_value_heads=2,
     vocab_size=576,
-    n_shards=2,
     source_bytes=None,
     profile="qwq-preview",
     system_prompt=_QWQ_PREVIEW_SYSTEM,

@@ -132,11 +132,6 @@ class Plan:
         return self.recipe.fit if self.calibration is None else "calibrated"
 
     @property
-    def peak_disk_bytes(self) -> int:
-        """The output, and what is fetched."""
-        return self.output_bytes + self.fetched_bytes
-
-    @property
     def checkpoint(self) -> Checkpoint:
         """The source's files and tensors."""
         return self.origin.checkpoint

@@ -30,7 +30,6 @@ __all__ = [
     "DTYPE_BYTES",
     "Header",
     "TensorEntry",
-    "encode_header",
     "place_tensors",
     "read_header",
     "read_header_by",
@@ -134,14 +133,14 @@ def place_tensors(
         end = position + math.prod(shape) * DTYPE_BYTES[dtype]
         entries.append(TensorEntry(name, dtype, shape, position, end))
         position = end
-    head = encode_header(entries, metadata)
+    head = _encode_header(entries, metadata)
     return head, tuple(
         TensorEntry(entry.name, entry.dtype, entry.shape, entry.start + len(head), entry.end + len(head))
         for entry in entries
     )
 
 
-def encode_header(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None) -> bytes:
+def _encode_header(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None) -> bytes:
     """The length and JSON header of a file that holds these tensors one after another, padded to a multiple of 8.
 
     entries: in the order of the data, without holes; only their distance from the first entry's start is written, so

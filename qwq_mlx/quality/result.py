@@ -9,7 +9,7 @@ Does not: run models, or say what is good enough.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,13 +79,6 @@ class Quality:
     def as_mapping(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)
-
-    @classmethod
-    def from_mapping(cls, value: Mapping[str, Any]) -> Quality:
-        """The inverse of `as_mapping`."""
-        worst = tuple(WorstToken(**each) for each in value["worst"])
-        histogram = tuple(value["kl_histogram"])
-        return cls(**{**value, "kl_histogram": histogram, "drift": tuple(value["drift"]), "worst": worst})
 
 
 def summarise(measured: Measured, text: QualityText, tokenizer: LoadedTokenizer) -> Quality:

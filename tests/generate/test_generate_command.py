@@ -517,9 +517,3 @@ def test_help_names_every_flag_and_answers_before_anything_heavy_is_imported() -
         assert flags[0] in done.stdout
     for flag in ("--json", "--quiet", "--save", "--resume"):
         assert flag in done.stdout
-
-
-def test_every_flag_is_named_by_a_test() -> None:
-    flags = {flag for action in command._parser()._actions for flag in action.option_strings if flag.startswith("--")}
-    texts = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parents[1].rglob("test_*.py"))
-    assert [flag for flag in sorted(flags - {"--help"}) if f'"{flag}"' not in texts] == []

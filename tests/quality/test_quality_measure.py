@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from qwq_mlx.model.load import load_model
 from qwq_mlx.model.tokenizer import load_tokenizer
 from qwq_mlx.quality.divergence import Divergence
 from qwq_mlx.quality.measure import measure
-from qwq_mlx.quality.result import Quality, summarise
+from qwq_mlx.quality.result import summarise
 from qwq_mlx.quality.text import QualityText, Window
 
 pytestmark = pytest.mark.tiny
@@ -124,13 +123,6 @@ def test_a_model_against_itself_has_lost_nothing_and_several_are_measured_in_one
     assert totals == {2 * files.checkpoint.tensor_bytes + conversion.checkpoint.tensor_bytes}
     assert done == sorted(done)
     assert done[-1] > 0.7 * totals.pop()
-
-
-def test_a_record_comes_back_from_json(tiny_checkpoint: Path, packed: Path) -> None:
-    tokenizer = load_tokenizer(tiny_checkpoint, vocab_size=320)
-    measured = measure(open_model_folder(tiny_checkpoint), [open_model_folder(packed)], TEXT)[0]
-    quality = summarise(measured, TEXT, tokenizer)
-    assert Quality.from_mapping(json.loads(json.dumps(quality.as_mapping()))) == quality
 
 
 def test_a_model_of_another_shape_is_refused_with_each_difference(tiny_checkpoint: Path, tmp_path: Path) -> None:

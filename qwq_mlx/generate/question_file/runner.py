@@ -55,12 +55,6 @@ class BatchProgress:
     seconds: float
     last: dict[str, Any] | None
 
-    @property
-    def seconds_left(self) -> float | None:
-        """At the pace of this run; None before its first question is done."""
-        n_now = self.n_done - self.n_before
-        return self.seconds / n_now * (self.n_total - self.n_done) if n_now else None
-
 
 class QuestionFile:
     """Answers questions into an open Results; `stop()` ends it after the token under way, that question unwritten."""
