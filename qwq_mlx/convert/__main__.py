@@ -89,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
         dest="n_workers",
         help="number of quantization threads (default: one per core)",
     )
+    _add_quality(parser)
+    add_output(parser, json="print the result as one line of JSON")
+    return parser
+
+
+def _add_quality(parser: argparse.ArgumentParser) -> None:
     judged = parser.add_mutually_exclusive_group()
     judged.add_argument(
         "--quality",
@@ -99,14 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         "sources up to 2 GB; for the 32B it takes minutes on a Mac, and the plan (--dry-run) says about how many",
     )
     judged.add_argument("--no-quality", action="store_true", help="do not compare")
-    add(
+    parser.add_argument(
         "--quality-tokens",
         type=int,
         metavar="N",
         help="maximum number of tokens of that text, context included (default: 2048)",
     )
-    add_output(parser, json="print the result as one line of JSON")
-    return parser
 
 
 class _Once(argparse.Action):
