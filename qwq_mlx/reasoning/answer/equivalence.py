@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 from qwq_mlx.reasoning.answer.expression import MAX_CHARS, Formula, NotAFormula, is_same_value
 from qwq_mlx.reasoning.answer.math_verify import is_mathematical, is_same_by_algebra
@@ -28,6 +29,10 @@ _UNIT = re.compile(
     r"(?:\s*\\(?:text|mbox|mathrm|textrm|textbf)\{(?P<unit>[^{}]*)\}(?:\^\{?\d\}?)?"
     r"|\s+(?P<words>[A-Za-z][A-Za-z /²³^]*\d?)|\s*(?P<han>[\u3400-\u9fff]{1,6}))\s*$",
     re.DOTALL,
+)
+_MONEY = re.compile(
+    r"(?P<sign>\\?\$)?\s*(?P<number>\d[\d,]*(?:\.\d+)?)\s*(?:(?P<dollars>dollars?|USD)|(?P<cents>cents?|¢))?",
+    re.IGNORECASE,
 )
 _CHOICE = re.compile(r"[(\[<]?\s*([A-J])\s*[)\]>]?(?:[.:]\s*.*|\)\s+.*)?$", re.DOTALL)
 
@@ -50,9 +55,16 @@ def normalise(answer: str) -> str:
 
 
 def compare(left: str, right: str) -> bool:
-    """Whether two answers say the same; symmetric, bounded time, and never an error whatever the texts."""
+    """Whether two answers say the same; symmetric, bounded time, and never an error whatever the texts.
+
+    >>> compare("1/2", "0.5"), compare("$5", "500 cents"), compare("x = 2 or x = -2", "-2, 2")
+    (True, True, True)
+    """
     if normalise(left) == normalise(right):
         return True
+    cents = [_cents(each) for each in (left, right)]
+    if None not in cents:
+        return cents[0] == cents[1]
     left, right = _bare(left), _bare(right)
     if len(left) > MAX_CHARS or len(right) > MAX_CHARS:
         return False
@@ -174,10 +186,22 @@ def _bare(text: str) -> str:
         if (re.fullmatch(r"[^\d]*\d{1,3}(?:,\s*\d{3})+(?!\d).*", text, re.DOTALL) and not _OPENS.match(text))
         else text
     )
-    return re.sub(r"\\?\$|\\%|%", "", text).strip()
+    text = _SPACED_THOUSANDS.sub(lambda number: re.sub(r"\s", "", number[0]), text)
+    return re.sub(r"\\?\$|(?<!%)\\?%(?!\\?%)", "", text).strip()
 
 
+_SPACED_THOUSANDS = re.compile(r"^[-+−]?[$€£¥]?\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?![\d ])")
 _OPENS = re.compile(r"\s*(?:\\\{|[(\[{])")
+
+
+def _cents(text: str) -> Fraction | None:
+    """An amount that says whether it is in dollars or cents, in cents."""
+    plain = re.sub(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}", r"\1", text[:MAX_CHARS]).strip(" .*`")
+    money = _MONEY.fullmatch(re.sub(r"^\$(.+)\$$", r"\1", plain))
+    if money is None:
+        return None
+    value = Fraction(money["number"].replace(",", ""))
+    return value if money["cents"] else 100 * value if money["sign"] or money["dollars"] else None
 
 
 def _is_balanced(text: str) -> bool:
@@ -283,4 +307,4 @@ def _both_signs(part: str) -> list[str]:
 
 
 def _words(text: str) -> str:
-    return " ".join(re.findall(r"[^\W_]+", normalise(text)))
+    return " ".join(re.findall(r"[^\W_]+|%", normalise(text)))

@@ -9,6 +9,7 @@ Does not: know what a formula means (`expression` does), or accept words: "east"
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
 __all__ = ["MAX_CHARS", "NotAFormula", "tokens_of"]
@@ -17,7 +18,7 @@ MAX_CHARS = 600
 """Characters of a formula; a longer text is none."""
 
 _TOKEN = re.compile(
-    r"\s+|(?P<based>\d+_(?:\{\d+\}|\d))|(?P<number>\d+\.?\d*|\.\d+)|(?P<command>\\[a-zA-Z]+)|(?P<letter>[a-zA-Z])"
+    r"\s+|(?P<based>\d+_(?:\{\d+\}|\d))|(?P<number>\d+(?:\.\d+)?[eE][-+]?\d{1,3}(?![\d.])|\d+\.?\d*|\.\d+)|(?P<command>\\[a-zA-Z]+)|(?P<letter>[a-zA-Z])"
     r"|(?P<sign>[-+*/^!(){}\[\]|_=,:']|\*\*)"
 )
 _WORDS = re.compile(
@@ -35,8 +36,9 @@ def tokens_of(text: str) -> list[tuple[str, str]]:
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r"(?<=\d),(?:\s*)(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(\d{1,20})\.(\d{0,20})\\(?:overline|dot|bar)\s*\{(\d{1,20})\}", _recurring, text)
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\circ|\\degree|°|\\?%", " ", text)
+    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\circ|\\degree|°|(?<!%)\\?%(?!\\?%)", " ", text)
     text = text.replace("π", "\\pi ").replace("√", "\\sqrt ").replace("−", "-").replace("×", "*").replace("·", "*")
+    text = re.sub(r"[¼-¾⅐-⅞]", _vulgar, text)
     text = text.replace("∞", "\\infty ").replace("²", "^2").replace("³", "^3").replace("**", "^")
     text = _WORDS.sub(lambda found: "\\" + ("infty" if found[1] == "infinity" else found[1]) + " ", text)
     tokens, at = [], 0
@@ -52,6 +54,12 @@ def tokens_of(text: str) -> list[tuple[str, str]]:
     if re.search(r"[a-zA-Z]{3}", run) or not tokens:
         raise NotAFormula("words")
     return tokens
+
+
+def _vulgar(char: re.Match[str]) -> str:
+    """½ as \\frac{1}{2}: behind a number it makes a mixed one."""
+    value = Fraction(unicodedata.numeric(char[0])).limit_denominator(10)
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _recurring(found: re.Match[str]) -> str:
