@@ -1,0 +1,84 @@
+"""Draw the two figures of the README: docs/figures/recipes.svg from recipes.json beside it, and docs/figures/trace.svg.
+
+    python scripts/draw_figures.py [recipes | trace]
+
+recipes: bytes against equations solved, off the pocket's training grid; the JSON file names the commands that measured
+the numbers, and docs/benchmarks.md has them as tables. trace: one Game of 24 by the bundled pocket model, drawn by
+`qwq_mlx.plot_trace`. Needs the extra "plot".
+
+Does not: measure a recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+FIGURES = Path(__file__).resolve().parent.parent / "docs" / "figures"
+sys.path.insert(0, str(FIGURES.parent.parent))
+
+QUESTION = "Use the numbers 2, 5, 7, 9 with + - * / to get 24."
+COLORS = ("#1f4e79", "#c0392b", "#2e8b57", "#888888", "#b07d2b", "#8e44ad", "#444444")
+MARKERS = "osDxv^+"
+CONNECTED = ("our recipes", "ours, --target-size")  # of the others there are only 2, 3 and 4 bits
+
+
+def main() -> int:
+    """Draw what was asked for, all by default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    draw = {"recipes": draw_recipes, "trace": draw_trace}
+    parser.add_argument("figure", nargs="?", choices=draw, help="the one to draw (default: both)")
+    chosen = parser.parse_args().figure
+    # Text stays text, and date and ids are fixed: a figure is small and changes only with its numbers.
+    os.environ["SOURCE_DATE_EPOCH"] = "0"
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    matplotlib.rcParams["svg.hashsalt"] = "qwq_mlx"
+    for name in [chosen] if chosen else draw:
+        path = FIGURES / f"{name}.svg"
+        draw[name](path)
+        print(f"{path}: {path.stat().st_size:,} bytes")
+    return 0
+
+
+def draw_recipes(path: Path) -> None:
+    """Bytes against equations solved, one line a method."""
+    data = json.loads((FIGURES / "recipes.json").read_text(encoding="utf-8"))
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    sizes = data["gb_of_the_32b"]
+    for series, color, marker in zip(data["series"], COLORS, MARKERS, strict=True):
+        names = sorted(series["solved"], key=lambda name: sizes[name])
+        axes.plot(
+            [sizes[name] for name in names],
+            [series["solved"][name] for name in names],
+            linestyle="-" if series["name"] in CONNECTED else "none",
+            color=color,
+            marker=marker,
+            label=series["name"],
+        )
+    axes.set_xlabel("size of the 32B in the same format, GB")
+    axes.set_ylabel(f"held-out equations solved of {data['n_problems']}")
+    axes.set_title(f"Measured on {data['model']}", fontsize=10)
+    axes.set_ylim(-10, 520)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=9)
+    figure.savefig(path)
+
+
+def draw_trace(path: Path) -> None:
+    """One run of the bundled model: where it was unsure, and what it answered."""
+    import qwq_mlx
+    from qwq_mlx.pocket import FOLDER
+
+    trace = qwq_mlx.load(FOLDER).generate(QUESTION, sampling=qwq_mlx.Sampling(temperature=0.7, seed=1))
+    qwq_mlx.plot_trace(trace, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
