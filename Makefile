@@ -1,4 +1,5 @@
 # Two commands for a new clone: `make demo` solves a puzzle with a model converted here, `make test` runs every test.
+# `make format`, `lint`, `types`, `bench` and `docs` are for those who change something (docs/contributing.md).
 # No activated environment is needed; paths are relative, so the folder's name may hold spaces.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ TEST_READY := $(VENV)/test-installed$(if $(ORACLES),-oracles)
 POCKET := conversions/pocket-4bit
 QUESTION := Please add a pair of parentheses to the incorrect equation: 1 + 2 * 3 + 4 * 5 + 6 * 7 + 8 * 9 = 479, to make the equation true.
 
-.PHONY: demo test check clean
+.PHONY: demo test check format lint types bench docs clean
 
 demo: $(VENV)/demo-installed
 	$(PY) -m qwq_mlx.convert --source qwq_mlx/pocket/checkpoint --output $(POCKET) --recipe pocket-4bit --force
@@ -26,6 +27,23 @@ test: $(TEST_READY)
 	PYTHON=$(PY) sh scripts/check
 
 check: test
+
+format: $(TEST_READY)
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+lint: $(TEST_READY)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+
+types: $(TEST_READY)
+	$(PY) -m mypy
+
+bench: $(VENV)/demo-installed
+	$(PY) -m qwq_mlx.bench
+
+docs: $(TEST_READY)
+	$(PY) scripts/make_docs.py
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
