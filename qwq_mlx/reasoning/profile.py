@@ -1,4 +1,4 @@
-"""How a model marks its reasoning: one `Profile` per family, as data, found by name.
+"""How a model marks its reasoning: one `Profile` per family, as data.
 
 QwQ-32B-Preview writes no tags. It thinks in plain paragraphs and usually ends with a heading and a box:
 "**Final Answer**", blank line, "\\[ \\boxed{...} \\]". Later models put the thinking between <think> and </think>, and
@@ -20,6 +20,7 @@ __all__ = ["PROFILES", "Profile", "find_profile"]
 class Profile:
     """How one family of models separates thinking from answer.
 
+    name: as `find_profile` takes it.
     open_tag, close_tag: around the thinking; None for a family without tags. Both or neither.
     cue: text that ends the thinking and asks for the answer when it is put into the output; it stands after a line
     break of its own, so it does not begin with one.
@@ -57,7 +58,11 @@ PROFILES = {profile.name: profile for profile in (_PREVIEW, _TAGGED)}
 
 
 def find_profile(name: str) -> Profile:
-    """The profile of that name. Raises OptionError listing the names there are."""
+    """The profile of that name. Raises OptionError listing the names there are.
+
+    >>> find_profile("qwq-tagged").close_tag
+    '</think>'
+    """
     if name not in PROFILES:
         raise OptionError(f"reasoning profile {name!r} is unknown, expected one of: {', '.join(sorted(PROFILES))}.")
     return PROFILES[name]

@@ -40,7 +40,14 @@ class Quoting(NamedTuple):
 
 
 def followed(state: Quoting, char: str, *, brackets: bool = False) -> Quoting:
-    """The state behind one character more. brackets: round brackets open too."""
+    """The state behind one character more. brackets: round brackets open too.
+
+    >>> state = Quoting()
+    >>> for char in 'He said "ye':
+    ...     state = followed(state, char)
+    >>> state.is_open
+    True
+    """
     closers, before = state
     if char == "\n":
         return Quoting()

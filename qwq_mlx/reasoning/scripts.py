@@ -42,7 +42,11 @@ def script_of(char: str) -> str | None:
 
 
 def scripts_of(text: str) -> dict[str, int]:
-    """Letters of each script in a text, the most frequent first."""
+    """Letters of each script in a text, the most frequent first.
+
+    >>> scripts_of("Let me think: 所以")
+    {'Latin': 10, 'Han': 2}
+    """
     counts: dict[str, int] = {}
     for char in text:
         script = script_of(char)
@@ -64,8 +68,10 @@ def allowed(text: str, scripts: Iterable[str]) -> bool:
 class Switch:
     """A step with letters of other scripts than the prompt's.
 
-    start, end: the step's token indices, end not included; at: the token with the first foreign letter. scripts:
-    letters of each foreign script. share: foreign letters of all letters in the step, 0 to 1.
+    start, end: the step's token indices, end not included.
+    at: the token with the first foreign letter.
+    scripts: letters of each foreign script.
+    share: foreign letters of all letters in the step, 0 to 1.
     """
 
     start: int
@@ -78,8 +84,12 @@ class Switch:
 class ScriptWatcher:
     """Feed each token's text; a step is a line. `feed` returns a Switch when a line with foreign letters ends.
 
-    prompt: the user's question; its scripts are at home. Latin is so too, but for whole steps in it where the prompt is
-    mostly in another script.
+    prompt: the user's question. Its scripts are no switch, and neither is Latin, except for whole steps in it where the
+    prompt is mostly in another script.
+
+    >>> watcher = ScriptWatcher("What is 2 + 3?")
+    >>> watcher.feed("所以是5。\\n").scripts
+    (('Han', 3),)
     """
 
     def __init__(self, prompt: str) -> None:
@@ -106,14 +116,14 @@ class ScriptWatcher:
 
     def feed(self, text: str) -> Switch | None:
         """Take one token's text."""
-        found = None
+        switch = None
         for char in text:
             if char == "\n":
-                found = self._end_step(self._n_tokens + 1) or found
+                switch = self._end_step(self._n_tokens + 1) or switch
             else:
                 self._take(char)
         self._n_tokens += 1
-        return found
+        return switch
 
     def finish(self) -> Switch | None:
         """The last step, which no line break ends."""

@@ -144,7 +144,7 @@ _ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii")
 
 
 def doubts(line: str, *, strictly: bool = False) -> bool:
-    """Whether a line takes back or doubts what stands before it.
+    """Whether a line takes back or doubts what came before it.
 
     strictly: only by phrases that no explanation of a finished answer uses ("Wait", "Hold on", "Hmm").
 
@@ -186,7 +186,7 @@ def is_example(line: str) -> bool:
 
 
 def is_remark(line: str) -> bool:
-    """Whether a line says only that what stands before it is right: "I'm confident in this answer."."""
+    """Whether a line says only that what came before it is right: "I'm confident in this answer."."""
     return len(line) <= 120 and bool(_REMARK.fullmatch(line)) and not re.search(r"\b[A-HJ]\b", line)
 
 
@@ -206,11 +206,11 @@ def part_of(line: str) -> int | None:
     >>> part_of("(b) y = 2"), part_of("2. y = 2"), part_of("(ii) y = 2"), part_of("y = 2")
     (2, 2, 2, None)
     """
-    found = _LABEL.match(line[:40])
-    if found is None:
+    label = _LABEL.match(line[:40])
+    if label is None:
         return None
-    if found["number"]:
-        return int(found["number"]) or None
-    if found["roman"]:
-        return _ROMAN.index(found["roman"].lower()) + 1
-    return ord(found["letter"].lower()) - ord("a") + 1
+    if label["number"]:
+        return int(label["number"]) or None
+    if label["roman"]:
+        return _ROMAN.index(label["roman"].lower()) + 1
+    return ord(label["letter"].lower()) - ord("a") + 1

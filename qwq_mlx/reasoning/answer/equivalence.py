@@ -166,9 +166,9 @@ def _bare(text: str) -> str:
         before = text
         text = re.sub(r"^\\[(\[]\s*(.*?)\s*\\[)\]]$", r"\1", text, flags=re.DOTALL)
         text = re.sub(r"^\$+\s*([^$]*?)\s*\$+$", r"\1", text)
-        found = re.match(r"^\\(?:text|mbox|mathrm|textrm|textbf|mathbf|boxed|fbox)\s*\{(.*)\}$", text, re.DOTALL)
-        if found and _is_balanced(found[1]):
-            text = found[1]
+        match = re.match(r"^\\(?:text|mbox|mathrm|textrm|textbf|mathbf|boxed|fbox)\s*\{(.*)\}$", text, re.DOTALL)
+        if match and _is_balanced(match[1]):
+            text = match[1]
         text = text.strip().rstrip(".。").strip()
         if text == before:
             break
@@ -217,12 +217,12 @@ def _choice(text: str) -> str | None:
     """The letter of a multiple-choice answer: "(C)", "C.", "C) 12"."""
     plain = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text).strip().strip("*")
     plain = re.sub(r"^(?:option|choice|answer)\s+", "", plain, flags=re.IGNORECASE)
-    found = _CHOICE.match(plain)
-    return found[1] if found else None
+    match = _CHOICE.match(plain)
+    return match[1] if match else None
 
 
 def _sides(text: str) -> tuple[str, str] | None:
-    signs = [found.start() for found in re.finditer(r"(?<![<>!=])=(?!=)", text)]
+    signs = [match.start() for match in re.finditer(r"(?<![<>!=])=(?!=)", text)]
     outer = [at for at in signs if text.count("{", 0, at) == text.count("}", 0, at)]  # not the one in \sum_{k=1}
     sides = [text[: outer[0]], text[outer[0] + 1 :]] if len(outer) == 1 else []
     return (sides[0], sides[1]) if len(sides) == 2 and sides[0].strip() and sides[1].strip() else None
@@ -248,10 +248,10 @@ def _value_side(text: str) -> str:
 
 
 def _unit(text: str) -> tuple[str, str]:
-    found = _UNIT.fullmatch(text.strip())
-    if not found:
+    match = _UNIT.fullmatch(text.strip())
+    if not match:
         return text, ""
-    return found["number"], (found["unit"] or found["words"] or found["han"] or "").strip()
+    return match["number"], (match["unit"] or match["words"] or match["han"] or "").strip()
 
 
 def _parts(text: str) -> tuple[str, list[str]]:

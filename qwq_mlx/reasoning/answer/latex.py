@@ -40,15 +40,15 @@ def tokens_of(text: str) -> list[tuple[str, str]]:
     text = text.replace("π", "\\pi ").replace("√", "\\sqrt ").replace("−", "-").replace("×", "*").replace("·", "*")
     text = re.sub(r"[¼-¾⅐-⅞]", _vulgar, text)
     text = text.replace("∞", "\\infty ").replace("²", "^2").replace("³", "^3").replace("**", "^")
-    text = _WORDS.sub(lambda found: "\\" + ("infty" if found[1] == "infinity" else found[1]) + " ", text)
+    text = _WORDS.sub(lambda match: "\\" + ("infty" if match[1] == "infinity" else match[1]) + " ", text)
     tokens, at = [], 0
     while at < len(text):
-        found = _TOKEN.match(text, at)
-        if found is None:
+        match = _TOKEN.match(text, at)
+        if match is None:
             raise NotAFormula(f"{text[at]!r} at character {at}")
-        if found.lastgroup:
-            tokens.append((found.lastgroup, found[0]))
-        at = found.end()
+        if match.lastgroup:
+            tokens.append((match.lastgroup, match[0]))
+        at = match.end()
     # A word ("east", "even") would otherwise be a product of letters.
     run = "".join(token if kind == "letter" else " " for kind, token in tokens)
     if re.search(r"[a-zA-Z]{3}", run) or not tokens:
@@ -62,8 +62,8 @@ def _vulgar(char: re.Match[str]) -> str:
     return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
-def _recurring(found: re.Match[str]) -> str:
+def _recurring(match: re.Match[str]) -> str:
     """0.1\\overline{6} as a fraction."""
-    whole, fixed, repeated = found.groups()
+    whole, fixed, repeated = match.groups()
     value = Fraction(int(whole + fixed + repeated) - int(whole + fixed), 10 ** len(fixed) * (10 ** len(repeated) - 1))
     return f"({value.numerator}/{value.denominator})"

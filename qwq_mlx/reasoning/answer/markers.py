@@ -43,10 +43,11 @@ _THINKING_ENDS = re.compile(rf"{_THINKING_END}[ \t]*$", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One mark. kind: "heading", "box", "tag", "open", "close", "sentence" or "line".
+    """One mark.
 
-    start, end: in characters of the whole text, end not included. value: a box's or tag's content, a line's text
-    (its last 4,096 characters).
+    kind: "heading", "box", "tag", "open", "close", "sentence" or "line".
+    start, end: in characters of the whole text, end not included.
+    value: a box's or tag's content, a line's text (its last 4,096 characters).
     """
 
     kind: str
@@ -112,18 +113,18 @@ class Scanner:
         self._kept += text
         self._head += text[: _REACH - len(self._head)]
         self.n_chars += len(text)
-        while found := self._marks.search(self._kept, self._next - self._base):
-            self._next = self._base + found.end()
-            yield from self._one(found)
+        while match := self._marks.search(self._kept, self._next - self._base):
+            self._next = self._base + match.end()
+            yield from self._one(match)
         self._next = max(self._next, self.n_chars - _REACH)
         self._forget(self.n_chars)
         if len(self._kept) > 2 * _KEPT:  # cut rarely: the cost of a cut is spread over `_KEPT` characters
             self._base += len(self._kept) - _KEPT
             self._kept = self._kept[-_KEPT:]
 
-    def _one(self, found: re.Match[str]) -> Iterator[Mark]:
-        kind = found.lastgroup or ""
-        start, end = self._base + found.start(), self._base + found.end()
+    def _one(self, match: re.Match[str]) -> Iterator[Mark]:
+        kind = match.lastgroup or ""
+        start, end = self._base + match.start(), self._base + match.end()
         self._forget(end)
         if kind == "line":
             if _HEADING_LINE.fullmatch(self._slice(self._line, start)):
@@ -141,13 +142,13 @@ class Scanner:
             self._depth, self._tag = 0, None
             yield Mark(kind, start, end)
         elif kind == "name":
-            yield from self._answer_tag(found, start, end)
+            yield from self._answer_tag(match, start, end)
         elif kind == "sentence" and not self._depth:
             yield Mark("sentence", start, end)
         elif kind == "box" and not self._depth:
             self._depth, self._box, self._content = 1, start, end
         elif self._depth and kind in ("box", "brace"):
-            self._depth += -1 if found[0] == "}" else 1
+            self._depth += -1 if match[0] == "}" else 1
             if not self._depth:
                 yield Mark("box", self._box, end, self._slice(self._content, end - 1))
 
@@ -156,9 +157,9 @@ class Scanner:
         before = self._slice(start - 1, start)
         return start == self._line or before in (".", "!", "?", "}", "。") or bool(_THINKING_BEGINS.match(self._head))
 
-    def _answer_tag(self, found: re.Match[str], start: int, end: int) -> Iterator[Mark]:
-        name = found["name"].lower()
-        if found["begin"] in "<[":
+    def _answer_tag(self, match: re.Match[str], start: int, end: int) -> Iterator[Mark]:
+        name = match["name"].lower()
+        if match["begin"] in "<[":
             self._tag = (start, end, name)
         elif self._tag and self._tag[2] == name:
             yield Mark("tag", self._tag[0], end, self._slice(self._tag[1], start))

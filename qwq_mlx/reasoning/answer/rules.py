@@ -78,7 +78,7 @@ STATEMENTS: tuple[Words, ...] = (
     Rule("correction", 1.0, _says(sentences.CORRECTION),
          'A line that begins with "Correction:" or the like.', ("The answer is 7.\n\nCorrection: 8", "8")),
     Rule("it should be", 1.0, _says(sentences.SHOULD_BE),
-         "A number in a line that doubts what stood before it.",
+         "A number in a line that doubts what came before it.",
          ("The answer is 7.\n\nWait, no. It should be 8.", "8")),
     Rule("option is correct", 1.0, _says(sentences.CHOSEN),
          "A lettered or numbered option that is called correct, or ends the sentence.", ("Option C is correct.", "C")),

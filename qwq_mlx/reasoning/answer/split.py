@@ -28,7 +28,7 @@ class Split:
     conclusion_chars: in characters.
     answer: the extracted value as written (a box's or tag's content, a stated value), None where there is none.
     confidence: 0 to 1, how sure it is that this is the model's last word.
-    kind: what the answer was told by.
+    kind: the mark that gave the answer.
     is_revised: the text went on to doubt the answer without giving another.
     rule: the rows of `rules` that decided, from the outside in: "sentence / sentence / the answer is"; "" for none.
     """
@@ -56,7 +56,7 @@ class Place:
 class Candidate:
     """What may be the answer.
 
-    kind: the mark that it was found by.
+    kind: the mark that gave it.
     place: where its conclusion starts.
     end: the character behind its last mark.
     value: None where nothing was read yet, or nothing could be.

@@ -3,9 +3,9 @@
 The idea: three signs tell a search from a loop with other numbers in it. A number goes on in one direction from those
 in the same place, `_STREAK` times in a row and never there before (1, 2, 3; primes; powers; a countdown). A line's
 numbers, taken together, come after those of the last line of the same beginning (tuples in order). An equation between
-numbers never stood there before and holds (see `equations`). Words until about the next such number then are progress,
+numbers is new in the text and holds (see `equations`). Words until about the next such number then are progress,
 whatever they repeat. The number at a line's beginning only numbers the line, so there it counts only if the line also
-brings a number that never stood before. A count gives credit for `MAX_CREDIT` words, so that counting without end is
+brings a number that is new in the text. A count gives credit for `MAX_CREDIT` words, so that counting without end is
 not progress for ever.
 
 Does not: see a search in no order whose lines compute nothing.
@@ -30,7 +30,14 @@ _BEGINNING = 3  # words that two lines of one kind begin with
 
 
 class _Place(NamedTuple):
-    """What stood in one place: the last values and their word, steps in a row (up; down below 0), and equal ones."""
+    """What one place held.
+
+    values: its last numbers.
+    n_words: the word at which they came.
+    step: the difference from the number before.
+    streak: steps in one direction in a row, below 0 for steps down.
+    steady: equal steps in a row.
+    """
 
     values: tuple[float, ...]
     n_words: int
@@ -112,7 +119,7 @@ class CountWatcher:
         return True
 
     def _continues(self, values: tuple[float, ...], place: int, n_words: int) -> int | None:
-        """Where the last values in this place stood, if these go on in their direction and are new there; else None."""
+        """The word at which this place held its last values, if these go on from them and are new there; else None."""
         last = self._places.pop(place, None)
         if last is None:
             self._places[place] = _Place(values, n_words)

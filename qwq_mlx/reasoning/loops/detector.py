@@ -1,5 +1,5 @@
-"""Loops, found while they are written: exact cycles, variants of the same steps, one answer derived again and again,
-and doubt after doubt without anything new.
+"""Loops, reported while they are written: exact cycles, near repeats of the same steps, one answer stated again and
+again, and doubt after doubt without anything new.
 
 Four small finders, each with constant work per token and bounded memory, behind one door.
 
@@ -33,13 +33,17 @@ _MAX_SEEN = 20_000  # distinct words and pairs of words remembered
 class LoopOptions:
     """When to report a loop. Larger numbers report later and more rarely.
 
-    cycle_margin: tokens beyond three exact repetitions. soon_limit, near_limit, far_limit: sums of stale over fresh
-    words, for steps that return at once, for those that return changed, and for long rounds (see `near_repeats`).
-    n_candidates: how often one answer is stated within `candidate_tokens`. n_doubts: lines that open with a doubt
-    ("Wait") and bring at most one new word, each as the share of its pairs of words that stood before, less such a
-    share of new pairs in every other line, less each word never used before: a cumulative sum, never below zero.
-    The defaults stand well above the highest scores of 265 finished outputs (scripts/choose_limits.py has the rule, and
-    judges it on outputs that limits were not chosen by).
+    cycle_margin: tokens beyond three exact repetitions.
+    soon_limit: cumulative sum of stale over fresh words, for steps that return at once (see `near_repeats`).
+    near_limit: the same for steps that return changed.
+    far_limit: the same for long rounds.
+    n_candidates: how often one answer is stated within `candidate_tokens`.
+    candidate_tokens: the window for `n_candidates`, in tokens.
+    n_doubts: cumulative sum over lines, never below zero. A line that opens with a doubt ("Wait") and brings at most
+    one new word adds the share of its word pairs that occurred before; any other line subtracts its share of new
+    pairs, and every line one for each word never used before.
+
+    scripts/choose_limits.py chooses the defaults and judges them on outputs that they were not chosen by.
     Raises OptionError for a value that could never report, or would at once.
     """
 
@@ -68,10 +72,13 @@ class LoopOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
-    """A loop and its evidence. start, end: token indices of the repeating stretch as far as known, end not included.
+    """A loop and its evidence.
 
-    period: tokens from one repetition to the next, None where there is no regular one. score: repetitions for "cycle",
-    the cumulative sum for "variants" and "doubts", statements for "candidate". evidence: one line for a person.
+    kind: the finder that reports it.
+    start, end: token indices of the repeating stretch as far as known, end not included.
+    period: tokens from one repetition to the next, None where there is no regular one.
+    score: repetitions for "cycle", the cumulative sum for "variants" and "doubts", statements for "candidate".
+    evidence: one line for a person.
     """
 
     kind: LoopKind
@@ -93,7 +100,13 @@ class LoopScores:
 
 
 class LoopDetector:
-    """Watches one output. After a report, `feed` stays silent about that kind until `reset`."""
+    """Watches one output. After a report, `feed` stays silent about that kind until `reset`.
+
+    >>> detector = LoopDetector(LoopOptions(cycle_margin=8))
+    >>> loops = [detector.feed(token_id, "") for token_id in [1, 2, 3] * 10]
+    >>> [(loop.kind, loop.start, loop.period) for loop in loops if loop]
+    [('cycle', 0, 3)]
+    """
 
     def __init__(self, options: LoopOptions | None = None) -> None:
         self._options = options or LoopOptions()
@@ -169,16 +182,16 @@ class LoopDetector:
         )
 
     def _stale(self, text: str, index: int) -> Loop | None:
-        found = self._variants.feed(text, index)
-        if found is None or "variants" in self._reported:
+        variants = self._variants.feed(text, index)
+        if variants is None or "variants" in self._reported:
             return None
         return Loop(
             kind="variants",
-            start=found.start,
+            start=variants.start,
             end=index + 1,
-            period=found.period,
-            score=round(found.score, 1),
-            evidence=f"the same steps return about every {found.period:,} tokens with little that is new",
+            period=variants.period,
+            score=round(variants.score, 1),
+            evidence=f"the same steps return about every {variants.period:,} tokens with little that is new",
         )
 
     def _take_line(self, line: str, index: int) -> Loop | None:

@@ -95,9 +95,9 @@ class CycleFinder:
             if is_old or is_due:
                 key = (last - sums[n_ids - length] * power) % _PRIME
                 if is_old:
-                    found = notes.get(key)
-                    if found is not None:
-                        self._consider(place - found, length)
+                    earlier = notes.get(key)
+                    if earlier is not None:
+                        self._consider(place - earlier, length)
                     elif spacing == 1:
                         is_old = False
                 if is_due:

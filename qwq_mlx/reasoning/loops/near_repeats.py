@@ -1,13 +1,13 @@
 """Loops that are not exact: the same steps again with other names, numbers, openings or order.
 
-The idea: a run of four word templates (see `words`) is stale when it stood several times not long before. A reasoning
-that gets on is mostly fresh; one that goes round becomes stale and stays so. A cumulative sum adds 1 - drift for a
-stale word and takes drift for a fresh one, never below zero, and a loop is reported when it reaches its limit: the
-shortest delay for a given rate of false alarms (Page's test). Three such sums run side by side: `SOON` for steps that
-return at once and nearly word by word (once within 150 words), `NEAR` for those that return changed (twice within 300),
-`FAR` for long rounds (three times within 2,000). Numbers never count as
-stale, so tables of digits and lists of trials, whose news is their numbers, stay below; nor do words of a count that
-goes on (see `counting`), and new rows of a list take back what they added (see `rows`).
+The idea: a run of four word templates (see `word_templates`) is stale when it occurred several times not long before. A
+reasoning that makes progress is mostly fresh; one that goes round becomes stale and stays so. A cumulative sum adds 1 -
+drift for a stale word and takes drift for a fresh one, never below zero, and a loop is reported when it reaches its
+limit: the shortest delay for a given rate of false alarms (Page's test). Three such sums run side by side: `SOON` for
+steps that return at once and nearly word by word (once within 150 words), `NEAR` for those that return changed (twice
+within 300), `FAR` for long rounds (three times within 2,000). Numbers never count as stale, so tables of digits and
+lists of trials, whose news is their numbers, stay below; nor do words of a count that goes on (see `count_progress`),
+and new rows of a list take back what they added (see `list_progress`).
 
 Does not: understand a step. Rounds that share no run of four words, or are longer than about 650, are missed.
 """
@@ -29,8 +29,12 @@ _N_DISTANCES = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """When a run is stale: it stood `n_earlier` times within the last `horizon` words. drift: what a fresh word takes
-    from the sum, and 1 - drift what a stale one adds."""
+    """When a run of words is stale.
+
+    n_earlier: how often it occurred before,
+    horizon: within so many words.
+    drift: what a fresh word takes from the sum; a stale one adds 1 - drift.
+    """
 
     n_earlier: int
     horizon: int
@@ -46,8 +50,12 @@ _HORIZON = max(SOON.horizon, NEAR.horizon, FAR.horizon)
 
 @dataclass(frozen=True, slots=True)
 class Variants:
-    """Steps that keep returning. start: token where the first of them stands, as far as known; period: tokens from one
-    to the next, the median; score: the cumulative sum."""
+    """Steps that keep returning.
+
+    start: token of the first of them, as far as known.
+    period: tokens from one to the next, the median.
+    score: the cumulative sum.
+    """
 
     start: int
     period: int
@@ -91,8 +99,8 @@ class VariantsFinder:
         self._run: tuple[str, ...] = ()
         self._n_words = 0
         self._recent: deque[int] = deque()
-        self._places: dict[int, tuple[int, ...]] = {}  # run -> words where it stood last
-        self._tokens: dict[int, int] = {}  # run -> token where it stood last
+        self._places: dict[int, tuple[int, ...]] = {}  # run -> words of its last occurrences
+        self._tokens: dict[int, int] = {}  # run -> token of its last occurrence
 
     @property
     def scores(self) -> tuple[float, float, float]:
@@ -106,7 +114,7 @@ class VariantsFinder:
         return self._counts.covers(self._n_words)
 
     def forget(self) -> None:
-        """Begin anew: what comes may repeat what stood before."""
+        """Start again: what follows may repeat what came before."""
         for each in self._sums:
             each.value = 0.0
         self._at_line = [0.0] * len(self._sums)
@@ -126,7 +134,7 @@ class VariantsFinder:
         return None
 
     def _end_lines(self, n_lines: int) -> None:
-        """One line end or more stood before this word. A row of a list takes back what it added."""
+        """One line end or more came before this word. A row of a list takes back what it added."""
         self._n_lines += n_lines
         self._counts.end_line(self._n_words)
         if self._rows.end_line():

@@ -43,11 +43,11 @@ class TemplateReader:
         unfinished = _OPEN.search(tail)
         end = len(text) - len(tail) + (unfinished.start() if unfinished else len(tail))
         at = 0
-        for found in _WORD.finditer(text):
-            if found.end() > end and found.start() > len(text) - _REACH:
+        for word_match in _WORD.finditer(text):
+            if word_match.end() > end and word_match.start() > len(text) - _REACH:
                 break
-            at = found.end()
-            template = self._template(found[0])
+            at = word_match.end()
+            template = self._template(word_match[0])
             if template:
                 yield template
         self._open = text[max(at, end) :]
