@@ -51,10 +51,10 @@ _CHILD = """
 import sys
 from pathlib import Path
 from qwq_mlx.files.hub.download import Fetcher, RemoteFile
-from qwq_mlx.files.hub.retry import Patience
+from qwq_mlx.files.hub.retry import RetryPolicy
 endpoint, url, size, sha256, to = sys.argv[1:]
 file = RemoteFile(name="s.safetensors", url=url, size_bytes=int(size), sha256=sha256, blob_id=None)
-Fetcher(endpoint, token=None, patience=Patience()).fetch_file(file, Path(to))
+Fetcher(endpoint, token=None, retry=RetryPolicy()).fetch_file(file, Path(to))
 """
 
 

@@ -19,6 +19,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from qwq_mlx.files.hub.retry import RetryPolicy
+
 
 @dataclass(frozen=True)
 class Blob:
@@ -195,3 +197,14 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(302, Location=f"{self.server.cdn}/{blob.sha256}?signature=1")
         else:
             self.send_blob(blob, asked)
+
+
+class Waits:
+    """A clock that moves only by what a client waits, and how long that was each time."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def policy(self, *, timeout_s: float = 60.0) -> RetryPolicy:
+        """The usual policy by this clock. timeout_s: of connections; those are real."""
+        return RetryPolicy(timeout_s=timeout_s, clock=lambda: sum(self.seconds), sleep=self.seconds.append)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_tiny_checkpoint
-from hub_server import Handler, HubServer, Repository, Request
+from hub_server import Handler, HubServer, Repository, Request, Waits
 
 from qwq_mlx.convert import Progress, convert_checkpoint
 from qwq_mlx.errors import ConversionError, LoadError, OptionError, SourceError
-from qwq_mlx.files.hub.retry import Patience
 from qwq_mlx.files.manifest import verify_full
 
 NAME = "Qwen/QwQ-Tiny"
@@ -32,9 +31,7 @@ def server(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(
-        "qwq_mlx.files.hub.repository.Patience", lambda: Patience(timeout_s=5, patience_s=0.3, wait_s=0.01)
-    )
+    monkeypatch.setattr("qwq_mlx.files.hub.repository.RetryPolicy", Waits().policy)
     with HubServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         server.repositories[NAME] = Repository()

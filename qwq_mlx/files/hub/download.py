@@ -2,7 +2,7 @@
 
 A part on disk is as long as what was fetched, so the next attempt asks for the rest; after a kill nothing is fetched
 twice but what had not reached the file (under 1 MB). The whole is compared with its digest before it gets its name.
-A failure that may pass (reset, timeout, 429, 5xx, an error page with code 200) is tried again as `patience` has it; one
+A failure that may pass (reset, timeout, 429, 5xx, an error page with code 200) is tried again as `retry` has it; one
 that will not (401, 404) ends at once.
 
 Does not: fetch one file over several connections, or survive a power cut without a second fetch of that file.
@@ -25,7 +25,7 @@ import httpx2
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
 from qwq_mlx.files.digest import Progress
-from qwq_mlx.files.hub.retry import LATER, Attempts, Passing, Patience, retry_after_s
+from qwq_mlx.files.hub.retry import LATER, Attempts, RetryableError, RetryPolicy, retry_after_s
 
 __all__ = ["Fetcher", "RemoteFile", "part_path"]
 
@@ -65,11 +65,11 @@ def part_path(to: Path) -> Path:
 class Fetcher:
     """Fetches files of one server. token: sent to the server's own origin alone, never to where it redirects."""
 
-    def __init__(self, endpoint: str, *, token: str | None, patience: Patience) -> None:
+    def __init__(self, endpoint: str, *, token: str | None, retry: RetryPolicy) -> None:
         self._origin = _origin(endpoint)
         self._token = token
-        self._patience = patience
-        self._client = httpx2.Client(timeout=patience.timeout_s, follow_redirects=False)
+        self._retry = retry
+        self._client = httpx2.Client(timeout=retry.timeout_s, follow_redirects=False)
 
     def close(self) -> None:
         """Close all connections."""
@@ -148,8 +148,8 @@ class Fetcher:
         return str(digest.hexdigest())
 
     def _pull(self, file: RemoteFile, start: int, end: int, sink: Callable[[bytes], object]) -> None:
-        """Hand bytes [start, end) to sink, over as many attempts as patience allows."""
-        attempts = Attempts(file.url, self._patience)
+        """Hand bytes [start, end) to sink, over as many attempts as the policy allows."""
+        attempts = Attempts(file.url, self._retry)
         while start < end:
             try:
                 with contextlib.closing(self._blocks(file, start, end)) as blocks:
@@ -158,8 +158,8 @@ class Fetcher:
                         start += len(block)
                         attempts.succeeded()
                 if start < end:
-                    raise Passing(f"the connection ended {end - start:,} bytes early")
-            except (Passing, httpx2.TransportError) as error:
+                    raise RetryableError(f"the connection ended {end - start:,} bytes early")
+            except (RetryableError, httpx2.TransportError) as error:
                 attempts.failed(error)
 
     def _blocks(self, file: RemoteFile, start: int, end: int) -> Generator[bytes, None, None]:
@@ -217,15 +217,17 @@ def _origin(url: str) -> tuple[str, str, int | None]:
 
 
 def _check_status(response: httpx2.Response, url: str, *, is_own: bool) -> None:
-    """Raise for every code but 200 and 206: SourceError if it will stay, Passing if it may pass."""
+    """Raise for every code but 200 and 206: SourceError if it will stay, RetryableError if it may pass."""
     code = response.status_code
     if code in (200, 206):
         return
     said = response.headers.get("x-error-message", "")[:300]
     if code in (408, 429) or code >= 500:
-        raise Passing(f"the server answers {code}", wait_s=retry_after_s(response.headers))
+        raise RetryableError(f"the server answers {code}", wait_s=retry_after_s(response.headers))
     if not is_own and code in (401, 403, 404, 410):
-        raise Passing(f"the link that the server gave answers {code}", is_wrong_answer=True)  # signed links expire
+        raise RetryableError(
+            f"the link that the server gave answers {code}", is_wrong_answer=True
+        )  # signed links expire
     if code in (401, 403):
         raise SourceError(
             f"{url}: the server answers {code}{_said(said)}. If the model is gated or private, accept its terms on its "
@@ -244,7 +246,7 @@ def _bytes_before(response: httpx2.Response, file: RemoteFile, start: int) -> in
     if response.status_code == 206:
         unit, _, total = response.headers.get("content-range", "").rpartition("/")
         if not unit.startswith(f"bytes {start}-"):
-            raise Passing(f"the server sends {unit[:80]!r}, asked was from byte {start:,}", is_wrong_answer=True)
+            raise RetryableError(f"the server sends {unit[:80]!r}, asked was from byte {start:,}", is_wrong_answer=True)
         skip = 0
     else:
         skip = start
@@ -252,7 +254,7 @@ def _bytes_before(response: httpx2.Response, file: RemoteFile, start: int) -> in
     is_page = kind.startswith("text/html") and not file.name.endswith(".html")
     is_encoded = response.headers.get("content-encoding", "identity") != "identity"
     if is_page or is_encoded or total not in (None, "*", str(file.size_bytes)):
-        raise Passing(
+        raise RetryableError(
             f"the server sends {kind[:40] or 'something'} of {total} bytes with code {response.status_code}, expected "
             f"the file of {file.size_bytes:,} bytes (is a proxy or a login page in between?)",
             is_wrong_answer=True,

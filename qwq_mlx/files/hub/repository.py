@@ -25,7 +25,7 @@ from qwq_mlx.files.checkpoint import CONFIG_NAME, INDEX_NAME, SUFFIX, Checkpoint
 from qwq_mlx.files.digest import Progress
 from qwq_mlx.files.header import Header, read_header_by
 from qwq_mlx.files.hub.download import Fetcher, RemoteFile
-from qwq_mlx.files.hub.retry import Attempts, Passing, Patience, retry_after_s
+from qwq_mlx.files.hub.retry import Attempts, RetryableError, RetryPolicy, retry_after_s
 from qwq_mlx.files.json_object import read_json_object
 
 __all__ = ["Hub", "Snapshot", "cached_snapshot", "is_repository_name"]
@@ -82,14 +82,14 @@ class Hub:
     """`with Hub() as hub:` the Hub, or its mirror in HF_ENDPOINT, with the token that huggingface_hub finds."""
 
     def __init__(
-        self, *, endpoint: str | None = None, token: str | None = None, patience: Patience | None = None
+        self, *, endpoint: str | None = None, token: str | None = None, retry: RetryPolicy | None = None
     ) -> None:
         from huggingface_hub import constants, get_token
 
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._token = token or get_token()
-        self._patience = patience or Patience()
-        self._fetcher = Fetcher(self._endpoint, token=self._token, patience=self._patience)
+        self._retry = retry or RetryPolicy()
+        self._fetcher = Fetcher(self._endpoint, token=self._token, retry=self._retry)
 
     def __enter__(self) -> Hub:
         return self
@@ -205,12 +205,10 @@ class Hub:
 
         api = HfApi(endpoint=self._endpoint, token=self._token)
         label = repository if revision is None else f"{repository} at {revision}"
-        attempts = Attempts(f"{self._endpoint}/{repository}", self._patience)
+        attempts = Attempts(f"{self._endpoint}/{repository}", self._retry)
         while True:
             try:
-                return api.model_info(
-                    repository, revision=revision, files_metadata=True, timeout=self._patience.timeout_s
-                )
+                return api.model_info(repository, revision=revision, files_metadata=True, timeout=self._retry.timeout_s)
             except hub.GatedRepoError as error:
                 raise SourceError(
                     f"{label}: is gated. Accept its terms on {self._endpoint}/{repository}, then log in with "
@@ -235,7 +233,9 @@ class Hub:
                     raise SourceError(
                         f"{label}: the server answers {code}. Check the repository and HF_TOKEN."
                     ) from error
-                attempts.failed(Passing(f"the server answers {code}", wait_s=retry_after_s(error.response.headers)))
+                attempts.failed(
+                    RetryableError(f"the server answers {code}", wait_s=retry_after_s(error.response.headers))
+                )
             except httpx2.TransportError as error:
                 attempts.failed(error)
             except (
@@ -244,4 +244,6 @@ class Hub:
                 TypeError,
                 AttributeError,
             ) as error:  # an HTML page, or JSON of something else
-                attempts.failed(Passing(f"the server's answer is no listing of files ({error})", is_wrong_answer=True))
+                attempts.failed(
+                    RetryableError(f"the server's answer is no listing of files ({error})", is_wrong_answer=True)
+                )

@@ -1,7 +1,7 @@
-"""How long to try again when a server fails, and when to stop.
+"""How long to try again when a server fails, and when to give up.
 
-Patience is measured from the last byte that came, not from the start: a slow fetch of 65 GB may take days, a dead one
-ends within a minute.
+Time is measured from the last byte that came, not from the start: a slow fetch of 65 GB may take days, a dead one ends
+within a minute.
 
 Does not: make requests.
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qwq_mlx.errors import OptionError, SourceError
 
-__all__ = ["LATER", "Attempts", "Passing", "Patience", "retry_after_s"]
+__all__ = ["LATER", "Attempts", "RetryPolicy", "RetryableError", "retry_after_s"]
 
 LATER = "What was fetched is kept; run the same command again to go on."
 
@@ -25,27 +25,31 @@ _MAX_ASKED_WAIT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long to try. All in seconds.
+class RetryPolicy:
+    """How long to try.
 
-    timeout_s: a connection that gives no byte for so long is given up. patience_s: so long after the last byte the
-    fetch fails. wait_s: pause before the first new attempt; it doubles up to 16 s. What a server asks to wait
-    (Retry-After) counts extra, up to 10 minutes.
+    timeout_s: a connection that gives no byte for so long, in seconds, is closed.
+    give_up_s: so many seconds after the last byte the fetch fails; what a server asks to wait (Retry-After) counts
+        extra, up to 10 minutes.
+    wait_s: pause in seconds before the first new attempt; it doubles up to 16 s.
+    clock, sleep: what seconds are measured and waited by.
     """
 
     timeout_s: float = 20.0
-    patience_s: float = 60.0
+    give_up_s: float = 60.0
     wait_s: float = 1.0
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], object] = time.sleep
 
     def __post_init__(self) -> None:
-        for name in ("timeout_s", "patience_s", "wait_s"):
+        for name in ("timeout_s", "give_up_s", "wait_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise OptionError(f"{name} is {value!r}, expected a positive number of seconds.")
 
 
-class Passing(Exception):  # noqa: N818 - not an error yet: the attempt failed, the next may not
-    """An attempt failed in a way that may pass.
+class RetryableError(Exception):
+    """An attempt failed, and the next may not.
 
     wait_s: what the server asked to wait. is_wrong_answer: it answered, but not with what was asked; three of these end
     the fetch.
@@ -60,28 +64,28 @@ class Passing(Exception):  # noqa: N818 - not an error yet: the attempt failed, 
 class Attempts:
     """Counts failures since the last byte, pauses between attempts, and says when to give up."""
 
-    def __init__(self, url: str, patience: Patience) -> None:
-        self._url, self._patience, self._n_wrong = url, patience, 0
+    def __init__(self, url: str, policy: RetryPolicy) -> None:
+        self._url, self._policy, self._n_wrong = url, policy, 0
         self.succeeded()
 
     def succeeded(self) -> None:
-        """A byte came: patience begins anew."""
-        self._last_byte_s, self._wait_s, self._asked_s = time.monotonic(), self._patience.wait_s, 0.0
+        """A byte came: time is counted from now."""
+        self._last_byte_s, self._wait_s, self._asked_s = self._policy.clock(), self._policy.wait_s, 0.0
 
     def failed(self, error: Exception) -> None:
         """Pause before the next attempt. Raises SourceError when there is to be none."""
-        if isinstance(error, Passing):
+        if isinstance(error, RetryableError):
             self._n_wrong += error.is_wrong_answer
-        asked_s = error.wait_s if isinstance(error, Passing) else 0.0
+        asked_s = error.wait_s if isinstance(error, RetryableError) else 0.0
         self._asked_s += asked_s
-        silent_s = time.monotonic() - self._last_byte_s
-        is_over = silent_s - self._asked_s > self._patience.patience_s or self._asked_s > _MAX_ASKED_WAIT_S
+        silent_s = self._policy.clock() - self._last_byte_s
+        is_over = silent_s - self._asked_s > self._policy.give_up_s or self._asked_s > _MAX_ASKED_WAIT_S
         if is_over or self._n_wrong == _MAX_WRONG_ANSWERS:
             reason = str(error) or type(error).__name__
             raise SourceError(
                 f"{self._url}: {reason}; gave up after {silent_s:.0f} s without a byte. {LATER}"
             ) from error
-        time.sleep(max(self._wait_s, asked_s))
+        self._policy.sleep(max(self._wait_s, asked_s))
         self._wait_s = min(2 * self._wait_s, _MAX_WAIT_S)
 
 

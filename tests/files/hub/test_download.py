@@ -12,15 +12,12 @@ from typing import Any
 
 import httpx2
 import pytest
-from hub_server import Blob, Handler, HubServer, Repository, Request
+from hub_server import Blob, Handler, HubServer, Repository, Request, Waits
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.hub import download as fetch_module
-from qwq_mlx.files.hub import retry as patience_module
 from qwq_mlx.files.hub.download import Fetcher, RemoteFile, part_path
-from qwq_mlx.files.hub.retry import Patience
 
-HASTE = Patience(timeout_s=2.0, patience_s=0.3, wait_s=0.01)
 CONTENT = random.Random(1).randbytes(3_000_000)
 BLOB = Blob.of(CONTENT)
 
@@ -41,8 +38,13 @@ def file(server: HubServer) -> RemoteFile:
 
 
 @pytest.fixture
-def fetcher(server: HubServer) -> Iterator[Fetcher]:
-    fetcher = Fetcher(server.endpoint, token="secret", patience=HASTE)
+def waits() -> Waits:
+    return Waits()
+
+
+@pytest.fixture
+def fetcher(server: HubServer, waits: Waits) -> Iterator[Fetcher]:
+    fetcher = Fetcher(server.endpoint, token="secret", retry=waits.policy())
     yield fetcher
     fetcher.close()
 
@@ -192,9 +194,9 @@ def test_what_may_pass_is_tried_again(
 
 
 STAYING = {
-    "503": r"the server answers 503; gave up after 0 s without a byte\. What was fetched is kept; run the same",
+    "503": r"the server answers 503; gave up after 63 s without a byte\. What was fetched is kept; run the same",
     "429": "the server answers 429; gave up after",
-    "reset at once": "; gave up after 0 s without a byte",
+    "reset at once": "; gave up after 63 s without a byte",
     "HTML page with code 200": "sends text/html; charset=utf-8 of 10 bytes with code 200, expected the file of",
     "git-lfs pointer with code 200": "sends something of 42 bytes with code 200, expected the file of 3,000,000 bytes",
     "another range": "the server sends 'bytes 7-9', asked was from byte 0; gave up",
@@ -250,7 +252,7 @@ def test_what_will_stay_ends_at_once(
 
 
 def test_a_secure_address_never_redirects_to_an_insecure_one(tmp_path: Path, file: RemoteFile) -> None:
-    fetcher = Fetcher("https://hub.example", token="secret", patience=HASTE)
+    fetcher = Fetcher("https://hub.example", token="secret", retry=Waits().policy())
     asked: list[httpx2.Request] = []
 
     def respond(request: httpx2.Request) -> httpx2.Response:
@@ -267,25 +269,23 @@ def test_a_secure_address_never_redirects_to_an_insecure_one(tmp_path: Path, fil
     assert [request.headers["authorization"] for request in asked] == ["Bearer secret"]
 
 
-def test_a_silent_server_is_given_up(file: RemoteFile, server: HubServer, tmp_path: Path) -> None:
+def test_a_silent_server_is_given_up(file: RemoteFile, server: HubServer, waits: Waits, tmp_path: Path) -> None:
     released = threading.Event()
     server.faults.append(first(ALWAYS, lambda handler, asked: released.wait(20) and handler.cut()))
-    fetcher = Fetcher(server.endpoint, token=None, patience=Patience(timeout_s=0.1, patience_s=0.1, wait_s=0.01))
-    with pytest.raises(SourceError, match=r"; gave up after 0 s without a byte"):
+    fetcher = Fetcher(server.endpoint, token=None, retry=waits.policy(timeout_s=0.1))
+    with pytest.raises(SourceError, match=r"; gave up after 63 s without a byte"):
         fetcher.fetch_file(file, tmp_path / "s")
     fetcher.close()
     released.set()
 
 
 def test_a_server_that_asks_for_ever_more_time_is_given_up(
-    fetcher: Fetcher, file: RemoteFile, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fetcher: Fetcher, file: RemoteFile, server: HubServer, waits: Waits, tmp_path: Path
 ) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(patience_module.time, "sleep", waits.append)
     server.faults.append(first(ALWAYS, lambda handler, asked: handler.answer(429, Retry_After="250")))
     with pytest.raises(SourceError, match="the server answers 429; gave up"):
         fetcher.fetch_file(file, tmp_path / "s")
-    assert waits == [250.0, 250.0]
+    assert waits.seconds == [250.0, 250.0]
 
 
 def test_a_server_without_ranges_is_read_past_what_is_there(
@@ -332,10 +332,10 @@ CHILD = """
 import sys
 from pathlib import Path
 from qwq_mlx.files.hub.download import Fetcher, RemoteFile
-from qwq_mlx.files.hub.retry import Patience
+from qwq_mlx.files.hub.retry import RetryPolicy
 endpoint, url, size, sha256, to = sys.argv[1:]
 file = RemoteFile(name="s.safetensors", url=url, size_bytes=int(size), sha256=sha256, blob_id=None)
-Fetcher(endpoint, token=None, patience=Patience()).fetch_file(file, Path(to))
+Fetcher(endpoint, token=None, retry=RetryPolicy()).fetch_file(file, Path(to))
 """
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_tiny_checkpoint
-from hub_server import Blob, Handler, HubServer, Repository, Request
+from hub_server import Blob, Handler, HubServer, Repository, Request, Waits
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.checkpoint import Checkpoint
 from qwq_mlx.files.hub.prefetch import ShardsAhead
 from qwq_mlx.files.hub.repository import Hub, Snapshot
-from qwq_mlx.files.hub.retry import Patience
 
 NAME = "Qwen/QwQ-Tiny"
 N_SHARDS = 5
@@ -38,7 +37,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
 def opened(server: HubServer, tmp_path: Path) -> Iterator[tuple[Hub, Snapshot, Checkpoint]]:
     folder = tmp_path / "fetched"
     folder.mkdir()
-    with Hub(endpoint=server.endpoint, patience=Patience(timeout_s=5, patience_s=0.2, wait_s=0.01)) as hub:
+    with Hub(endpoint=server.endpoint, retry=Waits().policy()) as hub:
         snapshot = hub.resolve(NAME)
         yield hub, snapshot, hub.open_checkpoint(snapshot, folder)
 

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import Blob, Handler, HubServer, Repository, Request
+from hub_server import Blob, Handler, HubServer, Repository, Request, Waits
 
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.checkpoint import open_checkpoint
-from qwq_mlx.files.hub import retry as patience_module
 from qwq_mlx.files.hub.repository import Hub, cached_snapshot, is_repository_name
-from qwq_mlx.files.hub.retry import Patience
+from qwq_mlx.files.hub.retry import RetryPolicy
 
-HASTE = Patience(timeout_s=5.0, patience_s=0.3, wait_s=0.01)
 NAME = "Qwen/QwQ-Tiny"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -50,8 +48,13 @@ def server(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[H
 
 
 @pytest.fixture
-def hub(server: HubServer) -> Iterator[Hub]:
-    with Hub(endpoint=server.endpoint, token="hf_secret", patience=HASTE) as hub:
+def waits() -> Waits:
+    return Waits()
+
+
+@pytest.fixture
+def hub(server: HubServer, waits: Waits) -> Iterator[Hub]:
+    with Hub(endpoint=server.endpoint, token="hf_secret", retry=waits.policy()) as hub:
         yield hub
 
 
@@ -172,7 +175,11 @@ REFUSALS = {
         r"Tiny: the repository has no such revision\. Give a",
     ),
     "teapot": (418, {}, r"Tiny: the server answers 418\. Check the repository and HF_TOKEN"),
-    "server error": (500, {}, r"QwQ-Tiny: the server answers 500; gave up after 0 s without a byte\. What was fetched"),
+    "server error": (
+        500,
+        {},
+        r"QwQ-Tiny: the server answers 500; gave up after 63 s without a byte\. What",
+    ),
     "not JSON": (200, {"Content_Type": "text/html"}, r"the server's answer is no listing of files \(.*\); gave up"),
 }
 
@@ -185,21 +192,17 @@ def test_a_refusal_to_list_is_said_in_one_message(server: HubServer, hub: Hub, r
         hub.resolve(NAME)
 
 
-def test_the_hub_busy_or_unreachable_for_a_moment_is_waited_for(
-    server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(patience_module.time, "sleep", waits.append)
+def test_the_hub_busy_or_unreachable_for_a_moment_is_waited_for(server: HubServer, hub: Hub, waits: Waits) -> None:
     server.faults.append(fault(429, times=2, Retry_After="7"))
     server.faults.append(fault(503, times=1))
     hub.resolve(NAME)
-    assert waits == [7.0, 7.0, 0.04]
+    assert waits.seconds == [7.0, 7.0, 4.0]
 
 
-def test_a_server_that_is_not_there_is_said(tmp_path: Path, server: HubServer) -> None:
+def test_a_server_that_is_not_there_is_said(server: HubServer, waits: Waits) -> None:
     with (
-        Hub(endpoint="http://127.0.0.1:9", patience=HASTE) as hub,
-        pytest.raises(SourceError, match=r"http://127\.0\.0\.1:9/Qwen/QwQ-Tiny: .*; gave up after 0 s without a byte"),
+        Hub(endpoint="http://127.0.0.1:9", retry=waits.policy()) as hub,
+        pytest.raises(SourceError, match=r"http://127\.0\.0\.1:9/Qwen/QwQ-Tiny: .*; gave up after 63 s without a byte"),
     ):
         hub.resolve(NAME)
 
@@ -342,8 +345,8 @@ def test_a_snapshot_in_huggingface_hubs_cache_is_found_without_the_network(
     assert open_checkpoint(folder).config == json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["timeout_s", "patience_s", "wait_s"])
+@pytest.mark.parametrize("name", ["timeout_s", "give_up_s", "wait_s"])
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
-def test_impossible_patience_is_refused(name: str, value: float) -> None:
+def test_an_impossible_policy_is_refused(name: str, value: float) -> None:
     with pytest.raises(OptionError, match=f"{name} is .*, expected a positive number of seconds"):
-        Patience(**{name: value})
+        RetryPolicy(**{name: value})
