@@ -9,18 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qwq_mlx.reasoning.answer.precedence import LAST_WORD, SEVERAL_BOXES
+from qwq_mlx.reasoning.answer.reply_rules import BY_THE_QUESTION, CLOSING_SENTENCES, LAST_LINES, REPLIES
 from qwq_mlx.reasoning.answer.rule import Rule
-from qwq_mlx.reasoning.answer.rules import (
-    BLOCKS,
-    BY_THE_QUESTION,
-    CLOSING_SENTENCES,
-    CONCLUSIONS,
-    LAST_LINES,
-    MARKS,
-    REPLIES,
-    SHORT_LINES,
-    STATEMENTS,
-)
+from qwq_mlx.reasoning.answer.rules import BLOCKS, CONCLUSIONS, MARKS, SHORT_LINES, STATEMENTS
 
 TABLES: tuple[tuple[str, Sequence[Rule[Any, Any]]], ...] = (
     ("Which candidate is the last word", LAST_WORD),

@@ -20,8 +20,9 @@ from qwq_mlx.reasoning.answer.cues import announces, begins_explanation, doubts,
 from qwq_mlx.reasoning.answer.markers import Mark, Scanner
 from qwq_mlx.reasoning.answer.precedence import FAR, LAST_WORD, SEVERAL_BOXES, Boxes, Ending
 from qwq_mlx.reasoning.answer.question import Question
+from qwq_mlx.reasoning.answer.reply_rules import LAST_LINES, REPLIES, LastLine, Reply
 from qwq_mlx.reasoning.answer.rule import Reading, first, within
-from qwq_mlx.reasoning.answer.rules import LAST_LINES, MARK, REPLIES, LastLine, Reply
+from qwq_mlx.reasoning.answer.rules import MARK
 from qwq_mlx.reasoning.answer.split import Candidate, Kind, Place, Segment, Split
 from qwq_mlx.reasoning.profile import Profile
 
