@@ -98,6 +98,7 @@ def convert_checkpoint(
         origin = opened.placed_in(fetched) if opened.is_remote else opened
         plan = _plan(origin, chosen, n_workers, target_bytes=target_bytes, calibrate=calibrate, keep_source=keep_source)
         is_published = not restart and published(plan, output) is not None
+        check_output(output, local, force=force or is_published)
         check_disk(output, plan.fetched_bytes + (0 if is_published else plan.output_bytes))
         judge = plan_judge(plan, quality, n_tokens=quality_tokens, keep_source=keep_source)
         plan = replace(plan, quality_note=judge.note)

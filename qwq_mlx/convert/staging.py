@@ -5,7 +5,8 @@
                      source/         shards that are fetched
                      calibration/    what a calibration text said, or how far it came
 
-A kill between publishing and removing it leaves it without model/: the same call then knows the output for its own.
+A kill between publishing and removing it leaves it without model/, or with the folder that was replaced in its place:
+the same call then knows the output for its own.
 
 Does not: lock the output, or write a weight.
 """
@@ -22,7 +23,7 @@ from qwq_mlx.convert.plan import Plan
 from qwq_mlx.convert.preflight import partial_path
 from qwq_mlx.convert.write import create_shards
 from qwq_mlx.errors import ConversionError, SourceError
-from qwq_mlx.files.atomic import fsync_folder
+from qwq_mlx.files.atomic import fsync_folder, replaced_path
 from qwq_mlx.files.manifest import check_sizes
 
 __all__ = [
@@ -51,8 +52,7 @@ def unfinished_source(output: Path) -> tuple[str, str] | None:
 
 def is_marked(output: Path) -> bool:
     """Whether the output may be one that `published` knows."""
-    partial = partial_path(output)
-    return output.is_dir() and (partial / _JOURNAL).is_file() and not (partial / MODEL).exists()
+    return output.is_dir() and (partial_path(output) / _JOURNAL).is_file()
 
 
 def published(plan: Plan, output: Path) -> Journal | None:
@@ -113,7 +113,12 @@ def importance_path(output: Path) -> Path:
 
 
 def remove_partial(output: Path) -> None:
-    """Remove the folder of a published conversion. Raises OSError."""
+    """Remove the folder of a published conversion, and what it replaced. Raises OSError."""
+    model, old = partial_path(output) / MODEL, replaced_path(output)
+    if model.exists():  # the folder that was replaced, where a kill came before it was moved away
+        model.rename(old)
+    if old.exists():
+        shutil.rmtree(old)
     shutil.rmtree(partial_path(output))
     fsync_folder(output.parent)
 

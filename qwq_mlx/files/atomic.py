@@ -9,6 +9,7 @@ Does not: lock (`lock` does), or make a rename between two file systems atomic.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
@@ -17,7 +18,10 @@ from pathlib import Path
 
 from qwq_mlx.errors import ConversionError
 
-__all__ = ["fsync_file", "fsync_folder", "publish", "replaced_path", "write_file"]
+__all__ = ["exchange", "fsync_file", "fsync_folder", "publish", "replaced_path", "write_file"]
+
+_RENAME_SWAP = 0x2  # macOS, sys/stdio.h
+_RENAME_EXCHANGE, _AT_FDCWD = 0x2, -100  # Linux, linux/fs.h and fcntl.h
 
 
 def fsync_file(fd: int) -> None:
@@ -61,20 +65,41 @@ def write_file(path: Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
+def exchange(one: Path, other: Path) -> bool:
+    """Swap what two names lead to in one step; False where the system or the file system cannot. Raises OSError.
+
+    Linux: renameat2 with RENAME_EXCHANGE; macOS: renamex_np with RENAME_SWAP (not run on a Mac).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(*names, ctypes.c_uint(_RENAME_SWAP))
+    elif sys.platform == "linux" and hasattr(libc, "renameat2"):
+        failed = libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_EXCHANGE))
+    else:
+        return False
+    code = ctypes.get_errno()
+    if failed and code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        raise OSError(code, os.strerror(code), str(other))
+    return not failed
+
+
 def replaced_path(final: Path) -> Path:
-    """Where publish keeps the folder that it replaces until the new one is in place."""
+    """Where publish keeps the folder that it replaces until that is removed."""
     return final.with_name(f"{final.name}.replaced")
 
 
 def publish(partial: Path, final: Path, *, replace: bool) -> None:
-    """Give a finished folder its final name by one rename.
+    """Give a finished folder its final name in one step.
 
-    partial: its files are complete and fsynced. final: must not exist, unless replace is true; then the old folder
-    moves to `replaced_path(final)` first and is removed last, so final is at every moment absent or complete, and a
-    second call after a crash finishes what the first began.
+    partial: its files are complete and fsynced. final: must not exist, unless replace is true; then the two folders
+    are exchanged, so the name leads at every moment to a whole folder, and the old one is removed last. Where the
+    system has no exchange, the old folder moves to `replaced_path(final)` first: between the two renames the name is
+    free, and a second call after a crash there finishes what the first began.
     Raises ConversionError when final exists and replace is false; OSError.
     """
     old = replaced_path(final)
+    fsync_folder(partial)
     if os.path.lexists(final):
         if not replace:
             raise ConversionError(
@@ -83,9 +108,14 @@ def publish(partial: Path, final: Path, *, replace: bool) -> None:
             )
         if os.path.lexists(old):
             _remove(old)
-        final.rename(old)
-    fsync_folder(partial)
-    partial.rename(final)
+        if exchange(partial, final):
+            fsync_folder(final.parent)
+            partial.rename(old)
+        else:
+            final.rename(old)
+            partial.rename(final)
+    else:
+        partial.rename(final)
     fsync_folder(final.parent)
     if replace and os.path.lexists(old):
         _remove(old)

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from qwq_mlx.files import atomic
+
 OPERATIONS = ("pwrite", "write", "ftruncate", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 _WRITES = ("pwrite", "write", "ftruncate", "fsync", "mkdir")
 
@@ -53,6 +55,7 @@ class FaultyDisk:
             setattr(os, name, self._wrapped(name))
         os.open, os.close = self._opened, self._closed
         fcntl.fcntl = self._fcntl
+        self._real_exchange, atomic.exchange = atomic.exchange, self._exchange
         os.getpid = lambda: 10_000_000  # another process than the one that goes on afterwards
         return self
 
@@ -62,6 +65,7 @@ class FaultyDisk:
         for name, real in self._real.items():
             setattr(os, name, real)
         fcntl.fcntl, os.getpid = self._real_fcntl, self._real_getpid
+        atomic.exchange = self._real_exchange
         for fd in self._open:  # a dead process holds no file and no lock
             with contextlib.suppress(OSError):
                 os.close(fd)
@@ -99,6 +103,18 @@ class FaultyDisk:
         if command == getattr(fcntl, "F_FULLFSYNC", None):
             return os.fsync(fd)
         return self._real_fcntl(fd, command, *rest)
+
+    def _exchange(self, one: Path, other: Path) -> bool:
+        """Two names swapped by a system call that `os` does not have; one operation more."""
+        with self._lock:
+            if self.crashed:
+                raise CrashError
+            n, self.n_operations = self.n_operations, self.n_operations + 1
+            self.operations.append("exchange")
+            if n == self.at and self.kind in ("kill", "torn"):
+                self.crashed = True
+                raise CrashError
+            return self._real_exchange(one, other)
 
     def _opened(self, *arguments: Any, **options: Any) -> int:
         fd: int = self._real["open"](*arguments, **options)

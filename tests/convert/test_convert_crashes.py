@@ -13,6 +13,7 @@ from faulty_disk import CrashError, FaultyDisk
 from qwq_mlx.convert import convert_checkpoint, job
 from qwq_mlx.convert.write import ShardWriter
 from qwq_mlx.errors import ConversionError
+from qwq_mlx.files.atomic import exchange
 from qwq_mlx.files.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_full
 
 pytestmark = pytest.mark.tiny
@@ -147,17 +148,22 @@ def test_replacing_by_force_leaves_the_old_or_the_new_folder_at_every_crash(
     source: Path, tmp_path: Path, undisturbed: dict[str, object]
 ) -> None:
     n_operations = count_operations(source, tmp_path / "count")
-    for at in range(n_operations - 8, n_operations + 2):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    can_exchange = exchange(tmp_path / "a", tmp_path / "b")
+    for at in range(n_operations - 8, n_operations + 8):
         folder = tmp_path / f"at-{at}"
         folder.mkdir()
         (folder / "out").mkdir()
         (folder / "out" / "config.json").write_text("old")
         with FaultyDisk(folder, at=at, kind="kill"):
             convert_checkpoint(source, folder / "out", n_workers=2, force=True)
+        assert not can_exchange or (folder / "out" / "config.json").is_file(), "the name leads to the old or the new"
         if (folder / "out" / "config.json").exists() and (folder / "out" / "config.json").read_text() != "old":
             assert content(folder / "out") == undisturbed
         convert_checkpoint(source, folder / "out", n_workers=2, force=True)
         assert content(folder / "out") == undisturbed
+        assert [path.name for path in folder.iterdir()] == ["out"]
 
 
 def stop_after_publishing(source: Path, output: Path) -> int:
