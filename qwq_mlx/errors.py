@@ -49,32 +49,65 @@ _NO_MEMORY = re.compile(r"alloc|out of memory|insufficient memory", re.IGNORECAS
 
 
 class QwqError(Exception):
-    """Base of all errors of this package; `str(error)` is meant for a person."""
+    """Base of all errors of this package; `str(error)` is meant for a person.
+
+    >>> try:
+    ...     qwq_mlx.load("nowhere")
+    ... except qwq_mlx.QwqError as error:
+    ...     print(type(error).__name__, error.exit_code)
+    LoadError 1
+    """
 
     exit_code = 1
     """What a command exits with because of it."""
 
 
 class OptionError(QwqError, ValueError):
-    """An argument or a flag has a value that cannot be honoured."""
+    """An argument or a flag has a value that cannot be honoured.
+
+    >>> qwq_mlx.Sampling(temperature=-1)
+    Traceback (most recent call last):
+    qwq_mlx.errors.OptionError: temperature is -1, expected a number from 0 to 100.
+    """
 
     exit_code = 2
 
 
 class RecipeError(OptionError):
-    """A recipe file is wrong; the message names the file and the line."""
+    """A recipe file is wrong; the message names the file and the line.
+
+    >>> from qwq_mlx.quant.recipe import recipe_of_text
+    >>> recipe_of_text("[weights]\\nbits = 7", path=Path("mine.toml"))
+    Traceback (most recent call last):
+    qwq_mlx.errors.RecipeError: mine.toml, line 2: bits is 7, expected 2, 3, 4, 5, 6, 8 in mode 'affine'.
+    """
 
 
 class SourceError(QwqError):
-    """A checkpoint or download is missing, damaged, or not what it claims to be."""
+    """A checkpoint or download is missing, damaged, or not what it claims to be.
+
+    >>> qwq_mlx.Trace.load("nowhere.jsonl")
+    Traceback (most recent call last):
+    qwq_mlx.errors.SourceError: nowhere.jsonl: cannot be read (No such file or directory). Give the file ...
+    """
 
 
 class ConversionError(QwqError):
-    """A conversion cannot start, go on, or be published."""
+    """A conversion cannot start, go on, or be published.
+
+    >>> Path("taken").mkdir()
+    >>> qwq_mlx.convert_checkpoint(FOLDER, "taken")
+    Traceback (most recent call last):
+    qwq_mlx.errors.ConversionError: ...taken: exists already. ...
+    """
 
 
 class DiskFullError(ConversionError):
-    """The disk of the output is full, or has less room than the plan needs."""
+    """The disk of the output is full, or has less room than the plan needs.
+
+    >>> qwq_mlx.DiskFullError.is_meant_by(OSError(errno.ENOSPC, "No space left on device"))
+    True
+    """
 
     exit_code = 3
 
@@ -85,25 +118,56 @@ class DiskFullError(ConversionError):
 
 
 class LoadError(QwqError):
-    """A model folder does not hold the model that its config describes."""
+    """A model folder does not hold the model that its config describes.
+
+    >>> qwq_mlx.load("nowhere")
+    Traceback (most recent call last):
+    qwq_mlx.errors.LoadError: nowhere: ...
+    """
 
 
 class FitError(QwqError):
-    """A run does not fit the memory of this machine; the message has the arithmetic and the cheapest change."""
+    """A run does not fit the memory of this machine; the message has the arithmetic and the cheapest change.
+
+    >>> from qwq_mlx.model.memory.fit import fitted
+    >>> limits = qwq_mlx.Limits(context=4_096)
+    >>> try:
+    ...     fitted(open_model_folder(FOLDER), limits, limit_bytes=520_000_000, backend="metal")
+    ... except qwq_mlx.FitError as error:
+    ...     print(str(error).splitlines()[0])
+    A context of 4,096 does not fit the memory of this machine:
+    """
 
 
 class PromptError(QwqError):
-    """Messages cannot become a prompt for this model."""
+    """Messages cannot become a prompt for this model.
+
+    >>> reasoner.generate([{"role": "user"}])
+    Traceback (most recent call last):
+    qwq_mlx.errors.PromptError: ...
+    """
 
 
 class TemplateLimitError(PromptError):
-    """An unknown chat template exceeded its limits of time or memory, which says nothing of the messages."""
+    """An unknown chat template exceeded its limits of time or memory, which says nothing of the messages.
+
+    >>> issubclass(qwq_mlx.TemplateLimitError, qwq_mlx.PromptError)
+    True
+    """
 
 
 class GenerationError(QwqError):
     """Decoding went wrong.
 
-    `trace` is what was produced until then (a `qwq_mlx.Trace`), or None where nothing was.
+    trace: what was produced until then (a `qwq_mlx.Trace`), or None where nothing was.
+
+    >>> def broken(tokens, logits):
+    ...     return logits * (1 if tokens.size < len(trace.prompt_ids) + 5 else float("nan"))
+    >>> try:
+    ...     reasoner.generate(trace.question, logits_processors=[broken])
+    ... except qwq_mlx.GenerationError as error:
+    ...     print(error.trace.finish_reason, len(error.trace.ids))
+    interrupted 5
     """
 
     def __init__(self, message: str, *, trace: object | None = None) -> None:
@@ -112,7 +176,11 @@ class GenerationError(QwqError):
 
 
 class NotFiniteError(GenerationError):
-    """A logit was NaN or infinite, so the ids from there on would mean nothing."""
+    """A logit was NaN or infinite, so the ids from there on would mean nothing.
+
+    >>> qwq_mlx.NotFiniteError("step 3: a logit is NaN.").exit_code
+    4
+    """
 
     exit_code = 4
 
@@ -121,6 +189,9 @@ class OutOfMemoryError(GenerationError):
     """An allocation failed while loading or in mid-run, though the plan fitted.
 
     Others took the memory meanwhile, or the plan is wrong.
+
+    >>> qwq_mlx.OutOfMemoryError.is_meant_by(RuntimeError("[metal::malloc] Unable to allocate 34359738368 bytes."))
+    True
     """
 
     exit_code = 5
@@ -135,6 +206,10 @@ class SavingError(GenerationError):
     """What was generated cannot be written; what was there before is whole.
 
     error: what the system said. Where it is that the disk is full, the exit code is 3.
+
+    >>> trace.save("nowhere/trace.jsonl")
+    Traceback (most recent call last):
+    qwq_mlx.errors.SavingError: nowhere/trace.jsonl: the trace cannot be saved (No such file or directory). ...
     """
 
     def __init__(self, message: str, error: OSError) -> None:
@@ -144,4 +219,8 @@ class SavingError(GenerationError):
 
 
 class BackendError(QwqError):
-    """MLX is missing or has no usable backend on this machine."""
+    """MLX is missing or has no usable backend on this machine.
+
+    >>> qwq_mlx.BackendError.exit_code
+    1
+    """

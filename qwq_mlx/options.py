@@ -79,16 +79,25 @@ class Sampling:
     """How the next id is drawn. None: the model's own value (`resolve`).
 
     temperature: 0 is greedy (the most likely id).
-    top_k: keep the k most likely ids; 0 keeps all. top_p: keep the smallest set that holds this share, in (0, 1].
+    top_p: keep the smallest set of ids that holds this share of the probability, in (0, 1].
+    top_k: keep the k most likely ids; 0 keeps all.
     min_p: drop ids below this share of the most likely one's probability, in [0, 1].
-    repetition_penalty: as in transformers, over prompt and output; 1 is off. presence_penalty, frequency_penalty: as in
-      vLLM, over the output alone; 0 is off.
-    dry_multiplier: strength of DRY (penalises continuing a repeated sequence); 0 is off. The penalty is
-      multiplier * base ** (n - allowed_length) for a repeat of n ids; dry_range: how many last ids are looked
-      at, 0 all; dry_breakers: texts that a repeat does not cross.
-    logit_bias: id -> number added to its logit (-inf bans it, +inf is refused).
-    order: "hf" is temperature, top-k, top-p, min-p as transformers and vLLM do; "mlx-lm" is mlx-lm's own order.
-    seed: None draws one; the one used stands in the Trace's settings.
+    repetition_penalty: as in transformers, over prompt and output; 1 is off.
+    presence_penalty: as in vLLM, over the output alone; 0 is off.
+    frequency_penalty: as in vLLM, over the output alone; 0 is off.
+    dry_multiplier: strength of DRY, which penalises tokens that would extend a repeated sequence; 0 is off. The penalty
+      of an id that would extend a repeat of n ids is dry_multiplier * dry_base ** (n - dry_allowed_length).
+    dry_base: growth of that penalty per id.
+    dry_allowed_length: repeats up to this length are not penalised.
+    dry_range: how many of the last ids are looked at; 0 is all.
+    dry_breakers: texts that a repeat does not cross.
+    logit_bias: id -> number added to its logit; -inf bans the id, +inf is refused.
+    order: "hf" is temperature, top-k, top-p, min-p as in transformers and vLLM; "mlx-lm" is mlx-lm's own order.
+    seed: None draws one; the one that was used stands in the Trace's settings.
+
+    >>> greedy = qwq_mlx.Sampling(temperature=0)
+    >>> greedy.is_greedy, greedy.top_p
+    (True, None)
     """
 
     temperature: float | None = None
@@ -126,7 +135,11 @@ class Sampling:
         _whole("seed", self.seed, low=0, high=_MAX_SEED)
 
     def resolve(self, model: Sampling) -> Sampling:
-        """Every None filled, from the model's own values first and `NEUTRAL` after. The seed stays as it is."""
+        """Every None filled, from the model's own values first and `NEUTRAL` after. The seed stays as it is.
+
+        >>> qwq_mlx.Sampling(top_p=0.5).resolve(qwq_mlx.Sampling(temperature=0.7)).temperature
+        0.7
+        """
         filled: dict[str, Any] = {}
         for name in (each.name for each in fields(self) if each.name != "seed"):
             if getattr(self, name) is None:
@@ -159,11 +172,16 @@ class Limits:
     max_tokens: ids to produce at most; None is the room left in the context.
     context: positions to use at most, prompt included; None is the model's own (max_position_embeddings).
     stop: texts that end the run; they are not part of the text.
-    banned: texts that are never written. language_guard: write no letters of scripts that the question does not use,
-      but in quotations, formulas and brackets (Latin and Greek letters, digits, punctuation and symbols stay allowed).
+    banned: texts that are never written.
+    language_guard: write no letters of scripts that the question does not use, except in quotations, formulas and
+      brackets. Latin and Greek letters, digits, punctuation and symbols stay allowed.
     prefill_step: prompt ids per prefill pass.
     kv_bits: 8 or 4 quantize the KV cache in groups of 64, at some cost in quality; None keeps the compute type, "auto"
       quantizes where the context would not fit the memory otherwise.
+
+    >>> trace = reasoner.generate("How many r in strawberry.", limits=qwq_mlx.Limits(max_tokens=20, stop=("letter",)))
+    >>> trace.text
+    'I go through strawberry '
     """
 
     max_tokens: int | None = None
@@ -192,8 +210,12 @@ class Thinking:
 
     think_tokens: ids of thinking after which the answer is asked for, at the next end of a sentence; None is no budget.
     answer_tokens: ids that the answer may have once it was asked for.
-    on_loop: what to do when the text goes round in a loop: "answer" asks for the answer, "stop" ends the run, "nudge"
-      goes back before the loop and draws with a higher temperature for a while, "off" does not look.
+    on_loop: what to do when the text loops: "answer" asks for the answer, "stop" ends the run, "nudge" goes back before
+      the loop and draws with a higher temperature for a while, "off" does not look.
+
+    >>> trace = reasoner.generate("How many r in strawberry.", thinking=qwq_mlx.Thinking(think_tokens=10))
+    >>> trace.finish_reason, trace.injections[0].text.strip()
+    ('budget', '**Final Answer**')
     """
 
     think_tokens: int | None = None
@@ -211,13 +233,18 @@ class Thinking:
 class Inspect:
     """What every Step carries besides id, text, log-probability and entropy.
 
-    top_k: the k likeliest ids in the model's own distribution, with their texts and log-probabilities; 0 is none. With
-      it comes the margin, the log-probability of the likeliest id minus that of the second.
-    hidden_layers: hidden states at the place that the id was drawn from, numbered as in transformers: 0 is the
-      embedding, i what layer i - 1 gave, the number of layers what the head sees (after the final norm). Each is
+    top_k: the k most likely ids in the model's own distribution, with their texts and log-probabilities; 0 is none.
+      With them comes the margin, the log-probability of the most likely id minus that of the second.
+    hidden_layers: hidden states at the position that the id was drawn from, numbered as in transformers: 0 is the
+      embedding, i the output of layer i - 1, the number of layers what the head sees (after the final norm). Each is
       float32 (hidden_size,), 20 KiB a token and layer for QwQ-32B.
     loop_scores: how near the loop detector is to a report.
-    entropy: work it out; without it a step is shorter (scripts/measure_step_check.py), and entropies are None.
+    entropy: compute it; without it a step is shorter (scripts/measure_step_check.py), and entropies are None.
+
+    >>> run = reasoner.stream("How many r in strawberry.", inspect=qwq_mlx.Inspect(top_k=2, hidden_layers=(0, 8)))
+    >>> step = next(run)
+    >>> [each.text for each in step.alternatives], step.margin > 0, step.hidden[8].shape
+    (['I', ').\\n\\n'], True, (256,))
     """
 
     top_k: int = 0

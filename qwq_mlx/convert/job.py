@@ -75,17 +75,28 @@ def convert_checkpoint(
     """Convert a checkpoint into packed MLX weights in a new folder.
 
     source: a folder, or a repository of the Hub (OWNER/NAME) where no folder has that name; its shards are fetched one
-    after another, two on the disk at most. revision: of the repository. recipe: a name under conversions/, or the path
-    of a .toml file. target_bytes: choose the bits of every matrix so that the output, but for manifest and report, is
-    no larger (see `convert.target`); None takes the recipe's. calibrate: a text (see `convert.calibration`) whose
-    activations weigh the errors of the fit; None fits as the recipe says. force: replace an existing conversion, once
-    the new one is complete. restart: throw an unfinished conversion of this output away instead of continuing it.
-    keep_source: leave fetched shards and their small files in `output`.source. dry_run: stop after the plan. n_workers:
-    threads that pack; None is one per core. quality: a text file to compare source and conversion on, True for a
-    bundled text, False for nothing, None for the bundled text where the source is small (convert.judge.SMALL_BYTES).
-    quality_tokens: of that text, at most. on_plan: called once with the plan, before anything is written. progress:
-    called after every block and, from another thread, while shards are fetched.
-    Raises OptionError, RecipeError, SourceError, LoadError, ConversionError; see `convert.check` for what is refused.
+      after another, two on the disk at most.
+    output: the folder to make; it appears whole, by one rename.
+    revision: of the repository.
+    recipe: a name under conversions/, or the path of a .toml file.
+    target_bytes: choose the bits of every matrix so that the output, but for manifest and report, is no larger; None
+      takes the recipe's.
+    calibrate: a text whose activations weigh the errors of the fit; None fits as the recipe says.
+    force: replace an existing conversion, once the new one is complete.
+    restart: throw an unfinished conversion of this output away instead of continuing it.
+    keep_source: leave fetched shards and their small files in `output`.source.
+    dry_run: stop after the plan.
+    n_workers: threads that pack; None is one per core.
+    quality: a text file to compare source and conversion on, True for a bundled text, False for nothing, None for the
+      bundled text where the source is small (convert.quality_step.SMALL_BYTES).
+    quality_tokens: of that text, at most.
+    on_plan: called once with the plan, before anything is written.
+    progress: called after every block and, from another thread, while shards are fetched.
+    Raises OptionError, RecipeError, SourceError, LoadError, ConversionError; `convert.preflight` says what is refused.
+
+    >>> done = qwq_mlx.convert_checkpoint(FOLDER, "pocket-3bit", recipe="3bit", quality=False)
+    >>> done.output_bytes, done.warnings
+    (2977470, ())
     """
     started = time.monotonic()
     output = Path(os.path.abspath(output))  # noqa: PTH100 - a link at the end is not followed

@@ -99,13 +99,26 @@ class OutputShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A conversion, worked out. Sizes in bytes; n_weights counts the source's numbers.
+    """A conversion, worked out. Sizes in bytes; all exact but peak_memory_bytes.
 
+    origin: the opened source.
+    config: of the source.
+    recipe: with its bits as they will be.
+    tensors: every source tensor and what becomes of it.
+    shards: the output's files of weights.
+    copied: names of the files that are copied byte for byte.
+    config_json: the bytes of that output file.
+    index_json: the bytes of that output file.
+    n_weights: the source's numbers.
+    source_bytes: of the source's tensors.
+    output_bytes: of the output, but for its manifest and report.
+    n_workers: threads that pack.
+    peak_memory_bytes: an estimate for n_workers.
+    fetched_bytes: of the source, on the disk at a time.
+    n_fetches: how often all of the source is fetched: 0 for a local one, 2 where a calibration text passes shards that
+      do not stay.
     quality_note: what is measured of it afterwards, in words.
-    copied: names of the files that are copied byte for byte. config_json, index_json: the bytes of those output files.
-    peak_memory_bytes is an estimate for n_workers. fetched_bytes: of the source, on the disk at a time. n_fetches: how
-    often all of it is fetched: 0 for a local one, 2 where a calibration text passes shards that do not stay. The rest
-    is exact. calibration: None packs by the recipe's own fit.
+    calibration: None packs by the recipe's own fit.
     """
 
     origin: Origin

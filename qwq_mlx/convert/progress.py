@@ -16,9 +16,12 @@ __all__ = ["Progress", "Report"]
 class Progress:
     """Where a conversion stands.
 
-    phase: "calibrate", "convert", "quality" or "check". what: the tensor or file at work. done_bytes, total_bytes: of
-    source read in phases "calibrate" (by layers, about) and "convert", of both models' weights in "quality", of output
-    read back in "check". resumed_bytes: of done_bytes, what an earlier run had done.
+    phase: "calibrate", "convert", "quality" or "check".
+    what: the tensor or file at work.
+    done_bytes: of source read in phases "calibrate" (by layers, about) and "convert", of both models' weights in
+      "quality", of output read back in "check".
+    total_bytes: of the same.
+    resumed_bytes: of done_bytes, what an earlier run had done.
     fetched_bytes: of the source, what is on the disk or done; None where nothing is fetched.
     """
 

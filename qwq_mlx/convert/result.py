@@ -31,10 +31,23 @@ _MIN_ALIKE = 5  # of fewer the median says little
 class Conversion:
     """What a conversion did.
 
-    output: the folder. is_written: False for a dry run. relative_error: of all packed weights together (see
-    quant.measure); None for a dry run. kl, top1_agreement: against the source (see quality.result), None where that was
-    not measured. resumed_bytes: of source_bytes, what an earlier run had done. wall_s, peak_memory_bytes: of the whole
-    run. warnings: what was converted but looks odd, in sentences.
+    output: the folder.
+    is_written: False for a dry run.
+    n_tensors: tensors of the source.
+    source_bytes: of the source's tensors.
+    output_bytes: of the output, but for its manifest and report.
+    bits_per_weight: of all weights together.
+    relative_error: of all packed weights together (see quant.rounding_error); None for a dry run.
+    kl: to the source, in nats a token; None where that was not measured.
+    top1_agreement: share of tokens with the source's first choice; None where that was not measured.
+    wall_s: of the whole run.
+    peak_memory_bytes: of the process.
+    resumed_bytes: of source_bytes, what an earlier run had done.
+    warnings: what was converted but looks odd, in sentences.
+
+    >>> done = qwq_mlx.convert_checkpoint(FOLDER, "pocket-2bit", recipe="2bit", dry_run=True)
+    >>> done.is_written, done.n_tensors, round(done.bits_per_weight, 2)
+    (False, 99, 2.52)
     """
 
     output: Path

@@ -55,6 +55,10 @@ def load(
     limits: of the runs to come, so that what cannot fit the memory is refused before a weight is read.
     force: plan, but refuse and cap nothing.
     Raises LoadError, SourceError or BackendError; FitError with the arithmetic.
+
+    >>> reasoner = qwq_mlx.load(FOLDER, limits=qwq_mlx.Limits(context=2048))
+    >>> reasoner.generate("How many r in strawberry.", sampling=qwq_mlx.Sampling(temperature=0)).answer
+    '3'
     """
     folder = ready_model(folder)
     limit = None if force else limit_bytes()
@@ -66,8 +70,12 @@ def load(
 class Reasoner:
     """One model, ready for any number of questions, each on its own.
 
+    model: what `load` loads.
     profile: how it separates thinking from answer; None takes the tagged one where the tokenizer has `<think>`.
     limit_bytes: what the device gave before the weights came; a run that does not fit is refused. None refuses nothing.
+
+    >>> reasoner.profile.name
+    'qwq-preview'
     """
 
     def __init__(self, model: LoadedModel, *, profile: Profile | None = None, limit_bytes: int | None = None) -> None:
@@ -91,9 +99,19 @@ class Reasoner:
     ) -> Trace:
         """Answer a question, or continue messages of {"role", "content"}, to the end.
 
-        sampling, limits: None leaves every value to the model. thinking: its budget; None is none. inspect: what every
-        Step shows besides; None is nothing. progress: called in prefill with the ids done and their number.
-        Raises PromptError, OptionError before any work; GenerationError (its `.trace` has what was produced).
+        system_prompt: put first; None leaves what the chat template writes.
+        sampling: None leaves every value to the model.
+        limits: None leaves every value to the model.
+        thinking: its budget; None is none.
+        inspect: what every Step shows besides; None is nothing.
+        logits_processors: functions (tokens, logits) -> logits as in mlx-lm, called before all others, in their order.
+          tokens is uint32 (n,), prompt and output so far; logits is float32 (1, n_ids), and so is what they return.
+        progress: called in prefill with the ids done and their number.
+        Raises PromptError or OptionError before any work; GenerationError, whose `.trace` has what was produced.
+
+        >>> trace = reasoner.generate("What is 3 + 4?", sampling=qwq_mlx.Sampling(temperature=0))
+        >>> trace.answer
+        '7'
         """
         run = self.stream(
             messages,
@@ -124,7 +142,13 @@ class Reasoner:
     ) -> Stream:
         """As `generate`, one Step at a time: `for step in run: ...`, then `run.trace()`.
 
-        before: the run of the turn before; its KV cache is taken over as far as the ids agree, so it is over then.
+        before: the run of the turn before; its KV cache is taken over as far as the ids agree, so that run is over
+          then.
+        The other arguments are those of `generate`.
+
+        >>> run = reasoner.stream("What is 3 + 4?", sampling=qwq_mlx.Sampling(temperature=0))
+        >>> "".join(step.text for step in run) == run.trace().text
+        True
         """
         fit = self.fit(limits or Limits())
         context = resolved(fit.limits.context)
@@ -179,16 +203,26 @@ class Reasoner:
         inspect: Inspect | None = None,
         logits_processors: Sequence[LogitsProcessor] = (),
     ) -> Stream:
-        """Go on with a run that `Run.save` wrote, as if it had never stopped; its settings are the file's.
+        """Go on with a run that `Stream.save` wrote, as if it had never stopped; its settings are the file's.
 
-        max_tokens: of the whole output, to go on after "length". context: to go on after "context_full". answer_now:
-        ask for the answer where the run stands, also where the model had ended its text ("stop"), it was a loop, or the
-        context is full: its last tokens then make room.
+        path: of the saved run.
+        max_tokens: of the whole output, to go on after "length".
+        context: to go on after "context_full".
+        answer_now: ask for the answer where the run stands, also where the model had ended its text ("stop"), it was a
+          loop, or the context is full: its last tokens then make room.
         inspect: of the Steps from here on; None shows what the saved run showed. What it saw is in the file.
         logits_processors: the caller's own, which no file can hold and which have to be given again.
         Raises SourceError for a file that is damaged, of another model or compute type, or of a run that has ended;
         OptionError for max_tokens or a context below what there is, for answer_now where the answer has begun or has no
         room, or logits processors that are missing; FitError.
+
+        >>> greedy, question = qwq_mlx.Sampling(temperature=0), "What is 3 + 4?"
+        >>> run = reasoner.stream(question, sampling=greedy)
+        >>> first = [next(run).id for _ in range(5)]
+        >>> run.save("run.qwq")
+        >>> rest = [step.id for step in reasoner.resume("run.qwq")]
+        >>> (*first, *rest) == reasoner.generate(question, sampling=greedy).ids
+        True
         """
         value, arrays = read_checkpoint(Path(path))
         state = read_state(value, path=Path(path))

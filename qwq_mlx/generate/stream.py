@@ -114,6 +114,13 @@ class Stream:
     """Iterate over it for Steps; `trace()` then tells all. `stop()` ends it after the token under way.
 
     After a nudge Steps go on from an earlier index: those from there on were taken back.
+
+    >>> run = reasoner.stream("What is 3 + 4?", sampling=qwq_mlx.Sampling(temperature=0))
+    >>> for step in run:
+    ...     if step.index == 4:
+    ...         run.stop()
+    >>> run.trace().finish_reason, len(run.trace().ids)
+    ('interrupted', 6)
     """
 
     def __init__(

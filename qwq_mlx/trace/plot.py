@@ -28,8 +28,13 @@ _THINKING, _ANSWER, _LOOP, _INJECTED = "#dfe7f1", "#dcefdc", "#c0392b", "#8e44ad
 def plot_trace(trace: Trace, path: str | Path) -> None:
     """Draw entropy and log-probability with segments, stated answers and loops into a .png, .pdf or .svg file.
 
-    Raises OptionError for another kind of file, a missing matplotlib or a trace without tokens; SavingError where
-    the disk does not take it.
+    Raises OptionError for another kind of file, a missing matplotlib or a trace without tokens; SavingError where the
+    disk does not take it.
+
+    >>> qwq_mlx.plot_trace(trace, "strawberry.svg")
+    >>> qwq_mlx.plot_trace(trace, "strawberry.txt")
+    Traceback (most recent call last):
+    qwq_mlx.errors.OptionError: strawberry.txt: is no picture's name, expected one that ends in .png, .pdf, .svg.
     """
     path = Path(path)
     if path.suffix not in _SUFFIXES:

@@ -13,7 +13,16 @@ __all__ = ["Clock", "Timings"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Where the time went. Rates are None where nothing was measured; a decode rate counts intervals between tokens."""
+    """Where the time went. Rates are None where nothing was measured.
+
+    n_prefilled: prompt ids that were fed.
+    prefill_s: seconds until the first id was there.
+    n_intervals: intervals between output ids, one fewer than there are ids.
+    decode_s: seconds from the first output id to the last.
+
+    >>> Timings(n_prefilled=100, prefill_s=0.5, n_intervals=40, decode_s=2.0).decode_tok_s
+    20.0
+    """
 
     n_prefilled: int
     prefill_s: float

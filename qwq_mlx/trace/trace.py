@@ -43,11 +43,21 @@ class Alternative:
 class Step:
     """One token of a running generation.
 
-    index: place in the output, from 0. text: what this token completed; "" while a character or a possible stop text is
-    unfinished. logprob, entropy: in nats over the model's own distribution; None for an injected token.
-    segment: the part the text belongs to as far as can be told yet. is_injected: put there by a budget or a guard.
-    Only where `Inspect` asks: alternatives, by falling log-probability; margin, the first log-probability minus the
-    second; loop_scores; hidden, layer -> float32 (hidden_size,).
+    index: place in the output, from 0.
+    id: the token's id.
+    text: what this token completed; "" while a character or a possible stop text is unfinished.
+    logprob: in nats, in the model's own distribution; None for an injected token.
+    entropy: in nats, of the model's own distribution; None for an injected token.
+    segment: the part that the text belongs to as far as can be told yet.
+    is_injected: put there by a budget or a guard, not drawn.
+    alternatives: by falling log-probability, where `Inspect.top_k` asks for them.
+    margin: the first of their log-probabilities minus the second.
+    loop_scores: where `Inspect.loop_scores` asks for them.
+    hidden: layer -> float32 (hidden_size,), where `Inspect.hidden_layers` asks for it.
+
+    >>> step = next(reasoner.stream("How many r in strawberry."))
+    >>> step.index, step.segment, step.is_injected
+    (0, 'thinking', False)
     """
 
     index: int
@@ -84,17 +94,40 @@ class Trace:
     """All of a finished run.
 
     question: what people wrote in the prompt.
-    ids: what came out, with the id that ended it if one did; `text` is without that id, and without the stop text.
+    prompt_ids: the ids of the whole prompt.
+    ids: what came out, with the id that ended it if one did.
+    text: the output without the id that ended it, and without the stop text.
     texts: what each id let out; joined they are `text`.
-    logprobs, entropies: one per id, None where injected. thinking, conclusion: the two parts of the text; answer: what
-    was extracted from the conclusion, None where there is none; answer_kind: what it was told by ("heading", "box",
-    "tag", "sentence" ...); is_revised: the text doubts it later; confidence: how sure the split is, 0 to 1.
-    thinking_span, conclusion_span: (start, end) in ids. finish_reason: see `describe`. settings: sampling, limits,
-    thinking and seed as used. model: folder, weights, compute type. peak_bytes: device memory at most.
+    thinking: the first part of the text.
+    conclusion: the second part of the text.
+    answer: what was extracted from the conclusion; None where there is none.
+    answer_kind: what it was told by: "heading", "box", "tag", "sentence" ...
+    is_revised: the text doubts the answer later.
+    confidence: how sure the reading is, 0 to 1.
+    thinking_span: (start, end) in ids.
+    conclusion_span: (start, end) in ids; None where there is no conclusion.
+    finish_reason: why the run ended, see `describe`.
+    detail: more about that, for people.
+    logprobs: one per id, in nats; None where injected.
+    entropies: one per id, in nats; None where injected.
+    injections: ids that a budget or a guard put there.
+    timings: of prefill and decode.
+    peak_bytes: device memory at most.
+    settings: sampling, limits, thinking and seed as used.
+    model: name, folder, weights, compute type.
     events: what was noticed on the way, each with "event": "loop" (see reasoning.loops.Loop, and the "action" taken) or
-    "switch" (another script, see reasoning.language.Switch).
-    Where `Inspect` asked, one per id: alternatives (none where injected), margins, loop_scores; hidden: layer ->
-    (ids, hidden_size) float32, NaN where injected. Else they are empty.
+      "switch" (another script, see reasoning.scripts.Switch).
+    alternatives: one tuple per id where `Inspect` asked, empty where injected.
+    margins: one per id where `Inspect` asked.
+    loop_scores: one per id where `Inspect` asked.
+    hidden: layer -> (ids, hidden_size) float32 where `Inspect` asked, NaN where injected.
+
+    >>> trace = reasoner.generate("How many r in strawberry.", sampling=qwq_mlx.Sampling(temperature=0))
+    >>> trace.answer, trace.answer_kind, trace.confidence
+    ('3', 'heading', 0.98)
+    >>> trace.save("strawberry.jsonl")
+    >>> qwq_mlx.Trace.load("strawberry.jsonl") == trace
+    True
     """
 
     question: str
@@ -138,7 +171,11 @@ class Trace:
         return ended and self.answer is None and not self.injections
 
     def describe(self) -> str:
-        """Why the run ended, the answer and how sure it is, and how to continue where that makes sense."""
+        """Why the run ended, the answer and how sure it is, and how to continue where that makes sense.
+
+        >>> trace.describe()
+        "the model ended its text; answer '3', confidence 0.98"
+        """
         why = _DESCRIPTIONS[self.finish_reason] + (f" ({self.detail})" if self.detail else "")
         if self.answer is None:
             answer = "no answer"

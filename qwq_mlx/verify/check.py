@@ -43,9 +43,15 @@ DEFAULT_TENSORS = 8
 class Verification:
     """What was found right (anything wrong is raised).
 
-    is_full: every byte was read. sampled: names of the tensors that were drawn and read. packed_again: names of the
-    source tensors whose packed bytes were made anew and are the same. repository, commit: what the manifest names as
-    the source.
+    folder: that was checked.
+    n_files: in its manifest.
+    n_bytes: of those files.
+    is_full: every byte was read.
+    sampled: names of the tensors that were drawn and read.
+    packed_again: names of the source tensors whose packed bytes were made anew and are the same.
+    repository: that the manifest names as the source.
+    commit: that the manifest names as the source.
+    wall_s: of the check.
     """
 
     folder: Path
@@ -71,11 +77,20 @@ def verify_conversion(
 ) -> Verification:
     """Check a conversion against its manifest, and against its source where one is given.
 
-    full: read and hash every byte. sample: read and hash tensors drawn by lot, at least so many percent of all bytes;
-    None draws none. source: the checkpoint's folder; n_tensors of its tensors are packed again. seed: of
-    both draws; None: others each time. progress: called with bytes read, from several threads.
+    folder: the conversion.
+    full: read and hash every byte.
+    sample: read and hash tensors drawn by lot, at least so many percent of all bytes; None draws none.
+    source: the checkpoint's folder; n_tensors of its tensors are packed again.
+    n_tensors: how many.
+    seed: of both draws; None draws others each time.
+    progress: called with bytes read, from several threads.
     Raises OptionError; SourceError naming every difference; LoadError and ConversionError for a source that could not
     be converted.
+
+    >>> from qwq_mlx.verify import verify_conversion
+    >>> done = qwq_mlx.convert_checkpoint(FOLDER, "pocket-4bit", recipe="4bit", quality=False)
+    >>> verify_conversion("pocket-4bit", source=FOLDER, n_tensors=2, seed=0).packed_again
+    ('model.layers.4.input_layernorm.weight', 'model.layers.7.self_attn.v_proj.weight')
     """
     started = time.monotonic()
     folder = Path(folder)

@@ -53,12 +53,27 @@ _GIB = 1 << 30
 class MemoryPlan:
     """The arithmetic, every part in bytes.
 
-    weights_bytes: in memory, in the compute type. kv_bytes: the cache at the whole context. prefill_bytes,
-    decode_bytes: held beside both in a pass. logits_bytes, sampler_bytes: beside a decode step. All of these for one
-    sequence; batch_bytes, speculative_bytes: what mlx-lm holds more with other sequences beside it, or with a draft
-    model. load_bytes: held beside the weights while they are read. limit_bytes: what the device gives,
-    None if not asked. largest_context: the most positions (of one sequence) that fit under the limit, 0 if none;
-    without a limit the context planned.
+    backend: what the plan is for.
+    workload: what was asked for.
+    context: positions that are planned.
+    weights_bytes: in memory, in the compute type.
+    kv_bytes: the KV cache at the whole context.
+    kv_bytes_per_token: of the cache.
+    prefill_bytes: held beside weights and cache in a prefill pass.
+    decode_bytes: held beside weights and cache in a decode step.
+    logits_bytes: beside a decode step.
+    sampler_bytes: beside a decode step.
+    batch_bytes: what mlx-lm holds more with other sequences beside this one.
+    speculative_bytes: what mlx-lm holds more with a draft model.
+    load_bytes: held beside the weights while they are read.
+    reserve_bytes: left free below the limit.
+    limit_bytes: what the device gives; None if not asked.
+    largest_context: the most positions (of one sequence) that fit under the limit, 0 if none; without a limit the
+      context planned.
+
+    >>> plan = qwq_mlx.plan_memory(FOLDER, limit_bytes=1_000_000_000)
+    >>> plan.fits, plan.binds, plan.largest_context
+    (True, 'prefill', 4096)
     """
 
     backend: Backend
@@ -173,11 +188,20 @@ def plan_memory(
 ) -> MemoryPlan:
     """Plan a run: what it needs, whether it fits, and the largest context that does.
 
-    model: a folder (only headers are read) or a shape. limit_bytes: what the device gives; None plans without one.
+    model: a folder (only headers are read) or a shape.
+    workload: context, KV cache, prefill passes; None is one sequence over the model's whole context.
+    limit_bytes: what the device gives; None plans without one.
+    reserve_bytes: left free below the limit.
     backend: "metal" and "cuda" have fused attention and compute in bfloat16 if not told otherwise, "cpu" has none and
-    computes in float32.
+      computes in float32.
     Raises OptionError for a context beyond the model's, or kv_bits for heads that cannot be quantized so, the draft
     model's too; LoadError or SourceError as `open_model_folder`.
+
+    >>> from qwq_mlx import facts
+    >>> from qwq_mlx.model.memory.plan import metal_limit_bytes, shape_of_facts
+    >>> plan = qwq_mlx.plan_memory(shape_of_facts(facts.QWQ_32B_PREVIEW), limit_bytes=metal_limit_bytes(32 << 30))
+    >>> plan.weights_bytes, plan.largest_context
+    (18431289344, 13056)
     """
     if backend not in BACKENDS:
         raise OptionError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")

@@ -35,12 +35,15 @@ class ModelShape:
 class Workload:
     """What a run asks for.
 
-    context: positions, prompt and output together; None is the model's whole context. kv_bits: None keeps the cache in
-    the compute type, 8 and 4 quantize it in groups of 64. n_sequences: decoded side by side, each with its own cache.
-    prefill_step: prompt ids per pass. compute_type: "float32" or "bfloat16"; None picks by backend. draft: a smaller
-    model that guesses n_draft ids at a time, which the model then checks in one pass. Several sequences, and a draft
-    model, are planned as mlx-lm decodes them (`mlx_lm_memory`), which combines neither with the other, nor batches with
-    a quantized cache: both are refused with OptionError.
+    context: positions, prompt and output together; None is the model's whole context.
+    kv_bits: 8 and 4 quantize the cache in groups of 64; None keeps it in the compute type.
+    n_sequences: decoded side by side, each with its own cache.
+    prefill_step: prompt ids per pass.
+    compute_type: "float32" or "bfloat16"; None picks by backend.
+    draft: a smaller model that guesses n_draft ids at a time, which the model then checks in one pass.
+    n_draft: ids that it guesses at a time.
+    Several sequences, and a draft model, are planned as mlx-lm decodes them (`batch_and_draft`), which combines neither
+    with the other, nor batches with a quantized cache: both are refused with OptionError.
     """
 
     context: int | None = None
