@@ -79,24 +79,21 @@ def convert_checkpoint(
     output: the folder to make; it appears whole, by one rename.
     revision: of the repository.
     recipe: a name under conversions/, or the path of a .toml file.
-    target_bytes: choose the bits of every matrix so that the output, but for manifest and report, is no larger; None
-      takes the recipe's.
+    target_bytes: choose the bits of every matrix so that the output is no larger, manifest and report not counted.
     calibrate: a text whose activations weigh the errors of the fit; None fits as the recipe says.
     force: replace an existing conversion, once the new one is complete.
     restart: throw an unfinished conversion of this output away instead of continuing it.
     keep_source: leave fetched shards and their small files in `output`.source.
     dry_run: stop after the plan.
     n_workers: threads that pack; None is one per core.
-    quality: a text file to compare source and conversion on, True for a bundled text, False for nothing, None for the
-      bundled text where the source is small (convert.quality_step.SMALL_BYTES).
+    quality: text file to compare both on; True for a bundled one, False for none, None for True if the source is small.
     quality_tokens: of that text, at most.
     on_plan: called once with the plan, before anything is written.
     progress: called after every block and, from another thread, while shards are fetched.
     Raises OptionError, RecipeError, SourceError, LoadError, ConversionError; `convert.preflight` says what is refused.
 
-    >>> done = qwq_mlx.convert_checkpoint(FOLDER, "pocket-3bit", recipe="3bit", quality=False)
-    >>> done.output_bytes, done.warnings
-    (2977470, ())
+    >>> qwq_mlx.convert_checkpoint(FOLDER, "pocket-3bit", recipe="3bit", quality=False).output_bytes
+    2977470
     """
     started = time.monotonic()
     output = Path(os.path.abspath(output))  # noqa: PTH100 - a link at the end is not followed
@@ -117,12 +114,7 @@ def convert_checkpoint(
             on_plan(plan)
         if dry_run:
             return conversion_of(plan, output, None, started)
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            with FolderLock(output):
-                return _Job(plan, judge, output, local, force, restart, keep_source, progress).run(started)
-        except OSError as error:
-            raise disk_fault(error, output, plan.output_bytes) from error
+        return _Job(plan, judge, output, local, force, restart, keep_source, progress).run(started)
 
 
 def _plan(
@@ -147,7 +139,7 @@ def _plan(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """An accepted conversion, under its lock. local: what lies at the source's path, None where nothing does."""
+    """An accepted conversion; `run` takes its lock. local: what lies at the source's path, None where nothing does."""
 
     plan: Plan
     judge: Judge
@@ -159,6 +151,14 @@ class _Job:
     progress: Callable[[Progress], None] | None
 
     def run(self, started: float) -> Conversion:
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            with FolderLock(self.output):
+                return self._run(started)
+        except OSError as error:
+            raise disk_fault(error, self.output, self.plan.output_bytes) from error
+
+    def _run(self, started: float) -> Conversion:
         plan, output = self.plan, self.output
         if not self.restart and (journal := published(plan, output)) is not None:
             conversion = self._as_before(journal, started)
