@@ -3,7 +3,9 @@
 A conversion replaces a matrix `X.weight` (out, in) by codes `X.weight` (out, in * bits / 32) uint32 and `X.scales`
 (out, in / group); in mode "affine" both scales and `X.biases` are floats, in the others scales are uint8 and there are
 no biases. config.json says so in `quantization`, with one entry for all layers and entries by name for those that
-differ (the layout mlx-lm reads). Here that is checked before anything is allocated.
+differ (the layout mlx-lm reads): an object, false for a matrix that stays whole, true for the settings of all layers.
+What an object leaves out or has as null is MLX's default, as mlx-lm's mixed recipes write `"group_size": null`. Here
+that is checked before anything is allocated.
 
 Does not: read files or arrays.
 """
@@ -44,19 +46,20 @@ def packings(
         )
     result = {}
     for path in matrices:
-        own = settings.get(path, settings)
-        if own is not False and f"{path}.scales" in found:
-            result[path] = _packing(own, path if path in settings else "quantization", where)
+        layer_settings = settings.get(path, True)
+        if layer_settings is not False and f"{path}.scales" in found:
+            is_global = layer_settings is True
+            result[path] = _packing(
+                settings if is_global else layer_settings, "all layers" if is_global else path, where
+            )
     return result
 
 
 def _packing(settings: Any, name: str, where: str) -> Packing:
     if not isinstance(settings, Mapping):
-        raise LoadError(f"{where}: quantization of {name} is {settings!r}, expected an object or false.")
-    bits: Any = settings.get("bits")
-    group_size: Any = settings.get("group_size")
+        raise LoadError(f"{where}: quantization of {name} is {settings!r}, expected an object, true or false.")
     try:
-        return Packing(mode=settings.get("mode", "affine"), bits=bits, group_size=group_size)
+        return Packing.from_settings(settings)
     except OptionError as error:
         raise LoadError(f"{where}: quantization of {name}: {error} Convert the source again.") from error
 

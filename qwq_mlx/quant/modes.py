@@ -5,7 +5,9 @@ Does not: import numpy or MLX, so that a recipe, or a plan from headers alone, s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qwq_mlx.errors import OptionError
 
@@ -36,13 +38,30 @@ class Packing:
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
+        if not isinstance(self.mode, str) or self.mode not in MODES:
             raise OptionError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}.")
         all_bits, groups = MODES[self.mode]
         for name, value, allowed in (("bits", self.bits, all_bits), ("group_size", self.group_size, groups)):
             if type(value) is not int or value not in allowed:
                 listed = ", ".join(map(str, allowed))
                 raise OptionError(f"{name} is {value!r}, expected {listed} in mode {self.mode!r}.")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Packing:
+        """The packing that `mode`, `bits` and `group_size` of a config.json mean; null or absent is MLX's default.
+
+        Source: mlx.nn.layers.quantized._defaults_for_mode (affine: groups of 64, 4 bits; a test compares the two).
+        Raises OptionError for a combination that MLX does not have.
+
+        >>> Packing.from_settings({"bits": 6, "group_size": None})
+        Packing(mode='affine', bits=6, group_size=64)
+        """
+        mode = settings.get("mode")
+        mode = "affine" if mode is None else mode
+        only = MODES[mode] if isinstance(mode, str) and mode in MODES and mode != "affine" else ((4,), (64,))
+        defaults = {"bits": only[0][0], "group_size": only[1][0]}
+        values = {name: settings[name] for name in defaults if settings.get(name) is not None}
+        return cls(mode=mode, **{**defaults, **values})
 
     @property
     def is_affine(self) -> bool:

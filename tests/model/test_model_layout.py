@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.nn as nn
 import pytest
 from test_qwen2_config import parse
 
 from qwq_mlx.errors import LoadError
 from qwq_mlx.model.architecture import tensor_shapes
 from qwq_mlx.model.layout import Packing, check_layout, packings
+from qwq_mlx.quant.modes import MODES
 
 CONFIG = parse(hidden_size=128, intermediate_size=192, num_attention_heads=4, vocab_size=320, num_hidden_layers=1)
 MATRICES = [name.removesuffix(".weight") for name, shape in tensor_shapes(CONFIG).items() if len(shape) == 2]
@@ -78,6 +80,30 @@ def test_a_matrix_without_scales_stays_whole_as_mlx_lm_reads_it() -> None:
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {**GLOBAL, DOWN: {"bits": 6, "group_size": None, "mode": "affine"}},
+        {**GLOBAL, DOWN: {"bits": 6}},
+        {"bits": 4, DOWN: {"bits": 6, "mode": None}},
+        {"group_size": 64, "mode": None, DOWN: {"group_size": 64, "bits": 6}},
+        {**GLOBAL, DOWN: {"bits": 6}, "lm_head": True},
+        {**GLOBAL, DOWN: {"bits": 6}, "lm_head": {"group_size": 64}},
+    ],
+)
+def test_what_an_entry_leaves_open_is_mlxs_default(settings: Any) -> None:
+    result = check(settings, packed(dict.fromkeys(MATRICES, 4) | {DOWN: 6}))
+    assert result == dict.fromkeys(MATRICES, Packing(bits=4, group_size=64)) | {DOWN: Packing(bits=6, group_size=64)}
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("settings", [{}, {"bits": None}, {"group_size": None}, {"bits": None, "group_size": None}])
+def test_defaults_are_those_of_mlx(mode: str, settings: dict[str, None]) -> None:
+    layer = nn.Linear(128, 8).to_quantized(mode=mode)
+    expected = Packing(mode=mode, bits=layer.bits, group_size=layer.group_size)
+    assert Packing.from_settings({"mode": mode, **settings}) == expected
+
+
+@pytest.mark.parametrize(
     ("settings", "text"),
     [
         (4, r"m/config\.json: quantization is 4, expected an object"),
@@ -85,13 +111,13 @@ def test_a_matrix_without_scales_stays_whole_as_mlx_lm_reads_it() -> None:
             {**GLOBAL, "model.layers.9.mlp.down_proj": GLOBAL},
             "names 'model.layers.9.mlp.down_proj', which is no matrix",
         ),
-        ({**GLOBAL, DOWN: True}, f"quantization of {DOWN} is True, expected an object or false"),
-        ({**GLOBAL, "mode": "gguf"}, "quantization of quantization: mode is 'gguf', expected one of affine, mxfp4"),
+        ({**GLOBAL, DOWN: 4}, f"quantization of {DOWN} is 4, expected an object, true or false"),
+        ({**GLOBAL, "mode": ["affine"]}, r"quantization of all layers: mode is \['affine'\], expected one of affine"),
+        ({**GLOBAL, "mode": "gguf"}, "quantization of all layers: mode is 'gguf', expected one of affine, mxfp4"),
         ({**GLOBAL, "mode": "mxfp4"}, "group_size is 64, expected 32 in mode 'mxfp4'. Convert the source again"),
-        ({**GLOBAL, "bits": 7}, "quantization of quantization: bits is 7, expected 2, 3, 4, 5, 6, 8 in mode 'affine'"),
+        ({**GLOBAL, "bits": 7}, "quantization of all layers: bits is 7, expected 2, 3, 4, 5, 6, 8 in mode 'affine'"),
         ({**GLOBAL, DOWN: {"bits": "4", "group_size": 64}}, f"quantization of {DOWN}: bits is '4', expected 2, 3"),
         ({**GLOBAL, "group_size": 16}, "group_size is 16, expected 32, 64, 128 in mode 'affine'"),
-        ({"bits": 4}, "group_size is None, expected 32, 64, 128 in mode 'affine'"),
     ],
 )
 def test_settings_that_mlx_does_not_have_are_refused(settings: Any, text: str) -> None:
