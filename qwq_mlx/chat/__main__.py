@@ -22,6 +22,7 @@ from qwq_mlx.cli.command import Command, load_reasoner, make_parser, run_command
 from qwq_mlx.cli.generate_flags import bits
 from qwq_mlx.cli.terminal import show
 from qwq_mlx.errors import GenerationError, PromptError, QwqError
+from qwq_mlx.files.output_file import check_output_file
 from qwq_mlx.options import Limits, Sampling, Thinking
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class _Chat:
         self._note(f"system prompt: {self._talk.system_prompt or '(the template has its own)'}")
 
     def _do_save(self, text: str) -> None:
+        check_output_file(text, name="The file", folders=[self._talk.reasoner.model.folder])
         self._talk.save(Path(text))
         self._note(f"saved: {text}")
 

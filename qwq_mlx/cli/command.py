@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwq_mlx.cli.signals import Interruption, silence
-from qwq_mlx.errors import OptionError, QwqError
+from qwq_mlx.errors import DiskFullError, OptionError, QwqError
 
 if TYPE_CHECKING:
     from qwq_mlx.generate.reasoner import Reasoner
@@ -123,6 +123,13 @@ def run_command(
         except BrokenPipeError:  # whoever read our output has left, which is their right
             silence(sys.stdout.fileno())
             return 0
+        except OSError as error:  # of stdout: whoever writes a file says what became of it
+            silence(sys.stdout.fileno())
+            code = DiskFullError.exit_code if DiskFullError.is_meant_by(error) else QwqError.exit_code
+            where = error.filename or "stdout"
+            return command.fail(
+                f"{where}: cannot be written ({error.strerror}). Make room, or send it elsewhere.", code
+            )
         except KeyboardInterrupt:
             if line := interrupted(options):
                 command.warn(line)

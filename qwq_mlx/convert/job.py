@@ -45,6 +45,7 @@ from qwq_mlx.errors import OptionError
 from qwq_mlx.files.atomic import publish
 from qwq_mlx.files.lock import FolderLock
 from qwq_mlx.files.manifest import read_manifest
+from qwq_mlx.files.output_file import check_name
 from qwq_mlx.model.device import small_cache
 from qwq_mlx.quant import DEFAULT_RECIPE
 from qwq_mlx.quant.recipe import Recipe, load_recipe
@@ -96,8 +97,7 @@ def convert_checkpoint(
     2977470
     """
     started = time.monotonic()
-    output = Path(os.path.abspath(output))  # noqa: PTH100 - a link at the end is not followed
-    chosen, n_workers = load_recipe(recipe), _n_workers(n_workers)
+    output, chosen, n_workers = _named(output), load_recipe(recipe), _n_workers(n_workers)
     local = Path(source) if os.path.lexists(source) else None
     check_output(output, local, force=force or (is_marked(output) and not restart))
     unfinished = None if restart else unfinished_source(output)
@@ -135,6 +135,15 @@ def _plan(
     if text is not None and origin.is_remote and not keep_source:
         pass_order(origin.checkpoint, config, text.name)
     return make_plan(origin, config, recipe, n_workers=n_workers, keep_source=keep_source, calibration=text)
+
+
+def _named(output: str | Path) -> Path:
+    """The output's whole path. Raises OptionError where its last part is no name for a folder."""
+    path = Path(os.path.abspath(output))  # noqa: PTH100 - a link at the end is not followed
+    if not path.name:
+        raise OptionError(f"output is {str(output)!r}, expected the name of a new folder.")
+    check_name(path, name="output")
+    return path
 
 
 @dataclass(frozen=True, slots=True)

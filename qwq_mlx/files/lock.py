@@ -14,7 +14,7 @@ import socket
 from pathlib import Path
 from types import TracebackType
 
-from qwq_mlx.errors import ConversionError
+from qwq_mlx.errors import ConversionError, DiskFullError
 
 __all__ = ["FolderLock"]
 
@@ -33,8 +33,12 @@ class FolderLock:
     def __enter__(self) -> FolderLock:
         while self._fd is None:
             self._fd = self._take()
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:
+            self.__exit__(None, None, None)
+            raise _unmade(self.path, error) from error
         return self
 
     def __exit__(
@@ -50,9 +54,7 @@ class FolderLock:
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise ConversionError(
-                f"{self.path}: cannot be made ({error.strerror}). Choose an output folder where you may write."
-            ) from error
+            raise _unmade(self.path, error) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.lexists(self.path) and os.path.samestat(os.fstat(fd), os.lstat(self.path)):
@@ -70,3 +72,9 @@ class FolderLock:
             raise ConversionError(
                 f"{self.path}: this file system cannot lock ({error.strerror}). Choose an output on a local disk."
             ) from error
+
+
+def _unmade(path: Path, error: OSError) -> ConversionError:
+    if DiskFullError.is_meant_by(error):
+        return DiskFullError(f"{path}: the disk is full ({error.strerror}). Make room and run the same command again.")
+    return ConversionError(f"{path}: cannot be made ({error.strerror}). Choose an output where you may write.")

@@ -19,6 +19,7 @@ from qwq_mlx.cli.generate_flags import Asked, add_limits, add_sampling, asked_fo
 from qwq_mlx.cli.signals import silence
 from qwq_mlx.cli.terminal import batch_progress, prefill_progress, settings_line, show, summary_line
 from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, SavingError
+from qwq_mlx.files.output_file import check_output_files
 
 if TYPE_CHECKING:
     from qwq_mlx.cli.progress import ProgressBar
@@ -119,6 +120,7 @@ def _batch(command: Command, asked: Asked) -> int:
     from qwq_mlx.generate.question_file.results import Results
 
     options, interruption = command.options, command.interruption
+    check_output_files({"output": options.output}, inputs=[options.input], folders=_kept_clean(options))
     questions = read_questions(Path(options.input), system_prompt=options.system_prompt)
     with Results(Path(options.output)) as results:
         reasoner = load_reasoner(command, asked.limits)
@@ -153,8 +155,17 @@ def _batch(command: Command, asked: Asked) -> int:
     return 0
 
 
+def _kept_clean(options: argparse.Namespace) -> list[Path]:
+    """The folder of the model that will run, where nothing is written."""
+    from qwq_mlx.default_model import choose_model
+
+    return [choose_model(options.model).folder]
+
+
 def _generate(command: Command, prompt: str | None, asked: Asked) -> int:
-    options = command.options
+    options, folders = command.options, _kept_clean(command.options)
+    check_output_files({"save": options.save, "receipt": options.receipt}, inputs=[], folders=folders)
+    check_output_files({"receipt": options.receipt}, inputs=[options.resume])
     if options.save is None:
         return _answer(command, prompt, asked, None)
     from qwq_mlx.generate.checkpoint.autosave import Autosave
@@ -168,8 +179,6 @@ def _answer(command: Command, prompt: str | None, asked: Asked, keeper: Autosave
     from qwq_mlx.model.prompt import conversation
 
     options, interruption = command.options, command.interruption
-    if options.receipt is not None and not Path(options.receipt).parent.is_dir():
-        raise OptionError(f"receipt is {options.receipt!r}, but there is no such folder. Make it first.")
     if prompt is not None:
         conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
     reasoner = load_reasoner(command, asked.limits, warns_of_template=prompt is not None)  # a saved run has its prompt

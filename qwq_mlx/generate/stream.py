@@ -1,13 +1,11 @@
-"""Drives one run or several over one model: schedule -> forward -> accept, and hands out the Steps.
-
-`advance` is the engine's step over any number of running pairs of a `Run` (what was written, and what to do next) and a
-`Row` (ids, cache, the draw); a `Stream` is what a caller iterates over for one of them.
+"""What a caller iterates over for one run: it drives the engine, hands out the Steps, and saves, forks and tells all.
 
 Does not: load models or make prompts (`reasoner` does), or print.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,97 +15,18 @@ import mlx.core as mx
 
 from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.kv_cache import Layer, filled_cache, layer_arrays
-from qwq_mlx.errors import GenerationError, OptionError
+from qwq_mlx.errors import GenerationError, OptionError, SavingError
+from qwq_mlx.files.output_file import lies_in
 from qwq_mlx.generate.checkpoint.file import model_digest, write_checkpoint
 from qwq_mlx.generate.checkpoint.inspected_steps import inspected_steps, with_inspected
 from qwq_mlx.generate.checkpoint.state import RunState, state_json
-from qwq_mlx.generate.request import PrefillProgress, Request, new_row
-from qwq_mlx.generate.run import Inject, Rewind, Run
+from qwq_mlx.generate.request import PrefillProgress, Request
+from qwq_mlx.generate.running import Running, advance
 from qwq_mlx.generate.stopping import failure_of, trace_of
 from qwq_mlx.model.device import wired
-from qwq_mlx.trace.timings import Clock
 from qwq_mlx.trace.trace import Step, Trace
 
-__all__ = ["Running", "Stream", "advance"]
-
-
-class Running:
-    """A run and the row that draws its tokens.
-
-    cache: KV cache to go on from, None for an empty one. n_cached: leading prompt ids that it holds.
-    """
-
-    def __init__(
-        self, request: Request, decoder: Decoder, *, cache: list[Any] | None = None, n_cached: int = 0
-    ) -> None:
-        self.run = Run(request)
-        self.row, self._bad_words = new_row(request, cache)
-        self.n_cached = n_cached
-        self.clock = Clock()
-        self._decoder = decoder
-
-    @property
-    def needs_forward(self) -> bool:
-        """Whether the next token has still to be drawn."""
-        return self.run.finish is None and not (self._bad_words is not None and self._bad_words.has_settled)
-
-    def prefill(self, ids: Sequence[int]) -> Iterator[int]:
-        """Feed these ids in chunks; yields how many are in the cache after each. Output ids may be among them."""
-        request = self.run.request
-        yield from self._decoder.prefill(self.row, ids, chunk=request.limits.prefill_step, n_cached=self.n_cached)
-        if self.run.steps:
-            self.restore(self.row.cache)
-
-    def restore(self, cache: list[Any]) -> None:
-        """Go on from a cache that holds a beginning of prompt and output; their rest is fed with the next step."""
-        self.row.cache = cache
-        self.row.start(self.run.request.prompt_ids, [step.id for step in self.run.steps])
-        if self._bad_words is not None:
-            self._bad_words.watch_from(self.row.n_output)
-
-    def schedule(self) -> None:
-        """Do to the row what the run wants before the next forward."""
-        self.apply(self.run.schedule())
-
-    def apply(self, instruction: Inject | Rewind | None) -> None:
-        """Do one thing to the row, and draw from now on as the run says."""
-        if instruction is not None and self._bad_words is not None:
-            self._bad_words.drop()
-        if isinstance(instruction, Inject):
-            self._decoder.force(self.row, instruction.ids)
-        elif isinstance(instruction, Rewind):
-            self.row.rewind(instruction.n_output)
-        if instruction is not None and self._bad_words is not None:
-            self._bad_words.watch_from(self.row.n_output)
-        sampling, salt = self.run.sampling
-        if (sampling, salt) != (self.row.sampler.sampling, self.row.sampler.salt):
-            self.row.sampler = self.row.sampler.other(sampling, salt=salt)
-
-    def accept(self, token: Any | None) -> None:
-        """Hand the run its next token, if one is settled. token: the one just drawn, None where none was."""
-        if self._bad_words is not None:
-            if token is not None:
-                self._bad_words.feed(token)
-            token = self._bad_words.next() if self._bad_words.has_settled else None
-        if token is not None:
-            self.clock.drawn()
-            self.run.accept(token)
-
-
-def advance(decoder: Decoder, running: Sequence[Running]) -> None:
-    """One step of the engine: at most one token for each, with one pass over the weights for all.
-
-    Raises what `Decoder.step` raises; a run that has ended is left alone.
-    """
-    for each in running:
-        each.schedule()
-    drawing = [each for each in running if each.needs_forward]
-    tokens = iter(decoder.step([each.row for each in drawing]) if drawing else ())
-    for each in running:
-        if each in drawing:
-            each.accept(next(tokens))
-        elif each.run.finish is None:
-            each.accept(None)
+__all__ = ["Stream"]
 
 
 class Stream:
@@ -180,6 +99,11 @@ class Stream:
         Raises SavingError where the disk does not take it; the run can go on all the same.
         """
         request, row = self.request, self._running.row
+        if lies_in(Path(path), request.model.folder):
+            raise SavingError(
+                f"{path}: lies in the model's folder, where no run is saved. Give a place outside of it.",
+                OSError(errno.EINVAL, "a model's folder"),
+            )
         self._running.apply(self.run.go_back())
         has_cache = bool(row.ids and self.run.steps) and not self._has_failed
         layers = row.cached(len(request.prompt_ids) + len(self.run.steps) - 1) if has_cache else []

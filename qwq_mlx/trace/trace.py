@@ -166,9 +166,14 @@ class Trace:
 
     @property
     def can_be_asked(self) -> bool:
-        """Whether a run ended by itself without an answer, and can be asked for one from a checkpoint."""
+        """Whether a run ended by itself without a sure answer, and can be asked for one from a checkpoint."""
         ended = (self.finish_reason == "stop" and not self.detail) or self.finish_reason == "loop"
-        return ended and self.answer is None and not self.injections
+        return ended and self.is_unsure and not self.injections
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether there is no answer, or none that is more likely right than wrong."""
+        return self.answer is None or self.confidence < _UNSURE
 
     def describe(self) -> str:
         """Why the run ended, the answer and how sure it is, and how to continue where that makes sense.
@@ -182,19 +187,20 @@ class Trace:
         else:
             shown = self.answer if len(self.answer) <= _SHOWN else self.answer[: _SHOWN - 1] + "…"
             doubted = ", doubted afterwards" if self.is_revised else ""
-            answer = f"answer {shown!r}{doubted}, confidence {self.confidence:.2f}"
+            unsure = "unsure " if self.is_unsure else ""
+            answer = f"{unsure}answer {shown!r}{doubted}, confidence {self.confidence:.2f}"
         return "; ".join(part for part in (why, answer, self._way_on()) if part)
 
     def _way_on(self) -> str | None:
         """How to continue. Without a saved file, a text that the model ended without an answer is drawn again up to
         shortly before its end, and the answer asked for there."""
-        can_ask = self.answer is None and not self.injections
-        if self.finish_reason == "stop" and self.answer is None:
+        can_ask = self.is_unsure and not self.injections
+        if self.finish_reason == "stop" and self.is_unsure:
             n_tokens, seed = max(0, len(self.ids) - 1 - CUE_PATIENCE), self.settings["sampling"].get("seed")
             same = "" if seed is None else f" `seed` {seed}"
             saved = "`save` the run and `resume` it with `answer_now`, or " if self.can_be_asked else ""
             return f"to have the answer asked for, {saved}repeat it with{same} `think_tokens` {n_tokens}"
-        if self.finish_reason == "answered" and self.answer is None:
+        if self.finish_reason == "answered" and self.is_unsure:
             return "to try again, another `seed`"
         if can_ask and self.finish_reason in ("loop", "context_full"):
             return f"{_WAYS_ON[self.finish_reason]}; for an answer, `save` the run and `resume` it with `answer_now`"
@@ -281,4 +287,5 @@ _WAYS_ON: dict[str, str] = {
     "context_full": "to go on, ask again with a shorter prompt",
     "interrupted": "to go on, `save` the run and `resume` it",
 }
+_UNSURE = 0.5
 _SHOWN = 60  # characters of an answer in `describe`

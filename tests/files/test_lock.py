@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qwq_mlx.errors import ConversionError
+from qwq_mlx.errors import ConversionError, DiskFullError
 from qwq_mlx.files.lock import FolderLock
 
 HOLD = """
@@ -81,3 +81,13 @@ def test_an_impossible_place_and_a_file_system_without_locks_are_said(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(ConversionError, match=r"this file system cannot lock \(No locks available\)\. Choose"):
         FolderLock(tmp_path / "out").__enter__()
+
+
+def test_a_full_disk_is_said_and_leaves_no_lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(DiskFullError, match=r"out\.lock: the disk is full .*Make room"), FolderLock(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []

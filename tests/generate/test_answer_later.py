@@ -52,7 +52,7 @@ def test_the_answer_is_asked_for_in_place_of_the_end(
 ) -> None:
     run = ended(reasoner, limits=Limits(max_tokens=400, banned=banned))
     first = run.trace()
-    assert (first.finish_reason, first.answer, first.can_be_asked) == ("stop", None, True)
+    assert (first.finish_reason, first.is_unsure, first.can_be_asked) == ("stop", True, True)
     assert first.ids[-1] in reasoner.model.stop_ids and len(first.ids) > 5
     assert "`save` the run and `resume` it with `answer_now`" in first.describe()
     run.save(tmp_path / "run")
@@ -161,7 +161,7 @@ def test_what_cannot_be_asked_is_refused(reasoner: Reasoner, tmp_path: Path) -> 
     run = ended(reasoner)
     n_output = len(run.trace().ids) - 1
     run.save(path)
-    with pytest.raises(SourceError, match=r"the run has ended \(stop\).* If it has no answer, --answer-now"):
+    with pytest.raises(SourceError, match=r"the run has ended \(stop\).* If it has no answer, `answer_now=True`"):
         reasoner.resume(path)
     with pytest.raises(OptionError, match=rf"max_tokens is {n_output + 3}, but the run has {n_output} already and the"):
         reasoner.resume(path, answer_now=True, max_tokens=n_output + 3)

@@ -25,6 +25,7 @@ from checkpoints import write_json
 from commands import ENVIRONMENT
 
 import qwq_mlx
+from qwq_mlx import default_model
 from qwq_mlx.generate import __main__ as command
 from qwq_mlx.generate.reasoner import load
 from qwq_mlx.options import Limits, Sampling, Thinking
@@ -517,3 +518,60 @@ def test_help_names_every_flag_and_answers_before_anything_heavy_is_imported() -
         assert flags[0] in done.stdout
     for flag in ("--json", "--quiet", "--save", "--resume"):
         assert flag in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "q.jsonl", "--output", "q.jsonl"], "--output is 'q.jsonl', which is read by the same command"),
+        (["--input", "q.jsonl", "--output", "hard"], "--output is 'hard', which is read by the same command"),
+        (["--input", "q.jsonl", "--output", "notes"], "notes: ends in a line that is no result and has no newline"),
+        (["-p", "x", "--save", "{model}/model.safetensors.index.json"], "which lies in the model's folder"),
+        (["-p", "x", "--receipt", "{model}/new"], "which lies in the model's folder"),
+        (["-p", "x", "--save", "one", "--receipt", "one"], "receipt and save are both 'one'"),
+        (["-p", "x", "--save", ""], "--save is '', which is empty"),
+        (["-p", "x", "--save", "pipe"], "--save is 'pipe', which is a device, a pipe or a socket"),
+        (["-p", "x", "--receipt", "."], "--receipt is '.', which is a folder"),
+        (["-p", "x", "--save", "f" * 248], "--save has a name of 248 bytes, expected at most 223"),
+    ],
+)
+def test_no_file_that_is_somebodys_is_written_and_none_is_found_out_after_the_run(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    """The questions were destroyed, a note of one line emptied, weights and devices replaced by a saved run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(default_model, "ready_model", lambda *_: pytest.fail("a model was loaded"))
+    Path("q.jsonl").write_text('{"question": "x"}\n')
+    Path("hard").hardlink_to("q.jsonl")
+    Path("notes").write_text("my notes")
+    os.mkfifo("pipe")
+    before = {path.name: path.lstat().st_size for path in tmp_path.iterdir()}
+    model = [each.name for each in tiny_checkpoint.iterdir()]
+    given = [each.format(model=tiny_checkpoint) for each in arguments]
+    assert command.main(["--model", str(tiny_checkpoint), *given]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert {path.name: path.lstat().st_size for path in tmp_path.iterdir()} == before
+    assert [each.name for each in tiny_checkpoint.iterdir()] == model
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("module", ["fit --ram 16", "fit --json", "-p x --max-tokens 3 --temp 0 --no-save"])
+def test_a_full_disk_behind_stdout_is_exit_code_3(tiny_checkpoint: Path, module: str) -> None:
+    generate = [] if module.startswith("fit") else ["generate", "--model", str(tiny_checkpoint)]
+    arguments = [*generate, *module.split()]
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-m", f"qwq_mlx.{arguments[0]}", *arguments[1:]],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
+    expected = "error: stdout: cannot be written (No space left on device). Make room, or send it elsewhere.\n"
+    assert done.returncode == 3 and done.stderr.endswith(expected) and "Traceback" not in done.stderr

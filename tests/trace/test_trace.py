@@ -205,7 +205,7 @@ def test_the_answer_is_told_with_its_confidence_and_doubts(trace: Trace) -> None
     sure = replace(trace, answer="1/2", confidence=0.98, is_revised=False)
     assert "; answer '1/2', confidence 0.98; " in sure.describe()
     assert (
-        "; answer '1/2', doubted afterwards, confidence 0.49; "
+        "; unsure answer '1/2', doubted afterwards, confidence 0.49; "
         in replace(sure, is_revised=True, confidence=0.49).describe()
     )
     assert f"answer '{'x' * 59}…', " in replace(sure, answer="x" * 100).describe()

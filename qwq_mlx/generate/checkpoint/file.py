@@ -11,6 +11,7 @@ Does not: know what a run is (`run` does), or compress the cache: it is 256 KiB 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -54,6 +55,8 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], arrays: Mapping[str, 
     n_bytes = sum(array.nbytes for array in arrays.values())
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is there and no regular file", str(path))
         with temporary.open("wb") as file:
             file.write(place_tensors(layout, metadata)[0])
             for array in arrays.values():

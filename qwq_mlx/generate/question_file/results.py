@@ -31,6 +31,7 @@ from qwq_mlx.trace.trace import Trace
 __all__ = ["Results", "read_traces", "result_line"]
 
 _MEASURED = ("timings", "peak_bytes")
+_BEGINNING = b'{"index": '  # of every line
 
 
 class Results:
@@ -66,6 +67,7 @@ class Results:
                 self.lines.append(_slim(line))
                 self._ends.append(end)
             self._temporary.unlink(missing_ok=True)  # of a process that was killed
+            _check_torn(self.path, os.pread(self._fd, len(_BEGINNING), self._size))
             os.ftruncate(self._fd, self._size)
             fsync_folder(self.path.parent)
         except OSError as error:
@@ -162,6 +164,15 @@ def read_traces(path: str | Path) -> Iterator[tuple[dict[str, Any], Trace | None
 
 def _slim(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name not in ("trace", "measured")}
+
+
+def _check_torn(path: Path, torn: bytes) -> None:
+    """Refuse to cut off what is no torn line of ours. torn: the first bytes behind the last newline."""
+    if not _BEGINNING.startswith(torn):
+        raise SourceError(
+            f"{path}: ends in a line that is no result and has no newline. The file holds something else; choose "
+            "another output."
+        )
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:

@@ -288,10 +288,10 @@ def test_a_failure_at_any_allocation_keeps_the_trace_and_can_be_resumed(
     ("name", "limits", "advice"),
     [
         ("reasoner", {}, "a smaller `context` or `prefill_step` 256"),  # its heads are too narrow for kv_bits
-        ("reasoner", {"prefill_step": 256}, "a smaller --context"),
+        ("reasoner", {"prefill_step": 256}, "a smaller `context`"),
         ("wide", {}, "a smaller `context` or `prefill_step` 256 or `kv_bits` 8"),
         ("wide", {"prefill_step": 64, "kv_bits": 8}, "a smaller `context` or `kv_bits` 4"),
-        ("wide", {"prefill_step": 64, "kv_bits": 4}, "a smaller --context"),
+        ("wide", {"prefill_step": 64, "kv_bits": 4}, "a smaller `context`"),
     ],
 )
 def test_only_what_would_be_taken_is_advised(
