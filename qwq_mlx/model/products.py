@@ -49,7 +49,7 @@ class Rows:
 
 
 class Blas:
-    """A linear layer of float32 on the CPU, by numpy: 500 rows by a 256 x 768 matrix take 5 ms, in MLX 0.32.4 135 ms.
+    """A linear layer of float32 on the CPU, by numpy (some 27 times as fast as MLX 0.32.4's own).
 
     weight: (out, in) and bias: (out,), MLX arrays, which share their memory with numpy.
     """

@@ -15,11 +15,8 @@ falls most for a byte. Groups of 128 are on the ladder beside the recipe's own: 
 more codes. Where two steps are worth the same, the sensitive layers and the later ones go first. Nothing is measured,
 so it costs nothing and works from headers; the activations of a text do not enter, calibrated or not.
 
-KL of the pocket model off its training grid over that of recipes of the same bytes, means of four texts that nothing
-was chosen on (5,436 tokens, scripts/pocket/target_size.py --first-seed 61): 0.25 of 2bit's, 0.02 (2bit-g32), 0.03
-(mixed_2_6), 0.25 (3bit), 0.52 (mixed_3_4), 0.59 (mixed_3_6), 0.18 (3bit-g32), 0.44 (4bit-g128), 0.29 (4bit), 1.00
-(mixed_4_6), 0.17 (4bit-g32), 0.38 (5bit), 0.49 (6bit). A few tokens carry most of each: on four other texts 4bit-g32's
-was 1.11. Factors and half-way were chosen on this one model; not measured on the 32B.
+Factors and half-way were chosen on the pocket model; docs/benchmarks.md has what they gain there. Not measured on the
+32B.
 
 Does not: look at weights, or know about files beside the codes (`convert.target` does).
 """

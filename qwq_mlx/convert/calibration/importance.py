@@ -85,7 +85,7 @@ class Calibration:
 
     def peak_memory_bytes(self, config: Qwen2Config) -> int:
         """One layer in float32, two copies of its widest matrix as it is read, the hidden states, and what one text
-        needs on its way; an estimate. One layer of the 32B, 10,800 ids: 3.17 GB, measured 3.09 (scripts/qwq_shaped.py).
+        needs on its way; an estimate.
         """
         width, inner = config.hidden_size, config.intermediate_size
         layer = 2 * width * (width + config.num_key_value_heads * config.head_dim) + 3 * width * inner

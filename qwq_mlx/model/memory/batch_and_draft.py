@@ -1,9 +1,7 @@
 """What mlx-lm (0.32.2) holds beside the weights where it does what this package does not: batches, and draft models.
 
-Read from its source, and held against its peaks on the CPU (scripts/measure_mlx_lm_memory.py, 65 settings of three
-models, contexts of 297 to 1,385): planned by held is 1.00 to 1.02 where a sequence ends while the caches of the others
-are full, which is what is planned, and up to 1.14 where passes are long beside the context, for the last whole one
-sees a smaller cache; up to 1.63 where all end at once; 0.995 to 1.09 with a draft model. K sequences in a
+Read from its source, and compared with its peaks (scripts/measure_mlx_lm_memory.py; docs/benchmarks.md has the
+numbers). Planned is the case where a sequence ends while the caches of the others are full. K sequences in a
 BatchGenerator, as batch_generate drives it, hold at most the larger of
 
     prefill     K caches, and a pass of min(K, 8) prompts at once: PROMPTS_AT_ONCE is its prefill_batch_size
@@ -17,10 +15,8 @@ step keeps the log-probabilities of the two steps before, one for the caller, on
 A draft model adds its weights and its cache. Both models are prefilled one after the other, and a step that checks
 n_draft ids has n_draft + 1 rows of logits, besides those of the last check. Both caches grow as above.
 
-On a GPU MLX queues the passes of many layers, whose intermediates are held meanwhile: with the 32B's shape on an H100,
-contexts of 2,089 and 3,625, planned by held was 0.56 to 0.67 for 2 and 4 sequences and 0.76 to 0.91 with a draft model.
-That is no need, for MLX waits for its queue where its memory limit is reached: with mx.set_memory_limit at the plan it
-was 0.950 to 0.986, and 0.994 to 0.999 with a draft model.
+On a GPU MLX queues the passes of many layers, whose intermediates are held meanwhile, so there more may be held than is
+planned. That is no need: with mx.set_memory_limit at the plan MLX waits for its queue where the limit is reached.
 
 Does not: count prompts of different lengths, whose caches are rolled into place, old and new beside each other (2 K of
 them; planned by held was 0.94 with two), or what a caller keeps of the caches that responses bring.
