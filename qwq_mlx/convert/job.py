@@ -75,8 +75,7 @@ def convert_checkpoint(
 ) -> Conversion:
     """Convert a checkpoint into packed MLX weights in a new folder.
 
-    source: a folder, or a repository of the Hub (OWNER/NAME) where no folder has that name; its shards are fetched one
-      after another, two on the disk at most.
+    source: a folder, or a repository of the Hub (OWNER/NAME) where no folder has that name, fetched shard by shard.
     output: the folder to make; it appears whole, by one rename.
     revision: of the repository.
     recipe: a name under conversions/, or the path of a .toml file.
