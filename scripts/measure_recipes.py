@@ -1,4 +1,4 @@
-"""What each recipe loses on the pocket model, and what it makes of QwQ-32B-Preview: the README's table of recipes.
+"""What each recipe loses on the pocket model, and what it makes of QwQ-32B-Preview: docs/benchmarks.md, Recipes.
 
     python scripts/measure_recipes.py [--tokens 2048] [--problems 0] [--only min-max-4 ...] [--mlx-lm [GPTQ ...]]
 

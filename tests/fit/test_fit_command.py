@@ -123,7 +123,7 @@ def test_every_flag_reaches_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_recipe_is_planned_without_a_conversion(capsys: pytest.CaptureFixture[str]) -> None:
-    """The size is that of the README's table of recipes, and the recipe whose packing is the default's is its plan."""
+    """The size is that of the recipes' table in docs, and the recipe whose packing is the default's is its plan."""
     two_bits = json.loads(run(capsys, "--ram", "24", "--recipe", "2bit-g32", "--json")[1])
     assert two_bits["model"] == "QwQ-32B-Preview, recipe 2bit-g32"
     assert round(two_bits["weights_bytes"] / 1e9, 1) == 12.3
