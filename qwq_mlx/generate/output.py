@@ -37,8 +37,7 @@ class Output:
 
     def _new_splitter(self) -> Splitter:
         request = self._request
-        prompt = request.question + (f"\n{request.profile.open_tag}" if request.prompt_opens_thinking else "")
-        return Splitter(request.profile, prompt=prompt)
+        return Splitter(request.profile, prompt=request.question, is_open=request.prompt_opens_thinking)
 
     @property
     def text(self) -> str:

@@ -51,8 +51,9 @@ class Splitter:
     """Splits one output.
 
     profile: how the model marks its thinking.
-    prompt: the whole templated prompt's text, or the question's; None where it is unknown. It says which answer tags
-    and choices there are, and whether the thinking is already open when the output begins.
+    prompt: the question, or the whole templated prompt; None where it is unknown. It says which answer tags and choices
+    there are.
+    is_open: whether the prompt has opened the thinking already; None reads it from the end of a templated prompt.
 
     >>> from qwq_mlx.reasoning.profile import find_profile
     >>> splitter = Splitter(find_profile("qwq-preview"), prompt="What is 2 + 3?")
@@ -63,8 +64,10 @@ class Splitter:
     ((0, 2), (2, 5), '5', 0.98)
     """
 
-    def __init__(self, profile: Profile, *, prompt: str | None = None) -> None:
+    def __init__(self, profile: Profile, *, prompt: str | None = None, is_open: bool | None = None) -> None:
         self._profile = profile
+        if is_open is None:
+            is_open = prompt is None or prompt.rstrip().endswith(profile.open_tag or "")
         self._question = Question.of(prompt)
         self._scanner = Scanner(open_tag=profile.open_tag, close_tag=profile.close_tag, answer_tags=self._question.tags)
         self._n_tokens = 0
@@ -83,7 +86,7 @@ class Splitter:
         # With tags: what follows the thinking. A prompt that does not open the thinking gets an answer at once.
         self._reply: Candidate | None = None
         self._is_closed = False
-        if profile.has_tags and prompt is not None and not prompt.rstrip().endswith(profile.open_tag or ""):
+        if profile.has_tags and not is_open:
             self._reply = Candidate("closed", start, 0)
 
     def feed(self, text: str) -> Segment:
