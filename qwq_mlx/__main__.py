@@ -28,11 +28,11 @@ def main() -> int:
 
 def _commands() -> dict[str, str]:
     """Every folder with a __main__ is a command; the first line of its docstring says what it does."""
-    found = {}
+    commands = {}
     for path in sorted(Path(__file__).parent.glob("*/__main__.py")):
         first = path.read_text(encoding="utf-8").split('"""')[1].split("\n")[0]
-        found[path.parent.name] = first.partition(": ")[2].rstrip(".")
-    return found
+        commands[path.parent.name] = first.partition(": ")[2].rstrip(".")
+    return commands
 
 
 if __name__ == "__main__":

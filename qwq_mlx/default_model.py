@@ -127,14 +127,14 @@ def _conversions(places: Iterable[Path]) -> Iterable[Path]:
 
 def _is_big(config: Path) -> bool:
     try:
-        found = json.loads(config.read_bytes())
+        value = json.loads(config.read_bytes())
     except (OSError, ValueError):  # no model folder, or a damaged one: not a candidate
         return False
-    if not isinstance(found, dict) or "quantization" not in found:
+    if not isinstance(value, dict) or "quantization" not in value:
         return False
     names = ("hidden_size", "num_hidden_layers", "vocab_size")
     return any(
-        model.repository is not None and all(found.get(name) == getattr(model, name) for name in names)
+        model.repository is not None and all(value.get(name) == getattr(model, name) for name in names)
         for model in MODELS
     )
 

@@ -109,7 +109,7 @@ def change_sources(source: Path, home: Path, options: argparse.Namespace, lot: r
     with FaultyDisk(_folder(home / "operations")) as disk:
         convert_checkpoint(source, home / "operations" / "out", n_workers=2, quality=False)
     shards = sorted(path.name for path in source.glob("*.safetensors"))
-    version = finish._version
+    version = finish.package_version
     for number in counts.until("changes", options.changes):
         counts["changes"] += 1
         folder = _folder(home / f"change-{number}")
@@ -127,7 +127,7 @@ def change_sources(source: Path, home: Path, options: argparse.Namespace, lot: r
         elif way == "recipe":
             recipe = "pocket-4bit"
         else:
-            finish._version = lambda name: "99"
+            finish.package_version = lambda name: "99"
         fresh = _converted(changed, folder / "fresh", recipe=recipe)
         try:
             convert_checkpoint(changed, folder / "out", recipe=recipe, n_workers=2, quality=False)
@@ -135,7 +135,7 @@ def change_sources(source: Path, home: Path, options: argparse.Namespace, lot: r
             counts[f"{way}: of the changed source alone" if is_fresh else f"{way}: MIXED".upper()] += 1
         except QwqError:
             counts[f"{way}: refused"] += 1
-        finish._version = version
+        finish.package_version = version
         shutil.rmtree(folder)
 
 

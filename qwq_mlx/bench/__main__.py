@@ -78,11 +78,11 @@ def _table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.rates))
     lines = [["decode, tokens per second", "level", *names]]
     for row in rows:
-        own = row.rates[names[0]].median
-        cells = [f"{own:.1f}"]
+        our_rate = row.rates[names[0]].median
+        cells = [f"{our_rate:.1f}"]
         for name in names[1:]:
             rates = row.rates.get(name)
-            cells.append("-" if rates is None else f"{rates.median:.1f} ({own / rates.median:.2f}x)")
+            cells.append("-" if rates is None else f"{rates.median:.1f} ({our_rate / rates.median:.2f}x)")
         lines.append([row.model, row.level, *cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)

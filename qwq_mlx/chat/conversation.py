@@ -89,16 +89,16 @@ class Conversation:
 
         Raises OptionError where nothing was asked yet.
         """
-        kept = self._up_to_question()
-        run = self._started(kept)
-        self.messages = kept
+        messages = self._up_to_question()
+        run = self._started(messages)
+        self.messages = messages
         return run
 
     def back(self) -> str:
         """Take the last question and its answer off; returns the question. Raises OptionError where there is none."""
-        kept = self._up_to_question()
-        question = kept.pop()
-        self.messages, self._n_used = kept, self._n_held(kept, self.system_prompt)
+        messages = self._up_to_question()
+        question = messages.pop()
+        self.messages, self._n_used = messages, self._n_held(messages, self.system_prompt)
         return question["content"]
 
     def close(self, run: Stream) -> Turn:
@@ -124,12 +124,12 @@ class Conversation:
             self.messages.pop()
 
     def _up_to_question(self) -> list[dict[str, str]]:
-        kept = list(self.messages)
-        while kept and kept[-1]["role"] != "user":
-            kept.pop()
-        if not kept:
+        messages = list(self.messages)
+        while messages and messages[-1]["role"] != "user":
+            messages.pop()
+        if not messages:
             raise OptionError("There is no question yet; ask one first.")
-        return kept
+        return messages
 
     def _n_held(self, messages: list[dict[str, str]], system_prompt: str | None) -> int:
         """Positions that the messages take; at most all, for the last answer may have filled them."""

@@ -73,12 +73,12 @@ def editing_reader(prompts: TextIO, history: Path | None) -> ReadLine:
     toolkit = importlib.import_module("prompt_toolkit")
     output = importlib.import_module("prompt_toolkit.output")
     histories = importlib.import_module("prompt_toolkit.history")
-    kept = histories.InMemoryHistory()
+    typed = histories.InMemoryHistory()
     if history is not None:
         history.parent.mkdir(parents=True, exist_ok=True)
         history.touch(mode=0o600)
-        kept = histories.FileHistory(str(history))
-    session = toolkit.PromptSession(history=kept, output=output.create_output(stdout=prompts))
+        typed = histories.FileHistory(str(history))
+    session = toolkit.PromptSession(history=typed, output=output.create_output(stdout=prompts))
 
     def read_line(prompt: str) -> str:
         line: str = session.prompt(prompt)

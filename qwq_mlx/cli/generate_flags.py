@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from qwq_mlx.errors import OptionError
 from qwq_mlx.options import LOOP_ACTIONS, Limits, Sampling, Thinking
 
-__all__ = ["Asked", "add_limits", "add_sampling", "asked_for", "bits"]
+__all__ = ["RunOptions", "add_limits", "add_sampling", "bits", "run_options"]
 
 _OF_ONE_QUESTION = ("prompt", "resume", "save", "save_every", "no_save", "receipt", "json", "answer_now")
 
@@ -105,7 +105,7 @@ def bits(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-class Asked(NamedTuple):
+class RunOptions(NamedTuple):
     """The options, checked."""
 
     sampling: Sampling
@@ -113,30 +113,32 @@ class Asked(NamedTuple):
     thinking: Thinking
 
 
-def asked_for(given: Mapping[str, Any]) -> Asked:
-    """given: what was parsed, by name. Raises OptionError for a wrong value, and for flags that exclude each other."""
-    bias = {"logit_bias": dict(_bias_of(text) for text in given["logit_bias"] or ())}
-    asked = Asked(
-        Sampling(**_given(given, Sampling) | bias), Limits(**_given(given, Limits)), Thinking(**_given(given, Thinking))
+def run_options(options: Mapping[str, Any]) -> RunOptions:
+    """options: what was parsed. Raises OptionError for a wrong value, and for flags that exclude each other."""
+    bias = {"logit_bias": dict(_bias_of(text) for text in options["logit_bias"] or ())}
+    asked = RunOptions(
+        Sampling(**_fields_of(options, Sampling) | bias),
+        Limits(**_fields_of(options, Limits)),
+        Thinking(**_fields_of(options, Thinking)),
     )
-    if given["input"] is not None or given["output"] is not None:
-        _refuse_beside_input(given)
-    elif given["resume"] is not None:
-        _refuse_beside_resume(given, asked)
-    elif given["answer_now"]:
+    if options["input"] is not None or options["output"] is not None:
+        _refuse_beside_input(options)
+    elif options["resume"] is not None:
+        _refuse_beside_resume(options, asked)
+    elif options["answer_now"]:
         raise OptionError("--answer-now asks a saved run for its answer. Give its file with --resume FILE.")
-    if given["save_every"] is not None and given["save"] is None:
+    if options["save_every"] is not None and options["save"] is None:
         raise OptionError("--save-every needs --save FILE.")
-    if given["no_save"] and given["save"] is not None:
+    if options["no_save"] and options["save"] is not None:
         raise OptionError("--save and --no-save are mutually exclusive.")
     return asked
 
 
-def _given(given: Mapping[str, Any], kind: type) -> dict[str, Any]:
+def _fields_of(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
     """Only what was given; everything else keeps the one default that stands in its class."""
     names = {each.name for each in fields(kind)}
-    own = {name: value for name, value in given.items() if name in names and value is not None}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+    values = {name: value for name, value in options.items() if name in names and value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _bias_of(text: str) -> tuple[int, float]:
@@ -147,10 +149,12 @@ def _bias_of(text: str) -> tuple[int, float]:
         raise OptionError(f"--logit-bias is {text!r}, expected ID=NUMBER, for example 198=-5 or 198=-inf.") from error
 
 
-def _refuse_beside_resume(given: Mapping[str, Any], asked: Asked) -> None:
+def _refuse_beside_resume(options: Mapping[str, Any], asked: RunOptions) -> None:
     """A saved run has its own question and settings; options that would be ignored are refused."""
-    others = Asked(Sampling(), Limits(max_tokens=asked.limits.max_tokens, context=asked.limits.context), Thinking())
-    if asked != others or given["prompt"] is not None or given["system_prompt"] is not None:
+    others = RunOptions(
+        Sampling(), Limits(max_tokens=asked.limits.max_tokens, context=asked.limits.context), Thinking()
+    )
+    if asked != others or options["prompt"] is not None or options["system_prompt"] is not None:
         raise OptionError(
             "--resume goes on with the settings of the file, so only --model, --max-tokens, --context, --answer-now, "
             "--save, --save-every, --no-save, --force, --receipt, --json and --quiet can be given beside it. "
@@ -158,13 +162,13 @@ def _refuse_beside_resume(given: Mapping[str, Any], asked: Asked) -> None:
         )
 
 
-def _refuse_beside_input(given: Mapping[str, Any]) -> None:
+def _refuse_beside_input(options: Mapping[str, Any]) -> None:
     """A file of questions needs a file for the answers, and what belongs to one question is refused beside it."""
-    if given["input"] is None or given["output"] is None:
-        missing = "--input" if given["input"] is None else "--output"
+    if options["input"] is None or options["output"] is None:
+        missing = "--input" if options["input"] is None else "--output"
         raise OptionError(f"{missing} is missing. A file of questions takes --input FILE and --output FILE together.")
     for name in _OF_ONE_QUESTION:
-        if given[name] not in (None, False):
+        if options[name] not in (None, False):
             raise OptionError(
                 f"--{name.replace('_', '-')} applies to a single question; it is not allowed with --input."
             )

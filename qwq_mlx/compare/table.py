@@ -17,7 +17,7 @@ from qwq_mlx.errors import OptionError
 from qwq_mlx.model.architecture import tensor_shapes
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
-from qwq_mlx.quality.measure import Progress, check_comparable, measure
+from qwq_mlx.quality.measure import MeasureProgress, check_comparable, measure
 from qwq_mlx.quality.result import Quality, summarise
 from qwq_mlx.quality.text import DEFAULT_POSITIONS, bundled_text, read_text
 
@@ -54,7 +54,7 @@ def compare_models(
     reference: str | Path | None = None,
     text: str | Path | None = None,
     n_positions: int = DEFAULT_POSITIONS,
-    progress: Progress | None = None,
+    progress: MeasureProgress | None = None,
 ) -> Comparison:
     """Measure folders against a reference on a text.
 
@@ -75,23 +75,23 @@ def compare_models(
     for each, tokenizer in zip(files[1:], tokenizers[1:], strict=True):
         check_comparable(files[0], each)
         _check_tokenizer(files[0], tokenizers[0], each, tokenizer)
-    own = read_text(
+    quality_text = read_text(
         bundled_text(files[0].config) if text is None else text, tokenizers[0], files[0].config, n_positions=n_positions
     )
-    measured = measure(files[0], files[1:], own, progress=progress)
-    found = [None, *(summarise(each, own, tokenizers[0]) for each in measured)]
+    measured = measure(files[0], files[1:], quality_text, progress=progress)
+    qualities = [None, *(summarise(each, quality_text, tokenizers[0]) for each in measured)]
     return Comparison(
-        text=own.name,
-        n_tokens=own.n_tokens,
-        n_positions=own.n_positions,
-        rows=tuple(_row(each, quality) for each, quality in zip(files, found, strict=True)),
+        text=quality_text.name,
+        n_tokens=quality_text.n_tokens,
+        n_positions=quality_text.n_positions,
+        rows=tuple(_row(each, quality) for each, quality in zip(files, qualities, strict=True)),
     )
 
 
 def _check_tokenizer(
-    reference: ModelFolder, expected: LoadedTokenizer, model: ModelFolder, found: LoadedTokenizer
+    reference: ModelFolder, expected: LoadedTokenizer, model: ModelFolder, actual: LoadedTokenizer
 ) -> None:
-    theirs, ours = expected.hf.get_vocab(), found.hf.get_vocab()
+    theirs, ours = expected.hf.get_vocab(), actual.hf.get_vocab()
     if theirs != ours:
         differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
         raise OptionError(

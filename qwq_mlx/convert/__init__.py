@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwq_mlx.convert.job import convert_checkpoint
     from qwq_mlx.convert.plan import Plan
-    from qwq_mlx.convert.progress import Progress
+    from qwq_mlx.convert.progress import ConvertProgress
     from qwq_mlx.convert.result import Conversion
 
-__all__ = ["Conversion", "Plan", "Progress", "convert_checkpoint"]
+__all__ = ["Conversion", "ConvertProgress", "Plan", "convert_checkpoint"]
 
 _HOMES = {
     "Conversion": "result",
     "Plan": "plan",
-    "Progress": "progress",
+    "ConvertProgress": "progress",
     "convert_checkpoint": "job",
 }
 

@@ -25,7 +25,7 @@ from qwq_mlx.quant import DEFAULT_RECIPE
 if TYPE_CHECKING:
     from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.convert.plan import Plan
-    from qwq_mlx.convert.progress import Progress
+    from qwq_mlx.convert.progress import ConvertProgress
 
 _PHASES = {
     "calibrate": "calibrating",
@@ -179,7 +179,7 @@ def _show_plan(plan: Plan, command: Command) -> None:
         command.note(text)
 
 
-def _show_progress(progress: Progress, bar: ProgressBar) -> None:
+def _show_progress(progress: ConvertProgress, bar: ProgressBar) -> None:
     from qwq_mlx.convert.plan_text import size_text
 
     fetched = "" if progress.fetched_bytes is None else f"{size_text(progress.fetched_bytes)} fetched, "

@@ -20,9 +20,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qwq_mlx.convert.calibration.importance import STATISTICS_NAME
-from qwq_mlx.convert.journal import Done
+from qwq_mlx.convert.journal import FinishedTensor
 from qwq_mlx.convert.plan import BLOCK_BYTES, Plan
-from qwq_mlx.convert.progress import Progress
+from qwq_mlx.convert.progress import ConvertProgress
 from qwq_mlx.errors import ConversionError, SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.checkpoint import CONFIG_NAME, INDEX_NAME
@@ -75,26 +75,26 @@ def write_small_files(plan: Plan, folder: Path, statistics: Path) -> None:
 def finish(
     plan: Plan,
     folder: Path,
-    done: Mapping[str, Done],
+    records: Mapping[str, FinishedTensor],
     run: Mapping[str, float],
     *,
     quality: Quality | None,
-    progress: Callable[[Progress], None] | None,
+    progress: Callable[[ConvertProgress], None] | None,
 ) -> Manifest:
     """Check everything in `folder` against `done` and write manifest.json, and report.html where quality was measured.
 
     Raises ConversionError naming a tensor whose bytes on the disk are not those that were packed; OSError.
     """
-    small, tensors = _small_files(plan), _tensor_records(plan, done)
+    small, tensors = _small_files(plan), _tensor_records(plan, records)
     if quality is not None:
         write_file(folder / REPORT_NAME, report_page(_report_facts(plan, tensors), quality).encode())
     others = [] if quality is None else [REPORT_NAME]
     others += [] if plan.calibration is None else [STATISTICS_NAME]
     files, digests = _read_back(plan, folder, others, progress)
-    _check_tensors(plan, folder, digests, done)
+    _check_tensors(plan, folder, digests, records)
     _check_with_reference(plan, folder)
     manifest = Manifest(
-        source=_source_record(plan, small, done),
+        source=_source_record(plan, small, records),
         recipe=plan.recipe.as_mapping(),
         fit=plan.fit,
         calibration=None if plan.calibration is None else plan.calibration.as_mapping(),
@@ -127,7 +127,7 @@ def _small_files(plan: Plan) -> dict[str, bytes]:
 
 
 def _read_back(
-    plan: Plan, folder: Path, others: list[str], progress: Callable[[Progress], None] | None
+    plan: Plan, folder: Path, others: list[str], progress: Callable[[ConvertProgress], None] | None
 ) -> tuple[dict[str, FileRecord], dict[str, ShardDigest]]:
     """Size and digests of every file of the folder, shards in parallel. others: names besides the plan's."""
     total, done_bytes, lock = sum(shard.size_bytes for shard in plan.shards), 0, threading.Lock()
@@ -137,22 +137,26 @@ def _read_back(
         with lock:
             done_bytes += n_bytes
             if progress is not None:
-                progress(Progress(phase="check", what=str(folder.name), done_bytes=done_bytes, total_bytes=total))
+                progress(
+                    ConvertProgress(phase="check", what=str(folder.name), done_bytes=done_bytes, total_bytes=total)
+                )
 
     names = sorted([CONFIG_NAME, INDEX_NAME, *others, *plan.copied, *(shard.name for shard in plan.shards)])
     shard_names = {shard.name for shard in plan.shards}
     with ThreadPoolExecutor(plan.n_workers) as pool:
         jobs = [pool.submit(record_file, folder / name, advance if name in shard_names else None) for name in names]
-        found = {name: job.result() for name, job in zip(names, jobs, strict=True)}
-    digests = {name: digest for name, (_, digest) in found.items() if digest is not None}
-    return {name: record for name, (record, _) in found.items()}, digests
+        recorded = {name: job.result() for name, job in zip(names, jobs, strict=True)}
+    digests = {name: digest for name, (_, digest) in recorded.items() if digest is not None}
+    return {name: record for name, (record, _) in recorded.items()}, digests
 
 
-def _check_tensors(plan: Plan, folder: Path, digests: Mapping[str, ShardDigest], done: Mapping[str, Done]) -> None:
+def _check_tensors(
+    plan: Plan, folder: Path, digests: Mapping[str, ShardDigest], records: Mapping[str, FinishedTensor]
+) -> None:
     wrong = [
         output.entry.name
         for tensor in plan.tensors
-        for output, sha256 in zip(tensor.outputs, done[tensor.source.name].sha256, strict=True)
+        for output, sha256 in zip(tensor.outputs, records[tensor.source.name].sha256, strict=True)
         if digests[plan.shards[output.shard].name].tensors[output.entry.name] != sha256
     ]
     if wrong:
@@ -181,10 +185,10 @@ def _check_with_reference(plan: Plan, folder: Path) -> None:
             )
 
 
-def _tensor_records(plan: Plan, done: Mapping[str, Done]) -> dict[str, TensorRecord]:
+def _tensor_records(plan: Plan, finished: Mapping[str, FinishedTensor]) -> dict[str, TensorRecord]:
     records = {}
     for tensor in plan.tensors:
-        record = done[tensor.source.name]
+        record = finished[tensor.source.name]
         error = math.sqrt(record.error2 / record.weight2) if record.weight2 else 0.0
         for place, (output, sha256) in enumerate(zip(tensor.outputs, record.sha256, strict=True)):
             records[output.entry.name] = TensorRecord(
@@ -212,13 +216,13 @@ def _report_facts(plan: Plan, tensors: Mapping[str, TensorRecord]) -> ReportFact
     )
 
 
-def _source_record(plan: Plan, small: Mapping[str, bytes], done: Mapping[str, Done]) -> SourceRecord:
+def _source_record(plan: Plan, small: Mapping[str, bytes], records: Mapping[str, FinishedTensor]) -> SourceRecord:
     files = {
         name: FileRecord(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in small.items()
     }
     for index, shard in enumerate(plan.checkpoint.shards):
         last = [tensor for tensor in plan.tensors if tensor.shard == index][-1]
-        files[shard.path.name] = FileRecord(size_bytes=shard.size_bytes, sha256=done[last.source.name].source_sha256)
+        files[shard.path.name] = FileRecord(size_bytes=shard.size_bytes, sha256=records[last.source.name].source_sha256)
     return SourceRecord(repository=plan.origin.repository, commit=plan.origin.commit, files=files)
 
 

@@ -17,16 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwq_mlx.convert.calibration.collect import importance_at_once, importance_by_passing
+from qwq_mlx.convert.calibration.collect import importance_at_once, importance_by_passing, pass_order
 from qwq_mlx.convert.calibration.importance import read_calibration
-from qwq_mlx.convert.calibration.shard_order import pass_order
 from qwq_mlx.convert.finalize import finish, keep_small_files, write_small_files
 from qwq_mlx.convert.journal import Journal
 from qwq_mlx.convert.pipeline import run_pipeline
 from qwq_mlx.convert.plan import Plan, make_plan
 from qwq_mlx.convert.preflight import check_disk, check_fit, check_output, check_source, partial_path
-from qwq_mlx.convert.progress import Progress, Report
-from qwq_mlx.convert.quality_step import Judge, measure_quality, plan_judge
+from qwq_mlx.convert.progress import ConvertProgress, SharedProgress
+from qwq_mlx.convert.quality_step import QualityPlan, measure_quality, plan_quality
 from qwq_mlx.convert.result import Conversion, conversion_of
 from qwq_mlx.convert.source import Origin, open_origin
 from qwq_mlx.convert.staging import (
@@ -71,7 +70,7 @@ def convert_checkpoint(
     quality: str | Path | bool | None = None,
     quality_tokens: int | None = None,
     on_plan: Callable[[Plan], None] | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[ConvertProgress], None] | None = None,
 ) -> Conversion:
     """Convert a checkpoint into packed MLX weights in a new folder.
 
@@ -107,13 +106,13 @@ def convert_checkpoint(
         is_published = not restart and published(plan, output) is not None
         check_output(output, local, force=force or is_published)
         check_disk(output, plan.fetched_bytes + (0 if is_published else plan.output_bytes))
-        judge = plan_judge(plan, quality, n_tokens=quality_tokens, keep_source=keep_source)
-        plan = replace(plan, quality_note=judge.note)
+        quality_plan = plan_quality(plan, quality, n_tokens=quality_tokens, keep_source=keep_source)
+        plan = replace(plan, quality_note=quality_plan.note)
         if on_plan is not None:
             on_plan(plan)
         if dry_run:
             return conversion_of(plan, output, None, started)
-        return _Job(plan, judge, output, local, force, restart, keep_source, progress).run(started)
+        return _Job(plan, quality_plan, output, local, force, restart, keep_source, progress).run(started)
 
 
 def _plan(
@@ -150,13 +149,13 @@ class _Job:
     """An accepted conversion; `run` takes its lock. local: what lies at the source's path, None where nothing does."""
 
     plan: Plan
-    judge: Judge
+    quality_plan: QualityPlan
     output: Path
     local: Path | None
     force: bool
     restart: bool
     keep_source: bool
-    progress: Callable[[Progress], None] | None
+    progress: Callable[[ConvertProgress], None] | None
 
     def run(self, started: float) -> Conversion:
         try:
@@ -185,14 +184,14 @@ class _Job:
         finally:
             journal.close()
         write_small_files(plan, folder, importance_path(output))
-        quality = measure_quality(self.judge, plan, folder, self.progress)
+        quality = measure_quality(self.quality_plan, plan, folder, self.progress)
         wall_s = round(time.monotonic() - started, 3)
         run: dict[str, float] = {"n_workers": plan.n_workers, "resumed_bytes": resumed_bytes, "wall_s": wall_s}
-        finish(plan, folder, journal.done, run, quality=quality, progress=self.progress)
+        finish(plan, folder, journal.finished, run, quality=quality, progress=self.progress)
         publish(folder, output, replace=self.force)
         kl, agreement = (None, None) if quality is None else (quality.kl, quality.top1_agreement)
         return conversion_of(
-            plan, output, journal.done, started, kl=kl, top1_agreement=agreement, resumed_bytes=resumed_bytes
+            plan, output, journal.finished, started, kl=kl, top1_agreement=agreement, resumed_bytes=resumed_bytes
         )
 
     def _as_before(self, journal: Journal, started: float) -> Conversion:
@@ -201,7 +200,7 @@ class _Job:
         return conversion_of(
             self.plan,
             self.output,
-            journal.done,
+            journal.finished,
             started,
             kl=quality.get("kl"),
             top1_agreement=quality.get("top1_agreement"),
@@ -210,10 +209,10 @@ class _Job:
 
     def _pack(self, folder: Path, journal: Journal) -> None:
         plan, keep, importance_file = self.plan, self.keep_source, importance_path(self.output)
-        report = Report(self.progress, sum(each.source.end - each.source.start for each in plan.tensors))
+        report = SharedProgress(self.progress, sum(each.source.end - each.source.start for each in plan.tensors))
         wanted = list(plan.checkpoint.shards)
         if plan.origin.is_remote:
-            lacking = {each.shard for each in plan.tensors if each.source.name not in journal.done}
+            lacking = {each.shard for each in plan.tensors if each.source.name not in journal.finished}
             wanted = [plan.checkpoint.shards[index] for index in sorted(lacking)]
             report.fetched(plan.source_bytes - sum(shard.size_bytes for shard in wanted))
             fetched = plan.checkpoint.shards[0].path.parent
@@ -228,7 +227,7 @@ class _Job:
 
 def _done_bytes(plan: Plan, journal: Journal) -> int:
     """Of the source, what the journal has."""
-    return sum(each.source.end - each.source.start for each in plan.tensors if each.source.name in journal.done)
+    return sum(each.source.end - each.source.start for each in plan.tensors if each.source.name in journal.finished)
 
 
 def _n_workers(n: int | None) -> int:

@@ -20,17 +20,17 @@ from typing import Any
 from qwq_mlx.errors import ConversionError
 from qwq_mlx.files.atomic import fsync_file
 
-__all__ = ["Done", "Journal", "differences", "read_description"]
+__all__ = ["FinishedTensor", "Journal", "differences", "read_description"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
+class FinishedTensor:
     """One finished tensor.
 
     name: of the source tensor. sha256: of each output's bytes, in the plan's order. source_sha256: of the source shard
     from its start to the end of this tensor, so a resumed run can tell whether the shard is still the same;
     source_ctime_ns: when that file was last changed, by the clock that utime and cp -p cannot set back.
-    error2, weight2: sums of squares (error2 is 0 for a copied tensor). zero_pages: see `quant.measure`.
+    error2, weight2: sums of squares (error2 is 0 for a copied tensor). zero_pages: see `quant.rounding_error`.
     """
 
     name: str
@@ -52,10 +52,10 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 class Journal:
-    """The journal of one conversion, opened for appending. Use `open_journal` or `Journal.create`."""
+    """The journal of one conversion, opened for appending. Use `Journal.create` or `Journal.resume`."""
 
-    def __init__(self, path: Path, done: dict[str, Done], n_bytes: int) -> None:
-        self.done = done
+    def __init__(self, path: Path, finished: dict[str, FinishedTensor], n_bytes: int) -> None:
+        self.finished = finished
         self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         os.ftruncate(self._fd, n_bytes)
         os.lseek(self._fd, n_bytes, os.SEEK_SET)
@@ -87,14 +87,14 @@ class Journal:
                 + "\n".join(f"  {each}" for each in differing)
                 + "\nGive the same source and recipe to finish it, or `restart=True` to throw it away and begin again."
             )
-        done = {line["name"]: Done(**{**line, "sha256": tuple(line["sha256"])}) for line in lines[1:]}
-        return cls(path, done, n_bytes)
+        records = {line["name"]: FinishedTensor(**{**line, "sha256": tuple(line["sha256"])}) for line in lines[1:]}
+        return cls(path, records, n_bytes)
 
-    def append(self, done: Done) -> None:
+    def append(self, tensor: FinishedTensor) -> None:
         """Record a tensor whose bytes are durable; durable itself when this returns."""
-        _write(self._fd, _encode(asdict(done)))
+        _write(self._fd, _encode(asdict(tensor)))
         fsync_file(self._fd)
-        self.done[done.name] = done
+        self.finished[tensor.name] = tensor
 
     def close(self) -> None:
         """Close the file; what was appended stays."""
@@ -103,14 +103,14 @@ class Journal:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Each field that differs between two descriptions, as `name: was X, is Y`."""
-    found = []
+    lines = []
     for key in sorted(then.keys() | now.keys()):
         old, new = then.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{prefix}{key}.")
+            lines += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key}: was {_short(old)}, is {_short(new)}")
-    return found
+            lines.append(f"{prefix}{key}: was {_short(old)}, is {_short(new)}")
+    return lines
 
 
 def _short(value: Any) -> str:

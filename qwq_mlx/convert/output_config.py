@@ -1,6 +1,6 @@
 """config.json and the index of a conversion, in the form of mlx-lm's converter.
 
-Does not: write them (`finish` does), or choose packings (the recipe does).
+Does not: write them (`finalize` does), or choose packings (the recipe does).
 """
 
 from __future__ import annotations

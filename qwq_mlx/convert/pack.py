@@ -30,7 +30,10 @@ __all__ = ["PackedBlock", "pack_block", "workers"]
 
 @dataclass(frozen=True, slots=True)
 class PackedBlock:
-    """A block ready to write. outputs: bytes per output tensor, in the plan's order. error2, weight2: see `Done`."""
+    """A block ready to write.
+
+    outputs: bytes per output tensor, in the plan's order. error2, weight2: see `FinishedTensor`.
+    """
 
     block: Block
     outputs: tuple[NDArray[np.uint8], ...]
@@ -81,11 +84,11 @@ def _check_finite(block: Block, raw: NDArray[Any], weight2: float, shard: Path) 
         return
     source = block.tensor.source
     if (index := first_non_finite(raw, source.dtype)) is not None:
-        found = "is NaN or infinite, expected finite numbers. The checkpoint is damaged or training failed; fetch"
+        fault = "is NaN or infinite, expected finite numbers. The checkpoint is damaged or training failed; fetch"
     else:
         sizes = np.abs(float_values(raw, source.dtype)).reshape(-1)
         index = int(np.argmax(sizes))
-        found = f"has the size {sizes[index]:.3g}, expected none near 1e19. A flipped bit looks like that; fetch"
+        fault = f"has the size {sizes[index]:.3g}, expected none near 1e19. A flipped bit looks like that; fetch"
     row, column = divmod(index, raw.shape[1])
     where = f"row {block.first_row + row:,}, column {column:,}" if len(source.shape) == 2 else f"position {column:,}"
-    raise ConversionError(f"{shard}: tensor {source.name}: the weight at {where} {found} the shard again.")
+    raise ConversionError(f"{shard}: tensor {source.name}: the weight at {where} {fault} the shard again.")

@@ -16,10 +16,10 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 
 from qwq_mlx.convert.calibration.importance import Importance
-from qwq_mlx.convert.journal import Done, Journal
+from qwq_mlx.convert.journal import FinishedTensor, Journal
 from qwq_mlx.convert.pack import PackedBlock, pack_block, workers
 from qwq_mlx.convert.plan import Plan, n_blocks_in_flight
-from qwq_mlx.convert.progress import Progress
+from qwq_mlx.convert.progress import ConvertProgress
 from qwq_mlx.convert.read import Buffers, Stopped, read_blocks
 from qwq_mlx.convert.source import Shards
 from qwq_mlx.convert.write import ShardWriter
@@ -35,7 +35,7 @@ class _Feed:
         self._importance = importance
         self._shards = shards
         self._buffers = buffers
-        self._finished = dict(journal.done)  # the writing thread adds to the journal's own
+        self._finished = dict(journal.finished)  # the writing thread adds to the journal's own
         self._queue: queue.SimpleQueue[Future[PackedBlock] | BaseException | None] = queue.SimpleQueue()
         self._pending: list[Future[PackedBlock]] = []
         self._thread = threading.Thread(target=self._read, name="qwq-mlx-read", daemon=True)
@@ -81,7 +81,7 @@ def run_pipeline(
     folder: Path,
     journal: Journal,
     shards: Shards,
-    progress: Callable[[Progress], None],
+    progress: Callable[[ConvertProgress], None],
     importance: Importance,
 ) -> None:
     """Convert every tensor that the journal does not have, into the output shards in `folder`.
@@ -91,7 +91,7 @@ def run_pipeline(
     """
     sizes = {each.source.name: each.source.end - each.source.start for each in plan.tensors}
     total = sum(sizes.values())
-    done_bytes = resumed = sum(n for name, n in sizes.items() if name in journal.done)
+    done_bytes = resumed = sum(n for name, n in sizes.items() if name in journal.finished)
     buffer_bytes = max(each.block_rows * each.row_bytes for each in plan.tensors)
     buffers = Buffers(n_blocks_in_flight(plan.n_workers), buffer_bytes)
     last_of_shard = {each.shard: each.source.name for each in plan.tensors}
@@ -106,7 +106,9 @@ def run_pipeline(
             done_bytes += len(block.data)
             buffers.give_back(block.buffer)
             progress(
-                Progress(phase="convert", what=name, done_bytes=done_bytes, total_bytes=total, resumed_bytes=resumed)
+                ConvertProgress(
+                    phase="convert", what=name, done_bytes=done_bytes, total_bytes=total, resumed_bytes=resumed
+                )
             )
 
 
@@ -130,7 +132,7 @@ class _Tally:
             return
         assert block.source_sha256 is not None  # the reader sets it on every last block
         self._journal.append(
-            Done(
+            FinishedTensor(
                 name=block.tensor.source.name,
                 sha256=self._writer.finish(block.tensor),
                 source_sha256=block.source_sha256,

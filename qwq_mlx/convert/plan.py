@@ -4,7 +4,7 @@ Tensors are taken in the order of the source's shards, so each source byte is re
 tensor (codes, scales, biases) share a shard; within a shard they are ordered by the width of their dtype, widest first,
 which keeps each aligned without holes. Shards are filled up to mlx-lm's 5 GiB.
 
-Does not: read weights, check the disk or the output folder (`check` does), or choose packings (the recipe does).
+Does not: read weights, check the disk or the output folder (`preflight` does), or choose packings (the recipe does).
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> Qwen2Config:
             "float32 checkpoint. Give the original model as the source."
         )
     config = Qwen2Config.from_json(checkpoint.config, where=str(where))
-    found = {name: entry.shape for name, (_, entry) in checkpoint.tensors.items()}
-    check_tensors(tensor_shapes(config), found, where=str(checkpoint.folder))
+    shapes = {name: entry.shape for name, (_, entry) in checkpoint.tensors.items()}
+    check_tensors(tensor_shapes(config), shapes, where=str(checkpoint.folder))
     _check_dtypes(checkpoint)
     _check_recipe(checkpoint, config, recipe)
     load_tokenizer(checkpoint.folder, vocab_size=config.vocab_size)
@@ -60,11 +60,11 @@ def _check_dtypes(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder / CONFIG_NAME}: torch_dtype is {named!r}, expected one of "
             f"{', '.join(_TORCH.values())}. Fetch config.json again, or give a checkpoint with such weights."
         )
-    found: dict[str, list[str]] = {}
+    names_by_dtype: dict[str, list[str]] = {}
     for name, (_, entry) in checkpoint.tensors.items():
-        found.setdefault(entry.dtype, []).append(name)
-    expected = expected or max(found, key=lambda dtype: len(found[dtype]))
-    wrong = {dtype: names for dtype, names in found.items() if dtype != expected or dtype not in DTYPES}
+        names_by_dtype.setdefault(entry.dtype, []).append(name)
+    expected = expected or max(names_by_dtype, key=lambda dtype: len(names_by_dtype[dtype]))
+    wrong = {dtype: names for dtype, names in names_by_dtype.items() if dtype != expected or dtype not in DTYPES}
     if wrong:
         lines = "; ".join(f"{dtype}: {_listed(names)}" for dtype, names in sorted(wrong.items()))
         why = f"config.json says {named}" if named is not None else "most of the tensors are"

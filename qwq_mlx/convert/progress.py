@@ -1,6 +1,6 @@
 """Where a conversion stands, as one stream of values though two threads report.
 
-Does not: format or print (`report` and the command do).
+Does not: format or print (the command does).
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-__all__ = ["Progress", "Report"]
+__all__ = ["ConvertProgress", "SharedProgress"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class ConvertProgress:
     """Where a conversion stands.
 
     phase: "calibrate", "convert", "quality" or "check".
@@ -33,18 +33,18 @@ class Progress:
     fetched_bytes: int | None = None
 
 
-class Report:
+class SharedProgress:
     """Joins what the working and the fetching thread say, and passes it on, one value at a time."""
 
     def __init__(
-        self, progress: Callable[[Progress], None] | None, total_bytes: int, *, phase: str = "convert"
+        self, progress: Callable[[ConvertProgress], None] | None, total_bytes: int, *, phase: str = "convert"
     ) -> None:
         self._progress = progress
         self._lock = threading.Lock()
         self._fetched_bytes: int | None = None
-        self._last = Progress(phase=phase, what="", done_bytes=0, total_bytes=total_bytes)
+        self._last = ConvertProgress(phase=phase, what="", done_bytes=0, total_bytes=total_bytes)
 
-    def packed(self, value: Progress) -> None:
+    def packed(self, value: ConvertProgress) -> None:
         """A block was written."""
         with self._lock:
             self._last = replace(value, fetched_bytes=self._fetched_bytes)

@@ -19,19 +19,19 @@ from qwq_mlx.errors import LoadError, OptionError
 
 if TYPE_CHECKING:
     from qwq_mlx.convert.plan import Plan
-    from qwq_mlx.convert.progress import Progress
+    from qwq_mlx.convert.progress import ConvertProgress
     from qwq_mlx.model.tokenizer import LoadedTokenizer
     from qwq_mlx.quality.result import Quality
     from qwq_mlx.quality.text import QualityText
 
-__all__ = ["SMALL_BYTES", "Judge", "measure_quality", "plan_judge"]
+__all__ = ["SMALL_BYTES", "QualityPlan", "measure_quality", "plan_quality"]
 
 SMALL_BYTES = 2_000_000_000
 """Sources up to this are measured without being asked: about a billion weights, a minute on a small Mac (estimated)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judge:
+class QualityPlan:
     """What will be measured. text: None where nothing is. note: in words, for the plan."""
 
     note: str
@@ -40,33 +40,35 @@ class Judge:
 
 
 def measure_quality(
-    judge: Judge, plan: Plan, folder: Path, progress: Callable[[Progress], None] | None
+    quality_plan: QualityPlan, plan: Plan, folder: Path, progress: Callable[[ConvertProgress], None] | None
 ) -> Quality | None:
     """Compare a packed model with its source; None where nothing is to be measured. Raises SourceError.
 
     folder: of the packed model; config and shards are there.
     """
-    from qwq_mlx.convert.progress import Progress
+    from qwq_mlx.convert.progress import ConvertProgress
     from qwq_mlx.model.folder import open_model_folder
     from qwq_mlx.quality.measure import measure
     from qwq_mlx.quality.result import summarise
 
-    text = judge.text
+    text = quality_plan.text
     if text is None:
         return None
-    assert judge.tokenizer is not None
+    assert quality_plan.tokenizer is not None
 
     def advance(done_bytes: int, total_bytes: int) -> None:
         if progress is not None:
             what = f"on {text.name}"
-            progress(Progress(phase="quality", what=what, done_bytes=done_bytes, total_bytes=total_bytes))
+            progress(ConvertProgress(phase="quality", what=what, done_bytes=done_bytes, total_bytes=total_bytes))
 
     source = open_model_folder(plan.checkpoint.shards[0].path.parent)
     (measured,) = measure(source, [open_model_folder(folder)], text, progress=advance)
-    return summarise(measured, text, judge.tokenizer)
+    return summarise(measured, text, quality_plan.tokenizer)
 
 
-def plan_judge(plan: Plan, wanted: str | Path | bool | None, *, n_tokens: int | None, keep_source: bool) -> Judge:
+def plan_quality(
+    plan: Plan, wanted: str | Path | bool | None, *, n_tokens: int | None, keep_source: bool
+) -> QualityPlan:
     """Decide what is measured and read the text.
 
     wanted: False nothing; None the bundled text, where the source is small and stays; True the bundled text; or a file.
@@ -78,15 +80,15 @@ def plan_judge(plan: Plan, wanted: str | Path | bool | None, *, n_tokens: int | 
             raise OptionError(
                 "quality_tokens says how much is measured, and `quality=False` that nothing is. Give one of the two."
             )
-        return Judge(note="not measured (`quality=False`)")
+        return QualityPlan(note="not measured (`quality=False`)")
     is_asked = wanted is not None or n_tokens is not None
     if not is_asked and plan.source_bytes > SMALL_BYTES:
-        return Judge(note=_offer(plan, keep_source))
+        return QualityPlan(note=_offer(plan, keep_source))
     problem = _problem(plan, keep_source)
     if problem and is_asked:
         raise OptionError(problem)
     if problem:
-        return Judge(note=f"not measured: {problem}")
+        return QualityPlan(note=f"not measured: {problem}")
     from qwq_mlx.model.tokenizer import load_tokenizer
     from qwq_mlx.quality.text import DEFAULT_POSITIONS, bundled_text, read_text
 
@@ -97,8 +99,8 @@ def plan_judge(plan: Plan, wanted: str | Path | bool | None, *, n_tokens: int | 
     except OptionError as error:  # a template that fails, an odd tokenizer: a reason not to measure, not to convert
         if is_asked:
             raise
-        return Judge(note=f"not measured: {error}")
-    return Judge(note=_note(plan, text), text=text, tokenizer=tokenizer)
+        return QualityPlan(note=f"not measured: {error}")
+    return QualityPlan(note=_note(plan, text), text=text, tokenizer=tokenizer)
 
 
 def _offer(plan: Plan, keep_source: bool) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwq_mlx.convert.journal import Done
+from qwq_mlx.convert.journal import FinishedTensor
 from qwq_mlx.convert.plan import Plan, PlannedTensor
 from qwq_mlx.convert.source import Shards
 from qwq_mlx.errors import ConversionError, SourceError
@@ -68,7 +68,7 @@ class Buffers:
 class Block:
     """Rows of one tensor. data: their bytes, a view of `buffer`.
 
-    source_ctime_ns: see `Done`. source_sha256: of the shard up to here, on a tensor's last block.
+    source_ctime_ns: see `FinishedTensor`. source_sha256: of the shard up to here, on a tensor's last block.
     """
 
     tensor: PlannedTensor
@@ -85,7 +85,9 @@ class Block:
         return self.first_row + self.n_rows == self.tensor.n_rows
 
 
-def read_blocks(plan: Plan, finished: Mapping[str, Done], buffers: Buffers, shards: Shards) -> Iterator[Block]:
+def read_blocks(
+    plan: Plan, finished: Mapping[str, FinishedTensor], buffers: Buffers, shards: Shards
+) -> Iterator[Block]:
     """Every block of every tensor that is not in `finished`, in the source's order.
 
     A shard that begins with finished tensors is hashed from its start and compared with what the journal noted; one
@@ -102,7 +104,7 @@ def read_blocks(plan: Plan, finished: Mapping[str, Done], buffers: Buffers, shar
 
 
 def _read_shard(
-    shard: Header, tensors: Sequence[PlannedTensor], finished: Mapping[str, Done], buffers: Buffers
+    shard: Header, tensors: Sequence[PlannedTensor], finished: Mapping[str, FinishedTensor], buffers: Buffers
 ) -> Iterator[Block]:
     fd = open_shard(shard)
     try:
@@ -163,22 +165,23 @@ def open_shard(shard: Header) -> int:
 
 def read_into(fd: int, shard: Header, position: int, out: NDArray[np.uint8], name: str) -> None:
     """Fill `out` from a position of the shard. name: the tensor, for messages. Raises SourceError."""
-    done = 0
+    n_read = 0
     view = out.data
-    while done < len(out):
+    while n_read < len(out):
         try:
-            n = _pread(fd, view[done:], position + done)
+            n = _pread(fd, view[n_read:], position + n_read)
         except OSError as error:
             raise SourceError(
-                f"{shard.path}: tensor {name}: reading at byte {position + done:,} failed ({error.strerror}). "
+                f"{shard.path}: tensor {name}: reading at byte {position + n_read:,} failed ({error.strerror}). "
                 "Check the disk or fetch the shard again, then run again; finished tensors are kept."
             ) from error
         if n == 0:
             raise SourceError(
-                f"{shard.path}: tensor {name}: the file ends at byte {position + done:,}, it had {shard.size_bytes:,} "
-                "bytes before. The source changed during the conversion; fetch the shard again and run again."
+                f"{shard.path}: tensor {name}: the file ends at byte {position + n_read:,}, it had "
+                f"{shard.size_bytes:,} bytes before. The source changed during the conversion; fetch the shard again "
+                "and run again."
             )
-        done += n
+        n_read += n
 
 
 def _pread(fd: int, view: memoryview, position: int) -> int:
@@ -198,10 +201,10 @@ def _hash_range(fd: int, shard: Header, start: int, end: int, sha256: Any) -> No
         sha256.update(part.data)
 
 
-def _check_prefix(shard: Header, record: Done, found: str) -> None:
-    if record.source_sha256 != found:
+def _check_prefix(shard: Header, record: FinishedTensor, sha256: str) -> None:
+    if record.source_sha256 != sha256:
         raise ConversionError(
             f"{shard.path}: differs from the shard that the unfinished conversion read: up to the end of "
-            f"{record.name} its sha256 is {found[:12]}…, it was {record.source_sha256[:12]}…. "
+            f"{record.name} its sha256 is {sha256[:12]}…, it was {record.source_sha256[:12]}…. "
             "Give the same source to finish it, or `restart=True` to throw it away and begin again."
         )

@@ -1,6 +1,6 @@
 """What a conversion did, as a value.
 
-Does not: print it (`report` makes text of it).
+Does not: print it (`plan_text` makes text of it).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwq_mlx.convert.journal import Done
+from qwq_mlx.convert.journal import FinishedTensor
 from qwq_mlx.convert.plan import Plan, PlannedTensor
 from qwq_mlx.model.process_memory import peak_memory_bytes
 from qwq_mlx.model.template import template_warning
@@ -68,20 +68,20 @@ class Conversion:
 def conversion_of(
     plan: Plan,
     output: Path,
-    done: Mapping[str, Done] | None,
+    finished: Mapping[str, FinishedTensor] | None,
     started: float,
     *,
     kl: float | None = None,
     top1_agreement: float | None = None,
     resumed_bytes: int = 0,
 ) -> Conversion:
-    """done: every tensor's record, or None for a dry run. started: time.monotonic() of the run's begin."""
+    """finished: every tensor's record, or None for a dry run. started: time.monotonic() of the run's begin."""
     packed = [each.source.name for each in plan.tensors if each.packing is not None]
-    records = [] if done is None else [done[name] for name in packed]
+    records = [] if finished is None else [finished[name] for name in packed]
     error2, weight2 = sum(each.error2 for each in records), sum(each.weight2 for each in records)
     return Conversion(
         output=output,
-        is_written=done is not None,
+        is_written=finished is not None,
         n_tensors=len(plan.tensors),
         source_bytes=plan.source_bytes,
         output_bytes=plan.output_bytes,
@@ -92,41 +92,43 @@ def conversion_of(
         wall_s=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(),
         resumed_bytes=resumed_bytes,
-        warnings=() if done is None else tuple(_warnings(plan, done)),
+        warnings=() if finished is None else tuple(_warnings(plan, finished)),
     )
 
 
-def _warnings(plan: Plan, records: Mapping[str, Done]) -> list[str]:
-    found = []
+def _warnings(plan: Plan, records: Mapping[str, FinishedTensor]) -> list[str]:
+    warnings = []
     for tensor in plan.tensors:
-        done, path = records[tensor.source.name], plan.checkpoint.shards[tensor.shard].path.name
-        if done.weight2 == 0:
-            found.append(f"{path}: every weight of {done.name} is zero. Compare the shard's sha256 with the source's.")
-        elif done.zero_pages:
-            found.append(
-                f"{path}: {done.name} has {done.zero_pages:,} pages (4,096 bytes) of zeros, as lost writes leave them. "
-                "Compare the shard's sha256 with the source's."
+        record, path = records[tensor.source.name], plan.checkpoint.shards[tensor.shard].path.name
+        if record.weight2 == 0:
+            warnings.append(
+                f"{path}: every weight of {record.name} is zero. Compare the shard's sha256 with the source's."
+            )
+        elif record.zero_pages:
+            warnings.append(
+                f"{path}: {record.name} has {record.zero_pages:,} pages (4,096 bytes) of zeros, as lost writes leave "
+                "them. Compare the shard's sha256 with the source's."
             )
     about_template = template_warning(read_chat_template(plan.checkpoint.folder))
-    return [*found, *_unlike(plan, records), *([about_template] if about_template else [])]
+    return [*warnings, *_unlike(plan, records), *([about_template] if about_template else [])]
 
 
-def _unlike(plan: Plan, records: Mapping[str, Done]) -> list[str]:
+def _unlike(plan: Plan, records: Mapping[str, FinishedTensor]) -> list[str]:
     """Matrices whose error is as unlike that of the others packed alike as if they had a bit more or less.
 
     A bit halves the error. In a trained model the largest is 1.6 times the median (the pocket, in 15 recipes).
     """
     alike: dict[Packing, dict[PlannedTensor, float]] = {}
     for tensor in plan.tensors:
-        done = records[tensor.source.name]
-        if tensor.packing is not None and done.weight2:
-            alike.setdefault(tensor.packing, {})[tensor] = math.sqrt(done.error2 / done.weight2)
-    found = []
+        record = records[tensor.source.name]
+        if tensor.packing is not None and record.weight2:
+            alike.setdefault(tensor.packing, {})[tensor] = math.sqrt(record.error2 / record.weight2)
+    warnings = []
     for errors in alike.values():
         middle = statistics.median(errors.values())
         if len(errors) < _MIN_ALIKE or not middle:
             continue
-        found += [
+        warnings += [
             f"{plan.checkpoint.shards[tensor.shard].path.name}: rounding cost {tensor.source.name} {100 * error:.3g} % "
             f"of its size, the median of {len(errors):,} matrices packed alike is {100 * middle:.3g} %. Weights far "
             "larger than the rest, as a flipped bit leaves them, look like that. Compare the shard's sha256 with the "
@@ -134,4 +136,4 @@ def _unlike(plan: Plan, records: Mapping[str, Done]) -> list[str]:
             for tensor, error in errors.items()
             if not middle / MAX_UNLIKE <= error <= middle * MAX_UNLIKE
         ]
-    return found
+    return warnings

@@ -22,7 +22,7 @@ from qwq_mlx.files.checkpoint import Checkpoint, open_checkpoint
 from qwq_mlx.files.header import Header
 
 if TYPE_CHECKING:
-    from qwq_mlx.files.digest import Progress
+    from qwq_mlx.files.digest import ByteProgress
     from qwq_mlx.files.hub.repository import Hub, Snapshot
 
 __all__ = ["LocalShards", "Origin", "Shards", "open_origin"]
@@ -90,7 +90,7 @@ class Origin:
         return replace(self, checkpoint=checkpoint)
 
     @contextmanager
-    def shards(self, wanted: Sequence[Header], *, keep: bool, progress: Progress | None) -> Iterator[Shards]:
+    def shards(self, wanted: Sequence[Header], *, keep: bool, progress: ByteProgress | None) -> Iterator[Shards]:
         """Serve the `wanted` shards in their order; others are never asked for."""
         if self.hub is None or self.snapshot is None:
             yield LocalShards(self.checkpoint.shards)
@@ -138,11 +138,11 @@ def open_origin(source: str | Path, *, revision: str | None, unfinished: tuple[s
 
 
 def _local(folder: Path) -> Origin:
-    found = _SNAPSHOT.search(folder.resolve().as_posix())
+    match = _SNAPSHOT.search(folder.resolve().as_posix())
     return Origin(
         checkpoint=open_checkpoint(folder),
-        repository=f"{found[1]}/{found[2]}" if found else None,
-        commit=found[3] if found else None,
+        repository=f"{match[1]}/{match[2]}" if match else None,
+        commit=match[3] if match else None,
     )
 
 

@@ -64,16 +64,16 @@ def published(plan: Plan, output: Path) -> Journal | None:
         return None
     journal.close()
     try:
-        found = {name: record.sha256 for name, record in check_sizes(output).tensors.items()}
+        digests = {name: record.sha256 for name, record in check_sizes(output).tensors.items()}
     except SourceError:
         return None  # not whole, so not ours; force replaces it
     made = {
         output.entry.name: sha256
         for tensor in plan.tensors
-        if (done := journal.done.get(tensor.source.name)) is not None
-        for output, sha256 in zip(tensor.outputs, done.sha256, strict=True)
+        if (finished := journal.finished.get(tensor.source.name)) is not None
+        for output, sha256 in zip(tensor.outputs, finished.sha256, strict=True)
     }
-    return journal if made == found else None
+    return journal if made == digests else None
 
 
 def open_partial(plan: Plan, output: Path, *, restart: bool) -> Journal:

@@ -48,10 +48,10 @@ def recipe_for_size(origin: Origin, config: Qwen2Config, recipe: Recipe, target_
         )
     name = f"{recipe.name}-{_size(target_bytes)}"
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-    own = recipe.packing.group_size
+    group_size = recipe.packing.group_size
     columns = {entry.shape[1] for _, (_, entry) in tensors if len(entry.shape) == 2}
-    larger = [g for g in MODES["affine"][1] if g > own and not any(n % g for n in columns)]
-    rungs = ladder((own, *larger))
+    larger = [g for g in MODES["affine"][1] if g > group_size and not any(n % g for n in columns)]
+    rungs = ladder((group_size, *larger))
 
     def made(packings: Mapping[str, Packing]) -> tuple[Recipe, int]:
         chosen = recipe_of_packings(recipe, packings, name=name)

@@ -115,8 +115,8 @@ def read_weight_map(path: Path) -> dict[str, str]:
     index = read_json_object(path, limit_bytes=_MAX_INDEX_BYTES, advice=_FETCH)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        found = "empty" if weight_map == {} else type(weight_map).__name__
-        raise SourceError(f"{path}: weight_map is {found}, expected an object of tensor and shard names. {_FETCH}")
+        actual = "empty" if weight_map == {} else type(weight_map).__name__
+        raise SourceError(f"{path}: weight_map is {actual}, expected an object of tensor and shard names. {_FETCH}")
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_plain_name(shard):
             raise SourceError(

@@ -18,9 +18,9 @@ from qwq_mlx.errors import SourceError
 from qwq_mlx.files.header import Header
 from qwq_mlx.files.reading import open_to_read
 
-__all__ = ["Progress", "ShardDigest", "sha256_file", "sha256_header", "sha256_json", "sha256_shard"]
+__all__ = ["ByteProgress", "ShardDigest", "sha256_file", "sha256_header", "sha256_json", "sha256_shard"]
 
-Progress = Callable[[int], object]  # called with the number of bytes done since the last call
+ByteProgress = Callable[[int], object]  # called with the number of bytes done since the last call
 
 _BLOCK_BYTES = 4 << 20
 
@@ -34,7 +34,7 @@ class ShardDigest:
     tensors: Mapping[str, str]
 
 
-def sha256_file(path: Path, progress: Progress | None = None) -> str:
+def sha256_file(path: Path, progress: ByteProgress | None = None) -> str:
     """sha256 of a file's bytes, as 64 hex digits. Raises SourceError when it cannot be read."""
     digest = hashlib.sha256()
     with _Reader(path) as reader:
@@ -60,7 +60,7 @@ def sha256_header(header: Header) -> str:
         return hashlib.sha256(reader.read(header.data_start)).hexdigest()
 
 
-def sha256_shard(header: Header, progress: Progress | None = None) -> ShardDigest:
+def sha256_shard(header: Header, progress: ByteProgress | None = None) -> ShardDigest:
     """Digests of a shard, its header and each tensor, reading the file once; file and tensor are hashed side by side.
 
     Raises SourceError when it cannot be read or ends before its header says.
@@ -74,15 +74,15 @@ def sha256_shard(header: Header, progress: Progress | None = None) -> ShardDiges
             progress(len(first))
         for name, entry in header.tensors.items():
             one = hashlib.sha256()
-            left = entry.end - entry.start
-            while left:
-                block = reader.read(min(left, _BLOCK_BYTES))
+            n_left = entry.end - entry.start
+            while n_left:
+                block = reader.read(min(n_left, _BLOCK_BYTES))
                 if not block:
                     raise SourceError(f"{header.path}: ended inside tensor {name} while it was read. Make it again.")
                 other = beside.submit(one.update, block)
                 whole.update(block)
                 other.result()
-                left -= len(block)
+                n_left -= len(block)
                 if progress is not None:
                     progress(len(block))
             tensors[name] = one.hexdigest()

@@ -221,8 +221,8 @@ def _entry(path: Path, name: str, fields: object, data_start: int) -> TensorEntr
         )
     where = f"{path}: tensor {name}"
     if not isinstance(fields, dict) or fields.keys() != set(_FIELDS):
-        found = list(fields) if isinstance(fields, dict) else fields
-        raise SourceError(f"{where}: has {_short(found)}, expected {', '.join(_FIELDS)} and nothing else. {_AGAIN}")
+        actual = list(fields) if isinstance(fields, dict) else fields
+        raise SourceError(f"{where}: has {_short(actual)}, expected {', '.join(_FIELDS)} and nothing else. {_AGAIN}")
     dtype, shape, offsets = (fields[field] for field in _FIELDS)
     width = DTYPE_BYTES.get(dtype) if isinstance(dtype, str) else None
     if width is None:

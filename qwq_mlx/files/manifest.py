@@ -41,7 +41,7 @@ from typing import Any
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.checkpoint import SUFFIX
-from qwq_mlx.files.digest import Progress, ShardDigest, sha256_file, sha256_header, sha256_shard
+from qwq_mlx.files.digest import ByteProgress, ShardDigest, sha256_file, sha256_header, sha256_shard
 from qwq_mlx.files.header import read_header
 from qwq_mlx.files.json_dataclass import FieldError, from_json_value
 from qwq_mlx.files.json_object import read_json_object
@@ -161,7 +161,7 @@ def check_sizes(folder: Path) -> Manifest:
     return _check(folder, is_extra=lambda name: name.endswith(_READ_AT_LOAD))
 
 
-def verify_full(folder: Path, progress: Progress | None = None, *, n_threads: int = 4) -> Manifest:
+def verify_full(folder: Path, progress: ByteProgress | None = None, *, n_threads: int = 4) -> Manifest:
     """Read every byte of the folder and compare it with the manifest; any file not listed is refused.
 
     progress: called with bytes done, from several threads. Hidden files (.DS_Store) do not count.
@@ -180,7 +180,7 @@ def verify_full(folder: Path, progress: Progress | None = None, *, n_threads: in
     return manifest
 
 
-def record_file(path: Path, progress: Progress | None = None) -> tuple[FileRecord, ShardDigest | None]:
+def record_file(path: Path, progress: ByteProgress | None = None) -> tuple[FileRecord, ShardDigest | None]:
     """Size and digests of one file as the manifest has them; for a shard also the digest of each tensor, in one pass.
 
     Raises SourceError when it cannot be read or is no shard though its name says so.
@@ -204,8 +204,8 @@ def _check(folder: Path, *, is_extra: Callable[[str], bool]) -> Manifest:
         path = folder / name
         if not _is_plain_name(name) or not path.is_file():
             missing.append(name)
-        elif (found := _size(path)) != record.size_bytes:
-            sizes.append(f"{name} ({found:,} bytes, expected {record.size_bytes:,})")
+        elif (size_bytes := _size(path)) != record.size_bytes:
+            sizes.append(f"{name} ({size_bytes:,} bytes, expected {record.size_bytes:,})")
         elif not _has_cheap_digest(path, record):
             changed.append(name)
     extra = [
@@ -231,7 +231,7 @@ def _has_cheap_digest(path: Path, record: FileRecord) -> bool:
     return record.size_bytes > _SMALL_BYTES or sha256_file(path) == record.sha256
 
 
-def _differences(path: Path, record: FileRecord, manifest: Manifest, progress: Progress | None) -> list[str]:
+def _differences(path: Path, record: FileRecord, manifest: Manifest, progress: ByteProgress | None) -> list[str]:
     """One digest of each byte as long as all is right; which tensors are wrong is then worth a second look."""
     if sha256_file(path, progress) == record.sha256:
         return []

@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Plan the memory of a run from headers alone: what it needs, what fits, what would make it fit.",
         exit_codes="0 answered, 1 failed, 2 wrong usage. The limits of Macs are not measured on Metal",
     )
-    add, own = parser.add_argument, Workload()
+    add, default = parser.add_argument, Workload()
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--model", metavar="FOLDER", help="model folder (default: QwQ-32B-Preview at 4 bits, group size 64)"
@@ -51,14 +51,14 @@ def _parser() -> argparse.ArgumentParser:
         "--samples",
         type=int,
         metavar="K",
-        default=own.n_sequences,
+        default=default.n_sequences,
         help="number of sequences in a batch of mlx-lm (default: %(default)s)",
     )
     add(
         "--prefill-step",
         type=int,
         metavar="N",
-        default=own.prefill_step,
+        default=default.prefill_step,
         help="prompt tokens per prefill pass (default: %(default)s)",
     )
     add("--compute-type", metavar="TYPE", help="float32 or bfloat16 (default: by backend)")
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "--draft-tokens",
         type=int,
         metavar="N",
-        default=own.n_draft,
+        default=default.n_draft,
         help="draft tokens per step (default: %(default)s)",
     )
     add(
@@ -155,7 +155,7 @@ def _model(options: argparse.Namespace) -> tuple[ModelFolder | ModelShape, str]:
 
 
 def _of_mlx_lm(plan: MemoryPlan) -> list[str]:
-    """What keeps mlx-lm to a plan of its own work on a GPU; see `model.mlx_lm_memory`."""
+    """What keeps mlx-lm to a plan of its own work on a GPU; see `model.memory.batch_and_draft`."""
     is_theirs = plan.workload.n_sequences > 1 or plan.workload.draft is not None
     if not is_theirs or plan.backend == "cpu":
         return []

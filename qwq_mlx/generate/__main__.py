@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwq_mlx.cli.command import Command, add_output, load_reasoner, make_parser, run_command
-from qwq_mlx.cli.generate_flags import Asked, add_limits, add_sampling, asked_for
+from qwq_mlx.cli.generate_flags import RunOptions, add_limits, add_sampling, run_options
 from qwq_mlx.cli.signals import silence
 from qwq_mlx.cli.terminal import batch_progress, prefill_progress, settings_line, show, summary_line
 from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, SavingError
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _work(command: Command) -> int:
     options = command.options
-    asked = asked_for(vars(options))
+    asked = run_options(vars(options))
     if options.input is not None or options.output is not None:
         return _batch(command, asked)
     return _generate(command, None if options.resume is not None else _prompt(options), asked)
@@ -115,7 +115,7 @@ def _prompt(options: argparse.Namespace) -> str:
     return text
 
 
-def _batch(command: Command, asked: Asked) -> int:
+def _batch(command: Command, asked: RunOptions) -> int:
     from qwq_mlx.generate.question_file.questions import read_questions
     from qwq_mlx.generate.question_file.results import Results
 
@@ -162,7 +162,7 @@ def _kept_clean(options: argparse.Namespace) -> list[Path]:
     return [choose_model(options.model).folder]
 
 
-def _generate(command: Command, prompt: str | None, asked: Asked) -> int:
+def _generate(command: Command, prompt: str | None, asked: RunOptions) -> int:
     options, folders = command.options, _kept_clean(command.options)
     check_output_files({"save": options.save, "receipt": options.receipt}, inputs=[], folders=folders)
     check_output_files({"receipt": options.receipt}, inputs=[options.resume])
@@ -174,7 +174,7 @@ def _generate(command: Command, prompt: str | None, asked: Asked) -> int:
         return _answer(command, prompt, asked, keeper)
 
 
-def _answer(command: Command, prompt: str | None, asked: Asked, keeper: Autosave | None) -> int:
+def _answer(command: Command, prompt: str | None, asked: RunOptions, keeper: Autosave | None) -> int:
     from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.model.prompt import conversation
 
@@ -216,7 +216,7 @@ def _answer(command: Command, prompt: str | None, asked: Asked, keeper: Autosave
 
 
 def _start(
-    reasoner: Reasoner, options: argparse.Namespace, prompt: str | None, asked: Asked, bar: ProgressBar
+    reasoner: Reasoner, options: argparse.Namespace, prompt: str | None, asked: RunOptions, bar: ProgressBar
 ) -> Stream:
     """The run of a question, or where there is none the saved one."""
     if prompt is None:

@@ -215,20 +215,22 @@ def tensor_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, where: str) -> None:
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], *, where: str
+) -> None:
     """Compare the tensors of a folder with the table; every difference is named.
 
     Raises LoadError listing what is missing, what is extra and what has another shape.
     """
-    missing = sorted(expected.keys() - found.keys())
-    extra = sorted(found.keys() - expected.keys())
-    other = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
+    missing = sorted(expected.keys() - actual.keys())
+    extra = sorted(actual.keys() - expected.keys())
+    other = sorted(name for name in expected.keys() & actual.keys() if expected[name] != actual[name])
     if not (missing or extra or other):
         return
     lines = [f"{where}: the tensors are not those that config.json describes."]
     lines += _listed("missing", missing)
     lines += _listed("unknown", extra)
-    lines += _listed("of another shape", [f"{name} {found[name]}, expected {expected[name]}" for name in other])
+    lines += _listed("of another shape", [f"{name} {actual[name]}, expected {expected[name]}" for name in other])
     lines.append("Config and shards must come from the same commit of the same model; fetch both again.")
     raise LoadError("\n".join(lines))
 

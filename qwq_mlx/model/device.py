@@ -80,8 +80,8 @@ def _left_in_groups() -> Iterator[int]:
         return
     lines = [line.split(":", 2) for line in _OWN_GROUPS.read_text().splitlines()]
     for controller, root, limit, used, cache in _GROUPS:
-        own = next((Path(path.lstrip("/")) for _, names, path in lines if controller in names.split(",")), Path())
-        for folder in (root / part for part in (own, *own.parents)):
+        cgroup = next((Path(path.lstrip("/")) for _, names, path in lines if controller in names.split(",")), Path())
+        for folder in (root / part for part in (cgroup, *cgroup.parents)):
             try:
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 text = (folder / limit).read_text().strip()

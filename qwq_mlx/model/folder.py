@@ -55,8 +55,8 @@ def open_model_folder(folder: str | Path) -> ModelFolder:
     where = str(path / CONFIG_NAME)
     config = Qwen2Config.from_json(checkpoint.config, where=where)
     packed = packings(checkpoint.config, config, checkpoint.tensors, where=where)
-    found = {name: (entry.dtype, tuple(entry.shape)) for name, (_, entry) in checkpoint.tensors.items()}
-    check_layout(config, packed, found, where=str(path))
+    tensors = {name: (entry.dtype, tuple(entry.shape)) for name, (_, entry) in checkpoint.tensors.items()}
+    check_layout(config, packed, tensors, where=str(path))
     return ModelFolder(path=path, checkpoint=checkpoint, config=config, packed=packed)
 
 

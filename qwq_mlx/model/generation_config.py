@@ -43,22 +43,22 @@ def read_generation_defaults(folder: Path, *, vocab_size: int) -> GenerationDefa
     path = folder / "generation_config.json"
     if not path.exists():
         return GenerationDefaults()
-    found = read_json_object(path, limit_bytes=_MAX_BYTES, advice=_AGAIN)
-    if found.get("do_sample") not in (None, True, False):
-        raise _fault(path, "do_sample", found["do_sample"], "true or false")
-    temperature = _number(found, "temperature", path, low=0.0, high=100.0)
+    values = read_json_object(path, limit_bytes=_MAX_BYTES, advice=_AGAIN)
+    if values.get("do_sample") not in (None, True, False):
+        raise _fault(path, "do_sample", values["do_sample"], "true or false")
+    temperature = _number(values, "temperature", path, low=0.0, high=100.0)
     return GenerationDefaults(
-        temperature=0.0 if found.get("do_sample") is False else temperature,
-        top_p=_number(found, "top_p", path, low=1e-9, high=1.0),
-        top_k=_top_k(found, path),
-        min_p=_number(found, "min_p", path, low=0.0, high=1.0),
-        repetition_penalty=_number(found, "repetition_penalty", path, low=1e-9, high=100.0),
-        eos_token_ids=_eos(found, path, vocab_size),
+        temperature=0.0 if values.get("do_sample") is False else temperature,
+        top_p=_number(values, "top_p", path, low=1e-9, high=1.0),
+        top_k=_top_k(values, path),
+        min_p=_number(values, "min_p", path, low=0.0, high=1.0),
+        repetition_penalty=_number(values, "repetition_penalty", path, low=1e-9, high=100.0),
+        eos_token_ids=_eos(values, path, vocab_size),
     )
 
 
-def _number(found: dict[str, Any], name: str, path: Path, *, low: float, high: float) -> float | None:
-    value = found.get(name)
+def _number(values: dict[str, Any], name: str, path: Path, *, low: float, high: float) -> float | None:
+    value = values.get(name)
     if value is None:
         return None
     if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
@@ -66,15 +66,15 @@ def _number(found: dict[str, Any], name: str, path: Path, *, low: float, high: f
     return float(value)
 
 
-def _top_k(found: dict[str, Any], path: Path) -> int | None:
-    value = found.get("top_k")
+def _top_k(values: dict[str, Any], path: Path) -> int | None:
+    value = values.get("top_k")
     if value is not None and (type(value) is not int or not 0 <= value < 2**31):
         raise _fault(path, "top_k", value, "a whole number of at least 0")
     return value
 
 
-def _eos(found: dict[str, Any], path: Path, vocab_size: int) -> tuple[int, ...]:
-    value = found.get("eos_token_id")
+def _eos(values: dict[str, Any], path: Path, vocab_size: int) -> tuple[int, ...]:
+    value = values.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < vocab_size:

@@ -26,11 +26,11 @@ _MAX_NAMES = 20
 
 
 def packings(
-    config_json: Mapping[str, Any], config: Qwen2Config, found: Mapping[str, Any], *, where: str
+    config_json: Mapping[str, Any], config: Qwen2Config, tensor_names: Mapping[str, Any], *, where: str
 ) -> dict[str, Packing]:
     """Matrix path (without ".weight") -> its packing; a matrix that stays whole is not in it.
 
-    found: the names of the folder's tensors; a matrix is packed when its scales are there, as mlx-lm decides it.
+    tensor_names: the names of the folder's tensors; a matrix is packed when its scales are there, as mlx-lm decides it.
     Raises LoadError for settings that MLX does not have.
     """
     settings = config_json.get("quantization")
@@ -47,7 +47,7 @@ def packings(
     result = {}
     for path in matrices:
         layer_settings = settings.get(path, True)
-        if layer_settings is not False and f"{path}.scales" in found:
+        if layer_settings is not False and f"{path}.scales" in tensor_names:
             is_global = layer_settings is True
             result[path] = _packing(
                 settings if is_global else layer_settings, "all layers" if is_global else path, where
@@ -67,7 +67,7 @@ def _packing(settings: Any, name: str, where: str) -> Packing:
 def check_layout(
     config: Qwen2Config,
     packed: Mapping[str, Packing],
-    found: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     *,
     where: str,
 ) -> None:
@@ -95,10 +95,10 @@ def check_layout(
             shapes[f"{path}.biases"] = shapes[f"{path}.scales"]
         else:
             dtypes[f"{path}.scales"] = ("U8",)
-    check_tensors(shapes, {name: shape for name, (_, shape) in found.items()}, where=where)
+    check_tensors(shapes, {name: shape for name, (_, shape) in tensors.items()}, where=where)
     wrong = [
         f"{name} {dtype}, expected {' or '.join(dtypes.get(name, _FLOATS))}"
-        for name, (dtype, _) in sorted(found.items())
+        for name, (dtype, _) in sorted(tensors.items())
         if dtype not in dtypes.get(name, _FLOATS)
     ]
     if wrong:

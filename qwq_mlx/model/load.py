@@ -105,8 +105,8 @@ def load_model(folder: str | Path, *, compute_type: ComputeType | None = None) -
 def _stop_ids(
     folder: Path, config: Qwen2Config, defaults: GenerationDefaults, tokenizer: LoadedTokenizer
 ) -> frozenset[int]:
-    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    stop_ids = frozenset((*defaults.eos_token_ids, *config.eos_token_ids, *own))
+    tokenizer_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    stop_ids = frozenset((*defaults.eos_token_ids, *config.eos_token_ids, *tokenizer_ids))
     if not stop_ids:
         raise LoadError(
             f"{folder}: neither generation_config.json nor config.json nor tokenizer_config.json says which id ends a "

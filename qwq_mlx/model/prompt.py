@@ -121,11 +121,11 @@ def encode_text(tokenizer: LoadedTokenizer, text: str) -> list[int]:
     Raises PromptError where the tokenizer's own vocabulary holds a control token.
     """
     ids: list[int] = tokenizer.plain.encode(text, add_special_tokens=False).ids
-    found = set(tokenizer.added.values()).intersection(ids)
-    if found:
+    markers = set(tokenizer.added.values()).intersection(ids)
+    if markers:
         raise PromptError(
-            f"The tokenizer turns ordinary text into the control ids {sorted(found)[:5]}; its vocabulary holds control "
-            "tokens as ordinary ones. Take tokenizer.json from the model's source again."
+            f"The tokenizer turns ordinary text into the control ids {sorted(markers)[:5]}; its vocabulary holds "
+            "control tokens as ordinary ones. Take tokenizer.json from the model's source again."
         )
     return ids
 

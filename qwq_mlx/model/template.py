@@ -79,7 +79,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping
 def _render_in_child(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str]) -> str:
     label = f"chat template (sha256 {template_digest(template)[:12]}…)"
     advice = "Take the chat template from the model's source again, or use a conversion of QwQ-32B-Preview."
-    done = run_limited(
+    child = run_limited(
         Path(__file__).with_name("template_child.py"),
         {
             "template": template,
@@ -91,12 +91,12 @@ def _render_in_child(template: str, messages: Sequence[Mapping[str, str]], token
         memory_bytes=CHILD_MEMORY_BYTES + len(template) * 64,
         wall_s=CHILD_WALL_S,
     )
-    if done is None:
+    if child is None:
         raise TemplateLimitError(f"{label}: did not finish within {CHILD_WALL_S:g} s. {advice}")
-    if done.returncode == 0:
-        return done.stdout.decode()
-    if done.returncode == 1 and done.stderr.strip():
-        reason = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1][:300]
+    if child.returncode == 0:
+        return child.stdout.decode()
+    if child.returncode == 1 and child.stderr.strip():
+        reason = child.stderr.decode("utf-8", "replace").strip().splitlines()[-1][:300]
         raise PromptError(f"{label}: failed with {reason}. {advice}")
     limit = f"{CHILD_CPU_S} s of CPU and {CHILD_MEMORY_BYTES >> 20} MiB"
-    raise TemplateLimitError(f"{label}: was ended by its limits ({limit}; exit status {done.returncode}). {advice}")
+    raise TemplateLimitError(f"{label}: was ended by its limits ({limit}; exit status {child.returncode}). {advice}")

@@ -138,8 +138,8 @@ def _canonical(problem: Problem) -> str:
 
 def boxed(text: str) -> str | None:
     r"""The content of the last complete \boxed{...} in `text`, or None."""
-    found = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    return found[-1].strip() if found else None
+    boxes = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    return boxes[-1].strip() if boxes else None
 
 
 def is_solved(problem: Problem, answer: str | None) -> bool:

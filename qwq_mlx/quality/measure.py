@@ -24,9 +24,9 @@ from qwq_mlx.model.upstream import import_mlx
 from qwq_mlx.quality.divergence import Divergence, Positions
 from qwq_mlx.quality.text import QualityText
 
-__all__ = ["Measured", "Progress", "check_comparable", "measure"]
+__all__ = ["MeasureProgress", "Measured", "check_comparable", "measure"]
 
-Progress = Callable[[int, int], None]
+MeasureProgress = Callable[[int, int], None]
 """Called with the bytes of weights that are done and the bytes of all."""
 
 _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -63,7 +63,7 @@ def measure(
     models: Sequence[ModelFolder],
     text: QualityText,
     *,
-    progress: Progress | None = None,
+    progress: MeasureProgress | None = None,
 ) -> tuple[Measured, ...]:
     """Run all on the text; one Measured for each of `models`, in their order.
 
@@ -103,7 +103,7 @@ class _Run:
 
 
 class _Count:
-    def __init__(self, total_bytes: int, progress: Progress | None) -> None:
+    def __init__(self, total_bytes: int, progress: MeasureProgress | None) -> None:
         self._total, self._done, self._progress = total_bytes, 0, progress
 
     def add(self, n_bytes: int) -> None:
@@ -133,11 +133,11 @@ def _compare_heads(runs: Sequence[_Run], text: QualityText, count: _Count) -> li
     ]
     for run in runs:
         run.hidden.clear()
-    found = [[Divergence(window.ids[window.first :]) for window in text.windows] for _ in runs[1:]]
+    divergences = [[Divergence(window.ids[window.first :]) for window in text.windows] for _ in runs[1:]]
     for blocks in zip(*(head.blocks() for head in heads), strict=True):
         for place in range(len(text.windows)):
             reference = blocks[0].logits(normed[0][place])
             for model, block in enumerate(blocks[1:]):
-                found[model][place].add(block.first_id, reference, block.logits(normed[model + 1][place]))
+                divergences[model][place].add(block.first_id, reference, block.logits(normed[model + 1][place]))
         count.add(sum(block.n_bytes for block in blocks))
-    return [[each.positions() for each in model] for model in found]
+    return [[each.positions() for each in model] for model in divergences]

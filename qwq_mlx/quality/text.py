@@ -105,15 +105,15 @@ def read_text(
         room -= n
         if n:
             windows.append(Window(ids=window.ids[:n], first=window.first))
-    found = QualityText(
+    quality_text = QualityText(
         name=path.name, sha256=hashlib.sha256(raw).hexdigest(), windows=tuple(windows), n_left_out=n_left_out
     )
-    if found.n_tokens < MIN_TOKENS:
+    if quality_text.n_tokens < MIN_TOKENS:
         raise OptionError(
-            f"{path}: gives {found.n_tokens:,} tokens to measure, expected at least {MIN_TOKENS}, better thousands. "
-            f"Give a longer text{', or let more tokens be run' if n_left_out else ''}."
+            f"{path}: gives {quality_text.n_tokens:,} tokens to measure, expected at least {MIN_TOKENS}, better "
+            f"thousands. Give a longer text{', or let more tokens be run' if n_left_out else ''}."
         )
-    return found
+    return quality_text
 
 
 def _read(path: Path) -> bytes:

@@ -18,7 +18,7 @@ so it costs nothing and works from headers; the activations of a text do not ent
 Factors and half-way were chosen on the pocket model; docs/benchmarks.md has what they gain there. Not measured on the
 32B.
 
-Does not: look at weights, or know about files beside the codes (`convert.target` does).
+Does not: look at weights, or know about files beside the codes (`convert.target_size` does).
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ _KINDS = ("lm_head", "down_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "q
 
 def ladder(groups: Iterable[int]) -> tuple[Packing, ...]:
     """The packings of these groups that are worth their bits, from the fewest to the most: the convex hull of harm."""
-    left = [Packing(bits=bits, group_size=group) for bits in ERRORS for group in groups]
-    found = [min(left, key=rate)]
-    while more := [each for each in left if rate(each) > rate(found[-1])]:
-        found.append(max(more, key=lambda each: _worth(found[-1], each)))
-    return tuple(found)
+    remaining = [Packing(bits=bits, group_size=group) for bits in ERRORS for group in groups]
+    rungs = [min(remaining, key=rate)]
+    while more := [each for each in remaining if rate(each) > rate(rungs[-1])]:
+        rungs.append(max(more, key=lambda each: _worth(rungs[-1], each)))
+    return tuple(rungs)
 
 
 def rate(packing: Packing) -> float:

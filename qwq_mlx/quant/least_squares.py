@@ -58,8 +58,8 @@ def weighted_squares(values: Floats, importance: Floats, spare: Floats) -> Float
     values: (group size, groups). importance: (columns,), positive. spare: as values, is written.
     """
     np.multiply(_by_row(values, importance), _channels(importance, len(values)), out=_by_row(spare, importance))
-    found: Floats = np.einsum("ij,ij->j", spare, values)
-    return found
+    products: Floats = np.einsum("ij,ij->j", spare, values)
+    return products
 
 
 def _by_row(values: Floats, importance: Floats) -> Floats:
@@ -81,8 +81,8 @@ def _per_group(tile: Tile, importance: Floats) -> Floats:
 def _sum(tile: Tile, values: Floats, importance: Floats | None) -> Floats:
     if importance is not None:
         _weigh(tile, values, importance)
-    found: Floats = np.add.reduce(values if importance is None else tile.products, axis=0)
-    return found
+    sums: Floats = np.add.reduce(values if importance is None else tile.products, axis=0)
+    return sums
 
 
 def _weigh(tile: Tile, values: Floats, importance: Floats) -> None:

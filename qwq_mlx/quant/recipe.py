@@ -88,11 +88,11 @@ class Recipe:
 
     def packing_of(self, path: str, *, n_layers: int) -> Packing | None:
         """The packing of the matrix `path` (without ".weight"), or None where it stays as it is."""
-        found: Packing | None = self.packing
+        packing: Packing | None = self.packing
         for override in self.overrides:
             if override.applies(path, n_layers):
-                found = override.packing
-        return found
+                packing = override.packing
+        return packing
 
     def as_mapping(self) -> dict[str, Any]:
         """The file as it parses, with its name: what the manifest keeps."""
@@ -117,8 +117,8 @@ def _is_sensitive(path: str, n_layers: int) -> bool:
 
 def layer_of(name: str) -> int | None:
     """The layer that a tensor or matrix of this name belongs to, from 0; None where it stands outside the layers."""
-    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-    return None if found is None else int(found[1])
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return None if match is None else int(match[1])
 
 
 def is_sensitive_layer(layer: int, n_layers: int) -> bool:
@@ -263,8 +263,8 @@ class _Parser:
         current, seen, header = "", -1, 1
         for number, line in enumerate(self._lines, start=1):
             text = line.strip()
-            if found := re.match(r"\[+\s*([^\]]+?)\s*\]", text):
-                current = found.group(1)
+            if match := re.match(r"\[+\s*([^\]]+?)\s*\]", text):
+                current = match.group(1)
                 seen += current == section
                 if current == section and seen == index:
                     header = number

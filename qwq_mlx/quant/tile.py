@@ -118,8 +118,8 @@ class Tile:
 
 def squares(values: Floats) -> Floats:
     """Sum of squares of each group, (groups,)."""
-    found: Floats = np.einsum("ij,ij->j", values, values)
-    return found
+    squares: Floats = np.einsum("ij,ij->j", values, values)
+    return squares
 
 
 def min_max(weights: Floats, bits: int) -> Line:

@@ -112,17 +112,17 @@ def _is_whole(receipt: Receipt) -> bool:
     return receipt.finish_reason != "interrupted" and _n_comparable(receipt) == len(receipt.ids)
 
 
-def _difference(reasoner: Reasoner, expected: Sequence[int], found: Sequence[int], index: int) -> Difference:
-    sides = [side[index] if index < len(side) else None for side in (expected, found)]
+def _difference(reasoner: Reasoner, expected: Sequence[int], actual: Sequence[int], index: int) -> Difference:
+    sides = [side[index] if index < len(side) else None for side in (expected, actual)]
     texts = ["" if each is None else reasoner.pieces[each].decode("utf-8", "replace") for each in sides]
     return Difference(index=index, expected_id=sides[0], expected_text=texts[0], found_id=sides[1], found_text=texts[1])
 
 
 def _changed(reasoner: Reasoner, receipt: Receipt) -> tuple[str, ...]:
-    found = here(reasoner.model)
-    pairs = [(name, found["versions"].get(name), value) for name, value in receipt.versions.items()]
-    pairs += [("backend", found["backend"], receipt.backend), ("system", found["system"], receipt.system)]
+    machine = here(reasoner.model)
+    pairs = [(name, machine["versions"].get(name), value) for name, value in receipt.versions.items()]
+    pairs += [("backend", machine["backend"], receipt.backend), ("system", machine["system"], receipt.system)]
     pairs += [("compute type", reasoner.model.compute_type, receipt.model["compute_type"])]
     for name in ("tokenizer_sha256", "template_sha256"):
-        pairs.append((name.replace("_sha256", ""), found[name][:12], getattr(receipt, name)[:12]))
+        pairs.append((name.replace("_sha256", ""), machine[name][:12], getattr(receipt, name)[:12]))
     return tuple(f"{name} {here_}, the receipt's is {there}" for name, here_, there in pairs if here_ != there)

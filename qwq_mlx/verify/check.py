@@ -101,9 +101,9 @@ def verify_conversion(
         if full:
             raise OptionError("full reads every byte, so there is nothing left to sample. Give one of the two.")
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "there is no such folder"
+        fault = "is a file" if folder.exists() else "there is no such folder"
         raise SourceError(
-            f"{folder}: {found}, expected the folder of a conversion. Give the one that holds manifest.json."
+            f"{folder}: {fault}, expected the folder of a conversion. Give the one that holds manifest.json."
         )
     manifest = verify_full(folder, progress) if full else check_sizes(folder)
     sampled = () if sample is None else verify_sample(folder, manifest, sample, seed, progress)
@@ -133,8 +133,8 @@ def _pack_again(folder: Path, manifest: Manifest, source: Path, n_tensors: int, 
     wrong = []
     for tensor in drawn:
         expected = [manifest.tensors[output.entry.name].sha256 for output in tensor.outputs]
-        own = importance.get(tensor.source.name.removesuffix(".weight"))
-        if _digests(plan, tensor, manifest.fit, own) != expected:
+        channel_importance = importance.get(tensor.source.name.removesuffix(".weight"))
+        if _digests(plan, tensor, manifest.fit, channel_importance) != expected:
             wrong.append(tensor.source.name)
     if wrong:
         raise SourceError(
@@ -148,22 +148,22 @@ def _importance(folder: Path, manifest: Manifest) -> Importance:
     """What weighed the errors of a calibrated conversion; its file is among those that the manifest has proven."""
     if manifest.calibration is None:
         return {}
-    found = read_importance(folder / STATISTICS_NAME, manifest.calibration)
-    if found is None or STATISTICS_NAME not in manifest.files:
+    importance = read_importance(folder / STATISTICS_NAME, manifest.calibration)
+    if importance is None or STATISTICS_NAME not in manifest.files:
         raise OptionError(
             f"{folder}: was calibrated with the text {manifest.calibration['file']} by a version that did not keep "
             f"what it found ({STATISTICS_NAME}), without which no tensor can be packed again. Verify it without "
             "`source` (`full=True` still reads every byte), or convert again."
         )
-    return found
+    return importance
 
 
 def _check_names(folder: Path, manifest: Manifest, plan: Plan) -> None:
     """The source must lead to the same tensors, or a digest could not be looked up."""
     expected = {o.entry.name: (o.entry.dtype, o.entry.shape) for tensor in plan.tensors for o in tensor.outputs}
-    found = {name: (record.dtype, record.shape) for name, record in manifest.tensors.items()}
-    if expected != found:
-        names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    actual = {name: (record.dtype, record.shape) for name, record in manifest.tensors.items()}
+    if expected != actual:
+        names = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
         raise SourceError(
             f"{folder}: {len(names):,} tensors are not those that {plan.checkpoint.folder} leads to: "
             f"{', '.join(names[:10])}. Give the source that this conversion was made from."

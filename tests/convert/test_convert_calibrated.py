@@ -14,7 +14,7 @@ import pytest
 from checkpoints import write_tiny_checkpoint
 from hub_server import HubServer, Repository
 
-from qwq_mlx.convert import Progress, convert_checkpoint
+from qwq_mlx.convert import ConvertProgress, convert_checkpoint
 from qwq_mlx.convert.__main__ import main
 from qwq_mlx.convert.calibration import importance as module
 from qwq_mlx.convert.calibration.importance import STATISTICS_NAME, importance_of, read_calibration, read_importance
@@ -110,7 +110,7 @@ def test_a_resumed_run_reads_what_the_first_one_collected_and_another_text_is_re
     whole, output = tmp_path / "whole", tmp_path / "out"
     convert_checkpoint(tiny_checkpoint, whole, calibrate=text)
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: ConvertProgress) -> None:
         if progress.phase == "convert" and progress.done_bytes > progress.total_bytes // 2:
             raise KeyboardInterrupt
 
@@ -191,7 +191,7 @@ def test_a_repository_whose_shards_stay_is_calibrated_with_every_shard_fetched_o
 ) -> None:
     phases: list[str] = []
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: ConvertProgress) -> None:
         phases.append(progress.phase)
         if progress.what.endswith("layers.1.mlp.gate_proj"):
             raise KeyboardInterrupt
@@ -221,7 +221,7 @@ def test_a_repository_whose_shards_are_dropped_passes_twice_with_two_shards_on_t
     n_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     most, fetched = {"calibrate": 0, "convert": 0}, {"calibrate": 0, "convert": 0}
 
-    def look(progress: Progress) -> None:
+    def look(progress: ConvertProgress) -> None:
         if progress.phase in most:
             here = list((tmp_path / "out.partial" / "source").glob("*model-*"))
             most[progress.phase] = max(most[progress.phase], len(here))
@@ -246,7 +246,7 @@ def test_a_run_that_was_stopped_in_either_pass_ends_with_the_same_bytes(
 ) -> None:
     source = pushed(server, write_tiny_checkpoint(tmp_path / "source", n_layers=4, n_shards=4))
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: ConvertProgress) -> None:
         if progress.phase == phase and "layers.2" in progress.what:
             raise KeyboardInterrupt
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from faulty_disk import FaultyDisk
 
-from qwq_mlx.convert import Progress, __main__, convert_checkpoint
+from qwq_mlx.convert import ConvertProgress, __main__, convert_checkpoint
 from qwq_mlx.convert.__main__ import main
 from qwq_mlx.convert.plan_text import duration_text, size_text
 from qwq_mlx.errors import RecipeError
@@ -146,7 +146,7 @@ def test_an_interrupted_command_says_what_is_kept_and_the_same_command_finishes(
     arguments = ["--source", str(tiny_checkpoint), "--output", str(tmp_path / "out"), "--json"]
     handler = signal.getsignal(signal.SIGTERM)
 
-    def press(progress: Progress, bar: object) -> None:
+    def press(progress: ConvertProgress, bar: object) -> None:
         if progress.done_bytes > 0.5 * progress.total_bytes:
             os.kill(os.getpid(), number)
 
@@ -186,11 +186,11 @@ def test_quiet_leaves_warnings_and_errors_alone(
 
 
 def test_progress_names_the_phase_what_was_fetched_and_the_tensor(capsys: pytest.CaptureFixture[str]) -> None:
-    step = Progress(phase="convert", what="lm_head.weight", done_bytes=3, total_bytes=9, fetched_bytes=5 * 10**9)
+    step = ConvertProgress(phase="convert", what="lm_head.weight", done_bytes=3, total_bytes=9, fetched_bytes=5 * 10**9)
     shown: list[tuple[object, ...]] = []
     bar = SimpleNamespace(show=lambda *values, n_before, note: shown.append((*values, n_before, note)))
     __main__._show_progress(replace(step, resumed_bytes=2), bar)
-    __main__._show_progress(Progress(phase="check", what="model", done_bytes=0, total_bytes=90), bar)
+    __main__._show_progress(ConvertProgress(phase="check", what="model", done_bytes=0, total_bytes=90), bar)
     assert shown == [
         ("converting", 3, 9, 2, "5.00 GB fetched, lm_head.weight"),
         ("reading back", 0, 90, 0, "model"),

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import write_tiny_checkpoint
 from hub_server import Handler, HubServer, Repository, Request, Waits
 
-from qwq_mlx.convert import Progress, convert_checkpoint
+from qwq_mlx.convert import ConvertProgress, convert_checkpoint
 from qwq_mlx.errors import ConversionError, LoadError, OptionError, SourceError
 from qwq_mlx.files.manifest import verify_full
 
@@ -59,7 +59,7 @@ def test_a_repository_converts_to_the_bytes_of_its_folder_with_two_shards_on_the
     convert_checkpoint(source, tmp_path / "local")
     most = [0]
 
-    def look(progress: Progress) -> None:
+    def look(progress: ConvertProgress) -> None:
         folder = tmp_path / "out.partial" / "source"
         most[0] = max(most[0], sum(1 for path in folder.glob("*model-*")))
 
@@ -90,7 +90,7 @@ def test_kept_sources_are_a_checkpoint_that_converts_again(server: HubServer, tm
 
 
 def interrupt(output: Path, *, after: float) -> None:
-    def press(progress: Progress) -> None:
+    def press(progress: ConvertProgress) -> None:
         if progress.phase == "convert" and progress.done_bytes >= after * progress.total_bytes:
             raise KeyboardInterrupt
 
@@ -221,7 +221,7 @@ def test_online_a_whole_cached_snapshot_of_the_commit_saves_the_fetch_and_a_brok
 
 
 def test_progress_counts_what_is_fetched_and_never_goes_back(server: HubServer, tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[ConvertProgress] = []
     result = convert_checkpoint(NAME, tmp_path / "out", progress=seen.append)
     packing = [each for each in seen if each.phase == "convert"]
     fetched = [each.fetched_bytes for each in packing]

@@ -14,7 +14,7 @@ from checkpoints import write_tiny_checkpoint
 from faulty_disk import FaultyDisk
 from hub_server import HubServer, Repository
 
-from qwq_mlx.convert import Plan, Progress, convert_checkpoint
+from qwq_mlx.convert import ConvertProgress, Plan, convert_checkpoint
 from qwq_mlx.convert import quality_step as judge
 from qwq_mlx.convert.__main__ import main
 from qwq_mlx.errors import OptionError
@@ -47,7 +47,7 @@ def content(folder: Path) -> dict[str, object]:
 
 
 def test_the_number_of_a_text_is_in_manifest_page_and_result(source: Path, text: Path, tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[ConvertProgress] = []
     plans: list[Plan] = []
     done = convert_checkpoint(source, tmp_path / "out", quality=text, on_plan=plans.append, progress=seen.append)
     files, model = open_model_folder(source), open_model_folder(tmp_path / "out")
@@ -92,7 +92,7 @@ def test_small_sources_are_measured_unasked_and_large_ones_on_request(
 def test_interrupted_while_measuring_only_the_measurement_is_done_again(
     source: Path, text: Path, tmp_path: Path
 ) -> None:
-    def press(progress: Progress) -> None:
+    def press(progress: ConvertProgress) -> None:
         if progress.phase == "quality":
             raise KeyboardInterrupt
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwq_mlx.convert import Progress, convert_checkpoint, read
-from qwq_mlx.convert.journal import Done, Journal, differences
+from qwq_mlx.convert import ConvertProgress, convert_checkpoint, read
+from qwq_mlx.convert.journal import FinishedTensor, Journal, differences
 from qwq_mlx.convert.read import Buffers, Stopped
 from qwq_mlx.errors import ConversionError, SourceError
 from qwq_mlx.files.lock import FolderLock
@@ -27,7 +27,7 @@ def source(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 def interrupt(source: Path, output: Path, *, after: float) -> None:
     """Convert until this share of the source is read, then press Ctrl-C."""
 
-    def press(progress: Progress) -> None:
+    def press(progress: ConvertProgress) -> None:
         if progress.phase == "convert" and progress.done_bytes >= after * progress.total_bytes:
             raise KeyboardInterrupt
 
@@ -49,7 +49,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_the_next_one_reads_only_t
     convert_checkpoint(source, tmp_path / "whole")
     interrupt(source, tmp_path / "out", after=0.6)
     assert not (tmp_path / "out").exists()
-    seen: list[Progress] = []
+    seen: list[ConvertProgress] = []
     resumed = convert_checkpoint(source, tmp_path / "out", progress=seen.append)
     assert resumed.resumed_bytes >= 0.6 * resumed.source_bytes
     assert seen[0].resumed_bytes == resumed.resumed_bytes < seen[0].done_bytes
@@ -252,14 +252,16 @@ def test_a_small_file_that_vanishes_is_named(source: Path, tmp_path: Path) -> No
     )
 
 
-DONE = Done(name="a", sha256=("1", "2"), source_sha256="3", source_ctime_ns=4, error2=0.1, weight2=1 / 3, zero_pages=0)
+DONE = FinishedTensor(
+    name="a", sha256=("1", "2"), source_sha256="3", source_ctime_ns=4, error2=0.1, weight2=1 / 3, zero_pages=0
+)
 
 
 def test_a_journal_gives_back_what_was_appended_and_drops_a_torn_or_flipped_end(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal.create(path, {"recipe": "x"})
     journal.append(DONE)
-    journal.append(Done(**{**{f: getattr(DONE, f) for f in DONE.__dataclass_fields__}, "name": "b"}))
+    journal.append(FinishedTensor(**{**{f: getattr(DONE, f) for f in DONE.__dataclass_fields__}, "name": "b"}))
     journal.close()
     whole = path.read_bytes()
     for damaged, names in (
@@ -270,7 +272,7 @@ def test_a_journal_gives_back_what_was_appended_and_drops_a_torn_or_flipped_end(
     ):
         path.write_bytes(damaged)
         resumed = Journal.resume(path, {"recipe": "x"})
-        assert resumed is not None and list(resumed.done) == names and resumed.done["a"] == DONE
+        assert resumed is not None and list(resumed.finished) == names and resumed.finished["a"] == DONE
         resumed.close()
         assert path.read_bytes() == whole[: sum(len(line) + 1 for line in whole.split(b"\n")[: 1 + len(names)])]
 

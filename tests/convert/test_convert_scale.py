@@ -23,7 +23,7 @@ import measure_conversion  # noqa: E402 - the path must be set first
 import qwq_shaped  # noqa: E402
 
 from qwq_mlx.convert import convert_checkpoint, write  # noqa: E402
-from qwq_mlx.convert.calibration.shard_order import PassingShards, pass_order  # noqa: E402
+from qwq_mlx.convert.calibration.collect import PassingShards, pass_order  # noqa: E402
 from qwq_mlx.errors import DiskFullError  # noqa: E402
 from qwq_mlx.facts import QWQ_32B_PREVIEW  # noqa: E402
 from qwq_mlx.files.checkpoint import open_checkpoint  # noqa: E402

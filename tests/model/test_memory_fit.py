@@ -49,7 +49,7 @@ def test_a_context_that_was_asked_for_is_refused_with_the_arithmetic() -> None:
     assert "weights       18.43 GB" in text
     assert "limit         22.91 GB     22,906,492,245 bytes  does not fit, metal" in text
     assert "The largest context that fits is 1" in text
-    assert "The cheapest change: 4-bit cache, prefill passes of 256 ids" in text and "--force" in text
+    assert "The cheapest change: 4-bit cache, prefill passes of 256 ids" in text and "`force=True`" in text
 
 
 def test_weights_that_do_not_fit_are_refused_whatever_the_context() -> None:

@@ -10,7 +10,7 @@ weights; 15 MB for the 32B): with it tensors can be packed again and compared (`
 The embedding is not weighted (its input is an id), unless it is tied to the output matrix. Figures are those of the
 device that ran them: another device, or another MLX, may differ in the last digits and so in some codes.
 
-Does not: pack anything, or fetch (`first_pass` does, for a source of the Hub).
+Does not: pack anything, or fetch (`collect` does, for a source of the Hub).
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwq_mlx.convert.calibration.checkpoint import Begun, Keeper, arrays_of, begun_path, header_of, read_begun, text_of
+from qwq_mlx.convert.calibration.pass_state import (
+    PassState,
+    PassStateWriter,
+    arrays_of,
+    header_of,
+    pass_state_path,
+    read_pass_state,
+    text_of,
+)
 from qwq_mlx.errors import ConversionError, OptionError, PromptError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.checkpoint import Checkpoint
@@ -43,10 +51,10 @@ __all__ = [
     "STATISTICS_NAME",
     "Calibration",
     "Importance",
-    "begun_run",
     "importance_of",
     "read_calibration",
     "read_importance",
+    "saved_pass",
     "statistics_bytes",
 ]
 
@@ -106,12 +114,12 @@ def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Conf
     except UnicodeDecodeError as error:
         raise OptionError(f"{path}: is not UTF-8 (byte {error.start:,}). {_HOW}") from error
     tokenizer = load_tokenizer(checkpoint.folder, vocab_size=config.vocab_size)
-    found: list[tuple[int, ...]] = []
+    texts: list[tuple[int, ...]] = []
     n_ids = 0
     for ids in _texts(path, text, tokenizer):
         for start in range(0, len(ids), _CHUNK):
-            found.append(tuple(ids[start : start + min(_CHUNK, _MAX_IDS - n_ids)]))
-            n_ids += len(found[-1])
+            texts.append(tuple(ids[start : start + min(_CHUNK, _MAX_IDS - n_ids)]))
+            n_ids += len(texts[-1])
             if n_ids == _MAX_IDS:
                 break
         if n_ids == _MAX_IDS:
@@ -121,7 +129,7 @@ def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Conf
             f"{path}: has {n_ids:,} tokens, expected at least {MIN_IDS:,} to calibrate with (16,384 are used at most). "
             "Give more text of the kind that the model will write."
         )
-    return Calibration(name=path.name, sha256=hashlib.sha256(data).hexdigest(), texts=tuple(found))
+    return Calibration(name=path.name, sha256=hashlib.sha256(data).hexdigest(), texts=tuple(texts))
 
 
 def _read(path: Path) -> bytes:
@@ -174,28 +182,28 @@ def importance_of(
     progress: Callable[[str], None],
     *,
     before: Callable[[str], None] = lambda part: None,
-    begun: Begun | None = None,
+    state: PassState | None = None,
 ) -> Importance:
     """The importance of every input channel: from the file if it is of this text, else by a run.
 
     Afterwards the file holds it. progress: called with the name of each layer. before: called by a run, see
-    `LayerStream.run`; from then on the tensors that it names have to be there. begun: what `begun_run` found, for a
+    `LayerStream.run`; from then on the tensors that it names have to be there. state: what `saved_pass` found, for a
     run to go on from. A run that is stopped leaves such a file beside `path`. Raises SourceError; ConversionError for
     activations that are not finite; OSError where a file cannot be written.
     """
     importance = read_importance(path, calibration.as_mapping())
     if importance is None:
-        keeper = Keeper(begun_path(path), _run_mapping(calibration))
-        importance = _run(calibration, checkpoint, progress, before, keeper, begun)
+        keeper = PassStateWriter(pass_state_path(path), _run_mapping(calibration))
+        importance = _run(calibration, checkpoint, progress, before, keeper, state)
         head, entries = _layout(calibration, {name: len(values) for name, values in importance.items()})
         write_file(path, head + b"".join(importance[entry.name].astype("<f4").tobytes() for entry in entries))
-    begun_path(path).unlink(missing_ok=True)
+    pass_state_path(path).unlink(missing_ok=True)
     return importance
 
 
-def begun_run(calibration: Calibration, path: Path) -> Begun | None:
+def saved_pass(calibration: Calibration, path: Path) -> PassState | None:
     """How far an earlier run of `importance_of` came with this text on this device; None where nothing is kept."""
-    return read_begun(begun_path(path), _run_mapping(calibration))
+    return read_pass_state(pass_state_path(path), _run_mapping(calibration))
 
 
 def _run_mapping(calibration: Calibration) -> dict[str, Any]:
@@ -236,11 +244,11 @@ def _run(
     checkpoint: Checkpoint,
     progress: Callable[[str], None],
     before: Callable[[str], None],
-    keeper: Keeper,
-    begun: Begun | None,
+    keeper: PassStateWriter,
+    state: PassState | None,
 ) -> Importance:
     mx = import_mlx()
-    sums: dict[str, NDArray[np.float64]] = {} if begun is None else dict(begun.sums)
+    sums: dict[str, NDArray[np.float64]] = {} if state is None else dict(state.sums)
 
     def observe(paths: tuple[str, ...], x: Any) -> None:
         squares = mx.sum(mx.square(x.astype(mx.float32)), axis=0)
@@ -253,16 +261,16 @@ def _run(
     def keep(n_layers: int, hidden: list[Any]) -> None:
         if keeper.is_due():
             floats = [np.array(each.astype(mx.float32)) for each in hidden]
-            keeper.keep(Begun(n_layers=n_layers, hidden=floats, sums=sums))
+            keeper.keep(PassState(n_layers=n_layers, hidden=floats, sums=sums))
 
     folder = checkpoint.shards[0].path.parent
     config = Qwen2Config.from_json(checkpoint.config, where=str(folder))
     files = ModelFolder(path=folder, checkpoint=checkpoint, config=config, packed={})
     stream = LayerStream(files)
     start = None
-    if begun is not None:
+    if state is not None:
         compute_type = getattr(mx, stream.compute_type)
-        start = begun.n_layers, [mx.array(each).astype(compute_type) for each in begun.hidden]
+        start = state.n_layers, [mx.array(each).astype(compute_type) for each in state.hidden]
     stream.run(calibration.texts, observe, before=before, after=keep, begun=start)
     wrong = sorted(path for path, values in sums.items() if not np.isfinite(values).all())
     if wrong:

@@ -24,7 +24,7 @@ import httpx2
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
-from qwq_mlx.files.digest import Progress
+from qwq_mlx.files.digest import ByteProgress
 from qwq_mlx.files.hub.retry import LATER, Attempts, RetryableError, RetryPolicy, retry_after_s
 
 __all__ = ["Fetcher", "RemoteFile", "part_path"]
@@ -75,7 +75,7 @@ class Fetcher:
         """Close all connections."""
         self._client.close()
 
-    def fetch_file(self, file: RemoteFile, to: Path, progress: Progress | None = None) -> None:
+    def fetch_file(self, file: RemoteFile, to: Path, progress: ByteProgress | None = None) -> None:
         """Bring a file to a path; goes on where an earlier call stopped, and returns at once if it is there already.
 
         progress: called with bytes as they count: those on disk first, a negative number when a damaged part is
@@ -86,10 +86,10 @@ class Fetcher:
         report = progress or (lambda _: None)
         if to.exists() and to.stat().st_size == file.size_bytes:
             to.replace(part_path(to))  # proven below like any other part
-        found = ""
+        sha256 = ""
         for _ in range(2):
-            found = self._complete_part(file, part_path(to), report)
-            if found == file.expected:
+            sha256 = self._complete_part(file, part_path(to), report)
+            if sha256 == file.expected:
                 part_path(to).replace(to)
                 fsync_folder(to.parent)
                 return
@@ -97,7 +97,7 @@ class Fetcher:
             report(-file.size_bytes)
         kind = "sha256" if file.sha256 else "git blob id"
         raise SourceError(
-            f"{file.url}: {kind} is {found}, its repository says {file.expected}, twice. "
+            f"{file.url}: {kind} is {sha256}, its repository says {file.expected}, twice. "
             "The server or something on the way to it damages the file; try another network or a mirror."
         )
 
@@ -119,7 +119,7 @@ class Fetcher:
         self._pull(file, start, end, content.extend)
         return bytes(content)
 
-    def _complete_part(self, file: RemoteFile, part: Path, report: Progress) -> str:
+    def _complete_part(self, file: RemoteFile, part: Path, report: ByteProgress) -> str:
         """Bring the part to full size; the digest of what is there then."""
         digest = file.new_digest()
         try:
@@ -166,14 +166,14 @@ class Fetcher:
         """The bytes of one answer from start on, never beyond end."""
         with self._answer(file.url, start, end) as response:
             skip = _bytes_before(response, file, start)
-            left = end - start
+            n_left = end - start
             for block in response.iter_raw(_BLOCK_BYTES):
                 if skip:
                     block, skip = block[skip:], max(0, skip - len(block))  # noqa: PLW2901
                 if block:
-                    yield block[:left]
-                    left -= len(block)
-                if left <= 0:
+                    yield block[:n_left]
+                    n_left -= len(block)
+                if n_left <= 0:
                     return
 
     @contextlib.contextmanager

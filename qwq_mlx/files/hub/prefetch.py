@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from qwq_mlx.errors import SourceError
-from qwq_mlx.files.digest import Progress
+from qwq_mlx.files.digest import ByteProgress
 from qwq_mlx.files.header import Header, read_header
 from qwq_mlx.files.hub.repository import Hub, Snapshot
 
@@ -45,7 +45,7 @@ class ShardsAhead:
         headers: Sequence[Header],
         *,
         keep: bool = False,
-        progress: Progress | None = None,
+        progress: ByteProgress | None = None,
     ) -> None:
         self._hub, self._snapshot, self._keep, self._progress = hub, snapshot, keep, progress
         self._headers = {header.path.name: header for header in headers}

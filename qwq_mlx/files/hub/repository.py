@@ -1,7 +1,7 @@
 """A repository of the Hugging Face Hub as a checkpoint: one commit, its small files at once, its shards when asked.
 
 huggingface_hub resolves the revision to a commit and lists names, sizes and digests in one answer; every later request
-names that commit, so a branch that moves changes nothing. Files come through `fetch`, because huggingface_hub's own
+names that commit, so a branch that moves changes nothing. Files come through `download`, because huggingface_hub's own
 download neither resumes after a kill nor compares the digest.
 
 Does not: fetch code, pickles or folders of a repository, upload, or use the Hub's cache (`cached_snapshot` finds one).
@@ -22,7 +22,7 @@ import httpx2
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.checkpoint import CONFIG_NAME, INDEX_NAME, SUFFIX, Checkpoint, assemble_checkpoint, read_weight_map
-from qwq_mlx.files.digest import Progress
+from qwq_mlx.files.digest import ByteProgress
 from qwq_mlx.files.header import Header, read_header_by
 from qwq_mlx.files.hub.download import Fetcher, RemoteFile
 from qwq_mlx.files.hub.retry import Attempts, RetryableError, RetryPolicy, retry_after_s
@@ -71,10 +71,10 @@ def cached_snapshot(repository: str, revision: str | None = None) -> tuple[Path,
     """
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repository, CONFIG_NAME, revision=revision)
-    if not isinstance(found, str):
+    cached = try_to_load_from_cache(repository, CONFIG_NAME, revision=revision)
+    if not isinstance(cached, str):
         return None
-    folder = Path(found).parent
+    folder = Path(cached).parent
     return folder, folder.name
 
 
@@ -146,9 +146,9 @@ class Hub:
         wanted = sorted(set(weight_map.values())) if weight_map is not None else list(snapshot.shard_names)
         missing = [name for name in wanted if name not in snapshot.files]
         if missing or not wanted or (weight_map is None and len(wanted) > 1):
-            found = f"{', '.join(missing[:10])} missing" if missing else f"{len(wanted)} without {INDEX_NAME}"
+            fault = f"{', '.join(missing[:10])} missing" if missing else f"{len(wanted)} without {INDEX_NAME}"
             raise SourceError(
-                f"{snapshot.repository} at {snapshot.commit[:12]}: its shards are {found}; expected {SUFFIX} files "
+                f"{snapshot.repository} at {snapshot.commit[:12]}: its shards are {fault}; expected {SUFFIX} files "
                 "and their index. Choose a repository that has them."
             )
         return assemble_checkpoint(
@@ -159,10 +159,10 @@ class Hub:
             extra_files=[name for name in names if name not in (CONFIG_NAME, INDEX_NAME)],
         )
 
-    def fetch_shard(self, snapshot: Snapshot, name: str, *, to: Path, progress: Progress | None = None) -> None:
+    def fetch_shard(self, snapshot: Snapshot, name: str, *, to: Path, progress: ByteProgress | None = None) -> None:
         """Bring a shard to a path, its sha256 checked; resumes after a kill, and does nothing if it is there already.
 
-        progress: see `fetch.Fetcher.fetch_file`. Raises SourceError.
+        progress: see `download.Fetcher.fetch_file`. Raises SourceError.
         """
         self._fetcher.fetch_file(snapshot.files[name], to, progress)
 

@@ -17,7 +17,7 @@ keys, C the context:
 The factors for the CPU come from doubling each size in turn (MLX 0.32.4, 4 to 8 heads, 1 to 4 key heads, 64 to 256
 ids, 256 to 4,096 positions, float32 and bfloat16) and reading what grew.
 
-Does not: count weights or cache (`memory` does).
+Does not: count weights or cache (`plan` does).
 """
 
 from __future__ import annotations

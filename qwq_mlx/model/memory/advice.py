@@ -57,16 +57,16 @@ def cheapest_change(model: ModelShape | ModelFolder, plan: MemoryPlan) -> Change
 def lighter(config: Qwen2Config, asked: Workload, backend: Backend) -> list[tuple[str, Workload]]:
     """Workloads of the same context that need less and are not refused, the cheapest first, each with its text."""
     step = min(SMALL_STEP, asked.prefill_step)
-    found = []
+    workloads = []
     if step < asked.prefill_step:
-        found.append((f"prefill passes of {step} ids", replace(asked, prefill_step=step)))
+        workloads.append((f"prefill passes of {step} ids", replace(asked, prefill_step=step)))
     configs = [config] if asked.draft is None else [config, asked.draft.config]
     has_quantized = asked.n_sequences == 1 and all(can_quantize(each, backend) for each in configs)
     for bits in (8, 4) if has_quantized else ():
         if asked.kv_bits is None or bits < asked.kv_bits:
             text = f"{bits}-bit cache, prefill passes of {step} ids"
-            found.append((text, replace(asked, prefill_step=step, kv_bits=bits)))
-    return found
+            workloads.append((text, replace(asked, prefill_step=step, kv_bits=bits)))
+    return workloads
 
 
 def table_of_macs(

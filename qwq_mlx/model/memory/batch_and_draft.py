@@ -52,10 +52,10 @@ def speculative_bytes(
     config: Qwen2Config, draft: ModelShape, workload: Workload, context: int, backend: Backend
 ) -> int:
     """Both caches and the draft model's weights, and the largest pass of either model."""
-    own = weights_bytes(draft.config, draft.packed, bytes_of_float(workload, backend))
-    own += sum(_cache_bytes(each, workload, context, backend) for each in (config, draft.config))
+    draft_bytes = weights_bytes(draft.config, draft.packed, bytes_of_float(workload, backend))
+    draft_bytes += sum(_cache_bytes(each, workload, context, backend) for each in (config, draft.config))
     rows = (1 + workload.n_draft) * _row_bytes(config, workload, backend, n_before=_CHECKS_BEFORE)
-    return own + max(
+    return draft_bytes + max(
         _growing(config, workload, 1, workload.prefill_step, context, backend),
         _growing(draft.config, workload, 1, workload.prefill_step, context, backend),
         _growing(config, workload, 1, 1 + workload.n_draft, context, backend) + rows,

@@ -45,7 +45,7 @@ def fitted(
 
     Raises FitError where nothing, or not the context asked for, fits; OptionError for a context beyond the model's.
     """
-    own = model.config.max_position_embeddings
+    model_context = model.config.max_position_embeddings
 
     def planned(limits: Limits) -> MemoryPlan:
         kv_bits = None if limits.kv_bits == "auto" else limits.kv_bits
@@ -67,7 +67,8 @@ def fitted(
             "`force=True` tries it all the same."
         )
     capped = replace(limits, context=plan.largest_context)
-    note += f"the context is capped to {plan.largest_context:,} of {own:,} positions, more does not fit the memory"
+    positions = f"{plan.largest_context:,} of {model_context:,} positions"
+    note += f"the context is capped to {positions}, more does not fit the memory"
     return Fitted(limits=capped, plan=planned(capped), note=note)
 
 

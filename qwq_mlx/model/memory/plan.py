@@ -11,7 +11,7 @@ measured on Metal: 16 and 32 GiB as in abetlen/llama-cpp-python#687 and ollama/o
 ggml-org/llama.cpp#3213; on the Mac itself `model.device` asks the system).
 
 Does not: read weights, import MLX, or change a limit. `generate` decodes one sequence by itself; a batch or a draft
-model is planned as mlx-lm decodes so (`mlx_lm_memory` says how close, and what is left out on a GPU).
+model is planned as mlx-lm decodes so (`batch_and_draft` says how close, and what is left out on a GPU).
 """
 
 from __future__ import annotations
@@ -207,15 +207,15 @@ def plan_memory(
         raise OptionError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
     workload = workload or Workload()
     files = open_model_folder(model) if isinstance(model, (str, Path)) else model
-    own = files.config.max_position_embeddings
-    context = own if workload.context is None else workload.context
-    if context > own:
-        raise OptionError(f"context is {context:,}, expected at most {own:,}, which is what the model has.")
+    model_context = files.config.max_position_embeddings
+    context = model_context if workload.context is None else workload.context
+    if context > model_context:
+        raise OptionError(f"context is {context:,}, expected at most {model_context:,}, which is what the model has.")
     _check_bits(files.config, workload, backend, whose="")
     if workload.draft is not None:
         _check_bits(workload.draft.config, workload, backend, whose="the draft model's ")
     plan = _plan(files, workload, context, backend, limit_bytes, reserve_bytes)
-    return plan if limit_bytes is None else replace(plan, largest_context=_largest_context(files, plan, own))
+    return plan if limit_bytes is None else replace(plan, largest_context=_largest_context(files, plan, model_context))
 
 
 def _plan(
@@ -257,9 +257,9 @@ def _plan(
     )
 
 
-def _largest_context(model: ModelFolder | ModelShape, plan: MemoryPlan, own: int) -> int:
+def _largest_context(model: ModelFolder | ModelShape, plan: MemoryPlan, model_context: int) -> int:
     """By bisection: a longer context never needs less."""
-    low, high = 0, own
+    low, high = 0, model_context
     while low < high:
         middle = (low + high + 1) // 2
         tried = _plan(model, plan.workload, middle, plan.backend, plan.limit_bytes, plan.reserve_bytes)

@@ -1,6 +1,6 @@
 """Weights, cache and passes of a workload in bytes: weights and cache exactly as MLX allocates them.
 
-Does not: add them up (`memory` does).
+Does not: add them up (`plan` does).
 """
 
 from __future__ import annotations

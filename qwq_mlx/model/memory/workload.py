@@ -1,6 +1,6 @@
 """What a memory plan is asked for: a model's shape, and what a run does with it.
 
-Does not: plan anything (`memory` does), or know how much memory there is.
+Does not: plan anything (`plan` does), or know how much memory there is.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import pytest
 from checkpoints import write_tiny_checkpoint
 from hub_server import HubServer, Repository
 
-from qwq_mlx.convert import Progress, convert_checkpoint
-from qwq_mlx.convert.calibration import checkpoint as begun
-from qwq_mlx.convert.calibration.checkpoint import Begun, Keeper, begun_path, read_begun
+from qwq_mlx.convert import ConvertProgress, convert_checkpoint
+from qwq_mlx.convert.calibration import pass_state
 from qwq_mlx.convert.calibration.importance import STATISTICS_NAME
+from qwq_mlx.convert.calibration.pass_state import PassState, PassStateWriter, pass_state_path, read_pass_state
 from qwq_mlx.model.layers import LayerStream
 
 pytestmark = pytest.mark.tiny
@@ -22,9 +22,9 @@ RUN = {"file": "text.txt", "type": "float32"}
 N_LAYERS = 6
 
 
-def some() -> Begun:
+def some() -> PassState:
     random = np.random.default_rng(3)
-    return Begun(
+    return PassState(
         n_layers=2,
         hidden=[random.standard_normal((n, 8)).astype(np.float32) for n in (3, 1, 12)],
         sums={"model.layers.0.mlp.up_proj": random.standard_normal(8), "lm_head": random.standard_normal(4)},
@@ -32,24 +32,24 @@ def some() -> Begun:
 
 
 def test_what_is_kept_comes_back_bit_for_bit_and_only_for_its_own_run(tmp_path: Path) -> None:
-    path, given = begun_path(tmp_path / "importance.safetensors"), some()
-    assert read_begun(path, RUN) is None
-    Keeper(path, RUN).keep(given)
-    found = read_begun(path, RUN)
+    path, given = pass_state_path(tmp_path / "importance.safetensors"), some()
+    assert read_pass_state(path, RUN) is None
+    PassStateWriter(path, RUN).keep(given)
+    found = read_pass_state(path, RUN)
     assert found is not None and found.n_layers == 2
     for ours, theirs in zip(found.hidden, given.hidden, strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and np.array_equal(ours, theirs)
     assert found.sums.keys() == given.sums.keys()
     assert all(np.array_equal(found.sums[name], given.sums[name]) for name in given.sums)
-    assert read_begun(path, {**RUN, "type": "bfloat16"}) is None
+    assert read_pass_state(path, {**RUN, "type": "bfloat16"}) is None
     path.write_bytes(path.read_bytes()[:-1])
-    assert read_begun(path, RUN) is None
+    assert read_pass_state(path, RUN) is None
 
 
 def test_a_pass_is_kept_once_a_minute_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(begun.time, "monotonic", lambda: now[0])
-    keeper = Keeper(tmp_path / "begun.safetensors", RUN)
+    monkeypatch.setattr(pass_state.time, "monotonic", lambda: now[0])
+    keeper = PassStateWriter(tmp_path / "begun.safetensors", RUN)
     due = []
     for now[0] in (101.0, 159.0, 160.0, 170.0, 219.0, 221.0):
         due.append(keeper.is_due())
@@ -81,12 +81,12 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return layer(self, index)
 
     monkeypatch.setattr(LayerStream, "layer", seen)
-    monkeypatch.setattr(begun, "_EVERY_S", 0.0)
+    monkeypatch.setattr(pass_state, "_EVERY_S", 0.0)
     return found
 
 
 def stop_at(layer: int, read: list[int]) -> Any:
-    def stop(progress: Progress) -> None:
+    def stop(progress: ConvertProgress) -> None:
         if progress.phase == "calibrate" and f"layers.{layer}." in progress.what:
             read.clear()
             raise KeyboardInterrupt
@@ -107,7 +107,7 @@ def test_a_stopped_pass_goes_on_behind_the_layer_that_was_kept(
     convert_checkpoint(source, whole, calibrate=text, quality=False)
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(source, output, calibrate=text, quality=False, progress=stop_at(layer, read))
-    kept = begun_path(tmp_path / "out.partial" / "calibration" / "importance.safetensors")
+    kept = pass_state_path(tmp_path / "out.partial" / "calibration" / "importance.safetensors")
     left = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
     left.write_bytes(b"torn")
     convert_checkpoint(source, output, calibrate=text, quality=False, progress=lambda _: read.append(-left.exists()))
@@ -136,7 +136,7 @@ def test_from_the_hub_only_the_shards_of_the_layers_to_come_are_fetched_again(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     fetched: list[int] = []
 
-    def look(progress: Progress) -> None:
+    def look(progress: ConvertProgress) -> None:
         if progress.phase == "calibrate":
             fetched.append(progress.fetched_bytes or 0)
 

@@ -6,7 +6,7 @@ for 16,384 ids of the 32B) is written whole and durable after a layer, once a mi
 minute's work, and what was fetched for it, is done twice. It is of one text, compute type, device and version of MLX;
 for any other the pass begins anew.
 
-Does not: run the text, or remove the file (`calibration` does both).
+Does not: run the text, or remove the file (`importance` does both).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.header import Header, place_tensors, read_header
 from qwq_mlx.files.rows import read_rows
 
-__all__ = ["Begun", "Keeper", "arrays_of", "begun_path", "header_of", "read_begun", "text_of"]
+__all__ = ["PassState", "PassStateWriter", "arrays_of", "header_of", "pass_state_path", "read_pass_state", "text_of"]
 
 _EVERY_S = 60.0
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Begun:
+class PassState:
     """A pass under way. n_layers: done. hidden: (positions, hidden) float32 of each text behind them. sums: path of a
     matrix -> (in,), the sum of its input's squares over all texts, float64."""
 
@@ -43,22 +43,22 @@ class Begun:
     sums: Mapping[str, NDArray[np.float64]]
 
 
-def begun_path(path: Path) -> Path:
+def pass_state_path(path: Path) -> Path:
     """Where a pass is kept whose result will be the file `path`."""
     return path.with_name("begun.safetensors")
 
 
-def read_begun(path: Path, run: Mapping[str, Any]) -> Begun | None:
+def read_pass_state(path: Path, run: Mapping[str, Any]) -> PassState | None:
     """What a file holds; None where there is none, or it is not whole, or of another run.
 
-    run: all that the bits follow from, beside the checkpoint; as it was given to `Keeper`.
+    run: all that the bits follow from, beside the checkpoint; as it was given to `PassStateWriter`.
     """
     header = header_of(path, "run", run)
     if header is None:
         return None
     arrays = arrays_of(header)
     n_texts = sum(name.isdecimal() for name in arrays)
-    return Begun(
+    return PassState(
         n_layers=int(header.metadata["n_layers"]),
         hidden=[arrays.pop(str(place)) for place in range(n_texts)],
         sums=arrays,
@@ -93,8 +93,8 @@ def text_of(value: Mapping[str, Any]) -> str:
     return json.dumps(dict(value), sort_keys=True)
 
 
-class Keeper:
-    """Keeps a pass as it goes. path: the file; run: as `read_begun` takes it."""
+class PassStateWriter:
+    """Keeps a pass as it goes. path: the file; run: as `read_pass_state` takes it."""
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         self._path, self._run = path, run
@@ -104,12 +104,12 @@ class Keeper:
         """Whether the last file, or the beginning, is long enough ago."""
         return time.monotonic() - self._kept_at >= _EVERY_S
 
-    def keep(self, begun: Begun) -> None:
+    def keep(self, state: PassState) -> None:
         """Write the file in place of the last. Raises OSError."""
-        arrays = {str(place): each.astype("<f4", copy=False) for place, each in enumerate(begun.hidden)}
-        arrays |= {path: each.astype("<f8", copy=False) for path, each in begun.sums.items()}
+        arrays = {str(place): each.astype("<f4", copy=False) for place, each in enumerate(state.hidden)}
+        arrays |= {path: each.astype("<f8", copy=False) for path, each in state.sums.items()}
         kinds = {dtype: name for name, dtype in _DTYPES.items()}
         layout = [(name, kinds[each.dtype], each.shape) for name, each in arrays.items()]
-        head, _ = place_tensors(layout, {"run": text_of(self._run), "n_layers": str(begun.n_layers)})
+        head, _ = place_tensors(layout, {"run": text_of(self._run), "n_layers": str(state.n_layers)})
         write_file(self._path, b"".join([head, *(each.tobytes() for each in arrays.values())]))
         self._kept_at = time.monotonic()
