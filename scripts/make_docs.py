@@ -63,7 +63,8 @@ def _help(module: str) -> str:
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
     command = [sys.executable, "-m", module, "--help"]
     shown = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    return re.sub(r"(-\w) (\S+), (--\S+) \2", r"\1, \3 \2", shown.stdout)  # as Python 3.13 writes it
+    text = re.sub(r"(-\w) (\S+), (--\S+) \2", r"\1, \3 \2", shown.stdout)  # as Python 3.13 writes it
+    return re.sub(r"^(  -\w, --\S+ \S+)\n +", lambda flag: f"{flag[1]:<24}", text, flags=re.MULTILINE)
 
 
 def names() -> Iterator[str]:
@@ -129,7 +130,7 @@ def _parts(signature: inspect.Signature, value: Any) -> Iterator[str]:
         if parameter.kind is parameter.KEYWORD_ONLY and not has_star and not dataclasses.is_dataclass(value):
             has_star = True
             yield "*"
-        yield str(parameter).replace(f"'{parameter.annotation}'", str(parameter.annotation))
+        yield str(parameter).replace(repr(parameter.annotation), str(parameter.annotation))
 
 
 def _prose(text: str) -> Iterator[str]:
