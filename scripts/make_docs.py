@@ -97,18 +97,17 @@ def _is_error(value: Any) -> bool:
 
 def _described(value: Any, name: str, *, level: int) -> Iterator[str]:
     yield from (f"{'#' * level} {name}", "")
-    if callable(value) and not _is_error(value):
-        yield from ("```python", *_signature(value, name), "```", "")
+    if not isinstance(value, property) and not _is_error(value):
+        is_alias = not inspect.isclass(value) and not inspect.isroutine(value)
+        yield from ("```python", *([f"{name} = {value}"] if is_alias else _signature(value, name)), "```", "")
+        if is_alias:
+            return
     yield from (*_prose(inspect.getdoc(value) or ""), "")
 
 
 def _signature(value: Any, name: str) -> Iterator[str]:
     """One parameter a line where there are more than two."""
-    try:
-        signature = inspect.signature(value)
-    except ValueError:  # a type alias
-        yield name
-        return
+    signature = inspect.signature(value)
     shown = [re.sub(r"<factory>|<.* object at .*>", "...", str(each)) for each in _parts(signature, value)]
     is_class = dataclasses.is_dataclass(value) or inspect.isclass(value)
     end = ")" if is_class or signature.return_annotation is inspect.Signature.empty else f") -> {_returned(signature)}"
@@ -141,7 +140,7 @@ def _prose(text: str) -> Iterator[str]:
             is_code = not is_code
             yield "```python" if is_code else "```"
         field = None if is_code else re.match(r"([a-z_0-9]+(?:, [a-z_0-9]+)*): (.*)", line)
-        if is_list and line and not field and not line.startswith(" "):
+        if is_list and line and not field and not line.startswith(" ") and not line[0].islower():
             yield ""  # what follows a list is no part of its last item
         is_list = field is not None or (is_list and line.startswith(" "))
         yield f"- `{field[1]}`: {field[2]}" if field else line

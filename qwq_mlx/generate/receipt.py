@@ -42,7 +42,29 @@ _ADVICE = "Give a receipt of a run."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """See the module. versions: package -> version, "none" where it is not installed. injections: as in the Trace."""
+    """All that the ids of a run follow from, and the ids.
+
+    model: name, sha256 of its files, weights, compute type.
+    tokenizer_sha256: of tokenizer.json.
+    template_sha256: of the chat template.
+    question: what people wrote in the prompt.
+    prompt_ids: ids of the whole prompt.
+    prompt_sha256: of prompt_ids.
+    settings: sampling with the seed, limits, thinking; and by name what no file can hold.
+    ids: what came out.
+    ids_sha256: of ids.
+    text_sha256: of the text.
+    finish_reason: as in the Trace.
+    injections: as in the Trace.
+    versions: package -> version, "none" where it is not installed.
+    backend: of MLX.
+    system: operating system and machine.
+
+    >>> receipt = reasoner.receipt(trace)
+    >>> receipt.save("run.json")
+    >>> read_receipt("run.json") == receipt, reasoner.rerun(receipt).is_finished
+    (True, False)
+    """
 
     model: Mapping[str, Any]
     tokenizer_sha256: str

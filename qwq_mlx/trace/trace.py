@@ -32,7 +32,12 @@ FinishReason = Literal["stop", "answered", "length", "budget", "loop", "context_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alternative:
-    """An id that the model might have written instead, its text alone, and its log-probability in nats."""
+    """An id that the model might have written instead.
+
+    id: of the token.
+    text: of the token alone.
+    logprob: in nats, in the model's own distribution.
+    """
 
     id: int
     text: str
@@ -75,7 +80,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Injection:
-    """Ids that the run put into the output: places start to end (end not included), their text, and why."""
+    """Ids that the run put into the output.
+
+    start: place of the first one.
+    end: place behind the last one.
+    text: of all of them.
+    reason: why the answer was asked for.
+    """
 
     start: int
     end: int
