@@ -92,7 +92,7 @@ def conversion_of(
         wall_s=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(),
         resumed_bytes=resumed_bytes,
-        warnings=() if finished is None else tuple(_warnings(plan, finished)),
+        warnings=(*plan.checkpoint.warnings, *(() if finished is None else _warnings(plan, finished))),
     )
 
 

@@ -1,8 +1,8 @@
 """A checkpoint's folder becomes one checked value: its config, its shards in order, and where every tensor lies.
 
 What is read is what the index names, and the index must agree with the shards' own headers: no shard missing, none
-beside them that a glob would pick up, no tensor twice. Every file is a regular file inside the folder (or in the blobs
-of the Hub's cache, where a snapshot's links lead). No tensor data is read, so 17 shards take milliseconds.
+beside them that a glob would pick up, no tensor twice. Every file is a regular file inside the folder (or where
+`files.links` lets a link lead: the Hub's cache). No tensor data is read, so 17 shards take milliseconds.
 
 Does not: compare tensors with an architecture (`model.architecture` does), hash, or open any file of code.
 """
@@ -19,6 +19,7 @@ from typing import Any
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.header import Header, TensorEntry, read_header
 from qwq_mlx.files.json_object import read_json_object
+from qwq_mlx.files.links import check_link
 from qwq_mlx.files.reading import recognise
 
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "Checkpoint", "assemble_checkpoint", "open_checkpoint", "read_weight_map"]
@@ -40,6 +41,7 @@ class Checkpoint:
 
     extra_files: every other regular file directly in the folder, by name, sorted; hidden files and folders are not in
     it. Whether one is wanted (a tokenizer) or not (code, pickles) is the caller's to say.
+    warnings: what was ignored or looks odd, in sentences.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class Checkpoint:
     shards: tuple[Header, ...]
     tensors: Mapping[str, tuple[Header, TensorEntry]]
     extra_files: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def tensor_bytes(self) -> int:
@@ -59,7 +62,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises SourceError naming the file, what was found, what was expected and what to do.
     """
-    names = _regular_files(folder)
+    names, link_warnings = _regular_files(folder)
     config = read_json_object(folder / CONFIG_NAME, limit_bytes=_MAX_CONFIG_BYTES, advice=_FETCH)
     present = [name for name in names if name.endswith(SUFFIX)]
     weight_map = read_weight_map(folder / INDEX_NAME) if INDEX_NAME in names else None
@@ -74,6 +77,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         weight_map=weight_map,
         shards=[read_header(folder / name) for name in wanted],
         extra_files=extra,
+        warnings=link_warnings,
     )
 
 
@@ -84,6 +88,7 @@ def assemble_checkpoint(
     weight_map: Mapping[str, str] | None,
     shards: Sequence[Header],
     extra_files: Sequence[str],
+    warnings: Sequence[str] = (),
 ) -> Checkpoint:
     """Join headers that were read already (from a folder, or over the network) into a checkpoint.
 
@@ -103,7 +108,12 @@ def assemble_checkpoint(
     if weight_map is not None:
         _check_agreement(folder / INDEX_NAME, weight_map, tensors)
     return Checkpoint(
-        folder=folder, config=config, shards=tuple(shards), tensors=tensors, extra_files=tuple(sorted(extra_files))
+        folder=folder,
+        config=config,
+        shards=tuple(shards),
+        tensors=tensors,
+        extra_files=tuple(sorted(extra_files)),
+        warnings=tuple(warnings),
     )
 
 
@@ -132,8 +142,8 @@ def _is_plain_name(name: str) -> bool:
     return is_safe and name.endswith(SUFFIX) and not name.startswith(".") and len(name) <= 200
 
 
-def _regular_files(folder: Path) -> list[str]:
-    """Names of the folder's regular files, sorted; links must stay inside, and FIFOs and devices are refused."""
+def _regular_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the folder's regular files, sorted, and warnings of links; FIFOs and devices are refused."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except FileNotFoundError as error:
@@ -146,18 +156,18 @@ def _regular_files(folder: Path) -> list[str]:
         ) from error
     except OSError as error:
         raise SourceError(f"{folder}: cannot be listed ({error.strerror}). Check its permissions.") from error
-    names = []
+    names, warnings = [], []
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_symlink():
-            _check_link(Path(entry.path), folder)
+        if entry.is_symlink() and (warning := check_link(Path(entry.path), folder)):
+            warnings.append(warning)
         if entry.is_file():
             names.append(entry.name)
         elif not entry.is_dir() or entry.name.endswith(SUFFIX):
             kind = "a folder" if entry.is_dir() else _special(Path(entry.path))
             raise SourceError(f"{entry.path}: is {kind}, expected a regular file. Replace it with the file itself.")
-    return names
+    return names, warnings
 
 
 def _special(path: Path) -> str:
@@ -166,22 +176,6 @@ def _special(path: Path) -> str:
     except OSError:
         return "a broken link"
     return "a FIFO" if stat.S_ISFIFO(mode) else "a socket or device"
-
-
-def _check_link(path: Path, folder: Path) -> None:
-    """A link may lead within the folder, or from a snapshot of the Hub's cache to its blobs."""
-    home = folder.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    try:
-        target = path.resolve()
-    except (OSError, RuntimeError) as error:  # Python 3.10 to 3.12 raise RuntimeError for a loop of links
-        raise SourceError(f"{path}: is a link that leads nowhere. Replace it with the file itself.") from error
-    if not any(target.is_relative_to(root) for root in allowed):
-        raise SourceError(
-            f"{path}: is a link to {target}, outside the folder. Replace it with the file itself if you trust it."
-        )
 
 
 def _only_shard(folder: Path, names: Sequence[str], present: Sequence[str]) -> list[str]:

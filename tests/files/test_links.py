@@ -1,0 +1,117 @@
+"""Links in a checkpoint's folder: huggingface_hub's own are sound, a user's own are read when told, others refused."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import _shared_blobs as shared_blobs
+
+from qwq_mlx.convert import convert_checkpoint
+from qwq_mlx.errors import SourceError
+from qwq_mlx.files.checkpoint import open_checkpoint
+from qwq_mlx.files.links import FOLLOW_LINKS
+from qwq_mlx.files.manifest import read_manifest
+
+COMMIT = "a" * 40
+SHARD = "model-00001-of-00002.safetensors"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with one snapshot, its shards put into the shared store by huggingface_hub's own functions."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--acme--tiny"
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    for file in known_checkpoint.iterdir():
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        blob = repository / "blobs" / digest
+        shutil.copyfile(file, blob)
+        if file.suffix == ".safetensors":
+            assert shared_blobs.publish_blob_to_shared_store(
+                blob_path=str(blob), xet_hash=digest, cache_dir=str(cache), expected_size=file.stat().st_size
+            )
+            assert blob.is_symlink()
+        (snapshot / file.name).symlink_to(f"../../blobs/{digest}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    return cache
+
+
+def test_a_snapshot_of_the_shared_store_is_read_without_a_word(cache: Path, tmp_path: Path) -> None:
+    folder = Path(snapshot_download("acme/tiny", cache_dir=cache, local_files_only=True))
+    assert open_checkpoint(folder).warnings == ()
+    assert convert_checkpoint("acme/tiny", tmp_path / "out").warnings == ()
+    source = read_manifest(tmp_path / "out").source
+    assert (source.repository, source.commit) == ("acme/tiny", COMMIT)
+
+
+def test_a_moved_cache_is_read_too(cache: Path, tmp_path: Path) -> None:
+    cache.rename(tmp_path / "moved")
+    open_checkpoint(tmp_path / "moved" / "models--acme--tiny" / "snapshots" / COMMIT)
+
+
+def test_a_local_folder_linked_into_the_cache_is_read(cache: Path, tmp_path: Path) -> None:
+    snapshot = cache / "models--acme--tiny" / "snapshots" / COMMIT
+    (tmp_path / "local").mkdir()
+    for file in snapshot.iterdir():
+        (tmp_path / "local" / file.name).symlink_to(snapshot.parent.parent / "blobs" / file.readlink().name)
+    assert open_checkpoint(tmp_path / "local").warnings == ()
+
+
+@pytest.mark.parametrize("target", ["secret", "blobs/aa/secret", "models--acme--tiny/refs/main", "../secret"])
+def test_nothing_else_of_the_cache_is_a_blob(cache: Path, target: str) -> None:
+    path = cache / target
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    snapshot = cache / "models--acme--tiny" / "snapshots" / COMMIT
+    (snapshot / "generation_config.json").unlink()
+    (snapshot / "generation_config.json").symlink_to(path)
+    with pytest.raises(SourceError, match=r"generation_config.json: is a link to .*, outside the folder"):
+        open_checkpoint(snapshot)
+
+
+def test_a_folder_that_only_looks_like_a_blob_is_refused(cache: Path, tmp_path: Path, known_checkpoint: Path) -> None:
+    folder = Path(shutil.copytree(known_checkpoint, tmp_path / "source"))
+    blob = tmp_path / "elsewhere" / "models--acme--tiny" / "blobs" / COMMIT
+    blob.parent.mkdir(parents=True)
+    (folder / "tokenizer.json").rename(blob)
+    (folder / "tokenizer.json").symlink_to(blob)
+    with pytest.raises(SourceError, match="outside the folder"):
+        open_checkpoint(folder)
+
+
+def test_a_shard_on_another_disk_is_read_when_told_and_named(
+    tmp_path: Path, known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(known_checkpoint, tmp_path / "source"))
+    (tmp_path / "disk").mkdir()
+    (folder / SHARD).rename(tmp_path / "disk" / "one.bin")
+    (folder / SHARD).symlink_to(tmp_path / "disk" / "one.bin")
+    with pytest.raises(SourceError, match=f"one.bin, outside the folder. If you made it, set {FOLLOW_LINKS}=1 to read"):
+        convert_checkpoint(folder, tmp_path / "out")
+    monkeypatch.setenv(FOLLOW_LINKS, "1")
+    (warning,) = convert_checkpoint(folder, tmp_path / "out").warnings
+    assert re.search(rf"{SHARD}: is a link out of the folder; .*one\.bin is read", warning)
+    convert_checkpoint(known_checkpoint, tmp_path / "plain")
+    name = "model-00001-of-00001.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("name", "target"), [("config.json", "/etc/passwd"), (SHARD, "/dev/zero"), (SHARD, "/tmp")])
+def test_when_told_still_only_regular_shards_are_followed(
+    tmp_path: Path, known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str, target: str
+) -> None:
+    monkeypatch.setenv(FOLLOW_LINKS, "1")
+    folder = Path(shutil.copytree(known_checkpoint, tmp_path / "source"))
+    (folder / name).unlink()
+    (folder / name).symlink_to(target)
+    with pytest.raises(SourceError, match=f"{name}: is a link to {target}, outside the folder"):
+        open_checkpoint(folder)
