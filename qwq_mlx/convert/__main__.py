@@ -131,6 +131,7 @@ def _convert(command: Command) -> int:
     from qwq_mlx.convert.plan_text import result_text
 
     options = command.options
+    shown: list[str] = []
     with ProgressBar(unit="B", is_shown=not command.is_quiet) as bar:
         conversion = convert_checkpoint(
             options.source,
@@ -146,11 +147,12 @@ def _convert(command: Command) -> int:
             n_workers=options.n_workers,
             quality=False if options.no_quality else options.quality,
             quality_tokens=options.quality_tokens,
-            on_plan=lambda plan: _show_plan(plan, command),
+            on_plan=lambda plan: shown.extend(_show_plan(plan, command)),
             progress=lambda progress: _show_progress(progress, bar),
         )
     for warning in conversion.warnings:
-        command.warn(f"warning: {warning}")
+        if warning not in shown:
+            command.warn(f"warning: {warning}")
     if options.json:
         print(json.dumps({**asdict(conversion), "output": str(conversion.output)}))
     else:
@@ -166,9 +168,10 @@ def _bytes(size: str) -> int:
     return int(float(match[1]) * {"GB": 10**9, "MB": 10**6, "GiB": 1 << 30, "MiB": 1 << 20}[match[2]])
 
 
-def _show_plan(plan: Plan, command: Command) -> None:
-    """On stderr; of a dry run the plan is the result."""
+def _show_plan(plan: Plan, command: Command) -> list[str]:
+    """On stderr; of a dry run the plan is the result. Returns what was warned of, before hours are spent."""
     from qwq_mlx.convert.plan_text import plan_text
+    from qwq_mlx.convert.source_warnings import source_warnings
 
     output = command.options.output
     parent = next(each for each in Path(output).absolute().parents if each.exists())
@@ -177,6 +180,10 @@ def _show_plan(plan: Plan, command: Command) -> None:
         print(text)
     else:
         command.note(text)
+    warnings = source_warnings(plan.checkpoint)
+    for warning in warnings:
+        command.warn(f"warning: {warning}")
+    return warnings
 
 
 def _show_progress(progress: ConvertProgress, bar: ProgressBar) -> None:

@@ -170,7 +170,12 @@ def make_plan(
     keep_source: whether shards that are fetched stay on the disk.
     """
     checkpoint = origin.checkpoint
-    sources = [(index, entry) for index, shard in enumerate(checkpoint.shards) for entry in shard.tensors.values()]
+    sources = [
+        (index, entry)
+        for index, shard in enumerate(checkpoint.shards)
+        for entry in shard.tensors.values()
+        if entry.name in checkpoint.tensors
+    ]
     packings = {
         entry.name: recipe.packing_of(entry.name.removesuffix(".weight"), n_layers=config.num_hidden_layers)
         for _, entry in sources

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qwq_mlx.convert.plan_text import size_text
+from qwq_mlx.convert.source_warnings import packing_keys
 from qwq_mlx.errors import ConversionError, DiskFullError, OptionError, SourceError
 from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint
 from qwq_mlx.model.architecture import Qwen2Config, check_tensors, tensor_shapes
@@ -23,7 +24,6 @@ from qwq_mlx.quant.recipe import Recipe
 
 __all__ = ["check_disk", "check_fit", "check_output", "check_source", "partial_path"]
 
-_TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _MARGIN = 1.05  # file systems need a little more than the bytes
 _MAX_NAMES = 10
 
@@ -34,16 +34,12 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> Qwen2Config:
     Raises LoadError (config, tensors, tokenizer), SourceError (dtypes), ConversionError (already packed, a width that
     the group does not divide), RecipeError (a pattern that fits nothing).
     """
-    where = checkpoint.folder / CONFIG_NAME
-    packed = [key for key in ("quantization", "quantization_config") if key in checkpoint.config]
-    if packed:
-        raise ConversionError(
-            f"{where}: has {' and '.join(packed)}, so its weights are packed already, expected a bfloat16, float16 or "
-            "float32 checkpoint. Give the original model as the source."
-        )
-    config = Qwen2Config.from_json(checkpoint.config, where=str(where))
-    shapes = {name: entry.shape for name, (_, entry) in checkpoint.tensors.items()}
-    check_tensors(tensor_shapes(config), shapes, where=str(checkpoint.folder))
+    config = Qwen2Config.from_json(checkpoint.config, where=str(checkpoint.folder / CONFIG_NAME))
+    shapes = tensor_shapes(config)
+    _check_is_whole(checkpoint, shapes)
+    check_tensors(
+        shapes, {name: entry.shape for name, (_, entry) in checkpoint.tensors.items()}, where=str(checkpoint.folder)
+    )
     _check_dtypes(checkpoint)
     _check_recipe(checkpoint, config, recipe)
     load_tokenizer(checkpoint.folder, vocab_size=config.vocab_size)
@@ -51,26 +47,34 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> Qwen2Config:
     return config
 
 
-def _check_dtypes(checkpoint: Checkpoint) -> None:
-    """One dtype for all, and the one that config.json names: a wrong label would make other numbers of the bytes."""
-    named = checkpoint.config.get("torch_dtype", checkpoint.config.get("dtype"))
-    expected = next((dtype for dtype, torch in _TORCH.items() if torch == named), None)
-    if named is not None and expected is None:
-        raise SourceError(
-            f"{checkpoint.folder / CONFIG_NAME}: torch_dtype is {named!r}, expected one of "
-            f"{', '.join(_TORCH.values())}. Fetch config.json again, or give a checkpoint with such weights."
+def _check_is_whole(checkpoint: Checkpoint, shapes: Mapping[str, object]) -> None:
+    """Refuse packed weights. An entry left behind beside floats under the model's own names is no such thing."""
+    keys = packing_keys(checkpoint)
+    names = [name for name, (_, entry) in checkpoint.tensors.items() if name not in shapes or entry.dtype not in DTYPES]
+    if keys and names:
+        raise ConversionError(
+            f"{checkpoint.folder / CONFIG_NAME}: has {' and '.join(keys)}, so its weights are packed already "
+            f"({_listed(names)}), expected a bfloat16, float16 or float32 checkpoint. Give the original model as the "
+            "source."
         )
+
+
+def _check_dtypes(checkpoint: Checkpoint) -> None:
+    """Floats alone. Some programs keep norms in float32; none mixes the two 16-bit types, but a flipped label does."""
     names_by_dtype: dict[str, list[str]] = {}
     for name, (_, entry) in checkpoint.tensors.items():
         names_by_dtype.setdefault(entry.dtype, []).append(name)
-    expected = expected or max(names_by_dtype, key=lambda dtype: len(names_by_dtype[dtype]))
-    wrong = {dtype: names for dtype, names in names_by_dtype.items() if dtype != expected or dtype not in DTYPES}
+    most = max(names_by_dtype, key=lambda dtype: len(names_by_dtype[dtype]))
+    wrong = {
+        dtype: names
+        for dtype, names in names_by_dtype.items()
+        if dtype not in DTYPES or (dtype != most and {dtype, most} == {"BF16", "F16"})
+    }
     if wrong:
         lines = "; ".join(f"{dtype}: {_listed(names)}" for dtype, names in sorted(wrong.items()))
-        why = f"config.json says {named}" if named is not None else "most of the tensors are"
         raise SourceError(
-            f"{checkpoint.folder}: tensors of another dtype than {expected} ({why}): {lines}. "
-            "Fetch config.json and shards again, all from one commit."
+            f"{checkpoint.folder}: tensors of another type than {most}, which most of them have: {lines}. Expected one "
+            f"of {', '.join(DTYPES)}, and not both 16-bit types. Fetch the shards again, all from one commit."
         )
 
 

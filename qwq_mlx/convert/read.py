@@ -113,20 +113,22 @@ def _read_shard(
         if all(record is not None and record.source_ctime_ns == ctime_ns for record in records):
             return
         sha256 = hashlib.sha256()
-        _hash_range(fd, shard, 0, shard.data_start, sha256)
-        for tensor, record in zip(tensors, records, strict=True):
+        _hash_range(fd, shard, 0, tensors[0].source.start, sha256)
+        ends = [*(each.source.start for each in tensors[1:]), shard.size_bytes]  # with the ignored tensors behind each
+        for tensor, record, end in zip(tensors, records, ends, strict=True):
             if record is None:
-                yield from _read_tensor(fd, shard, tensor, ctime_ns, sha256, buffers)
+                yield from _read_tensor(fd, shard, tensor, end, ctime_ns, sha256, buffers)
             else:
-                _hash_range(fd, shard, tensor.source.start, tensor.source.end, sha256)
+                _hash_range(fd, shard, tensor.source.start, end, sha256)
                 _check_prefix(shard, record, sha256.hexdigest())
     finally:
         os.close(fd)
 
 
 def _read_tensor(
-    fd: int, shard: Header, tensor: PlannedTensor, ctime_ns: int, sha256: Any, buffers: Buffers
+    fd: int, shard: Header, tensor: PlannedTensor, end: int, ctime_ns: int, sha256: Any, buffers: Buffers
 ) -> Iterator[Block]:
+    """The tensor's blocks; what follows it up to `end` is hashed with its last one."""
     for first in range(0, tensor.n_rows, tensor.block_rows):
         n_rows = min(tensor.block_rows, tensor.n_rows - first)
         buffer = buffers.take()
@@ -134,6 +136,8 @@ def _read_tensor(
         read_into(fd, shard, tensor.source.start + first * tensor.row_bytes, data, tensor.source.name)
         sha256.update(data.data)
         is_last = first + n_rows == tensor.n_rows
+        if is_last:
+            _hash_range(fd, shard, tensor.source.end, end, sha256)
         yield Block(
             tensor=tensor,
             first_row=first,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qwq_mlx.convert.journal import FinishedTensor
 from qwq_mlx.convert.plan import Plan, PlannedTensor
+from qwq_mlx.convert.source_warnings import source_warnings
 from qwq_mlx.model.process_memory import peak_memory_bytes
 from qwq_mlx.model.template import template_warning
 from qwq_mlx.model.tokenizer import read_chat_template
@@ -92,7 +93,7 @@ def conversion_of(
         wall_s=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(),
         resumed_bytes=resumed_bytes,
-        warnings=(*plan.checkpoint.warnings, *(() if finished is None else _warnings(plan, finished))),
+        warnings=(*source_warnings(plan.checkpoint), *(() if finished is None else _warnings(plan, finished))),
     )
 
 

@@ -21,17 +21,29 @@ from qwq_mlx.files.header import Header, TensorEntry, read_header
 from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.files.links import check_link
 from qwq_mlx.files.reading import recognise
+from qwq_mlx.files.unread_tensors import drop_unread_tensors
 
-__all__ = ["CONFIG_NAME", "INDEX_NAME", "Checkpoint", "assemble_checkpoint", "open_checkpoint", "read_weight_map"]
+__all__ = [
+    "CONFIG_NAME",
+    "INDEX_NAME",
+    "SINGLE_NAME",
+    "SUFFIX",
+    "Checkpoint",
+    "assemble_checkpoint",
+    "open_checkpoint",
+    "read_weight_map",
+]
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
 SUFFIX = ".safetensors"
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_INDEX_BYTES = 8 << 20
 _MAX_NAMES = 10
 _TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model", "")  # tokenizers, templates, LICENSE
+_SHARD_PREFIX = "model"
 _FETCH = "Fetch the checkpoint again, all files from one commit."
 
 
@@ -67,7 +79,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     present = [name for name in names if name.endswith(SUFFIX)]
     weight_map = read_weight_map(folder / INDEX_NAME) if INDEX_NAME in names else None
     wanted = _only_shard(folder, names, present) if weight_map is None else sorted(set(weight_map.values()))
-    _check_shards_present(folder, wanted, present)
+    ignored = _check_shards_present(folder, wanted, present)
     extra = tuple(name for name in names if name not in {CONFIG_NAME, INDEX_NAME, *present})
     for name in extra:
         _check_extra(folder / name)
@@ -77,7 +89,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         weight_map=weight_map,
         shards=[read_header(folder / name) for name in wanted],
         extra_files=extra,
-        warnings=link_warnings,
+        warnings=[*link_warnings, *ignored],
     )
 
 
@@ -93,6 +105,7 @@ def assemble_checkpoint(
     """Join headers that were read already (from a folder, or over the network) into a checkpoint.
 
     weight_map: tensor -> shard name as the index has it, or None for a single shard without an index.
+    Tensors that every program computes or ties instead of reading them are left out, with a warning.
     Raises SourceError for a tensor in two shards and for every disagreement between index and headers.
     """
     tensors: dict[str, tuple[Header, TensorEntry]] = {}
@@ -107,13 +120,15 @@ def assemble_checkpoint(
         raise SourceError(f"{folder}: its shards hold no tensor. {_FETCH}")
     if weight_map is not None:
         _check_agreement(folder / INDEX_NAME, weight_map, tensors)
+    ignored = drop_unread_tensors(folder, config, tensors)
+    used = {header.path for header, _ in tensors.values()}
     return Checkpoint(
         folder=folder,
         config=config,
-        shards=tuple(shards),
+        shards=tuple(header for header in shards if header.path in used),
         tensors=tensors,
         extra_files=tuple(sorted(extra_files)),
-        warnings=tuple(warnings),
+        warnings=(*warnings, *ignored),
     )
 
 
@@ -184,25 +199,33 @@ def _only_shard(folder: Path, names: Sequence[str], present: Sequence[str]) -> l
         other = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".npz"))]
         has = f"only {', '.join(other[:_MAX_NAMES])}, which qwq_mlx does not open" if other else "none"
         raise SourceError(f"{folder}: expected {SUFFIX} files, found {has}. Fetch the safetensors of the model.")
-    if len(present) == 1 and ("-of-" not in present[0] or "-00001-of-00001" in present[0]):
-        return list(present)
+    candidates = [name for name in present if name.startswith(_SHARD_PREFIX)] or list(present)
+    if len(candidates) == 1 and ("-of-" not in candidates[0] or "-00001-of-00001" in candidates[0]):
+        return candidates
     raise SourceError(
         f"{folder}: {_count_files(present)} ({_names(present)}) and no {INDEX_NAME}, which says how the shards belong "
         f"together. {_FETCH}"
     )
 
 
-def _check_shards_present(folder: Path, wanted: Sequence[str], present: Sequence[str]) -> None:
+def _check_shards_present(folder: Path, wanted: Sequence[str], present: Sequence[str]) -> list[str]:
+    """Refuse missing and stale shards; returns warnings for files that are no shards of this model.
+
+    Those are what mlx-lm's glob model*.safetensors leaves out (adapters), and the whole model in one file beside its
+    shards: the index says which of the two is meant.
+    """
     if missing := sorted(set(wanted) - set(present)):
         raise SourceError(
             f"{folder}: {len(missing):,} of {len(wanted):,} shards missing: {_names(missing)}. "
             "Fetch them from the same commit as the others."
         )
-    if stale := sorted(set(present) - set(wanted)):
+    others = sorted(set(present) - set(wanted))
+    if stale := [name for name in others if name.startswith(_SHARD_PREFIX) and name != SINGLE_NAME]:
         raise SourceError(
             f"{folder}: {_count_files(stale)} that {INDEX_NAME} does not name: {_names(stale)}. "
             "Remove what is left of an older version, or fetch the index again."
         )
+    return [f"{folder}: ignored {_names(others)}, read {_names(wanted)}."] if others else []
 
 
 def _check_agreement(

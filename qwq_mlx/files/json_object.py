@@ -25,6 +25,7 @@ def read_json_object(path: Path, *, limit_bytes: int, advice: str) -> dict[str, 
     Raises SourceError naming the file, what was found and what was expected.
     """
     raw = _read(path, limit_bytes, advice)
+    raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as editors on Windows write it
     if wrong := recognise(raw[:512]):
         raise SourceError(f"{path}: is {wrong} ({len(raw):,} bytes), expected JSON. {advice}")
     return parse_json_object(raw, what=f"{path}:", advice=advice)

@@ -96,9 +96,10 @@ class Qwen2Config:
 
 def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
     """Options that change the arithmetic and that this package would otherwise ignore in silence."""
-    if config.get("rope_scaling"):
+    scaling = config.get("rope_scaling")
+    if scaling and not (isinstance(scaling, Mapping) and _is_unscaled(scaling)):
         raise LoadError(
-            f"{where}: rope_scaling is {config['rope_scaling']!r}, expected none. "
+            f"{where}: rope_scaling is {scaling!r:.200}, expected none. "
             "Scaled rotary positions are not supported yet; remove the entry to use the model within its own context."
         )
     if config.get("use_sliding_window"):
@@ -132,21 +133,29 @@ def _whole_number(config: Mapping[str, Any], name: str, where: str, limit: int) 
 
 def _rope_theta(config: Mapping[str, Any], where: str) -> float:
     """transformers 5 writes rope_parameters in place of rope_theta; for neither, every program has another default."""
-    parameters = config.get("rope_parameters")
+    scaling = config.get("rope_scaling")
+    name = "rope_scaling" if scaling and "rope_theta" in scaling else "rope_parameters"
+    parameters = config.get(name)
     if parameters is None:
         return _number(config, "rope_theta", where)
-    if not isinstance(parameters, Mapping) or parameters.get("rope_type", "default") != "default":
+    if not isinstance(parameters, Mapping) or not _is_unscaled(parameters):
         raise LoadError(
-            f"{where}: rope_parameters is {parameters!r:.200}, expected rope_type 'default'. "
+            f"{where}: {name} is {parameters!r:.200}, expected rope_type 'default'. "
             "Scaled rotary positions are not supported yet."
         )
-    theta = _number(parameters, "rope_theta", f"{where}: rope_parameters")
+    theta = _number(parameters, "rope_theta", f"{where}: {name}")
     if "rope_theta" in config and config["rope_theta"] != theta:
         raise LoadError(
-            f"{where}: rope_theta is {config['rope_theta']!r}, but rope_parameters says {theta!r}. "
+            f"{where}: rope_theta is {config['rope_theta']!r}, but {name} says {theta!r}. "
             "Take config.json from the source again."
         )
     return theta
+
+
+def _is_unscaled(parameters: Mapping[str, Any]) -> bool:
+    """Whether rope_scaling or rope_parameters leave positions as they are: type default, or linear by 1."""
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    return kind == "default" or (kind == "linear" and parameters.get("factor") == 1)
 
 
 def _number(config: Mapping[str, Any], name: str, where: str) -> float:

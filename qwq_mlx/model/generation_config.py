@@ -68,8 +68,10 @@ def _number(values: dict[str, Any], name: str, path: Path, *, low: float, high: 
 
 def _top_k(values: dict[str, Any], path: Path) -> int | None:
     value = values.get("top_k")
+    if value == -1:
+        return 0  # how vLLM and others write "no limit"
     if value is not None and (type(value) is not int or not 0 <= value < 2**31):
-        raise _fault(path, "top_k", value, "a whole number of at least 0")
+        raise _fault(path, "top_k", value, "a whole number of at least 0, or -1 for no limit")
     return value
 
 

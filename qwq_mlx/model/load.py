@@ -168,7 +168,7 @@ def _load_weights(files: ModelFolder, compute_type: ComputeType) -> Any:
     module = build_module(files.config, files.packed)
     weights: dict[str, Any] = {}
     for shard in files.checkpoint.shards:
-        weights.update(_map_shard(shard, compute_type))
+        weights.update(_map_shard(shard, files.checkpoint.tensors, compute_type))
     module.load_weights(list(weights.items()), strict=True)
     weights.clear()  # from here on only the module holds them, so each layer's source bytes go when it is cast
     module.eval()
@@ -186,8 +186,8 @@ def _load_weights(files: ModelFolder, compute_type: ComputeType) -> Any:
     return module
 
 
-def _map_shard(shard: Header, compute_type: ComputeType) -> dict[str, Any]:
-    """Lazy arrays of the tensors that the checked header names, floats cast to the compute type."""
+def _map_shard(shard: Header, wanted: Mapping[str, object], compute_type: ComputeType) -> dict[str, Any]:
+    """Lazy arrays of those tensors of a checked header that are wanted, floats cast to the compute type."""
     mx = import_mlx()
     try:
         arrays = cast("dict[str, Any]", mx.load(str(shard.path), format="safetensors"))
@@ -195,4 +195,8 @@ def _map_shard(shard: Header, compute_type: ComputeType) -> dict[str, Any]:
         raise LoadError(f"{shard.path}: MLX cannot read it ({error}). Convert or fetch the model again.") from error
     dtype = getattr(mx, compute_type)
     whole = (mx.uint32, mx.uint8)  # codes, and the scales of modes other than affine
-    return {name: arrays[name] if arrays[name].dtype in whole else arrays[name].astype(dtype) for name in shard.tensors}
+    return {
+        name: arrays[name] if arrays[name].dtype in whole else arrays[name].astype(dtype)
+        for name in shard.tensors
+        if name in wanted
+    }

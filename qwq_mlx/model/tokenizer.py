@@ -25,6 +25,7 @@ __all__ = ["LoadedTokenizer", "load_tokenizer", "read_chat_template"]
 _MAX_TOKENIZER_BYTES = 256 << 20  # Qwen2's is 7 MB
 _MAX_SETTINGS_BYTES = 16 << 20
 _MAX_TEMPLATE_BYTES = 1 << 20
+_COPY = "Copy it from the model's source again."
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -61,13 +62,18 @@ class LoadedTokenizer:
 
 
 def load_tokenizer(folder: Path, *, vocab_size: int) -> LoadedTokenizer:
-    """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of a folder.
+    """Read tokenizer.json, tokenizer_config.json and the chat template of a folder.
 
     vocab_size: rows of the embedding; every id must be below it.
     Raises LoadError or SourceError: file missing, damaged, empty, or of another model.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            raise LoadError(
+                f"{path}: there is no such file, only vocab.json and merges.txt, which do not say how text is split. "
+                "Write it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+            )
         raise LoadError(
             f"{path}: there is no such file, so text cannot become ids. "
             "Copy tokenizer.json and tokenizer_config.json from the model's source into this folder."
@@ -112,7 +118,7 @@ def _read(path: Path, limit_bytes: int) -> str:
             raise LoadError(f"{path}: is not a regular file. Copy it from the model's source.")
         if status.st_size > limit_bytes:
             raise LoadError(f"{path}: has {status.st_size:,} bytes, expected at most {limit_bytes:,}.")
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except OSError as error:
         raise LoadError(f"{path}: cannot be read ({error.strerror}). Check the folder and its permissions.") from error
     except UnicodeDecodeError as error:
@@ -154,6 +160,11 @@ def _check_added(path: Path, settings: Mapping[str, Any], vocabulary: Mapping[st
     for token_id, entry in (entries if isinstance(entries, Mapping) else {}).items():
         text = _token_text(entry)
         found = vocabulary.get(text) if text is not None else None
+        if found is None:
+            raise LoadError(
+                f"{path}: the added token {text!r} is not in tokenizer.json, which alone is read. Write both files "
+                "with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+            )
         if str(found) != token_id:
             raise LoadError(
                 f"{path}: the added token {text!r} has the id {token_id}, tokenizer.json says {found}. "
@@ -177,21 +188,24 @@ def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     if not path.exists():
         return {}
-    return read_json_object(path, limit_bytes=_MAX_SETTINGS_BYTES, advice="Copy it from the model's source again.")
+    return read_json_object(path, limit_bytes=_MAX_SETTINGS_BYTES, advice=_COPY)
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja wins over tokenizer_config.json, as in transformers."""
+    """chat_template.jinja wins over tokenizer_config.json, as in transformers; chat_template.json comes last."""
     file = folder / "chat_template.jinja"
     if file.exists():
         return _read(file, _MAX_TEMPLATE_BYTES)
-    template = settings.get("chat_template")
+    where, template = folder / "tokenizer_config.json", settings.get("chat_template")
+    if template is None and (folder / "chat_template.json").exists():
+        where = folder / "chat_template.json"
+        template = read_json_object(where, limit_bytes=_MAX_TEMPLATE_BYTES, advice=_COPY).get("chat_template")
     if isinstance(template, list):
         by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
         template = by_name.get("default")
     if template is not None and not isinstance(template, str):
         raise LoadError(
-            f"{folder / 'tokenizer_config.json'}: chat_template is {type(template).__name__}, expected a text. "
+            f"{where}: chat_template is {type(template).__name__}, expected a text. "
             "Copy the file from the model's source again."
         )
     return template

@@ -73,10 +73,6 @@ SHARDS: dict[str, tuple[Damage, str]] = {
         lambda f: shutil.copy(f / FIRST, f / "model-old.safetensors"),
         f"1 .safetensors file that {INDEX} does not name: model-old.safetensors. Remove",
     ),
-    "single file beside its shards": (
-        write("model.safetensors", safetensors_bytes({})),
-        "does not name: model.safetensors",
-    ),
     "same tensor in two shards": (
         tensors(lambda t: t.update({"model.embed_tokens.weight": ("BF16", (320, 128), bytes(81920))})),
         f"{SECOND}: tensor model.embed_tokens.weight is also in {FIRST}, expected it once",
@@ -233,7 +229,10 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
         "12 unknown: model.layers.1.input_layernorm.weight",
     ),
     "1,024 layers": (config(num_hidden_layers=1024), "12,264 missing: .* and 12,244 more"),
-    "tied, but lm_head is there": (config(tie_word_embeddings=True), "1 unknown: lm_head.weight"),
+    "tied, but lm_head is there": (
+        config(tie_word_embeddings=True),
+        "has tie_word_embeddings true, but lm_head.weight is not model.embed_tokens.weight",
+    ),
     "untied, but lm_head is not there": (tensors(lambda t: t.pop("lm_head.weight")), "1 missing: lm_head.weight"),
     "tied as a text": (config(tie_word_embeddings="false"), "tie_word_embeddings is 'false', expected true or false"),
     "eps zero": (config(rms_norm_eps=0), "rms_norm_eps is 0, expected a number from 1e-12 to 0.01"),

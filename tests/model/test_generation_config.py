@@ -38,6 +38,10 @@ def test_one_end_id_and_several_are_read(tmp_path: Path) -> None:
     assert read(tmp_path, eos_token_id=[7, 9]).eos_token_ids == (7, 9)
 
 
+def test_a_top_k_of_minus_one_means_no_limit(tmp_path: Path) -> None:
+    assert read(tmp_path, top_k=-1).top_k == 0
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
@@ -48,8 +52,8 @@ def test_one_end_id_and_several_are_read(tmp_path: Path) -> None:
         ("top_p", 0, "a number from 1e-09 to 1"),
         ("min_p", 1.5, "a number from 0 to 1"),
         ("repetition_penalty", True, "a number from 1e-09 to 100"),
-        ("top_k", 2.5, "a whole number of at least 0"),
-        ("top_k", -1, "a whole number of at least 0"),
+        ("top_k", 2.5, "a whole number of at least 0, or -1 for no limit"),
+        ("top_k", -2, "a whole number of at least 0, or -1 for no limit"),
         ("eos_token_id", 320, "ids from 0 to 319"),
         ("eos_token_id", [-1], "ids from 0 to 319"),
         ("eos_token_id", "<|im_end|>", "ids from 0 to 319"),

@@ -161,7 +161,7 @@ def no_end(folder: Path) -> None:
             config(num_hidden_layers=10_000_000),
             "num_hidden_layers is 10000000, expected a whole number from 1 to 1,024",
         ),
-        (config(tie_word_embeddings=True), r"1 unknown: lm_head\.weight"),
+        (config(tie_word_embeddings=True), r"but lm_head\.weight is not model\.embed_tokens"),
         (config(vocab_size=10), "eos_token_id is "),
         (
             config(quantization={"bits": 4, "group_size": 64}, vocab_size=321),

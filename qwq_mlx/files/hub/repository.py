@@ -21,7 +21,15 @@ import httpx2
 
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.atomic import write_file
-from qwq_mlx.files.checkpoint import CONFIG_NAME, INDEX_NAME, SUFFIX, Checkpoint, assemble_checkpoint, read_weight_map
+from qwq_mlx.files.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    SUFFIX,
+    Checkpoint,
+    assemble_checkpoint,
+    read_weight_map,
+)
 from qwq_mlx.files.digest import ByteProgress
 from qwq_mlx.files.header import Header, read_header_by
 from qwq_mlx.files.hub.download import Fetcher, RemoteFile
@@ -144,6 +152,8 @@ class Hub:
         config = read_json_object(folder / CONFIG_NAME, limit_bytes=1 << 20, advice="Choose another repository.")
         weight_map = read_weight_map(folder / INDEX_NAME) if INDEX_NAME in names else None
         wanted = sorted(set(weight_map.values())) if weight_map is not None else list(snapshot.shard_names)
+        if weight_map is None and SINGLE_NAME in wanted and not any("-of-" in name for name in wanted):
+            wanted = [SINGLE_NAME]  # beside it, say, an adapter
         missing = [name for name in wanted if name not in snapshot.files]
         if missing or not wanted or (weight_map is None and len(wanted) > 1):
             fault = f"{', '.join(missing[:10])} missing" if missing else f"{len(wanted)} without {INDEX_NAME}"
