@@ -41,7 +41,9 @@ from qwq_mlx.reasoning.profile import find_profile
 _HEADROOM = 3 / 2
 _LEAST_ABOVE = 5
 _FOLDS = (2, 5, 10)
-_NEVER = LoopOptions(soon_limit=10_000, near_limit=10_000, far_limit=10_000, n_candidates=10_000, n_doubts=10_000)
+_NEVER = LoopOptions(
+    soon_limit=10_000, near_limit=10_000, far_limit=10_000, words_limit=10_000, n_candidates=10_000, n_doubts=10_000
+)
 _REPETITIONS = (4, 6, 8, 10, 15)
 _N_CUTS = 6  # places at which each output is cut to see what a splitter then says
 
@@ -52,6 +54,7 @@ class Scores(NamedTuple):
     soon: float
     near: float
     far: float
+    words: float
     candidate: float
     doubts: float
 
@@ -103,7 +106,8 @@ def _half(trace_id: str) -> int:
 
 def _defaults() -> Scores:
     options = LoopOptions()
-    return Scores(options.soon_limit, options.near_limit, options.far_limit, options.n_candidates, options.n_doubts)
+    sums = (options.soon_limit, options.near_limit, options.far_limit, options.words_limit)
+    return Scores(*sums, options.n_candidates, options.n_doubts)
 
 
 def highest(text: str) -> Scores:
@@ -114,15 +118,20 @@ def highest(text: str) -> Scores:
 def _highest_at(text: str, places: Sequence[int]) -> list[Scores]:
     """The highest scores up to each of the characters, and up to the end."""
     detector, ids = LoopDetector(_NEVER), dict[str, int]()
-    best, found, n_chars, left = Scores(0, 0, 0, 0, 0), list[Scores](), 0, list(places)
+    best, found, n_chars, left = Scores(0, 0, 0, 0, 0, 0), list[Scores](), 0, list(places)
     for token in PIECE.findall(text + "\n"):
         while left and n_chars >= left[0]:
             found.append(best)
             left.pop(0)
         detector.feed(ids.setdefault(token, len(ids)), token)
         n_chars += len(token)
-        soon, near, far = detector.sums
-        best = best._replace(soon=max(best.soon, soon), near=max(best.near, near), far=max(best.far, far))
+        soon, near, far, words = detector.sums
+        best = best._replace(
+            soon=max(best.soon, soon),
+            near=max(best.near, near),
+            far=max(best.far, far),
+            words=max(best.words, words),
+        )
         if "\n" in token:
             scores, most = detector.scores, _NEVER.n_doubts
             best = best._replace(

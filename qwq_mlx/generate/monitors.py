@@ -31,7 +31,7 @@ class Monitors:
         self._start()
 
     def _start(self) -> None:
-        self._loops = LoopDetector() if self._detects_loops else None
+        self._loops = LoopDetector(question=self._question) if self._detects_loops else None
         self._scripts = ScriptWatcher(self._question)
 
     def loop(self, token_id: int, text: str) -> Loop | None:

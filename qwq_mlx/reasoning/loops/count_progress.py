@@ -1,12 +1,12 @@
 """Numbers as progress: a text that tries 14, then 15, then 17 repeats its words and still gets somewhere.
 
-The idea: three signs tell a search from a loop with other numbers in it. A number goes on in one direction from those
+The idea: four signs tell a search from a loop with other numbers in it. A number goes on in one direction from those
 in the same place, `_STREAK` times in a row and never there before (1, 2, 3; primes; powers; a countdown). A line's
 numbers, taken together, come after those of the last line of the same beginning (tuples in order). An equation between
-numbers is new in the text and holds (see `equations`). Words until about the next such number then are progress,
-whatever they repeat. The number at a line's beginning only numbers the line, so there it counts only if the line also
-brings a number that is new in the text. A count gives credit for `MAX_CREDIT` words, so that counting without end is
-not progress for ever.
+numbers is new in the text and holds (see `equations`). A line goes on from the number that the last one ended with to a
+new one (27 gives 82, 82 gives 41). Words until about the next such number then are progress, whatever they repeat. A
+label ("3.", "Step 3:") only numbers its line, so it counts only if the line also brings a number that is new in the
+text. A count gives credit for `MAX_CREDIT` words, so that counting without end is not progress for ever.
 
 Does not: see a search in no order whose lines compute nothing.
 """
@@ -57,8 +57,11 @@ class CountWatcher:
         self._last_equation = self._last_numbered = -_MAX_GAP
         self._until = -1
         self._credit = MAX_CREDIT
-        self._is_numbered = False  # the line began with the next number of a count
+        self._is_numbered = False  # the line's label is the next number of a count
         self._numbers: list[float] = []
+        self._last_new = False  # the line's last number is new in the text
+        self._chain: float | None = None  # the last number of the last line with numbers
+        self._last_chain = -_MAX_GAP
         self._beginning: list[str] = []
 
     def word(self, text: str, template: str, n_words: int) -> None:
@@ -70,16 +73,17 @@ class CountWatcher:
                 self._cover(n_words, self._last_equation)
                 self._last_equation = n_words
 
-    def number(self, text: str, place: int, n_words: int, *, begins_line: bool) -> None:
-        """Take a number, as written, at the word `n_words`."""
+    def number(self, text: str, place: int, n_words: int, *, is_label: bool) -> None:
+        """Take a number, as written, at the word `n_words`. is_label: it only numbers its line."""
         is_new = self._is_new(hash(text))
         value = float(text) if len(text) <= 15 else 0.0
         since = self._continues((value,), place, n_words)
-        if begins_line:
+        if is_label:
             self._is_numbered = since is not None
             return
         if len(self._numbers) < _MAX_NUMBERS:
             self._numbers.append(value)
+        self._last_new = is_new
         if since is not None:
             self._cover(n_words, since)
         if self._is_numbered and is_new:
@@ -92,6 +96,11 @@ class CountWatcher:
             since = self._continues(tuple(self._numbers), hash(("line", *self._beginning)), n_words)
             if since is not None:
                 self._cover(n_words, since)
+            if self._numbers[0] == self._chain and self._last_new:
+                self._cover(n_words, self._last_chain)
+                self._last_chain = n_words
+        if self._numbers:
+            self._chain = self._numbers[-1]
         self._is_numbered = False
         self._numbers, self._beginning = [], []
 

@@ -1,10 +1,12 @@
 """Loops, reported while they are written: exact cycles, near repeats of the same steps, one answer stated again and
 again, and doubt after doubt without anything new.
 
-Four small finders, each with constant work per token and bounded memory, behind one door.
+A cycle of numbers, cells or code is reported much later than one of sentences, because matrices, tables and lists
+repeat for good reasons (see `data_margin`). Four small finders, each with constant work per token and bounded memory,
+behind one door.
 
-Does not: stop or change a run; `generate` chooses what to do. Periods above 10,922 tokens are not seen, nor loops
-that put every repetition into new words.
+Does not: stop or change a run; `generate` chooses what to do. Counting without end is no loop here, nor are rows of
+digits in no order. Periods above 10,922 tokens are not seen, nor loops that put every repetition into new words.
 """
 
 from __future__ import annotations
@@ -18,12 +20,17 @@ from typing import Literal
 from qwq_mlx.errors import OptionError
 from qwq_mlx.reasoning.answer import MAX_LINE, doubts, normalise, stated
 from qwq_mlx.reasoning.loops.exact_cycles import CycleFinder
-from qwq_mlx.reasoning.loops.near_repeats import VariantsFinder
+from qwq_mlx.reasoning.loops.near_repeats import Variants, VariantsFinder
 
 __all__ = ["Loop", "LoopDetector", "LoopOptions", "LoopScores"]
 
 LoopKind = Literal["cycle", "variants", "candidate", "doubts"]
 _WORD = re.compile(r"[^\W_]+")
+_PROSE = re.compile(r"[A-Za-z]{2}|[^\x00-\x7f\W\d_]")  # two letters, or one of another script
+_NUMBER = re.compile(r"(?<![\d.])\d{1,4}(?![\d.]*\d)")
+_COMMA = re.compile(r"(?<=\d),(?=\d{3}\b)")  # of "1,000"
+_MAX_ASKED = 4096  # a larger number in a question is rarely how often something is to be written
+_MAX_DATA_LINE = 1024  # the steps from 27 down to 1 (3n + 1) are 600 tokens on one line
 _BOX = re.compile(r"\\boxed\{([^{}]{1,80})\}")
 _CONCLUSION = re.compile(r"[*#\s]{1,8}(?:the )?final (?:answer|solution)\b", re.I)
 _MAX_SEEN = 20_000  # distinct words and pairs of words remembered
@@ -37,6 +44,7 @@ class LoopOptions:
     soon_limit: cumulative sum of stale over fresh words, for steps that return at once (see `near_repeats`).
     near_limit: the same for steps that return changed.
     far_limit: the same for long rounds.
+    words_limit: the same for single words and pictographs, however they are put together.
     n_candidates: how often one answer is stated within `candidate_tokens`.
     candidate_tokens: the window for `n_candidates`, in tokens.
     n_doubts: cumulative sum over lines, never below zero. A line that opens with a doubt ("Wait") and brings at most
@@ -51,6 +59,7 @@ class LoopOptions:
     soon_limit: float = 33.0
     near_limit: float = 46.0
     far_limit: float = 41.0
+    words_limit: float = 14.0
     n_candidates: int = 12
     candidate_tokens: int = 6_000
     n_doubts: int = 12
@@ -61,6 +70,7 @@ class LoopOptions:
             ("soon_limit", 1, 10_000),
             ("near_limit", 1, 10_000),
             ("far_limit", 1, 10_000),
+            ("words_limit", 1, 10_000),
             ("n_candidates", 2, 10_000),
             ("n_doubts", 2, 10_000),
             ("candidate_tokens", 16, 32_768),
@@ -108,18 +118,26 @@ class LoopDetector:
     [('cycle', 0, 3)]
     """
 
-    def __init__(self, options: LoopOptions | None = None) -> None:
+    def __init__(self, options: LoopOptions | None = None, *, question: str = "") -> None:
+        """question: its largest number is how often numbers and cells may come back."""
         self._options = options or LoopOptions()
+        numbers = (int(number) for number in _NUMBER.findall(_COMMA.sub("", question)))
+        self._n_asked = max((number for number in numbers if number <= _MAX_ASKED), default=0)
         self.reset()
         self._n_tokens = 0
 
     def reset(self) -> None:
         """Forget everything but the token count: the run was changed to leave the loop."""
         options = self._options
-        self._cycles = CycleFinder(margin=options.cycle_margin)
+        self._cycles = CycleFinder(margin=options.cycle_margin, n_asked=self._n_asked)
         self._variants = VariantsFinder(
-            soon_limit=options.soon_limit, near_limit=options.near_limit, far_limit=options.far_limit
+            soon_limit=options.soon_limit,
+            near_limit=options.near_limit,
+            far_limit=options.far_limit,
+            words_limit=options.words_limit,
         )
+        self._n_data = 0  # tokens since the last word outside of code, table and brackets
+        self._n_data_line = 0  # of them, those of a line that is none of these
         self._line: list[str] = []
         self._line_chars = 0
         self._stated: deque[tuple[int, str]] = deque()
@@ -133,7 +151,7 @@ class LoopDetector:
     def scores(self) -> LoopScores:
         """The finders' running scores. Candidates and doubts change at the ends of lines."""
         options = self._options
-        limits = (options.soon_limit, options.near_limit, options.far_limit)
+        limits = (options.soon_limit, options.near_limit, options.far_limit, options.words_limit)
         variants = max(value / limit for value, limit in zip(self._variants.scores, limits, strict=True))
         stated_most = max(Counter(value for _, value in self._stated).values(), default=0)
         return LoopScores(
@@ -144,17 +162,19 @@ class LoopDetector:
         )
 
     @property
-    def sums(self) -> tuple[float, float, float]:
-        """The sums of stale over fresh words that soon_limit, near_limit and far_limit are compared with."""
+    def sums(self) -> tuple[float, float, float, float]:
+        """The sums of stale over fresh words, for soon_limit, near_limit, far_limit and words_limit."""
         return self._variants.scores
 
     def feed(self, token_id: int, text: str) -> Loop | None:
         """Take one token and the text it released; returns a loop when one becomes certain."""
         index = self._n_tokens
         self._n_tokens += 1
+        variants = self._variants.feed(text, index) if text else None
+        self._count_data(text)
         loop = self._cycle(token_id, index)
         if text:
-            loop = loop or self._stale(text, index)
+            loop = loop or self._stale(variants, index)
             if "\n" in text or self._line_chars + len(text) > MAX_LINE:
                 before, _, after = text.rpartition("\n")
                 line = "".join(self._line) + before
@@ -169,7 +189,7 @@ class LoopDetector:
         return loop
 
     def _cycle(self, token_id: int, index: int) -> Loop | None:
-        cycle = self._cycles.feed(token_id)
+        cycle = self._cycles.feed(token_id, n_data=self._n_data)
         if cycle is None or "cycle" in self._reported:
             return None
         return Loop(
@@ -181,9 +201,28 @@ class LoopDetector:
             evidence=f"the last {cycle.length:,} tokens repeat every {cycle.period:,}, {cycle.n_repeats:.1f} times",
         )
 
-    def _stale(self, text: str, index: int) -> Loop | None:
-        variants = self._variants.feed(text, index)
-        if variants is None or "variants" in self._reported:
+    def _count_data(self, text: str) -> None:
+        """Numbers, cells and code since the last sentence. A blank line ends a table, a matrix or a number."""
+        is_code = self._variants.is_code
+        is_structured = self._variants.is_structured
+        is_prose = not text or ("\n\n" in text and not is_code) or (not is_structured and _PROSE.search(text))
+        self._n_data = 0 if is_prose else self._n_data + 1
+        is_line = not is_prose and not is_structured and "\n" not in text and not self._variants.is_counting
+        self._n_data_line = self._n_data_line + 1 if is_line else 0
+
+    def _stale(self, variants: Variants | None, index: int) -> Loop | None:
+        if "variants" in self._reported:
+            return None
+        if self._n_data_line > max(_MAX_DATA_LINE, min(2 * _MAX_DATA_LINE, 4 * self._n_asked)):
+            return Loop(
+                kind="variants",
+                start=index + 1 - self._n_data_line,
+                end=index + 1,
+                period=None,
+                score=self._n_data_line,
+                evidence=f"the last {self._n_data_line:,} tokens are numbers and marks on one line, in no order",
+            )
+        if variants is None:
             return None
         return Loop(
             kind="variants",

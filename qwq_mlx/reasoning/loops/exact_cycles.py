@@ -6,6 +6,9 @@ p <= k < 2p the ids inside one period cannot mislead the search, so every period
 repetition ends. Positions are noted at every k/8-th place (at most 64 apart), which keeps memory at about two entries
 per id, of the last 65,536 ids at most.
 
+Numbers, tables, lists and code repeat for good reasons: 2^64 in binary, a matrix of zeros. A cycle that holds nothing
+else (`data_margin`) needs far longer evidence than one of sentences.
+
 Does not: see near repeats (`near_repeats` does), or periods above `MAX_PERIOD`, of which three need over 32,768 ids.
 """
 
@@ -13,14 +16,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MAX_PERIOD", "Cycle", "CycleFinder"]
+__all__ = ["MAX_PERIOD", "Cycle", "CycleFinder", "data_margin"]
 
 MAX_PERIOD = 10_922
+_DATA_LEAST = 512  # 2^1000 has 302 digits, [0] * 100 is 300 tokens; waiting costs 464 tokens more than for a sentence
+_DATA_MOST = 2048  # a grid of 30 by 30 is 1,800 tokens; a longer one is rarer than a loop
 _HISTORY = 32_768
 _LEVELS = tuple((8 << level, min(64, 1 << level)) for level in range(12))  # (k, places between notes)
 _PRIME = (1 << 61) - 1
 _BASE = 1_000_003
 _MAX_FOLLOWED = 24
+
+
+def data_margin(period: int, *, n_asked: int = 0) -> int:
+    """Ids beyond three periods that a cycle of numbers, cells or code needs.
+
+    A square grid has as many rows as cells in a row, so a period of p ids may return p times; and as often as the
+    largest number in the question (`n_asked`): "100 digits", "a 20 by 20 grid".
+
+    >>> data_margin(1), data_margin(25), data_margin(60), data_margin(2, n_asked=1000)
+    (512, 625, 2048, 2000)
+    """
+    return min(_DATA_MOST, max(_DATA_LEAST, period * max(period, n_asked)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +56,14 @@ class Cycle:
 class CycleFinder:
     """Feed ids one at a time; `feed` returns the shortest cycle that lasts at least three periods and `margin` ids.
 
-    margin: ids beyond three periods; it keeps a row of dashes or zeros from counting.
+    margin: ids beyond three periods; a cycle of data needs `data_margin`, if that is more.
+    n_asked: the largest number in the question, 0 for none.
     """
 
-    def __init__(self, *, margin: int) -> None:
+    def __init__(self, *, margin: int, n_asked: int = 0) -> None:
         self._margin = margin
+        self._n_asked = n_asked
+        self._n_data = 0
         self._ids: list[int] = []
         self._sums = [0]  # hashes of all ids up to a place
         self._levels: list[tuple[int, int, int, dict[int, int]]] = [
@@ -52,8 +72,9 @@ class CycleFinder:
         self._base = 0  # ids dropped from the front
         self._followed: dict[int, int] = {}  # period -> ids that equal the one a period earlier
 
-    def feed(self, token_id: int) -> Cycle | None:
-        """Take the next id."""
+    def feed(self, token_id: int, *, n_data: int = 0) -> Cycle | None:
+        """Take the next id. n_data: so many of the last ids are numbers, cells or code, not sentences."""
+        self._n_data = n_data
         self._ids.append(token_id)
         self._sums.append((self._sums[-1] * _BASE + token_id + 1) % _PRIME)
         if self._followed:
@@ -63,15 +84,20 @@ class CycleFinder:
             self._drop()
         if not self._followed:
             return None
-        best = min(
-            (period for period, count in self._followed.items() if count >= 2 * period + self._margin), default=None
-        )
+        best = min((period for period, count in self._followed.items() if count >= self._needed(period)), default=None)
         return None if best is None else Cycle(best, best + self._followed[best])
 
     @property
     def score(self) -> float:
         """The longest repetition under way as a share of one that counts."""
-        return max((count / (2 * period + self._margin) for period, count in self._followed.items()), default=0.0)
+        return max((count / self._needed(period) for period, count in self._followed.items()), default=0.0)
+
+    def _needed(self, period: int) -> int:
+        """The ids that must equal the one a period earlier."""
+        margin = self._margin
+        if period <= self._n_data:
+            margin = max(margin, data_margin(period, n_asked=self._n_asked))
+        return 2 * period + margin
 
     def _follow(self, token_id: int) -> None:
         ids, last = self._ids, len(self._ids) - 1

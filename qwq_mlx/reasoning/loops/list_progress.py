@@ -1,11 +1,11 @@
-"""Rows as progress: lines one below the other, of one shape and never the same twice, are a list being written down.
+"""Rows as progress: lines one below the other, of one shape and never in the same order, are a list being written down.
 
 The idea: permutations, truth tables in words and lists of candidates repeat every word and still get somewhere, because
-each row is new. A row is a line that follows its predecessor, has as many words, most of them in the same place,
-differs from every row so far by more than its number, and does not begin as a step of reasoning does ("So", "Maybe",
-"Wait"). Rows are progress for `MAX_CREDIT` words, half of that where they are long, so that rows without end are not
-progress for ever. A blank line ends a list, because a loop writes its steps like that; but not one with bullets, whose
-items QwQ sets apart so: they cost twice the credit.
+each row is new. A row is a line that has as many words as one of the two before it, most of them in the same place,
+stands with these two in an order that is new by more than its label ("3.", "Step 3:"), and does not begin as a step of
+reasoning does ("So", "Maybe", "Wait"). Rows are progress for `MAX_CREDIT` words, half of that where they are long, so
+that rows without end are not progress for ever. A blank line ends a list, because a loop writes its steps like that;
+but not one with bullets, whose items QwQ sets apart so: they cost twice the credit.
 
 Does not: see order in a list, or items of different lengths.
 """
@@ -13,6 +13,7 @@ Does not: see order in a list, or items of different lengths.
 from __future__ import annotations
 
 import re
+from operator import eq
 
 from qwq_mlx.reasoning.answer import doubts
 
@@ -23,6 +24,7 @@ _MAX_WORDS = 60
 _ALIKE = 0.5  # of the words of two rows that stand in the same place
 _BULLETS = frozenset("-*•")
 _MAX_SEEN = 20_000
+_IN_ORDER = 3  # rows: the moves of Hanoi and the options of an answer key return, in another order
 _LONG = 12  # words of a row that is a sentence
 _STEP = re.compile(
     r"(?:so|then|maybe|perhaps|let|i|we|now|okay|ok|thus|therefore|hence|next|suppose|assume|again|this|that|it)\b",
@@ -37,8 +39,11 @@ class RowWatcher:
         self._templates: list[str] = []
         self._words: list[str] = []
         self._previous: list[str] = []
+        self._before: list[str] = []  # the row before the previous one: questions and answers take turns
         self._seen: set[int] = set()
         self._credit = MAX_CREDIT
+        self._n_label = 0  # words of the row up to its label
+        self._rows: tuple[int, ...] = ()  # the last ones without their labels
         self._is_apart = False  # a blank line stands before this row
 
     def word(self, word: str, template: str) -> None:
@@ -47,6 +52,19 @@ class RowWatcher:
             self._words.append(word)
             self._templates.append(template)
 
+    def _is_new(self, rows: tuple[int, ...]) -> bool:
+        """Whether these rows never stood in this order; two that are the same never count."""
+        key = hash(rows)
+        if key in self._seen or rows[-1] in rows[-2:-1]:
+            return False
+        if len(self._seen) < _MAX_SEEN:
+            self._seen.add(key)
+        return True
+
+    def label(self) -> None:
+        """The words of the line so far are its label."""
+        self._n_label = len(self._words)
+
     def end_line(self) -> bool:
         """The line ends; a blank one ends a list without bullets."""
         words, templates, previous = self._words, self._templates, self._previous
@@ -54,22 +72,27 @@ class RowWatcher:
             self._is_apart = True
             return False
         is_apart, self._is_apart = self._is_apart, False
+        n_label, self._n_label = self._n_label, 0
+        before, self._before = self._before, previous
         self._words, self._templates, self._previous = [], [], templates
+        if not words:
+            self._before = []
         if not words or len(words) > _MAX_WORDS:
             return False
-        is_numbered = words[0].isdecimal()
-        content = hash(tuple(words[is_numbered:]))
-        is_new = content not in self._seen
-        if is_new and len(self._seen) < _MAX_SEEN:
-            self._seen.add(content)
-        beginning = " ".join(words[is_numbered : is_numbered + 8]).lstrip(" .):")
-        if len(words) != len(previous) or not is_new or doubts(beginning) or _STEP.match(beginning):
+        n_label = max(n_label, words[0].isdecimal())
+        self._rows = (*self._rows[1 - _IN_ORDER :], hash(tuple(words[n_label:])))
+        is_new = self._is_new(self._rows)
+        beginning = " ".join(words[n_label : n_label + 8]).lstrip(" .):")
+        if not is_new or doubts(beginning) or _STEP.match(beginning):
+            return False
+        if not _are_alike(templates, previous) and not _are_alike(templates, before):
             return False
         cost = len(words) * (2 if len(words) >= _LONG else 1) * (2 if is_apart else 1)
         if self._credit < cost:
             return False
-        alike = sum(a == b for a, b in zip(templates, previous, strict=True))
-        if alike < _ALIKE * len(words):
-            return False
         self._credit -= cost
         return True
+
+
+def _are_alike(row: list[str], other: list[str]) -> bool:
+    return len(row) == len(other) and sum(map(eq, row, other)) >= _ALIKE * len(row)

@@ -3,6 +3,8 @@
 Two steps of a reasoning that differ in their numbers and names only have the same template. Code between fences and
 table rows have none, because they repeat for good reasons.
 
+What is in code, a table row or an open bracket is structured: it may repeat for as long as the structure asks.
+
 Does not: know grammar. A name is a capitalised word inside a sentence, or one that was a name there before.
 """
 
@@ -17,24 +19,41 @@ _WORD = re.compile(r"[A-Za-z]{1,32}(?:'[a-z]{1,8})?|\d{1,24}(?:\.\d{1,24})?|```|
 _OPEN = re.compile(r"[A-Za-z0-9'.`]*\Z")
 _REACH = 50  # no word above reads further than this, so what begins earlier is decided
 _SENTENCE_ENDS = frozenset('.?!:;\n*"-([{$')
+_BULLETS = frozenset("-*•#>")
+_OPENING = frozenset("([{")
+_CLOSING = frozenset(")]}")
 _MAX_NAMES = 512
 
 
 class TemplateReader:
     """Feed text; `feed` yields each completed word's template: "0", "A", a lower-case word, or a mark.
 
-    word: the last word as written. begins_line: whether it is its line's first. n_lines: line ends so far.
+    word: the last word as written.
+    is_label: whether it may number its line: only bullets and at most one word stand before it ("3.", "- Step 3:").
+    n_lines: line ends so far.
     """
 
     def __init__(self) -> None:
         self._open = ""  # the beginning of a word that may go on
         self._previous = "\n"
         self.word = ""
-        self.begins_line = False
+        self.is_label = False
         self.n_lines = 0
+        self._n_before = 0  # words of the line so far; a mark that is no bullet counts as two
+        self._n_open = 0  # brackets open since the last blank line
         self._is_code = False
         self._is_table = False
         self._names: dict[str, None] = {}
+
+    @property
+    def is_code(self) -> bool:
+        """Whether the last word stands between code fences."""
+        return self._is_code
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether the last word stands in code, a table row or an open bracket."""
+        return self._is_code or self._is_table or self._n_open > 0
 
     def feed(self, text: str) -> Iterator[str]:
         """Take the next piece."""
@@ -54,14 +73,23 @@ class TemplateReader:
 
     def _template(self, word: str) -> str | None:
         previous, self._previous = self._previous, word
-        self.word, self.begins_line = word, previous == "\n"
+        self.word, self.is_label = word, self._n_before < 2
         if word == "```":
             self._is_code = not self._is_code
             return None
         if word == "\n":
             self.n_lines += 1
+            self._n_before = 0
             self._is_table = False
+            if previous == "\n":
+                self._n_open = 0
             return None
+        if word not in _BULLETS:
+            self._n_before += 1 if word[0].isalnum() else 2
+        if word in _OPENING:
+            self._n_open += 1
+        elif word in _CLOSING:
+            self._n_open = max(0, self._n_open - 1)
         if word == "|" and previous == "\n":
             self._is_table = True
         if self._is_code or self._is_table:

@@ -1,0 +1,130 @@
+"""Good texts of regular shape raise no alarm, and texts without end that bring nothing new raise one in time.
+
+regular_texts.jsonl holds 224 good ones (matrices, tables, code, number sequences, proofs by cases, songs, Chinese,
+logs): id, origin and text, and the question where it bounds how long the text may be.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from splices import PIECE
+
+from qwq_mlx.reasoning.loops import Loop, LoopDetector
+
+Cutter = Callable[[str], tuple[Sequence[int], Sequence[str]]]
+DATA = Path(__file__).parent / "regular_texts.jsonl"
+REGULAR = [json.loads(row) for row in DATA.read_text(encoding="utf-8").splitlines()]
+EMOJI = [chr(0x1F600 + at) for at in range(25)]
+WORDS = ("then", "so", "thus", "we", "check", "again", "this", "result", "is", "right", "the", "case")
+HAN = ("然后", "所以", "因此", "我们", "再", "检查", "一遍", "这个", "结果", "是", "对", "的")
+PHRASES = ("Check the condition again.", "Verify the last result.", "Look at the base case.")
+
+
+def by_words(text: str) -> tuple[list[int], list[str]]:
+    ids = dict[str, int]()
+    pieces = PIECE.findall(text)
+    return [ids.setdefault(piece, len(ids)) for piece in pieces], pieces
+
+
+@pytest.fixture(params=["words", "tokens"])
+def cut(request: pytest.FixtureRequest) -> Cutter:
+    """Word-like pieces, and the tokens of Qwen2.5 where its tokenizer is at hand."""
+    if request.param == "words":
+        return by_words
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer.from_file(str(request.getfixturevalue("shared") / "qwq/tokenizer/tokenizer.json"))
+
+    def by_tokens(text: str) -> tuple[list[int], list[str]]:
+        encoded = model.encode(text, add_special_tokens=False)
+        ends = [end for _, end in encoded.offsets]
+        return encoded.ids, [text[a:b] if b > a else "" for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+    return by_tokens
+
+
+def first_loop(ids: Sequence[int], texts: Sequence[str], question: str = "") -> tuple[int, Loop] | None:
+    """The number of tokens at the first report, and the report."""
+    detector = LoopDetector(question=question)
+    for n_tokens, (token_id, text) in enumerate(zip(ids, texts, strict=True), 1):
+        loop = detector.feed(token_id, text)
+        if loop is not None:
+            return n_tokens, loop
+    return None
+
+
+def test_no_regular_text_raises_an_alarm(cut: Cutter) -> None:
+    alarms = {}
+    for row in REGULAR:
+        loop = first_loop(*cut(row["text"]), question=row.get("question", ""))
+        if loop is not None:
+            alarms[row["id"]] = loop
+    assert alarms == {}
+    assert len(REGULAR) >= 200
+
+
+def draws(words: Sequence[str], n: int, between: str) -> str:
+    rng = random.Random(1)
+    return between.join(rng.choice(words) for _ in range(n))
+
+
+ENDLESS = {
+    "1. Adjective": "\n".join(f"{n}. Adjective" for n in range(1, 400)),
+    "Step N: Check the number.": "\n".join(f"Step {n}: Check the number." for n in range(1, 400)),
+    "- **Step N:** the same": "\n".join(f"- **Step {n}:** Check it again." for n in range(1, 400)),
+    "one of three phrases": "\n".join(f"{n}. {phrase}" for n, phrase in enumerate(draws(PHRASES, 300, "|").split("|"))),
+    "25 emoji": draws(EMOJI, 800, " "),
+    "25 emoji, one a line": draws(EMOJI, 800, "\n"),
+    "12 words": draws(WORDS, 800, " "),
+    "12 words in Chinese": draws(HAN, 800, ""),
+    "one word": "hello " * 400,
+    "one line of a poem": "春天的风吹过田野，花儿开放。\n" * 60,
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_text_without_end_and_without_news_is_found_within_400_tokens(cut: Cutter, name: str) -> None:
+    before = "We look for a pattern in the list and note what repeats.\n\n"
+    n_before = len(cut(before)[0])
+    loop = first_loop(*cut(before + ENDLESS[name]))
+    assert loop is not None
+    assert loop[0] - n_before <= 400
+    assert loop[1].kind in ("cycle", "variants")
+
+
+@pytest.mark.parametrize("text", ["0" * 4000, "[" + "0, " * 2000, "0 0 0 0 0 0 0 0\n" * 300, "| | | | |\n" * 300])
+def test_numbers_and_cells_without_end_are_found_later_than_sentences_but_within_2_200_tokens(text: str) -> None:
+    loop = first_loop(*by_words(text))
+    assert loop is not None
+    assert loop[1].kind == "cycle"
+    assert 500 < loop[0] < 2200
+
+
+@pytest.mark.parametrize("between", ["", " "])
+def test_digits_in_no_order_on_one_line_are_found_after_1_024_tokens(between: str) -> None:
+    loop = first_loop(*by_words(draws("0123456789", 4000, between)))
+    assert loop is not None
+    assert loop[1].kind == "variants"
+    assert loop[0] == 1025
+    assert loop[1].evidence == "the last 1,025 tokens are numbers and marks on one line, in no order"
+
+
+@pytest.mark.parametrize(
+    ("question", "n_tokens"),
+    [("Write the digit 0 for ever.", 515), ("Write 1,000 zeros.", 1003), ("The sum is 10^999999?", 515)],
+)
+def test_the_largest_number_in_the_question_says_how_long_a_number_may_be(question: str, n_tokens: int) -> None:
+    loop = first_loop(*by_words("0" * 3000), question=question)
+    assert loop is not None
+    assert loop[0] == n_tokens
+
+
+def test_code_and_open_brackets_are_no_sentences_but_a_blank_line_ends_them() -> None:
+    line = "print(total)\n"
+    for text, is_soon in ((f"```\n{line * 60}", False), (line * 60, True), ("\\[ x = 3 \\]\n\n" * 40, True)):
+        loop = first_loop(*by_words(text))
+        assert (loop is not None) == is_soon
