@@ -124,6 +124,10 @@ BLOCKS: tuple[Words, ...] = (
          "The last code block; of JSON its answer.", ("```\n42\n```\nThat is all.", "42")),
     Rule("total", 1.0, unmarked.total,
          "What its last line calls the total.", ("- April: 48\n- May: 24\n- Total: 72", "72")),
+    Rule("lines in brackets", 1.0, unmarked.in_brackets,
+         "Several lines in brackets that are closed at the end.", ("[[1, 0],\n[0, 1]]", "[[1, 0],\n[0, 1]]")),
+    Rule("cut in brackets", 0.5, unmarked.cut_in_brackets,
+         "A line of something in brackets that goes on.", ("[[0, 0, 0],", "[[0, 0, 0],")),
     Rule("list", 0.8, unmarked.all_items,
          "Parts, bullets or a table of at most 600 characters.", ("(a) 3\n(b) 5", "(a) 3\n(b) 5")),
 )  # fmt: skip

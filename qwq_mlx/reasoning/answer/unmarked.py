@@ -21,12 +21,14 @@ __all__ = [
     "all_items",
     "code_block",
     "counted",
+    "cut_in_brackets",
     "equated_formulas",
     "equated_number",
     "equation_of_numbers",
     "few_words",
     "first_line",
     "formula_alone",
+    "in_brackets",
     "in_tags",
     "joined_formulas",
     "json_answer",
@@ -90,6 +92,25 @@ def open_box(text: str) -> str | None:
     box = re.search(r"\\?f?boxed ?\{([^\n]{1,200})\s*$", text)
     is_open = box is not None and box[1].count("{") >= box[1].count("}")
     return (re.sub(r"\s*(?:\\[\])]|\$+)\s*$", "", box[1]).strip() or None) if box and is_open else None
+
+
+def in_brackets(text: str) -> str | None:
+    """Several lines in brackets that are closed at the end and not before, such as the rows of a matrix."""
+    lines = lines_of(text)
+    whole = "\n".join(lines)
+    is_open = all(_n_open("\n".join(lines[:at])) > 0 for at in range(1, len(lines)))
+    return whole if len(lines) > 1 and is_open and not _n_open(whole) and whole[0] in "([{" else None
+
+
+def cut_in_brackets(text: str) -> str | None:
+    """Lines of which the first ends with an open bracket or a comma and leaves a bracket open: something goes on."""
+    lines = lines_of(text)
+    goes_on = bool(lines) and lines[0].endswith(("(", "[", "{", ",")) and _n_open(lines[0]) > 0
+    return "\n".join(lines)[:_BLOCK] if goes_on else None
+
+
+def _n_open(text: str) -> int:
+    return sum(map(text.count, "([{")) - sum(map(text.count, ")]}"))
 
 
 def code_block(text: str) -> str | None:

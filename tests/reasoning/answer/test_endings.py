@@ -60,3 +60,10 @@ def test_the_score_shows_held_out_endings_only_where_asked(tmp_path: Path, repos
         assert sum(part["missed"] for part in parts.values()) == len(texts)
     assert shown[()] == {row["text"] for row in rows if not is_held_out(row)}
     assert shown[("--show-held-out",)] == set(texts)
+
+
+@pytest.mark.parametrize("line", ["[[0, 0, 0, 0, 0, 0, 0, 0],", "[", "{2, 3, 5,", "f(x,", "dp = [0, 0, 0,"])
+@pytest.mark.parametrize("is_ended", [True, False])
+def test_one_line_of_something_in_brackets_that_goes_on_is_never_sure(line: str, is_ended: bool) -> None:
+    text = f"The rest is zero.\n\n**Final Answer**\n\n{line}\n"
+    assert read({"id": "", "text": text, "prompt": None, "answer": None, "is_ended": is_ended}).confidence <= 0.5
