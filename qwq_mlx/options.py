@@ -213,6 +213,15 @@ class Thinking:
     on_loop: what to do when the text loops: "answer" asks for the answer, "stop" ends the run, "nudge" goes back before
       the loop and draws with a higher temperature for a while, "off" does not look.
 
+    What an alarm may cost: the answer, where the text would have come to it; after the cue the model answers from what
+    stands there. Of 266 recorded outputs of QwQ-32B-Preview that ended, one has an alarm (at token 1,807, for an
+    approach that it really repeats eight times), of 224 regular texts such as matrices and tables none.
+
+    What waiting costs, in tokens from the loop's start: a sentence three repetitions and 48 tokens; numbered lines and
+    words drawn at random 110 to 310; numbers, cells and code, which repeat for good reasons, three repetitions and 512
+    to 2,048; digits in no order 1,024. Without an action a loop costs all that is left of max_tokens, and no answer.
+    So the default is "answer"; for long tables or lists that are asked for, "off" is safer.
+
     >>> trace = reasoner.generate("How many r in strawberry.", thinking=qwq_mlx.Thinking(think_tokens=10))
     >>> trace.finish_reason, trace.injections[0].text.strip()
     ('budget', '**Final Answer**')
