@@ -214,7 +214,7 @@ class Thinking:
       the loop and draws with a higher temperature for a while, "off" does not look.
 
     What an alarm may cost: the answer, where the text would have come to it; after the cue the model answers from what
-    stands there. Of 266 recorded outputs of QwQ-32B-Preview that ended, one has an alarm (at token 1,807, for an
+    stands there. Of 266 recorded outputs of QwQ-32B-Preview that ended, one has an alarm (at token 1,624, for an
     approach that it really repeats eight times), of 224 regular texts such as matrices and tables none.
 
     What waiting costs, in tokens from the loop's start: a sentence three repetitions and 48 tokens; numbered lines and

@@ -137,6 +137,7 @@ class LoopDetector:
             words_limit=options.words_limit,
         )
         self._n_data = 0  # tokens since the last word outside of code, table and brackets
+        self._last_char = ""  # a word may lie in several tokens
         self._n_data_line = 0  # of them, those of a line that is none of these
         self._line: list[str] = []
         self._line_chars = 0
@@ -205,7 +206,9 @@ class LoopDetector:
         """Numbers, cells and code since the last sentence. A blank line ends a table, a matrix or a number."""
         is_code = self._variants.is_code
         is_structured = self._variants.is_structured
-        is_prose = not text or ("\n\n" in text and not is_code) or (not is_structured and _PROSE.search(text))
+        has_word = not is_structured and _PROSE.search(self._last_char + text) is not None
+        is_prose = not text or ("\n\n" in text and not is_code) or has_word
+        self._last_char = text[-1:]
         self._n_data = 0 if is_prose else self._n_data + 1
         is_line = not is_prose and not is_structured and "\n" not in text and not self._variants.is_counting
         self._n_data_line = self._n_data_line + 1 if is_line else 0
