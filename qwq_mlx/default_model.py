@@ -42,13 +42,15 @@ class Choice:
 
 
 def choose_model(named: str | Path | None, environment: Mapping[str, str] | None = None) -> Choice:
-    """The folder of the model to run. named: the folder that the user named, or None.
+    """The folder of the model to run.
 
-    Raises LoadError where nothing is named and the package has no pocket checkpoint.
+    named: what the user named: a folder, or a repository (by name or address) in the Hub's cache; or None.
+    Raises LoadError for a repository that the cache does not have, and where nothing is named and the package has no
+    pocket checkpoint.
     """
     environment = os.environ if environment is None else environment
     if named is not None:
-        return Choice(folder=Path(named))
+        return Choice(folder=_named_folder(named))
     from_environment = environment.get(_VARIABLE)
     if from_environment:
         return Choice(folder=Path(from_environment), note=f"model: {from_environment} (from ${_VARIABLE})")
@@ -71,6 +73,23 @@ def ready_model(named: str | Path | None, note: Callable[[str], None] = lambda t
         note(f"converting the pocket model to 4 bits, once: {choice.folder}")
         _convert(choice.source, choice.folder)
     return choice.folder
+
+
+def _named_folder(named: str | Path) -> Path:
+    """A folder as it is; a repository's name or address becomes its snapshot in the Hub's cache."""
+    if not isinstance(named, str) or os.path.lexists(named):
+        return Path(named)
+    from qwq_mlx.files.hub.repository import cached_snapshot, parse_repository  # here: it takes a third of a second
+
+    repository = parse_repository(named)
+    if repository is None:
+        return Path(named)
+    if cached := cached_snapshot(*repository):
+        return cached[0]
+    raise LoadError(
+        f"{named}: there is no such folder, and the Hub's cache has no such model. Give the folder of a model, or "
+        f"fetch a finished conversion first: hf download {repository[0]}"
+    )
 
 
 def _convert(source: Path, folder: Path) -> None:

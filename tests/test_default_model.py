@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_json
+from huggingface_hub import constants
 
 from qwq_mlx import default_model
 from qwq_mlx.default_model import Choice, choose_model, ready_model, user_cache_folder
@@ -35,7 +36,23 @@ def conversion(folder: Path, model: ModelFacts, *, is_quantized: bool = True) ->
 
 
 def test_a_named_model_wins_without_a_word(package: Path) -> None:
-    assert choose_model("some/where", {"QWQ_MLX_MODEL": "other"}) == Choice(folder=Path("some/where"))
+    assert choose_model("./some/where", {"QWQ_MLX_MODEL": "other"}) == Choice(folder=Path("some/where"))
+
+
+@pytest.mark.parametrize("named", ["acme/tiny", "https://huggingface.co/acme/tiny", "hf://acme/tiny"])
+def test_a_repository_in_the_cache_is_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    snapshot = tmp_path / "hub" / "models--acme--tiny" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    write_json(snapshot / "config.json", {})
+    (tmp_path / "hub" / "models--acme--tiny" / "refs").mkdir()
+    (tmp_path / "hub" / "models--acme--tiny" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    assert choose_model(named).folder == snapshot
+    with pytest.raises(LoadError, match=r"the Hub's cache has no such model\..*: hf download acme/big"):
+        choose_model(named.replace("tiny", "big"))
+    (tmp_path / "acme" / "tiny").mkdir(parents=True)
+    assert choose_model("acme/tiny").folder == Path("acme/tiny")
 
 
 def test_the_environment_comes_next_and_is_said(package: Path) -> None:
@@ -129,7 +146,7 @@ def test_the_pocket_is_made_ready_once_and_a_race_is_no_error(
 def test_every_command_tells_which_model_it_took(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QWQ_MLX_MODEL", raising=False)
     told: list[str] = []
-    assert ready_model("some/where", told.append) == Path("some/where")
+    assert ready_model("./some/where", told.append) == Path("some/where")
     assert told == []
     folder = conversion(package.parent / "conversions" / "a", QWQ_32B_PREVIEW)
     assert ready_model(None, told.append) == folder

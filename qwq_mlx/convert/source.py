@@ -103,23 +103,26 @@ class Origin:
 
 @contextmanager
 def open_origin(source: str | Path, *, revision: str | None, unfinished: tuple[str, str] | None) -> Iterator[Origin]:
-    """Open a folder, or a repository by its name where no folder has it.
+    """Open a folder, or a repository by its name or address where no folder has it.
 
     revision: branch, tag or commit of a repository. unfinished: repository and commit of a conversion to go on with;
     without a revision its commit is taken again, though the branch may have moved meanwhile.
     Raises OptionError, SourceError.
     """
-    from qwq_mlx.files.hub.repository import Hub, cached_snapshot, is_repository_name
+    from qwq_mlx.files.hub.repository import Hub, cached_snapshot, parse_repository
 
-    is_name = isinstance(source, str) and is_repository_name(source) and not os.path.lexists(source)
-    if not is_name:
+    named = parse_repository(source) if isinstance(source, str) and not os.path.lexists(source) else None
+    if named is None:
         if revision is not None:
             raise OptionError(
                 f"revision is {revision!r}, which only a repository of the Hub has, but {source} is a folder."
             )
         yield _local(Path(source))
         return
-    repository = str(source)
+    repository, named_revision = named
+    if named_revision is not None and revision not in (None, named_revision):
+        raise OptionError(f"revision is {revision!r}, but {source} names {named_revision!r}. Give one of the two.")
+    revision = revision or named_revision
     if revision is None and unfinished is not None and unfinished[0] == repository:
         revision = unfinished[1]
     if _is_offline():

@@ -141,13 +141,14 @@ def _report(options: argparse.Namespace) -> str:
 
 def _model(options: argparse.Namespace) -> tuple[ModelFolder | ModelShape, str]:
     """What to plan, and its name."""
+    from qwq_mlx.default_model import choose_model
     from qwq_mlx.facts import QWQ_32B_PREVIEW
     from qwq_mlx.model.folder import open_model_folder
     from qwq_mlx.model.memory.plan import shape_of_facts, shape_of_recipe
     from qwq_mlx.quant.recipe import load_recipe
 
     if options.model is not None:
-        return open_model_folder(options.model), options.model
+        return open_model_folder(choose_model(options.model).folder), options.model
     if options.recipe is not None:
         recipe = load_recipe(options.recipe)
         return shape_of_recipe(QWQ_32B_PREVIEW, recipe), f"{QWQ_32B_PREVIEW.name}, recipe {recipe.name}"

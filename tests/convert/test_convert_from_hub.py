@@ -83,6 +83,15 @@ def test_a_dry_run_fetches_no_shard_and_writes_nothing(server: HubServer, tmp_pa
     assert plans[0].fetched_bytes == sum(sizes[-2:])
 
 
+def test_an_address_converts_as_its_repository(server: HubServer, tmp_path: Path) -> None:
+    plans = []
+    for address in (f"https://huggingface.co/{NAME}", f"hf://{NAME}@main"):
+        convert_checkpoint(address, tmp_path / "out", dry_run=True, on_plan=plans.append)
+    assert {plan.origin.repository for plan in plans} == {NAME}
+    with pytest.raises(OptionError, match=r"revision is 'main', but hf://.* names 'v1'"):
+        convert_checkpoint(f"hf://{NAME}@v1", tmp_path / "out", revision="main", dry_run=True)
+
+
 def test_kept_sources_are_a_checkpoint_that_converts_again(server: HubServer, tmp_path: Path) -> None:
     convert_checkpoint(NAME, tmp_path / "out", keep_source=True)
     convert_checkpoint(tmp_path / "out.source", tmp_path / "again")

@@ -36,7 +36,7 @@ from qwq_mlx.files.hub.download import Fetcher, RemoteFile
 from qwq_mlx.files.hub.retry import Attempts, RetryableError, RetryPolicy, retry_after_s
 from qwq_mlx.files.json_object import read_json_object
 
-__all__ = ["Hub", "Snapshot", "cached_snapshot", "is_repository_name"]
+__all__ = ["Hub", "Snapshot", "cached_snapshot", "is_repository_name", "parse_repository"]
 
 _SMALL_SUFFIXES = (".json", ".txt", ".jinja", ".md")
 _SMALL_NAMES = ("LICENSE", "NOTICE")
@@ -44,6 +44,7 @@ _MAX_SMALL_BYTES = 64 << 20
 _MAX_FILE_BYTES = 1 << 40
 _FIRST_BYTES = 256 << 10  # a shard's header in one request: QwQ's largest has 6 KB
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_URL = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)([^/]+/[^/@]+)(?:(?:/tree/|@)([^/@]+))?/?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -70,6 +71,17 @@ class Snapshot:
 def is_repository_name(text: str) -> bool:
     """Whether a text has the form "owner/name" of a repository; a local folder of that name should go first."""
     return _NAME.fullmatch(text) is not None and ".." not in text and "--" not in text
+
+
+def parse_repository(text: str) -> tuple[str, str | None] | None:
+    """Repository and revision that a name or an address means, or None for a text that is neither.
+
+    >>> parse_repository("https://huggingface.co/Qwen/QwQ-32B-Preview/tree/main")
+    ('Qwen/QwQ-32B-Preview', 'main')
+    """
+    address = _URL.fullmatch(text)
+    name, revision = (address[1], address[2]) if address else (text, None)
+    return (name, revision) if is_repository_name(name) else None
 
 
 def cached_snapshot(repository: str, revision: str | None = None) -> tuple[Path, str] | None:

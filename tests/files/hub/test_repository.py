@@ -16,7 +16,7 @@ from hub_server import Blob, Handler, HubServer, Repository, Request, Waits
 
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.checkpoint import open_checkpoint
-from qwq_mlx.files.hub.repository import Hub, cached_snapshot, is_repository_name
+from qwq_mlx.files.hub.repository import Hub, cached_snapshot, is_repository_name, parse_repository
 from qwq_mlx.files.hub.retry import RetryPolicy
 
 NAME = "Qwen/QwQ-Tiny"
@@ -147,6 +147,28 @@ def test_it_finds_endpoint_and_token_where_huggingface_hub_does(
 )
 def test_repository_names_are_told_from_paths(text: str, is_name: bool) -> None:
     assert is_repository_name(text) is is_name
+
+
+@pytest.mark.parametrize(
+    ("text", "repository"),
+    [
+        ("a/b", ("a/b", None)),
+        ("https://huggingface.co/a/b", ("a/b", None)),
+        ("https://huggingface.co/a/b/", ("a/b", None)),
+        ("https://huggingface.co/a/b/tree/v1", ("a/b", "v1")),
+        ("http://hf.co/a/b", ("a/b", None)),
+        ("hf://a/b", ("a/b", None)),
+        ("hf://a/b@v1", ("a/b", "v1")),
+        ("https://huggingface.co/datasets/a/b", None),
+        ("https://huggingface.co/a", None),
+        ("https://example.com/a/b", None),
+        ("https://huggingface.co/../b", None),
+        ("https://huggingface.co/a/b?c", None),
+        ("./a/b", None),
+    ],
+)
+def test_an_address_means_its_repository(text: str, repository: tuple[str, str | None] | None) -> None:
+    assert parse_repository(text) == repository
 
 
 def fault(code: int, body: bytes = b"", *, what: str = "api", times: int = 10**9, **headers: str) -> Any:
