@@ -144,6 +144,8 @@ def load_reasoner(command: Command, limits: Limits, *, warns_of_template: bool =
 
     folder = ready_model(command.options.model, command.note)
     reasoner = load(folder, limits=limits, force=command.options.force)
+    for line in reasoner.model.warnings:
+        command.warn(f"warning: {line}")
     warning = template_warning(reasoner.model.tokenizer.chat_template)
     if warning is not None and warns_of_template:
         command.note(f"warning: {warning}")

@@ -49,6 +49,7 @@ class LoadedModel:
     stop_ids: ids that end a text, from generation_config.json, config.json and the tokenizer together.
     compute_type: what activations, scales and biases are computed in. weights: in words, for people.
     weights_bytes: of the folder's tensors on disk. packed: how its matrices are packed, by path.
+    warnings: what of the folder was ignored or is linked from elsewhere, in sentences.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class LoadedModel:
     weights: str
     weights_bytes: int
     packed: Mapping[str, Packing]
+    warnings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -99,6 +101,7 @@ def load_model(folder: str | Path, *, compute_type: ComputeType | None = None) -
         weights=files.weights,
         weights_bytes=files.checkpoint.tensor_bytes,
         packed=files.packed,
+        warnings=files.checkpoint.warnings,
     )
 
 

@@ -123,8 +123,8 @@ def test_an_odd_source_gives_the_bytes_of_the_plain_one(
         assert warnings == ()
     assert sorted(tensors(tmp_path / "out").items()) == sorted(_tensors_of(plain_bytes, tmp_path).items())
     verify_full(tmp_path / "out")
-    load_model(tmp_path / "out")
-    load_model(source)
+    assert load_model(tmp_path / "out").warnings == ()
+    assert load_model(source).warnings == open_checkpoint(source).warnings
 
 
 def _tensors_of(raw: bytes, tmp_path: Path) -> Tensors:
