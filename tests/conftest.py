@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from checkpoints import write_tiny_checkpoint
 
+from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 _LOOPBACK = ("127.", "::1", "localhost")
 
@@ -58,6 +60,20 @@ def shared() -> Path:
     if not (folder / "qwq" / "FACTS.md").is_file():
         pytest.skip("needs the optional material in ../shared beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def official_tokenizer(shared: Path) -> Any:
+    """QwQ-32B-Preview's tokenizer as transformers reads it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(shared / "qwq" / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(shared: Path) -> LoadedTokenizer:
+    """QwQ-32B-Preview's tokenizer as this package reads it."""
+    return load_tokenizer(shared / "qwq" / "tokenizer", vocab_size=152_064)
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,9 @@ import threading
 from types import TracebackType
 from typing import Any, TextIO
 
-from tqdm.std import tqdm
-
 __all__ = ["ProgressBar"]
 
 _TERMINAL_S, _FILE_S = 0.1, 10.0  # between two lines: on a terminal, where one replaces the other, and in a file
-
-tqdm.monitor_interval = 0  # no thread that looks for bars that stand still
-tqdm.set_lock(threading.RLock())  # its own lock is one of processes, which starts another one on macOS
 
 
 class ProgressBar:
@@ -70,6 +65,10 @@ class ProgressBar:
                 self._bar = None
 
     def _begin(self, label: str, n_total: int | None, n_before: int) -> None:
+        from tqdm.std import tqdm
+
+        tqdm.monitor_interval = 0  # no thread that looks for bars that stand still
+        tqdm.set_lock(self._lock)  # its own lock is one of processes, which starts another one on macOS
         every_s = _TERMINAL_S if self._is_terminal else _FILE_S
         self._label = label
         self._bar = tqdm(

@@ -25,8 +25,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadedTokenizer:
 
 
 @pytest.fixture(scope="module")
-def real(shared: Path) -> LoadedTokenizer:
-    return load_tokenizer(shared / "qwq" / "tokenizer", vocab_size=152_064)
+def real(real_tokenizer: LoadedTokenizer) -> LoadedTokenizer:
+    return real_tokenizer
 
 
 def reference(tokenizer: LoadedTokenizer, ids: list[int]) -> str:

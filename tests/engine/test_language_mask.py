@@ -17,7 +17,7 @@ from qwq_mlx.engine.logits_processors.penalties import LogitBias
 from qwq_mlx.errors import OptionError
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.stream import Stream
-from qwq_mlx.model.tokenizer import load_tokenizer
+from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
 from qwq_mlx.options import Limits, Sampling, Thinking
 from qwq_mlx.reasoning.scripts import scripts_of
 from qwq_mlx.trace.trace import Trace
@@ -31,8 +31,8 @@ _QUOTED = re.compile(
 
 
 @pytest.fixture(scope="module")
-def real(shared: Path) -> Pieces:
-    return Pieces(load_tokenizer(shared / "qwq" / "tokenizer", vocab_size=152_064))
+def real(real_tokenizer: LoadedTokenizer) -> Pieces:
+    return Pieces(real_tokenizer)
 
 
 @pytest.fixture(scope="module")

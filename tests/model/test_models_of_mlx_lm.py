@@ -11,9 +11,9 @@ import mlx.core as mx
 import pytest
 from checkpoints import write_tiny_checkpoint
 from commands import ENVIRONMENT
-from mlx_lm.generate import generate_step
 
 from qwq_mlx.model.load import load_model
+from qwq_mlx.model.upstream import import_mlx_lm
 
 pytestmark = pytest.mark.tiny
 
@@ -107,6 +107,7 @@ def test_a_model_of_mlx_lm_gives_its_greedy_ids(models: tuple[Path, dict[str, li
     folder, ids = models
     with mx.stream(mx.cpu):
         module = load_model(folder / name, compute_type="bfloat16").module
+        generate_step = import_mlx_lm("mlx_lm.generate").generate_step
         ours = [int(token) for token, _ in generate_step(mx.array(PROMPT), module, max_tokens=N_IDS)]
     assert len(ours) == N_IDS
     assert ours == ids[name]

@@ -32,26 +32,27 @@ def tiny(tiny_checkpoint: Path) -> LoadedTokenizer:
 
 
 @pytest.fixture(scope="module")
-def real(shared: Path) -> LoadedTokenizer:
-    return load_tokenizer(shared / "qwq" / "tokenizer", vocab_size=152_064)
+def real(real_tokenizer: LoadedTokenizer) -> LoadedTokenizer:
+    return real_tokenizer
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_ids_are_those_of_the_official_template(tiny_checkpoint: Path, messages: list[dict[str, str]]) -> None:
-    check_against_transformers(tiny_checkpoint, messages, vocab_size=320)
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    check_against_transformers(theirs, load_tokenizer(tiny_checkpoint, vocab_size=320), messages)
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-def test_real_ids_are_those_of_the_official_template(shared: Path, messages: list[dict[str, str]]) -> None:
-    check_against_transformers(shared / "qwq" / "tokenizer", messages, vocab_size=152_064)
+def test_real_ids_are_those_of_the_official_template(
+    official_tokenizer: Any, real: LoadedTokenizer, messages: list[dict[str, str]]
+) -> None:
+    check_against_transformers(official_tokenizer, real, messages)
 
 
-def check_against_transformers(folder: Path, messages: list[dict[str, str]], *, vocab_size: int) -> None:
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(folder)
+def check_against_transformers(theirs: Any, tokenizer: LoadedTokenizer, messages: list[dict[str, str]]) -> None:
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    tokenizer = load_tokenizer(folder, vocab_size=vocab_size)
     assert prompt_ids(tokenizer, messages, context=32_768) == expected
     if len(messages) == 1:
         assert prompt_ids(tokenizer, messages[0]["content"], context=32_768) == expected
