@@ -487,7 +487,7 @@ def test_every_flag_reaches_the_code_it_names(
             raise _ReachedError(values | given)
 
         tokenizer = SimpleNamespace(chat_template=None)
-        return SimpleNamespace(stream=stream, model=SimpleNamespace(tokenizer=tokenizer))
+        return SimpleNamespace(stream=stream, model=SimpleNamespace(tokenizer=tokenizer, warnings=()))
 
     monkeypatch.setattr("qwq_mlx.generate.reasoner.load", fake_load)
     given = ["-p", "x", "--model", "m", *flag]
