@@ -10,20 +10,24 @@ Does not: read input, print, or shorten a conversation that has outgrown the con
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from qwq_mlx.errors import OptionError, SourceError
+from qwq_mlx.errors import OptionError, PromptError, SourceError
 from qwq_mlx.files.atomic import write_file
+from qwq_mlx.files.json_dataclass import FieldError, from_json_value
+from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.generate.stream import Stream
-from qwq_mlx.model.prompt import ROLES, conversation, prompt_ids
+from qwq_mlx.model.prompt import conversation, prompt_ids
 from qwq_mlx.options import Limits, Sampling, Thinking
 
 __all__ = ["Conversation", "Turn"]
 
 _SCHEMA = 1
+_MAX_BYTES = 64 << 20  # 32,768 tokens of text take less than 1 MB
+_ADVICE = "Give a file that /save wrote."
 _ANY = 1 << 31  # a context that nothing is too long for
 
 
@@ -152,13 +156,8 @@ class Conversation:
         Raises SourceError, or PromptError where the context does not hold it up to its last question; this one is then
         as before.
         """
-        try:
-            value = json.loads(path.read_bytes())
-        except OSError as error:
-            raise SourceError(f"{path}: cannot be read ({error.strerror}). Give a file that /save wrote.") from error
-        except ValueError as error:
-            raise SourceError(f"{path}: not JSON ({error}). Give a file that /save wrote.") from error
-        system_prompt, messages = _checked(value, path)
+        saved = _read(path)
+        system_prompt, messages = saved.system_prompt, [asdict(message) for message in saved.messages]
         asked = messages[: -1 if messages and messages[-1]["role"] == "assistant" else None]
         if asked:  # the last answer may have filled the context, and /retry and /back still work then
             tokenizer = self.reasoner.model.tokenizer
@@ -183,12 +182,34 @@ class Conversation:
         return run
 
 
-def _checked(value: Any, path: Path) -> tuple[str | None, list[dict[str, str]]]:
-    if not isinstance(value, dict) or value.get("schema_version") != _SCHEMA:
-        raise SourceError(f"{path}: is no saved conversation of schema {_SCHEMA}. Give a file that /save wrote.")
-    system_prompt, messages = value.get("system_prompt"), value.get("messages")
-    is_text = system_prompt is None or isinstance(system_prompt, str)
-    roles = [each.get("role") if isinstance(each, dict) else None for each in messages or ()]
-    if not is_text or not isinstance(messages, list) or not set(roles) <= set(ROLES):
-        raise SourceError(f"{path}: the messages cannot be read; the file is damaged or edited. Save it again.")
-    return system_prompt, conversation(messages) if messages else []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Message:
+    """One turn of a saved conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Saved:
+    """The file of a conversation."""
+
+    schema_version: int
+    system_prompt: str | None
+    messages: tuple[_Message, ...]
+
+
+def _read(path: Path) -> _Saved:
+    """A saved conversation, checked. Raises SourceError naming file, field, found and expected."""
+    value = read_json_object(path, limit_bytes=_MAX_BYTES, advice=_ADVICE)
+    if value.get("schema_version") != _SCHEMA:
+        raise SourceError(
+            f"{path}: schema_version is {value.get('schema_version')!r}, expected {_SCHEMA}, a conversation. {_ADVICE}"
+        )
+    try:
+        saved = from_json_value(value, _Saved)
+        if saved.messages:
+            conversation([asdict(message) for message in saved.messages])
+    except (FieldError, PromptError) as error:
+        raise SourceError(f"{path}: {error}. {_ADVICE}") from error
+    return saved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -167,10 +168,15 @@ def test_a_conversation_is_saved_and_loaded(reasoner: Reasoner, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not JSON"),
-        ("[]", "is no saved conversation of schema 1"),
-        ('{"schema_version": 1, "system_prompt": 3, "messages": []}', "the messages cannot be read"),
-        ('{"schema_version": 1, "system_prompt": null, "messages": [{"role": "tool"}]}', "the messages cannot be read"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "holds a JSON list, expected an object"),
+        ('{"schema_version": 2}', "schema_version is 2, expected 1, a conversation"),
+        ('{"schema_version": 1, "system_prompt": 3, "messages": []}', "system_prompt is 3, expected a text"),
+        (
+            '{"schema_version": 1, "system_prompt": null, "messages": [{"role": "tool", "content": "x"}]}',
+            r"messages\[0\]\.role is 'tool', expected one of 'system', 'user'",
+        ),
     ],
 )
 def test_a_file_that_is_no_conversation_is_refused(text: str, message: str, reasoner: Reasoner, tmp_path: Path) -> None:
@@ -178,8 +184,11 @@ def test_a_file_that_is_no_conversation_is_refused(text: str, message: str, reas
     talk = talk_with(reasoner)
     with pytest.raises(SourceError, match=message):
         talk.load(tmp_path / "talk")
-    with pytest.raises(SourceError, match="cannot be read"):
+    with pytest.raises(SourceError, match="there is no such file"):
         talk.load(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceError, match="is not a regular file"):
+        talk.load(tmp_path / "pipe")
 
 
 def test_the_saved_file_is_plain_json(reasoner: Reasoner, tmp_path: Path) -> None:
