@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from qwq_mlx.errors import OptionError, SourceError
+from qwq_mlx.files.json_dataclass import from_json_value
 
 __all__ = [
     "CUE_PATIENCE",
@@ -307,12 +308,12 @@ def _values(options: Sampling | Limits | Thinking) -> dict[str, Any]:
 def from_json(settings: Mapping[str, Any], *, where: str) -> Settings:
     """What `to_json` wrote of all three. Raises SourceError where something else stands there."""
     try:
-        kept: list[dict[str, Any]] = [
-            {field: tuple(value) if isinstance(value, list) else value for field, value in settings[name].items()}
-            for name in _KINDS
-        ]
-        sampling, limits, thinking = kept
-        bias = {int(token_id): float(value) for token_id, value in sampling.pop("logit_bias").items()}
-        return Sampling(**sampling, logit_bias=bias), Limits(**limits), Thinking(**thinking)
+        sampling = settings["sampling"]
+        bias = {token_id: float(value) for token_id, value in sampling["logit_bias"].items()}
+        return (
+            from_json_value({**sampling, "logit_bias": bias}, Sampling),
+            from_json_value(settings["limits"], Limits),
+            from_json_value(settings["thinking"], Thinking),
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(f"{where}: the settings cannot be read ({error}). The file is damaged or edited.") from error

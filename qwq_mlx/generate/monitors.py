@@ -5,10 +5,11 @@ Does not: act on a loop (`run` does), or find one (`reasoning.loops` does).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from qwq_mlx.generate.checkpoint.state import LoopEvent, SwitchEvent
 from qwq_mlx.reasoning.loops import Loop, LoopDetector, LoopScores
 from qwq_mlx.reasoning.scripts import ScriptWatcher
 from qwq_mlx.trace.trace import Step
@@ -59,11 +60,11 @@ class Monitors:
         self._replay(steps, n_seen=len(steps))
         self.events = [each for each in self.events if each["event"] == "loop" or each["end"] <= len(steps)]
 
-    def dump(self) -> tuple[dict[str, Any], ...]:
-        """The events so far."""
-        return tuple(self.events)
+    def dump(self) -> tuple[LoopEvent | SwitchEvent, ...]:
+        """The events so far, as a saved run has them."""
+        return tuple(LoopEvent(**each) if each["event"] == "loop" else SwitchEvent(**each) for each in self.events)
 
-    def load(self, events: Iterable[Mapping[str, Any]], steps: Sequence[Step]) -> None:
+    def load(self, events: Iterable[LoopEvent | SwitchEvent], steps: Sequence[Step]) -> None:
         """Take over a saved run's events and steps.
 
         A switch in a line that had not ended is left out: the line goes on, and tells it at its end.
@@ -71,7 +72,7 @@ class Monitors:
         asked_at = next((step.index for step in steps if step.is_injected), len(steps))
         self._replay(steps, n_seen=asked_at)
         line = self._scripts.line_start
-        self.events = [dict(each) for each in events if each["event"] == "loop" or each["start"] < line]
+        self.events = [asdict(each) for each in events if each.event == "loop" or each.start < line]
 
     def _replay(self, steps: Sequence[Step], *, n_seen: int) -> None:
         """Take steps whose events are known. n_seen: of them those that the loop detector looked at."""

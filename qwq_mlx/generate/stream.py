@@ -20,9 +20,9 @@ from qwq_mlx.files.output_file import lies_in
 from qwq_mlx.generate.checkpoint.file import model_digest, write_checkpoint
 from qwq_mlx.generate.checkpoint.inspected_steps import inspected_steps, with_inspected
 from qwq_mlx.generate.checkpoint.state import RunState, state_json
+from qwq_mlx.generate.finish import failure_of, trace_of
 from qwq_mlx.generate.request import PrefillProgress, Request
 from qwq_mlx.generate.running import Running, advance
-from qwq_mlx.generate.stopping import failure_of, trace_of
 from qwq_mlx.model.device import wired
 from qwq_mlx.trace.trace import Step, Trace
 

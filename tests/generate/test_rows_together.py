@@ -10,9 +10,9 @@ import pytest
 from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.generate.finish import trace_of
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.running import Running, advance
-from qwq_mlx.generate.stopping import trace_of
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
 from qwq_mlx.trace.trace import Trace

@@ -97,7 +97,7 @@ class RunState:
     question: str
     steps: tuple[tuple[int, float | None, float | None, bool], ...]
     injections: tuple[Injection, ...]
-    events: tuple[Mapping[str, Any], ...]
+    events: tuple[LoopEvent | SwitchEvent, ...]
     asking: tuple[FinishReason, int] | None
     nudges: tuple[int, int]
     capacities: tuple[int, ...] = ()
@@ -119,10 +119,8 @@ class RunState:
                 raise FieldError(
                     f"steps[{place}]", shown((logprob, entropy)), "a log-probability for every token that was drawn"
                 )
-        for event in self.events:
-            places = {name: value for name, value in event.items() if name in ("start", "end", "at")}
-            if any(value < 0 for value in places.values()):
-                raise FieldError("events", shown(places), "places in the output")
+        if any(event.start < 0 or event.end < 0 for event in self.events):
+            raise FieldError("events", shown(self.events), "places in the output")
         if not 0 <= self.n_shown <= n_steps:
             raise FieldError("n_shown", str(self.n_shown), f"0 to {n_steps}, the tokens there are")
         if self.is_due and (not self.steps or self.steps[-1][3]):
@@ -144,7 +142,7 @@ class RunState:
             self,
             steps=self.steps[:at],
             injections=tuple(each.until(at, texts) for each in self.injections if each.start < at),
-            events=tuple(each for each in self.events if each["end"] <= at),
+            events=tuple(each for each in self.events if each.end <= at),
             asking=None,
             nudges=(0, 0),
             finish_reason=None,
@@ -159,7 +157,11 @@ class RunState:
         A loop that a nudge took back may lie behind the end, and stays written down.
         """
         seen = None if self.seen is None else replace(self.seen, rows=self.seen.rows[:n_steps])
-        events = (each for each in self.events if each["end"] <= n_steps or each.get("action") == "nudge")
+        events = (
+            each
+            for each in self.events
+            if each.end <= n_steps or (isinstance(each, LoopEvent) and each.action == "nudge")
+        )
         return replace(
             self,
             steps=self.steps[:n_steps],
@@ -181,9 +183,6 @@ def read_state(value: Any, *, path: Path) -> RunState:
         if isinstance(value, dict) and value.get("seen") == {}:
             value = {**value, "seen": None}
         state = from_json_value(value, RunState)
-        for place, event in enumerate(state.events):
-            kind = SwitchEvent if event.get("event") == "switch" else LoopEvent
-            from_json_value(event, kind, where=f"events[{place}]")
         _check_settings(state.settings, path)
     except FieldError as error:
         raise SourceError(f"{path}: {error}. {_ADVICE}") from error

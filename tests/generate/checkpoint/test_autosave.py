@@ -24,8 +24,8 @@ from qwq_mlx.generate import __main__ as command
 from qwq_mlx.generate.checkpoint import file as checkpoint
 from qwq_mlx.generate.checkpoint.autosave import Autosave
 from qwq_mlx.generate.checkpoint.file import read_checkpoint
+from qwq_mlx.generate.finish import failure_of
 from qwq_mlx.generate.reasoner import Reasoner, load
-from qwq_mlx.generate.stopping import failure_of
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.options import Limits, Sampling, Thinking
 from qwq_mlx.trace.trace import Trace

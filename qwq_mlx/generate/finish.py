@@ -70,7 +70,7 @@ def trace_of(run: Run, *, timings: Timings, peak_bytes: int) -> Trace:
         injections=tuple(injections),
         timings=timings,
         peak_bytes=peak_bytes,
-        events=run.monitors.dump(),
+        events=tuple(run.monitors.events),
         settings=request.settings,
         model={
             "name": request.model.name,
