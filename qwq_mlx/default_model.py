@@ -59,14 +59,15 @@ def choose_model(named: str | Path | None, environment: Mapping[str, str] | None
     return _pocket(environment)
 
 
-def ready_model(named: str | Path | None, note: Callable[[str], None] = lambda text: None) -> Path:
+def ready_model(named: str | Path | Choice | None, note: Callable[[str], None] = lambda text: None) -> Path:
     """The folder of the model to run, there and whole; the pocket model is converted first where that is needed.
 
-    named: the folder that the user named, or None. note: shows a line that says which model it is where none was named,
-    and one before a conversion. Two processes at once: the one that comes second uses what the first made.
+    named: as `choose_model` takes it, or what that returned.
+    note: shows a line that says which model it is where none was named, and one before a conversion.
+    Two processes at once: the one that comes second uses what the first made.
     Raises LoadError where there is no model or the cache folder cannot be written, and what a conversion raises.
     """
-    choice = choose_model(named)
+    choice = named if isinstance(named, Choice) else choose_model(named)
     if choice.note:
         note(choice.note)
     if choice.source is not None:

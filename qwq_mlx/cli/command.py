@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwq_mlx.cli.signals import Interruption, silence
-from qwq_mlx.errors import DiskFullError, OptionError, QwqError
+from qwq_mlx.errors import DiskFullError, OptionError, QwqError, SavingError
 
 if TYPE_CHECKING:
+    from qwq_mlx.default_model import Choice
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.options import Limits
 
@@ -60,6 +61,12 @@ class Command:
         """Show an error; returns the exit code."""
         self.warn(f"error: {text}")
         return code
+
+    def fail_stdout(self, error: OSError) -> int:
+        """Show that stdout takes no more, which nothing can be written to from then on; returns the exit code."""
+        silence(sys.stdout.fileno())
+        unshown = SavingError(f"stdout: cannot be written ({error.strerror}). Make room, or send it elsewhere.", error)
+        return self.fail(str(unshown), unshown.exit_code)
 
     def with_flags(self, text: str) -> str:
         """A text of the library with this command's flags: `max_tokens` -> --max-tokens, `force=True` -> --force."""
@@ -123,26 +130,28 @@ def run_command(
         except BrokenPipeError:  # whoever read our output has left, which is their right
             silence(sys.stdout.fileno())
             return 0
-        except OSError as error:  # of stdout: whoever writes a file says what became of it
-            silence(sys.stdout.fileno())
-            code = DiskFullError.exit_code if DiskFullError.is_meant_by(error) else QwqError.exit_code
-            where = error.filename or "stdout"
-            return command.fail(
-                f"{where}: cannot be written ({error.strerror}). Make room, or send it elsewhere.", code
-            )
+        except OSError as error:
+            if error.filename is not None or not DiskFullError.is_meant_by(error):
+                raise  # whoever writes a file says what became of it; stdout has no name
+            return command.fail_stdout(error)
         except KeyboardInterrupt:
             if line := interrupted(options):
                 command.warn(line)
             return interruption.exit_code or 130
 
 
-def load_reasoner(command: Command, limits: Limits, *, warns_of_template: bool = True) -> Reasoner:
-    """The model of --model, or the default one, which a line says. Raises what `qwq_mlx.load` raises."""
+def load_reasoner(
+    command: Command, limits: Limits, *, choice: Choice | None = None, warns_of_template: bool = True
+) -> Reasoner:
+    """The model of --model, or the default one, which a line says. choice: where it was chosen already.
+
+    Raises what `qwq_mlx.load` raises.
+    """
     from qwq_mlx.default_model import ready_model
     from qwq_mlx.generate.reasoner import load
     from qwq_mlx.model.template import template_warning
 
-    folder = ready_model(command.options.model, command.note)
+    folder = ready_model(choice or command.options.model, command.note)
     reasoner = load(folder, limits=limits, force=command.options.force)
     for line in reasoner.model.warnings:
         command.warn(f"warning: {line}")

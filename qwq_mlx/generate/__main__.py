@@ -18,7 +18,8 @@ from qwq_mlx.cli.command import Command, add_output, load_reasoner, make_parser,
 from qwq_mlx.cli.generate_flags import RunOptions, add_limits, add_sampling, run_options
 from qwq_mlx.cli.signals import silence
 from qwq_mlx.cli.terminal import batch_progress, prefill_progress, settings_line, show, summary_line
-from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, SavingError
+from qwq_mlx.default_model import Choice, choose_model
+from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError
 from qwq_mlx.files.output_file import check_output_files
 
 if TYPE_CHECKING:
@@ -120,10 +121,11 @@ def _batch(command: Command, asked: RunOptions) -> int:
     from qwq_mlx.generate.question_file.results import Results
 
     options, interruption = command.options, command.interruption
-    check_output_files({"output": options.output}, inputs=[options.input], folders=_kept_clean(options))
+    choice = choose_model(options.model)
+    check_output_files({"output": options.output}, inputs=[options.input], folders=[choice.folder])
     questions = read_questions(Path(options.input), system_prompt=options.system_prompt)
     with Results(Path(options.output)) as results:
-        reasoner = load_reasoner(command, asked.limits)
+        reasoner = load_reasoner(command, asked.limits, choice=choice)
         from qwq_mlx.generate.question_file.runner import QuestionFile
 
         batch = QuestionFile(
@@ -138,50 +140,45 @@ def _batch(command: Command, asked: RunOptions) -> int:
         interruption.run = batch
         try:
             with batch_progress(is_shown=not command.is_quiet) as progress:
-                stand = batch.work(progress)
+                reached = batch.work(progress)
         finally:
             interruption.run = None
-    if batch.is_stopped and stand.n_done < stand.n_total:
+    if batch.is_stopped and reached.n_done < reached.n_total:
         command.warn(
-            f"interrupted: {stand.n_done:,} of {stand.n_total:,} are in {options.output}; run it again to go on"
+            f"interrupted: {reached.n_done:,} of {reached.n_total:,} are in {options.output}; run it again to go on"
         )
         return interruption.exit_code
-    if stand.n_failed:
-        text = f"{options.output}: {stand.n_failed:,} questions were not answered; see their 'error'."
-        if not stand.n_out_of_memory:
+    if reached.n_failed:
+        text = f"{options.output}: {reached.n_failed:,} questions were not answered; see their 'error'."
+        if not reached.n_out_of_memory:
             return command.fail(text, 1)
-        text += f" Memory ran out in {stand.n_out_of_memory:,}: make room and run it again, which tries those again."
+        text += f" Memory ran out in {reached.n_out_of_memory:,}: make room and run it again, which tries those again."
         return command.fail(text, OutOfMemoryError.exit_code)
     return 0
 
 
-def _kept_clean(options: argparse.Namespace) -> list[Path]:
-    """The folder of the model that will run, where nothing is written."""
-    from qwq_mlx.default_model import choose_model
-
-    return [choose_model(options.model).folder]
-
-
 def _generate(command: Command, prompt: str | None, asked: RunOptions) -> int:
-    options, folders = command.options, _kept_clean(command.options)
-    check_output_files({"save": options.save, "receipt": options.receipt}, inputs=[], folders=folders)
+    options, choice = command.options, choose_model(command.options.model)
+    check_output_files({"save": options.save, "receipt": options.receipt}, inputs=[], folders=[choice.folder])
     check_output_files({"receipt": options.receipt}, inputs=[options.resume])
     if options.save is None:
-        return _answer(command, prompt, asked, None)
+        return _answer(command, prompt, asked, choice, None)
     from qwq_mlx.generate.checkpoint.autosave import Autosave
 
-    with Autosave(Path(options.save), every=options.save_every, warn=command.warn) as keeper:
-        return _answer(command, prompt, asked, keeper)
+    with Autosave(Path(options.save), every=options.save_every, warn=command.warn) as autosave:
+        return _answer(command, prompt, asked, choice, autosave)
 
 
-def _answer(command: Command, prompt: str | None, asked: RunOptions, keeper: Autosave | None) -> int:
+def _answer(command: Command, prompt: str | None, asked: RunOptions, choice: Choice, autosave: Autosave | None) -> int:
     from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.model.prompt import conversation
 
     options, interruption = command.options, command.interruption
     if prompt is not None:
         conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
-    reasoner = load_reasoner(command, asked.limits, warns_of_template=prompt is not None)  # a saved run has its prompt
+    reasoner = load_reasoner(  # a saved run has its prompt
+        command, asked.limits, choice=choice, warns_of_template=prompt is not None
+    )
     from qwq_mlx.generate.checkpoint.autosave import keep_unasked, way_on
 
     bar = ProgressBar(unit="tokens", is_shown=command.shows_progress)
@@ -192,21 +189,21 @@ def _answer(command: Command, prompt: str | None, asked: RunOptions, keeper: Aut
     command.note(settings_line(run))
     try:
         with bar:
-            show(keeper.steps(run) if keeper is not None else run, sys.stdout, is_silent=options.json)
+            show(autosave.steps(run) if autosave is not None else run, sys.stdout, is_silent=options.json)
         trace = run.trace()
         if options.json:
             _print_json(trace)
         sys.stdout.flush()
     except GenerationError as error:
-        return _failed(error, run, keeper, command)
+        return _failed(error, run, autosave, command)
     except OSError as error:
-        return _unshown(error, run, keeper, command)
+        return _unshown(error, run, autosave, command)
     finally:
         interruption.run = None
-    if keeper is not None and (trace.is_resumable or trace.can_be_asked):
+    if autosave is not None and (trace.is_resumable or trace.can_be_asked):
         run.save(options.save)
         command.warn(way_on(trace, options.save))
-    elif keeper is None and _is_kept_unasked(trace, command):
+    elif autosave is None and _is_kept_unasked(trace, command):
         keep_unasked(run, command.warn)
     if options.receipt is not None:
         reasoner.receipt(trace).save(options.receipt)
@@ -247,35 +244,32 @@ def _is_kept_unasked(trace: Trace, command: Command) -> bool:
     return trace.finish_reason in ("interrupted", "context_full") and bool(trace.ids) and not command.options.no_save
 
 
-def _failed(error: GenerationError, run: Stream, keeper: Autosave | None, command: Command) -> int:
+def _failed(error: GenerationError, run: Stream, autosave: Autosave | None, command: Command) -> int:
     """What was written is kept: in the file of --save, on stdout with --json, and as text it is there already."""
     from qwq_mlx.generate.checkpoint.autosave import keep_unasked
 
     if command.options.json:
         _print_json(run.trace())
     sys.stdout.flush()
-    if keeper is not None and keeper.save(run):
+    if autosave is not None and autosave.save(run):
         command.warn(f"saved: go on with --resume {command.options.save}")
-    if keeper is None and isinstance(error, OutOfMemoryError) and not command.options.no_save and run.trace().ids:
+    if autosave is None and isinstance(error, OutOfMemoryError) and not command.options.no_save and run.trace().ids:
         keep_unasked(run, command.warn)
     return command.fail(command.explain(error), error.exit_code)
 
 
-def _unshown(error: OSError, run: Stream, keeper: Autosave | None, command: Command) -> int:
+def _unshown(error: OSError, run: Stream, autosave: Autosave | None, command: Command) -> int:
     """Stdout takes no more: its reader left, the disk is full, or the terminal was closed. What there is gets saved."""
     from qwq_mlx.generate.checkpoint.autosave import keep_unasked
 
     silence(sys.stdout.fileno())
     exit_code = command.interruption.exit_code
-    if keeper is not None and keeper.save(run):
-        command.warn(f"saved: go on with --resume {keeper.path}")
+    if autosave is not None and autosave.save(run):
+        command.warn(f"saved: go on with --resume {autosave.path}")
     # Ctrl-C also ends the reader of a pipe (| tee), often before the run has come to its end.
-    if keeper is None and exit_code and _is_kept_unasked(run.trace(), command):
+    if autosave is None and exit_code and _is_kept_unasked(run.trace(), command):
         keep_unasked(run, command.warn)
-    if exit_code or isinstance(error, BrokenPipeError):
-        return exit_code
-    unshown = SavingError(f"stdout: cannot be written ({error.strerror}). Make room, or send it elsewhere.", error)
-    return command.fail(str(unshown), unshown.exit_code)
+    return exit_code if exit_code or isinstance(error, BrokenPipeError) else command.fail_stdout(error)
 
 
 if __name__ == "__main__":

@@ -557,10 +557,9 @@ def test_no_file_that_is_somebodys_is_written_and_none_is_found_out_after_the_ru
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("module", ["fit --ram 16", "fit --json", "-p x --max-tokens 3 --temp 0 --no-save"])
-def test_a_full_disk_behind_stdout_is_exit_code_3(tiny_checkpoint: Path, module: str) -> None:
-    generate = [] if module.startswith("fit") else ["generate", "--model", str(tiny_checkpoint)]
-    arguments = [*generate, *module.split()]
+@pytest.mark.parametrize("module", ["fit --ram 16", "fit --json"])
+def test_a_full_disk_behind_stdout_is_exit_code_3(module: str) -> None:
+    arguments = module.split()
     with open("/dev/full", "w") as full:  # noqa: PTH123
         done = subprocess.run(
             [sys.executable, "-W", "error", "-m", f"qwq_mlx.{arguments[0]}", *arguments[1:]],

@@ -418,7 +418,7 @@ def test_the_command_ends_with_5_where_memory_ran_out_and_says_what_to_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     short_of_memory({1})
-    monkeypatch.setattr(command, "load_reasoner", lambda *_: reasoner)
+    monkeypatch.setattr(command, "load_reasoner", lambda *_, **__: reasoner)
     given = f"--input {whole / 'in.jsonl'} --output {tmp_path / 'out'} --seed 5 --temp 1 --max-tokens 6"
     assert command.main(given.split()) == 5
     assert capsys.readouterr().err.splitlines()[-1] == (
