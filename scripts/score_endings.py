@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "reaso
 
 from endings import START, is_held_out, judge, read, read_endings
 
-_SURE = 0.85  # confidence from which on a wrong answer is a fault of its own
+from qwq_mlx.reasoning.answer import SURE
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def score(rows: list[Any], start: str, *, is_shown: bool) -> dict[str, Any]:
     for row in rows:
         split = read(row, start=start)
         verdict = judge(row, split.answer)
-        is_sure = split.confidence >= _SURE
+        is_sure = split.confidence >= SURE
         counts[verdict] += 1
         counts["wrong_at_0.85_and_more"] += verdict == "wrong" and is_sure
         counts["at_0.85_and_more"] += is_sure

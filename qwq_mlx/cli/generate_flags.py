@@ -157,8 +157,8 @@ def _refuse_beside_resume(options: Mapping[str, Any], asked: RunOptions) -> None
     if asked != others or options["prompt"] is not None or options["system_prompt"] is not None:
         raise OptionError(
             "--resume goes on with the settings of the file, so only --model, --max-tokens, --context, --answer-now, "
-            "--save, --save-every, --no-save, --force, --receipt, --json and --quiet can be given beside it. "
-            "Leave the others out, or start a new run."
+            "--ask-answer, --save, --save-every, --no-save, --force, --receipt, --json and --quiet can be given beside "
+            "it. Leave the others out, or start a new run."
         )
 
 

@@ -80,9 +80,10 @@ def summary_line(trace: Trace) -> str:
     timings = trace.timings
     prefill = f" at {timings.prefill_tok_s:,.1f} tok/s" if timings.prefill_tok_s else ""
     decode = f" at {timings.decode_tok_s:,.1f} tok/s" if timings.decode_tok_s else ""
+    asked = f", {trace.asked_tokens:,} to ask for the answer" if trace.asked_tokens else ""
     return (
         f"{trace.finish_reason}: {trace.describe()}; prompt {len(trace.prompt_ids):,} tokens{prefill}, "
-        f"output {len(trace.ids):,} tokens{decode}, peak memory {trace.peak_bytes / 1e9:.2f} GB"
+        f"output {len(trace.ids):,} tokens{decode}{asked}, peak memory {trace.peak_bytes / 1e9:.2f} GB"
     )
 
 

@@ -8,7 +8,8 @@ Does not: decide how many bits are worth it (the caller does; scripts/measure_kv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from qwq_mlx.model.memory.activations import n_positions
 from qwq_mlx.model.memory.plan import KV_GROUP
 from qwq_mlx.model.upstream import import_mlx_lm
 
-__all__ = ["Layer", "filled_cache", "grow", "layer_arrays", "layers_of", "new_cache", "saved_layers"]
+__all__ = ["Layer", "borrowed", "filled_cache", "grow", "layer_arrays", "layers_of", "new_cache", "saved_layers"]
 
 _PARTS = ("codes", "scales", "biases")
 
@@ -82,6 +83,47 @@ def filled_cache(module: Any, layers: Sequence[Layer], kv_bits: int | None = Non
             setattr(each, name, padded[0] if kv_bits is None else padded)
         each.offset = layer.arrays[parts[0]].shape[2]
     return cache
+
+
+@contextmanager
+def borrowed(cache: Sequence[Any], n_ids: int) -> Iterator[None]:
+    """Within it the cache holds its first n_ids positions, and may be fed others; afterwards all that it held before.
+
+    Only the positions behind n_ids are copied. A cache that grew meanwhile has its room from before again, because who
+    attends over the whole room (a quantized cache) rounds otherwise in a larger one.
+    """
+    before = layers_of(cache, cache[0].offset)
+    offset, capacity = cache[0].offset, before[0].capacity
+    tails = [
+        {name: _padded(array[..., n_ids:, :], offset - n_ids + 1) for name, array in layer.arrays.items()}
+        for layer in before
+    ]
+    del before  # views would keep every layer's arrays twice
+    mx.eval(tails)
+    for each in cache:
+        each.trim(offset - n_ids)
+    try:
+        yield
+    finally:
+        for each, tail in zip(cache, tails, strict=True):
+            for name in ("keys", "values"):
+                array_or_parts = getattr(each, name)
+                is_plain = isinstance(array_or_parts, mx.array)
+                parts = {name: array_or_parts} if is_plain else _named(name, array_or_parts)
+                restored = [_restored(array, tail[part], n_ids, capacity) for part, array in parts.items()]
+                setattr(each, name, restored[0] if is_plain else tuple(restored))
+                mx.eval(restored)
+            each.offset = offset
+
+
+def _restored(array: mx.array, tail: mx.array, n_ids: int, capacity: int) -> mx.array:
+    """An array with its tail, which ends in one position of padding, from n_ids on, and the room from before."""
+    n_tail = tail.shape[2] - 1
+    if array.shape[2] != capacity:
+        array = _padded(array[..., : min(array.shape[2], n_ids), :], capacity)
+    if n_tail:
+        array[..., n_ids : n_ids + n_tail, :] = tail[..., :n_tail, :]
+    return array
 
 
 def layer_arrays(layers: Sequence[Layer]) -> dict[str, mx.array]:

@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         help="resume a saved run with its own settings; --max-tokens and --context may be raised",
     )
     add("--answer-now", action="store_true", help="with --resume: ask for the answer now, also in a run that has ended")
+    add(
+        "--ask-answer",
+        action="store_true",
+        help="where the text gives no sure answer, ask the model for it behind the text, which stays as it is",
+    )
     add("--force", action="store_true", help="run even if the memory plan says that it does not fit")
     add(
         "--receipt",
@@ -136,6 +141,7 @@ def _batch(command: Command, asked: RunOptions) -> int:
             limits=asked.limits,
             thinking=asked.thinking,
             system_prompt=options.system_prompt,
+            ask_answer=options.ask_answer,
         )
         interruption.run = batch
         try:
@@ -190,6 +196,8 @@ def _answer(command: Command, prompt: str | None, asked: RunOptions, choice: Cho
     try:
         with bar:
             show(autosave.steps(run) if autosave is not None else run, sys.stdout, is_silent=options.json)
+        if options.ask_answer:
+            run.ask_answer()
         trace = run.trace()
         if options.json:
             _print_json(trace)
@@ -207,7 +215,7 @@ def _answer(command: Command, prompt: str | None, asked: RunOptions, choice: Cho
         keep_unasked(run, command.warn)
     if options.receipt is not None:
         reasoner.receipt(trace).save(options.receipt)
-    if not command.is_quiet or trace.finish_reason not in ("stop", "answered"):
+    if not command.is_quiet or trace.finish_reason not in ("stop", "answered") or trace.asked is not None:
         command.warn(summary_line(trace))
     return interruption.exit_code if trace.finish_reason == "interrupted" else 0
 

@@ -18,7 +18,7 @@ from qwq_mlx.reasoning.answer import Segment
 from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.trace.trace import FinishReason, Step
 
-__all__ = ["BudgetForcing", "PendingCue", "cue_ids"]
+__all__ = ["BudgetForcing", "PendingCue", "box_ids", "cue_ids"]
 
 _PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*$")
 # a full stop behind a digit may be the point of a number
@@ -91,6 +91,15 @@ def cue_ids(tokenizer: LoadedTokenizer, profile: Profile, *, after: str) -> list
 
     The cue is this package's own text, so its tags become control ids, which a user's text never does.
     """
+    return _own_paragraph(tokenizer, profile.cue, after)
+
+
+def box_ids(tokenizer: LoadedTokenizer, profile: Profile, *, after: str, is_closed: bool) -> list[int]:
+    """The same of a cue that opens the answer's box. is_closed: whether a tag has closed the thinking already."""
+    return _own_paragraph(tokenizer, profile.request_for_box(is_closed=is_closed), after)
+
+
+def _own_paragraph(tokenizer: LoadedTokenizer, text: str, after: str) -> list[int]:
     gap = "" if after.endswith("\n\n") else "\n" if after.endswith("\n") else "\n\n"
-    ids: list[int] = tokenizer.hf.backend_tokenizer.encode(gap + profile.cue, add_special_tokens=False).ids
+    ids: list[int] = tokenizer.hf.backend_tokenizer.encode(gap + text, add_special_tokens=False).ids
     return ids

@@ -96,6 +96,7 @@ class Reasoner:
         inspect: Inspect | None = None,
         logits_processors: Sequence[LogitsProcessor] = (),
         progress: PrefillProgress | None = None,
+        ask_answer: bool = False,
     ) -> Trace:
         """Answer a question, or continue messages of {"role", "content"}, to the end.
 
@@ -107,6 +108,7 @@ class Reasoner:
         logits_processors: functions (tokens, logits) -> logits as in mlx-lm, called before all others, in their order.
           tokens is uint32 (n,), prompt and output so far; logits is float32 (1, n_ids), and so is what they return.
         progress: called in prefill with the ids done and their number.
+        ask_answer: ask the model behind its text where that gives no sure answer (`Stream.ask_answer`).
         Raises PromptError or OptionError before any work; GenerationError, whose `.trace` has what was produced.
 
         >>> trace = reasoner.generate("What is 3 + 4?", sampling=qwq_mlx.Sampling(temperature=0))
@@ -125,6 +127,8 @@ class Reasoner:
         )
         for _ in run:
             pass
+        if ask_answer:
+            run.ask_answer()
         return run.trace()
 
     def stream(

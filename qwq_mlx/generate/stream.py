@@ -17,6 +17,7 @@ from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.kv_cache import Layer, filled_cache, layer_arrays
 from qwq_mlx.errors import GenerationError, OptionError, SavingError
 from qwq_mlx.files.output_file import lies_in
+from qwq_mlx.generate.asked_answer import ask
 from qwq_mlx.generate.checkpoint.file import model_digest, write_checkpoint
 from qwq_mlx.generate.checkpoint.inspected_steps import inspected_steps, with_inspected
 from qwq_mlx.generate.checkpoint.state import RunState, state_json
@@ -24,7 +25,8 @@ from qwq_mlx.generate.finish import failure_of, trace_of
 from qwq_mlx.generate.request import PrefillProgress, Request
 from qwq_mlx.generate.running import Running, advance
 from qwq_mlx.model.device import wired
-from qwq_mlx.trace.trace import Step, Trace
+from qwq_mlx.reasoning.answer import SURE
+from qwq_mlx.trace.trace import Asked, Step, Trace
 
 __all__ = ["Stream"]
 
@@ -55,6 +57,7 @@ class Stream:
         self._peak_bytes = 0
         self._has_failed = False
         self._model_sha256 = ""
+        self._asked: Asked | None = None
         self._iterator = self._guarded()
 
     def __iter__(self) -> Iterator[Step]:
@@ -165,8 +168,52 @@ class Stream:
     def trace(self) -> Trace:
         """Everything so far, frozen. Before the end its finish_reason is "interrupted"."""
         return trace_of(
-            self.run, timings=self._running.clock.timings(), peak_bytes=self._peak_bytes or mx.get_peak_memory()
+            self.run,
+            timings=self._running.clock.timings(),
+            peak_bytes=self._peak_bytes or mx.get_peak_memory(),
+            asked=self._asked,
         )
+
+    def ask_answer(self) -> Asked | None:
+        """Ask the model for its answer behind the finished text, where the text gives none of `SURE` confidence (0.85).
+
+        It happens in a fork: ids, text, receipt and saved run stay as they are. The trace has what came of it as
+        `asked`, and as its answer where that is the more probable one. Costs the cue's ids and at most 64 more.
+        Returns None, and does nothing, where the answer is sure or the run was interrupted.
+        Raises OptionError before the end of the run; GenerationError, whose `.trace` has the run.
+
+        >>> cut = qwq_mlx.Limits(max_tokens=60)
+        >>> run = reasoner.stream("How many r in strawberry.", sampling=qwq_mlx.Sampling(temperature=0), limits=cut)
+        >>> for _ in run:
+        ...     pass
+        >>> asked = run.ask_answer()
+        >>> run.trace().answer == asked.answer, run.trace().answer_kind, len(run.trace().ids), asked.n_tokens
+        (True, 'asked', 60, 11)
+        """
+        run, cache = self.run, self._running.row.cache
+        if run.finish is None:
+            raise OptionError("ask_answer: the run is not over. Iterate to its end first, or use `answer_now`.")
+        trace = self.trace()
+        is_sure = trace.answer is not None and trace.confidence >= SURE
+        if is_sure or trace.finish_reason == "interrupted" or not cache or self._has_failed or not run.steps:
+            return None
+        try:
+            with wired(self.request.plan.peak_bytes):
+                self._asked = ask(
+                    self.request,
+                    self._decoder,
+                    cache,
+                    trace.ids,
+                    after=trace.text[-2:],
+                    is_closed=run.output.segment == "answer",
+                    is_stopped=lambda: run.is_stopped,
+                )
+        except GenerationError as error:
+            error.trace = trace
+            raise
+        except (RuntimeError, MemoryError) as error:
+            raise failure_of(error, trace, self.request) from error
+        return self._asked
 
     def _guarded(self) -> Iterator[Step]:
         """The steps with the planned memory wired, and a failure of MLX as a GenerationError that has the trace."""

@@ -49,6 +49,13 @@ class Profile:
         """Whether the thinking stands between tags."""
         return self.close_tag is not None
 
+    def request_for_box(self, *, is_closed: bool) -> str:
+        """Text behind which the answer and a closing brace follow, whatever came before it.
+
+        is_closed: whether a tag has closed the thinking already.
+        """
+        return (self.cue if self.has_tags and not is_closed else "") + "**Final Answer**\n\n\\[ \\boxed{"
+
 
 _PREVIEW = Profile(name="qwq-preview", open_tag=None, close_tag=None, cue="**Final Answer**\n\n")
 _TAGGED = Profile(name="qwq-tagged", open_tag="<think>", close_tag="</think>", cue="</think>\n\n")

@@ -1,7 +1,7 @@
 """The result of a run: a `Step` per token while it goes, a frozen `Trace` of everything at the end.
 
 A Trace is plain data (texts, numbers, tuples), so it goes to JSON and comes back equal; only hidden states, where they
-were asked for, are arrays. The file says which schema it has; another one (1 is refused too) is refused by name instead
+were asked for, are arrays. The file says which schema it has; 2 is read, any other (1 too) is refused by name instead
 of being half read.
 
 Does not: hold a model, or work anything out that the run did not see.
@@ -23,9 +23,10 @@ from qwq_mlx.reasoning.loops import LoopScores
 from qwq_mlx.trace.timings import Timings
 from qwq_mlx.trace.trace_file import read_trace, write_trace
 
-__all__ = ["SCHEMA_VERSION", "Alternative", "FinishReason", "Injection", "Step", "Timings", "Trace"]
+__all__ = ["SCHEMA_VERSION", "Alternative", "Asked", "FinishReason", "Injection", "Step", "Timings", "Trace"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_WITHOUT_ASKED = 2  # the schema before `Trace.asked`, else the same
 
 FinishReason = Literal["stop", "answered", "length", "budget", "loop", "context_full", "interrupted"]
 
@@ -101,6 +102,26 @@ class Injection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the model answered when it was asked behind its finished text. None of it is among the run's ids.
+
+    cue: text that asked; it ends in the brace that opens the answer's box.
+    text: what the model wrote behind it, up to the brace that closes the box.
+    n_tokens: ids that were fed or drawn for it, the cue's included; the run's own count has none of them.
+    answer: content of the box; None where there is none.
+    confidence: product of the probabilities of the answer's ids in the model's own distribution; 0 without an answer.
+    detail: why there is no answer, for people.
+    """
+
+    cue: str
+    text: str
+    n_tokens: int
+    answer: str | None
+    confidence: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
     """All of a finished run.
 
@@ -111,10 +132,11 @@ class Trace:
     texts: what each id let out; joined they are `text`.
     thinking: the first part of the text.
     conclusion: the second part of the text.
-    answer: what was extracted from the conclusion; None where there is none.
-    answer_kind: what it was told by: "heading", "box", "tag", "sentence" ...
+    answer: what was extracted from the conclusion, or what the model said when asked; None where there is none.
+    answer_kind: what it was told by: "heading", "box", "tag", "sentence" ..., or "asked".
     is_revised: the text doubts the answer later.
-    confidence: how sure the reading is, 0 to 1.
+    confidence: how sure the reading is, 0 to 1; of an asked answer its probability, times 0.8 where the
+      text was cut.
     thinking_span: (start, end) in ids.
     conclusion_span: (start, end) in ids; None where there is no conclusion.
     finish_reason: why the run ended, see `describe`.
@@ -132,6 +154,7 @@ class Trace:
     margins: one per id where `Inspect` asked.
     loop_scores: one per id where `Inspect` asked.
     hidden: layer -> (ids, hidden_size) float32 where `Inspect` asked, NaN where injected.
+    asked: what the model said when it was asked (`Stream.ask_answer`); None where it was not.
 
     >>> trace = reasoner.generate("How many r in strawberry.", sampling=qwq_mlx.Sampling(temperature=0))
     >>> trace.answer, trace.answer_kind, trace.confidence
@@ -169,6 +192,7 @@ class Trace:
     margins: tuple[float | None, ...] = ()
     loop_scores: tuple[LoopScores | None, ...] = ()
     hidden: Mapping[int, Any] = field(default_factory=dict, compare=False, repr=False)
+    asked: Asked | None = None
 
     @property
     def is_resumable(self) -> bool:
@@ -186,6 +210,11 @@ class Trace:
         """Whether there is no answer, or none that is more likely right than wrong."""
         return self.answer is None or self.confidence < _UNSURE
 
+    @property
+    def asked_tokens(self) -> int:
+        """Ids that were fed or drawn to ask for the answer; `ids` has none of them."""
+        return 0 if self.asked is None else self.asked.n_tokens
+
     def describe(self) -> str:
         """Why the run ended, the answer and how sure it is, and how to continue where that makes sense.
 
@@ -199,12 +228,15 @@ class Trace:
             shown = self.answer if len(self.answer) <= _SHOWN else self.answer[: _SHOWN - 1] + "…"
             doubted = ", doubted afterwards" if self.is_revised else ""
             unsure = "unsure " if self.is_unsure else ""
-            answer = f"{unsure}answer {shown!r}{doubted}, confidence {self.confidence:.2f}"
+            was_asked = "asked for behind the text, " if self.answer_kind == "asked" else ""
+            answer = f"{unsure}answer {shown!r}{doubted}, {was_asked}confidence {self.confidence:.2f}"
         return "; ".join(part for part in (why, answer, self._way_on()) if part)
 
     def _way_on(self) -> str | None:
         """How to continue. Without a saved file, a text that the model ended without an answer is drawn again up to
         shortly before its end, and the answer asked for there."""
+        if self.asked is not None and self.finish_reason == "stop":
+            return f"asked behind the text: {self.asked.detail}" if self.asked.detail else None
         can_ask = self.is_unsure and not self.injections
         if self.finish_reason == "stop" and self.is_unsure:
             n_tokens, seed = max(0, len(self.ids) - 1 - CUE_PATIENCE), self.settings["sampling"].get("seed")
@@ -238,6 +270,8 @@ class Trace:
     @classmethod
     def from_json(cls, value: Any, *, where: str) -> Trace:
         """The Trace again. Raises SourceError for another schema, and fields missing, unknown or of a wrong kind."""
+        if isinstance(value, dict) and value.get("schema_version") == _WITHOUT_ASKED and "asked" not in value:
+            value = {**value, "schema_version": SCHEMA_VERSION, "asked": None}
         if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
             version = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
             raise SourceError(
@@ -259,14 +293,14 @@ class Trace:
     @classmethod
     def load(cls, path: str | Path) -> Trace:
         """Read what `save` wrote, every byte checked. Raises SourceError naming the file and the fault."""
-        fields, tokens, hidden = read_trace(Path(path), schema=SCHEMA_VERSION)
+        fields, tokens, hidden = read_trace(Path(path), schemas=(_WITHOUT_ASKED, SCHEMA_VERSION))
         names = tokens[0].keys() if tokens else _ALWAYS
         for place, token in enumerate(tokens, start=2):
             if token.keys() != names or not _ALWAYS <= names <= _COLUMNS.keys():
                 raise SourceError(f"{path}: line {place:,} has the fields {', '.join(token)}. The file is edited.")
         columns = {many: [token[one] for token in tokens if one in token] for one, many in _COLUMNS.items()}
         text = "".join(map(str, columns["texts"]))
-        trace = cls.from_json({"schema_version": SCHEMA_VERSION, **fields, **columns, "text": text}, where=str(path))
+        trace = cls.from_json({**fields, **columns, "text": text}, where=str(path))
         return dataclasses.replace(trace, hidden=hidden)
 
 

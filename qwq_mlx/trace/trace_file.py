@@ -1,6 +1,6 @@
 """A Trace on disk: JSON lines that anybody can read, one a token, and hidden states beside them in safetensors.
 
-    {"format": "qwq_mlx trace", "schema_version": 2, "n_tokens": 2, ...}   all but the tokens
+    {"format": "qwq_mlx trace", "schema_version": 3, "n_tokens": 2, ...}   all but the tokens
     {"id": 40, "text": "a", "logprob": -0.5, "entropy": 1.25}              one line a token, in order
     {"id": 41, "text": "b", "logprob": -0.1, "entropy": 0.75, "margin": 0.9, "alternatives": [[41, "b", -0.1], ...]}
     {"end": 2, "sha256": "..."}                                            of all bytes before this line
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,8 @@ def write_trace(
         ) from error
 
 
-def read_trace(path: Path, *, schema: int) -> tuple[dict[str, Any], list[dict[str, Any]], dict[int, Any]]:
-    """Fields, tokens and hidden states of a file that `write_trace` wrote, every byte checked.
+def read_trace(path: Path, *, schemas: Collection[int]) -> tuple[dict[str, Any], list[dict[str, Any]], dict[int, Any]]:
+    """Fields with the schema, tokens and hidden states of a file that `write_trace` wrote, every byte checked.
 
     Raises SourceError: it cannot be read, is of another format or schema, torn, damaged or edited, or its arrays are.
     """
@@ -77,10 +77,10 @@ def read_trace(path: Path, *, schema: int) -> tuple[dict[str, Any], list[dict[st
     fields = _object(lines[0], path, 1)
     if fields.pop("format", None) != _FORMAT and "schema_version" not in fields:
         raise SourceError(f"{path}: is no trace of qwq_mlx. Give the file that save() wrote.")
-    version = fields.pop("schema_version", None)
-    if version != schema:
+    version = fields.get("schema_version")
+    if type(version) is not int or version not in schemas:
         raise SourceError(
-            f"{path}: schema_version is {version!r}, expected {schema}. "
+            f"{path}: schema_version is {version!r}, expected {' or '.join(map(str, schemas))}. "
             "Read the trace with the version of qwq_mlx that wrote it."
         )
     last = _object(lines[-2], path, len(lines) - 1) if len(lines) > 2 and not lines[-1] else {}

@@ -69,6 +69,7 @@ class QuestionFile:
         limits: Limits,
         thinking: Thinking,
         system_prompt: str | None = None,
+        ask_answer: bool = False,
     ) -> None:
         self._reasoner = reasoner
         self._questions = questions
@@ -76,11 +77,13 @@ class QuestionFile:
         seed = sampling.seed if sampling.seed is not None else _seed_of(results)
         self._sampling = replace(reasoner.resolved(sampling), seed=seed)
         self._limits, self._thinking, self._system_prompt = limits, thinking, system_prompt
+        self._asks = ask_answer
         self._run_values = {
             "model_sha256": model_digest(reasoner.model.folder),
             "compute_type": reasoner.model.compute_type,
             "settings": to_json(self._sampling, limits, thinking),
             "system_prompt": system_prompt,
+            **({"ask_answer": True} if ask_answer else {}),  # left out where it is off, as in files from before
         }
         self._run: Stream | None = None
         self._progress: Callable[[BatchProgress], None] | None = None
@@ -164,6 +167,8 @@ class QuestionFile:
                 return None
             for step in self._run:
                 self._tick(step.index + 1)
+            if self._asks and not self.is_stopped:
+                self._run.ask_answer()
             trace = self._run.trace()
         except TemplateLimitError:
             raise  # the machine's fault, not the question's: it must not be written down as its answer
@@ -174,7 +179,8 @@ class QuestionFile:
             return result_line(failed, error.trace) if isinstance(error.trace, Trace) else failed
         finally:
             self._run = None
-        return None if trace.finish_reason == "interrupted" else result_line(head, trace)
+        is_cut = trace.finish_reason == "interrupted" or (self._asks and self.is_stopped)
+        return None if is_cut else result_line(head, trace)
 
     def _check(self) -> None:
         """Raises OptionError where lines that are there do not belong to these questions, weights and settings."""

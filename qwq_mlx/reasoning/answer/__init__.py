@@ -12,12 +12,14 @@ True
 from qwq_mlx.reasoning.answer.cues import MAX_LINE, doubts
 from qwq_mlx.reasoning.answer.equivalence import compare, normalise
 from qwq_mlx.reasoning.answer.expression import Formula, NotAFormula, is_same_value
+from qwq_mlx.reasoning.answer.rule import SURE
 from qwq_mlx.reasoning.answer.rules import stated
 from qwq_mlx.reasoning.answer.split import Kind, Segment, Split
 from qwq_mlx.reasoning.answer.splitter import Splitter, extract
 
 __all__ = [
     "MAX_LINE",
+    "SURE",
     "Formula",
     "Kind",
     "NotAFormula",
