@@ -122,8 +122,6 @@ class _Chat:
                 self._take(read_message(read_line, f"[{self._talk.n_left:,} left] > "))
             except EOFError:
                 break
-            except QwqError as error:
-                self._note(f"error: {self._command.explain(error)}")
             except KeyboardInterrupt:
                 if self._interruption.exit_code in _ENDED:
                     return self._interruption.exit_code
@@ -132,11 +130,15 @@ class _Chat:
         return 0
 
     def _take(self, text: str) -> None:
+        """Carry out one message; what is wrong with it is told, and the chat goes on."""
         if not text.strip():
             return
-        line = parse_line(text)
-        action = getattr(self, f"_do_{line.command.removeprefix('/')}") if line.command else self._do_ask
-        action(line.text)
+        try:
+            line = parse_line(text)
+            action = getattr(self, f"_do_{line.command.removeprefix('/')}") if line.command else self._do_ask
+            action(line.text)
+        except QwqError as error:
+            self._note(f"error: {self._command.explain(error)}")
 
     def _do_ask(self, text: str) -> None:
         try:

@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from qwq_mlx.cli.streams import without_marks
+from qwq_mlx.errors import PromptError
+
 __all__ = ["ReadLine", "editing_reader", "has_editing", "plain_reader", "read_message"]
 
 ReadLine = Callable[[str], str]
@@ -21,6 +24,7 @@ ReadLine = Callable[[str], str]
 
 _BLOCK = '"""'
 _MORE = "... "
+_MAX_LINE = 1_000_000  # characters
 
 
 def read_message(read_line: ReadLine, prompt: str) -> str:
@@ -50,15 +54,26 @@ def _read_block(read_line: ReadLine, line: str) -> str:
 
 
 def plain_reader(source: TextIO, prompts: TextIO) -> ReadLine:
-    """Lines of a stream; the prompt is shown on another one."""
+    """Lines of a stream without byte order mark and CR; the prompt is shown on another one.
+
+    The reader raises PromptError for a line of more than a million characters, which a pipe without end may be.
+    """
+    is_first = True
 
     def read_line(prompt: str) -> str:
+        nonlocal is_first
         prompts.write(prompt)
         prompts.flush()
-        line = source.readline()
+        line = source.readline(_MAX_LINE + 2)
         if not line:
             raise EOFError
-        return line.removesuffix("\n")
+        if len(line) > _MAX_LINE + 1:
+            raise PromptError(
+                f"stdin: a line has more than {_MAX_LINE:,} characters, expected one message a line. Send shorter ones."
+            )
+        if is_first:
+            line, is_first = without_marks(line), False
+        return line.removesuffix("\n").removesuffix("\r")
 
     return read_line
 

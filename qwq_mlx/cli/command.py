@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwq_mlx.cli.signals import Interruption, silence
+from qwq_mlx.cli.streams import check_working_folder, open_standard_streams
 from qwq_mlx.errors import DiskFullError, OptionError, QwqError, SavingError
 
 if TYPE_CHECKING:
@@ -117,11 +118,13 @@ def run_command(
     ended at once, "" for none. asks: as `Interruption` takes it. failure_code: for every error; None takes each one's
     own.
     """
+    open_standard_streams()
     options = parser.parse_args(arguments)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")  # type: ignore[union-attr]
     with Interruption(asks=asks) as interruption:
         command = Command(parser, options, interruption)
         try:
+            check_working_folder()
             code = work(command)
             sys.stdout.flush()
             return code

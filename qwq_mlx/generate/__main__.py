@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from qwq_mlx.cli.command import Command, add_output, load_reasoner, make_parser, run_command
 from qwq_mlx.cli.generate_flags import RunOptions, add_limits, add_sampling, run_options
 from qwq_mlx.cli.signals import silence
+from qwq_mlx.cli.streams import read_stdin
 from qwq_mlx.cli.terminal import batch_progress, prefill_progress, settings_line, show, summary_line
 from qwq_mlx.default_model import Choice, choose_model
-from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError
+from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError
 from qwq_mlx.files.output_file import check_output_files
 
 if TYPE_CHECKING:
@@ -108,12 +109,7 @@ def _prompt(options: argparse.Namespace) -> str:
     """The question as it was given; checked for emptiness here, so that no model is loaded for nothing."""
     text: str | None = options.prompt
     if text == "-" or (text is None and not sys.stdin.isatty()):
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise PromptError(
-                f"stdin: byte {error.start:,} is not UTF-8, expected UTF-8 text. Convert it first (iconv)."
-            ) from error
+        text = read_stdin(sys.stdin.buffer)
     if text is None:
         raise OptionError("There is no prompt. Give one with --prompt TEXT, or pipe it in.")
     if not text.strip():

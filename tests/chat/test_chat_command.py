@@ -76,10 +76,10 @@ def test_without_a_terminal_or_prompt_toolkit_lines_are_plain_and_it_is_said(
 ) -> None:
     parser = argparse.ArgumentParser()
     started = Command(parser, parser.parse_args([]), Interruption(asks=False))
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False, readline=lambda: "x\n"))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False, readline=lambda size: "x\n"))
     assert command._reader(started)("> ") == "x"
     assert "stdin is no terminal" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: "y\n"))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True, readline=lambda size: "y\n"))
     monkeypatch.setattr(command, "has_editing", lambda: False)
     assert command._reader(started)("> ") == "y"
     out, err = capsys.readouterr()
