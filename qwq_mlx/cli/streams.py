@@ -33,7 +33,7 @@ def open_standard_streams() -> None:
                 os.dup2(nowhere, descriptor)
                 os.close(nowhere)
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
 
 def check_working_folder() -> None:

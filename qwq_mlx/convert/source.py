@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.checkpoint import Checkpoint, open_checkpoint
 from qwq_mlx.files.header import Header
+from qwq_mlx.files.hub.settings import check_network_settings
 
 if TYPE_CHECKING:
     from qwq_mlx.files.digest import ByteProgress
@@ -150,6 +151,7 @@ def _local(folder: Path) -> Origin:
 
 
 def _is_offline() -> bool:
+    check_network_settings()  # before huggingface_hub reads them
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)

@@ -1,7 +1,8 @@
 """One file over HTTP, by ranges: what a kill or a cut connection leaves is kept, and the end result is checked.
 
 A part on disk is as long as what was fetched, so the next attempt asks for the rest; after a kill nothing is fetched
-twice but what had not reached the file (under 1 MB). The whole is compared with its digest before it gets its name.
+twice but what had not reached the file (one block of the network). The whole is compared with its digest before it
+gets its name.
 A failure that may pass (reset, timeout, 429, 5xx, an error page with code 200) is tried again as `retry` has it; one
 that will not (401, 404) ends at once.
 
@@ -156,7 +157,7 @@ class Fetcher:
                     for block in blocks:
                         sink(block)
                         start += len(block)
-                        attempts.succeeded()
+                        attempts.succeeded(len(block))
                 if start < end:
                     raise RetryableError(f"the connection ended {end - start:,} bytes early")
             except (RetryableError, httpx2.TransportError) as error:
@@ -167,7 +168,7 @@ class Fetcher:
         with self._answer(file.url, start, end) as response:
             skip = _bytes_before(response, file, start)
             n_left = end - start
-            for block in response.iter_raw(_BLOCK_BYTES):
+            for block in response.iter_raw():  # as they come: blocks of one size would drop what a cut leaves of one
                 if skip:
                     block, skip = block[skip:], max(0, skip - len(block))  # noqa: PLW2901
                 if block:
@@ -201,6 +202,11 @@ class Fetcher:
 def _target(response: httpx2.Response) -> str:
     """Where an answer redirects to."""
     location = response.headers.get("location", "")
+    if not location:
+        raise SourceError(
+            f"{response.url}: the server answers {response.status_code} (a redirect) without saying where to. "
+            "Check the endpoint or the network."
+        )
     try:
         target = str(response.url.join(location))
         _origin(target)

@@ -34,6 +34,7 @@ from qwq_mlx.files.digest import ByteProgress
 from qwq_mlx.files.header import Header, read_header_by
 from qwq_mlx.files.hub.download import Fetcher, RemoteFile
 from qwq_mlx.files.hub.retry import Attempts, RetryableError, RetryPolicy, retry_after_s
+from qwq_mlx.files.hub.settings import check_network_settings, check_token, connection_advice
 from qwq_mlx.files.json_object import read_json_object
 
 __all__ = ["Hub", "Snapshot", "cached_snapshot", "is_repository_name", "parse_repository"]
@@ -42,6 +43,7 @@ _SMALL_SUFFIXES = (".json", ".txt", ".jinja", ".md")
 _SMALL_NAMES = ("LICENSE", "NOTICE")
 _MAX_SMALL_BYTES = 64 << 20
 _MAX_FILE_BYTES = 1 << 40
+_MAX_UNCONNECTED = 3  # attempts, 3 s in all: what is refused or unknown before anything was fetched rarely passes
 _FIRST_BYTES = 256 << 10  # a shard's header in one request: QwQ's largest has 6 KB
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _URL = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)([^/]+/[^/@]+)(?:(?:/tree/|@)([^/@]+))?/?")
@@ -99,15 +101,20 @@ def cached_snapshot(repository: str, revision: str | None = None) -> tuple[Path,
 
 
 class Hub:
-    """`with Hub() as hub:` the Hub, or its mirror in HF_ENDPOINT, with the token that huggingface_hub finds."""
+    """`with Hub() as hub:` the Hub, or its mirror in HF_ENDPOINT, with the token that huggingface_hub finds.
+
+    Raises SourceError for a variable of the environment that cannot be honoured.
+    """
 
     def __init__(
         self, *, endpoint: str | None = None, token: str | None = None, retry: RetryPolicy | None = None
     ) -> None:
+        check_network_settings()
         from huggingface_hub import constants, get_token
 
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._token = token or get_token()
+        check_token(self._token, where="The token of huggingface_hub")
         self._retry = retry or RetryPolicy()
         self._fetcher = Fetcher(self._endpoint, token=self._token, retry=self._retry)
 
@@ -228,6 +235,7 @@ class Hub:
         api = HfApi(endpoint=self._endpoint, token=self._token)
         label = repository if revision is None else f"{repository} at {revision}"
         attempts = Attempts(f"{self._endpoint}/{repository}", self._retry)
+        n_unconnected = 0
         while True:
             try:
                 return api.model_info(repository, revision=revision, files_metadata=True, timeout=self._retry.timeout_s)
@@ -258,14 +266,17 @@ class Hub:
                 attempts.failed(
                     RetryableError(f"the server answers {code}", wait_s=retry_after_s(error.response.headers))
                 )
+            except (httpx2.ConnectError, httpx2.ProxyError) as error:
+                n_unconnected += 1
+                if n_unconnected == _MAX_UNCONNECTED:
+                    raise SourceError(
+                        f"{label}: no connection to {self._endpoint} ({error}). {connection_advice(self._endpoint)}"
+                    ) from error
+                attempts.failed(error)
             except httpx2.TransportError as error:
                 attempts.failed(error)
-            except (
-                ValueError,
-                KeyError,
-                TypeError,
-                AttributeError,
-            ) as error:  # an HTML page, or JSON of something else
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                # an HTML page, JSON of something else, or 100,000 brackets
                 attempts.failed(
                     RetryableError(f"the server's answer is no listing of files ({error})", is_wrong_answer=True)
                 )

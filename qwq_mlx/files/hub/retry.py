@@ -1,7 +1,7 @@
 """How long to try again when a server fails, and when to give up.
 
 Time is measured from the last byte that came, not from the start: a slow fetch of 65 GB may take days, a dead one ends
-within a minute.
+within a minute, and so does one that brings less than 1,000 bytes a second over a whole minute.
 
 Does not: make requests.
 """
@@ -19,6 +19,7 @@ __all__ = ["LATER", "Attempts", "RetryPolicy", "RetryableError", "retry_after_s"
 
 LATER = "What was fetched is kept; run the same command again to go on."
 
+_MIN_BYTES_S = 1000  # below the slowest modem; 65 GB would take two years
 _MAX_WRONG_ANSWERS = 3
 _MAX_WAIT_S = 16.0
 _MAX_ASKED_WAIT_S = 600.0
@@ -29,7 +30,8 @@ class RetryPolicy:
     """How long to try.
 
     timeout_s: a connection that gives no byte for so long, in seconds, is closed.
-    give_up_s: so many seconds after the last byte the fetch fails; what a server asks to wait (Retry-After) counts
+    give_up_s: so many seconds after the last byte the fetch fails, and when so many together brought less than 1,000
+        bytes each; what a server asks to wait (Retry-After) counts
         extra, up to 10 minutes.
     wait_s: pause in seconds before the first new attempt; it doubles up to 16 s.
     clock, sleep: what seconds are measured and waited by.
@@ -66,11 +68,22 @@ class Attempts:
 
     def __init__(self, url: str, policy: RetryPolicy) -> None:
         self._url, self._policy, self._n_wrong = url, policy, 0
-        self.succeeded()
+        self._last_byte_s, self._wait_s, self._asked_s = policy.clock(), policy.wait_s, 0.0
+        self._window_s, self._window_bytes = self._last_byte_s, 0  # what the rate is measured over
 
-    def succeeded(self) -> None:
-        """A byte came: time is counted from now."""
+    def succeeded(self, n_bytes: int) -> None:
+        """Bytes came: time is counted from now. Raises SourceError where they come too slowly to ever end."""
         self._last_byte_s, self._wait_s, self._asked_s = self._policy.clock(), self._policy.wait_s, 0.0
+        self._window_bytes += n_bytes
+        seconds = self._policy.clock() - self._window_s
+        if seconds < self._policy.give_up_s:
+            return
+        if self._window_bytes < _MIN_BYTES_S * seconds:
+            raise SourceError(
+                f"{self._url}: only {self._window_bytes:,} bytes came in {seconds:.0f} s, expected at least "
+                f"{_MIN_BYTES_S:,} a second. Try another network or a mirror (HF_ENDPOINT). {LATER}"
+            )
+        self._window_s, self._window_bytes = self._policy.clock(), 0
 
     def failed(self, error: Exception) -> None:
         """Pause before the next attempt. Raises SourceError when there is to be none."""
@@ -79,13 +92,20 @@ class Attempts:
         asked_s = error.wait_s if isinstance(error, RetryableError) else 0.0
         self._asked_s += asked_s
         silent_s = self._policy.clock() - self._last_byte_s
-        is_over = silent_s - self._asked_s > self._policy.give_up_s or self._asked_s > _MAX_ASKED_WAIT_S
-        if is_over or self._n_wrong == _MAX_WRONG_ANSWERS:
-            reason = str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
+        if self._asked_s > _MAX_ASKED_WAIT_S:
+            raise SourceError(
+                f"{self._url}: {reason} and asks to wait {asked_s:,.0f} s more; at most {_MAX_ASKED_WAIT_S:,.0f} s are "
+                f"waited. Run the same command again after that. What was fetched is kept."
+            ) from error
+        if self._n_wrong == _MAX_WRONG_ANSWERS:
+            raise SourceError(f"{self._url}: {reason}, {_MAX_WRONG_ANSWERS} times. {LATER}") from error
+        if silent_s - self._asked_s > self._policy.give_up_s:
             raise SourceError(
                 f"{self._url}: {reason}; gave up after {silent_s:.0f} s without a byte. {LATER}"
             ) from error
         self._policy.sleep(max(self._wait_s, asked_s))
+        self._window_s += asked_s
         self._wait_s = min(2 * self._wait_s, _MAX_WAIT_S)
 
 
