@@ -219,8 +219,9 @@ class Thinking:
     approach that it really repeats eight times), of 224 regular texts such as matrices and tables none.
 
     What waiting costs, in tokens from the loop's start: a sentence three repetitions and 48 tokens; numbered lines and
-    words drawn at random 110 to 310; numbers, cells and code, which repeat for good reasons, three repetitions and 512
-    to 2,048; digits in no order 1,024. Without an action a loop costs all that is left of max_tokens, and no answer.
+    words drawn at random 110 to 310; numbers, cells and code, which repeat for good reasons, 400, or up to 2,048 where
+    rows are long or the question names a number; one number, or digits in groups, 400; numbers with other marks between
+    them on one line 1,024. Without an action a loop costs all that is left of max_tokens, and no answer.
     So the default is "answer"; for long tables or lists that are asked for, "off" is safer.
 
     >>> trace = reasoner.generate("How many r in strawberry.", thinking=qwq_mlx.Thinking(think_tokens=10))

@@ -6,7 +6,8 @@ repeat for good reasons (see `data_margin`). Four small finders, each with const
 behind one door.
 
 Does not: stop or change a run; `generate` chooses what to do. Counting without end is no loop here, nor are rows of
-digits in no order. Periods above 10,922 tokens are not seen, nor loops that put every repetition into new words.
+digits in no order; one line of them is, from 400 tokens on, where the question names no larger number. Periods above
+10,922 tokens are not seen, nor loops that put every repetition into new words.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _NUMBER = re.compile(r"(?<![\d.])\d{1,4}(?![\d.]*\d)")
 _COMMA = re.compile(r"(?<=\d),(?=\d{3}\b)")  # of "1,000"
 _MAX_ASKED = 4096  # a larger number in a question is rarely how often something is to be written
 _MAX_DATA_LINE = 1024  # the steps from 27 down to 1 (3n + 1) are 600 tokens on one line
+_MAX_UNBROKEN = 399  # tokens; 2^1000 has 302 digits, a key of 2,048 bits is about as long in base64
+_UNBROKEN = (re.compile(r"[A-Za-z0-9+/=]+"), re.compile(r"[0-9 ]+"))  # one number or word, and digits in groups
 _BOX = re.compile(r"\\boxed\{([^{}]{1,80})\}")
 _CONCLUSION = re.compile(r"[*#\s]{1,8}(?:the )?final (?:answer|solution)\b", re.I)
 _MAX_SEEN = 20_000  # distinct words and pairs of words remembered
@@ -138,6 +141,7 @@ class LoopDetector:
         )
         self._n_data = 0  # tokens since the last word outside of code, table and brackets
         self._last_char = ""  # a word may lie in several tokens
+        self._n_unbroken = [0, 0]  # tokens of one number or word, and of digits in groups
         self._n_data_line = 0  # of them, those of a line that is none of these
         self._line: list[str] = []
         self._line_chars = 0
@@ -210,21 +214,28 @@ class LoopDetector:
         is_prose = not text or ("\n\n" in text and not is_code) or has_word
         self._last_char = text[-1:]
         self._n_data = 0 if is_prose else self._n_data + 1
+        is_still = not self._variants.is_counting
+        for place, pattern in enumerate(_UNBROKEN):
+            self._n_unbroken[place] = self._n_unbroken[place] + 1 if is_still and pattern.fullmatch(text) else 0
         is_line = not is_prose and not is_structured and "\n" not in text and not self._variants.is_counting
         self._n_data_line = self._n_data_line + 1 if is_line else 0
 
     def _stale(self, variants: Variants | None, index: int) -> Loop | None:
         if "variants" in self._reported:
             return None
-        if self._n_data_line > max(_MAX_DATA_LINE, min(2 * _MAX_DATA_LINE, 4 * self._n_asked)):
-            return Loop(
-                kind="variants",
-                start=index + 1 - self._n_data_line,
-                end=index + 1,
-                period=None,
-                score=self._n_data_line,
-                evidence=f"the last {self._n_data_line:,} tokens are numbers and marks on one line, in no order",
-            )
+        for n_tokens, n_most, what in (
+            (max(self._n_unbroken), _MAX_UNBROKEN, "one number or word"),
+            (self._n_data_line, _MAX_DATA_LINE, "numbers and marks on one line"),
+        ):
+            if n_tokens > max(n_most, min(2 * _MAX_DATA_LINE, 4 * self._n_asked)):
+                return Loop(
+                    kind="variants",
+                    start=index + 1 - n_tokens,
+                    end=index + 1,
+                    period=None,
+                    score=n_tokens,
+                    evidence=f"the last {n_tokens:,} tokens are {what}, in no order",
+                )
         if variants is None:
             return None
         return Loop(

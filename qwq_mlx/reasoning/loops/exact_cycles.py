@@ -19,7 +19,7 @@ from dataclasses import dataclass
 __all__ = ["MAX_PERIOD", "Cycle", "CycleFinder", "data_margin"]
 
 MAX_PERIOD = 10_922
-_DATA_LEAST = 512  # 2^1000 has 302 digits, [0] * 100 is 300 tokens; waiting costs 464 tokens more than for a sentence
+_DATA_LEAST = 400  # ids in all; [0] * 100 is 300 tokens, 1 + 1 + ... to 100 is 397, and a question names what is longer
 _DATA_MOST = 2048  # a grid of 30 by 30 is 1,800 tokens; a longer one is rarer than a loop
 _HISTORY = 32_768
 _LEVELS = tuple((8 << level, min(64, 1 << level)) for level in range(12))  # (k, places between notes)
@@ -35,9 +35,9 @@ def data_margin(period: int, *, n_asked: int = 0) -> int:
     largest number in the question (`n_asked`): "100 digits", "a 20 by 20 grid".
 
     >>> data_margin(1), data_margin(25), data_margin(60), data_margin(2, n_asked=1000)
-    (512, 625, 2048, 2000)
+    (397, 625, 2048, 2000)
     """
-    return min(_DATA_MOST, max(_DATA_LEAST, period * max(period, n_asked)))
+    return min(_DATA_MOST, max(_DATA_LEAST - 3 * period, period * max(period, n_asked)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,8 @@ ENDLESS = {
     "12 words": draws(WORDS, 800, " "),
     "12 words in Chinese": draws(HAN, 800, ""),
     "one word": "hello " * 400,
+    "digits": draws("0123456789", 800, ""),
+    "digits in groups": draws([f"{n:04}" for n in range(0, 10_000, 7)], 400, " "),
     "one line of a poem": "春天的风吹过田野，花儿开放。\n" * 60,
 }
 
@@ -96,26 +98,37 @@ def test_a_text_without_end_and_without_news_is_found_within_400_tokens(cut: Cut
     assert loop[1].kind in ("cycle", "variants")
 
 
-@pytest.mark.parametrize("text", ["0" * 4000, "[" + "0, " * 2000, "0 0 0 0 0 0 0 0\n" * 300, "| | | | |\n" * 300])
+@pytest.mark.parametrize(
+    "text", ["0" * 4000, "[" + "0, " * 2000, "0 0 0 0 0 0 0 0\n" * 300, "| | | | |\n" * 300, "```\n" + "x += 1\n" * 300]
+)
 def test_numbers_and_cells_without_end_are_found_later_than_sentences_but_within_2_200_tokens(text: str) -> None:
     loop = first_loop(*by_words(text))
     assert loop is not None
     assert loop[1].kind == "cycle"
-    assert 500 < loop[0] < 2200
+    assert 380 < loop[0] < 2200
 
 
-@pytest.mark.parametrize("between", ["", " "])
-def test_digits_in_no_order_on_one_line_are_found_after_1_024_tokens(between: str) -> None:
-    loop = first_loop(*by_words(draws("0123456789", 4000, between)))
+@pytest.mark.parametrize(
+    ("letters", "between", "n_tokens", "what"),
+    [
+        ("0123456789", "", 400, "one number or word"),
+        ("0123456789", " ", 400, "one number or word"),
+        ("0123456789abcdefABCDEF+/", "", 400, "one number or word"),
+        ("0123456789", ",", 1025, "numbers and marks on one line"),
+    ],
+)
+def test_digits_and_letters_in_no_order_are_found(letters: str, between: str, n_tokens: int, what: str) -> None:
+    text = draws(letters, 4000, between)
+    loop = first_loop([ord(each) for each in text], list(text))
     assert loop is not None
-    assert loop[1].kind == "variants"
-    assert loop[0] == 1025
-    assert loop[1].evidence == "the last 1,025 tokens are numbers and marks on one line, in no order"
+    assert (loop[0], loop[1].kind) == (n_tokens, "variants")
+    assert loop[1].evidence == f"the last {n_tokens:,} tokens are {what}, in no order"
+    assert first_loop([ord(each) for each in text[:1000]], list(text[:1000]), "Write 1,000 of them.") is None
 
 
 @pytest.mark.parametrize(
     ("question", "n_tokens"),
-    [("Write the digit 0 for ever.", 515), ("Write 1,000 zeros.", 1003), ("The sum is 10^999999?", 515)],
+    [("Write the digit 0 for ever.", 400), ("Write 1,000 zeros.", 1003), ("The sum is 10^999999?", 400)],
 )
 def test_the_largest_number_in_the_question_says_how_long_a_number_may_be(question: str, n_tokens: int) -> None:
     loop = first_loop(*by_words("0" * 3000), question=question)
