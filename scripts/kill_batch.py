@@ -29,9 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qwq_mlx.generate import __main__ as command
 from qwq_mlx.model.upstream import import_mlx_lm
 
-for _module in ("mlx_lm.models.qwen2", "mlx_lm.models.cache"):
-    import_mlx_lm(_module)  # imported here, run only in the children: MLX does not survive a fork once it computed
-
 
 def _start(model: str, source: Path, output: Path) -> int:
     """The command in a child that has all imports already, so that it is killed at work and not while it starts."""
@@ -63,6 +60,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM", "HUP"), default=["KILL"])
     options = parser.parse_args()
+    for module in ("mlx_lm.models.qwen2", "mlx_lm.models.cache"):
+        import_mlx_lm(module)  # imported here, run only in the children: MLX does not survive a fork once it computed
     draw = random.Random(options.seed)
     counts = dict.fromkeys(("kills", "kills_while_answering", "torn_lines", "files", "files_that_differ"), 0)
     with tempfile.TemporaryDirectory() as name:

@@ -38,9 +38,6 @@ from qwq_mlx.generate.reasoner import load  # noqa: E402
 from qwq_mlx.model.upstream import import_mlx_lm  # noqa: E402
 from qwq_mlx.options import Limits, Sampling  # noqa: E402
 
-for _module in ("mlx_lm.models.qwen2", "mlx_lm.models.cache"):
-    import_mlx_lm(_module)  # imported here, run only in the children: MLX does not survive a fork once it computed
-
 _SEED = 4
 _EVERY = 3
 _OUTCOMES = ("went on to the same ids", "were saved at their end already", "OTHER IDS", "A FILE THAT CANNOT BE RESUMED")
@@ -56,6 +53,8 @@ def main() -> int:
     parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM", "HUP", "INT"), default=["KILL"])
     add_budget(parser)
     options = parser.parse_args()
+    for module in ("mlx_lm.models.qwen2", "mlx_lm.models.cache"):
+        import_mlx_lm(module)  # imported here, run only in the children: MLX does not survive a fork once it computed
     tally = Tally(options.budget, every=1).stop_at_interrupt()
     draws = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_tiny_checkpoint
+from checkpoints import CHAT_TEMPLATE, write_tiny_checkpoint
 
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
 
@@ -44,6 +44,27 @@ def quality_only_where_asked() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judge, "SMALL_BYTES", 0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_template_rendered_once() -> Iterator[None]:
+    """A child that renders the tiny checkpoint's template gives the same text for the same messages: start it once."""
+    from qwq_mlx.model import template as module
+
+    render = module._render_in_child
+    texts: dict[str, str] = {}
+
+    def once(template: str, messages: Any, tokens: Any) -> str:
+        if template != CHAT_TEMPLATE:
+            return render(template, messages, tokens)
+        key = repr((messages, tokens))
+        if key not in texts:
+            texts[key] = render(template, messages, tokens)
+        return texts[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_render_in_child", once)
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pty
 import select
@@ -34,9 +35,14 @@ class Stopped:
         self.n_stops += 1
 
 
+@functools.cache
+def stop_ids(model: Path) -> tuple[int, ...]:
+    return tuple(load(model).model.stop_ids)
+
+
 def endless(model: Path, *given: str) -> list[str]:
     """Arguments of a run that only the context ends."""
-    bans = [f"--logit-bias={i}=-inf" for i in load(model).model.stop_ids]
+    bans = [f"--logit-bias={i}=-inf" for i in stop_ids(model)]
     return ["-p", "x", "--model", str(model), "--temp", "0", "--on-loop", "off", *bans, *given]
 
 
