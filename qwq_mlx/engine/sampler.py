@@ -1,8 +1,11 @@
-"""Logits become one id: the kept set, then one draw with a key of its own.
+"""Logits become one id: the kept set, then the largest of log-probability plus Gumbel noise.
 
-Nothing here reads a value back from the device, so the draw of a step is built while the step before still runs. The
-key of draw i is a function of seed and i alone, so a run resumed at i, or one that runs beside others, draws the same
-ids.
+The noise of an id is a function of seed, index and that id alone (a counter-based generator), not of its place in a
+sorted list or of what else is kept. So a seed gives the same ids alone, beside other rows, resumed and forked, and two
+models that agree on the likely ids draw the same one (Daliri, Musco and Suresh, "Coupling without Communication and
+Drafter-Invariant Speculative Decoding").
+
+Nothing here reads a value back from the device, so the draw of a step is built while the step before still runs.
 
 The default order is temperature, top-k, top-p, min-p, as transformers and vLLM do; `order="mlx-lm"` is top-p, min-p,
 top-k, temperature, as mlx-lm does. Top-k comes by partition, so that top-p sorts tens of numbers, not a vocabulary.
@@ -20,11 +23,12 @@ import mlx.core as mx
 from qwq_mlx.errors import OptionError
 from qwq_mlx.options import Sampling
 
-__all__ = ["Sampler", "filtered"]
+__all__ = ["Sampler", "filtered", "gumbel"]
 
 # Ids whose logit equals the k-th are kept too, as transformers does; in bfloat16 a few dozen can be equal.
 _TIES = 64
 _SMALLEST_TEMPERATURE = 1e-30  # below it float32 divides by zero; at it only the largest logit is left
+_SMALLEST_UNIFORM = 1e-10  # about 2**-33, half the step of 32 random bits: a 0 would be infinite noise
 
 
 class Sampler:
@@ -52,8 +56,29 @@ class Sampler:
         if self.sampling.is_greedy:
             return mx.argmax(logits)
         ids, values = filtered(logits, self.sampling)
-        chosen = mx.random.categorical(values, key=self._base + mx.array([0, index], mx.uint32))
+        step_key = mx.random.split(self._base + mx.array([0, index], mx.uint32), 1)[0]
+        chosen = mx.argmax(values + gumbel(step_key, mx.arange(values.size) if ids is None else ids))
         return chosen if ids is None else ids[chosen]
+
+
+def gumbel(key: Any, ids: Any) -> Any:
+    """Standard Gumbel noise of each id, (k,) float32: the same number for an id whatever the others are.
+
+    key: (2,) uint32 of the step. ids: (k,) integers.
+    The number comes from the small end of the uniform one, where float32 has the digits that the largest noise needs.
+
+    >>> import mlx.core as mx
+    >>> key = mx.random.key(7)
+    >>> gumbel(key, mx.array([3, 9]))[1].item() == gumbel(key, mx.array([9]))[0].item()
+    True
+    """
+    keys = mx.stack([mx.broadcast_to(key[0], ids.shape), key[1] + ids.astype(mx.uint32)], axis=-1)
+    uniform = mx.vmap(_uniform)(keys)
+    return -mx.log(-mx.log1p(-mx.maximum(uniform, _SMALLEST_UNIFORM)))
+
+
+def _uniform(key: Any) -> Any:
+    return mx.random.uniform(key=key)
 
 
 def filtered(logits: Any, sampling: Sampling) -> tuple[Any | None, Any]:

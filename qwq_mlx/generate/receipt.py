@@ -34,7 +34,7 @@ from qwq_mlx.trace.trace import Trace
 
 __all__ = ["Receipt", "here", "make_receipt", "read_receipt", "text_digest"]
 
-_FORMAT, _SCHEMA = "qwq_mlx receipt", 1
+_FORMAT, _SCHEMA = "qwq_mlx receipt", 2  # 1: the noise of a draw was tied to a place, not to an id
 _PACKAGES = ("qwq-mlx", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
 _MAX_BYTES = 64 << 20  # 32,768 ids take 0.3 MB
 _ADVICE = "Give a receipt of a run."
@@ -129,7 +129,8 @@ def read_receipt(path: str | Path) -> Receipt:
     if values.get("format") != _FORMAT or values.get("schema_version") != _SCHEMA:
         raise SourceError(
             f"{path}: is {values.get('format')!r} of schema {values.get('schema_version')!r}, expected "
-            f"{_FORMAT!r} of schema {_SCHEMA}. {_ADVICE}"
+            f"{_FORMAT!r} of schema {_SCHEMA}. "
+            + (_ADVICE if values.get("format") != _FORMAT else "Repeat it with the version of qwq_mlx that wrote it.")
         )
     sealed = values.pop("sha256", None)
     if sealed != sha256_json(values):

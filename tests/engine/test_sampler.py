@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwq_mlx.engine.sampler import Sampler, filtered
+from qwq_mlx.engine.logits_processors.penalties import CountPenalty
+from qwq_mlx.engine.sampler import Sampler, filtered, gumbel
 from qwq_mlx.errors import OptionError
 from qwq_mlx.options import NEUTRAL, Sampling
 
@@ -119,12 +120,27 @@ def test_the_two_orders_keep_different_sets() -> None:
     assert [(one > 0).sum(), (other > 0).sum()] == [1, 2]
 
 
-def test_draws_follow_the_probabilities() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.8, "top_k": 10, "top_p": 0.9},
+        {"temperature": 1.7},
+        {"temperature": 0.3, "min_p": 0.02},
+        {"temperature": 1.0, "top_p": 0.7, "order": "mlx-lm"},
+    ],
+)
+@pytest.mark.parametrize("is_penalised", [False, True])
+def test_draws_follow_the_probabilities_of_transformers(settings: dict[str, Any], is_penalised: bool) -> None:
     logits = np.random.default_rng(0).normal(0, 1.5, 50).astype(np.float32)
-    chosen = sampling(temperature=0.8, top_k=10, top_p=0.9)
-    expected = probabilities(logits, chosen)
+    if is_penalised:
+        history = np.arange(0, 50, 3)
+        processor = CountPenalty(presence=0.9, frequency=0.0, n_ids=50)
+        processor.start([], history.tolist())
+        logits = np.array(processor(mx.array(history, mx.uint32), mx.array(logits)[None])[0])
+    chosen = sampling(**settings)
+    expected = probabilities(logits, chosen) if chosen.order == "mlx-lm" else warped(logits, chosen)
     sampler, x = Sampler(chosen, seed=11), mx.array(logits)
-    n_draws = 4000
+    n_draws = 1500
     found = Counter(mx.stack([sampler.draw(x, index) for index in range(n_draws)]).tolist())
     assert set(found) <= set(np.flatnonzero(expected).tolist())
     possible = np.flatnonzero(expected)
@@ -132,6 +148,35 @@ def test_draws_follow_the_probabilities() -> None:
     # mean df, variance 2 df: 6 sigma is about 1e-6 for these few degrees of freedom, and the seed is fixed
     df = len(possible) - 1
     assert chi2 < df + 6 * (2 * df) ** 0.5
+
+
+def test_an_id_is_drawn_again_whatever_else_may_be_drawn() -> None:
+    """Noise belongs to an id: what one setting draws, every other that keeps it and nothing likelier draws, too."""
+    x = mx.array(np.random.default_rng(6).normal(0, 2, 400).astype(np.float32))
+    wide = Sampler(sampling(temperature=1.0), seed=3)
+    narrow = Sampler(sampling(temperature=1.0, top_k=20), seed=3)
+    kept = set(np.argsort(np.array(x))[-20:].tolist())
+    n_kept = 0
+    for index in range(200):
+        drawn = wide.draw(x, index).item()
+        if drawn in kept:
+            n_kept += 1
+            assert narrow.draw(x, index).item() == drawn
+    assert 60 < n_kept < 190
+    shuffled = mx.array(np.random.default_rng(8).permutation(400).astype(np.uint32))
+    key = mx.random.key(9)
+    assert mx.array_equal(gumbel(key, shuffled), gumbel(key, mx.arange(400))[shuffled])
+
+
+def test_the_noise_is_standard_gumbel() -> None:
+    """Mean, variance and upper tail of 400,000 numbers, within 5 standard errors."""
+    noise = np.array(gumbel(mx.random.key(1), mx.arange(400_000)), np.float64)
+    n = noise.size
+    assert abs(noise.mean() - np.euler_gamma) < 5 * (np.pi**2 / 6 / n) ** 0.5
+    assert abs(noise.var() - np.pi**2 / 6) < 5 * (4.4 * (np.pi**2 / 6) ** 2 / n) ** 0.5
+    for height in (2.0, 5.0, 8.0):
+        share = -np.expm1(-np.exp(-height))
+        assert abs((noise > height).mean() - share) < 5 * (share / n) ** 0.5
 
 
 def test_a_draw_depends_on_seed_index_and_salt_alone() -> None:

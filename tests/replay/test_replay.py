@@ -156,7 +156,7 @@ def test_a_flipped_byte_of_a_receipt_is_refused(reasoner: Reasoner, tmp_path: Pa
         with pytest.raises(SourceError, match=str(path)):
             read_receipt(path)
     path.write_text("{}")
-    with pytest.raises(SourceError, match=r"is None of schema None, expected 'qwq_mlx receipt' of schema 1\. Give"):
+    with pytest.raises(SourceError, match=r"is None of schema None, expected 'qwq_mlx receipt' of schema 2\. Give"):
         read_receipt(path)
 
 

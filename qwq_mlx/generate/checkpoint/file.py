@@ -29,7 +29,7 @@ from qwq_mlx.files.manifest import MANIFEST_NAME
 
 __all__ = ["SCHEMA_VERSION", "model_digest", "read_checkpoint", "write_checkpoint"]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4  # 3: the noise of a draw was tied to a place, not to an id
 _FORMAT = "qwq_mlx run"
 _STATE = "state"
 _DTYPES = {"uint8": "U8", "bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint32": "U32"}
