@@ -187,7 +187,7 @@ def _bare(text: str) -> str:
         else text
     )
     text = _SPACED_THOUSANDS.sub(lambda number: re.sub(r"\s", "", number[0]), text)
-    return re.sub(r"\\?\$|(?<!%)\\?%(?!\\?%)", "", text).strip()
+    return re.sub(r"\\?\$|(?<![%\\])\\?%(?!\\?%)", "", text).strip()
 
 
 _SPACED_THOUSANDS = re.compile(r"^[-+−]?[$€£¥]?\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?![\d ])")

@@ -20,6 +20,8 @@ from qwq_mlx.reasoning.answer.latex import MAX_CHARS, NotAFormula, tokens_of
 
 __all__ = ["MAX_CHARS", "Formula", "NotAFormula", "is_same_value"]
 
+_MAX_BITS = 65_536  # of an exact number; 2006! has 19,000, and answers of olympiads are of that size
+_MAX_FACTORIAL = 2_500
 _MAX_DEPTH = 40
 _POINTS = (0.7310585786, -1.3132616875, 2.1269280110)
 
@@ -247,15 +249,15 @@ def _both(a: Number, b: Number, operation: Callable[[complex, complex], complex]
         result: Number = operation(a, b)  # type: ignore[arg-type]
     else:
         result = operation(complex(a), complex(b))
-    if isinstance(result, Fraction) and result.numerator.bit_length() + result.denominator.bit_length() > 4096:
-        raise NotAFormula("a number of more than 4,096 bits")
+    if isinstance(result, Fraction) and result.numerator.bit_length() + result.denominator.bit_length() > _MAX_BITS:
+        raise NotAFormula(f"a number of more than {_MAX_BITS:,} bits")
     return result
 
 
 def _raised(base: Number, exponent: Number) -> Number:
     if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
         bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-        if abs(exponent) * bits <= 2048:
+        if abs(exponent) * bits <= _MAX_BITS:
             return base**exponent.numerator
     if isinstance(base, Fraction) and isinstance(exponent, Fraction) and base >= 0 and exponent == Fraction(1, 2):
         roots = math.isqrt(base.numerator), math.isqrt(base.denominator)
@@ -265,6 +267,6 @@ def _raised(base: Number, exponent: Number) -> Number:
 
 
 def _factorial(value: Number) -> Number:
-    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= 170:
+    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= _MAX_FACTORIAL:
         raise NotAFormula("a factorial of other than a small whole number")
     return Fraction(math.factorial(value.numerator))
