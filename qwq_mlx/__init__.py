@@ -44,6 +44,7 @@ __all__ = [
     "BackendError",
     "Conversion",
     "ConversionError",
+    "DamagedModelError",
     "DiskFullError",
     "FitError",
     "GenerationError",

@@ -12,6 +12,7 @@
     |  `- TemplateLimitError an unknown chat template took too long or too much; on a busy machine it may not next time
     |- GenerationError       decoding went wrong; `.trace` keeps what was produced
     |  |- NotFiniteError      a logit was NaN or infinite; exit code 4
+    |  |- DamagedModelError   bytes of the loaded conversion are not its manifest's
     |  |- OutOfMemoryError    an allocation failed though the plan fitted; exit code 5
     |  `- SavingError         a run, trace, receipt or line cannot be written; exit code 3 where the disk is full
     `- BackendError          MLX has no usable backend on this machine
@@ -30,6 +31,7 @@ import re
 __all__ = [
     "BackendError",
     "ConversionError",
+    "DamagedModelError",
     "DiskFullError",
     "FitError",
     "GenerationError",
@@ -183,6 +185,16 @@ class NotFiniteError(GenerationError):
     """
 
     exit_code = 4
+
+
+class DamagedModelError(GenerationError):
+    """Bytes of the conversion that is loaded are not those of its manifest, which was found while it was used.
+
+    The message names file and tensor with both digests; nothing that the model wrote can be relied on.
+
+    >>> issubclass(qwq_mlx.DamagedModelError, qwq_mlx.GenerationError)
+    True
+    """
 
 
 class OutOfMemoryError(GenerationError):

@@ -72,7 +72,7 @@ def bench_folder(folder: Path, options: BenchOptions, progress: Callable[[str], 
     """A model folder at both levels. Raises as `load_model` does."""
     from qwq_mlx.generate.reasoner import load
 
-    reasoner = load(folder)
+    reasoner = load(folder, verify=False)  # nothing else is to run beside what is measured
     model, packed = reasoner.model, open_model_folder(folder).packed
     is_same = model.compute_type == "bfloat16"
     twin = None if is_same else in_compute_type(model.module, model.config, packed, "bfloat16")

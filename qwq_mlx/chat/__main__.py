@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 from qwq_mlx.chat.commands import COMMANDS, parse_line, think_tokens
 from qwq_mlx.chat.folding import folded
 from qwq_mlx.chat.reader import ReadLine, editing_reader, has_editing, plain_reader, read_message
-from qwq_mlx.cli.command import Command, load_reasoner, make_parser, run_command
-from qwq_mlx.cli.generate_flags import bits
+from qwq_mlx.cli.command import Command, end_verification, load_reasoner, make_parser, run_command
+from qwq_mlx.cli.generate_flags import NO_VERIFY, bits
 from qwq_mlx.cli.terminal import show
-from qwq_mlx.errors import GenerationError, PromptError, QwqError
+from qwq_mlx.errors import DamagedModelError, GenerationError, PromptError, QwqError
 from qwq_mlx.files.output_file import check_output_file
 from qwq_mlx.options import Limits, Sampling, Thinking
 
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         help="bits of a quantized KV cache (default: off)",
     )
     add("--force", action="store_true", help="run even if the memory plan says that it does not fit")
+    add("--no-verify", action="store_true", help=NO_VERIFY)
     return parser
 
 
@@ -90,7 +91,9 @@ def _chat(command: Command) -> int:
     talk = Conversation(
         reasoner, system_prompt=options.system_prompt, sampling=sampling, limits=limits, thinking=thinking
     )
-    return _Chat(talk, command).hold(_reader(command))
+    code = _Chat(talk, command).hold(_reader(command))
+    end_verification(command, reasoner)
+    return code
 
 
 def _reader(command: Command) -> ReadLine:
@@ -137,6 +140,8 @@ class _Chat:
             line = parse_line(text)
             action = getattr(self, f"_do_{line.command.removeprefix('/')}") if line.command else self._do_ask
             action(line.text)
+        except DamagedModelError:
+            raise  # every further answer would be wrong, too
         except QwqError as error:
             self._note(f"error: {self._command.explain(error)}")
 

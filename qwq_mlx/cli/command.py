@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.options import Limits
 
-__all__ = ["Command", "add_output", "load_reasoner", "make_parser", "run_command"]
+__all__ = ["Command", "add_output", "end_verification", "load_reasoner", "make_parser", "run_command"]
 
 _FIRST_WORD = re.compile(r"^(\w+)(?= )()")
 _QUOTED = re.compile(r"`(\w+)(=True|=False)?`")
@@ -155,10 +155,20 @@ def load_reasoner(
     from qwq_mlx.model.template import template_warning
 
     folder = ready_model(choice or command.options.model, command.note)
-    reasoner = load(folder, limits=limits, force=command.options.force)
+    reasoner = load(folder, limits=limits, force=command.options.force, verify=not command.options.no_verify)
     for line in reasoner.model.warnings:
         command.warn(f"warning: {line}")
     warning = template_warning(reasoner.model.tokenizer.chat_template)
     if warning is not None and warns_of_template:
         command.note(f"warning: {warning}")
     return reasoner
+
+
+def end_verification(command: Command, reasoner: Reasoner) -> None:
+    """Wait up to 10 s for the comparison of the model's bytes with its manifest, and say where it is not finished.
+
+    Raises DamagedModelError where bytes are wrong; at its end a command must not be silent about them.
+    """
+    if unfinished := reasoner.wait_for_verification():
+        command.note(unfinished)
+    reasoner.close()

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from qwq_mlx.convert.plan_text import size_text
 from qwq_mlx.convert.source_warnings import packing_keys
-from qwq_mlx.errors import ConversionError, DiskFullError, OptionError, SourceError
+from qwq_mlx.errors import ConversionError, DiskFullError, OptionError
 from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint
 from qwq_mlx.model.architecture import Qwen2Config, check_tensors, tensor_shapes
 from qwq_mlx.model.generation_config import read_generation_defaults
+from qwq_mlx.model.tensor_types import check_float_types
 from qwq_mlx.model.tokenizer import load_tokenizer
 from qwq_mlx.quant.packing import DTYPES
 from qwq_mlx.quant.recipe import Recipe
@@ -40,7 +41,7 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> Qwen2Config:
     check_tensors(
         shapes, {name: entry.shape for name, (_, entry) in checkpoint.tensors.items()}, where=str(checkpoint.folder)
     )
-    _check_dtypes(checkpoint)
+    check_float_types(checkpoint, checkpoint.tensors)
     _check_recipe(checkpoint, config, recipe)
     load_tokenizer(checkpoint.folder, vocab_size=config.vocab_size)
     read_generation_defaults(checkpoint.folder, vocab_size=config.vocab_size)
@@ -56,25 +57,6 @@ def _check_is_whole(checkpoint: Checkpoint, shapes: Mapping[str, object]) -> Non
             f"{checkpoint.folder / CONFIG_NAME}: has {' and '.join(keys)}, so its weights are packed already "
             f"({_listed(names)}), expected a bfloat16, float16 or float32 checkpoint. Give the original model as the "
             "source."
-        )
-
-
-def _check_dtypes(checkpoint: Checkpoint) -> None:
-    """Floats alone. Some programs keep norms in float32; none mixes the two 16-bit types, but a flipped label does."""
-    names_by_dtype: dict[str, list[str]] = {}
-    for name, (_, entry) in checkpoint.tensors.items():
-        names_by_dtype.setdefault(entry.dtype, []).append(name)
-    most = max(names_by_dtype, key=lambda dtype: len(names_by_dtype[dtype]))
-    wrong = {
-        dtype: names
-        for dtype, names in names_by_dtype.items()
-        if dtype not in DTYPES or (dtype != most and {dtype, most} == {"BF16", "F16"})
-    }
-    if wrong:
-        lines = "; ".join(f"{dtype}: {_listed(names)}" for dtype, names in sorted(wrong.items()))
-        raise SourceError(
-            f"{checkpoint.folder}: tensors of another type than {most}, which most of them have: {lines}. Expected one "
-            f"of {', '.join(DTYPES)}, and not both 16-bit types. Fetch the shards again, all from one commit."
         )
 
 

@@ -5,29 +5,18 @@ Does not: refuse anything (`preflight` does), or read weights.
 
 from __future__ import annotations
 
-from collections import Counter
-
 from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint
+from qwq_mlx.model.tensor_types import float_type_warnings
 from qwq_mlx.model.tokenizer import read_chat_template
 
 __all__ = ["packing_keys", "source_warnings"]
-
-_TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def source_warnings(checkpoint: Checkpoint) -> list[str]:
     """Sentences about a checkpoint that `preflight.check_source` accepts; none for one as its publisher wrote it."""
     where = checkpoint.folder / CONFIG_NAME
-    dtypes = Counter(entry.dtype for _, entry in checkpoint.tensors.values())
-    (most, n_most), *fewer = dtypes.most_common()
     warnings = [f"{where}: {key} is ignored: every tensor holds plain floats." for key in packing_keys(checkpoint)]
-    if fewer:
-        others = ", ".join(f"{n:,} of {dtype}" for dtype, n in fewer)
-        warnings.append(f"{checkpoint.folder}: {others} among {n_most:,} tensors of {most}; each keeps its type.")
-    label = checkpoint.config.get("torch_dtype", checkpoint.config.get("dtype"))
-    name = str(label).removeprefix("torch.")
-    if label is not None and name != "auto" and name not in {_TORCH[dtype] for dtype in dtypes}:
-        warnings.append(f"{where}: torch_dtype {label!r:.80} is ignored: the tensors are {_TORCH[most]}.")
+    warnings += float_type_warnings(checkpoint)
     if read_chat_template(checkpoint.folder) is None:
         warnings.append(
             f"{checkpoint.folder}: has no chat template, so the conversion will not answer questions. Copy "

@@ -54,6 +54,8 @@ __all__ = [
     "SourceRecord",
     "TensorRecord",
     "check_sizes",
+    "differences",
+    "files_by_size",
     "read_manifest",
     "record_file",
     "verify_full",
@@ -171,7 +173,8 @@ def verify_full(folder: Path, progress: ByteProgress | None = None, *, n_threads
     wrong: list[str] = []
     with ThreadPoolExecutor(n_threads) as pool:
         jobs = [
-            pool.submit(_differences, folder / name, record, manifest, progress) for name, record in _files(manifest)
+            pool.submit(differences, folder / name, record, manifest, progress)
+            for name, record in files_by_size(manifest)
         ]
         for job in jobs:
             wrong += job.result()
@@ -192,8 +195,8 @@ def record_file(path: Path, progress: ByteProgress | None = None) -> tuple[FileR
     return FileRecord(size_bytes=header.size_bytes, sha256=digest.file, header_sha256=digest.header), digest
 
 
-def _files(manifest: Manifest) -> list[tuple[str, FileRecord]]:
-    """Largest first, so that threads end together."""
+def files_by_size(manifest: Manifest) -> list[tuple[str, FileRecord]]:
+    """Every file that the manifest lists with its record, largest first, so that threads end together."""
     return sorted(manifest.files.items(), key=lambda item: -item[1].size_bytes)
 
 
@@ -231,15 +234,28 @@ def _has_cheap_digest(path: Path, record: FileRecord) -> bool:
     return record.size_bytes > _SMALL_BYTES or sha256_file(path) == record.sha256
 
 
-def _differences(path: Path, record: FileRecord, manifest: Manifest, progress: ByteProgress | None) -> list[str]:
-    """One digest of each byte as long as all is right; which tensors are wrong is then worth a second look."""
-    if sha256_file(path, progress) == record.sha256:
+def differences(path: Path, record: FileRecord, manifest: Manifest, progress: ByteProgress | None) -> list[str]:
+    """What of a file has other bytes than the manifest says: "FILE: TENSOR (sha256 1a2b…, expected 3c4d…)", or none.
+
+    The whole file's digest alone is taken as long as all is right; which tensors are wrong is then worth a second look.
+    Raises SourceError for a file that cannot be read.
+    """
+    sha256 = sha256_file(path, progress)
+    if sha256 == record.sha256:
         return []
-    tensors = sha256_shard(read_header(path)).tensors if path.suffix == SUFFIX else {}
-    wrong = [
-        name for name, sha256 in tensors.items() if name in manifest.tensors and manifest.tensors[name].sha256 != sha256
+    tensors = sha256_shard(read_header(path), progress).tensors if path.suffix == SUFFIX else {}
+    wrong = {
+        name: (tensors[name], expected.sha256)
+        for name, expected in manifest.tensors.items()
+        if name in tensors and tensors[name] != expected.sha256
+    }
+    return [f"{path.name}: {name} {_compared(*pair)}" for name, pair in wrong.items()] or [
+        f"{path.name} {_compared(sha256, record.sha256)}"
     ]
-    return [f"{path.name}: {name}" for name in wrong] or [path.name]
+
+
+def _compared(actual: str, expected: str) -> str:
+    return f"(sha256 {actual[:12]}…, expected {expected[:12]}…)"
 
 
 def _report(folder: Path, faults: Mapping[str, list[str]]) -> str:

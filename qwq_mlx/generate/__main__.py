@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwq_mlx.cli.command import Command, add_output, load_reasoner, make_parser, run_command
-from qwq_mlx.cli.generate_flags import RunOptions, add_limits, add_sampling, run_options
+from qwq_mlx.cli.command import Command, add_output, end_verification, load_reasoner, make_parser, run_command
+from qwq_mlx.cli.generate_flags import NO_VERIFY, RunOptions, add_limits, add_sampling, run_options
 from qwq_mlx.cli.signals import silence
 from qwq_mlx.cli.streams import read_stdin
 from qwq_mlx.cli.terminal import batch_progress, prefill_progress, settings_line, show, summary_line
 from qwq_mlx.default_model import Choice, choose_model
-from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError
+from qwq_mlx.errors import DamagedModelError, GenerationError, OptionError, OutOfMemoryError
 from qwq_mlx.files.output_file import check_output_files
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where the text gives no sure answer, ask the model for it behind the text, which stays as it is",
     )
     add("--force", action="store_true", help="run even if the memory plan says that it does not fit")
+    add("--no-verify", action="store_true", help=NO_VERIFY)
     add(
         "--receipt",
         metavar="FILE",
@@ -145,6 +146,7 @@ def _batch(command: Command, asked: RunOptions) -> int:
                 reached = batch.work(progress)
         finally:
             interruption.run = None
+    end_verification(command, reasoner)
     if batch.is_stopped and reached.n_done < reached.n_total:
         command.warn(
             f"interrupted: {reached.n_done:,} of {reached.n_total:,} are in {options.output}; run it again to go on"
@@ -213,6 +215,7 @@ def _answer(command: Command, prompt: str | None, asked: RunOptions, choice: Cho
         reasoner.receipt(trace).save(options.receipt)
     if not command.is_quiet or trace.finish_reason not in ("stop", "answered") or trace.asked is not None:
         command.warn(summary_line(trace))
+    end_verification(command, reasoner)
     return interruption.exit_code if trace.finish_reason == "interrupted" else 0
 
 
@@ -255,7 +258,7 @@ def _failed(error: GenerationError, run: Stream, autosave: Autosave | None, comm
     if command.options.json:
         _print_json(run.trace())
     sys.stdout.flush()
-    if autosave is not None and autosave.save(run):
+    if autosave is not None and not isinstance(error, DamagedModelError) and autosave.save(run):
         command.warn(f"saved: go on with --resume {command.options.save}")
     if autosave is None and isinstance(error, OutOfMemoryError) and not command.options.no_save and run.trace().ids:
         keep_unasked(run, command.warn)

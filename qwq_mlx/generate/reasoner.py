@@ -9,6 +9,7 @@ Does not: keep a conversation's cache, or print.
 from __future__ import annotations
 
 import secrets
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from qwq_mlx.engine.logits_processors import LogitsProcessor
 from qwq_mlx.engine.row import check_ids
 from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
+from qwq_mlx.files.background_verification import BackgroundVerification
 from qwq_mlx.generate.budget_forcing import cue_ids
 from qwq_mlx.generate.checkpoint.file import read_checkpoint
 from qwq_mlx.generate.checkpoint.resume import check_saved, opened, raised, with_room, within
@@ -46,6 +48,7 @@ def load(
     compute_type: ComputeType | None = None,
     limits: Limits | None = None,
     force: bool = False,
+    verify: bool = True,
 ) -> Reasoner:
     """Check a model folder (a checkpoint or a conversion), load its weights, and return what answers questions.
 
@@ -54,6 +57,8 @@ def load(
     compute_type: "float32" or "bfloat16"; None picks by backend.
     limits: of the runs to come, so that what cannot fit the memory is refused before a weight is read.
     force: plan, but refuse and cap nothing.
+    verify: hash a conversion of this package in the background and compare it with its manifest; see
+      `Reasoner.wait_for_verification`.
     Raises LoadError, SourceError or BackendError; FitError with the arithmetic.
 
     >>> reasoner = qwq_mlx.load(FOLDER, limits=qwq_mlx.Limits(context=2048))
@@ -64,7 +69,7 @@ def load(
     limit = None if force else limit_bytes()
     files, asked = open_model_folder(folder), limits or Limits()
     fitted(files, asked, limit_bytes=limit, backend=backend_name(), compute_type=compute_type)
-    return Reasoner(load_model(folder, compute_type=compute_type), limit_bytes=limit)
+    return Reasoner(load_model(folder, compute_type=compute_type), limit_bytes=limit, verify=verify)
 
 
 class Reasoner:
@@ -73,17 +78,48 @@ class Reasoner:
     model: what `load` loads.
     profile: how it separates thinking from answer; None takes the tagged one where the tokenizer has `<think>`.
     limit_bytes: what the device gave before the weights came; a run that does not fit is refused. None refuses nothing.
+    verify: compare the bytes of a folder that has a manifest with it, in a thread; a run then ends with a
+      DamagedModelError as soon as a difference is known.
 
     >>> reasoner.profile.name
     'qwq-preview'
     """
 
-    def __init__(self, model: LoadedModel, *, profile: Profile | None = None, limit_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        profile: Profile | None = None,
+        limit_bytes: int | None = None,
+        verify: bool = False,
+    ) -> None:
         self.model = model
+        self._verification: BackgroundVerification | None = None
+        if verify and model.has_manifest:
+            self._verification = BackgroundVerification(model.folder)
+            self._verification.start()
+            weakref.finalize(self, self._verification.stop)  # also at the interpreter's end
         self._limit_bytes = limit_bytes
         self.pieces = Pieces(model.tokenizer)
         tagged = "<think>" in model.tokenizer.added
         self.profile = profile or find_profile((QWQ_32B if tagged else QWQ_32B_PREVIEW).profile)
+
+    def wait_for_verification(self, *, timeout_s: float = 10.0) -> str:
+        """Wait until the bytes of the conversion are compared with its manifest.
+
+        Call it before an answer is relied on: a short one may be complete before the comparison is.
+        Returns "" where every byte is right, or nothing is compared (no manifest, or `verify` was False); else a
+        sentence that says how far the comparison is. Raises DamagedModelError naming file, tensor and both digests.
+
+        >>> reasoner.wait_for_verification()
+        ''
+        """
+        return "" if self._verification is None else self._verification.wait(timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """End the comparison with the manifest. The model can still be used."""
+        if self._verification is not None:
+            self._verification.stop()
 
     def generate(
         self,
@@ -283,6 +319,7 @@ class Reasoner:
             plan=fit.plan,
             note=fit.note,
             logits_processors=tuple(logits_processors),
+            check_model=None if self._verification is None else self._verification.check,
         )
 
     def resolved(self, sampling: Sampling) -> Sampling:

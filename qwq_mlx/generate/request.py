@@ -44,6 +44,7 @@ class Request:
     note: what the plan changed, for people.
     forked_at: output ids that another run drew, with another seed.
     logits_processors: the caller's own.
+    check_model: called before each pass; raises DamagedModelError where the model's bytes are known to be wrong.
     """
 
     model: LoadedModel
@@ -59,6 +60,7 @@ class Request:
     note: str = ""
     forked_at: int = 0
     logits_processors: tuple[LogitsProcessor, ...] = ()
+    check_model: Callable[[], None] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -233,6 +233,8 @@ class Stream:
             while True:
                 while (step := self.run.take()) is not None:
                     yield step
+                if self.request.check_model is not None:
+                    self.request.check_model()
                 if self.run.finish is not None:
                     return
                 self._running.schedule()

@@ -16,18 +16,30 @@ from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
 from qwq_mlx.files.manifest import MANIFEST_NAME, check_sizes
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.layout import Packing, check_layout, packings
+from qwq_mlx.model.tensor_types import FLOAT_TYPES, check_float_types, float_type_warnings
 
 __all__ = ["ModelFolder", "open_model_folder"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFolder:
-    """A folder whose config and tensors agree. packed: matrix path -> its packing; empty for a checkpoint of floats."""
+    """A folder whose config and tensors agree.
+
+    packed: matrix path -> its packing; empty for a checkpoint of floats.
+    has_manifest: it is a conversion of this package, and its headers are those that it was made with.
+    """
 
     path: Path
     checkpoint: Checkpoint
     config: Qwen2Config
     packed: Mapping[str, Packing]
+    has_manifest: bool = False
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of the folder is ignored, linked from elsewhere or of an odd type, in sentences."""
+        about_types = [] if self.packed or self.has_manifest else float_type_warnings(self.checkpoint)
+        return (*self.checkpoint.warnings, *about_types)
 
     @property
     def weights(self) -> str:
@@ -49,7 +61,8 @@ def open_model_folder(folder: str | Path) -> ModelFolder:
     """
     path = Path(folder)
     _check_is_folder(path)
-    if (path / MANIFEST_NAME).exists():
+    has_manifest = (path / MANIFEST_NAME).exists()
+    if has_manifest:
         check_sizes(path)
     checkpoint = open_checkpoint(path)
     where = str(path / CONFIG_NAME)
@@ -57,7 +70,9 @@ def open_model_folder(folder: str | Path) -> ModelFolder:
     packed = packings(checkpoint.config, config, checkpoint.tensors, where=where)
     tensors = {name: (entry.dtype, tuple(entry.shape)) for name, (_, entry) in checkpoint.tensors.items()}
     check_layout(config, packed, tensors, where=str(path))
-    return ModelFolder(path=path, checkpoint=checkpoint, config=config, packed=packed)
+    if not has_manifest:
+        check_float_types(checkpoint, [name for name, (dtype, _) in tensors.items() if dtype in FLOAT_TYPES])
+    return ModelFolder(path=path, checkpoint=checkpoint, config=config, packed=packed, has_manifest=has_manifest)
 
 
 def _check_is_folder(path: Path) -> None:

@@ -26,6 +26,7 @@ from qwq_mlx.model.generation_config import GenerationDefaults, read_generation_
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
+from qwq_mlx.model.weight_values import check_finite, zero_warnings
 
 __all__ = [
     "ComputeType",
@@ -49,7 +50,8 @@ class LoadedModel:
     stop_ids: ids that end a text, from generation_config.json, config.json and the tokenizer together.
     compute_type: what activations, scales and biases are computed in. weights: in words, for people.
     weights_bytes: of the folder's tensors on disk. packed: how its matrices are packed, by path.
-    warnings: what of the folder was ignored or is linked from elsewhere, in sentences.
+    warnings: what of the folder was ignored, is linked from elsewhere or looks damaged, in sentences.
+    has_manifest: the folder is a conversion of this package, whose bytes can be compared with their digests.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class LoadedModel:
     weights_bytes: int
     packed: Mapping[str, Packing]
     warnings: tuple[str, ...] = ()
+    has_manifest: bool = False
 
     @property
     def name(self) -> str:
@@ -90,9 +93,10 @@ def load_model(folder: str | Path, *, compute_type: ComputeType | None = None) -
     tokenizer = load_tokenizer(files.path, vocab_size=config.vocab_size)
     stop_ids = _stop_ids(files.path, config, defaults, tokenizer)
     chosen = compute_type or default_compute_type()
+    module = _load_weights(files, chosen)
     return LoadedModel(
         folder=files.path,
-        module=_load_weights(files, chosen),
+        module=module,
         config=config,
         tokenizer=tokenizer,
         defaults=defaults,
@@ -101,7 +105,8 @@ def load_model(folder: str | Path, *, compute_type: ComputeType | None = None) -
         weights=files.weights,
         weights_bytes=files.checkpoint.tensor_bytes,
         packed=files.packed,
-        warnings=files.checkpoint.warnings,
+        warnings=(*files.warnings, *_check_values(files, module)),
+        has_manifest=files.has_manifest,
     )
 
 
@@ -187,6 +192,15 @@ def _load_weights(files: ModelFolder, compute_type: ComputeType) -> Any:
             "End what else takes memory, or take a model of fewer bits."
         ) from error
     return module
+
+
+def _check_values(files: ModelFolder, module: Any) -> list[str]:
+    """Warnings of what the weights hold. A conversion was warned of zeros when it was made. Raises LoadError."""
+    from mlx.utils import tree_flatten
+
+    arrays, tensors = cast("list[tuple[str, Any]]", tree_flatten(module.parameters())), files.checkpoint.tensors
+    check_finite(arrays, tensors)
+    return [] if files.has_manifest else zero_warnings(arrays, tensors)
 
 
 def _map_shard(shard: Header, wanted: Mapping[str, object], compute_type: ComputeType) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
+from qwq_mlx.cli.command import Command, add_output, end_verification, make_parser, run_command
 
 if TYPE_CHECKING:
     from qwq_mlx.replay.compare import Replay
@@ -61,6 +61,7 @@ def _replay(command: Command) -> int:
         check_model(reasoner, receipt)
     with ProgressBar(unit=" tokens", is_shown=command.shows_progress) as bar:
         result = replay(reasoner, receipt, progress=lambda n_same, n_total: bar.show("comparing", n_same, n_total))
+    end_verification(command, reasoner)
     if options.json:
         print(json.dumps(asdict(result), ensure_ascii=False))
     else:

@@ -124,7 +124,7 @@ def test_an_odd_source_gives_the_bytes_of_the_plain_one(
     assert sorted(tensors(tmp_path / "out").items()) == sorted(_tensors_of(plain_bytes, tmp_path).items())
     verify_full(tmp_path / "out")
     assert load_model(tmp_path / "out").warnings == ()
-    assert load_model(source).warnings == open_checkpoint(source).warnings
+    assert set(open_checkpoint(source).warnings) <= set(load_model(source).warnings) <= set(warnings)
 
 
 def _tensors_of(raw: bytes, tmp_path: Path) -> Tensors:

@@ -19,7 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwq_mlx.errors import GenerationError, OptionError, OutOfMemoryError, PromptError, TemplateLimitError
+from qwq_mlx.errors import (
+    DamagedModelError,
+    GenerationError,
+    OptionError,
+    OutOfMemoryError,
+    PromptError,
+    TemplateLimitError,
+)
 from qwq_mlx.generate.checkpoint.file import model_digest
 from qwq_mlx.generate.question_file.questions import Question
 from qwq_mlx.generate.question_file.results import Results, result_line
@@ -170,7 +177,7 @@ class QuestionFile:
             if self._asks and not self.is_stopped:
                 self._run.ask_answer()
             trace = self._run.trace()
-        except TemplateLimitError:
+        except (TemplateLimitError, DamagedModelError):
             raise  # the machine's fault, not the question's: it must not be written down as its answer
         except PromptError as error:
             return {**head, "error": str(error), "error_type": type(error).__name__}
