@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwq_mlx.errors import LoadError
+from qwq_mlx.model.rope import Yarn, rope_parameters
 
 __all__ = ["Qwen2Config", "check_tensors", "tensor_shapes"]
 
@@ -35,7 +36,9 @@ _MAX_NAMES = 20  # names listed in one message; the rest is counted
 class Qwen2Config:
     """The fields of a Qwen2 config.json that decide shapes and arithmetic, all checked.
 
+    max_position_embeddings: positions there are, with YaRN where config.json asks for it.
     eos_token_ids: ids that end a text, from config.json (generation_config.json may add more).
+    yarn: how rotary positions are stretched; None leaves them as they are.
     """
 
     hidden_size: int
@@ -49,6 +52,7 @@ class Qwen2Config:
     rope_theta: float
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
+    yarn: Yarn | None = None
 
     @property
     def head_dim(self) -> int:
@@ -85,10 +89,14 @@ class Qwen2Config:
                 f"{where}: head width {sizes['hidden_size'] // heads} is odd, rotary embeddings need an even one. "
                 "Take config.json from the source again."
             )
+        theta, yarn = rope_parameters(config, where=where)
+        if yarn is not None:
+            sizes["max_position_embeddings"] = yarn.context
         return cls(
             **sizes,
             rms_norm_eps=_number(config, "rms_norm_eps", where),
-            rope_theta=_rope_theta(config, where),
+            rope_theta=_number({} if theta is None else {"rope_theta": theta}, "rope_theta", where),
+            yarn=yarn,
             tie_word_embeddings=_flag(config, "tie_word_embeddings", where),
             eos_token_ids=_eos(config, where, sizes["vocab_size"]),
         )
@@ -96,12 +104,6 @@ class Qwen2Config:
 
 def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
     """Options that change the arithmetic and that this package would otherwise ignore in silence."""
-    scaling = config.get("rope_scaling")
-    if scaling and not (isinstance(scaling, Mapping) and _is_unscaled(scaling)):
-        raise LoadError(
-            f"{where}: rope_scaling is {scaling!r:.200}, expected none. "
-            "Scaled rotary positions are not supported yet; remove the entry to use the model within its own context."
-        )
     if config.get("use_sliding_window"):
         raise LoadError(
             f"{where}: use_sliding_window is true, expected false. Sliding-window attention is not supported yet."
@@ -129,33 +131,6 @@ def _whole_number(config: Mapping[str, Any], name: str, where: str, limit: int) 
             "Take config.json from the source again."
         )
     return value
-
-
-def _rope_theta(config: Mapping[str, Any], where: str) -> float:
-    """transformers 5 writes rope_parameters in place of rope_theta; for neither, every program has another default."""
-    scaling = config.get("rope_scaling")
-    name = "rope_scaling" if scaling and "rope_theta" in scaling else "rope_parameters"
-    parameters = config.get(name)
-    if parameters is None:
-        return _number(config, "rope_theta", where)
-    if not isinstance(parameters, Mapping) or not _is_unscaled(parameters):
-        raise LoadError(
-            f"{where}: {name} is {parameters!r:.200}, expected rope_type 'default'. "
-            "Scaled rotary positions are not supported yet."
-        )
-    theta = _number(parameters, "rope_theta", f"{where}: {name}")
-    if "rope_theta" in config and config["rope_theta"] != theta:
-        raise LoadError(
-            f"{where}: rope_theta is {config['rope_theta']!r}, but {name} says {theta!r}. "
-            "Take config.json from the source again."
-        )
-    return theta
-
-
-def _is_unscaled(parameters: Mapping[str, Any]) -> bool:
-    """Whether rope_scaling or rope_parameters leave positions as they are: type default, or linear by 1."""
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    return kind == "default" or (kind == "linear" and parameters.get("factor") == 1)
 
 
 def _number(config: Mapping[str, Any], name: str, where: str) -> float:

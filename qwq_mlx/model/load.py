@@ -146,6 +146,7 @@ def model_arguments(config: Qwen2Config) -> Any:
         num_key_value_heads=config.num_key_value_heads,
         max_position_embeddings=config.max_position_embeddings,
         rope_theta=config.rope_theta,
+        rope_scaling=None if config.yarn is None else config.yarn.as_mlx_lm(),
         tie_word_embeddings=config.tie_word_embeddings,
     )
 

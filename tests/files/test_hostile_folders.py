@@ -239,7 +239,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "eps a text": (config(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'"),
     "eps overflows to infinity": (config_text("1e-05", "1e999"), "rms_norm_eps is inf"),
     "rope_theta negative": (config(rope_theta=-1), "rope_theta is -1, expected a number from 100 to 1e.12"),
-    "rope scaling": (config(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling is {.*}, expected none"),
+    "rope scaling": (config(rope_scaling={"type": "ntk", "factor": 4.0}), "rope_scaling is {.*}, expected type"),
     "sliding window on": (config(use_sliding_window=True), "use_sliding_window is true, expected false"),
     "another activation": (config(hidden_act="gelu"), "hidden_act is 'gelu', expected 'silu'"),
     "end id beyond the vocabulary": (config(eos_token_id=320), "eos_token_id is 320, expected ids from 0 to 319"),
