@@ -155,10 +155,20 @@ def load_reasoner(
     from qwq_mlx.model.template import template_warning
 
     folder = ready_model(choice or command.options.model, command.note)
-    reasoner = load(folder, limits=limits, force=command.options.force, verify=not command.options.no_verify)
+    options = command.options
+    reasoner = load(
+        folder,
+        limits=limits,
+        force=options.force,
+        verify=not options.no_verify,
+        chat_template=options.chat_template,
+        follow_links=options.follow_links,
+    )
     for line in reasoner.model.warnings:
         command.warn(f"warning: {line}")
-    warning = template_warning(reasoner.model.tokenizer.chat_template)
+    # Whoever converted has read the warning, and a template that was given is the user's own.
+    is_accepted = reasoner.model.has_manifest or options.chat_template is not None
+    warning = None if is_accepted else template_warning(reasoner.model.tokenizer.chat_template)
     if warning is not None and warns_of_template:
         command.note(f"warning: {warning}")
     return reasoner

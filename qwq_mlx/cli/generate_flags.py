@@ -13,13 +13,24 @@ from typing import Any, NamedTuple
 from qwq_mlx.errors import OptionError
 from qwq_mlx.options import LOOP_ACTIONS, Limits, Sampling, Thinking
 
-__all__ = ["NO_VERIFY", "RunOptions", "add_limits", "add_sampling", "bits", "run_options"]
+__all__ = [
+    "CHAT_TEMPLATE",
+    "FOLLOW_LINKS",
+    "NO_VERIFY",
+    "RunOptions",
+    "add_limits",
+    "add_sampling",
+    "bits",
+    "run_options",
+]
 
+CHAT_TEMPLATE = "file with the chat template (jinja) that writes the prompts"
+FOLLOW_LINKS = "read shards that links lead to outside of the folder, on another disk for example"
 NO_VERIFY = (
     "do not hash the weights of a conversion in the background (by default they are compared with its manifest, and "
     "the command ends with an error if a byte is wrong; at its end it waits up to 10 s for that)"
 )
-"""Help of --no-verify, for every command that has it."""
+"""Help of --chat-template, --follow-links and --no-verify, for every command that has them."""
 
 _OF_ONE_QUESTION = ("prompt", "resume", "save", "save_every", "no_save", "receipt", "json", "answer_now")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
+from qwq_mlx.cli.generate_flags import CHAT_TEMPLATE, FOLLOW_LINKS
 from qwq_mlx.errors import OptionError
 from qwq_mlx.quant import DEFAULT_RECIPE
 
@@ -78,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         "run on it first, one layer in memory (at least 512 tokens; from the Hub every shard is fetched twice, or once "
         "with --keep-source; default: no text)",
     )
+    add("--chat-template", metavar="FILE", help=CHAT_TEMPLATE + " (default: the source's)")
+    add("--follow-links", action="store_true", help=FOLLOW_LINKS)
     add("--force", action="store_true", help="replace an existing output once the new one is complete")
     add("--restart", action="store_true", help="discard an unfinished conversion instead of continuing it")
     add("--keep-source", action="store_true", help="keep what is downloaded in OUTPUT.source")
@@ -142,6 +145,8 @@ def _convert(command: Command) -> int:
             force=options.force,
             restart=options.restart,
             revision=options.revision,
+            chat_template=options.chat_template,
+            follow_links=options.follow_links,
             keep_source=options.keep_source,
             dry_run=options.dry_run,
             n_workers=options.n_workers,
@@ -180,7 +185,7 @@ def _show_plan(plan: Plan, command: Command) -> list[str]:
         print(text)
     else:
         command.note(text)
-    warnings = source_warnings(plan.checkpoint)
+    warnings = source_warnings(plan.checkpoint, chat_template=plan.chat_template)
     for warning in warnings:
         command.warn(f"warning: {warning}")
     return warnings

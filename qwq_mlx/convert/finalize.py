@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from qwq_mlx.convert.calibration.importance import STATISTICS_NAME
 from qwq_mlx.convert.journal import FinishedTensor
-from qwq_mlx.convert.plan import BLOCK_BYTES, Plan
+from qwq_mlx.convert.plan import BLOCK_BYTES, TEMPLATE_NAME, Plan
 from qwq_mlx.convert.progress import ConvertProgress
 from qwq_mlx.errors import ConversionError, SourceError
 from qwq_mlx.files.atomic import write_file
@@ -51,7 +51,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "repository": plan.origin.repository,
         "commit": plan.origin.commit,
         "shards": {shard.path.name: shard.size_bytes for shard in checkpoint.shards},
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in _small_files(plan).items()},
+        "files": {
+            name: hashlib.sha256(data).hexdigest() for name, data in {**_small_files(plan), **_given(plan)}.items()
+        },
         "layout": {shard.name: hashlib.sha256(shard.head).hexdigest() for shard in plan.shards},
         "recipe": plan.recipe.text,
         "calibration": None if plan.calibration is None else plan.calibration.as_mapping(),
@@ -67,9 +69,10 @@ def write_small_files(plan: Plan, folder: Path, statistics: Path) -> None:
     """
     if plan.calibration is not None:
         write_file(folder / STATISTICS_NAME, statistics.read_bytes())
-    for name, data in {**_small_files(plan), CONFIG_NAME: plan.config_json, INDEX_NAME: plan.index_json}.items():
-        if name in plan.copied or name in (CONFIG_NAME, INDEX_NAME):
-            write_file(folder / name, data)
+    copied = {name: data for name, data in _small_files(plan).items() if name in plan.copied}
+    made = {**_given(plan), CONFIG_NAME: plan.config_json, INDEX_NAME: plan.index_json}
+    for name, data in {**copied, **made}.items():
+        write_file(folder / name, data)
 
 
 def finish(
@@ -90,6 +93,7 @@ def finish(
         write_file(folder / REPORT_NAME, report_page(_report_facts(plan, tensors), quality).encode())
     others = [] if quality is None else [REPORT_NAME]
     others += [] if plan.calibration is None else [STATISTICS_NAME]
+    others += _given(plan)
     files, digests = _read_back(plan, folder, others, progress)
     _check_tensors(plan, folder, digests, records)
     _check_with_reference(plan, folder)
@@ -124,6 +128,11 @@ def _small_files(plan: Plan) -> dict[str, bytes]:
         raise SourceError(
             f"{error.filename}: cannot be read ({error.strerror}). Check the source and run again."
         ) from error
+
+
+def _given(plan: Plan) -> dict[str, bytes]:
+    """The chat template that the caller gave for the conversion, as its file."""
+    return {} if plan.chat_template is None else {TEMPLATE_NAME: plan.chat_template.encode()}
 
 
 def _read_back(

@@ -46,6 +46,7 @@ from qwq_mlx.files.lock import FolderLock
 from qwq_mlx.files.manifest import read_manifest
 from qwq_mlx.files.output_file import check_name
 from qwq_mlx.model.device import small_cache
+from qwq_mlx.model.template import read_template_file
 from qwq_mlx.quant import DEFAULT_RECIPE
 from qwq_mlx.quant.recipe import Recipe, load_recipe
 
@@ -59,6 +60,8 @@ def convert_checkpoint(
     output: str | Path,
     *,
     revision: str | None = None,
+    chat_template: str | Path | None = None,
+    follow_links: bool = False,
     recipe: str | Path = DEFAULT_RECIPE,
     target_bytes: int | None = None,
     calibrate: str | Path | None = None,
@@ -77,6 +80,8 @@ def convert_checkpoint(
     source: a folder, or a repository of the Hub (OWNER/NAME) where no folder has that name, fetched shard by shard.
     output: the folder to make; it appears whole, by one rename.
     revision: of the repository.
+    chat_template: a file of jinja text that the conversion gets in place of the source's template.
+    follow_links: read shards that links out of the source lead to, on another disk say.
     recipe: a name under conversions/, or the path of a .toml file.
     target_bytes: choose the bits of every matrix so that the output is no larger, manifest and report not counted.
     calibrate: a text whose activations weigh the errors of the fit; None fits as the recipe says.
@@ -95,14 +100,23 @@ def convert_checkpoint(
     2977470
     """
     started = time.monotonic()
+    template = None if chat_template is None else read_template_file(Path(chat_template))
     output, chosen, n_workers = _named(output), load_recipe(recipe), _n_workers(n_workers)
     local = Path(source) if os.path.lexists(source) else None
     check_output(output, local, force=force or (is_marked(output) and not restart))
     unfinished = None if restart else unfinished_source(output)
-    with open_origin(source, revision=revision, unfinished=unfinished) as opened:
+    with open_origin(source, revision=revision, unfinished=unfinished, follow_links=follow_links) as opened:
         fetched = output.with_name(f"{output.name}.source") if keep_source else partial_path(output) / SOURCE
         origin = opened.placed_in(fetched) if opened.is_remote else opened
-        plan = _plan(origin, chosen, n_workers, target_bytes=target_bytes, calibrate=calibrate, keep_source=keep_source)
+        plan = _plan(
+            origin,
+            chosen,
+            n_workers,
+            target_bytes=target_bytes,
+            calibrate=calibrate,
+            keep_source=keep_source,
+            chat_template=template,
+        )
         is_published = not restart and published(plan, output) is not None
         check_output(output, local, force=force or is_published)
         check_disk(output, plan.fetched_bytes + (0 if is_published else plan.output_bytes))
@@ -123,6 +137,7 @@ def _plan(
     target_bytes: int | None,
     calibrate: str | Path | None,
     keep_source: bool,
+    chat_template: str | None,
 ) -> Plan:
     """Everything that can be refused from headers and texts alone is refused here."""
     check_fit(recipe, calibrate)
@@ -132,7 +147,15 @@ def _plan(
     text = None if calibrate is None else read_calibration(calibrate, origin.checkpoint, config)
     if text is not None and origin.is_remote and not keep_source:
         pass_order(origin.checkpoint, config, text.name)
-    return make_plan(origin, config, recipe, n_workers=n_workers, keep_source=keep_source, calibration=text)
+    return make_plan(
+        origin,
+        config,
+        recipe,
+        n_workers=n_workers,
+        keep_source=keep_source,
+        calibration=text,
+        chat_template=chat_template,
+    )
 
 
 def _named(output: str | Path) -> Path:

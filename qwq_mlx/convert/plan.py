@@ -22,7 +22,7 @@ from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.quant.packing import Packing
 from qwq_mlx.quant.recipe import Recipe
 
-__all__ = ["BLOCK_BYTES", "Output", "OutputShard", "Plan", "PlannedTensor", "make_plan"]
+__all__ = ["BLOCK_BYTES", "TEMPLATE_NAME", "Output", "OutputShard", "Plan", "PlannedTensor", "make_plan"]
 
 BLOCK_BYTES = 8 << 20
 """Bytes of source rows read, packed and written at a time. Part of a result: sums of errors are made by block."""
@@ -43,6 +43,9 @@ COPIED = frozenset(
     )
 )
 """Files of a checkpoint that a conversion keeps byte for byte. Nothing else is taken over, code least of all."""
+
+TEMPLATE_NAME = "chat_template.jinja"
+"""Where a conversion has a chat template that was given for it; every reader takes it before all others."""
 
 SHARD_BYTES = 5 << 30  # as mlx-lm's shards
 _SCALE_DTYPES = {"mxfp4": "U8", "nvfp4": "U8", "mxfp8": "U8"}  # affine scales have the weight's dtype
@@ -119,6 +122,7 @@ class Plan:
       do not stay.
     quality_note: what is measured of it afterwards, in words.
     calibration: None packs by the recipe's own fit.
+    chat_template: that the conversion gets in place of the source's; None keeps that.
     """
 
     origin: Origin
@@ -138,6 +142,7 @@ class Plan:
     n_fetches: int
     quality_note: str = "not measured"
     calibration: Calibration | None = None
+    chat_template: str | None = None
 
     @property
     def fit(self) -> str:
@@ -164,6 +169,7 @@ def make_plan(
     n_workers: int,
     keep_source: bool,
     calibration: Calibration | None = None,
+    chat_template: str | None = None,
 ) -> Plan:
     """Place every output tensor. The source has been checked against `config` and `recipe`; this cannot fail.
 
@@ -183,7 +189,11 @@ def make_plan(
     }
     groups = [_outputs(entry, packings.get(entry.name)) for _, entry in sources]
     shards, places = _fill_shards(groups)
-    copied = tuple(name for name in checkpoint.extra_files if name in COPIED)
+    copied = tuple(
+        name
+        for name in checkpoint.extra_files
+        if name in COPIED and not (chat_template is not None and name == TEMPLATE_NAME)
+    )
     tensors = tuple(
         PlannedTensor(
             source=entry,
@@ -198,6 +208,7 @@ def make_plan(
     index_json = make_index({name: (each.entry, shards[each.shard].name) for name, each in places.items()}, n_weights)
     copied_bytes = sum((checkpoint.folder / name).stat().st_size for name in copied)
     output_bytes = sum(shard.size_bytes for shard in shards) + len(config_json) + len(index_json) + copied_bytes
+    output_bytes += 0 if chat_template is None else len(chat_template.encode())
     if calibration is not None:
         output_bytes += statistics_bytes(calibration, checkpoint, config)
     return Plan(
@@ -217,6 +228,7 @@ def make_plan(
         fetched_bytes=_fetched_bytes(origin, keep_source),
         n_fetches=0 if not origin.is_remote else 1 if calibration is None or keep_source else 2,
         calibration=calibration,
+        chat_template=chat_template,
     )
 
 

@@ -61,7 +61,7 @@ def measure_quality(
             what = f"on {text.name}"
             progress(ConvertProgress(phase="quality", what=what, done_bytes=done_bytes, total_bytes=total_bytes))
 
-    source = open_model_folder(plan.checkpoint.shards[0].path.parent)
+    source = open_model_folder(plan.checkpoint.shards[0].path.parent, follow_links=True)  # as the plan was told to
     (measured,) = measure(source, [open_model_folder(folder)], text, progress=advance)
     return summarise(measured, text, quality_plan.tokenizer)
 

@@ -16,8 +16,6 @@ from qwq_mlx.convert.journal import FinishedTensor
 from qwq_mlx.convert.plan import Plan, PlannedTensor
 from qwq_mlx.convert.source_warnings import source_warnings
 from qwq_mlx.model.process_memory import peak_memory_bytes
-from qwq_mlx.model.template import template_warning
-from qwq_mlx.model.tokenizer import read_chat_template
 from qwq_mlx.quant.packing import Packing
 
 __all__ = ["MAX_UNLIKE", "Conversion", "conversion_of"]
@@ -93,7 +91,10 @@ def conversion_of(
         wall_s=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(),
         resumed_bytes=resumed_bytes,
-        warnings=(*source_warnings(plan.checkpoint), *(() if finished is None else _warnings(plan, finished))),
+        warnings=(
+            *source_warnings(plan.checkpoint, chat_template=plan.chat_template),
+            *(() if finished is None else _warnings(plan, finished)),
+        ),
     )
 
 
@@ -110,8 +111,7 @@ def _warnings(plan: Plan, records: Mapping[str, FinishedTensor]) -> list[str]:
                 f"{path}: {record.name} has {record.zero_pages:,} pages (4,096 bytes) of zeros, as lost writes leave "
                 "them. Compare the shard's sha256 with the source's."
             )
-    about_template = template_warning(read_chat_template(plan.checkpoint.folder))
-    return [*warnings, *_unlike(plan, records), *([about_template] if about_template else [])]
+    return [*warnings, *_unlike(plan, records)]
 
 
 def _unlike(plan: Plan, records: Mapping[str, FinishedTensor]) -> list[str]:

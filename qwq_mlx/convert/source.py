@@ -103,11 +103,14 @@ class Origin:
 
 
 @contextmanager
-def open_origin(source: str | Path, *, revision: str | None, unfinished: tuple[str, str] | None) -> Iterator[Origin]:
+def open_origin(
+    source: str | Path, *, revision: str | None, unfinished: tuple[str, str] | None, follow_links: bool = False
+) -> Iterator[Origin]:
     """Open a folder, or a repository by its name or address where no folder has it.
 
     revision: branch, tag or commit of a repository. unfinished: repository and commit of a conversion to go on with;
     without a revision its commit is taken again, though the branch may have moved meanwhile.
+    follow_links: read shards that links out of a folder lead to.
     Raises OptionError, SourceError.
     """
     from qwq_mlx.files.hub.repository import Hub, cached_snapshot, parse_repository
@@ -118,7 +121,7 @@ def open_origin(source: str | Path, *, revision: str | None, unfinished: tuple[s
             raise OptionError(
                 f"revision is {revision!r}, which only a repository of the Hub has, but {source} is a folder."
             )
-        yield _local(Path(source))
+        yield _local(Path(source), follow_links=follow_links)
         return
     repository, named_revision = named
     if named_revision is not None and revision not in (None, named_revision):
@@ -141,10 +144,10 @@ def open_origin(source: str | Path, *, revision: str | None, unfinished: tuple[s
         yield Origin(checkpoint=checkpoint, repository=repository, commit=snapshot.commit, hub=hub, snapshot=snapshot)
 
 
-def _local(folder: Path) -> Origin:
+def _local(folder: Path, *, follow_links: bool) -> Origin:
     match = _SNAPSHOT.search(folder.resolve().as_posix())
     return Origin(
-        checkpoint=open_checkpoint(folder),
+        checkpoint=open_checkpoint(folder, follow_links=follow_links),
         repository=f"{match[1]}/{match[2]}" if match else None,
         commit=match[3] if match else None,
     )

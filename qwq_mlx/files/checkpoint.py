@@ -21,6 +21,7 @@ from qwq_mlx.files.header import Header, TensorEntry, read_header
 from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.files.links import check_link
 from qwq_mlx.files.reading import recognise
+from qwq_mlx.files.tensor_names import with_usual_names
 from qwq_mlx.files.unread_tensors import drop_unread_tensors
 
 __all__ = [
@@ -69,12 +70,13 @@ class Checkpoint:
         return sum(entry.end - entry.start for _, entry in self.tensors.values())
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, follow_links: bool = False) -> Checkpoint:
     """Check a local folder (a checkpoint, a conversion, a snapshot of the Hub's cache) and read its headers.
 
+    follow_links: read shards that links out of the folder lead to.
     Raises SourceError naming the file, what was found, what was expected and what to do.
     """
-    names, link_warnings = _regular_files(folder)
+    names, link_warnings = _regular_files(folder, follow_links=follow_links)
     config = read_json_object(folder / CONFIG_NAME, limit_bytes=_MAX_CONFIG_BYTES, advice=_FETCH)
     present = [name for name in names if name.endswith(SUFFIX)]
     weight_map = read_weight_map(folder / INDEX_NAME) if INDEX_NAME in names else None
@@ -120,7 +122,8 @@ def assemble_checkpoint(
         raise SourceError(f"{folder}: its shards hold no tensor. {_FETCH}")
     if weight_map is not None:
         _check_agreement(folder / INDEX_NAME, weight_map, tensors)
-    ignored = drop_unread_tensors(folder, config, tensors)
+    shards, tensors, prefix_warnings = with_usual_names(folder, shards, tensors)
+    ignored = [*prefix_warnings, *drop_unread_tensors(folder, config, tensors)]
     used = {header.path for header, _ in tensors.values()}
     return Checkpoint(
         folder=folder,
@@ -157,7 +160,7 @@ def _is_plain_name(name: str) -> bool:
     return is_safe and name.endswith(SUFFIX) and not name.startswith(".") and len(name) <= 200
 
 
-def _regular_files(folder: Path) -> tuple[list[str], list[str]]:
+def _regular_files(folder: Path, *, follow_links: bool) -> tuple[list[str], list[str]]:
     """Names of the folder's regular files, sorted, and warnings of links; FIFOs and devices are refused."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -175,7 +178,7 @@ def _regular_files(folder: Path) -> tuple[list[str], list[str]]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_symlink() and (warning := check_link(Path(entry.path), folder)):
+        if entry.is_symlink() and (warning := check_link(Path(entry.path), folder, follow=follow_links)):
             warnings.append(warning)
         if entry.is_file():
             names.append(entry.name)

@@ -18,7 +18,7 @@ import reprlib
 import stat
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
 
@@ -80,13 +80,19 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """A checked header. tensors: in the order of their data. data_start: position of the first tensor's bytes."""
+    """A checked header.
+
+    data_start: position of the first tensor's bytes.
+    tensors: in the order of their data.
+    names_in_file: of tensors that are read under another name (`tensor_names`), the name in the file.
+    """
 
     path: Path
     size_bytes: int
     data_start: int
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
+    names_in_file: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_header(path: Path) -> Header:

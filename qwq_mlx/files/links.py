@@ -3,27 +3,27 @@
 huggingface_hub 2 links a snapshot's file to models--OWNER--NAME/blobs/ETAG, and that to CACHE/blobs/XX/HASH, a store
 that all repositories share; its older `--local-dir` linked a folder's files into the cache. All of that is sound. Any
 other link out of the folder could bring a private file into a conversion, so it is followed only for shards, which are
-never copied, and only where $QWQ_MLX_FOLLOW_LINKS is 1.
+never copied, and only where the caller says so.
 
 Does not: open a file.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 from qwq_mlx.errors import SourceError
 
-__all__ = ["FOLLOW_LINKS", "check_link"]
+__all__ = ["check_link"]
 
-FOLLOW_LINKS = "QWQ_MLX_FOLLOW_LINKS"
 _BLOB = re.compile(r"models--[^/]+/blobs/[^/]+|blobs/[0-9a-f]{2}/[0-9a-f]{64}")
 
 
-def check_link(path: Path, folder: Path) -> str | None:
+def check_link(path: Path, folder: Path, *, follow: bool) -> str | None:
     """Refuse a link that leads where it should not; a warning for one that is followed because the user said so.
+
+    follow: read shards that links lead to.
 
     Raises SourceError.
     """
@@ -37,11 +37,15 @@ def check_link(path: Path, folder: Path) -> str | None:
         raise SourceError(
             f"{path}: is a link to {target}, outside the folder. Replace it with the file itself if you trust it."
         )
-    if target.is_file() and os.environ.get(FOLLOW_LINKS) == "1":
-        return f"{path}: is a link out of the folder; {target} is read, because {FOLLOW_LINKS} is 1."
+    if not target.exists():
+        raise SourceError(
+            f"{path}: is a link to {target}, where there is no file. Mount the disk that it is on, or fetch the shard."
+        )
+    if follow and target.is_file():
+        return f"{path}: is a link out of the folder; {target} is read."
     raise SourceError(
-        f"{path}: is a link to {target}, outside the folder. If you made it, set {FOLLOW_LINKS}=1 to read the shard "
-        "where it is; otherwise do not use this folder."
+        f"{path}: is a link to {target}, outside the folder. If you made it, pass `follow_links=True` to "
+        "read the shard where it is; otherwise do not use this folder."
     )
 
 

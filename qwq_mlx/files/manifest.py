@@ -58,6 +58,7 @@ __all__ = [
     "files_by_size",
     "read_manifest",
     "record_file",
+    "unlisted_files",
     "verify_full",
     "write_manifest",
 ]
@@ -154,6 +155,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise SourceError(f"{path}: is not of schema {schema}: {error}. {_ADVICE}") from error
 
 
+def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Names of what lies in the folder besides the manifest's files, sorted; hidden files are not in it."""
+    known = {*manifest.files, MANIFEST_NAME}
+    return [
+        name
+        for name in sorted(os.listdir(folder))  # noqa: PTH208 - names are wanted
+        if name not in known and not name.startswith(".")
+    ]
+
+
 def check_sizes(folder: Path) -> Manifest:
     """The cheap check of every load: every size, the digests of small files and of shard headers.
 
@@ -211,11 +222,7 @@ def _check(folder: Path, *, is_extra: Callable[[str], bool]) -> Manifest:
             sizes.append(f"{name} ({size_bytes:,} bytes, expected {record.size_bytes:,})")
         elif not _has_cheap_digest(path, record):
             changed.append(name)
-    extra = [
-        name
-        for name in sorted(os.listdir(folder))  # noqa: PTH208 - names are wanted
-        if name not in manifest.files and name != MANIFEST_NAME and not name.startswith(".") and is_extra(name)
-    ]
+    extra = [name for name in unlisted_files(folder, manifest) if is_extra(name)]
     faults = {
         "missing": missing,
         "of another size": sizes,

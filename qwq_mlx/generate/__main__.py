@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwq_mlx.cli.command import Command, add_output, end_verification, load_reasoner, make_parser, run_command
-from qwq_mlx.cli.generate_flags import NO_VERIFY, RunOptions, add_limits, add_sampling, run_options
+from qwq_mlx.cli.generate_flags import (
+    CHAT_TEMPLATE,
+    FOLLOW_LINKS,
+    NO_VERIFY,
+    RunOptions,
+    add_limits,
+    add_sampling,
+    run_options,
+)
 from qwq_mlx.cli.signals import silence
 from qwq_mlx.cli.streams import read_stdin
 from qwq_mlx.cli.terminal import batch_progress, prefill_progress, settings_line, show, summary_line
@@ -88,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--force", action="store_true", help="run even if the memory plan says that it does not fit")
     add("--no-verify", action="store_true", help=NO_VERIFY)
+    add("--chat-template", metavar="FILE", help=CHAT_TEMPLATE + " (default: the model's)")
+    add("--follow-links", action="store_true", help=FOLLOW_LINKS)
     add(
         "--receipt",
         metavar="FILE",

@@ -35,6 +35,7 @@ from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
 from qwq_mlx.model.memory.fit import Fitted, fitted
 from qwq_mlx.model.memory.plan import ModelShape
 from qwq_mlx.model.prompt import Messages, conversation, prompt_ids
+from qwq_mlx.model.template import read_template_file
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking, from_json
 from qwq_mlx.reasoning.profile import Profile, find_profile
 from qwq_mlx.trace.trace import Trace
@@ -49,6 +50,8 @@ def load(
     limits: Limits | None = None,
     force: bool = False,
     verify: bool = True,
+    chat_template: str | Path | None = None,
+    follow_links: bool = False,
 ) -> Reasoner:
     """Check a model folder (a checkpoint or a conversion), load its weights, and return what answers questions.
 
@@ -59,6 +62,8 @@ def load(
     force: plan, but refuse and cap nothing.
     verify: hash a conversion of this package in the background and compare it with its manifest; see
       `Reasoner.wait_for_verification`.
+    chat_template: a file of jinja text that writes the prompts in place of the folder's template.
+    follow_links: read shards that links out of the folder lead to, on another disk say.
     Raises LoadError, SourceError or BackendError; FitError with the arithmetic.
 
     >>> reasoner = qwq_mlx.load(FOLDER, limits=qwq_mlx.Limits(context=2048))
@@ -67,9 +72,11 @@ def load(
     """
     folder = ready_model(folder)
     limit = None if force else limit_bytes()
-    files, asked = open_model_folder(folder), limits or Limits()
+    template = None if chat_template is None else read_template_file(Path(chat_template))
+    files, asked = open_model_folder(folder, follow_links=follow_links), limits or Limits()
     fitted(files, asked, limit_bytes=limit, backend=backend_name(), compute_type=compute_type)
-    return Reasoner(load_model(folder, compute_type=compute_type), limit_bytes=limit, verify=verify)
+    model = load_model(folder, compute_type=compute_type, chat_template=template, follow_links=follow_links)
+    return Reasoner(model, limit_bytes=limit, verify=verify)
 
 
 class Reasoner:

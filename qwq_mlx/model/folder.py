@@ -54,9 +54,10 @@ class ModelFolder:
         return f"{named}{'/'.join(map(str, bits))}-bit weights, group {'/'.join(map(str, groups))}"
 
 
-def open_model_folder(folder: str | Path) -> ModelFolder:
+def open_model_folder(folder: str | Path, *, follow_links: bool = False) -> ModelFolder:
     """Check a checkpoint or a conversion: file sizes against the manifest, headers, config, every tensor.
 
+    follow_links: read shards that links out of the folder lead to.
     Raises LoadError or SourceError naming the file or tensor, what was found and what was expected.
     """
     path = Path(folder)
@@ -64,7 +65,7 @@ def open_model_folder(folder: str | Path) -> ModelFolder:
     has_manifest = (path / MANIFEST_NAME).exists()
     if has_manifest:
         check_sizes(path)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, follow_links=follow_links)
     where = str(path / CONFIG_NAME)
     config = Qwen2Config.from_json(checkpoint.config, where=where)
     packed = packings(checkpoint.config, config, checkpoint.tensors, where=where)

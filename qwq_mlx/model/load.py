@@ -13,7 +13,7 @@ Does not: download, convert, run code of the folder, or open any file but JSON, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -79,18 +79,29 @@ def default_compute_type() -> ComputeType:
     return "float32" if mx.default_device().type == mx.cpu else "bfloat16"
 
 
-def load_model(folder: str | Path, *, compute_type: ComputeType | None = None) -> LoadedModel:
+def load_model(
+    folder: str | Path,
+    *,
+    compute_type: ComputeType | None = None,
+    chat_template: str | None = None,
+    follow_links: bool = False,
+) -> LoadedModel:
     """Check a folder and load its weights.
 
-    folder: a checkpoint of floats or a conversion. compute_type: None picks by backend.
+    folder: a checkpoint of floats or a conversion.
+    compute_type: None picks by backend.
+    chat_template: jinja text in place of the folder's; None keeps that.
+    follow_links: read shards that links out of the folder lead to.
     Raises OptionError; LoadError or SourceError naming file, found and expected; BackendError where MLX cannot run.
     """
     if compute_type not in (None, *get_args(ComputeType)):
         raise OptionError(f"compute_type is {compute_type!r}, expected 'float32', 'bfloat16' or None.")
-    files = open_model_folder(folder)
+    files = open_model_folder(folder, follow_links=follow_links)
     config = files.config
     defaults = read_generation_defaults(files.path, vocab_size=config.vocab_size)
     tokenizer = load_tokenizer(files.path, vocab_size=config.vocab_size)
+    if chat_template is not None:
+        tokenizer = replace(tokenizer, chat_template=chat_template)
     stop_ids = _stop_ids(files.path, config, defaults, tokenizer)
     chosen = compute_type or default_compute_type()
     module = _load_weights(files, chosen)
@@ -214,7 +225,8 @@ def _map_shard(shard: Header, wanted: Mapping[str, object], compute_type: Comput
     dtype = getattr(mx, compute_type)
     whole = (mx.uint32, mx.uint8)  # codes, and the scales of modes other than affine
     return {
-        name: arrays[name] if arrays[name].dtype in whole else arrays[name].astype(dtype)
+        name: array if array.dtype in whole else array.astype(dtype)
         for name in shard.tensors
         if name in wanted
+        for array in (arrays[shard.names_in_file.get(name, name)],)
     }

@@ -45,7 +45,7 @@ def encode_prompt(tokenizer: LoadedTokenizer, checked: Sequence[Mapping[str, str
     if tokenizer.chat_template is None:
         raise PromptError(
             "The model folder has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja). "
-            "Copy tokenizer_config.json from the model's source."
+            "Give one as `chat_template`, or copy tokenizer_config.json from the model's source."
         )
     mark = _unused_mark(message["content"] for message in checked)
     control = _pattern(tokenizer.added)

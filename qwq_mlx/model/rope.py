@@ -103,7 +103,7 @@ def _yarn(parameters: Mapping[str, Any], max_position_embeddings: object, where:
                 "trained without, or use transformers."
             )
     factor = _number(parameters, "factor", where, low=1.0, high=1024.0)
-    original = parameters.get("original_max_position_embeddings", max_position_embeddings)
+    original: Any = parameters.get("original_max_position_embeddings", max_position_embeddings)
     if type(original) is not int or not 1 <= original * factor <= _MAX_CONTEXT:
         raise LoadError(
             f"{where}: original_max_position_embeddings is {original!r:.80}, expected a whole number that makes at "
@@ -120,7 +120,7 @@ def _yarn(parameters: Mapping[str, Any], max_position_embeddings: object, where:
 def _number(
     parameters: Mapping[str, Any], name: str, where: str, *, low: float, high: float, default: float | None = None
 ) -> float:
-    value = parameters.get(name)
+    value: Any = parameters.get(name)
     if value is None and default is not None:
         return default
     if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from qwq_mlx.errors import PromptError, TemplateLimitError
 from qwq_mlx.files.limited_child import run_limited
+from qwq_mlx.model.tokenizer import MAX_TEMPLATE_BYTES, read_text_file
 
-__all__ = ["KNOWN_TEMPLATES", "is_known", "render", "template_digest", "template_warning"]
+__all__ = ["KNOWN_TEMPLATES", "is_known", "read_template_file", "render", "template_digest", "template_warning"]
 
 CHILD_CPU_S = 2
 CHILD_WALL_S = 30.0  # looping is ended by the CPU limit; a busy machine takes long only to start the child
@@ -63,6 +64,16 @@ def template_warning(template: str | None) -> str | None:
         "the model's source that writes every prompt; it runs in a process of its own, with limits. Compare it with "
         "the publisher's."
     )
+
+
+def read_template_file(path: Path) -> str:
+    """A chat template from a file of its own, tried on one message.
+
+    Raises LoadError for a file that cannot be one (1 MiB at most, UTF-8); PromptError as `render` does.
+    """
+    template = read_text_file(path, MAX_TEMPLATE_BYTES)
+    render(template, [{"role": "user", "content": "Hi"}], {})
+    return template
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str]) -> str:

@@ -20,11 +20,11 @@ from qwq_mlx.errors import LoadError
 from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.model.upstream import import_transformers
 
-__all__ = ["LoadedTokenizer", "load_tokenizer", "read_chat_template"]
+__all__ = ["MAX_TEMPLATE_BYTES", "LoadedTokenizer", "load_tokenizer", "read_chat_template", "read_text_file"]
 
 _MAX_TOKENIZER_BYTES = 256 << 20  # Qwen2's is 7 MB
 _MAX_SETTINGS_BYTES = 16 << 20
-_MAX_TEMPLATE_BYTES = 1 << 20
+MAX_TEMPLATE_BYTES = 1 << 20
 _COPY = "Copy it from the model's source again."
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -110,7 +110,7 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> LoadedTokenizer:
     )
 
 
-def _read(path: Path, limit_bytes: int) -> str:
+def read_text_file(path: Path, limit_bytes: int) -> str:
     """A regular file's text; a FIFO would hang and a device would never end."""
     try:
         status = path.stat()
@@ -128,7 +128,7 @@ def _read(path: Path, limit_bytes: int) -> str:
 def _backend(path: Path) -> Any:
     from tokenizers import Tokenizer
 
-    text = _read(path, _MAX_TOKENIZER_BYTES)
+    text = read_text_file(path, _MAX_TOKENIZER_BYTES)
     try:
         backend = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises bare Exception for every fault of the file
@@ -195,11 +195,11 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """chat_template.jinja wins over tokenizer_config.json, as in transformers; chat_template.json comes last."""
     file = folder / "chat_template.jinja"
     if file.exists():
-        return _read(file, _MAX_TEMPLATE_BYTES)
+        return read_text_file(file, MAX_TEMPLATE_BYTES)
     where, template = folder / "tokenizer_config.json", settings.get("chat_template")
     if template is None and (folder / "chat_template.json").exists():
         where = folder / "chat_template.json"
-        template = read_json_object(where, limit_bytes=_MAX_TEMPLATE_BYTES, advice=_COPY).get("chat_template")
+        template = read_json_object(where, limit_bytes=MAX_TEMPLATE_BYTES, advice=_COPY).get("chat_template")
     if isinstance(template, list):
         by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
         template = by_name.get("default")

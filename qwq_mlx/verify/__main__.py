@@ -70,6 +70,11 @@ def _verify(command: Command) -> int:
             seed=options.seed,
             progress=lambda n_bytes: bar.add("reading", n_bytes),
         )
+    if verification.unlisted:
+        command.warn(
+            f"warning: {verification.folder}: {', '.join(map(repr, verification.unlisted))}: not in its manifest, and "
+            "not read by a load. Nobody vouches for them; --full refuses them."
+        )
     if options.json:
         print(json.dumps({**asdict(verification), "folder": str(verification.folder)}))
     else:

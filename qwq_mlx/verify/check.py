@@ -29,7 +29,7 @@ from qwq_mlx.convert.read import Block, open_shard, read_into
 from qwq_mlx.convert.source import Origin
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.checkpoint import open_checkpoint
-from qwq_mlx.files.manifest import Manifest, check_sizes, verify_full
+from qwq_mlx.files.manifest import Manifest, check_sizes, unlisted_files, verify_full
 from qwq_mlx.quant.recipe import recipe_of_mapping
 from qwq_mlx.verify.sample import check_share, verify_sample
 
@@ -51,6 +51,7 @@ class Verification:
     packed_again: names of the source tensors whose packed bytes were made anew and are the same.
     repository: that the manifest names as the source.
     commit: that the manifest names as the source.
+    unlisted: names of files that are neither in the manifest nor read by a load; with `full` they are refused.
     wall_s: of the check.
     """
 
@@ -62,6 +63,7 @@ class Verification:
     packed_again: tuple[str, ...]
     repository: str | None
     commit: str | None
+    unlisted: tuple[str, ...]
     wall_s: float
 
 
@@ -117,6 +119,7 @@ def verify_conversion(
         packed_again=again,
         repository=manifest.source.repository,
         commit=manifest.source.commit,
+        unlisted=tuple(unlisted_files(folder, manifest)),
         wall_s=time.monotonic() - started,
     )
 

@@ -77,6 +77,20 @@ def with_whole_model(source: Path) -> None:
     (source / "model.safetensors").write_bytes(safetensors_bytes(tensors(source)))
 
 
+def with_prefix(prefix: str) -> Callable[[Path], None]:
+    """Another prefix in every name; the output matrix has what of it stands before "model."."""
+
+    def change(source: Path) -> None:
+        head = prefix.removesuffix("model.") if prefix.endswith("model.model.") else ""
+        renamed = {
+            prefix + name.removeprefix("model.") if name.startswith("model.") else head + name: tensor
+            for name, tensor in tensors(source).items()
+        }
+        rewrite(source, renamed)
+
+    return change
+
+
 def with_bom(source: Path) -> None:
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"):
         (source / name).write_bytes(b"\xef\xbb\xbf" + (source / name).read_bytes())
@@ -106,6 +120,9 @@ CASES: dict[str, tuple[Callable[[Path], Any], str | None]] = {
         r"quantization_config is ignored: every tensor holds plain floats",
     ),
     "a byte order mark": (with_bom, None),
+    "names of PEFT": (with_prefix("base_model.model.model."), r"begin with 'base_model\.model\.model\.', which is"),
+    "names of a model with pictures": (with_prefix("model.language_model."), r"begin with 'model\.language_model\.'"),
+    "names without a prefix": (with_prefix(""), r"names of tensors begin with '', which is read as 'model\.'"),
 }
 
 
@@ -170,3 +187,14 @@ def test_two_values_of_rope_theta_are_refused(source: Path, tmp_path: Path) -> N
     edit(source, rope_scaling={"type": "default", "rope_theta": 10000.0})
     with pytest.raises(LoadError, match=r"rope_theta is 1000000\.0, but rope_scaling says 10000\.0"):
         convert_checkpoint(source, tmp_path / "out")
+
+
+def test_names_of_two_kinds_are_not_guessed(source: Path) -> None:
+    with_prefix("model.language_model.")(source)
+    read = {
+        header.names_in_file[name]: (entry.dtype, entry.shape, header.path.read_bytes()[entry.start : entry.end])
+        for name, (header, entry) in open_checkpoint(source).tensors.items()
+    }
+    rewrite(source, {**read, "model.visual.weight": ("BF16", (2, 2), bytes(8))})
+    with pytest.raises(LoadError, match=r"unknown: model\.language_model\..*"):
+        load_model(source)

@@ -33,7 +33,7 @@ def test_zero_tensors_and_zero_pages_are_converted_with_a_warning(source: Path) 
     raw[whole.start : whole.end] = bytes(whole.end - whole.start)
     raw[part.start : part.start + 8192] = bytes(8192)
     (source / SHARDS[0]).write_bytes(raw)
-    *warnings, _ = convert_checkpoint(source, source.parent / "out").warnings
+    _, *warnings = convert_checkpoint(source, source.parent / "out").warnings
     compare = "Compare the shard's sha256 with the source's."
     assert warnings == [
         f"{SHARDS[0]}: {part.name} has 2 pages (4,096 bytes) of zeros, as lost writes leave them. {compare}",
@@ -79,7 +79,7 @@ def test_a_weight_whose_square_is_no_number_is_named_like_a_nan(
 def test_a_matrix_whose_error_is_unlike_the_others_is_warned_of(source: Path, recipe: str, shown: str) -> None:
     """One weight of 1,024 among those of 0.02: alike matrices lose 9 % at 4 bits, 0.5 % at 8, 12 % in mxfp4."""
     set_weight(source, "model.layers.0.self_attn.q_proj.weight", 0x4480)
-    warning, _ = convert_checkpoint(source, source.parent / "out", recipe=recipe).warnings
+    _, warning = convert_checkpoint(source, source.parent / "out", recipe=recipe).warnings
     assert re.fullmatch(
         rf"{SHARDS[0]}: rounding cost model\.layers\.0\.self_attn\.q_proj\.weight {shown} of its size, the median of "
         r"16 matrices packed alike is [\d.]+ %\. Weights far larger than the rest, as a flipped bit leaves them, look "

@@ -14,8 +14,8 @@ from huggingface_hub.utils import _shared_blobs as shared_blobs
 from qwq_mlx.convert import convert_checkpoint
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.checkpoint import open_checkpoint
-from qwq_mlx.files.links import FOLLOW_LINKS
 from qwq_mlx.files.manifest import read_manifest
+from qwq_mlx.generate.reasoner import load
 
 COMMIT = "a" * 40
 SHARD = "model-00001-of-00002.safetensors"
@@ -85,20 +85,18 @@ def test_a_folder_that_only_looks_like_a_blob_is_refused(cache: Path, tmp_path: 
     (folder / "tokenizer.json").rename(blob)
     (folder / "tokenizer.json").symlink_to(blob)
     with pytest.raises(SourceError, match="outside the folder"):
-        open_checkpoint(folder)
+        open_checkpoint(folder, follow_links=True)
 
 
-def test_a_shard_on_another_disk_is_read_when_told_and_named(
-    tmp_path: Path, known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_on_another_disk_is_read_when_told_and_named(tmp_path: Path, known_checkpoint: Path) -> None:
     folder = Path(shutil.copytree(known_checkpoint, tmp_path / "source"))
     (tmp_path / "disk").mkdir()
     (folder / SHARD).rename(tmp_path / "disk" / "one.bin")
     (folder / SHARD).symlink_to(tmp_path / "disk" / "one.bin")
-    with pytest.raises(SourceError, match=f"one.bin, outside the folder. If you made it, set {FOLLOW_LINKS}=1 to read"):
+    with pytest.raises(SourceError, match=r"one.bin, outside the folder. If you made it, pass `follow_links=True`"):
         convert_checkpoint(folder, tmp_path / "out")
-    monkeypatch.setenv(FOLLOW_LINKS, "1")
-    (warning,) = convert_checkpoint(folder, tmp_path / "out").warnings
+    (warning,) = convert_checkpoint(folder, tmp_path / "out", follow_links=True).warnings
+    assert load(folder, follow_links=True).model.warnings == (warning,)
     assert re.search(rf"{SHARD}: is a link out of the folder; .*one\.bin is read", warning)
     convert_checkpoint(known_checkpoint, tmp_path / "plain")
     name = "model-00001-of-00001.safetensors"
@@ -107,11 +105,18 @@ def test_a_shard_on_another_disk_is_read_when_told_and_named(
 
 @pytest.mark.parametrize(("name", "target"), [("config.json", "/etc/passwd"), (SHARD, "/dev/zero"), (SHARD, "/tmp")])
 def test_when_told_still_only_regular_shards_are_followed(
-    tmp_path: Path, known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str, target: str
+    tmp_path: Path, known_checkpoint: Path, name: str, target: str
 ) -> None:
-    monkeypatch.setenv(FOLLOW_LINKS, "1")
     folder = Path(shutil.copytree(known_checkpoint, tmp_path / "source"))
     (folder / name).unlink()
     (folder / name).symlink_to(target)
     with pytest.raises(SourceError, match=f"{name}: is a link to {target}, outside the folder"):
         open_checkpoint(folder)
+
+
+def test_a_shard_on_a_disk_that_is_not_there_is_not_called_hostile(tmp_path: Path, known_checkpoint: Path) -> None:
+    folder = Path(shutil.copytree(known_checkpoint, tmp_path / "source"))
+    (folder / SHARD).unlink()
+    (folder / SHARD).symlink_to("/Volumes/T7/" + SHARD)
+    with pytest.raises(SourceError, match=r"where there is no file. Mount the disk that it is on, or fetch the shard"):
+        open_checkpoint(folder, follow_links=True)

@@ -177,7 +177,9 @@ def test_two_system_prompts_are_refused() -> None:
 
 
 def test_a_folder_without_a_chat_template_is_refused(tiny: LoadedTokenizer) -> None:
-    with pytest.raises(PromptError, match=r"The model folder has no chat template .* Copy tokenizer_config\.json"):
+    with pytest.raises(
+        PromptError, match=r"The model folder has no chat template .* Give one as `chat_template`, or copy"
+    ):
         prompt_ids(replace(tiny, chat_template=None), "hi", context=512)
 
 

@@ -317,3 +317,11 @@ def test_the_room_exports_what_it_says() -> None:
     assert {name: getattr(room, name).__name__ for name in room.__all__} == {name: name for name in room.__all__}
     with pytest.raises(AttributeError, match=r"'qwq_mlx\.verify' has no attribute 'nothing'"):
         room.nothing  # noqa: B018
+
+
+def test_a_file_that_nobody_vouches_for_is_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / "modeling_qwen2.py").write_text("print('mine')")
+    assert main([str(model), "--quiet"]) == 0
+    assert "'modeling_qwen2.py': not in its manifest, and not read by a load." in capsys.readouterr().err
+    assert verify_conversion(model).unlisted == ("modeling_qwen2.py",)
+    assert main([str(model), "--full", "--quiet"]) == 1

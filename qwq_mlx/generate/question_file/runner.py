@@ -32,6 +32,8 @@ from qwq_mlx.generate.question_file.questions import Question
 from qwq_mlx.generate.question_file.results import Results, result_line
 from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.generate.stream import Stream
+from qwq_mlx.model.template import template_digest
+from qwq_mlx.model.tokenizer import read_chat_template
 from qwq_mlx.options import Limits, Sampling, Thinking, to_json
 from qwq_mlx.trace.trace import Trace
 
@@ -92,6 +94,9 @@ class QuestionFile:
             "system_prompt": system_prompt,
             **({"ask_answer": True} if ask_answer else {}),  # left out where it is off, as in files from before
         }
+        template = reasoner.model.tokenizer.chat_template
+        if template is not None and template != read_chat_template(reasoner.model.folder):
+            self._run_values["template_sha256"] = template_digest(template)
         self._run: Stream | None = None
         self._progress: Callable[[BatchProgress], None] | None = None
         self._started_s = self._told_s = 0.0
