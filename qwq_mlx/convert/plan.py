@@ -189,11 +189,7 @@ def make_plan(
     }
     groups = [_outputs(entry, packings.get(entry.name)) for _, entry in sources]
     shards, places = _fill_shards(groups)
-    copied = tuple(
-        name
-        for name in checkpoint.extra_files
-        if name in COPIED and not (chat_template is not None and name == TEMPLATE_NAME)
-    )
+    copied = _copied(checkpoint, chat_template)
     tensors = tuple(
         PlannedTensor(
             source=entry,
@@ -206,9 +202,9 @@ def make_plan(
     n_weights = sum(math.prod(entry.shape) for _, entry in sources)
     config_json = make_config(checkpoint, copied, packings, recipe)
     index_json = make_index({name: (each.entry, shards[each.shard].name) for name, each in places.items()}, n_weights)
-    copied_bytes = sum((checkpoint.folder / name).stat().st_size for name in copied)
-    output_bytes = sum(shard.size_bytes for shard in shards) + len(config_json) + len(index_json) + copied_bytes
-    output_bytes += 0 if chat_template is None else len(chat_template.encode())
+    output_bytes = sum(shard.size_bytes for shard in shards) + len(config_json) + len(index_json)
+    output_bytes += sum((checkpoint.folder / name).stat().st_size for name in copied)
+    output_bytes += len((chat_template or "").encode())
     if calibration is not None:
         output_bytes += statistics_bytes(calibration, checkpoint, config)
     return Plan(
@@ -229,6 +225,13 @@ def make_plan(
         n_fetches=0 if not origin.is_remote else 1 if calibration is None or keep_source else 2,
         calibration=calibration,
         chat_template=chat_template,
+    )
+
+
+def _copied(checkpoint: Checkpoint, chat_template: str | None) -> tuple[str, ...]:
+    """Names of the files that are copied; a template that was given takes the place of the source's."""
+    return tuple(
+        name for name in checkpoint.extra_files if name in COPIED and (chat_template is None or name != TEMPLATE_NAME)
     )
 
 

@@ -167,7 +167,7 @@ def test_flags_reach_the_conversation(chat: Chat, loaded: Reasoner, monkeypatch:
 def test_the_model_and_force_reach_the_loader(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(folder: Path, *, limits: Any, force: bool) -> Any:
+    def refused(folder: Path, *, limits: Any, force: bool, verify: bool, **_: Any) -> Any:
         raise FitError(f"{folder} {limits.context} {force}")
 
     monkeypatch.setattr("qwq_mlx.generate.reasoner.load", refused)

@@ -476,7 +476,9 @@ class _ReachedError(Exception):
 def test_every_flag_reaches_the_code_it_names(
     flag: list[str], name: str, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fake_load(folder: Path, *, limits: Limits, force: bool) -> Any:
+    def fake_load(
+        folder: Path, *, limits: Limits, force: bool, verify: bool, chat_template: Any, follow_links: bool
+    ) -> Any:
         def stream(
             messages: str, *, system_prompt: Any, sampling: Sampling, limits: Limits, thinking: Thinking, progress: Any
         ) -> None:
@@ -484,10 +486,13 @@ def test_every_flag_reaches_the_code_it_names(
             values |= {each: getattr(limits, each) for each in Limits.__slots__}
             values |= {each: getattr(thinking, each) for each in Thinking.__slots__}
             given = {"messages": messages, "system_prompt": system_prompt, "folder": folder, "force": force}
+            given |= {"verify": verify, "chat_template": chat_template, "follow_links": follow_links}
             raise _ReachedError(values | given)
 
         tokenizer = SimpleNamespace(chat_template=None)
-        return SimpleNamespace(stream=stream, model=SimpleNamespace(tokenizer=tokenizer, warnings=()))
+        return SimpleNamespace(
+            stream=stream, model=SimpleNamespace(tokenizer=tokenizer, warnings=(), has_manifest=False)
+        )
 
     monkeypatch.setattr("qwq_mlx.generate.reasoner.load", fake_load)
     given = ["-p", "x", "--model", "m", *flag]
