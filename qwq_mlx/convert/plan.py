@@ -202,11 +202,9 @@ def make_plan(
     n_weights = sum(math.prod(entry.shape) for _, entry in sources)
     config_json = make_config(checkpoint, copied, packings, recipe)
     index_json = make_index({name: (each.entry, shards[each.shard].name) for name, each in places.items()}, n_weights)
-    output_bytes = sum(shard.size_bytes for shard in shards) + len(config_json) + len(index_json)
-    output_bytes += sum((checkpoint.folder / name).stat().st_size for name in copied)
-    output_bytes += len((chat_template or "").encode())
-    if calibration is not None:
-        output_bytes += statistics_bytes(calibration, checkpoint, config)
+    small_bytes = len(config_json) + len(index_json) + len((chat_template or "").encode())
+    small_bytes += sum((checkpoint.folder / name).stat().st_size for name in copied)
+    small_bytes += 0 if calibration is None else statistics_bytes(calibration, checkpoint, config)
     return Plan(
         origin=origin,
         config=config,
@@ -218,7 +216,7 @@ def make_plan(
         index_json=index_json,
         n_weights=n_weights,
         source_bytes=sum(shard.size_bytes for shard in checkpoint.shards),
-        output_bytes=output_bytes,
+        output_bytes=sum(shard.size_bytes for shard in shards) + small_bytes,
         n_workers=n_workers,
         peak_memory_bytes=_peak_memory(tensors, n_workers, config, calibration),
         fetched_bytes=_fetched_bytes(origin, keep_source),
