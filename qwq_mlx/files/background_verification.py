@@ -31,7 +31,9 @@ class _StopReading(Exception):  # noqa: N818 - not an error
 class BackgroundVerification:
     """The check of one folder, in a thread of its own from `start` on.
 
-    >>> verification = BackgroundVerification(Path("pocket-4bit"))
+    >>> from qwq_mlx.files.background_verification import BackgroundVerification
+    >>> done = qwq_mlx.convert_checkpoint(FOLDER, "pocket-4bit", recipe="4bit", quality=False)
+    >>> verification = BackgroundVerification(done.output)
     >>> verification.start()
     >>> verification.wait(timeout_s=60)
     ''
