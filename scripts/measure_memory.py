@@ -149,7 +149,7 @@ def peak(
     prefill_peak = mx.get_peak_memory()
     mx.reset_peak_memory()
     for _ in range(options.tokens):
-        decoder.step([row])
+        decoder.draw(row)
     decode_peak = mx.get_peak_memory()
     measured = max(prefill_peak, decode_peak)
     kv_bytes = sum(layer.nbytes for layer in cache)
@@ -235,7 +235,7 @@ def _ours(module: Any, shape: ModelShape, n_ids: int, n_tokens: int, kv_bits: in
     for _ in decoder.prefill(row, _prompt(shape, n_ids + 2), chunk=2048, n_cached=n_ids):
         pass
     for _ in range(n_tokens):
-        yield decoder.step([row])
+        yield decoder.draw(row)
 
 
 def _theirs(module: Any, shape: ModelShape, n_ids: int, n_tokens: int, kv_bits: int | None = None) -> Iterator[object]:
@@ -253,7 +253,7 @@ def _our_prefill(module: Any, shape: ModelShape, n_ids: int) -> None:
     row = Row(_sampler(), cache=new_cache(module), max_tokens=1)
     for _ in decoder.prefill(row, _prompt(shape, n_ids), chunk=2048):
         pass
-    decoder.step([row])
+    decoder.draw(row)
 
 
 def _their_prefill(module: Any, shape: ModelShape, n_ids: int) -> None:

@@ -76,11 +76,11 @@ def _step_us(module: Any, n_ids: int, n_steps: int) -> float:
     for _ in decoder.prefill(row, [1, 2, 3], chunk=3):
         pass
     for _ in range(2):
-        decoder.step([row])
+        decoder.draw(row)
     times = []
     for _ in range(n_steps):
         start = time.perf_counter()
-        decoder.step([row])
+        decoder.draw(row)
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1e6
 

@@ -126,7 +126,7 @@ def _our_ids(module: Any, prompt: Sequence[int], n_ids: int, n_tokens: int) -> I
     for _ in decoder.prefill(row, prompt, chunk=Limits().prefill_step):
         pass
     for _ in range(n_tokens):
-        yield decoder.step([row])[0]
+        yield decoder.draw(row)
 
 
 def _their_sampler() -> Any:

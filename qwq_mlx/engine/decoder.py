@@ -67,26 +67,35 @@ class Decoder:
         check_ids(ids, self.n_ids)
         row.force(list(ids))
 
-    def step(self, rows: Sequence[Row]) -> list[Token]:
-        """Draw the next id of each row.
+    def draw(self, row: Row) -> Token:
+        """The next id of one row. Raises its failure where it cannot go on."""
+        [token] = self.step([row])
+        if token is None:
+            assert row.failure is not None, "a row that draws nothing says why"
+            raise row.failure
+        return token
 
-        Raises NotFiniteError naming the step where a logit is NaN or infinite; OptionError where a hook returns
-        something else than logits.
+    def step(self, rows: Sequence[Row]) -> list[Token | None]:
+        """Draw the next id of each row; None for a row that cannot go on, whose `failure` says why.
+
+        That is NotFiniteError naming the step where a logit is NaN or infinite, OptionError where a hook returns
+        something else than logits, or whatever a hook raised; the other rows are not held up. A failure of MLX in the
+        pass itself is raised.
         """
         self._launch_missing(rows)
-        current = [(row, row.pending) for row in rows if row.pending is not None]
+        current = [(row, row.pending) for row in rows]
         for row in rows:
             row.pending = None
-        following = [(row, pending) for row, pending in current if not row.is_at_last]
+        following = [(row, pending) for row, pending in current if pending is not None and not row.is_at_last]
         if following:
             fed = mx.stack([pending.id for _, pending in following]).reshape(-1, 1)
             tokens = [pending.tokens for _, pending in following]
             self._launch([row for row, _ in following], fed, tokens, n_ahead=1)
-        return [self._read(row, pending) for row, pending in current]
+        return [None if pending is None else self._read(row, pending) for row, pending in current]
 
     def _launch_missing(self, rows: Sequence[Row]) -> None:
         """Start a step of the rows that have none under way: those that feed one id together, the others alone."""
-        missing = [row for row in rows if row.pending is None]
+        missing = [row for row in rows if row.pending is None and row.failure is None]
         single = [row for row in missing if len(row.unfed) == 1]
         for group in ([single] if single else []) + [[row] for row in missing if len(row.unfed) != 1]:
             tokens = [row.tokens if row.has_processors else None for row in group]
@@ -104,7 +113,10 @@ class Decoder:
         logits = module(fed, cache=joined([row.cache for row in rows]))
         for place, row in enumerate(rows):
             own = logits[place, -1, : self.n_ids].astype(mx.float32)
-            row.pending = self._draw(row, place, own, tokens[place], row.n_output + n_ahead)
+            try:
+                row.pending = self._draw(row, place, own, tokens[place], row.n_output + n_ahead)
+            except Exception as error:  # noqa: BLE001 - whatever a hook raises; told when this token would be read
+                row.failure = error
         self._taps.clear()
         mx.async_eval(  # type: ignore[no-untyped-call]
             *(array for row in rows if row.pending is not None for array in row.pending.arrays())
@@ -123,15 +135,18 @@ class Decoder:
         hidden = {layer: self._taps.hidden(layer, place) for layer in row.inspect.hidden_layers}
         return Pending(drawn, stats, after, look(row.inspect, logits, log_total, hidden, total))
 
-    def _read(self, row: Row, pending: Pending) -> Token:
-        """Wait for a row's step and append its id."""
+    def _read(self, row: Row, pending: Pending) -> Token | None:
+        """Wait for a row's step and append its id; None where its logits are not finite."""
         logprob, second = pending.stats.tolist()
         if not (math.isfinite(second) and math.isfinite(logprob)):
-            row.pending = None
-            raise NotFiniteError(
-                f"Step {row.n_output:,}: the model's logits hold NaN or infinity, so the ids from here on would mean "
-                "nothing. Check the weights (python -m qwq_mlx.verify FOLDER), or convert the source again."
+            row.pending, row.failure = (
+                None,
+                NotFiniteError(
+                    f"Step {row.n_output:,}: the model's logits hold NaN or infinity, so the ids from here on would mean "
+                    "nothing. Check the weights (python -m qwq_mlx.verify FOLDER), or convert the source again."
+                ),
             )
+            return None
         seen = None if pending.looking is None else pending.looking.read(row.inspect, row.n_output)
         # rounding may put either on the wrong side of 0 where one id has all the probability
         entropy = max(second, 0.0) if row.inspect.entropy else None

@@ -86,6 +86,7 @@ class Row:
         self.n_prompt = 0
         self.unfed: list[int] = []
         self.pending: Pending | None = None
+        self.failure: Exception | None = None  # why no step can follow
         self._tokens: Any | None = None
 
     @property
@@ -146,7 +147,7 @@ class Row:
 
     def force(self, ids: Sequence[int]) -> None:
         """Append ids that were not drawn; the next draw follows them. The step under way is dropped."""
-        self.pending = None
+        self.pending = self.failure = None  # of a step that is not wanted any more
         self.unfed += ids
         self.ids += ids
         self._tokens = None
@@ -162,7 +163,7 @@ class Row:
         self._restart()
 
     def _restart(self) -> None:
-        self.pending = None
+        self.pending = self.failure = None
         self._tokens = None
         self.unfed = self.ids[self.cache[0].offset :]
         for processor in self.processors:

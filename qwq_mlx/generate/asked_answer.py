@@ -109,7 +109,7 @@ def _greedy(request: Request, *, max_tokens: int) -> Request:
 def _drawn(decoder: Decoder, row: Any, bad_words: Any) -> Iterator[Token]:
     """A row's tokens, as they are settled, until there are as many as there may be."""
     while not row.is_full:
-        [token] = decoder.step([row])
+        token = decoder.draw(row)
         if bad_words is None:
             yield token
             continue

@@ -12,6 +12,7 @@ from typing import Any
 
 from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.row import Token
+from qwq_mlx.errors import GenerationError
 from qwq_mlx.generate.request import Request, new_row
 from qwq_mlx.generate.run import Inject, Rewind, Run
 from qwq_mlx.trace.timings import Clock
@@ -32,6 +33,7 @@ class Running:
         self.row, self._bad_words = new_row(request, cache)
         self.n_cached = n_cached
         self.clock = Clock()
+        self.failure: Exception | None = None
         self._decoder = decoder
 
     @property
@@ -71,6 +73,11 @@ class Running:
         if (sampling, salt) != (self.row.sampler.sampling, self.row.sampler.salt):
             self.row.sampler = self.row.sampler.other(sampling, salt=salt)
 
+    def fail(self, error: Exception) -> None:
+        """End the run here; what was written until now is in its trace."""
+        self.failure = error
+        self.run.finish = ("interrupted", str(error))
+
     def accept(self, token: Token | None) -> None:
         """Hand the run its next token, if one is settled. token: the one just drawn, None where none was."""
         if self._bad_words is not None:
@@ -85,14 +92,19 @@ class Running:
 def advance(decoder: Decoder, running: Sequence[Running]) -> None:
     """One step of the engine: at most one token for each, with one pass over the weights for all.
 
-    Raises what `Decoder.step` raises; a run that has ended is left alone.
+    A run that cannot go on ends with its `failure`, and the others are not held up; a run that has ended is left alone.
+    Raises what MLX raises in the pass.
     """
     for each in running:
         each.schedule()
     drawing = [each for each in running if each.needs_forward]
-    tokens = iter(decoder.step([each.row for each in drawing]) if drawing else ())
+    drawn = iter(decoder.step([each.row for each in drawing]) if drawing else ())
     for each in running:
-        if each in drawing:
-            each.accept(next(tokens))
+        token = next(drawn) if each in drawing else None
+        if token is None and each.row.failure is not None:
+            each.fail(each.row.failure)
         elif each.run.finish is None:
-            each.accept(None)
+            try:
+                each.accept(token)
+            except GenerationError as error:  # every id is banned
+                each.fail(error)

@@ -242,6 +242,8 @@ class Stream:
                     continue
                 is_first = not self.run.steps and not self._running.clock.has_drawn
                 advance(self._decoder, [self._running])
+                if self._running.failure is not None:
+                    raise self._running.failure
                 if is_first and self._running.clock.has_drawn:
                     self._report(len(self.request.prompt_ids))
         except GenerationError as error:

@@ -43,7 +43,7 @@ class Loop:
         return list(self.decoder.prefill(self.row, prompt, chunk=chunk))
 
     def next(self) -> Token:
-        return self.decoder.step([self.row])[0]
+        return self.decoder.draw(self.row)
 
 
 def processors(settings: dict[str, Any], n_ids: int) -> list[Any]:

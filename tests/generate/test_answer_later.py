@@ -74,7 +74,7 @@ def test_the_answer_is_asked_for_in_place_of_the_end(
     alone, row = Decoder(module, n_ids=n_ids), Row(Sampler(sampling, seed=SEED), cache=new_cache(module))
     list(alone.prefill(row, first.prompt_ids, chunk=512))
     alone.force(row, [*first.ids[:-1], *cue])
-    expected = [alone.step([row])[0].id for _ in range(len(trace.ids) - injection.end)]
+    expected = [alone.draw(row).id for _ in range(len(trace.ids) - injection.end)]
     assert list(trace.ids[injection.end :]) == expected
 
     half = reasoner.resume(tmp_path / "run", answer_now=True)
@@ -145,7 +145,7 @@ def test_the_last_tokens_of_a_full_context_make_room_for_the_answer(reasoner: Re
     row = Row(Sampler(reasoner.resolved(sampling), seed=1), cache=new_cache(module))
     list(alone.prefill(row, first.prompt_ids, chunk=512))
     alone.force(row, list(trace.ids[: cut.end]))
-    assert [alone.step([row])[0].id for _ in range(30)] == list(trace.ids[cut.end :])
+    assert [alone.draw(row).id for _ in range(30)] == list(trace.ids[cut.end :])
 
     small = reasoner.stream("x", sampling=sampling, thinking=Thinking(on_loop="off"), limits=Limits(context=100))
     n_output = len(finished(small).ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -147,3 +148,27 @@ def test_all_rows_together_are_what_they_are_alone_whenever_they_enter(
     names = list(requests(reasoner))
     for name, trace in zip(names, together(reasoner, names, late), strict=True):
         assert_same(trace, alone[name], name)
+
+
+def test_a_row_that_fails_ends_alone(reasoner: Reasoner, alone: dict[str, Trace]) -> None:
+    """Its hook raises, or gives NaN, under way; the others write what they write alone."""
+
+    def broken(tokens: mx.array, logits: mx.array) -> mx.array:
+        if tokens.size - n_prompt > 6:
+            raise ValueError("a mistake in a hook")
+        return logits
+
+    names = ("greedy", "dry", "inspect")
+    [failing] = streams(reasoner, ["penalties"])
+    n_prompt = len(failing.request.prompt_ids)
+    decoder = Decoder(reasoner.model.module, n_ids=reasoner.model.tokenizer.n_ids)
+    request = replace(failing.request, logits_processors=(broken,))
+    running = [Running(each, decoder) for each in [request, *(stream.request for stream in streams(reasoner, names))]]
+    for each in running:
+        _prefilled(each)
+    while any(each.run.finish is None for each in running):
+        advance(decoder, running)
+    assert isinstance(running[0].failure, ValueError) and running[0].run.finish is not None
+    assert running[0].run.finish[0] == "interrupted" and len(running[0].run.steps) == 7
+    for name, each in zip(names, running[1:], strict=True):
+        assert_same(trace_of(each.run, timings=each.clock.timings(), peak_bytes=0), alone[name], name)
