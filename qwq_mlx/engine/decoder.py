@@ -139,12 +139,10 @@ class Decoder:
         """Wait for a row's step and append its id; None where its logits are not finite."""
         logprob, second = pending.stats.tolist()
         if not (math.isfinite(second) and math.isfinite(logprob)):
-            row.pending, row.failure = (
-                None,
-                NotFiniteError(
-                    f"Step {row.n_output:,}: the model's logits hold NaN or infinity, so the ids from here on would mean "
-                    "nothing. Check the weights (python -m qwq_mlx.verify FOLDER), or convert the source again."
-                ),
+            row.pending = None
+            row.failure = NotFiniteError(
+                f"Step {row.n_output:,}: the model's logits hold NaN or infinity, so the ids from here on would mean "
+                "nothing. Check the weights (python -m qwq_mlx.verify FOLDER), or convert the source again."
             )
             return None
         seen = None if pending.looking is None else pending.looking.read(row.inspect, row.n_output)

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="K",
         default=default.n_sequences,
-        help="number of sequences in a batch of mlx-lm (default: %(default)s)",
+        help="number of sequences decoded side by side (default: %(default)s)",
     )
     add(
         "--prefill-step",
@@ -157,8 +157,7 @@ def _model(options: argparse.Namespace) -> tuple[ModelFolder | ModelShape, str]:
 
 def _of_mlx_lm(plan: MemoryPlan) -> list[str]:
     """What keeps mlx-lm to a plan of its own work on a GPU; see `model.memory.batch_and_draft`."""
-    is_theirs = plan.workload.n_sequences > 1 or plan.workload.draft is not None
-    if not is_theirs or plan.backend == "cpu":
+    if plan.workload.draft is None or plan.backend == "cpu":
         return []
     return [
         f"mlx-lm keeps to this after mx.set_memory_limit({plan.peak_bytes}); without it MLX queues passes on a GPU and "

@@ -55,13 +55,11 @@ def test_the_changes_are_named() -> None:
     assert text(8_900_000_000, prefill_step=64, kv_bits=4).startswith("a context of ")
 
 
-def test_a_quantized_cache_is_no_advice_for_a_batch() -> None:
-    """mlx-lm's batches have plain caches only."""
+def test_a_batch_is_advised_as_one_sequence_is() -> None:
     plan = plan_memory(QWQ, Workload(n_sequences=4))
     change = cheapest_change(QWQ, plan_memory(QWQ, plan.workload, limit_bytes=plan.peak_bytes - 1))
     assert change is not None
-    assert change.plan.fits
-    assert "cache" not in change.text
+    assert change.plan.fits and change.plan.workload.n_sequences == 4
 
 
 def test_the_table_has_every_mac_and_grows() -> None:
@@ -97,8 +95,7 @@ def test_the_text_shows_the_arithmetic_and_the_table(capsys: pytest.CaptureFixtu
 
 def test_a_plan_of_mlx_lms_own_work_says_what_keeps_it_to_that_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--ram", "64", "--context", "4096")
-    peak = json.loads(run(capsys, *flags, "--samples", "4", "--json")[1])["peak_bytes"]
-    assert f"\nmlx-lm keeps to this after mx.set_memory_limit({peak});" in run(capsys, *flags, "--samples", "4")[1]
+    assert "mlx-lm" not in run(capsys, *flags, "--samples", "4")[1]
     assert "mlx-lm" not in run(capsys, *flags)[1]
 
 
@@ -148,7 +145,6 @@ def test_a_folder_is_planned_from_its_headers_on_this_machine(
         (["--ram", "-1"], 2, "--ram is -1.0, expected a number from 0 to 1,000,000"),
         (["--reserve", "nan"], 2, "--reserve is nan, expected a number from 0 to 1,000,000"),
         (["--ram", "32", "--kv-bits", "5"], 2, "--kv-bits is 5, expected None, 8 or 4"),
-        (["--ram", "32", "--kv-bits", "8", "--samples", "2"], 2, "n_sequences is 2 beside kv_bits 8, but mlx-lm's"),
         (["--ram", "32", "--context", "40000"], 2, "--context is 40,000, expected at most 32,768"),
         (["--ram", "32", "--model", "/nowhere"], 1, "/nowhere: there is no such folder"),
     ],

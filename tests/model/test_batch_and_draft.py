@@ -1,4 +1,4 @@
-"""The plan of batches and of a draft model, against what mlx-lm itself holds while it decodes so."""
+"""The plan of rows side by side, and of a draft model as mlx-lm decodes with one, against what is held meanwhile."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import mlx.core as mx
 import pytest
 
 from qwq_mlx.bench.models import qwq_shaped, random_module
+from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.row import Row
+from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.facts import QWQ_32B_PREVIEW
+from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.memory.plan import ModelShape, Workload, plan_memory, shape_of_facts
 from qwq_mlx.model.upstream import import_mlx_lm
+from qwq_mlx.options import NEUTRAL, Sampling
 
 QWQ = shape_of_facts(QWQ_32B_PREVIEW)
 SMALL = replace(
@@ -27,13 +33,13 @@ DRAFT = ModelShape(config=replace(SMALL, num_hidden_layers=2, intermediate_size=
 N_TOKENS = 12
 
 
-def ratio(workload: Workload, run: Callable[[Any], None], module: Any) -> float:
+def ratio(workload: Workload, run: Callable[[Any], None], module: Any, config: Qwen2Config = SMALL) -> float:
     """Planned by measured, beside the weights (of both models): those are exact, and would hide what is not."""
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     run(module)
-    plan = plan_memory(ModelShape(config=SMALL, packed={}), workload, backend="cpu")
+    plan = plan_memory(ModelShape(config=config, packed={}), workload, backend="cpu")
     weights_bytes = plan.weights_bytes
     if workload.draft is not None:
         weights_bytes += plan_memory(workload.draft, backend="cpu").weights_bytes
@@ -45,38 +51,31 @@ def module() -> Any:
     return random_module(SMALL, {}, "float32", seed=1)
 
 
-def batch(module: Any, workload: Workload, apart: int) -> None:
-    """apart: tokens between two ends."""
-    generator = import_mlx_lm("mlx_lm.generate").BatchGenerator(module, prefill_step_size=workload.prefill_step)
-    n_sequences = workload.n_sequences
-    prompts = [[7] * ((workload.context or 0) - N_TOKENS)] * n_sequences
-    generator.insert(prompts, [N_TOKENS - apart * index for index in range(n_sequences)])
-    while responses := generator.next_generated():  # held while the next are made, as batch_generate does
-        assert len(responses) <= n_sequences
-    generator.close()
-
-
 @pytest.mark.tiny
 @pytest.mark.parametrize(
-    ("n_sequences", "context", "step", "apart"),
-    [
-        (2, 250, 64, 0),  # the last pass of both prompts binds
-        (4, 250, 128, 0),
-        (5, 250, 8, 2),  # the end of one sequence, while the caches of the others are full
-        (2, 540, 64, 2),
-        (5, 540, 64, 2),
-    ],
+    ("n_sequences", "context", "step", "kv_bits"),
+    [(2, 250, 64, None), (5, 250, 8, None), (5, 540, 64, None), (32, 300, 16, None), (4, 540, 8, 4)],
 )
-def test_a_batch_holds_what_was_planned(module: Any, n_sequences: int, context: int, step: int, apart: int) -> None:
-    workload = Workload(context=context, prefill_step=step, n_sequences=n_sequences)
-    assert 0.97 < ratio(workload, lambda module: batch(module, workload, apart), module) < 1.05
+def test_rows_side_by_side_hold_what_was_planned(
+    n_sequences: int, context: int, step: int, kv_bits: int | None
+) -> None:
+    wide = replace(SMALL, hidden_size=128, intermediate_size=192)  # heads of 64, which a quantized cache needs
+    workload = Workload(context=context, prefill_step=step, n_sequences=n_sequences, kv_bits=kv_bits)
 
+    def run(module: Any) -> None:
+        decoder = Decoder(module, n_ids=wide.vocab_size)
+        sampling = Sampling(temperature=1.0).resolve(NEUTRAL)
+        rows = [
+            Row(Sampler(sampling, seed=seed), cache=new_cache(module, kv_bits), max_tokens=N_TOKENS)
+            for seed in range(n_sequences)
+        ]
+        for row in rows:
+            for _ in decoder.prefill(row, [7] * (context - N_TOKENS), chunk=step):
+                pass
+        for _ in range(N_TOKENS):
+            decoder.step(rows)
 
-@pytest.mark.tiny
-def test_a_batch_that_ends_together_holds_less(module: Any) -> None:
-    """The plan is for the worst end; this is what it costs where all end at once."""
-    workload = Workload(context=540, prefill_step=64, n_sequences=4)
-    assert 1.2 < ratio(workload, lambda module: batch(module, workload, 0), module) < 2
+    assert 0.98 < ratio(workload, run, random_module(wide, {}, "float32", seed=1), wide) < 1.04
 
 
 @pytest.mark.tiny
@@ -100,13 +99,12 @@ def test_a_draft_model_holds_what_was_planned(module: Any, n_draft: int, context
     assert 0.97 < ratio(workload, run, module) < 1.05
 
 
-def test_a_gpu_is_planned_with_every_layer_growing_at_once() -> None:
-    """Its queue may hold them all; the CPU is through with one before the next."""
-    alone = plan_memory(QWQ, backend="cuda")
-    four = plan_memory(QWQ, Workload(n_sequences=4), backend="cuda")
-    step = 256 * alone.kv_bytes_per_token
-    assert four.peak_bytes > four.weights_bytes + 8 * four.kv_bytes - 4 * step + 4 * alone.prefill_bytes - 1
-    assert four.peak_bytes == alone.peak_bytes + four.batch_bytes
+def test_what_is_added_is_beside_what_one_sequence_needs() -> None:
+    for backend in ("cpu", "metal", "cuda"):
+        alone = plan_memory(QWQ, backend=backend)
+        four = plan_memory(QWQ, Workload(n_sequences=4), backend=backend)
+        assert four.peak_bytes >= four.weights_bytes + 4 * four.kv_bytes
+        assert four.peak_bytes == alone.peak_bytes + four.batch_bytes
     drafted = plan_memory(QWQ, Workload(draft=DRAFT, context=4096, compute_type="float32"))
     draft = plan_memory(DRAFT, Workload(context=4096, compute_type="float32"))
     plain = plan_memory(QWQ, Workload(context=4096, compute_type="float32"))
@@ -132,7 +130,7 @@ def test_what_others_add_is_never_less_than_nothing_and_grows() -> None:
 
 def test_what_binds_and_the_arithmetic_name_the_batch_and_the_draft_model() -> None:
     lines = plan_memory(QWQ, Workload(n_sequences=3)).arithmetic().splitlines()
-    assert lines[6].startswith("batch") and lines[6].endswith("bytes  3 sequences, as mlx-lm's batches hold them")
+    assert lines[6].startswith("batch") and lines[6].endswith("bytes  3 sequences side by side")
     lines = plan_memory(QWQ, Workload(draft=DRAFT)).arithmetic().splitlines()
     assert lines[6].startswith("speculative")
     assert lines[6].endswith("bytes  3 ids guessed by a draft model, as in mlx-lm")

@@ -1,25 +1,18 @@
-"""What mlx-lm (0.32.2) holds beside the weights where it does what this package does not: batches, and draft models.
+"""What rows that are decoded side by side hold beside the weights, and what mlx-lm (0.32.2) holds with a draft model.
 
-Read from its source, and compared with its peaks (scripts/measure_mlx_lm_memory.py; docs/benchmarks.md has the
-numbers). Planned is the case where a sequence ends while the caches of the others are full. K sequences in a
-BatchGenerator, as batch_generate drives it, hold at most the larger of
+Rows: each has its own cache, a newcomer is prefilled alone, and a decode step is one pass of a row's id each, with the
+logits of every row and what drawing makes of them.
 
-    prefill     K caches, and a pass of min(K, 8) prompts at once: PROMPTS_AT_ONCE is its prefill_batch_size
-    an end      2 K - 1 caches, and a decode step of K rows: when one of K sequences ends, the caches of the others are
-                taken out by index into new arrays, while the response of the one that ended still leads to the old
-
-and with either what growing holds: all layers grow by 256 positions within the graph of one pass. The CPU is through
-with a layer before the next, so there it is one layer's old cache; a GPU may have queued them all. A decode
-step keeps the log-probabilities of the two steps before, one for the caller, one under way.
-
-A draft model adds its weights and its cache. Both models are prefilled one after the other, and a step that checks
-n_draft ids has n_draft + 1 rows of logits, besides those of the last check. Both caches grow as above.
+A draft model is planned as mlx-lm uses one, read from its source and compared with its peaks
+(scripts/measure_batch_memory.py; docs/benchmarks.md has the numbers). It adds its weights and its cache. Both models
+are prefilled one after the other, and a step that checks n_draft ids has n_draft + 1 rows of logits, besides those of
+the last check. All layers of a cache grow by 256 positions within the graph of one pass. The CPU is through with a
+layer before the next, so there it is one layer's old cache; a GPU may have queued them all.
 
 On a GPU MLX queues the passes of many layers, whose intermediates are held meanwhile, so there more may be held than is
 planned. That is no need: with mx.set_memory_limit at the plan MLX waits for its queue where the limit is reached.
 
-Does not: count prompts of different lengths, whose caches are rolled into place, old and new beside each other (2 K of
-them; planned by held was 0.94 with two), or what a caller keeps of the caches that responses bring.
+Does not: count a prefix that rows could share (each has a copy).
 """
 
 from __future__ import annotations
@@ -29,23 +22,18 @@ from qwq_mlx.model.memory.activations import CACHE_STEP, logits_bytes, n_positio
 from qwq_mlx.model.memory.sizes import bytes_of_float, bytes_of_pass, kv_bytes_per_token, weights_bytes
 from qwq_mlx.model.memory.workload import Backend, ModelShape, Workload
 
-__all__ = ["PROMPTS_AT_ONCE", "batch_bytes", "speculative_bytes"]
+__all__ = ["batch_bytes", "speculative_bytes"]
 
-PROMPTS_AT_ONCE = 8
-_STEPS_BEFORE = 2  # of a batch whose log-probabilities are still held in a step
-_CHECKS_BEFORE = 1
+_CHECKS_BEFORE = 1  # of a draft, whose log-probabilities are still held in a step
 
 
 def batch_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
-    """Caches and passes of workload.n_sequences, at least 2, that each fill the context."""
+    """Caches and passes of workload.n_sequences that each fill the context."""
     n_sequences = workload.n_sequences
-    cache = _cache_bytes(config, workload, context, backend)
-    n_prompts = min(n_sequences, PROMPTS_AT_ONCE)
-    prefill = n_sequences * cache + _growing(config, workload, n_prompts, workload.prefill_step, context, backend)
-    step = _growing(config, workload, n_sequences, 1, context, backend)
-    rows = n_sequences * _row_bytes(config, workload, backend, n_before=_STEPS_BEFORE)
-    one_ends = (2 * n_sequences - 1) * cache + bytes_of_pass(config, workload, n_sequences, context, backend)
-    return max(prefill, n_sequences * cache + step + rows, one_ends + rows)
+    prefill = bytes_of_pass(config, workload, min(workload.prefill_step, context), context, backend)
+    step = bytes_of_pass(config, workload, n_sequences, context, backend)
+    logits = n_sequences * (logits_bytes(config) + sampler_bytes(config))
+    return n_sequences * _cache_bytes(config, workload, context, backend) + max(prefill, step + logits)
 
 
 def speculative_bytes(
@@ -54,25 +42,23 @@ def speculative_bytes(
     """Both caches and the draft model's weights, and the largest pass of either model."""
     draft_bytes = weights_bytes(draft.config, draft.packed, bytes_of_float(workload, backend))
     draft_bytes += sum(_cache_bytes(each, workload, context, backend) for each in (config, draft.config))
-    rows = (1 + workload.n_draft) * _row_bytes(config, workload, backend, n_before=_CHECKS_BEFORE)
+    rows = (1 + workload.n_draft) * _row_bytes(config, workload, backend)
     return draft_bytes + max(
-        _growing(config, workload, 1, workload.prefill_step, context, backend),
-        _growing(draft.config, workload, 1, workload.prefill_step, context, backend),
-        _growing(config, workload, 1, 1 + workload.n_draft, context, backend) + rows,
+        _growing(config, workload, workload.prefill_step, context, backend),
+        _growing(draft.config, workload, workload.prefill_step, context, backend),
+        _growing(config, workload, 1 + workload.n_draft, context, backend) + rows,
     )
 
 
-def _growing(
-    config: Qwen2Config, workload: Workload, n_sequences: int, n_ids: int, context: int, backend: Backend
-) -> int:
-    """The largest pass of n_ids in each sequence: the last, or the last one that makes the cache grow."""
+def _growing(config: Qwen2Config, workload: Workload, n_ids: int, context: int, backend: Backend) -> int:
+    """The largest pass of n_ids: the last, or the last one that makes the cache grow."""
     n_ids = min(n_ids, context)
     n_before = n_positions(context) - CACHE_STEP
     n_grown = min(context, n_before + n_ids)
-    old = n_sequences * n_before * kv_bytes_per_token(config, workload.kv_bits, bytes_of_float(workload, backend))
+    old = n_before * kv_bytes_per_token(config, workload.kv_bits, bytes_of_float(workload, backend))
     if backend == "cpu":
         old //= config.num_hidden_layers
-    last, grown = (bytes_of_pass(config, workload, n_sequences * n_ids, n, backend) for n in (context, n_grown))
+    last, grown = (bytes_of_pass(config, workload, n_ids, n, backend) for n in (context, n_grown))
     return max(last, grown + old)
 
 
@@ -80,7 +66,7 @@ def _cache_bytes(config: Qwen2Config, workload: Workload, context: int, backend:
     return n_positions(context) * kv_bytes_per_token(config, workload.kv_bits, bytes_of_float(workload, backend))
 
 
-def _row_bytes(config: Qwen2Config, workload: Workload, backend: Backend, *, n_before: int) -> int:
-    """Logits of a row, what is made of them, and the log-probabilities of n_before rows before."""
-    before = n_before * config.vocab_size * bytes_of_float(workload, backend)
+def _row_bytes(config: Qwen2Config, workload: Workload, backend: Backend) -> int:
+    """Logits of a row, what is made of them, and the log-probabilities of the checks before."""
+    before = _CHECKS_BEFORE * config.vocab_size * bytes_of_float(workload, backend)
     return logits_bytes(config) + sampler_bytes(config) + before

@@ -10,8 +10,8 @@ On Metal the limit is the recommended working set, two thirds of the memory up t
 measured on Metal: 16 and 32 GiB as in abetlen/llama-cpp-python#687 and ollama/ollama#434, 96 GiB as in
 ggml-org/llama.cpp#3213; on the Mac itself `model.device` asks the system).
 
-Does not: read weights, import MLX, or change a limit. `generate` decodes one sequence by itself; a batch or a draft
-model is planned as mlx-lm decodes so (`batch_and_draft` says how close, and what is left out on a GPU).
+Does not: read weights, import MLX, or change a limit. A draft model is planned as mlx-lm decodes with one
+(`batch_and_draft` says how close, and what is left out on a GPU).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class MemoryPlan:
     decode_bytes: held beside weights and cache in a decode step.
     logits_bytes: beside a decode step.
     sampler_bytes: beside a decode step.
-    batch_bytes: what mlx-lm holds more with other sequences beside this one.
+    batch_bytes: what other sequences hold beside this one.
     speculative_bytes: what mlx-lm holds more with a draft model.
     load_bytes: held beside the weights while they are read.
     reserve_bytes: left free below the limit.
@@ -127,7 +127,7 @@ class MemoryPlan:
             ("decode", self.decode_bytes, "not at the same time as prefill"),
             ("logits", self.logits_bytes, "beside decode"),
             ("sampler", self.sampler_bytes, "beside decode"),
-            ("batch", self.batch_bytes, f"{self.workload.n_sequences:,} sequences, as mlx-lm's batches hold them"),
+            ("batch", self.batch_bytes, f"{self.workload.n_sequences:,} sequences side by side"),
             (
                 "speculative",
                 self.speculative_bytes,

@@ -1,18 +1,15 @@
-"""Planned against measured memory of what mlx-lm does and this package does not: batches, and a draft model.
+"""Planned against measured memory of rows that share their passes, and of mlx-lm with a draft model.
 
-    python scripts/measure_mlx_lm_memory.py                  # a random model of QwQ's proportions, small
-    python scripts/measure_mlx_lm_memory.py --model FOLDER   # a conversion or checkpoint
+    python scripts/measure_batch_memory.py                  # a random model of QwQ's proportions, small
+    python scripts/measure_batch_memory.py --model FOLDER   # a conversion or checkpoint
 
-Batches go through mlx_lm's BatchGenerator, as its batch_generate uses it: K prompts of whole passes, at most --contexts
-with --tokens to go. "together": all end at the last position. "apart": each ends a few tokens before the next, so
-caches are copied while most are full. "ragged": prompts of different lengths besides, whose caches mlx-lm rolls into
-place, old and new beside each other; a plan is for equal ones and may be below that. A draft model of half the layers
-goes through speculative_generate_step; random models never agree, which is when a cache is rewound most.
+Rows are prefilled one after another and decoded together to the end of the context. A draft model of half the layers
+goes through mlx_lm's speculative_generate_step; random models never agree, which is when a cache is rewound most.
 
 Prints one JSON line per setting and, as the last line of stdout, the range of all; exit code 1 where a plan is below
-what was held by more than 2 %. On a GPU MLX queues passes and holds what they need; --limited bounds that.
+what was held by more than 2 %. On a GPU mlx-lm queues passes and holds what they need; --limited bounds that.
 
-Does not: measure speed.
+Does not: measure speed (`measure_rows` does).
 """
 
 from __future__ import annotations
@@ -31,12 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measure_memory import model_of
 
+from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.row import Row
+from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, Workload, plan_memory
 from qwq_mlx.model.upstream import import_mlx_lm
+from qwq_mlx.options import NEUTRAL, Sampling
 
-PATTERNS = ("together", "apart", "ragged")
-_APART = 3  # tokens between the ends of two sequences
+_SAMPLING = Sampling(temperature=0.7, top_p=0.8, top_k=20).resolve(NEUTRAL)
 
 
 def _main() -> int:
@@ -64,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-heads", type=int, default=1, help="of the random model (default: %(default)s)")
     add("--vocab", type=int, default=512, help="of the random model (default: %(default)s)")
     add("--packed", action="store_true", help="4-bit weights in the random model; slow on the CPU")
-    add("--samples", type=int, nargs="*", default=[2, 4, 8], metavar="K", help="sequences (default: 2 4 8)")
-    add("--patterns", nargs="+", default=["together", "apart"], choices=PATTERNS, help="(default: together apart)")
+    add("--samples", type=int, nargs="*", default=[2, 4, 8], metavar="K", help="rows (default: 2 4 8)")
+    add("--kv-bits", type=int, nargs="+", default=[0], help="of the rows' cache, 0 for the compute type (default: 0)")
     add("--drafts", type=int, nargs="*", default=[2, 5], metavar="N", help="ids guessed at a time (default: 2 5)")
     add("--contexts", type=int, nargs="+", default=[700, 1800], metavar="N", help="positions (default: 700 1800)")
     add("--prefill-steps", type=int, nargs="+", default=[64, 512], metavar="N", help="(default: 64 512)")
@@ -85,12 +86,11 @@ def _rows(module: Any, shape: ModelShape, options: argparse.Namespace) -> Iterat
             n_prompt = 1 + (context - options.tokens - 1) // step * step  # of which the last id is fed by itself
             asked = Workload(context=n_prompt + options.tokens, prefill_step=step, compute_type=options.compute_type)
             for n_sequences in options.samples:
-                for pattern in options.patterns:
-                    workload = replace(asked, n_sequences=n_sequences)
+                for kv_bits in options.kv_bits:
+                    workload = replace(asked, n_sequences=n_sequences, kv_bits=kv_bits or None)
                     plan = plan_memory(shape, workload, backend=backend_name())
-                    limit = plan.peak_bytes if options.limited else None
-                    held = _held(limit, _batch, module, workload, pattern, options.tokens)
-                    yield _row({"samples": n_sequences, "ends": pattern}, plan, held)
+                    held = _held(None, _together, module, shape, workload, options.tokens)
+                    yield _row({"samples": n_sequences, "kv_bits": kv_bits}, plan, held)
             for n_draft in options.drafts:
                 draft, draft_shape = _model(options, max(1, options.layers // 2))
                 workload = replace(asked, draft=draft_shape, n_draft=n_draft)
@@ -129,20 +129,17 @@ def _held(limit_bytes: int | None, run: Callable[..., None], *arguments: Any) ->
     return int(mx.get_peak_memory())
 
 
-def _batch(module: Any, workload: Workload, pattern: str, n_tokens: int) -> None:
-    n_sequences, n_prompt = workload.n_sequences, (workload.context or 0) - n_tokens
-    is_apart = pattern != "together"
-    generator = import_mlx_lm("mlx_lm.generate").BatchGenerator(
-        module, prefill_step_size=workload.prefill_step, completion_batch_size=n_sequences
-    )
-    lengths = [n_prompt - (17 * index if pattern == "ragged" else 0) for index in range(n_sequences)]
-    n_most = [n_tokens - (_APART * index if is_apart else 0) for index in range(n_sequences)]
-    generator.insert([_prompt(n_ids) for n_ids in lengths], n_most)
-    n_ended = 0
-    while responses := generator.next_generated():  # held while the next ones are made, as batch_generate does
-        n_ended += sum(each.finish_reason is not None for each in responses)
-    generator.close()
-    assert n_ended == n_sequences
+def _together(module: Any, shape: ModelShape, workload: Workload, n_tokens: int) -> None:
+    decoder = Decoder(module, n_ids=shape.config.vocab_size)
+    rows = [
+        Row(Sampler(_SAMPLING, seed=seed), cache=new_cache(module, workload.kv_bits), max_tokens=n_tokens)
+        for seed in range(workload.n_sequences)
+    ]
+    for row in rows:
+        for _ in decoder.prefill(row, _prompt((workload.context or 0) - n_tokens), chunk=workload.prefill_step):
+            pass
+    for _ in range(n_tokens):
+        decoder.step(rows)
 
 
 def _speculative(module: Any, draft: Any, workload: Workload, n_tokens: int) -> None:
