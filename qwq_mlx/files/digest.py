@@ -45,13 +45,16 @@ def sha256_file(path: Path, progress: ByteProgress | None = None) -> str:
     return digest.hexdigest()
 
 
+_SORTED = json.JSONEncoder(sort_keys=True)
+
+
 def sha256_json(value: Any) -> str:
     """sha256 of a JSON value, whatever the order of its keys: what a file says of itself.
 
     >>> sha256_json({"b": 1, "a": [2]}) == sha256_json({"a": [2], "b": 1})
     True
     """
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_SORTED.encode(value).encode()).hexdigest()
 
 
 def sha256_header(header: Header) -> str:

@@ -1,4 +1,4 @@
-"""JSON that holds one object: small files, read with a size limit and never from a FIFO, and strictly parsed.
+"""JSON from outside that is one object, a file or a line of one: bounded, never from a FIFO, strictly parsed.
 
 Does not: check what the object means.
 """
@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.reading import open_to_read, read_at, recognise
 
-__all__ = ["parse_json_object", "read_json_object"]
+__all__ = ["parse_json_line", "parse_json_object", "read_json_object", "read_regular_file"]
+
+_BLOCK_BYTES = 64 << 20
 
 
 def read_json_object(path: Path, *, limit_bytes: int, advice: str) -> dict[str, Any]:
@@ -24,7 +26,7 @@ def read_json_object(path: Path, *, limit_bytes: int, advice: str) -> dict[str, 
     advice: what the user should do next, the last sentence of every message.
     Raises SourceError naming the file, what was found and what was expected.
     """
-    raw = _read(path, limit_bytes, advice)
+    raw = read_regular_file(path, limit_bytes=limit_bytes, expected="JSON", advice=advice)
     raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as editors on Windows write it
     if wrong := recognise(raw[:512]):
         raise SourceError(f"{path}: is {wrong} ({len(raw):,} bytes), expected JSON. {advice}")
@@ -45,7 +47,7 @@ def parse_json_object(
     except UnicodeDecodeError as error:
         raise SourceError(f"{what} is not UTF-8 at byte {error.start:,}, expected JSON. {advice}") from error
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=parse_int)
+        value = (_STRICT if parse_int is None else _decoder(parse_int)).decode(text)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{what} is not JSON ({str(error)[:200]}). {advice}") from error
     if not isinstance(value, dict):
@@ -53,7 +55,29 @@ def parse_json_object(
     return value
 
 
-def _read(path: Path, limit_bytes: int, advice: str) -> bytes:
+def parse_json_line(raw: bytes, *, where: str, advice: str) -> dict[str, Any]:
+    """Parse one line of a file of JSON lines, as `parse_json_object` does.
+
+    where: file and line, which begin the message. Lines end at LF alone: U+2028 and its like may stand in a JSON text.
+    Raises SourceError, also for a lone surrogate: "\\ud800" is JSON, but no text that could be written again.
+    """
+    value = parse_json_object(raw, what=where, advice=advice)
+    if b"\\u" in raw:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            letter = error.object[error.start]
+            raise SourceError(
+                f"{where} holds the lone surrogate U+{ord(letter):04X}, which is no text. {advice}"
+            ) from error
+    return value
+
+
+def read_regular_file(path: Path, *, limit_bytes: int, expected: str, advice: str) -> bytes:
+    """All bytes of a file. expected: what it should be, in the message for a FIFO or a device.
+
+    Raises SourceError: not there, not readable, not a regular file, or longer than limit_bytes.
+    """
     try:
         fd = open_to_read(path)
     except FileNotFoundError as error:
@@ -63,14 +87,22 @@ def _read(path: Path, limit_bytes: int, advice: str) -> bytes:
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise SourceError(f"{path}: is not a regular file, expected JSON. {advice}")
+            raise SourceError(f"{path}: is not a regular file, expected {expected}. {advice}")
         if status.st_size > limit_bytes:
             raise SourceError(f"{path}: has {status.st_size:,} bytes, expected at most {limit_bytes:,}. {advice}")
-        return read_at(fd, status.st_size, 0)
+        return b"".join(_blocks(fd, status.st_size))
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}). {advice}") from error
     finally:
         os.close(fd)
+
+
+def _blocks(fd: int, n_bytes: int) -> Iterator[bytes]:
+    """At most n_bytes; Linux reads less than 2 GiB at once."""
+    start = 0
+    while start < n_bytes and (block := read_at(fd, min(n_bytes - start, _BLOCK_BYTES), start)):
+        yield block
+        start += len(block)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,3 +116,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _decoder(parse_int: Callable[[str], float] | None) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=parse_int)
+
+
+_STRICT = _decoder(None)  # made once: a file of questions has a million lines

@@ -129,13 +129,20 @@ def _prompt(options: argparse.Namespace) -> str:
 
 
 def _batch(command: Command, asked: RunOptions) -> int:
+    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.generate.question_file.questions import read_questions
     from qwq_mlx.generate.question_file.results import Results
 
     options, interruption = command.options, command.interruption
     choice = choose_model(options.model)
     check_output_files({"output": options.output}, inputs=[options.input], folders=[choice.folder])
-    questions = read_questions(Path(options.input), system_prompt=options.system_prompt)
+    with ProgressBar(unit=" questions", is_shown=not command.is_quiet) as bar:
+        questions = read_questions(
+            Path(options.input),
+            system_prompt=options.system_prompt,
+            note=command.note,
+            progress=lambda n_questions: bar.show("reading", n_questions, None),
+        )
     with Results(Path(options.output)) as results:
         reasoner = load_reasoner(command, asked.limits, choice=choice)
         from qwq_mlx.generate.question_file.runner import QuestionFile

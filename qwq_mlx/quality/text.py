@@ -12,14 +12,14 @@ Does not: choose a text by a folder's name, or measure.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import OptionError, PromptError
+from qwq_mlx.errors import OptionError, PromptError, SourceError
 from qwq_mlx.facts import POCKET
+from qwq_mlx.files.json_object import parse_json_line, read_regular_file
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.prompt import encode_text, prompt_ids
 from qwq_mlx.model.tokenizer import LoadedTokenizer
@@ -90,7 +90,7 @@ def read_text(
         raise OptionError(f"{n_positions!r} tokens of text are asked for, expected at least {MIN_TOKENS}.")
     raw = _read(path)
     try:
-        text = raw.decode("utf-8")
+        text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
         raise OptionError(f"{path}: is not UTF-8 (byte {error.start:,}), expected a text. Give a text file.") from error
     length = min(_WINDOW, config.max_position_embeddings)
@@ -118,16 +118,14 @@ def read_text(
 
 def _read(path: Path) -> bytes:
     try:
-        if not path.is_file():
-            what = "is not a regular file" if path.exists() else "there is no such file"
-            raise OptionError(f"{path}: {what}, expected a text (.txt, or .jsonl of questions and replies).")
-        if (size := path.stat().st_size) > _MAX_BYTES:
-            raise OptionError(
-                f"{path}: has {size:,} bytes, expected a text of at most {_MAX_BYTES:,}. Give a part of it."
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise OptionError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+        return read_regular_file(
+            path,
+            limit_bytes=_MAX_BYTES,
+            expected="a text",
+            advice="Give a text (.txt, or .jsonl of questions and replies).",
+        )
+    except SourceError as error:
+        raise OptionError(str(error)) from error
 
 
 def _plain(text: str, tokenizer: LoadedTokenizer, length: int) -> Iterator[Window]:
@@ -137,7 +135,7 @@ def _plain(text: str, tokenizer: LoadedTokenizer, length: int) -> Iterator[Windo
 
 
 def _conversations(path: Path, text: str, tokenizer: LoadedTokenizer) -> Iterator[Window]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         question, reply = _parsed(path, number, line)
@@ -152,10 +150,10 @@ def _conversations(path: Path, text: str, tokenizer: LoadedTokenizer) -> Iterato
 
 def _parsed(path: Path, number: int, line: str) -> tuple[str, str]:
     try:
-        value: Any = json.loads(line)
-    except ValueError as error:
-        raise OptionError(f"{path}, line {number}: is not JSON ({error}). Write one conversation a line.") from error
-    pair = [str(value[key]) for key in ("question", "reply") if isinstance(value, dict) and _is_text(value.get(key))]
+        value = parse_json_line(line.encode(), where=f"{path}, line {number}:", advice="Write one conversation a line.")
+    except SourceError as error:
+        raise OptionError(str(error)) from error
+    pair = [str(value[key]) for key in ("question", "reply") if _is_text(value.get(key))]
     if len(pair) != 2:
         raise OptionError(
             f'{path}, line {number}: is {line[:60]!r}, expected {{"question": "...", "reply": "..."}} with two texts.'

@@ -28,7 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import OptionError, RecipeError
+from qwq_mlx.errors import OptionError, RecipeError, SourceError
+from qwq_mlx.files.json_object import read_regular_file
 from qwq_mlx.quant import DEFAULT_RECIPE
 from qwq_mlx.quant.modes import FITS, Packing
 
@@ -152,8 +153,8 @@ def recipe_of_text(text: str, *, path: Path) -> Recipe:
     """A recipe from the text of its file. Raises RecipeError as `load_recipe` does."""
     try:
         parsed = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise RecipeError(f"{path}: not TOML: {error}. Correct that line.") from error
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is one, and so is a number of 5,000 digits
+        raise RecipeError(f"{path}: not TOML: {str(error)[:200].rstrip('.')}. Correct that line.") from error
     return _Parser(path, text).recipe(parsed)
 
 
@@ -164,16 +165,12 @@ def recipe_of_mapping(mapping: Mapping[str, Any], *, where: Path) -> Recipe:
 
 
 def _read(path: Path) -> str:
+    advice = f"Give a recipe file, or one of the package: {', '.join(recipe_names())}."
     try:
-        if not path.is_file():
-            raise RecipeError(
-                f"{path}: there is no such recipe file. Recipes of the package: {', '.join(recipe_names())}."
-            )
-        if path.stat().st_size > _MAX_BYTES:
-            raise RecipeError(f"{path}: has {path.stat().st_size:,} bytes, a recipe has at most {_MAX_BYTES:,}.")
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+        raw = read_regular_file(path, limit_bytes=_MAX_BYTES, expected="a recipe", advice=advice)
+        return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except SourceError as error:
+        raise RecipeError(str(error)) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 (byte {error.start:,}). Save it as UTF-8.") from error
 
@@ -183,7 +180,7 @@ class _Parser:
 
     def __init__(self, path: Path, text: str) -> None:
         self._path = path
-        self._lines = text.splitlines()
+        self._lines = text.split("\n")  # TOML's own lines: U+2028 may stand in a text
         self._text = text
 
     def recipe(self, parsed: Mapping[str, Any]) -> Recipe:

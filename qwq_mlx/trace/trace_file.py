@@ -26,10 +26,14 @@ import numpy as np
 from qwq_mlx.errors import SavingError, SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.header import place_tensors, read_header
+from qwq_mlx.files.json_object import parse_json_object, read_regular_file
 
 __all__ = ["read_trace", "write_trace"]
 
 _FORMAT = "qwq_mlx trace"
+_ADVICE = "Give the file that save() wrote."
+_MAX_BYTES = 4 << 30  # 131,072 tokens with 50 alternatives each take less
+_MAX_HIDDEN_BYTES = 1 << 40
 
 
 def write_trace(
@@ -69,14 +73,11 @@ def read_trace(path: Path, *, schemas: Collection[int]) -> tuple[dict[str, Any],
 
     Raises SourceError: it cannot be read, is of another format or schema, torn, damaged or edited, or its arrays are.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}). Give the file that save() wrote.") from error
+    raw = read_regular_file(path, limit_bytes=_MAX_BYTES, expected="a trace", advice=_ADVICE)
     lines = raw.split(b"\n")
     fields = _object(lines[0], path, 1)
     if fields.pop("format", None) != _FORMAT and "schema_version" not in fields:
-        raise SourceError(f"{path}: is no trace of qwq_mlx. Give the file that save() wrote.")
+        raise SourceError(f"{path}: is no trace of qwq_mlx. {_ADVICE}")
     version = fields.get("schema_version")
     if type(version) is not int or version not in schemas:
         raise SourceError(
@@ -100,27 +101,21 @@ def read_trace(path: Path, *, schemas: Collection[int]) -> tuple[dict[str, Any],
 
 
 def _object(line: bytes, path: Path, place: int) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(
-            f"{path}: line {place:,} is not JSON ({error}). The file is damaged; save the trace again."
-        ) from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{path}: line {place:,} holds a {type(value).__name__}, expected an object. It is no trace.")
-    return value
+    return parse_json_object(
+        line, what=f"{path}: line {place:,}", advice="The file is damaged or no trace; save the trace again."
+    )
 
 
 def _read_arrays(path: Path, named: Any, n_tokens: int) -> dict[int, Any]:
     if not isinstance(named, dict) or named.keys() != {"file", "sha256"} or Path(str(named["file"])).name in ("", ".."):
         raise SourceError(f"{path}: the name of the hidden states is {named!r}. The file is edited; save it again.")
     beside = path.with_name(Path(str(named["file"])).name)
-    try:
-        raw = beside.read_bytes()
-    except OSError as error:
-        raise SourceError(
-            f"{beside}: the hidden states of {path.name} cannot be read ({error.strerror}). Keep both files together."
-        ) from error
+    raw = read_regular_file(
+        beside,
+        limit_bytes=_MAX_HIDDEN_BYTES,
+        expected=f"the hidden states of {path.name}",
+        advice=f"They belong to {path.name}: keep both files together.",
+    )
     if hashlib.sha256(raw).hexdigest() != named["sha256"]:
         raise SourceError(
             f"{beside}: the sha256 does not fit {path.name}, so the hidden states are damaged or others'."

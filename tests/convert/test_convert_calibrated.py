@@ -305,7 +305,7 @@ def test_of_a_long_text_the_first_16384_tokens_are_used(tiny_checkpoint: Path, t
         ("a.jsonl", b'{"text": "a"}\n{"text', r"a\.jsonl, line 2: is not JSON .*Give a UTF-8 text"),
         ("a.jsonl", b'{"txt": "a"}', r"""a\.jsonl, line 1: is '\{"txt": "a"\}', which has no text and no messages"""),
         ("a.jsonl", b'{"messages": []}', r"a\.jsonl, line 1: The prompt is \[\], expected a question"),
-        ("a.txt", None, r"a\.txt: there is no such calibration file\. Give a UTF-8 text"),
+        ("a.txt", None, r"a\.txt: there is no such file\. Give a UTF-8 text"),
     ],
 )
 def test_a_text_that_cannot_calibrate_is_refused(
@@ -322,15 +322,15 @@ def test_a_text_that_cannot_be_read_or_is_huge_is_refused(
     tiny_checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_MAX_BYTES", 100)
-    with pytest.raises(OptionError, match=r"has 1,350 bytes, a calibration text has at most 100\. Cut it"):
+    with pytest.raises(OptionError, match=r"has 1,350 bytes, expected at most 100\. Give a UTF-8 text"):
         calibrated(tiny_checkpoint, text)
     monkeypatch.undo()
 
     def refuse(self: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(OptionError, match=r"text\.txt: cannot be read \(Permission denied\)"):
+    monkeypatch.setattr("qwq_mlx.files.json_object.open_to_read", refuse)
+    with pytest.raises(OptionError, match=r"text\.txt: cannot be opened \(Permission denied\)"):
         module._read(text)
 
 

@@ -98,8 +98,9 @@ def test_a_model_without_a_template_gets_the_question_as_text(tmp_path: Path, ti
         ("a.jsonl", b'{"question": "a"}', r'line 1: is \'{"question": "a"}\', expected {"question"'),
         ("a.jsonl", b'{"question": "a", "reply": 3}', "line 1: is .* with two texts"),
         ("a.jsonl", b'{"question": " ", "reply": "b"}', "line 1: is .* with two texts"),
-        ("a.jsonl", b"[1]", "line 1: is .* with two texts"),
-        ("a.jsonl", b'{"question": "\\ud800", "reply": "b"}', "line 1: Message 0: character 0 is the lone surrogate"),
+        ("a.jsonl", b"[1]", "line 1: holds a JSON list, expected an object"),
+        ("a.jsonl", b"[" * 100_000, "line 1: is not JSON .*recursion"),
+        ("a.jsonl", b'{"question": "\\ud800", "reply": "b"}', "line 1: holds the lone surrogate U.D800"),
     ],
 )
 def test_a_text_that_cannot_be_measured_is_refused(
@@ -114,7 +115,7 @@ def test_a_text_that_cannot_be_measured_is_refused(
 def test_a_text_that_is_no_readable_file_is_refused(
     tmp_path: Path, tiny_checkpoint: Path, tokenizer: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(OptionError, match=r"nowhere\.txt: there is no such file, expected a text"):
+    with pytest.raises(OptionError, match=r"nowhere\.txt: there is no such file. Give a text"):
         read(tmp_path / "nowhere.txt", tiny_checkpoint, tokenizer)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OptionError, match="pipe: is not a regular file, expected a text"):
@@ -124,16 +125,17 @@ def test_a_text_that_is_no_readable_file_is_refused(
     with pytest.raises(OptionError, match="31 tokens of text are asked for, expected at least 32"):
         read(path, tiny_checkpoint, tokenizer, n_positions=31)
     monkeypatch.setattr(text, "_MAX_BYTES", 100)
-    with pytest.raises(OptionError, match=r"a\.txt: has 2,480 bytes, expected a text of at most 100"):
+    with pytest.raises(OptionError, match=r"a\.txt: has 2,480 bytes, expected at most 100"):
         read(path, tiny_checkpoint, tokenizer)
     monkeypatch.undo()
 
     def denied(_: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
-    with pytest.raises(OptionError, match=r"a\.txt: cannot be read \(Permission denied\)"):
-        read(path, tiny_checkpoint, tokenizer)
+    config = open_model_folder(tiny_checkpoint).config
+    monkeypatch.setattr("qwq_mlx.files.json_object.open_to_read", denied)
+    with pytest.raises(OptionError, match=r"a\.txt: cannot be opened \(Permission denied\)"):
+        read_text(path, tokenizer, config)
 
 
 def test_the_bundled_texts_fit_their_models(tiny_checkpoint: Path, tokenizer: LoadedTokenizer) -> None:

@@ -145,20 +145,23 @@ def test_an_unknown_name_lists_the_recipes_there_are() -> None:
 
 
 def test_a_recipe_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RecipeError, match=r"none\.toml: there is no such recipe file"):
+    with pytest.raises(RecipeError, match=r"none\.toml: there is no such file. Give a recipe"):
         load_recipe(tmp_path / "none.toml")
     path = tmp_path / "own.toml"
     path.write_bytes(b"# \xff")
     with pytest.raises(RecipeError, match=r"own\.toml: is not UTF-8 \(byte 2\)"):
         load_recipe(path)
+    path.write_text("[weights]\nbits = " + "9" * 5000)
+    with pytest.raises(RecipeError, match=r"own\.toml: not TOML: Exceeds the limit \(4300 digits\)"):
+        load_recipe(path)
     path.write_bytes(b"#" * (2 << 20))
-    with pytest.raises(RecipeError, match=r"own\.toml: has 2,097,152 bytes, a recipe has at most 1,048,576"):
+    with pytest.raises(RecipeError, match=r"own\.toml: has 2,097,152 bytes, expected at most 1,048,576"):
         load_recipe(path)
 
     def refuse(self: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
     path.write_text(W)
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(RecipeError, match=r"own\.toml: cannot be read \(Permission denied\)"):
+    monkeypatch.setattr("qwq_mlx.files.json_object.open_to_read", refuse)
+    with pytest.raises(RecipeError, match=r"own\.toml: cannot be opened \(Permission denied\)"):
         load_recipe(path)

@@ -118,7 +118,7 @@ def test_every_flipped_byte_and_every_cut_is_refused(trace: Trace, tmp_path: Pat
         each.write_bytes(good)
     assert Trace.load(path) == inspected(trace)
     next(tmp_path.glob("*.safetensors")).unlink()
-    with pytest.raises(SourceError, match=r"the hidden states of trace\.jsonl cannot be read .* Keep both files"):
+    with pytest.raises(SourceError, match=r"there is no such file. They belong to trace\.jsonl: keep both files"):
         Trace.load(path)
 
 
@@ -240,13 +240,13 @@ def test_a_file_that_is_no_trace_of_this_schema_is_refused(trace: Trace, change:
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"cannot be read \(No such file"):
+    with pytest.raises(SourceError, match=r"there is no such file. Give the file that save"):
         Trace.load(tmp_path / "none.json")
     (tmp_path / "half.json").write_text('{"schema_')
     with pytest.raises(SourceError, match=r"half\.json: line 1 is not JSON"):
         Trace.load(tmp_path / "half.json")
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(SourceError, match="line 1 holds a list, expected an object"):
+    with pytest.raises(SourceError, match="line 1 holds a JSON list, expected an object"):
         Trace.load(tmp_path / "list.json")
     with pytest.raises(SourceError, match="schema_version is 'list'"):
         Trace.from_json([], where="here")

@@ -16,7 +16,6 @@ Does not: pack anything, or fetch (`collect` does, for a source of the Hub).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +33,11 @@ from qwq_mlx.convert.calibration.pass_state import (
     read_pass_state,
     text_of,
 )
-from qwq_mlx.errors import ConversionError, OptionError, PromptError
+from qwq_mlx.errors import ConversionError, OptionError, PromptError, SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.checkpoint import Checkpoint
 from qwq_mlx.files.header import TensorEntry, place_tensors
+from qwq_mlx.files.json_object import parse_json_line, read_regular_file
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.layers import LayerStream
@@ -110,7 +110,7 @@ def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Conf
     path = Path(path)
     data = _read(path)
     try:
-        text = data.decode("utf-8")
+        text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
         raise OptionError(f"{path}: is not UTF-8 (byte {error.start:,}). {_HOW}") from error
     tokenizer = load_tokenizer(checkpoint.folder, vocab_size=config.vocab_size)
@@ -134,15 +134,9 @@ def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Conf
 
 def _read(path: Path) -> bytes:
     try:
-        if not path.is_file():
-            raise OptionError(f"{path}: there is no such calibration file. {_HOW}")
-        if path.stat().st_size > _MAX_BYTES:
-            raise OptionError(
-                f"{path}: has {path.stat().st_size:,} bytes, a calibration text has at most {_MAX_BYTES:,}. Cut it."
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise OptionError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+        return read_regular_file(path, limit_bytes=_MAX_BYTES, expected="a calibration text", advice=_HOW)
+    except SourceError as error:
+        raise OptionError(str(error)) from error
 
 
 def _texts(path: Path, text: str, tokenizer: LoadedTokenizer) -> Iterator[list[int]]:
@@ -153,12 +147,12 @@ def _texts(path: Path, text: str, tokenizer: LoadedTokenizer) -> Iterator[list[i
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise OptionError(f"{path}, line {number}: is not JSON ({str(error)[:80]}). {_HOW}") from error
-        if isinstance(value, dict) and isinstance(value.get("text"), str):
+            value = parse_json_line(line.encode(), where=f"{path}, line {number}:", advice=_HOW)
+        except SourceError as error:
+            raise OptionError(str(error)) from error
+        if isinstance(value.get("text"), str):
             yield encode_text(tokenizer, value["text"])
-        elif isinstance(value, dict) and isinstance(value.get("messages"), list):
+        elif isinstance(value.get("messages"), list):
             try:
                 yield _conversation(tokenizer, value["messages"])
             except PromptError as error:

@@ -64,7 +64,7 @@ class Results:
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file")  # a device or pipe would be read without end
             for line, end in _lines(self.path):
-                self.lines.append(_slim(line))
+                self.lines.append(self._kept(line))
                 self._ends.append(end)
             self._temporary.unlink(missing_ok=True)  # of a process that was killed
             _check_torn(self.path, os.pread(self._fd, len(_BEGINNING), self._size))
@@ -95,16 +95,23 @@ class Results:
         try:
             if index == len(self.lines):
                 self._append(data)
-                self.lines.append(_slim(line))
+                self.lines.append(self._kept(line))
             else:
                 self._replace(data, index)
-                self.lines[index] = _slim(line)
+                self.lines[index] = self._kept(line)
         except OSError as error:
             raise SavingError(
                 f"{self.path}: line {index + 1:,} cannot be written ({error.strerror}); the lines before it "
                 "are whole. Make room and run the same command again.",
                 error,
             ) from error
+
+    def _kept(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """The line without the trace; lines of one run share "run", which is most of the rest."""
+        slim = _slim(line)
+        if self.lines and self.lines[-1]["run"] == slim["run"]:
+            slim["run"] = self.lines[-1]["run"]
+        return slim
 
     def _append(self, data: bytes) -> None:
         try:

@@ -100,7 +100,7 @@ class QuestionFile:
         self._run: Stream | None = None
         self._progress: Callable[[BatchProgress], None] | None = None
         self._started_s = self._told_s = 0.0
-        self._n_before = self._n_tokens = 0
+        self._n_before = self._n_tokens = self._n_failed = self._n_out_of_memory = 0
         self._waiting: set[int] = set()
         self.is_stopped = False
         self._check()
@@ -123,6 +123,10 @@ class QuestionFile:
         self._waiting = {line["index"] for line in lines if _ran_out(line)}
         self._started_s, self._n_before = time.perf_counter(), len(lines) - len(self._waiting)
         self._n_tokens, self._progress = 0, progress
+        self._n_failed = self._n_out_of_memory = 0
+        for each in lines:
+            if each["index"] not in self._waiting:
+                self._count(each)
         stand = self._tell(0)
         again = [self._questions[index] for index in sorted(self._waiting)]
         for question in [*again, *self._questions[len(lines) :]]:
@@ -131,9 +135,14 @@ class QuestionFile:
                 break
             self._results.write(line)
             self._waiting.discard(question.index)
+            self._count(line)
             self._n_tokens += len(line["trace"]["ids"]) if "trace" in line else 0
             stand = self._tell(0, line)
         return stand
+
+    def _count(self, line: Mapping[str, Any]) -> None:
+        self._n_failed += "error" in line
+        self._n_out_of_memory += _ran_out(line)
 
     def _tick(self, n_now: int) -> None:
         """A token of the question under way; told at most every half second."""
@@ -141,14 +150,13 @@ class QuestionFile:
             self._tell(n_now)
 
     def _tell(self, n_now: int, last: dict[str, Any] | None = None) -> BatchProgress:
-        lines, self._told_s = self._results.lines, time.perf_counter()
-        done = [line for line in lines if line["index"] not in self._waiting]
+        self._told_s = time.perf_counter()
         stand = BatchProgress(
-            n_done=len(done),
+            n_done=len(self._results.lines) - len(self._waiting),
             n_total=len(self._questions),
             n_before=self._n_before,
-            n_failed=sum("error" in line for line in done),
-            n_out_of_memory=sum(_ran_out(line) for line in done),
+            n_failed=self._n_failed,
+            n_out_of_memory=self._n_out_of_memory,
             n_tokens=self._n_tokens + n_now,
             seconds=self._told_s - self._started_s,
             last=last,

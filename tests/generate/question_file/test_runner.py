@@ -22,6 +22,7 @@ from commands import ENVIRONMENT
 from qwq_mlx.cli.terminal import batch_line
 from qwq_mlx.errors import ConversionError, GenerationError, OptionError, SavingError, SourceError, TemplateLimitError
 from qwq_mlx.generate import __main__ as command
+from qwq_mlx.generate.question_file import questions as module
 from qwq_mlx.generate.question_file import results as results_module
 from qwq_mlx.generate.question_file.questions import read_questions
 from qwq_mlx.generate.question_file.results import Results, read_traces
@@ -172,11 +173,12 @@ def test_other_questions_and_weights_are_refused(whole: Path, reasoner: Reasoner
     ("line", "message"),
     [
         (b"{", "line 3 is not JSON"),
-        (b"\xff", "line 3 is not JSON .*can't decode"),
-        (b'{"question": "\\ud800"}', "line 3 is not JSON .*surrogates not allowed"),
+        (b"\xff", "line 3 is not UTF-8 at byte 0"),
+        (b'{"question": "\\ud800"}', "line 3 holds the lone surrogate U.D800"),
         (b'{"question": "x", "expected": NaN}', "line 3 is not JSON .NaN is no JSON number"),
-        (b"[]", "line 3 holds a list, expected an object"),
-        (b'{"question": "x", "level": 3}', "line 3 has the field 'level', expected only expected, id, messages"),
+        (b"[]", "line 3 holds a JSON list, expected an object"),
+        (b"[" * 100_000, "line 3 is not JSON .*recursion"),
+        (b'{"question": ' + b"9" * 5000 + b"}", "line 3 is not JSON .*4300 digits"),
         (b'{"id": 3}', 'line 3 has neither "question" and "messages"'),
         (b'{"question": "x", "messages": []}', 'line 3 has both "question" and "messages"'),
         (b'{"question": "x", "id": 1.5}', "line 3 has the id 1.5, expected a text or a whole number"),
@@ -192,6 +194,45 @@ def test_damaged_input_is_refused_with_its_line(line: bytes, message: str, tmp_p
     path.write_bytes(b'{"question": "x", "id": "a"}\n\n' + line + b"\n")
     with pytest.raises(SourceError, match=re.escape(str(path)) + ": " + message):
         read_questions(path)
+
+
+def test_fields_of_data_sets_are_taken_or_ignored_and_each_is_told_once(tmp_path: Path) -> None:
+    lines = [
+        {"problem": "2+2", "answer": "4", "level": 3, "solution": "..."},
+        {"prompt": "a\u2028b", "expected": "ours", "answer": "theirs", "level": 5},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+        {"messages": [{"role": "user", "content": "c", "name": "me"}], "prompt": "ignored"},
+    ]
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode())
+    notes: list[str] = []
+    questions = read_questions(path, note=notes.append)
+    assert [each.messages for each in questions] == [
+        "2+2",
+        "a\u2028b",
+        [{"role": "user", "content": "ab"}],
+        [{"role": "user", "content": "c"}],
+    ]
+    assert [each.expected for each in questions] == ["4", "ours", None, None]
+    assert sorted(each.removeprefix(f"{path}: ") for each in notes) == [
+        "content as a list of text parts is joined",
+        "the field 'answer' is taken as 'expected'",
+        "the field 'level' is ignored",
+        "the field 'name' of messages is ignored",
+        "the field 'problem' is taken as 'question'",
+        "the field 'prompt' is taken as 'question'",
+        "the field 'solution' is ignored",
+    ]
+
+
+def test_input_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_LINE_BYTES", 1000)
+    with pytest.raises(SourceError, match="/dev/zero: line 1 ends beyond byte 1,001, expected lines of at most 1,000"):
+        read_questions(Path("/dev/zero"))
+    monkeypatch.setattr(module, "_MAX_BYTES", 2000)
+    (tmp_path / "in.jsonl").write_bytes(b'{"question": "x"}\n' * 200)
+    with pytest.raises(SourceError, match=r"ends beyond byte 2,016, expected .* and 2,000 in all"):
+        read_questions(tmp_path / "in.jsonl")
 
 
 def test_no_input_is_refused(tmp_path: Path) -> None:
