@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.reading import open_to_read, read_at, recognise
 
-__all__ = ["parse_json_line", "parse_json_object", "read_json_object", "read_regular_file"]
+__all__ = ["parse_json_object", "read_json_object", "read_regular_file"]
 
 _BLOCK_BYTES = 64 << 20
 
@@ -40,7 +40,8 @@ def parse_json_object(
 
     what: the subject of every message ("config.json:" or "shard 1: the header"); advice: the end of it. parse_int: as
     `json.loads` takes it.
-    Raises SourceError, also where the nesting is deeper than Python's recursion limit.
+    Raises SourceError, also where the nesting is deeper than Python's recursion limit, and for a lone surrogate:
+    "\\ud800" is JSON, but no text that could be written again.
     """
     try:
         text = raw.decode("utf-8")
@@ -50,26 +51,10 @@ def parse_json_object(
         value = (_STRICT if parse_int is None else _decoder(parse_int)).decode(text)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{what} is not JSON ({str(error)[:200]}). {advice}") from error
+    if b"\\u" in raw:
+        _check_text(value, what, advice)
     if not isinstance(value, dict):
         raise SourceError(f"{what} holds a JSON {type(value).__name__}, expected an object. {advice}")
-    return value
-
-
-def parse_json_line(raw: bytes, *, where: str, advice: str) -> dict[str, Any]:
-    """Parse one line of a file of JSON lines, as `parse_json_object` does.
-
-    where: file and line, which begin the message. Lines end at LF alone: U+2028 and its like may stand in a JSON text.
-    Raises SourceError, also for a lone surrogate: "\\ud800" is JSON, but no text that could be written again.
-    """
-    value = parse_json_object(raw, what=where, advice=advice)
-    if b"\\u" in raw:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            letter = error.object[error.start]
-            raise SourceError(
-                f"{where} holds the lone surrogate U+{ord(letter):04X}, which is no text. {advice}"
-            ) from error
     return value
 
 
@@ -103,6 +88,14 @@ def _blocks(fd: int, n_bytes: int) -> Iterator[bytes]:
     while start < n_bytes and (block := read_at(fd, min(n_bytes - start, _BLOCK_BYTES), start)):
         yield block
         start += len(block)
+
+
+def _check_text(value: Any, what: str, advice: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        letter = error.object[error.start]
+        raise SourceError(f"{what} holds the lone surrogate U+{ord(letter):04X}, which is no text. {advice}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

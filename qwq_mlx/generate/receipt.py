@@ -24,13 +24,14 @@ from typing import Any
 from qwq_mlx.errors import SavingError, SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.digest import sha256_json
-from qwq_mlx.files.json_dataclass import FieldError, from_json_value
+from qwq_mlx.files.json_dataclass import FieldError, from_json_value, shown
 from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.generate.checkpoint.file import model_digest
 from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.model.upstream import package_version
-from qwq_mlx.trace.trace import Trace
+from qwq_mlx.options import from_json
+from qwq_mlx.trace.trace import Injection, Trace
 
 __all__ = ["Receipt", "here", "make_receipt", "read_receipt", "text_digest"]
 
@@ -137,9 +138,24 @@ def read_receipt(path: str | Path) -> Receipt:
         raise SourceError(f"{path}: the sha256 does not fit, so the receipt is damaged or edited. {_ADVICE}")
     del values["format"], values["schema_version"]
     try:
-        return from_json_value(values, Receipt)
+        receipt = from_json_value(values, Receipt)
+        _check(receipt)
     except FieldError as error:
         raise SourceError(f"{path}: {error}. {_ADVICE}") from error
+    from_json(receipt.settings, where=str(path))
+    return receipt
+
+
+def _check(receipt: Receipt) -> None:
+    """Raises FieldError for what the classes of the fields do not say."""
+    for name in ("name", "weights", "compute_type", "sha256"):
+        if not isinstance(receipt.model.get(name), str):
+            raise FieldError(f"model.{name}", shown(receipt.model.get(name)), "a text")
+    for index, each in enumerate(receipt.injections):
+        from_json_value(each, Injection, where=f"injections[{index}]")
+    for name, ids in (("prompt_ids", receipt.prompt_ids), ("ids", receipt.ids)):
+        if wrong := [each for each in ids if not 0 <= each < 1 << 31]:
+            raise FieldError(name, f"with the id {shown(wrong[0])}", "ids of a vocabulary")
 
 
 def text_digest(text: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from qwq_mlx.errors import OptionError, PromptError, SourceError
 from qwq_mlx.facts import POCKET
-from qwq_mlx.files.json_object import parse_json_line, read_regular_file
+from qwq_mlx.files.json_object import parse_json_object, read_regular_file
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.prompt import encode_text, prompt_ids
 from qwq_mlx.model.tokenizer import LoadedTokenizer
@@ -150,7 +150,9 @@ def _conversations(path: Path, text: str, tokenizer: LoadedTokenizer) -> Iterato
 
 def _parsed(path: Path, number: int, line: str) -> tuple[str, str]:
     try:
-        value = parse_json_line(line.encode(), where=f"{path}, line {number}:", advice="Write one conversation a line.")
+        value = parse_json_object(
+            line.encode(), what=f"{path}, line {number}:", advice="Write one conversation a line."
+        )
     except SourceError as error:
         raise OptionError(str(error)) from error
     pair = [str(value[key]) for key in ("question", "reply") if _is_text(value.get(key))]

@@ -37,7 +37,7 @@ from qwq_mlx.errors import ConversionError, OptionError, PromptError, SourceErro
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.checkpoint import Checkpoint
 from qwq_mlx.files.header import TensorEntry, place_tensors
-from qwq_mlx.files.json_object import parse_json_line, read_regular_file
+from qwq_mlx.files.json_object import parse_json_object, read_regular_file
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.layers import LayerStream
@@ -147,7 +147,7 @@ def _texts(path: Path, text: str, tokenizer: LoadedTokenizer) -> Iterator[list[i
         if not line.strip():
             continue
         try:
-            value = parse_json_line(line.encode(), where=f"{path}, line {number}:", advice=_HOW)
+            value = parse_json_object(line.encode(), what=f"{path}, line {number}:", advice=_HOW)
         except SourceError as error:
             raise OptionError(str(error)) from error
         if isinstance(value.get("text"), str):

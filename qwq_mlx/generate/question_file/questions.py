@@ -19,7 +19,7 @@ from typing import Any
 
 from qwq_mlx.errors import PromptError, SourceError
 from qwq_mlx.files.digest import sha256_json
-from qwq_mlx.files.json_object import parse_json_line
+from qwq_mlx.files.json_object import parse_json_object
 from qwq_mlx.model.prompt import Messages, conversation
 
 __all__ = ["Question", "read_questions"]
@@ -103,7 +103,7 @@ class _Reader:
         self._told: set[str] = set()
 
     def question(self, line: bytes, where: str, index: int) -> Question:
-        value = self._fields(parse_json_line(line, where=where, advice=_ADVICE))
+        value = self._fields(parse_json_object(line, what=where, advice=_ADVICE))
         if ("question" in value) == ("messages" in value):
             raise SourceError(
                 f'{where} has {"both" if "question" in value else "neither"} "question" and "messages". {_ADVICE}'

@@ -205,5 +205,11 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                     f"{path}: line {index + 1:,} is not the result of question {index:,}. The file holds something "
                     "else, or it was edited; choose another output."
                 )
+            for name in ("trace", "measured"):
+                if not isinstance(line.get(name, {}), dict):
+                    raise SourceError(
+                        f"{path}: line {index + 1:,}: {name} is a {type(line[name]).__name__}, expected an object. The "
+                        "file was edited; choose another output."
+                    )
             end += len(text)
             yield line, end
