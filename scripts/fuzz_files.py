@@ -12,6 +12,7 @@ Does not: run on what a changed file says, but for the settings of a receipt.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import random
@@ -167,9 +168,9 @@ def _change(value: Any, choose: random.Random) -> None:
         if choose.random() < 0.15:
             del value[place]
         elif choose.random() < 0.15 and isinstance(value, dict):
-            value["more"] = choose.choice(_VALUES)
+            value["more"] = copy.deepcopy(choose.choice(_VALUES))
         else:
-            value[place] = choose.choice(_VALUES)
+            value[place] = copy.deepcopy(choose.choice(_VALUES))
         return
 
 
