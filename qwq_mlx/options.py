@@ -53,7 +53,9 @@ def _number(name: str, value: Any, *, low: float, high: float, low_open: bool = 
 def _whole(name: str, value: Any, *, low: int, high: int) -> None:
     if value is None or (type(value) is int and low <= value <= high):
         return
-    expected = f"a whole number of at least {low}" if high == _MAX_ID else f"a whole number from {low} to {high}"
+    is_too_large = type(value) is int and value > high
+    tells_high = high != _MAX_ID or is_too_large  # a limit that nobody meets is told to who exceeds it alone
+    expected = f"a whole number from {low} to {high:,}" if tells_high else f"a whole number of at least {low}"
     raise OptionError(f"{name} is {value!r}, expected {expected}.")
 
 

@@ -22,6 +22,7 @@ from qwq_mlx.options import NEUTRAL, Limits, Sampling, Thinking
         ("top_p", 0, r"top_p is 0, expected a number above 0 up to 1\."),
         ("top_p", 1.5, "top_p is 1.5"),
         ("top_k", -1, r"top_k is -1, expected a whole number of at least 0\."),
+        ("top_k", 10**20, r"top_k is 10+, expected a whole number from 0 to 2,147,483,64\d\."),
         ("top_k", 2.0, "top_k is 2.0"),
         ("min_p", 1.01, "min_p is 1.01"),
         ("repetition_penalty", 0.0, "repetition_penalty is 0.0"),

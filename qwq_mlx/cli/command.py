@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from qwq_mlx.cli.signals import Interruption, silence
 from qwq_mlx.cli.streams import check_working_folder, open_standard_streams
-from qwq_mlx.errors import DiskFullError, OptionError, QwqError, SavingError
+from qwq_mlx.errors import DiskFullError, OptionError, OutOfMemoryError, QwqError, SavingError
 
 if TYPE_CHECKING:
     from qwq_mlx.default_model import Choice
@@ -130,6 +130,10 @@ def run_command(
             return code
         except QwqError as error:
             return command.fail(command.explain(error), error.exit_code if failure_code is None else failure_code)
+        except MemoryError as error:  # of numpy, say; what MLX raises is told by whoever called it
+            code = OutOfMemoryError.exit_code if failure_code is None else failure_code
+            said = f" ({error})" if str(error) else ""
+            return command.fail(f"memory ran out{said}. End what else takes memory, or ask for less.", code)
         except BrokenPipeError:  # whoever read our output has left, which is their right
             silence(sys.stdout.fileno())
             return 0
@@ -152,6 +156,7 @@ def load_reasoner(
     """
     from qwq_mlx.default_model import ready_model
     from qwq_mlx.generate.reasoner import load
+    from qwq_mlx.model.device import backend_name
     from qwq_mlx.model.template import template_warning
 
     folder = ready_model(choice or command.options.model, command.note)
@@ -164,6 +169,8 @@ def load_reasoner(
         chat_template=options.chat_template,
         follow_links=options.follow_links,
     )
+    if backend_name() == "cuda":
+        command.note("CUDA: the first answer of a process compiles kernels first, about a minute")
     for line in reasoner.model.warnings:
         command.warn(f"warning: {line}")
     # Whoever converted has read the warning, and a template that was given is the user's own.

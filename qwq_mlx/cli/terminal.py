@@ -75,14 +75,15 @@ def settings_line(run: Stream) -> str:
     return f"{model.name} ({model.weights}, computed in {model.compute_type}): {', '.join(parts)}"
 
 
-def summary_line(trace: Trace) -> str:
-    """The last line: why it stopped, tokens, rates, peak memory."""
+def summary_line(trace: Trace, *, is_saved: bool = False) -> str:
+    """The last line: why it stopped, tokens, rates, peak memory. is_saved: a line before has told how to go on."""
     timings = trace.timings
     prefill = f" at {timings.prefill_tok_s:,.1f} tok/s" if timings.prefill_tok_s else ""
     decode = f" at {timings.decode_tok_s:,.1f} tok/s" if timings.decode_tok_s else ""
     asked = f", {trace.asked_tokens:,} to ask for the answer" if trace.asked_tokens else ""
+    why = trace.describe(is_saved=is_saved)
     return (
-        f"{trace.finish_reason}: {trace.describe()}; prompt {len(trace.prompt_ids):,} tokens{prefill}, "
+        f"{trace.finish_reason}: {why}; prompt {len(trace.prompt_ids):,} tokens{prefill}, "
         f"output {len(trace.ids):,} tokens{decode}{asked}, peak memory {trace.peak_bytes / 1e9:.2f} GB"
     )
 

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--samples",
         type=int,
         metavar="K",
+        dest="n_sequences",
         default=default.n_sequences,
         help="number of sequences decoded side by side (default: %(default)s)",
     )
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--draft-tokens",
         type=int,
         metavar="N",
+        dest="n_draft",
         default=default.n_draft,
         help="draft tokens per step (default: %(default)s)",
     )
@@ -102,11 +104,11 @@ def _report(options: argparse.Namespace) -> str:
     workload = Workload(
         context=options.context,
         kv_bits=options.kv_bits,
-        n_sequences=options.samples,
+        n_sequences=options.n_sequences,
         prefill_step=options.prefill_step,
         compute_type=options.compute_type,
         draft=None if draft is None else ModelShape(config=draft.config, packed=draft.packed),
-        n_draft=options.draft_tokens,
+        n_draft=options.n_draft,
     )
     reserve_bytes = int(options.reserve * 1e9)
     backend: Backend = "metal"

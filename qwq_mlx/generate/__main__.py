@@ -223,7 +223,8 @@ def _answer(command: Command, prompt: str | None, asked: RunOptions, choice: Cho
         return _unshown(error, run, autosave, command)
     finally:
         interruption.run = None
-    if autosave is not None and (trace.is_resumable or trace.can_be_asked):
+    is_saved = autosave is not None and (trace.is_resumable or trace.can_be_asked)
+    if is_saved:
         run.save(options.save)
         command.warn(way_on(trace, options.save))
     elif autosave is None and _is_kept_unasked(trace, command):
@@ -231,7 +232,7 @@ def _answer(command: Command, prompt: str | None, asked: RunOptions, choice: Cho
     if options.receipt is not None:
         reasoner.receipt(trace).save(options.receipt)
     if not command.is_quiet or trace.finish_reason not in ("stop", "answered") or trace.asked is not None:
-        command.warn(summary_line(trace))
+        command.warn(summary_line(trace, is_saved=is_saved))
     end_verification(command, reasoner)
     return interruption.exit_code if trace.finish_reason == "interrupted" else 0
 

@@ -215,22 +215,24 @@ class Trace:
         """Ids that were fed or drawn to ask for the answer; `ids` has none of them."""
         return 0 if self.asked is None else self.asked.n_tokens
 
-    def describe(self) -> str:
+    def describe(self, *, is_saved: bool = False) -> str:
         """Why the run ended, the answer and how sure it is, and how to continue where that makes sense.
+
+        is_saved: it can be resumed already, so how to continue is left out.
 
         >>> trace.describe()
         "the model ended its text; answer '3', confidence 0.98"
         """
         why = _DESCRIPTIONS[self.finish_reason] + (f" ({self.detail})" if self.detail else "")
         if self.answer is None:
-            answer = "no answer"
+            answer = "no answer is marked in the text" if self.finish_reason == "stop" else "no answer"
         else:
             shown = self.answer if len(self.answer) <= _SHOWN else self.answer[: _SHOWN - 1] + "…"
             doubted = ", doubted afterwards" if self.is_revised else ""
             unsure = "unsure " if self.is_unsure else ""
             was_asked = "asked for behind the text, " if self.answer_kind == "asked" else ""
             answer = f"{unsure}answer {shown!r}{doubted}, {was_asked}confidence {self.confidence:.2f}"
-        return "; ".join(part for part in (why, answer, self._way_on()) if part)
+        return "; ".join(part for part in (why, answer, None if is_saved else self._way_on()) if part)
 
     def _way_on(self) -> str | None:
         """How to continue. Without a saved file, a text that the model ended without an answer is drawn again up to
@@ -239,10 +241,11 @@ class Trace:
             return f"asked behind the text: {self.asked.detail}" if self.asked.detail else None
         can_ask = self.is_unsure and not self.injections
         if self.finish_reason == "stop" and self.is_unsure:
-            n_tokens, seed = max(0, len(self.ids) - 1 - CUE_PATIENCE), self.settings["sampling"].get("seed")
-            same = "" if seed is None else f" `seed` {seed}"
+            n_tokens, sampling = max(0, len(self.ids) - 1 - CUE_PATIENCE), self.settings["sampling"]
+            has_seed = sampling.get("seed") is not None and sampling.get("temperature") != 0  # greedy runs draw nothing
+            same = f" `seed` {sampling['seed']}" if has_seed else ""
             saved = "`save` the run and `resume` it with `answer_now`, or " if self.can_be_asked else ""
-            return f"to have the answer asked for, {saved}repeat it with{same} `think_tokens` {n_tokens}"
+            return f"for one, {saved}repeat it with{same} `think_tokens` {n_tokens}"
         if self.finish_reason == "answered" and self.is_unsure:
             return "to try again, another `seed`"
         if can_ask and self.finish_reason in ("loop", "context_full"):

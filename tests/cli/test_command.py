@@ -7,13 +7,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
+from qwq_mlx.cli.command import Command, add_output, load_reasoner, make_parser, run_command
 from qwq_mlx.cli.signals import Interruption
 from qwq_mlx.errors import ConversionError, DiskFullError, OptionError, QwqError
+from qwq_mlx.options import Limits
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--workers", type=int, dest="n_workers")
     made.add_argument("--force", action="store_true")
     made.add_argument("--quality")
+    made.set_defaults(model=None)
     made.add_argument("--no-quality", action="store_true")
     return made
 
@@ -44,6 +48,7 @@ def raising(error: BaseException) -> Callable[[Command], int]:
         (ConversionError("out: pass `force=True`."), 1, "error: out: pass --force.\n"),
         (ConversionError("n_workers is said first, but of no option."), 1, "error: n_workers is said"),
         (DiskFullError("full"), 3, "error: full\n"),
+        (MemoryError("Unable to allocate 8 EiB"), 5, "error: memory ran out (Unable to allocate 8 EiB). End what"),
         (
             QwqError("or with `quality=False`, or a `quality` of `other`"),
             1,
@@ -109,3 +114,21 @@ def test_a_field_without_a_flag_stays_as_it_is() -> None:
     made = parser()
     command = Command(made, made.parse_args([]), Interruption(asks=False))
     assert command.with_flags("`n_workers`, `depth` and `depth=True`") == "--workers, `depth` and `depth=True`"
+
+
+@pytest.mark.parametrize(("backend", "is_told"), [("cuda", True), ("metal", False), ("cpu", False)])
+def test_on_cuda_the_wait_for_kernels_is_told(
+    backend: str, is_told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tokenizer = SimpleNamespace(chat_template=None)
+    loaded = SimpleNamespace(model=SimpleNamespace(warnings=(), tokenizer=tokenizer))
+    monkeypatch.setattr("qwq_mlx.generate.reasoner.load", lambda *_, **__: loaded)
+    monkeypatch.setattr("qwq_mlx.model.device.backend_name", lambda: backend)
+    monkeypatch.setattr("qwq_mlx.default_model.ready_model", lambda *_: tmp_path)
+
+    def work(command: Command) -> int:
+        load_reasoner(command, Limits(), warns_of_template=False)
+        return 0
+
+    assert run(work) == 0
+    assert ("compiles kernels" in capsys.readouterr().err) == is_told

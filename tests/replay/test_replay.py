@@ -36,6 +36,11 @@ def reasoner(known_checkpoint: Path) -> Reasoner:
     return load(known_checkpoint)
 
 
+@pytest.fixture(scope="module")
+def receipt(reasoner: Reasoner) -> Receipt:
+    return reasoner.receipt(written(reasoner, limits=Limits(max_tokens=2)))
+
+
 def written(reasoner: Reasoner, **options: Any) -> Trace:
     settings: dict[str, Any] = {"sampling": Sampling(temperature=1.0, seed=4), "limits": Limits(max_tokens=40)}
     return reasoner.generate("x 数", **(settings | options))
@@ -160,17 +165,30 @@ def test_a_flipped_byte_of_a_receipt_is_refused(reasoner: Reasoner, tmp_path: Pa
         read_receipt(path)
 
 
+FORGED: dict[str, Any] = {
+    "ids is missing, expected a value": lambda values: values.pop("ids"),
+    "model.compute_type is None, expected a text": lambda values: values["model"].pop("compute_type"),
+    "model is 3, expected an object": lambda values: values.update(model=3),
+    "injections[0] is 'x', expected an object": lambda values: values.update(injections=["x"]),
+    "injections[0].start is missing": lambda values: values.update(injections=[{}]),
+    "ids is with the id -1, expected ids of a vocabulary": lambda values: values.update(ids=[-1]),
+    "prompt_ids is with the id 1000": lambda values: values.update(prompt_ids=[10**30]),
+    "the settings cannot be read": lambda values: values["settings"].pop("thinking"),
+    "settings is [], expected an object": lambda values: values.update(settings=[]),
+}
+
+
+@pytest.mark.parametrize("expected", FORGED)
 def test_a_sealed_receipt_with_other_fields_is_refused(
-    reasoner: Reasoner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    expected: str, reasoner: Reasoner, receipt: Receipt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "receipt.json"
-    receipt = reasoner.receipt(written(reasoner, limits=Limits(max_tokens=2)))
-    values = dataclasses.asdict(receipt)
-    del values["ids"]
+    values = json.loads(json.dumps(dataclasses.asdict(receipt)))
+    FORGED[expected](values)
     monkeypatch.setattr(receipt_module, "asdict", lambda _: values)
-    Receipt.save(receipt, path)
-    with pytest.raises(SourceError, match="ids is missing, expected a value"):
-        read_receipt(path)
+    receipt.save(tmp_path / "receipt.json")
+    with pytest.raises(SourceError) as caught:
+        read_receipt(tmp_path / "receipt.json")
+    assert expected.removesuffix(", expected an object") in str(caught.value)
 
 
 def test_a_full_disk_is_told_with_the_path(reasoner: Reasoner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

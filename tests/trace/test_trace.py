@@ -207,6 +207,8 @@ def test_every_end_without_an_answer_has_a_reason_and_a_way_on(trace: Trace, rea
 def test_a_text_ended_without_an_answer_is_to_be_repeated_with_a_budget_before_its_end(trace: Trace) -> None:
     ended = replace(trace, finish_reason="stop", answer=None, ids=tuple(range(200)), settings={"sampling": {"seed": 7}})
     assert ended.describe().endswith("repeat it with `seed` 7 `think_tokens` 135")
+    assert "seed" not in replace(ended, settings={"sampling": {"seed": 7, "temperature": 0}}).describe()
+    assert ended.describe(is_saved=True).endswith("; no answer is marked in the text")
     assert "--think-tokens" not in replace(ended, answer="5").describe()
 
 
