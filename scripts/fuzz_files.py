@@ -71,7 +71,7 @@ def kinds(reasoner: Reasoner, folder: Path) -> dict[str, Kind]:
     talk.close(asked)
     talk.save(folder / "talk.json")
     head = {"index": 0, "id": "a", "expected": None, "question_sha256": "0" * 64, "run": {"settings": {}}}
-    questions = [{"question": "a", "id": 1}, {"messages": [{"role": "user", "content": "b"}], "expected": [1]}]
+    questions = [{"question": "a", "id": "first"}, {"messages": [{"role": "user", "content": "b"}], "expected": [1]}]
     recipe = '[weights]\nmode = "affine"\nbits = 4\ngroup_size = 64\n[[override]]\nmatch = ["*.v_proj"]\nbits = 6\n'
     manifest = json.loads((_manifest_of(folder)).read_bytes())
 
