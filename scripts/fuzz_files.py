@@ -89,7 +89,7 @@ def kinds(reasoner: Reasoner, folder: Path) -> dict[str, Kind]:
         Kind("recipe.toml", recipe.encode(), lambda lines: recipe.encode(), load_recipe),
         Kind("manifest.json", _sealed_manifest([manifest]), _sealed_manifest, lambda path: read_manifest(path.parent)),
         Kind(INDEX_NAME, (_POCKET / INDEX_NAME).read_bytes(), _lines, read_weight_map),
-        Kind("run", *_saved_run(run, folder), reasoner.resume),
+        Kind("run", *_saved_run(run, folder), lambda path: reasoner.resume(path, max_tokens=20)),
     ]
     return {each.name: each for each in made}
 
