@@ -22,7 +22,7 @@ from qwq_mlx.errors import ConversionError, LoadError
 from qwq_mlx.facts import MODELS
 from qwq_mlx.quant.recipe import load_recipe
 
-__all__ = ["Choice", "choose_model", "pocket_checkpoint", "ready_model", "user_cache_folder"]
+__all__ = ["Choice", "choose_model", "pocket_checkpoint", "pocket_model", "ready_model", "user_cache_folder"]
 
 _RECIPE = "pocket-4bit"
 _PACKAGE = Path(__file__).resolve().parent
@@ -56,7 +56,7 @@ def choose_model(named: str | Path | None, environment: Mapping[str, str] | None
         return Choice(folder=Path(from_environment), note=f"model: {from_environment} (from ${_VARIABLE})")
     for folder in _conversions((Path.cwd() / "conversions", _PACKAGE.parent / "conversions")):
         return Choice(folder=folder, note=f"model: {folder}")
-    return _pocket(environment)
+    return pocket_model(environment)
 
 
 def ready_model(named: str | Path | Choice | None, note: Callable[[str], None] = lambda text: None) -> Path:
@@ -109,7 +109,9 @@ def _convert(source: Path, folder: Path) -> None:
             raise
 
 
-def _pocket(environment: Mapping[str, str]) -> Choice:
+def pocket_model(environment: Mapping[str, str] | None = None) -> Choice:
+    """The bundled pocket model at 4 bits. Raises LoadError where the package has no pocket checkpoint."""
+    environment = os.environ if environment is None else environment
     source = pocket_checkpoint()
     if not (source / "config.json").is_file():
         raise LoadError(

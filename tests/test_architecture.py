@@ -25,6 +25,7 @@ LAYERS = (
     {"generate"},
     {"cli"},
     {"bench", "chat", "compare", "fit", "replay", "verify"},
+    {"doctor"},
 )
 # Commands that live in the room of what they run, and what they share with the other commands.
 COMMANDS = {"generate/__main__.py", "convert/__main__.py"}
