@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qwq_mlx.convert.result import Conversion
     from qwq_mlx.errors import (
         BackendError,
+        BatchError,
         ConversionError,
         DiskFullError,
         FitError,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendError",
+    "BatchError",
     "Conversion",
     "ConversionError",
     "DamagedModelError",

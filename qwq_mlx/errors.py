@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Mapping, Sequence
 
 __all__ = [
     "BackendError",
@@ -175,6 +176,21 @@ class GenerationError(QwqError):
     def __init__(self, message: str, *, trace: object | None = None) -> None:
         super().__init__(message)
         self.trace = trace
+
+
+class BatchError(GenerationError):
+    """Some questions of a batch could not be answered to their end; the others were.
+
+    traces: of all questions in their order, with what was written until then. failures: by index, why.
+
+    >>> qwq_mlx.BatchError("1 of 8 questions ...", traces=[], failures={3: ValueError("in a hook")}).failures
+    {3: ValueError('in a hook')}
+    """
+
+    def __init__(self, message: str, *, traces: Sequence[object], failures: Mapping[int, Exception]) -> None:
+        super().__init__(message)
+        self.traces = list(traces)
+        self.failures = dict(failures)
 
 
 class NotFiniteError(GenerationError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from qwq_mlx.engine.row import check_ids
 from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
 from qwq_mlx.files.background_verification import BackgroundVerification
+from qwq_mlx.generate.batch import finish_all, plan_rows, settings_of_each
 from qwq_mlx.generate.budget_forcing import cue_ids
 from qwq_mlx.generate.checkpoint.file import read_checkpoint
 from qwq_mlx.generate.checkpoint.resume import check_saved, opened, raised, with_room, within
@@ -198,9 +199,8 @@ class Reasoner:
         True
         """
         fit = self.fit(limits or Limits())
-        context = resolved(fit.limits.context)
         checked = conversation(messages, system_prompt=system_prompt)
-        ids = prompt_ids(self.model.tokenizer, checked, context=context)
+        ids = prompt_ids(self.model.tokenizer, checked, context=resolved(fit.limits.context))
         request = self._request(
             ids,
             question=" ".join(message["content"] for message in checked),
@@ -211,6 +211,49 @@ class Reasoner:
             logits_processors=logits_processors,
         )
         return Stream(request, progress=progress, before=before)
+
+    def batch_generate(
+        self,
+        questions: Sequence[Messages],
+        *,
+        system_prompt: str | None = None,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        limits: Limits | Sequence[Limits] | None = None,
+        thinking: Thinking | Sequence[Thinking] | None = None,
+        inspect: Inspect | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        width: int | None = None,
+        ask_answer: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Trace]:
+        """The traces of many questions in their order, decoded side by side; a row's ids are those it has alone.
+
+        questions: texts, or lists of messages.
+        sampling, limits, thinking: one for all (a seed is then made into one of each place), or one each.
+        width: rows side by side; None takes as many as the plan of their memory allows, at most 8.
+        progress: called with the questions that have ended and the tokens of all.
+        The other arguments are those of `generate`; logits processors are shared, so they may hold no state of a row.
+        Raises PromptError, OptionError or FitError before any work; BatchError at the end where a question failed.
+
+        >>> greedy = qwq_mlx.Sampling(temperature=0)
+        >>> [trace.answer for trace in reasoner.batch_generate(["What is 3 + 4?", "What is 2 + 9?"], sampling=greedy)]
+        ['7', '11']
+        """
+        settings = settings_of_each(len(questions), sampling, limits, thinking)
+        streams = [
+            self.stream(
+                question,
+                system_prompt=system_prompt,
+                sampling=own_sampling,
+                limits=own_limits,
+                thinking=own_thinking,
+                inspect=inspect,
+                logits_processors=logits_processors,
+            )
+            for question, (own_sampling, own_limits, own_thinking) in zip(questions, settings, strict=True)
+        ]
+        plan = plan_rows([stream.request for stream in streams], width, limit_bytes=self._limit_bytes)
+        return finish_all(streams, plan=plan, ask_answer=ask_answer, progress=progress) if plan else []
 
     def rerun(self, receipt: Receipt) -> Stream:
         """The run of a receipt once more, from its prompt's ids and settings; the model is the caller's to compare.

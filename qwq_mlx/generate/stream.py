@@ -52,8 +52,8 @@ class Stream:
         self._progress = progress
         cache, n_cached = before.hand_over(request) if before is not None else (None, 0)
         self._decoder = Decoder(request.model.module, n_ids=request.model.tokenizer.n_ids)
-        self._running = Running(request, self._decoder, cache=cache, n_cached=n_cached)
-        self.run = self._running.run
+        self.running = Running(request, self._decoder, cache=cache, n_cached=n_cached)
+        self.run = self.running.run
         self._peak_bytes = 0
         self._has_failed = False
         self._model_sha256 = ""
@@ -75,6 +75,20 @@ class Stream:
         self.run.budget.ask("answered")
 
     @property
+    def failure(self) -> Exception | None:
+        """Why the run could not go on; None where it did."""
+        return self.running.failure
+
+    def fail(self, error: Exception) -> None:
+        """End the run by what was raised while it went on; what MLX raised becomes a GenerationError with the trace."""
+        self._has_failed = self._has_failed or not isinstance(error, GenerationError)
+        if not isinstance(error, GenerationError):
+            self.run.finish = ("interrupted", f"MLX failed: {error}")
+            error = failure_of(error, self.trace(), self.request)
+        self.running.fail(error)
+        error.trace = self.trace()
+
+    @property
     def is_finished(self) -> bool:
         """Whether the last Step has been drawn."""
         return self.run.finish is not None
@@ -82,7 +96,7 @@ class Stream:
     @property
     def n_cached(self) -> int:
         """Prompt ids whose keys and values were there already, from an earlier run."""
-        return self._running.n_cached
+        return self.running.n_cached
 
     def hand_over(self, request: Request) -> tuple[list[Any] | None, int]:
         """The cache for a run of another prompt, with the number of its leading ids that it holds; this run is over.
@@ -92,7 +106,12 @@ class Stream:
         self.run.finish = self.run.finish or ("interrupted", "its cache went to the next run")
         if self._has_failed or request.plan.workload.kv_bits != self.request.plan.workload.kv_bits:
             return None, 0
-        return self._running.row.release_cache(request.prompt_ids)
+        return self.running.row.release_cache(request.prompt_ids)
+
+    def release_cache(self) -> None:
+        """Give the memory of the KV cache back; the run is over, and its trace stays."""
+        self.run.finish = self.run.finish or ("interrupted", "its cache was released")
+        self.running.row.cache = []
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint from which `Reasoner.resume` goes on bit for bit, after any Step or at the end.
@@ -101,13 +120,13 @@ class Stream:
         ids, in larger passes, so there the ids may differ.
         Raises SavingError where the disk does not take it; the run can go on all the same.
         """
-        request, row = self.request, self._running.row
+        request, row = self.request, self.running.row
         if lies_in(Path(path), request.model.folder):
             raise SavingError(
                 f"{path}: lies in the model's folder, where no run is saved. Give a place outside of it.",
                 OSError(errno.EINVAL, "a model's folder"),
             )
-        self._running.apply(self.run.go_back())
+        self.running.apply(self.run.go_back())
         has_cache = bool(row.ids and self.run.steps) and not self._has_failed
         layers = row.cached(len(request.prompt_ids) + len(self.run.steps) - 1) if has_cache else []
         self._model_sha256 = self._model_sha256 or model_digest(request.model.folder)
@@ -143,12 +162,12 @@ class Stream:
                     "answer_now: the answer has begun. Resume without it, or start another run if it ended."
                 )
             self.run.budget.ask_at_once()
-        self._running.apply(None)
+        self.running.apply(None)
         if layers:
             module, kv_bits = self.request.model.module, self.request.plan.workload.kv_bits
-            self._running.restore(filled_cache(module, layers, kv_bits))
+            self.running.restore(filled_cache(module, layers, kv_bits))
             if answer_now:  # what the cache holds beyond these ids is taken off
-                self._running.row.rewind(len(self.run.steps))
+                self.running.row.rewind(len(self.run.steps))
 
     def fork(self, *, at: int, seed: int) -> Stream:
         """Another run with the first `at` output tokens of this one and draws of its own from there; no prefill.
@@ -160,7 +179,7 @@ class Stream:
             raise OptionError(f"at is {at}, expected from 1 to {len(steps)}, the output tokens there are.")
         request = replace(self.request, sampling=replace(self.request.sampling, seed=seed), forked_at=at)
         other = Stream(request)
-        layers = self._running.row.cached(len(request.prompt_ids) + at - 1)
+        layers = self.running.row.cached(len(request.prompt_ids) + at - 1)
         other.restore(self.run.dump().until(at, texts=[step.text for step in steps]), layers)
         other.run.output.steps = steps[:at]  # with what was seen of them
         return other
@@ -169,7 +188,7 @@ class Stream:
         """Everything so far, frozen. Before the end its finish_reason is "interrupted"."""
         return trace_of(
             self.run,
-            timings=self._running.clock.timings(),
+            timings=self.running.clock.timings(),
             peak_bytes=self._peak_bytes or mx.get_peak_memory(),
             asked=self._asked,
         )
@@ -190,7 +209,7 @@ class Stream:
         >>> run.trace().answer == asked.answer, run.trace().answer_kind, len(run.trace().ids), asked.n_tokens
         (True, 'asked', 60, 11)
         """
-        run, cache = self.run, self._running.row.cache
+        run, cache = self.run, self.running.row.cache
         if run.finish is None:
             raise OptionError("ask_answer: the run is not over. Iterate to its end first, or use `answer_now`.")
         trace = self.trace()
@@ -227,9 +246,10 @@ class Stream:
 
     def _steps(self) -> Iterator[Step]:
         mx.reset_peak_memory()
-        self._running.clock.start()
+        self.running.clock.start()
         try:
-            self._prefill()
+            for _ in self._prefill():
+                pass
             while True:
                 while (step := self.run.take()) is not None:
                     yield step
@@ -237,14 +257,14 @@ class Stream:
                     self.request.check_model()
                 if self.run.finish is not None:
                     return
-                self._running.schedule()
+                self.running.schedule()
                 if self.run.has_untaken:  # an answer cue is handed out before anything is drawn behind it
                     continue
-                is_first = not self.run.steps and not self._running.clock.has_drawn
-                advance(self._decoder, [self._running])
-                if self._running.failure is not None:
-                    raise self._running.failure
-                if is_first and self._running.clock.has_drawn:
+                is_first = not self.run.steps and not self.running.clock.has_drawn
+                advance(self._decoder, [self.running])
+                if self.running.failure is not None:
+                    raise self.running.failure
+                if is_first and self.running.clock.has_drawn:
                     self._report(len(self.request.prompt_ids))
         except GenerationError as error:
             self.run.finish = ("interrupted", str(error))
@@ -253,17 +273,23 @@ class Stream:
         finally:
             self._peak_bytes = mx.get_peak_memory()
 
-    def _prefill(self) -> None:
+    def prefill(self) -> Iterator[None]:
+        """Feed the prompt in chunks, for who drives the run from outside (`Scheduler`). Exhaust it."""
+        self.running.clock.start()
+        yield from self._prefill()
+
+    def _prefill(self) -> Iterator[None]:
         """Feed what the cache does not hold: the prompt, or after a failure everything there is."""
-        if self._running.row.ids:
+        if self.running.row.ids:
             return
-        for n_done in self._running.prefill((*self.request.prompt_ids, *(step.id for step in self.run.steps))):
+        for n_done in self.running.prefill((*self.request.prompt_ids, *(step.id for step in self.run.steps))):
             self._report(n_done)
             if self.run.is_stopped:
                 self.run.finish = ("interrupted", "")
                 return
+            yield
 
     def _report(self, n_done: int) -> None:
-        self._running.clock.n_prefilled = n_done - self._running.n_cached
+        self.running.clock.n_prefilled = n_done - self.running.n_cached
         if self._progress is not None:
             self._progress(n_done, len(self.request.prompt_ids))

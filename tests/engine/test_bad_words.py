@@ -91,7 +91,7 @@ def test_an_injected_cue_follows_only_settled_tokens(reasoner: Reasoner) -> None
     assert [step.id for step in steps] == list(trace.ids)
     assert trace.text == reasoner.decode(list(trace.ids)) and trace.finish_reason == "budget"
     assert len(trace.ids) == trace.injections[0].end + 40
-    assert guarded._running.row.ids[guarded._running.row.n_prompt :][: len(trace.ids)] == list(trace.ids)
+    assert guarded.running.row.ids[guarded.running.row.n_prompt :][: len(trace.ids)] == list(trace.ids)
 
 
 def test_the_end_of_the_text_is_not_waited_for(reasoner: Reasoner) -> None:

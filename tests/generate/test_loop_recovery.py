@@ -78,7 +78,7 @@ def test_nudge_goes_back_before_the_loop_and_out_of_it(reasoner: Reasoner) -> No
     assert trace.ids[:start] == plain.ids[:start] and trace.ids[start:] != plain.ids[start : len(trace.ids)]
     assert len(trace.ids) == len(trace.logprobs) == indices[-1] + 1
     assert trace.text == reasoner.decode([i for i in trace.ids if i not in reasoner.model.stop_ids])
-    assert run._running.row.ids[run._running.row.n_prompt :] == list(trace.ids)
+    assert run.running.row.ids[run.running.row.n_prompt :] == list(trace.ids)
 
 
 def test_nudges_that_do_not_help_end_in_the_answer(reasoner: Reasoner) -> None:
@@ -92,7 +92,7 @@ def test_nudges_that_do_not_help_end_in_the_answer(reasoner: Reasoner) -> None:
 
 def test_after_the_stretch_the_temperature_is_the_runs_own(reasoner: Reasoner) -> None:
     run = reasoner.stream("x", **looping(reasoner, strength=12.0, on_loop="nudge"))
-    hot = [run._running.row.sampler.sampling.temperature for _ in run]
+    hot = [run.running.row.sampler.sampling.temperature for _ in run]
     assert 0.0 in hot and 1.0 in hot
     first = hot.index(1.0)
     after = hot[first : first + STRETCH + 2]
@@ -107,4 +107,4 @@ def test_banned_texts_hold_through_a_nudge(reasoner: Reasoner) -> None:
     trace = run.trace()
     assert any(event["action"] == "nudge" for event in trace.events)
     assert "e" not in trace.text.replace("**Final Answer**", "")
-    assert run._running.row.ids[run._running.row.n_prompt :][: len(trace.ids)] == list(trace.ids)
+    assert run.running.row.ids[run.running.row.n_prompt :][: len(trace.ids)] == list(trace.ids)

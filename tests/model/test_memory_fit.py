@@ -150,7 +150,7 @@ def test_the_flag_for_kv_bits_reaches_the_cache(
 
     def noted(self: Any, *arguments: Any, **named: Any) -> None:
         real(self, *arguments, **named)
-        seen.append(self._running.row.cache)
+        seen.append(self.running.row.cache)
 
     monkeypatch.setattr(rooms.Stream, "__init__", noted)
     assert command.main(["-p", "x", "--model", str(wide), "--max-tokens", "3", "--kv-bits", given]) == 0

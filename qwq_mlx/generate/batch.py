@@ -1,0 +1,129 @@
+"""Many questions of one model side by side, to their end: how many fit, whose seed is whose, and who failed.
+
+Does not: keep anything on disk (`question_file` does), or feed the engine (`scheduler` does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from qwq_mlx.errors import BatchError, FitError, GenerationError, OptionError
+from qwq_mlx.generate.request import Request
+from qwq_mlx.generate.scheduler import Scheduler
+from qwq_mlx.generate.stream import Stream
+from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, plan_memory
+from qwq_mlx.options import Limits, Sampling, Thinking
+from qwq_mlx.trace.trace import Trace
+
+__all__ = ["MAX_WIDTH", "finish_all", "plan_rows", "question_seed", "settings_of_each"]
+
+T = TypeVar("T")
+
+MAX_WIDTH = 8
+"""Rows side by side where nobody asks for a number. On the CPU the width changes no id; on CUDA rows of up to 4 draw
+what they draw alone, from 8 on MLX takes another kernel (docs/benchmarks.md), so near-ties may fall otherwise."""
+
+
+def question_seed(seed: int, index: int) -> int:
+    """The seed of question `index`: 32 bits of a sha256 of both, so neighbouring batches share no stream."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:4], "big")
+
+
+def settings_of_each(
+    n: int,
+    sampling: Sampling | Sequence[Sampling] | None,
+    limits: Limits | Sequence[Limits] | None,
+    thinking: Thinking | Sequence[Thinking] | None,
+) -> list[tuple[Sampling | None, Limits | None, Thinking | None]]:
+    """The settings of each of n questions, from one for all or one each; a seed for all makes another of each place.
+
+    Raises OptionError where there are as many as not.
+    """
+    samplings = _for_each(sampling, n, "sampling")
+    if isinstance(sampling, Sampling) and sampling.seed is not None:
+        samplings = [replace(sampling, seed=question_seed(sampling.seed, index)) for index in range(n)]
+    return list(zip(samplings, _for_each(limits, n, "limits"), _for_each(thinking, n, "thinking"), strict=True))
+
+
+def _for_each(value: T | Sequence[T] | None, n: int, name: str) -> list[T | None]:
+    if not isinstance(value, Sequence):
+        return [value] * n
+    if len(value) != n:
+        raise OptionError(f"{name} has {len(value):,} entries for {n:,} questions, expected one for all or one each.")
+    return list(value)
+
+
+def plan_rows(requests: Sequence[Request], width: int | None, *, limit_bytes: int | None) -> MemoryPlan | None:
+    """The plan of as many of these side by side as fit, at most `width`, or `MAX_WIDTH` where that is None.
+
+    Returns None where there are no requests. limit_bytes: what the device gives; None refuses nothing.
+    Raises OptionError for a width below 1; FitError naming the largest where the width that was asked for does not fit.
+    """
+    if not requests:
+        return None
+    model, workloads = requests[0].model, [request.plan.workload for request in requests]
+    shape = ModelShape(config=model.config, packed=model.packed)
+    same_bits = len({workload.kv_bits for workload in workloads}) == 1
+
+    def planned(n_rows: int) -> MemoryPlan:
+        workload = replace(
+            workloads[0],
+            context=max(min(request.context, len(request.prompt_ids) + request.max_tokens) for request in requests),
+            kv_bits=workloads[0].kv_bits if same_bits else None,
+            prefill_step=max(workload.prefill_step for workload in workloads),
+            n_sequences=n_rows,
+        )
+        return plan_memory(shape, workload, limit_bytes=limit_bytes, backend=requests[0].plan.backend)
+
+    most = min(len(requests), MAX_WIDTH if width is None else width)
+    fitting = next((plan for n in range(most, 1, -1) if (plan := planned(n)).fits), planned(1))
+    n_fitting = fitting.workload.n_sequences
+    if width is not None and n_fitting < most:
+        raise FitError(
+            f"{most:,} rows side by side do not fit the memory of this machine:\n{planned(most).arithmetic()}\n"
+            f"The largest `width` that fits is {n_fitting:,}; a smaller `context` makes room for more."
+        )
+    return fitting
+
+
+def finish_all(
+    streams: Sequence[Stream],
+    *,
+    plan: MemoryPlan,
+    ask_answer: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Trace]:
+    """The traces of these runs in their order, as many side by side as the plan is for.
+
+    progress: called with the runs that have ended and the tokens of all, after each step.
+    Raises BatchError, after all others have ended, where any failed; it has the traces of all.
+    """
+    to_come, n_ended = list(reversed(streams)), 0
+    with Scheduler(streams[0].request.model, width=plan.workload.n_sequences, planned_bytes=plan.peak_bytes) as batch:
+        while to_come or batch.streams:
+            while to_come and batch.has_room:
+                batch.add(to_come.pop())
+            for stream in batch.step():
+                n_ended += 1
+                if ask_answer and stream.failure is None:
+                    try:
+                        stream.ask_answer()
+                    except GenerationError as error:
+                        stream.fail(error)
+                stream.release_cache()
+            if progress is not None:
+                progress(n_ended, sum(len(stream.run.steps) for stream in streams))
+    failures = {index: stream.failure for index, stream in enumerate(streams) if stream.failure is not None}
+    traces = [stream.trace() for stream in streams]
+    if failures:
+        which = "; ".join(f"question {index}: {failure}" for index, failure in failures.items())
+        raise BatchError(
+            f"{len(failures):,} of {len(streams):,} questions were not answered to their end. {which} "
+            "`.traces` has all, with what was written until then.",
+            traces=traces,
+            failures=failures,
+        )
+    return traces

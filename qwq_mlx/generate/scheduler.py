@@ -1,0 +1,97 @@
+"""Continuous batching: several runs of one model share each pass over its weights, and enter and leave at any step.
+
+Between two decode steps at most one chunk of a newcomer's prompt is fed (`Limits.prefill_step` ids), which is all that
+the others wait for. Each run has its own sampling, limits, detectors and hooks; one that fails ends alone.
+
+Does not: share what is common in prompts, or decide how many runs fit (`Reasoner.width` does).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+
+import mlx.core as mx
+
+from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.errors import GenerationError
+from qwq_mlx.generate.running import advance
+from qwq_mlx.generate.stream import Stream
+from qwq_mlx.model.device import wired
+from qwq_mlx.model.load import LoadedModel
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """`with Scheduler(model, width=8, planned_bytes=...) as scheduler:`, then `add` streams and `step`.
+
+    width: runs side by side, at most. planned_bytes: what they need together; kept wired on Metal meanwhile.
+    """
+
+    def __init__(self, model: LoadedModel, *, width: int, planned_bytes: int) -> None:
+        self.width = width
+        self._decoder = Decoder(model.module, n_ids=model.tokenizer.n_ids)
+        self._waiting: deque[tuple[Stream, Iterator[None]]] = deque()
+        self._active: list[Stream] = []
+        self._wired = wired(planned_bytes)
+
+    def __enter__(self) -> Scheduler:
+        self._wired.__enter__()
+        mx.reset_peak_memory()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._wired.__exit__(kind, error, trace)
+
+    @property
+    def streams(self) -> list[Stream]:
+        """The runs that have not ended."""
+        return [*self._active, *(stream for stream, _ in self._waiting)]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another run may be added."""
+        return len(self._active) + len(self._waiting) < self.width
+
+    def add(self, stream: Stream) -> None:
+        """Let a run that has not begun enter: its prompt is fed with the next steps."""
+        self._waiting.append((stream, stream.prefill()))
+
+    def step(self) -> list[Stream]:
+        """One chunk of a newcomer's prompt and one token of each run; the runs that ended with it.
+
+        A run that cannot go on is among them, with its `failure`; a failure of MLX in the shared pass is that of all.
+        Raises DamagedModelError as soon as it is known.
+        """
+        for stream in self.streams[:1]:  # they share the model
+            if stream.request.check_model is not None:
+                stream.request.check_model()
+        ended = self._feed()
+        if self._active:
+            try:
+                advance(self._decoder, [stream.running for stream in self._active])
+            except (RuntimeError, MemoryError) as error:
+                for stream in self._active:
+                    stream.fail(error)
+        ended += [stream for stream in self._active if stream.is_finished]
+        self._active = [stream for stream in self._active if not stream.is_finished]
+        return ended
+
+    def _feed(self) -> list[Stream]:
+        """Feed one chunk of the first prompt that waits. Returns its run where that could not begin."""
+        if not self._waiting:
+            return []
+        stream, chunks = self._waiting[0]
+        try:
+            next(chunks)
+            return []
+        except StopIteration:
+            self._active.append(stream)
+        except (GenerationError, RuntimeError, MemoryError) as error:
+            stream.fail(error)
+        self._waiting.popleft()
+        return [stream] if stream.failure is not None else []
