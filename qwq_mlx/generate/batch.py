@@ -62,6 +62,8 @@ def plan_rows(requests: Sequence[Request], width: int | None, *, limit_bytes: in
     Returns None where there are no requests. limit_bytes: what the device gives; None refuses nothing.
     Raises OptionError for a width below 1; FitError naming the largest where the width that was asked for does not fit.
     """
+    if width is not None and (type(width) is not int or not 1 <= width <= 1_000):
+        raise OptionError(f"width is {width!r}, expected a whole number from 1 to 1,000.")
     if not requests:
         return None
     model, workloads = requests[0].model, [request.plan.workload for request in requests]
