@@ -1,4 +1,4 @@
-"""`python -m qwq_mlx.bench`: decode tokens per second, ours beside mlx-lm's, as a table and one JSON line.
+"""`python -m qwq_mlx.bench`: speed beside mlx-lm's on the same weights, as a table and one JSON line.
 
 Both go to stdout, the JSON as its last line; what runs now goes to stderr.
 """
@@ -6,16 +6,28 @@ Both go to stdout, the JSON as its last line; what runs now goes to stderr.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from qwq_mlx.bench.timing import BenchOptions
 from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
+from qwq_mlx.errors import OptionError
 
-if TYPE_CHECKING:
-    from qwq_mlx.bench.decode import Row
+SUBJECTS = {
+    "decode": "decode:bench_decode",
+    "prefill": "prefill:bench_prefill",
+    "rows": "rows:bench_rows",
+    "load": "folders:bench_load",
+    "first-token": "folders:bench_first_token",
+    "convert": "folders:bench_convert",
+}
+"""Name -> file and function of this folder; imported when it is measured."""
+
+_NOT_YET = ("samples",)
+_DEFAULT_SUBJECTS = ("decode",)
+_RESULTS = "benchmarks"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,69 +36,90 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from qwq_mlx.bench.options import BenchOptions
+
     parser = make_parser(
         "bench",
-        description="Decode tokens per second of qwq_mlx and mlx-lm on the same weights, taking turns in one run.",
+        description="Speed of qwq_mlx and mlx-lm on the same weights, taking turns in one run: medians of rounds "
+        "behind a warm-up, half their spread, and how many times as fast qwq_mlx is.",
         exit_codes="0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C)",
     )
     add, default = parser.add_argument, BenchOptions()
+    add(
+        "subjects",
+        nargs="*",
+        metavar="SUBJECT",
+        help=f"what to measure: {', '.join(SUBJECTS)} (default: {' '.join(_DEFAULT_SUBJECTS)})",
+    )
     add("--model", metavar="FOLDER", help="model folder (default: as python -m qwq_mlx.generate)")
+    add("--source", metavar="FOLDER", help="checkpoint that convert packs (default: the bundled one)")
+    for flag, dest, text in (
+        ("--layers", "n_layers", "layers of the QwQ-shaped random model; 0 leaves it out"),
+        ("--tokens", "n_tokens", "tokens per decode run"),
+        ("--prompt-tokens", "n_prompt", "tokens per prefill run"),
+        ("--repeats", "repeats", "runs of each"),
+    ):
+        value = getattr(default, dest)
+        add(flag, type=int, metavar="N", dest=dest, default=value, help=f"{text} (default: %(default)s)")
+    for flag, dest, text in (
+        ("--contexts", "contexts", "positions in the cache before a decode run"),
+        ("--rows", "rows", "rows per pass"),
+    ):
+        values = getattr(default, dest)
+        shown = " ".join(str(value) for value in values)
+        add(flag, type=int, nargs="+", metavar="N", dest=dest, default=values, help=f"{text} (default: {shown})")
     add(
-        "--layers",
-        type=int,
-        metavar="N",
-        dest="n_layers",
-        default=default.n_layers,
-        help="layers of the QwQ-shaped random model; 0 leaves it out (default: %(default)s)",
-    )
-    add(
-        "--tokens",
-        type=int,
-        metavar="N",
-        dest="n_tokens",
-        default=default.n_tokens,
-        help="tokens per run (default: %(default)s)",
-    )
-    add(
-        "--repeats",
-        type=int,
-        metavar="N",
-        default=default.repeats,
-        help="runs of each (default: %(default)s)",
+        "--output",
+        nargs="?",
+        const=_RESULTS,
+        metavar="FOLDER",
+        help=f"append the JSON line to FOLDER/DATE.jsonl (without FOLDER: {_RESULTS})",
     )
     add_output(parser)
     return parser
 
 
 def _bench(command: Command) -> int:
-    parsed = command.options
-    options = BenchOptions(n_tokens=parsed.n_tokens, repeats=parsed.repeats, n_layers=parsed.n_layers)
-    from qwq_mlx.bench.decode import bench_folder, bench_qwq_shaped, describe_machine
-    from qwq_mlx.default_model import ready_model
+    from qwq_mlx.bench.options import BenchOptions
 
-    rows = bench_folder(ready_model(parsed.model, command.note), options, command.note)
-    if options.n_layers > 0:
-        rows.append(bench_qwq_shaped(options, command.note))
-    print(_table(rows))
-    result = {"rows": [row.as_json() for row in rows], "repeats": options.repeats, "machine": describe_machine()}
+    parsed = command.options
+    subjects = _subjects(parsed.subjects)
+    options = BenchOptions(
+        n_tokens=parsed.n_tokens,
+        repeats=parsed.repeats,
+        n_layers=parsed.n_layers,
+        contexts=tuple(parsed.contexts),
+        n_prompt=parsed.n_prompt,
+        rows=tuple(parsed.rows),
+    )
+    from qwq_mlx.bench.report import append_result, result_of, results_file, table
+    from qwq_mlx.bench.subject import Bench
+    from qwq_mlx.default_model import pocket_checkpoint, ready_model
+
+    output = None if parsed.output is None else results_file(Path(parsed.output))
+    source = pocket_checkpoint() if parsed.source is None else Path(parsed.source)
+    bench = Bench(ready_model(parsed.model, command.note), options, command.note, source)
+    rows = []
+    for subject in subjects:
+        module, _, function = SUBJECTS[subject].partition(":")
+        rows += getattr(importlib.import_module(f"qwq_mlx.bench.{module}"), function)(bench)
+    result = result_of(rows, options)
+    print(table(rows))
     print(json.dumps(result))
+    if output is not None:
+        append_result(output, result)
+        command.note(f"appended to {output}")
     return 0
 
 
-def _table(rows: Sequence[Row]) -> str:
-    """Median tokens per second, and in brackets how many times faster than it qwq_mlx is."""
-    names = list(dict.fromkeys(name for row in rows for name in row.rates))
-    lines = [["decode, tokens per second", "level", *names]]
-    for row in rows:
-        our_rate = row.rates[names[0]].median
-        cells = [f"{our_rate:.1f}"]
-        for name in names[1:]:
-            rates = row.rates.get(name)
-            cells.append("-" if rates is None else f"{rates.median:.1f} ({our_rate / rates.median:.2f}x)")
-        lines.append([row.model, row.level, *cells])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+def _subjects(names: Sequence[str]) -> list[str]:
+    """The subjects to measure, each once. Raises OptionError for one that there is not, or not yet."""
+    for name in names:
+        if name in _NOT_YET:
+            raise OptionError(f"{name} cannot be measured yet: a run answers with one sample so far.")
+        if name not in SUBJECTS:
+            raise OptionError(f"there is no subject {name!r}, expected some of {', '.join(SUBJECTS)}.")
+    return list(dict.fromkeys(names or _DEFAULT_SUBJECTS))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Rates measured side by side: contestants take turns, so what slows the machine for a while slows all of them.
+"""Figures measured side by side: contestants take turns, so what slows the machine for a while slows all of them.
 
-A contestant is a function that starts a run and returns an iterator of tokens. The clock starts at the first token, so
-prefill and compilation are outside, and n tokens give n - 1 intervals. One round before the clock warms caches up.
+A contestant is a function that does one run and returns its figure: tokens per second, or seconds. One round that does
+not count warms caches up and compiles kernels.
 
 Does not: import MLX, know models, or compare numbers from different runs.
 """
@@ -13,72 +13,54 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from qwq_mlx.errors import GenerationError, OptionError
-from qwq_mlx.facts import QWQ_32B_PREVIEW
+from qwq_mlx.errors import GenerationError
 
-__all__ = ["BenchOptions", "Rates", "compare", "decode_tok_s"]
+__all__ = ["Runs", "decode_tok_s", "seconds_of", "take_turns"]
 
-Contestant = Callable[[], Iterable[object]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchOptions:
-    """How much is measured.
-
-    n_tokens: per run. repeats: measured runs of each contestant. n_layers: of the QwQ-shaped model; 0 leaves it out.
-    """
-
-    n_tokens: int = 64
-    repeats: int = 5
-    n_layers: int = 2
-
-    def __post_init__(self) -> None:
-        for name, value, low, high in (
-            ("n_tokens", self.n_tokens, 2, 30_000),
-            ("repeats", self.repeats, 1, 10_000),
-            ("n_layers", self.n_layers, 0, QWQ_32B_PREVIEW.num_hidden_layers),
-        ):
-            if type(value) is not int or not low <= value <= high:
-                raise OptionError(f"{name} is {value!r}, expected a whole number from {low} to {high:,}.")
+Contestant = Callable[[], float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """One contestant's runs, in tokens per second."""
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """One contestant's figures, in the order of its runs."""
 
-    runs: tuple[float, ...]
+    values: tuple[float, ...]
 
     @property
     def median(self) -> float:
         """The middle run."""
-        return statistics.median(self.runs)
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> float:
+        """Largest minus smallest, as a fraction of the median."""
+        return (max(self.values) - min(self.values)) / self.median
 
 
-def compare(
-    contestants: Mapping[str, Contestant],
-    *,
-    repeats: int,
-    progress: Callable[[str], None] = lambda _: None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Rates]:
+def take_turns(
+    contestants: Mapping[str, Contestant], *, repeats: int, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, Runs]:
     """Run every contestant `repeats` times after one warm-up, in turn; each round starts with another one.
 
     progress: called with the name of what runs now.
     """
     names = list(contestants)
-    runs: dict[str, list[float]] = {name: [] for name in names}
+    values: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(repeats + 1):
         first = round_number % len(names)
         for name in names[first:] + names[:first]:
             progress(f"round {round_number} of {repeats}: {name}")
-            rate = decode_tok_s(contestants[name](), clock=clock)
+            value = contestants[name]()
             if round_number > 0:
-                runs[name].append(rate)
-    return {name: Rates(runs=tuple(values)) for name, values in runs.items()}
+                values[name].append(value)
+    return {name: Runs(tuple(each)) for name, each in values.items()}
 
 
 def decode_tok_s(tokens: Iterable[object], *, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Tokens per second from the first token to the last. Raises GenerationError for fewer than two tokens."""
+    """Tokens per second from the first token to the last, so that prefill and compilation are outside.
+
+    Raises GenerationError for fewer than two tokens.
+    """
     start = latest = 0.0
     n_tokens = 0
     for _ in tokens:
@@ -92,3 +74,10 @@ def decode_tok_s(tokens: Iterable[object], *, clock: Callable[[], float] = time.
             "Measure another model or more tokens."
         )
     return (n_tokens - 1) / (latest - start)
+
+
+def seconds_of(work: Callable[[], object], *, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds that the work takes; what it returns is dropped within them."""
+    start = clock()
+    work()
+    return clock() - start

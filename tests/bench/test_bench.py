@@ -15,13 +15,19 @@ import numpy as np
 import pytest
 
 from qwq_mlx.bench import __main__ as command
-from qwq_mlx.bench import decode as contest
+from qwq_mlx.bench import folders, loops, machine, subject
+from qwq_mlx.bench.decode import byte_limit
+from qwq_mlx.bench.loops import our_ids, their_ids
 from qwq_mlx.bench.models import in_compute_type, qwq_shaped, random_module
-from qwq_mlx.bench.timing import BenchOptions, Rates, compare, decode_tok_s
+from qwq_mlx.bench.options import BenchOptions
+from qwq_mlx.bench.report import table
+from qwq_mlx.bench.subject import Bench, Row, Target
+from qwq_mlx.bench.timing import Runs, decode_tok_s, take_turns
 from qwq_mlx.errors import GenerationError, OptionError
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.load import load_model
+from qwq_mlx.options import Sampling
 
 SMALL = Qwen2Config(
     hidden_size=128,
@@ -68,23 +74,25 @@ def test_a_run_without_an_interval_is_refused(n_tokens: int) -> None:
 
 
 def test_contestants_take_turns_and_the_first_round_does_not_count() -> None:
-    clock, order = Clock(), []
+    order: list[str] = []
 
-    def contestant(name: str, seconds: Iterable[float]) -> Callable[[], Iterable[int]]:
-        each = iter(seconds)
+    def contestant(name: str, figures: list[float]) -> Callable[[], float]:
+        each = iter(figures)
 
-        def run() -> Iterable[int]:
+        def run() -> float:
             order.append(name)
-            return clock.tokens([0.0, next(each)])
+            return next(each)
 
         return run
 
-    rates = compare(
-        {"a": contestant("a", [9, 1, 4, 2]), "b": contestant("b", [9, 0.5, 0.5, 0.5])}, repeats=3, clock=clock
+    told: list[str] = []
+    runs = take_turns(
+        {"a": contestant("a", [9, 1, 4, 2]), "b": contestant("b", [9, 0.5, 0.5, 0.5])}, repeats=3, progress=told.append
     )
     assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert rates["a"] == Rates(runs=(1.0, 0.25, 0.5))
-    assert (rates["a"].median, rates["b"].median) == (0.5, 2.0)
+    assert runs["a"] == Runs((1, 4, 2))
+    assert (runs["a"].median, runs["a"].spread, runs["b"].spread) == (2, 1.5, 0)
+    assert told[-1] == "round 3 of 3: a"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +102,9 @@ def test_contestants_take_turns_and_the_first_round_does_not_count() -> None:
         ({"repeats": 0}, "repeats is 0, expected a whole number from 1 to 10,000"),
         ({"n_layers": 65}, "layers is 65, expected a whole number from 0 to 64"),
         ({"n_layers": -1}, "layers is -1, expected a whole number from 0 to 64"),
+        ({"contexts": (0, -1)}, "contexts is -1, expected a whole number from 0 to 1,000,000"),
+        ({"n_prompt": 1}, "n_prompt is 1, expected a whole number from 2"),
+        ({"rows": (1, 0)}, "rows is 0, expected a whole number from 1 to 1,024"),
     ],
 )
 def test_options_that_cannot_be_are_refused(changes: dict[str, Any], text: str) -> None:
@@ -144,55 +155,166 @@ def test_a_random_module_may_be_left_unpacked() -> None:
 
 
 @pytest.mark.tiny
+@pytest.mark.parametrize("n_filled", [0, 40])
 def test_both_loops_give_the_asked_number_of_ids_and_greedily_the_same(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, n_filled: int
 ) -> None:
-    from qwq_mlx.options import Sampling
-
-    monkeypatch.setattr(contest, "_sampling", lambda: Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0))
+    monkeypatch.setattr(loops, "sampling", lambda: Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0))
     model = load_model(tiny_checkpoint)
-    ours = [token.id for token in contest._our_ids(model.module, [1, 2], model.tokenizer.n_ids, 9)]
-    theirs = [int(token) for token, _ in contest._their_ids(model.module, [1, 2], 9)]
+    prompt = loops.prompt_of(n_filled + 2, model.tokenizer.n_ids)
+    mx.random.seed(5)  # of the keys and values that stand for what was read before
+    ours = [token.id for token in our_ids(model.module, prompt, model.tokenizer.n_ids, 9, n_filled=n_filled)]
+    mx.random.seed(5)
+    theirs = [int(token) for token, _ in their_ids(model.module, prompt, 9, n_filled=n_filled)]
     assert len(ours) == 9
     assert ours == theirs
 
 
+def row(unit: str = "tok/s", **changes: Any) -> Row:
+    runs = {"qwq_mlx": Runs((3.0, 1.0, 2.0)), "mlx-lm, same arrays": Runs((1.0, 1.0, 1.0))}
+    return Row(**{"subject": "decode", "model": "m", "setting": "ids", "unit": unit, "runs": runs, **changes})
+
+
+def test_times_as_fast_turns_round_where_less_is_better() -> None:
+    assert row("tok/s").times_as_fast("mlx-lm, same arrays") == 2.0
+    assert row("s").times_as_fast("mlx-lm, same arrays") == 0.5
+
+
+def test_the_table_shows_medians_half_spreads_ratios_and_the_byte_limit() -> None:
+    lines = table([row(byte_limit=8.0), row("ms", subject="rows")]).splitlines()
+    assert lines[0].split("  ")[0] == "decode, tok/s"
+    assert "2 ±50%" in lines[1] and "1 ±0% (2.00x)" in lines[1] and "8 (25% reached)" in lines[1]
+    assert lines[3].startswith("rows, ms") and "byte limit" not in lines[3]
+
+
+def test_the_byte_limit_reads_weights_but_the_embedding_and_the_cache() -> None:
+    module = random_module(SMALL, {}, "float32", seed=3)
+    target = Target(name="m", module=module, config=SMALL, n_ids=320)
+    layer = 128 * 128 + 128 + 2 * (64 * 128 + 64) + 128 * 128 + 3 * 128 * 192 + 2 * 128
+    n_bytes = 4 * (2 * layer + 128 + 320 * 128)
+    assert byte_limit(target, 1e9, 0) == pytest.approx(1e9 / n_bytes)
+    assert byte_limit(target, 1e9, 100) == pytest.approx(1e9 / (n_bytes + 100 * 2 * 2 * 2 * 32 * 4))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "read_bandwidth", lambda: 1e9)
+
+
 @pytest.mark.tiny
-def test_the_command_prints_a_table_and_one_json_line(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("quick")
+def test_the_command_prints_a_table_and_one_json_line_and_appends_it(
+    known_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[BenchOptions] = []
-
-    def shaped(options: BenchOptions, progress: object) -> contest.Row:
-        asked.append(options)
-        rates = {"qwq_mlx": Rates(runs=(3.0, 1.0, 2.0)), "mlx-lm, same arrays": Rates(runs=(1.0, 1.0, 1.0))}
-        return contest.Row(model="shaped", level="ids", n_tokens=8, rates=rates)
-
-    monkeypatch.setattr(contest, "bench_qwq_shaped", shaped)
-    code = command.main(["--model", str(tiny_checkpoint), "--tokens", "3", "--repeats", "2", "--layers", "7"])
+    """Every subject once, on a tiny model; the context that it does not have is left out with a word."""
+    given = ["--model", str(known_checkpoint), "--source", str(known_checkpoint), "--layers", "0", "--repeats", "1"]
+    sizes = ["--tokens", "3", "--rows", "1", "3", "--prompt-tokens", "20", "--contexts", "0", "300000"]
+    results = tmp_path / "results"
+    code = command.main([*command.SUBJECTS, *given, *sizes, "--output", str(results)])
     out, err = capsys.readouterr()
-    assert code == 0
-    assert asked == [BenchOptions(n_tokens=3, repeats=2, n_layers=7)]
-    *table, line = out.splitlines()
-    rows = json.loads(line)["rows"]
-    assert [(row["model"].split()[0], row["level"]) for row in rows] == [
-        ("checkpoint", "ids"),
-        ("checkpoint", "text"),
-        ("shaped", "ids"),
+    assert code == 0, err
+    line = out.splitlines()[-1]
+    result = json.loads(line)
+    figures = [(each["subject"], each["setting"], sorted(each["median"])) for each in result["rows"]]
+    both = ["mlx-lm as it loads", "mlx-lm, same arrays", "qwq_mlx"]
+    of_disk = ["mlx-lm as it loads", "qwq_mlx", "reading the files"]
+    assert figures == [
+        ("decode", "ids, context 0", both),
+        ("decode", "text", both),
+        ("prefill", "20 tokens", both),
+        ("rows", "1 row", both[1:]),
+        ("rows", "3 rows", both[1:]),
+        ("load", "weights and tokenizer", of_disk),
+        ("first-token", "load, prompt, one token", of_disk),
+        ("convert", "4 bits, min/max", ["mlx_lm.convert", "qwq_mlx"]),
     ]
-    assert rows[2]["median_tok_s"]["qwq_mlx"] == 2.0
-    assert rows[2]["ratio"] == {"mlx-lm, same arrays": 2.0}
-    assert len(rows[0]["runs_tok_s"]["mlx-lm, same arrays"]) == 2
-    assert len(table) == 4
-    assert "2.0" in table[-1] and "1.0 (2.00x)" in table[-1]
-    assert json.loads(line)["machine"]["mlx-lm"]
-    assert "round 2 of 2" in err
+    assert all(value > 0 for each in result["rows"] for value in each["median"].values())
+    assert result["rows"][0]["fraction_of_limit"] > 0
+    assert {"power", "commit", "mlx-lm", "backend", "device"} <= set(result["machine"])
+    assert "context 300,000 is left out" in err and "round 1 of 1" in err
+    [file] = results.iterdir()
+    assert file.name == f"{result['date'][:10]}.jsonl"
+    assert file.read_text() == line + "\n"
 
 
-def test_layers_zero_leaves_the_shaped_model_out(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contest, "bench_folder", lambda *_: [])
-    monkeypatch.setattr(contest, "bench_qwq_shaped", lambda *_: pytest.fail("was measured"))
-    assert command.main(["--model", str(tiny_checkpoint), "--layers", "0"]) == 0
+@pytest.mark.usefixtures("quick")
+def test_the_default_is_decode_alone_and_layers_zero_leaves_the_shaped_model_out(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Bench] = []
+    monkeypatch.setattr("qwq_mlx.bench.decode.bench_decode", lambda bench: asked.append(bench) or [row()])
+    monkeypatch.setattr(Bench, "_qwq_shaped", lambda _: "shaped")
+    monkeypatch.setattr(Bench, "_of_folder", lambda _: "folder")
+    for n_layers in ("0", "3"):
+        assert command.main(["--model", str(tiny_checkpoint), "--layers", n_layers, "--tokens", "5"]) == 0
+    assert [bench.targets for bench in asked] == [["folder"], ["folder", "shaped"]]
+    assert asked[1].options == BenchOptions(n_tokens=5, n_layers=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["samples"], "samples cannot be measured yet"),
+        (["decod"], "there is no subject 'decod', expected some of decode, prefill, rows"),
+    ],
+)
+def test_a_subject_that_there_is_not_is_refused(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("")
+    assert command.main(["--output", str(tmp_path / "taken")]) == 1
+    assert "taken: cannot be made (File exists)" in capsys.readouterr().err
+
+
+def test_a_failed_conversion_of_theirs_does_not_print_on_stdout(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders._their_conversion(tiny_checkpoint, tmp_path / "q")
+    assert capsys.readouterr().out == ""
+
+
+def test_bandwidth_is_bytes_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 9.0, *(float(second) for second in range(10, 30))])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+    assert machine.read_bandwidth(1 << 20) == machine._READS * (1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Now drawing from 'AC Power'", "AC power"),
+        ("Now drawing from 'Battery Power'", "battery"),
+        ("", "unknown"),
+    ],
+)
+def test_a_macs_power_source_is_read_from_pmset(monkeypatch: pytest.MonkeyPatch, said: str, expected: str) -> None:
+    monkeypatch.setattr(machine.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(machine, "_first_line", lambda *command: said if command == ("pmset", "-g", "batt") else "?")
+    assert machine.power_source() == expected
+
+
+@pytest.mark.parametrize(("online", "expected"), [([], "unknown"), (["0"], "battery"), (["0", "1"], "AC power")])
+def test_elsewhere_from_the_systems_supplies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: list[str], expected: str
+) -> None:
+    monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(machine, "_SUPPLIES", tmp_path)
+    for number, text in enumerate(online):
+        (tmp_path / f"AC{number}").mkdir()
+        (tmp_path / f"AC{number}" / "online").write_text(text + "\n")
+    assert machine.power_source() == expected
+
+
+def test_outside_a_checkout_the_commit_is_unknown_and_a_missing_program_says_nothing(tmp_path: Path) -> None:
+    assert machine.commit(tmp_path) == "unknown"
+    assert machine._first_line("no-such-program-anywhere") == ""
 
 
 def test_wrong_options_and_folders_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +328,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(contest, "bench_folder", interrupted)
+    monkeypatch.setattr("qwq_mlx.bench.decode.bench_decode", interrupted)
     assert command.main(["--model", "x"]) == 130
     assert capsys.readouterr().err == "interrupted: nothing was changed.\n"
 
@@ -224,7 +346,7 @@ def test_the_pocket_is_converted_as_for_every_command_where_no_conversion_is_the
         qwq_mlx.convert, "convert_checkpoint", lambda *paths, recipe, quality: converted.append((*paths, recipe))
     )
     benched: list[Path] = []
-    monkeypatch.setattr(contest, "bench_folder", lambda folder, *_: benched.append(folder) or [])
+    monkeypatch.setattr("qwq_mlx.bench.decode.bench_decode", lambda bench: benched.append(bench.folder) or [])
     assert command.main(["--layers", "0"]) == 0
     assert converted == [(tmp_path, choice.folder, "pocket-4bit")]
     assert benched == [choice.folder]
@@ -241,6 +363,6 @@ def test_help_imports_nothing_heavy() -> None:
         "    print(sorted({'mlx', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules)))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.endswith("\n[]\n")
-    assert "--layers N" in done.stdout
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert shown.stdout.endswith("\n[]\n")
+    assert "--layers N" in shown.stdout

@@ -1,0 +1,87 @@
+"""The two token loops that are compared, ours and mlx-lm's, with the same prompt, cache content and sampling.
+
+Ours also works out logprob and entropy of every id and refuses NaN, as every run does.
+
+Does not: time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.row import Row
+from qwq_mlx.engine.sampler import Sampler
+from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
+from qwq_mlx.options import NEUTRAL, Limits, Sampling
+
+__all__ = ["our_ids", "prompt_of", "sampling", "their_ids", "their_sampler"]
+
+
+def sampling() -> Sampling:
+    """QwQ-32B-Preview's own values, whatever the folder says, so that every model does the same work."""
+    return Sampling(temperature=0.7, top_p=0.8, top_k=20, seed=0)
+
+
+def prompt_of(n_prompt: int, n_ids: int) -> list[int]:
+    """Some ids of a vocabulary."""
+    return [(7 * place) % min(n_ids, 256) for place in range(n_prompt)]
+
+
+def our_ids(
+    module: Any, prompt: Sequence[int], n_ids: int, n_tokens: int, *, n_filled: int = 0, seed: int = 0
+) -> Iterator[object]:
+    """n_tokens by our decoder. n_filled: leading ids of the prompt whose place random keys and values take."""
+    decoder, row = our_row(module, prompt, n_ids, n_tokens, n_filled=n_filled, seed=seed)
+    for _ in range(n_tokens):
+        yield decoder.draw(row)
+
+
+def our_row(
+    module: Any, prompt: Sequence[int], n_ids: int, n_tokens: int, *, n_filled: int = 0, seed: int = 0
+) -> tuple[Decoder, Row]:
+    """A decoder, and a row behind the prompt."""
+    decoder = Decoder(module, n_ids=n_ids)
+    cache = _filled_cache(module, n_filled)
+    row = Row(Sampler(sampling().resolve(NEUTRAL), seed=seed), cache=cache, max_tokens=n_tokens)
+    for _ in decoder.prefill(row, prompt, chunk=Limits().prefill_step, n_cached=n_filled):
+        pass
+    return decoder, row
+
+
+def their_ids(module: Any, prompt: Sequence[int], n_tokens: int, *, n_filled: int = 0) -> Iterator[object]:
+    """n_tokens by mlx-lm's generate_step."""
+    step = import_mlx_lm("mlx_lm.generate").generate_step
+    ids = import_mlx().array(list(prompt[n_filled:]))
+    yield from step(
+        ids,
+        module,
+        max_tokens=n_tokens,
+        sampler=their_sampler(),
+        prompt_cache=_filled_cache(module, n_filled),
+        prefill_step_size=Limits().prefill_step,
+    )
+
+
+def their_sampler() -> Any:
+    """mlx-lm's with our values."""
+    ours = sampling()
+    make = import_mlx_lm("mlx_lm.sample_utils").make_sampler
+    return make(temp=ours.temperature, top_p=ours.top_p, top_k=ours.top_k)
+
+
+def _filled_cache(module: Any, n_filled: int) -> list[Any]:
+    """A KV cache with random keys and values at so many positions, one layer after another."""
+    mx = import_mlx()
+    cache = new_cache(module)
+    if n_filled:
+        arguments = module.args
+        width = arguments.hidden_size // arguments.num_attention_heads
+        dtype = module.layers[0].input_layernorm.weight.dtype
+        shape = (1, arguments.num_key_value_heads, n_filled, width)
+        for layer in cache:
+            layer.update_and_fetch(mx.random.normal(shape, dtype), mx.random.normal(shape, dtype))
+            mx.eval(layer.state)
+    return cache
