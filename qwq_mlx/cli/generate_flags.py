@@ -144,6 +144,8 @@ def run_options(options: Mapping[str, Any]) -> RunOptions:
         _refuse_beside_resume(options, asked)
     elif options["answer_now"]:
         raise OptionError("--answer-now asks a saved run for its answer. Give its file with --resume FILE.")
+    if options["width"] is not None and options["input"] is None:
+        raise OptionError("--width needs --input FILE.")
     if options["save_every"] is not None and options["save"] is None:
         raise OptionError("--save-every needs --save FILE.")
     if options["no_save"] and options["save"] is not None:

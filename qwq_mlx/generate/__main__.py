@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwq_mlx.cli.command import Command, add_output, end_verification, load_reasoner, make_parser, run_command
 from qwq_mlx.cli.generate_flags import (
@@ -104,16 +104,25 @@ def _parser() -> argparse.ArgumentParser:
         help="write a receipt of the run, which python -m qwq_mlx.replay repeats and compares",
     )
     add_output(parser, json="print the whole trace as one line of JSON instead of the text")
-    add = parser.add_argument_group("a file of questions").add_argument
+    _add_question_file(parser.add_argument_group("a file of questions").add_argument)
+    add_limits(parser.add_argument_group("limits").add_argument)
+    add_sampling(parser.add_argument_group("sampling (default: the model's generation_config.json)").add_argument)
+    return parser
+
+
+def _add_question_file(add: Callable[..., Any]) -> None:
     add("--input", metavar="FILE", help='JSON lines of {"question" or "messages", "id", "expected"}')
     add(
         "--output",
         metavar="FILE",
         help="their traces, one a line; an existing file is continued",
     )
-    add_limits(parser.add_argument_group("limits").add_argument)
-    add_sampling(parser.add_argument_group("sampling (default: the model's generation_config.json)").add_argument)
-    return parser
+    add(
+        "--width",
+        type=int,
+        metavar="N",
+        help="questions side by side; changes no answer (default: as many as the memory plan allows, at most 8)",
+    )
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -156,6 +165,7 @@ def _batch(command: Command, asked: RunOptions) -> int:
             thinking=asked.thinking,
             system_prompt=options.system_prompt,
             ask_answer=options.ask_answer,
+            width=options.width,
         )
         interruption.run = batch
         try:

@@ -14,11 +14,13 @@ from qwq_mlx.errors import BatchError, FitError, GenerationError, OptionError
 from qwq_mlx.generate.request import Request
 from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
-from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, plan_memory
+from qwq_mlx.model.device import backend_name
+from qwq_mlx.model.load import LoadedModel
+from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, Workload, plan_memory
 from qwq_mlx.options import Limits, Sampling, Thinking
 from qwq_mlx.trace.trace import Trace
 
-__all__ = ["MAX_WIDTH", "finish_all", "plan_rows", "question_seed", "settings_of_each"]
+__all__ = ["MAX_WIDTH", "finish_all", "plan_rows", "plan_width", "question_seed", "settings_of_each"]
 
 T = TypeVar("T")
 
@@ -62,25 +64,42 @@ def plan_rows(requests: Sequence[Request], width: int | None, *, limit_bytes: in
     Returns None where there are no requests. limit_bytes: what the device gives; None refuses nothing.
     Raises OptionError for a width below 1; FitError naming the largest where the width that was asked for does not fit.
     """
-    if width is not None and (type(width) is not int or not 1 <= width <= 1_000):
-        raise OptionError(f"width is {width!r}, expected a whole number from 1 to 1,000.")
+    _check(width)
     if not requests:
         return None
-    model, workloads = requests[0].model, [request.plan.workload for request in requests]
+    workloads = [request.plan.workload for request in requests]
+    workload = replace(
+        workloads[0],
+        context=max(min(request.context, len(request.prompt_ids) + request.max_tokens) for request in requests),
+        kv_bits=workloads[0].kv_bits if len({each.kv_bits for each in workloads}) == 1 else None,
+        prefill_step=max(each.prefill_step for each in workloads),
+    )
+    return _widest(requests[0].model, workload, len(requests), width, limit_bytes)
+
+
+def plan_width(
+    model: LoadedModel, plan: MemoryPlan, n_questions: int, width: int | None, *, limit_bytes: int | None
+) -> MemoryPlan:
+    """As `plan_rows`, for questions that are not known yet: each may fill the context of a plan for one."""
+    _check(width)
+    return _widest(model, replace(plan.workload, context=plan.context), max(1, n_questions), width, limit_bytes)
+
+
+def _check(width: int | None) -> None:
+    if width is not None and (type(width) is not int or not 1 <= width <= 1_000):
+        raise OptionError(f"width is {width!r}, expected a whole number from 1 to 1,000.")
+
+
+def _widest(
+    model: LoadedModel, workload: Workload, n_rows: int, width: int | None, limit_bytes: int | None
+) -> MemoryPlan:
     shape = ModelShape(config=model.config, packed=model.packed)
-    same_bits = len({workload.kv_bits for workload in workloads}) == 1
 
-    def planned(n_rows: int) -> MemoryPlan:
-        workload = replace(
-            workloads[0],
-            context=max(min(request.context, len(request.prompt_ids) + request.max_tokens) for request in requests),
-            kv_bits=workloads[0].kv_bits if same_bits else None,
-            prefill_step=max(workload.prefill_step for workload in workloads),
-            n_sequences=n_rows,
-        )
-        return plan_memory(shape, workload, limit_bytes=limit_bytes, backend=requests[0].plan.backend)
+    def planned(n_sequences: int) -> MemoryPlan:
+        asked = replace(workload, n_sequences=n_sequences)
+        return plan_memory(shape, asked, limit_bytes=limit_bytes, backend=backend_name())
 
-    most = min(len(requests), MAX_WIDTH if width is None else width)
+    most = min(n_rows, MAX_WIDTH if width is None else width)
     fitting = next((plan for n in range(most, 1, -1) if (plan := planned(n)).fits), planned(1))
     n_fitting = fitting.workload.n_sequences
     if width is not None and n_fitting < most:

@@ -107,7 +107,7 @@ class Reasoner:
             self._verification = BackgroundVerification(model.folder)
             self._verification.start()
             weakref.finalize(self, self._verification.stop)  # also at the interpreter's end
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self.pieces = Pieces(model.tokenizer)
         tagged = "<think>" in model.tokenizer.added
         self.profile = profile or find_profile((QWQ_32B if tagged else QWQ_32B_PREVIEW).profile)
@@ -252,7 +252,7 @@ class Reasoner:
             )
             for question, (own_sampling, own_limits, own_thinking) in zip(questions, settings, strict=True)
         ]
-        plan = plan_rows([stream.request for stream in streams], width, limit_bytes=self._limit_bytes)
+        plan = plan_rows([stream.request for stream in streams], width, limit_bytes=self.limit_bytes)
         return finish_all(streams, plan=plan, ask_answer=ask_answer, progress=progress) if plan else []
 
     def rerun(self, receipt: Receipt) -> Stream:
@@ -395,5 +395,5 @@ class Reasoner:
         model = self.model
         shape = ModelShape(config=model.config, packed=model.packed)
         return fitted(
-            shape, limits, limit_bytes=self._limit_bytes, backend=backend_name(), compute_type=model.compute_type
+            shape, limits, limit_bytes=self.limit_bytes, backend=backend_name(), compute_type=model.compute_type
         )

@@ -76,8 +76,11 @@ class Stream:
 
     @property
     def failure(self) -> Exception | None:
-        """Why the run could not go on; None where it did."""
-        return self.running.failure
+        """Why the run could not go on, with the trace until there if it is a GenerationError; None where it did."""
+        failure = self.running.failure
+        if isinstance(failure, GenerationError) and failure.trace is None:
+            failure.trace = self.trace()
+        return failure
 
     def fail(self, error: Exception) -> None:
         """End the run by what was raised while it went on; what MLX raised becomes a GenerationError with the trace."""
@@ -86,7 +89,6 @@ class Stream:
             self.run.finish = ("interrupted", f"MLX failed: {error}")
             error = failure_of(error, self.trace(), self.request)
         self.running.fail(error)
-        error.trace = self.trace()
 
     @property
     def is_finished(self) -> bool:

@@ -99,6 +99,6 @@ def test_what_cannot_be_is_refused_before_any_work(reasoner: Reasoner, monkeypat
     with pytest.raises(PromptError):
         reasoner.batch_generate(["x", ""])
     need = reasoner.fit(Limits()).plan.peak_bytes + 600_000_000
-    monkeypatch.setattr(reasoner, "_limit_bytes", need)
+    monkeypatch.setattr(reasoner, "limit_bytes", need)
     with pytest.raises(FitError, match=r"500 rows side by side do not fit(.|\n)*The largest `width` that fits is \d+;"):
         reasoner.batch_generate(["x"] * 500, width=500)

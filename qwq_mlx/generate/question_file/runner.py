@@ -1,21 +1,23 @@
-"""A file of questions becomes a file of traces, one question at a time, and goes on by itself where it was cut off.
+"""A file of questions becomes a file of traces, several side by side, and goes on by itself where it was cut off.
 
 Question i is drawn with a seed made from the batch's seed and i alone, so an interrupted file that was finished later
-is, but for "measured", byte for byte the file of one unbroken run. A line that is there is never written again, but
+is, but for "measured", byte for byte the file of one unbroken run, in whatever width (exactly where the backend
+computes rows alike, as the CPU does). Lines are written in the order of the questions, so one that ends early waits for
+those before it. A line that is there is never written again, but
 where memory ran out, which is no answer: the next run tries that question again, and the others are not held up by it.
 A line that depends on something else (weights, settings, seed, the question's own text) is refused instead of mixed
 with.
 
-Does not: run questions side by side, or compare answers with what was expected.
+Does not: compare answers with what was expected.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,21 +27,25 @@ from qwq_mlx.errors import (
     OptionError,
     OutOfMemoryError,
     PromptError,
+    QwqError,
     TemplateLimitError,
 )
+from qwq_mlx.generate.batch import plan_width, question_seed
 from qwq_mlx.generate.checkpoint.file import model_digest
 from qwq_mlx.generate.question_file.questions import Question
 from qwq_mlx.generate.question_file.results import Results, result_line
 from qwq_mlx.generate.reasoner import Reasoner
+from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.model.template import template_digest
 from qwq_mlx.model.tokenizer import read_chat_template
 from qwq_mlx.options import Limits, Sampling, Thinking, to_json
 from qwq_mlx.trace.trace import Trace
 
-__all__ = ["BatchProgress", "QuestionFile", "question_seed"]
+__all__ = ["BatchProgress", "QuestionFile"]
 
 _TICK_S = 0.5
+_MAX_AHEAD = 8  # widths of questions that may be under way or wait for one before them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +72,10 @@ class BatchProgress:
 
 
 class QuestionFile:
-    """Answers questions into an open Results; `stop()` ends it after the token under way, that question unwritten."""
+    """Answers questions into an open Results; `stop()` ends it after the tokens under way, those questions unwritten.
+
+    width: questions side by side; None takes as many as the plan of their memory allows, at most 8.
+    """
 
     def __init__(
         self,
@@ -79,6 +88,7 @@ class QuestionFile:
         thinking: Thinking,
         system_prompt: str | None = None,
         ask_answer: bool = False,
+        width: int | None = None,
     ) -> None:
         self._reasoner = reasoner
         self._questions = questions
@@ -97,7 +107,14 @@ class QuestionFile:
         template = reasoner.model.tokenizer.chat_template
         if template is not None and template != read_chat_template(reasoner.model.folder):
             self._run_values["template_sha256"] = template_digest(template)
-        self._run: Stream | None = None
+        self._plan = plan_width(
+            reasoner.model,
+            reasoner.fit(limits).plan,
+            len(questions),
+            width,
+            limit_bytes=reasoner.limit_bytes,
+        )
+        self._runs: dict[Stream, Question] = {}
         self._progress: Callable[[BatchProgress], None] | None = None
         self._started_s = self._told_s = 0.0
         self._n_before = self._n_tokens = self._n_failed = self._n_out_of_memory = 0
@@ -106,10 +123,10 @@ class QuestionFile:
         self._check()
 
     def stop(self) -> None:
-        """End after the token under way. Safe to call from a signal handler."""
+        """End after the tokens under way. Safe to call from a signal handler."""
         self.is_stopped = True
-        if self._run is not None:
-            self._run.stop()
+        for run in list(self._runs):
+            run.stop()
 
     def work(self, progress: Callable[[BatchProgress], None] | None = None) -> BatchProgress:
         """Answer what is not answered yet; progress is told before the first question, after each, and meanwhile.
@@ -129,16 +146,46 @@ class QuestionFile:
                 self._count(each)
         stand = self._tell(0)
         again = [self._questions[index] for index in sorted(self._waiting)]
-        for question in [*again, *self._questions[len(lines) :]]:
-            line = None if self.is_stopped else self._answered(question)
-            if line is None:
-                break
+        for line in self._answered([*again, *self._questions[len(lines) :]]):
             self._results.write(line)
-            self._waiting.discard(question.index)
+            self._waiting.discard(line["index"])
             self._count(line)
             self._n_tokens += len(line["trace"]["ids"]) if "trace" in line else 0
             stand = self._tell(0, line)
         return stand
+
+    def _answered(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+        """The lines of these questions in their order, until the batch is stopped.
+
+        An unknown chat template that took too long is the machine's fault, not the question's: it must not be written
+        down as its answer, so it is raised once the questions before it have their lines.
+        """
+        to_come, order, ready = deque(questions), deque[int](), dict[int, dict[str, Any] | None]()
+        width, slow = self._plan.workload.n_sequences, None
+        with Scheduler(self._reasoner.model, width=width, planned_bytes=self._plan.peak_bytes) as scheduler:
+            while order or (to_come and not self.is_stopped):
+                while to_come and not self.is_stopped and scheduler.has_room and len(order) < _MAX_AHEAD * width:
+                    question = to_come.popleft()
+                    try:
+                        ended = self._begin(question, scheduler)
+                    except TemplateLimitError as error:
+                        slow = error
+                        to_come.clear()
+                        break
+                    order.append(question.index)
+                    ready.update({} if ended is None else {question.index: ended})
+                for run in scheduler.step():
+                    question = self._runs.pop(run)
+                    ready[question.index] = self._line(question, run)
+                    run.release_cache()
+                while order and order[0] in ready:
+                    line = ready.pop(order.popleft())
+                    if line is None:  # it was stopped; those behind it are answered again
+                        return
+                    yield line
+                self._tick(sum(len(run.run.steps) for run in self._runs))
+        if slow is not None:
+            raise slow
 
     def _count(self, line: Mapping[str, Any]) -> None:
         self._n_failed += "error" in line
@@ -165,42 +212,51 @@ class QuestionFile:
             self._progress(stand)
         return stand
 
-    def _answered(self, question: Question) -> dict[str, Any] | None:
-        """The question's line; None where the batch was stopped meanwhile."""
-        head = {
+    def _begin(self, question: Question, scheduler: Scheduler) -> dict[str, Any] | None:
+        """Let the question's run enter; returns its line where it cannot be asked."""
+        try:
+            run = self._reasoner.stream(
+                question.messages,
+                system_prompt=self._system_prompt,
+                sampling=replace(self._sampling, seed=question_seed(self._sampling.seed or 0, question.index)),
+                limits=self._limits,
+                thinking=self._thinking,
+            )
+        except TemplateLimitError:
+            raise
+        except PromptError as error:
+            return self._failed(question, error)
+        self._runs[run] = question
+        scheduler.add(run)
+        return None
+
+    def _line(self, question: Question, run: Stream) -> dict[str, Any] | None:
+        """The line of a run that has ended; None where the batch was stopped meanwhile."""
+        try:
+            if run.failure is not None:
+                raise run.failure
+            if self._asks and not self.is_stopped:
+                run.ask_answer()
+        except DamagedModelError:
+            raise
+        except GenerationError as error:
+            failed = self._failed(question, error)
+            return result_line(failed, error.trace) if isinstance(error.trace, Trace) else failed
+        trace = run.trace()
+        is_cut = trace.finish_reason == "interrupted" or (self._asks and self.is_stopped)
+        return None if is_cut else result_line(self._head(question), trace)
+
+    def _head(self, question: Question) -> dict[str, Any]:
+        return {
             "index": question.index,
             "id": question.id,
             "expected": question.expected,
             "question_sha256": question.sha256,
             "run": self._run_values,
         }
-        seed = question_seed(self._sampling.seed or 0, question.index)
-        try:
-            self._run = self._reasoner.stream(
-                question.messages,
-                system_prompt=self._system_prompt,
-                sampling=replace(self._sampling, seed=seed),
-                limits=self._limits,
-                thinking=self._thinking,
-            )
-            if self.is_stopped:  # from here on stop() reaches the run itself
-                return None
-            for step in self._run:
-                self._tick(step.index + 1)
-            if self._asks and not self.is_stopped:
-                self._run.ask_answer()
-            trace = self._run.trace()
-        except (TemplateLimitError, DamagedModelError):
-            raise  # the machine's fault, not the question's: it must not be written down as its answer
-        except PromptError as error:
-            return {**head, "error": str(error), "error_type": type(error).__name__}
-        except GenerationError as error:
-            failed = {**head, "error": str(error), "error_type": type(error).__name__}
-            return result_line(failed, error.trace) if isinstance(error.trace, Trace) else failed
-        finally:
-            self._run = None
-        is_cut = trace.finish_reason == "interrupted" or (self._asks and self.is_stopped)
-        return None if is_cut else result_line(head, trace)
+
+    def _failed(self, question: Question, error: QwqError) -> dict[str, Any]:
+        return {**self._head(question), "error": str(error), "error_type": type(error).__name__}
 
     def _check(self) -> None:
         """Raises OptionError where lines that are there do not belong to these questions, weights and settings."""
@@ -222,11 +278,6 @@ class QuestionFile:
                     f"{', '.join(_differing(line['run'], self._run_values))}. Run it with the same, or choose another "
                     "output."
                 )
-
-
-def question_seed(seed: int, index: int) -> int:
-    """The seed of question `index`: 32 bits of a sha256 of both, so neighbouring batches share no stream."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:4], "big")
 
 
 def _ran_out(line: Mapping[str, Any]) -> bool:

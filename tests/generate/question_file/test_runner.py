@@ -58,6 +58,7 @@ def answered(
         "sampling": Sampling(temperature=1.0, seed=5),
         "limits": Limits(max_tokens=6),
         "thinking": Thinking(),
+        "width": 1,
     }
     with Results(output) as results:
         batch = QuestionFile(reasoner, read_questions(source), results, **(settings | options))
@@ -113,6 +114,37 @@ def test_a_file_cut_at_any_byte_goes_on_to_the_same_lines(whole: Path, reasoner:
         kept = ends[stand.n_before - 1] if stand.n_before else 0
         assert output.read_bytes()[:kept] == good[:kept], "what was there is not written again"
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"], "the lock is gone"
+
+
+@pytest.mark.parametrize("width", [2, 3, None])
+@pytest.mark.parametrize("stop_after", [None, 1, 2])
+def test_the_file_is_the_same_in_any_width(
+    width: int | None, stop_after: int | None, whole: Path, reasoner: Reasoner, tmp_path: Path
+) -> None:
+    answered(reasoner, whole / "in.jsonl", tmp_path / "out", stop_after=stop_after, width=width)
+    lines, expected = compared(tmp_path / "out"), compared(whole / "out.jsonl")
+    assert lines == expected[: len(lines)] and len(lines) >= (5 if stop_after is None else stop_after)
+    answered(reasoner, whole / "in.jsonl", tmp_path / "out", width=width)
+    assert compared(tmp_path / "out") == expected
+
+
+def test_lines_wait_for_those_before_them(whole: Path, reasoner: Reasoner, tmp_path: Path) -> None:
+    """A question in which memory runs out beside others costs the others, too, and all are tried again."""
+    module = type(reasoner.model.module)
+    real, failed = module.__call__, list[int]()
+
+    def call(self: Any, ids: Any, **options: Any) -> Any:
+        if len(ids) > 1 and not failed:  # the first pass that rows share
+            failed.append(len(ids))
+            raise RuntimeError("[malloc] Unable to allocate 1048576 bytes.")
+        return real(self, ids, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "__call__", call)
+        stand = answered(reasoner, whole / "in.jsonl", tmp_path / "out", width=4)
+    assert stand.n_out_of_memory > 1 and [line["index"] for line in compared(tmp_path / "out")] == [0, 1, 2, 3, 4]
+    assert answered(reasoner, whole / "in.jsonl", tmp_path / "out", width=4).n_out_of_memory == 0
+    assert compared(tmp_path / "out") == compared(whole / "out.jsonl")
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4])
@@ -310,10 +342,13 @@ def test_logits_that_are_not_finite_fail_their_question_alone(
     reasoner = load(known_checkpoint)
     real = reasoner.stream
 
+    def not_finite(tokens: Any, logits: Any) -> Any:
+        raise GenerationError("Step 0: NaN")
+
     def stream(messages: Any, **options: Any) -> Any:
         run = real(messages, **options)
         if messages == "y":
-            monkeypatch.setattr(run._decoder, "step", lambda _: (_ for _ in ()).throw(GenerationError("Step 0: NaN")))
+            monkeypatch.setattr(run.running.row, "hooks", (not_finite,))
         return run
 
     monkeypatch.setattr(reasoner, "stream", stream)
@@ -460,7 +495,7 @@ def test_the_command_ends_with_5_where_memory_ran_out_and_says_what_to_do(
 ) -> None:
     short_of_memory({1})
     monkeypatch.setattr(command, "load_reasoner", lambda *_, **__: reasoner)
-    given = f"--input {whole / 'in.jsonl'} --output {tmp_path / 'out'} --seed 5 --temp 1 --max-tokens 6"
+    given = f"--input {whole / 'in.jsonl'} --output {tmp_path / 'out'} --seed 5 --temp 1 --width 1 --max-tokens 6"
     assert command.main(given.split()) == 5
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: {tmp_path / 'out'}: 2 questions were not answered; see their 'error'. Memory ran out in 1: make room "
@@ -558,3 +593,8 @@ def test_a_signal_ends_the_batch_with_its_lines_and_the_way_on(
     n_done = len(compared(output))
     assert code == 143 and 1 <= n_done < 400 and output.read_bytes().endswith(b"\n")
     assert rest.splitlines()[-1] == f"interrupted: {n_done} of 400 are in {output}; run it again to go on"
+
+
+def test_a_width_without_questions_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["-p", "x", "--width", "2"]) == 2
+    assert "--width needs --input FILE." in capsys.readouterr().err
