@@ -92,6 +92,9 @@ def _bench(command: Command) -> int:
         n_prompt=parsed.n_prompt,
         rows=tuple(parsed.rows),
     )
+    from qwq_mlx.model.upstream import import_mlx
+
+    import_mlx()  # its error says what to install
     from qwq_mlx.bench.report import append_result, result_of, results_file, table
     from qwq_mlx.bench.subject import Bench
     from qwq_mlx.default_model import pocket_checkpoint, ready_model
@@ -116,7 +119,7 @@ def _subjects(names: Sequence[str]) -> list[str]:
     """The subjects to measure, each once. Raises OptionError for one that there is not, or not yet."""
     for name in names:
         if name in _NOT_YET:
-            raise OptionError(f"{name} cannot be measured yet: a run answers with one sample so far.")
+            raise OptionError(f"{name} cannot be measured yet. What they share can: python -m qwq_mlx.bench rows")
         if name not in SUBJECTS:
             raise OptionError(f"there is no subject {name!r}, expected some of {', '.join(SUBJECTS)}.")
     return list(dict.fromkeys(names or _DEFAULT_SUBJECTS))

@@ -65,6 +65,9 @@ def _checks() -> list[Check]:
 
 
 def _examine(command: Command) -> int:
+    from qwq_mlx.model.upstream import import_mlx
+
+    import_mlx()  # first, because without MLX nothing can be checked, and its error says what to install
     from qwq_mlx.default_model import choose_model, pocket_model, ready_model
     from qwq_mlx.doctor.check import Subject, run_checks
     from qwq_mlx.doctor.claims import judge_claims

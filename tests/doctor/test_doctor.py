@@ -128,9 +128,18 @@ def test_a_plain_attention_with_another_rotation_fails(subject: Subject, monkeyp
     assert "cache of all bits" in result.found
 
 
-def test_quantized_caches_that_a_backend_does_not_offer_are_left_out() -> None:
-    result = attention.check_attention(Subject("cuda", pocket_checkpoint()))
-    assert result.values["left_out"] == [f"4 heads on 2, 64 wide, cache of {bits} bits" for bits in (8, 4)]
+def test_quantized_caches_that_a_backend_does_not_offer_or_that_take_too_long_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = Subject("cuda", pocket_checkpoint())
+    result = attention.check_attention(cuda)
+    assert result.values["left_out"] == [
+        f"4 heads on 2, 64 wide, cache of {bits} bits: not offered on cuda" for bits in (8, 4)
+    ]
+    monkeypatch.setattr(attention, "_BUDGET_S", -1)
+    late = attention.check_attention(cuda)
+    assert (late.outcome, len(late.values["errors"]), len(late.values["left_out"])) == ("ok", 3, 6)
+    assert "left out 6" in late.found and "no time" in late.found
 
 
 @pytest.mark.tiny
@@ -337,3 +346,17 @@ def test_the_report_is_one_json_object(two_checks: dict[str, Result], capsys: py
     assert len(report["checks"]) == len(command._checks())
     assert len(report["claims"]) == len(CLAIMS)
     assert {"name", "outcome", "found", "expected", "values"} == set(report["checks"][0])
+
+
+def test_without_mlx_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qwq_mlx.errors import BackendError
+    from qwq_mlx.model import upstream
+
+    def missing() -> Any:
+        raise BackendError("MLX cannot start on this machine. pip install mlx")
+
+    monkeypatch.setattr(upstream, "import_mlx", missing)
+    assert command.main([]) == 1
+    assert capsys.readouterr().err == "error: MLX cannot start on this machine. pip install mlx\n"
