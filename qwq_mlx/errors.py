@@ -91,7 +91,7 @@ class SourceError(QwqError):
 
     >>> qwq_mlx.Trace.load("nowhere.jsonl")
     Traceback (most recent call last):
-    qwq_mlx.errors.SourceError: nowhere.jsonl: cannot be read (No such file or directory). Give the file ...
+    qwq_mlx.errors.SourceError: nowhere.jsonl: there is no such file. Give the file that save() wrote.
     """
 
 

@@ -173,7 +173,7 @@ def test_from_the_hub_the_source_must_be_kept(
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, object]]] = [
-        (r"nowhere\.txt: there is no such file, expected a text", {"quality": tmp_path / "nowhere.txt"}),
+        (r"nowhere\.txt: there is no such file\. Give a text", {"quality": tmp_path / "nowhere.txt"}),
         ("quality_tokens says how much is measured, and `quality=False`", {"quality": False, "quality_tokens": 99}),
         ("3 tokens of text are asked for, expected at least 32", {"quality_tokens": 3}),
     ]

@@ -12,6 +12,7 @@ import pytest
 
 from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.logits_processors.penalties import LogitBias
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.errors import OptionError, SourceError
@@ -142,7 +143,8 @@ def test_the_last_tokens_of_a_full_context_make_room_for_the_answer(reasoner: Re
     assert cut.end + 30 == len(trace.ids) and len(first.ids) - 3 <= len(trace.ids) < len(first.ids)
     n_ids, module = reasoner.model.tokenizer.n_ids, reasoner.model.module
     alone = Decoder(module, n_ids=n_ids)
-    row = Row(Sampler(reasoner.resolved(sampling), seed=1), cache=new_cache(module))
+    bias = LogitBias(sampling.logit_bias, n_ids=n_ids)
+    row = Row(Sampler(reasoner.resolved(sampling), seed=1), cache=new_cache(module), processors=[bias])
     list(alone.prefill(row, first.prompt_ids, chunk=512))
     alone.force(row, list(trace.ids[: cut.end]))
     assert [alone.draw(row).id for _ in range(30)] == list(trace.ids[cut.end :])

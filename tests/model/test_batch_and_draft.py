@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,7 @@ N_TOKENS = 12
 
 def ratio(workload: Workload, run: Callable[[Any], None], module: Any, config: Qwen2Config = SMALL) -> float:
     """Planned by measured, beside the weights (of both models): those are exact, and would hide what is not."""
+    gc.collect()  # what earlier tests left would be freed meanwhile
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -54,7 +56,7 @@ def module() -> Any:
 @pytest.mark.tiny
 @pytest.mark.parametrize(
     ("n_sequences", "context", "step", "kv_bits"),
-    [(2, 250, 64, None), (5, 250, 8, None), (5, 540, 64, None), (32, 300, 16, None), (4, 540, 8, 4)],
+    [(2, 250, 64, None), (5, 250, 8, None), (5, 540, 64, None), (12, 300, 64, None), (4, 540, 8, 4)],
 )
 def test_rows_side_by_side_hold_what_was_planned(
     n_sequences: int, context: int, step: int, kv_bits: int | None
