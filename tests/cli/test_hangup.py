@@ -15,7 +15,7 @@ import pytest
 from commands import ENVIRONMENT
 
 from qwq_mlx.cli.signals import Interruption
-from qwq_mlx.generate.reasoner import load
+from qwq_mlx.generate.reasoner import Reasoner, load
 
 PLAIN = {**ENVIRONMENT, "NO_COLOR": "1"}
 # Makes stdin the terminal that controls the process, so that closing it sends SIGHUP.
@@ -36,13 +36,13 @@ class Stopped:
 
 
 @functools.cache
-def stop_ids(model: Path) -> tuple[int, ...]:
-    return tuple(load(model).model.stop_ids)
+def loaded(model: Path) -> Reasoner:
+    return load(model)
 
 
 def endless(model: Path, *given: str) -> list[str]:
     """Arguments of a run that only the context ends."""
-    bans = [f"--logit-bias={i}=-inf" for i in stop_ids(model)]
+    bans = [f"--logit-bias={i}=-inf" for i in loaded(model).model.stop_ids]
     return ["-p", "x", "--model", str(model), "--temp", "0", "--on-loop", "off", *bans, *given]
 
 
@@ -118,7 +118,7 @@ def test_a_closed_terminal_saves_the_run(tmp_path: Path, tiny_checkpoint: Path) 
         os.close(leader)
     assert process.wait(timeout=60) == 129
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    reasoner = load(tiny_checkpoint)
+    reasoner = loaded(tiny_checkpoint)
     run = reasoner.resume(tmp_path / "mine")
     n_saved = len(run.trace().ids)
     assert n_saved > 0 and len(run.trace().ids) + len(list(run)) > n_saved
@@ -133,7 +133,7 @@ def test_a_signal_saves_a_run_that_goes_on(number: signal.Signals, tmp_path: Pat
         process.stdout.read()
         assert b"Traceback" not in process.stderr.read()
         assert process.wait(timeout=60) == 128 + number
-    assert len(list(load(tiny_checkpoint).resume(path))) > 0
+    assert next(loaded(tiny_checkpoint).resume(path)).index > 0
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_without_save_a_run_cut_short_is_kept_unless_no_save_is_given(
     assert len(kept) == (0 if flags else 1)
     for path in kept:
         assert f"saved: go on with --resume {path.name}\n" in shown
-        assert len(list(load(tiny_checkpoint).resume(path))) > 0
+        assert next(loaded(tiny_checkpoint).resume(path)).index > 0
 
 
 def test_a_signal_that_ends_the_reader_first_keeps_the_run(tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_signal_that_ends_the_reader_first_keeps_the_run(tmp_path: Path, tiny_
         assert process.wait(timeout=60) == 130
     (path,) = tmp_path.iterdir()
     assert f"saved: go on with --resume {path.name}\n" in shown and "Traceback" not in shown
-    assert len(list(load(tiny_checkpoint).resume(path))) > 0
+    assert next(loaded(tiny_checkpoint).resume(path)).index > 0
 
 
 def test_a_reader_that_leaves_costs_nothing_that_was_to_be_saved(tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -180,4 +180,4 @@ def test_a_reader_that_leaves_costs_nothing_that_was_to_be_saved(tmp_path: Path,
         shown = process.stderr.read()
         assert process.wait(timeout=60) == 0
     assert f"saved: go on with --resume {path}\n".encode() in shown and b"Traceback" not in shown
-    assert len(list(load(tiny_checkpoint).resume(path))) > 0
+    assert next(loaded(tiny_checkpoint).resume(path)).index > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pty
 import re
@@ -17,7 +18,7 @@ import pytest
 from commands import ENVIRONMENT
 
 from qwq_mlx.cli.signals import QUESTION, Interruption
-from qwq_mlx.generate.reasoner import load
+from qwq_mlx.generate.reasoner import Reasoner, load
 
 PLAIN = {**ENVIRONMENT, "NO_COLOR": "1"}
 CTRL_C = b"\x03"
@@ -31,11 +32,16 @@ ON_TERMINAL = (
 )
 
 
+@functools.cache
+def loaded(model: Path) -> Reasoner:
+    return load(model)
+
+
 class Terminal:
     """The command with a terminal of its own: what is typed into it and what it shows."""
 
     def __init__(self, folder: Path, *given: str, model: Path) -> None:
-        bans = [f"--logit-bias={i}=-inf" for i in load(model).model.stop_ids]
+        bans = [f"--logit-bias={i}=-inf" for i in loaded(model).model.stop_ids]
         self._leader, follower = pty.openpty()
         self.shown = b""
         self.process = subprocess.Popen(
@@ -164,7 +170,7 @@ def test_save_writes_a_run_that_goes_on_under_a_name_with_the_time(
     (saved,) = tmp_path.iterdir()
     assert f"saved: go on with --resume {saved.name}".encode() in terminal.shown
     assert re.fullmatch(r"qwq-run-\d{8}-\d{6}-\d+", saved.name)
-    assert len(list(load(tiny_checkpoint).resume(saved))) > 0
+    assert next(loaded(tiny_checkpoint).resume(saved)).index > 0
 
 
 def test_a_second_ctrl_c_ends_at_once(terminals: list[Terminal], tmp_path: Path, tiny_checkpoint: Path) -> None:
