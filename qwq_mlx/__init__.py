@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         TemplateLimitError,
     )
     from qwq_mlx.generate.reasoner import Reasoner, load
+    from qwq_mlx.generate.vote import Vote
     from qwq_mlx.model.memory.plan import MemoryPlan, plan_memory
     from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
     from qwq_mlx.trace.plot import plot_trace
@@ -68,6 +69,7 @@ __all__ = [
     "TemplateLimitError",
     "Thinking",
     "Trace",
+    "Vote",
     "convert_checkpoint",
     "load",
     "plan_memory",
@@ -86,6 +88,7 @@ _HOMES = {
     "Step": "trace.trace",
     "Thinking": "options",
     "Trace": "trace.trace",
+    "Vote": "generate.vote",
     "convert_checkpoint": "convert.job",
     "load": "generate.reasoner",
     "plan_memory": "model.memory.plan",

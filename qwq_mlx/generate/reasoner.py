@@ -8,19 +8,15 @@ Does not: keep a conversation's cache, or print.
 
 from __future__ import annotations
 
-import secrets
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from qwq_mlx.default_model import ready_model
-from qwq_mlx.engine.detokenizer import Pieces, decode
 from qwq_mlx.engine.kv_cache import saved_layers
 from qwq_mlx.engine.logits_processors import LogitsProcessor
-from qwq_mlx.engine.row import check_ids
 from qwq_mlx.errors import OptionError
-from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
 from qwq_mlx.files.background_verification import BackgroundVerification
 from qwq_mlx.generate.batch import finish_all, plan_rows, settings_of_each
 from qwq_mlx.generate.budget_forcing import cue_ids
@@ -28,17 +24,18 @@ from qwq_mlx.generate.checkpoint.file import read_checkpoint
 from qwq_mlx.generate.checkpoint.resume import check_saved, opened, raised, with_room, within
 from qwq_mlx.generate.checkpoint.state import read_state
 from qwq_mlx.generate.receipt import Receipt, make_receipt
-from qwq_mlx.generate.request import PrefillProgress, Request, resolved
+from qwq_mlx.generate.request import PrefillProgress, resolved
+from qwq_mlx.generate.request_maker import RequestMaker
 from qwq_mlx.generate.stream import Stream
+from qwq_mlx.generate.vote import Vote, VoteProgress, Voting, check_vote
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
-from qwq_mlx.model.memory.fit import Fitted, fitted
-from qwq_mlx.model.memory.plan import ModelShape
+from qwq_mlx.model.memory.fit import fitted
 from qwq_mlx.model.prompt import Messages, conversation, prompt_ids
 from qwq_mlx.model.template import read_template_file
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking, from_json
-from qwq_mlx.reasoning.profile import Profile, find_profile
+from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.trace.trace import Trace
 
 __all__ = ["Reasoner", "load"]
@@ -80,7 +77,7 @@ def load(
     return Reasoner(model, limit_bytes=limit, verify=verify)
 
 
-class Reasoner:
+class Reasoner(RequestMaker):
     """One model, ready for any number of questions, each on its own.
 
     model: what `load` loads.
@@ -101,16 +98,17 @@ class Reasoner:
         limit_bytes: int | None = None,
         verify: bool = False,
     ) -> None:
-        self.model = model
         self._verification: BackgroundVerification | None = None
         if verify and model.has_manifest:
             self._verification = BackgroundVerification(model.folder)
             self._verification.start()
             weakref.finalize(self, self._verification.stop)  # also at the interpreter's end
-        self.limit_bytes = limit_bytes
-        self.pieces = Pieces(model.tokenizer)
-        tagged = "<think>" in model.tokenizer.added
-        self.profile = profile or find_profile((QWQ_32B if tagged else QWQ_32B_PREVIEW).profile)
+        super().__init__(
+            model,
+            profile=profile,
+            limit_bytes=limit_bytes,
+            check_model=None if self._verification is None else self._verification.check,
+        )
 
     def wait_for_verification(self, *, timeout_s: float = 10.0) -> str:
         """Wait until the bytes of the conversion are compared with its manifest.
@@ -255,6 +253,63 @@ class Reasoner:
         plan = plan_rows([stream.request for stream in streams], width, limit_bytes=self.limit_bytes)
         return finish_all(streams, plan=plan, ask_answer=ask_answer, progress=progress) if plan else []
 
+    def vote(
+        self,
+        question: Messages | Stream,
+        n: int = 8,
+        *,
+        at: int | None = None,
+        system_prompt: str | None = None,
+        sampling: Sampling | None = None,
+        limits: Limits | None = None,
+        thinking: Thinking | None = None,
+        width: int | None = None,
+        ask_answer: bool = True,
+        stop_early: bool = True,
+        confidence: float | None = None,
+        progress: VoteProgress | None = None,
+    ) -> Vote:
+        """The answer that most of n samples agree on; one prefill, and sample i has a seed made of the seed and i.
+
+        question: a text or messages; or a run (`stream`), whose settings hold and whose first `at` output tokens all
+          samples share.
+        at: output tokens of that run; None takes all there are, 0 its prompt alone.
+        width: samples side by side; None takes as many as the memory plan allows, at most 8. Each holds a copy of the
+          shared cache.
+        ask_answer: ask a sample whose text gives no sure answer (`Stream.ask_answer`).
+        stop_early: end as soon as the samples under way or to come cannot overtake or equal the first answer.
+        confidence: end also where the first answer is more frequent than the second with this probability, 0.95 say
+          (`vote.posterior`). It takes the samples that ended first, which are the short ones, for drawn at random.
+        progress: called after each sample that ended.
+        A sample that fails ends alone (`Vote.failures`). Raises PromptError, OptionError or FitError before any work;
+        BatchError where all fail.
+
+        >>> vote = reasoner.vote("What is 3 + 4?", n=4, sampling=qwq_mlx.Sampling(seed=1))
+        >>> vote.answer, vote.agreement, vote.stopped
+        ('7', 1.0, 'lead')
+        """
+        check_vote(n, confidence)
+        if isinstance(question, Stream):
+            if any(each is not None for each in (system_prompt, sampling, limits, thinking)):
+                raise OptionError("A vote from a run has its settings. Leave out system_prompt, sampling, ...")
+            run, at = question, len(question.run.steps) if at is None else at
+        elif at is not None:
+            raise OptionError("`at` is a place in the output of a run. Give a run (`stream`), or leave it out.")
+        else:
+            run = self.stream(
+                question, system_prompt=system_prompt, sampling=sampling, limits=limits, thinking=thinking
+            )
+        return Voting(
+            run,
+            n,
+            at=at or 0,
+            width=width,
+            ask_answer=ask_answer,
+            stop_early=stop_early,
+            confidence=confidence,
+            limit_bytes=self.limit_bytes,
+        ).work(progress)
+
     def rerun(self, receipt: Receipt) -> Stream:
         """The run of a receipt once more, from its prompt's ids and settings; the model is the caller's to compare.
 
@@ -337,63 +392,3 @@ class Reasoner:
         )
         run.restore(state, saved_layers(arrays, state.capacities), arrays, answer_now=answer_now)
         return run
-
-    def _request(
-        self,
-        ids: Sequence[int],
-        *,
-        question: str,
-        sampling: Sampling,
-        fit: Fitted,
-        thinking: Thinking,
-        inspect: Inspect,
-        forked_at: int = 0,
-        logits_processors: Sequence[LogitsProcessor] = (),
-    ) -> Request:
-        n_ids, n_layers = self.model.tokenizer.n_ids, self.model.config.num_hidden_layers
-        check_ids(ids, n_ids)
-        if not all(callable(processor) for processor in logits_processors):
-            raise OptionError(f"logits_processors is {logits_processors!r}, expected functions (tokens, logits).")
-        inspect.check(n_ids=n_ids, n_layers=n_layers, detects_loops=thinking.on_loop != "off")
-        return Request(
-            model=self.model,
-            pieces=self.pieces,
-            profile=self.profile,
-            prompt_ids=tuple(ids),
-            question=question,
-            sampling=sampling,
-            limits=fit.limits,
-            thinking=thinking,
-            inspect=inspect,
-            forked_at=forked_at,
-            plan=fit.plan,
-            note=fit.note,
-            logits_processors=tuple(logits_processors),
-            check_model=None if self._verification is None else self._verification.check,
-        )
-
-    def resolved(self, sampling: Sampling) -> Sampling:
-        """The sampling with every open value filled from the model's generation_config.json, and a seed."""
-        own = self.model.defaults
-        filled = sampling.resolve(
-            Sampling(
-                temperature=own.temperature,
-                top_p=own.top_p,
-                top_k=own.top_k,
-                min_p=own.min_p,
-                repetition_penalty=own.repetition_penalty,
-            )
-        )
-        return filled if filled.seed is not None else replace(filled, seed=secrets.randbits(32))
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids, control tokens included."""
-        return decode(self.pieces, ids)
-
-    def fit(self, limits: Limits) -> Fitted:
-        """These limits as this machine can keep them, and the memory plan. Raises FitError or OptionError."""
-        model = self.model
-        shape = ModelShape(config=model.config, packed=model.packed)
-        return fitted(
-            shape, limits, limit_bytes=self.limit_bytes, backend=backend_name(), compute_type=model.compute_type
-        )

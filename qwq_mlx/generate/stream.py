@@ -174,14 +174,17 @@ class Stream:
     def fork(self, *, at: int, seed: int) -> Stream:
         """Another run with the first `at` output tokens of this one and draws of its own from there; no prefill.
 
+        at: 0 shares the prompt alone, so the ids are those of a run with that seed.
         This run is not touched. Raises OptionError for a token that is not there yet.
         """
         steps = self.run.steps
-        if not 1 <= at <= len(steps):
-            raise OptionError(f"at is {at}, expected from 1 to {len(steps)}, the output tokens there are.")
+        if not 0 <= at <= len(steps):
+            raise OptionError(f"at is {at}, expected from 0 to {len(steps)}, the output tokens there are.")
         request = replace(self.request, sampling=replace(self.request.sampling, seed=seed), forked_at=at)
         other = Stream(request)
-        layers = self.running.row.cached(len(request.prompt_ids) + at - 1)
+        row = self.running.row
+        has_cache = bool(row.ids and row.cache) and not self._has_failed  # else the fork feeds all there is itself
+        layers = row.cached(len(request.prompt_ids) + at - 1) if has_cache else []
         other.restore(self.run.dump().until(at, texts=[step.text for step in steps]), layers)
         other.run.output.steps = steps[:at]  # with what was seen of them
         return other

@@ -148,7 +148,7 @@ class RunState:
             finish_reason=None,
             seen=None,
             n_shown=at,
-            is_due=not self.steps[at - 1][3],
+            is_due=at > 0 and not self.steps[at - 1][3],
         )
 
     def without_end(self, n_steps: int) -> RunState:

@@ -208,8 +208,8 @@ def test_a_fork_shares_the_beginning_and_draws_on_by_itself(reasoner: Reasoner) 
     list(other)
     assert other.trace().ids[:30] == run.trace().ids[:30] and other.trace().ids != run.trace().ids
     assert run.trace().ids == tuple(step.id for step in steps), "the forked run is not touched"
-    for at in (0, 91):
-        with pytest.raises(OptionError, match=f"at is {at}, expected from 1 to {len(steps)}"):
+    for at in (-1, 91):
+        with pytest.raises(OptionError, match=f"at is {at}, expected from 0 to {len(steps)}"):
             run.fork(at=at, seed=1)
 
 

@@ -1,0 +1,107 @@
+"""A loaded model fills in what a caller leaves open and makes the request of a run.
+
+Does not: run it (`reasoner` does).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from qwq_mlx.engine.detokenizer import Pieces, decode
+from qwq_mlx.engine.logits_processors import LogitsProcessor
+from qwq_mlx.engine.row import check_ids
+from qwq_mlx.errors import OptionError
+from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
+from qwq_mlx.generate.request import Request
+from qwq_mlx.model.device import backend_name
+from qwq_mlx.model.load import LoadedModel
+from qwq_mlx.model.memory.fit import Fitted, fitted
+from qwq_mlx.model.memory.plan import ModelShape
+from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
+from qwq_mlx.reasoning.profile import Profile, find_profile
+
+__all__ = ["RequestMaker"]
+
+
+class RequestMaker:
+    """A model with its defaults, its profile and the memory there is; `Reasoner` says what the arguments are.
+
+    check_model: called before each pass; raises DamagedModelError where the model's bytes are known to be wrong.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        profile: Profile | None,
+        limit_bytes: int | None,
+        check_model: Callable[[], None] | None,
+    ) -> None:
+        self.model = model
+        self.limit_bytes = limit_bytes
+        self.pieces = Pieces(model.tokenizer)
+        tagged = "<think>" in model.tokenizer.added
+        self.profile = profile or find_profile((QWQ_32B if tagged else QWQ_32B_PREVIEW).profile)
+        self._check_model = check_model
+
+    def _request(
+        self,
+        ids: Sequence[int],
+        *,
+        question: str,
+        sampling: Sampling,
+        fit: Fitted,
+        thinking: Thinking,
+        inspect: Inspect,
+        forked_at: int = 0,
+        logits_processors: Sequence[LogitsProcessor] = (),
+    ) -> Request:
+        n_ids, n_layers = self.model.tokenizer.n_ids, self.model.config.num_hidden_layers
+        check_ids(ids, n_ids)
+        if not all(callable(processor) for processor in logits_processors):
+            raise OptionError(f"logits_processors is {logits_processors!r}, expected functions (tokens, logits).")
+        inspect.check(n_ids=n_ids, n_layers=n_layers, detects_loops=thinking.on_loop != "off")
+        return Request(
+            model=self.model,
+            pieces=self.pieces,
+            profile=self.profile,
+            prompt_ids=tuple(ids),
+            question=question,
+            sampling=sampling,
+            limits=fit.limits,
+            thinking=thinking,
+            inspect=inspect,
+            forked_at=forked_at,
+            plan=fit.plan,
+            note=fit.note,
+            logits_processors=tuple(logits_processors),
+            check_model=self._check_model,
+        )
+
+    def resolved(self, sampling: Sampling) -> Sampling:
+        """The sampling with every open value filled from the model's generation_config.json, and a seed."""
+        own = self.model.defaults
+        filled = sampling.resolve(
+            Sampling(
+                temperature=own.temperature,
+                top_p=own.top_p,
+                top_k=own.top_k,
+                min_p=own.min_p,
+                repetition_penalty=own.repetition_penalty,
+            )
+        )
+        return filled if filled.seed is not None else replace(filled, seed=secrets.randbits(32))
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, control tokens included."""
+        return decode(self.pieces, ids)
+
+    def fit(self, limits: Limits) -> Fitted:
+        """These limits as this machine can keep them, and the memory plan. Raises FitError or OptionError."""
+        model = self.model
+        shape = ModelShape(config=model.config, packed=model.packed)
+        return fitted(
+            shape, limits, limit_bytes=self.limit_bytes, backend=backend_name(), compute_type=model.compute_type
+        )

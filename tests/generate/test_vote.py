@@ -1,0 +1,169 @@
+"""Votes: the samples are single runs with seeds of their own, and what is not needed any more is not drawn."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from qwq_mlx.errors import BatchError, FitError, OptionError, PromptError
+from qwq_mlx.generate import stream
+from qwq_mlx.generate.batch import question_seed
+from qwq_mlx.generate.reasoner import Reasoner, load
+from qwq_mlx.generate.vote import posterior
+from qwq_mlx.options import Limits, Sampling
+
+SAMPLING, LIMITS = Sampling(temperature=1.0, seed=7), Limits(max_tokens=25, prefill_step=8)
+
+
+@pytest.fixture(scope="module")
+def reasoner(tiny_checkpoint: Path) -> Reasoner:
+    return load(tiny_checkpoint)
+
+
+def seeded(index: int, sampling: Sampling = SAMPLING) -> Sampling:
+    return replace(sampling, seed=question_seed(sampling.seed or 0, index))
+
+
+@pytest.mark.tiny
+@pytest.mark.parametrize("width", [1, 3, None])
+def test_a_sample_is_the_run_with_its_seed(reasoner: Reasoner, width: int | None) -> None:
+    vote = reasoner.vote("3 + 4 * 5", n=4, sampling=SAMPLING, limits=LIMITS, width=width)
+    alone = [
+        reasoner.generate("3 + 4 * 5", sampling=seeded(index), limits=LIMITS, ask_answer=True) for index in range(4)
+    ]
+    assert [trace.ids for trace in vote.traces] == [trace.ids for trace in alone]
+    assert [trace.settings for trace in vote.traces] == [trace.settings for trace in alone]
+    assert [trace.asked for trace in vote.traces] == [trace.asked for trace in alone]
+    assert vote.n_tokens == sum(len(trace.ids) + trace.asked_tokens for trace in alone)
+    assert (vote.stopped, vote.n_tokens_saved, len({trace.ids for trace in alone})) == ("", 0, 4)
+
+
+@pytest.mark.tiny
+def test_a_vote_from_the_middle_of_a_run_shares_its_beginning_and_leaves_it_alone(reasoner: Reasoner) -> None:
+    run = reasoner.stream("x", sampling=SAMPLING, limits=LIMITS)
+    first = [next(run) for _ in range(12)]
+    vote = reasoner.vote(run, n=3, at=5, ask_answer=False)
+    forks = [run.fork(at=5, seed=question_seed(7, index)) for index in range(3)]
+    for fork in forks:
+        list(fork)
+    assert [trace.ids for trace in vote.traces] == [fork.trace().ids for fork in forks]
+    assert {trace.ids[:5] for trace in vote.traces} == {tuple(step.id for step in first[:5])}
+    assert vote.n_tokens == sum(len(trace.ids) - 5 for trace in vote.traces)
+    whole = [*first, *run]
+    assert [step.id for step in whole] == list(reasoner.generate("x", sampling=SAMPLING, limits=LIMITS).ids)
+    assert [len(t.ids) for t in reasoner.vote(run, n=2, at=0, ask_answer=False).traces] == [25, 25]
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, answers: Iterable[str | None]) -> None:
+    """Let the samples have these answers, in the order in which they end."""
+    trace_of, to_come, chosen = stream.trace_of, iter(answers), dict[object, str | None]()
+
+    def answered(run: Any, **others: Any) -> Any:
+        trace = trace_of(run, **others)
+        if trace.finish_reason != "interrupted" and run not in chosen:
+            chosen[run] = next(to_come)
+        return replace(trace, answer=chosen.get(run), confidence=0.9)
+
+    monkeypatch.setattr(stream, "trace_of", answered)
+
+
+@pytest.mark.tiny
+def test_what_cannot_change_the_answer_is_not_drawn(reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = [reasoner.generate("x", sampling=seeded(index), limits=LIMITS) for index in range(5)]
+    answering(monkeypatch, itertools.repeat("7"))
+    told: list[tuple[int, int]] = []
+    vote = reasoner.vote(
+        "x",
+        n=5,
+        sampling=SAMPLING,
+        limits=LIMITS,
+        width=2,
+        progress=lambda place, _, groups: told.append((place, len(groups[0].samples))),
+    )
+    assert (vote.answer, vote.agreement, vote.stopped, told) == ("7", 1.0, "lead", [(0, 1), (1, 2), (2, 3)])
+    assert [trace.finish_reason for trace in vote.traces] == ["length"] * 3 + ["interrupted"], "the last never began"
+    assert 0 < len(vote.traces[3].ids) < 25
+    for trace, whole in zip(vote.traces, alone, strict=False):
+        assert trace.ids == whole.ids[: len(trace.ids)]
+    assert vote.n_tokens_saved == 2 * 25 - len(vote.traces[3].ids)
+    sure = reasoner.vote("x", n=9, sampling=SAMPLING, limits=LIMITS, width=1, confidence=0.9, stop_early=False)
+    assert (sure.stopped, len(sure.traces), sure.posterior) == ("confidence", 3, 0.9375)
+    whole_vote = reasoner.vote("x", n=3, sampling=SAMPLING, limits=LIMITS, stop_early=False)
+    assert (whole_vote.stopped, len(whole_vote.groups[0].samples)) == ("", 3)
+
+
+@pytest.mark.tiny
+def test_a_lead_that_could_still_be_equalled_decides_nothing(
+    reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering(monkeypatch, ["7", "7", "8", "8"])
+    vote = reasoner.vote("x", n=4, limits=Limits(max_tokens=1), width=1)
+    assert (vote.stopped, vote.answer, vote.agreement, vote.posterior) == ("", "7", 0.5, 0.5)
+
+
+@pytest.mark.tiny
+def test_answers_that_say_the_same_are_one_group(reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, ["1/2", "7", "0.5", None, "\\frac{1}{2}", "7.0"])
+    vote = reasoner.vote("x", n=6, limits=Limits(max_tokens=1), width=1, ask_answer=False, stop_early=False)
+    assert [(group.answer, group.samples) for group in vote.groups] == [("1/2", (0, 2, 4)), ("7", (1, 5))]
+    assert (vote.answer, vote.agreement, vote.posterior) == ("1/2", 0.5, posterior(3, 2))
+    assert vote.to_json()["groups"][1] == {"answer": "7", "samples": [1, 5]}
+
+
+@pytest.mark.tiny
+def test_a_sample_that_fails_ends_alone(reasoner: Reasoner) -> None:
+    seen: list[int] = []
+
+    def broken(tokens: mx.array, logits: mx.array) -> mx.array:
+        seen.append(tokens.size)
+        if len(seen) == 5 or fails_always:
+            raise ValueError("a mistake in a hook")
+        return logits
+
+    fails_always = False
+    run = reasoner.stream("x", sampling=SAMPLING, limits=LIMITS, logits_processors=[broken])
+    vote = reasoner.vote(run, n=3, width=2, ask_answer=False)
+    [(place, reason)] = vote.failures.items()
+    assert "a mistake" in reason
+    assert [len(trace.ids) == 25 for trace in vote.traces] == [index != place for index in range(3)]
+    fails_always = True
+    with pytest.raises(BatchError, match="All 3 samples failed") as told:
+        reasoner.vote(run, n=3, width=2)
+    assert sorted(told.value.failures) == [0, 1, 2]
+
+
+@pytest.mark.tiny
+def test_what_cannot_be_is_refused_before_any_work(reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in (0, -1, 1_001, True, 2.0):
+        with pytest.raises(OptionError, match="expected a whole number of samples from 1 to 1,000"):
+            reasoner.vote("x", n=n)  # type: ignore[arg-type]
+    for confidence in (0.5, 1.0, float("nan"), "x"):
+        with pytest.raises(OptionError, match=r"expected a number above 0\.5 and below 1"):
+            reasoner.vote("x", confidence=confidence)  # type: ignore[arg-type]
+    run = reasoner.stream("x", limits=LIMITS)
+    with pytest.raises(OptionError, match=r"at is 3, expected from 0 \(the prompt\) to 0"):
+        reasoner.vote(run, at=3)
+    with pytest.raises(OptionError, match="A vote from a run has its settings"):
+        reasoner.vote(run, sampling=SAMPLING)
+    with pytest.raises(OptionError, match="`at` is a place in the output of a run"):
+        reasoner.vote("x", at=0)
+    with pytest.raises(PromptError):
+        reasoner.vote("")
+    monkeypatch.setattr(reasoner, "limit_bytes", reasoner.fit(Limits()).plan.peak_bytes + 600_000_000)
+    with pytest.raises(FitError, match=r"The largest `width` that fits is \d+;"):
+        reasoner.vote("x", n=500, width=500)
+
+
+def test_the_posterior_is_the_mass_of_the_beta_above_a_half() -> None:
+    """Against the share of draws from Beta(first + 1, second + 1) that are above 1/2."""
+    rng = random.Random(0)
+    for first, second in ((0, 0), (3, 0), (4, 2), (9, 8)):
+        above = sum(rng.betavariate(first + 1, second + 1) > 0.5 for _ in range(20_000)) / 20_000
+        assert abs(posterior(first, second) - above) < 0.015
