@@ -21,6 +21,7 @@ from qwq_mlx.files.json_dataclass import from_json_value
 __all__ = [
     "CUE_PATIENCE",
     "LOOP_ACTIONS",
+    "MAX_SAMPLES",
     "NEUTRAL",
     "Inspect",
     "Limits",
@@ -31,6 +32,8 @@ __all__ = [
     "to_json",
 ]
 
+MAX_SAMPLES = 1_000
+"""Samples that a vote may have."""
 LOOP_ACTIONS = ("answer", "stop", "nudge", "off")
 
 CUE_PATIENCE = 64

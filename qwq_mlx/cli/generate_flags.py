@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from qwq_mlx.errors import OptionError
-from qwq_mlx.options import LOOP_ACTIONS, Limits, Sampling, Thinking
+from qwq_mlx.options import LOOP_ACTIONS, MAX_SAMPLES, Limits, Sampling, Thinking
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -138,19 +138,32 @@ def run_options(options: Mapping[str, Any]) -> RunOptions:
         Limits(**_fields_of(options, Limits)),
         Thinking(**_fields_of(options, Thinking)),
     )
-    if options["input"] is not None or options["output"] is not None:
+    if options["samples"] is not None:
+        _check_samples(options)
+    elif options["input"] is not None or options["output"] is not None:
         _refuse_beside_input(options)
     elif options["resume"] is not None:
         _refuse_beside_resume(options, asked)
     elif options["answer_now"]:
         raise OptionError("--answer-now asks a saved run for its answer. Give its file with --resume FILE.")
-    if options["width"] is not None and options["input"] is None:
-        raise OptionError("--width needs --input FILE.")
+    if options["width"] is not None and options["input"] is None and options["samples"] is None:
+        raise OptionError("--width needs --input FILE or --samples N.")
     if options["save_every"] is not None and options["save"] is None:
         raise OptionError("--save-every needs --save FILE.")
     if options["no_save"] and options["save"] is not None:
         raise OptionError("--save and --no-save are mutually exclusive.")
     return asked
+
+
+def _check_samples(options: Mapping[str, Any]) -> None:
+    """A wrong number of samples, and what a vote cannot be given yet."""
+    if not 1 <= options["samples"] <= MAX_SAMPLES:
+        raise OptionError(f"--samples is {options['samples']:,}, expected a whole number from 1 to {MAX_SAMPLES:,}.")
+    for name in ("input", "output", "resume", "answer_now", "save", "save_every", "receipt"):
+        if options[name] not in (None, False):
+            raise OptionError(
+                f"--{name.replace('_', '-')} cannot be combined with --samples yet. Leave one of them out."
+            )
 
 
 def _fields_of(options: Mapping[str, Any], kind: type) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from qwq_mlx.cli.generate_flags import (
 from qwq_mlx.cli.signals import silence
 from qwq_mlx.cli.streams import read_stdin
 from qwq_mlx.cli.terminal import batch_progress, prefill_progress, settings_line, show, summary_line
+from qwq_mlx.cli.vote import answer_by_vote
 from qwq_mlx.default_model import Choice, choose_model
 from qwq_mlx.errors import DamagedModelError, GenerationError, OptionError, OutOfMemoryError
 from qwq_mlx.files.output_file import check_output_files
@@ -55,6 +56,8 @@ def _work(command: Command) -> int:
     asked = run_options(vars(options))
     if options.input is not None or options.output is not None:
         return _batch(command, asked)
+    if options.samples is not None:
+        return answer_by_vote(command, _prompt(options), asked)
     return _generate(command, None if options.resume is not None else _prompt(options), asked)
 
 
@@ -103,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write a receipt of the run, which python -m qwq_mlx.replay repeats and compares",
     )
+    add(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="draw N samples side by side and print the answer that most agree on; ends once that cannot change",
+    )
     add_output(parser, json="print the whole trace as one line of JSON instead of the text")
     _add_question_file(parser.add_argument_group("a file of questions").add_argument)
     add_limits(parser.add_argument_group("limits").add_argument)
@@ -121,7 +130,7 @@ def _add_question_file(add: Callable[..., Any]) -> None:
         "--width",
         type=int,
         metavar="N",
-        help="questions side by side; changes no answer (default: as many as the memory plan allows, at most 8)",
+        help="questions or samples side by side; changes no answer (default: what the memory plan allows, at most 8)",
     )
 
 

@@ -24,12 +24,22 @@ from qwq_mlx.generate.batch import plan_rows, question_seed
 from qwq_mlx.generate.request import resolved
 from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
+from qwq_mlx.options import MAX_SAMPLES
 from qwq_mlx.reasoning.answer import compare, normalise
 from qwq_mlx.trace.trace import Trace
 
-__all__ = ["MAX_SAMPLES", "Vote", "VoteGroup", "VoteProgress", "Voting", "check_vote", "posterior"]
+__all__ = [
+    "MAX_SAMPLES",
+    "Vote",
+    "VoteGroup",
+    "VoteProgress",
+    "Voting",
+    "check_vote",
+    "count_votes",
+    "decided",
+    "posterior",
+]
 
-MAX_SAMPLES = 1_000
 Decision = Literal["", "lead", "confidence"]
 
 
@@ -218,41 +228,21 @@ class Voting:
             progress(place, trace, self._groups())
 
     def _groups(self) -> tuple[VoteGroup, ...]:
-        """The answers so far, grouped in the order of the samples by the first of each group."""
-        groups: list[list[int]] = []
-        answers = {
-            place: trace.answer
-            for place, trace in sorted(self._ended.items())
-            if trace.answer is not None and self._samples[place].failure is None
-        }
-        for place, answer in answers.items():
-            group = next((each for each in groups if compare(answers[each[0]], answer)), None)
-            if group is None:
-                groups.append(group := [])
-            group.append(place)
-        groups.sort(key=lambda group: (-len(group), group[0]))
-        return tuple(
-            VoteGroup(answer=_usual([answers[place] for place in group]), samples=tuple(group)) for group in groups
+        return count_votes(
+            {
+                place: trace.answer
+                for place, trace in sorted(self._ended.items())
+                if trace.answer is not None and self._samples[place].failure is None
+            }
         )
-
-    def _counts(self) -> tuple[int, int]:
-        """The votes of the first and of the second answer."""
-        sizes = [len(group.samples) for group in self._groups()]
-        return (sizes[0] if sizes else 0), (sizes[1] if len(sizes) > 1 else 0)
 
     def _decided(self) -> Decision:
         n_to_come = self.n - len(self._ended)
-        first, second = self._counts()
-        if not n_to_come or not first:
-            return ""
-        if self._stops_early and first > second + n_to_come:
-            return "lead"
-        if self._confidence is not None and posterior(first, second) >= self._confidence:
-            return "confidence"
-        return ""
+        return decided(self._groups(), n_to_come, stop_early=self._stops_early, confidence=self._confidence)
 
     def _vote(self, stopped: Decision) -> Vote:
-        groups, (first, second) = self._groups(), self._counts()
+        groups = self._groups()
+        first, second = _two_largest(groups)
         traces = [stream.trace() for stream in self._samples]
         n_each = [len(trace.ids) - self._at + trace.asked_tokens for trace in traces]
         n_ended = len(self._ended)
@@ -273,6 +263,42 @@ class Voting:
             n_tokens=sum(n_each),
             n_tokens_saved=max(0, round(expected) - n_cut),
         )
+
+
+def count_votes(answers: Mapping[int, str]) -> tuple[VoteGroup, ...]:
+    """The answers of samples by their places, ascending, grouped by what they say; the largest group first.
+
+    An answer is compared with the first of each group, so that n answers in k groups cost at most n times k.
+
+    >>> [group.samples for group in count_votes({0: "1/2", 1: "7", 2: "0.5"})]
+    [(0, 2), (1,)]
+    """
+    groups: list[list[int]] = []
+    for place, answer in answers.items():
+        group = next((each for each in groups if compare(answers[each[0]], answer)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(place)
+    groups.sort(key=lambda group: (-len(group), group[0]))
+    return tuple(
+        VoteGroup(answer=_usual([answers[place] for place in group]), samples=tuple(group)) for group in groups
+    )
+
+
+def decided(groups: Sequence[VoteGroup], n_to_come: int, *, stop_early: bool, confidence: float | None) -> Decision:
+    """Why no more samples are needed, "" where they are. n_to_come: those under way and those not begun."""
+    first, second = _two_largest(groups)
+    if not n_to_come or not first:
+        return ""
+    if stop_early and first > second + n_to_come:
+        return "lead"
+    return "confidence" if confidence is not None and posterior(first, second) >= confidence else ""
+
+
+def _two_largest(groups: Sequence[VoteGroup]) -> tuple[int, int]:
+    """The votes of the first and of the second answer."""
+    sizes = [len(group.samples) for group in groups]
+    return (sizes[0] if sizes else 0), (sizes[1] if len(sizes) > 1 else 0)
 
 
 def _usual(answers: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import mlx.core as mx
 import pytest
 
 from qwq_mlx.errors import BatchError, FitError, OptionError, PromptError
+from qwq_mlx.generate import __main__ as generate
 from qwq_mlx.generate import stream
 from qwq_mlx.generate.batch import question_seed
 from qwq_mlx.generate.reasoner import Reasoner, load
@@ -167,3 +169,41 @@ def test_the_posterior_is_the_mass_of_the_beta_above_a_half() -> None:
     for first, second in ((0, 0), (3, 0), (4, 2), (9, 8)):
         above = sum(rng.betavariate(first + 1, second + 1) > 0.5 for _ in range(20_000)) / 20_000
         assert abs(posterior(first, second) - above) < 0.015
+
+
+@pytest.mark.tiny
+def test_the_command_prints_the_answer_and_how_many_agree(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(tiny_checkpoint), "-p", "x", "--max-tokens", "3", "--seed", "7", "--width", "1"]
+    answering(monkeypatch, ["7", "8\x1b[2J", *["7"] * 5])
+    assert generate.main([*flags, "--samples", "4"]) == 0
+    out, err = capfd.readouterr()
+    assert out == "7\n3 of 4 samples agree\n"
+    assert "sample 1: 8 [2J (length, 3 tokens); 1 x 7, 1 x 8 [2J\n" in err and "agreement 75%" in err
+    assert generate.main([*flags, "--samples", "3", "--json", "--quiet"]) == 0
+    out, err = capfd.readouterr()
+    voted = json.loads(out)
+    assert (voted["answer"], voted["stopped"], len(voted["traces"]), err) == ("7", "lead", 2, "")
+    answering(monkeypatch, [None])
+    assert generate.main([*flags, "--samples", "1"]) == 1
+    assert "no sample has an answer" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--samples", "0"], "--samples is 0, expected a whole number from 1 to 1,000"),
+        *(
+            (["--samples", "2", flag, "x"], f"{flag} cannot be combined with --samples yet")
+            for flag in ("--save", "--resume", "--receipt", "--input")
+        ),
+        (["--samples", "2", "--answer-now"], "--answer-now cannot be combined with --samples yet"),
+        (["--width", "2"], "--width needs --input FILE or --samples N"),
+    ],
+)
+def test_flags_that_a_vote_cannot_take_are_refused_before_a_model_is_looked_for(
+    flags: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert generate.main(["-p", "x", "--model", "/nowhere", *flags]) == 2
+    assert message in capfd.readouterr().err
