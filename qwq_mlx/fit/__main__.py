@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
+from qwq_mlx.cli.generate_flags import FOLLOW_LINKS
 from qwq_mlx.errors import OptionError
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         default=RESERVE_BYTES / 1e9,
         help="memory kept free below the limit, in GB (default: %(default)s)",
     )
+    add("--follow-links", action="store_true", help=FOLLOW_LINKS)
     add_output(parser, json="print one line of JSON instead of the text")
     return parser
 
@@ -100,7 +102,7 @@ def _report(options: argparse.Namespace) -> str:
     for name, value in (("ram", options.ram), ("reserve", options.reserve)):
         if value is not None and not 0 <= value < 1e6:
             raise OptionError(f"{name} is {value!r}, expected a number from 0 to 1,000,000.")
-    draft = open_model_folder(options.draft) if options.draft is not None else None
+    draft = open_model_folder(options.draft, follow_links=options.follow_links) if options.draft is not None else None
     workload = Workload(
         context=options.context,
         kv_bits=options.kv_bits,
@@ -150,7 +152,8 @@ def _model(options: argparse.Namespace) -> tuple[ModelFolder | ModelShape, str]:
     from qwq_mlx.quant.recipe import load_recipe
 
     if options.model is not None:
-        return open_model_folder(choose_model(options.model).folder), options.model
+        folder = choose_model(options.model).folder
+        return open_model_folder(folder, follow_links=options.follow_links), options.model
     if options.recipe is not None:
         recipe = load_recipe(options.recipe)
         return shape_of_recipe(QWQ_32B_PREVIEW, recipe), f"{QWQ_32B_PREVIEW.name}, recipe {recipe.name}"

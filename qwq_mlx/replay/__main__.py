@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from qwq_mlx.cli.command import Command, add_output, end_verification, make_parser, run_command
+from qwq_mlx.cli.generate_flags import FOLLOW_LINKS
 
 if TYPE_CHECKING:
     from qwq_mlx.replay.compare import Replay
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("receipt", metavar="RECEIPT", help="receipt written by generate --receipt")
     add("--model", metavar="DIR", help="model folder (default: as python -m qwq_mlx.generate)")
+    add("--follow-links", action="store_true", help=FOLLOW_LINKS)
     add("--other-weights", action="store_true", help="compare even if the weights differ from the receipt's")
     add_output(parser, json="print the result as one line of JSON")
     return parser
@@ -56,7 +58,7 @@ def _replay(command: Command) -> int:
     from qwq_mlx.replay.compare import check_model, replay
 
     folder = ready_model(options.model, command.note)
-    reasoner = load(folder, compute_type=receipt.model["compute_type"])
+    reasoner = load(folder, compute_type=receipt.model["compute_type"], follow_links=options.follow_links)
     if not options.other_weights:
         check_model(reasoner, receipt)
     with ProgressBar(unit=" tokens", is_shown=command.shows_progress) as bar:

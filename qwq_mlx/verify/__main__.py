@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
+from qwq_mlx.cli.generate_flags import FOLLOW_LINKS
 from qwq_mlx.errors import OptionError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         help="read and hash randomly chosen tensors, this percentage of the bytes",
     )
     add("--source", metavar="DIR", help="checkpoint folder: quantize some of its tensors again and compare the bits")
+    add("--follow-links", action="store_true", help=FOLLOW_LINKS + " (of the source)")
     add("--tensors", type=int, metavar="N", dest="n_tensors", help="number of tensors to quantize again (default: 8)")
     add("--seed", type=int, metavar="N", help="random seed of the choice of tensors (default: random)")
     add_output(parser, json="print the result as one line of JSON")
@@ -66,6 +68,7 @@ def _verify(command: Command) -> int:
             full=options.full,
             sample=options.sample,
             source=options.source,
+            follow_links=options.follow_links,
             n_tensors=DEFAULT_TENSORS if options.n_tensors is None else options.n_tensors,
             seed=options.seed,
             progress=lambda n_bytes: bar.add("reading", n_bytes),

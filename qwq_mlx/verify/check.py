@@ -28,7 +28,7 @@ from qwq_mlx.convert.preflight import check_source
 from qwq_mlx.convert.read import Block, open_shard, read_into
 from qwq_mlx.convert.source import Origin
 from qwq_mlx.errors import OptionError, SourceError
-from qwq_mlx.files.checkpoint import open_checkpoint
+from qwq_mlx.files.checkpoint import Checkpoint, open_checkpoint
 from qwq_mlx.files.manifest import Manifest, check_sizes, unlisted_files, verify_full
 from qwq_mlx.quant.recipe import recipe_of_mapping
 from qwq_mlx.verify.sample import check_share, verify_sample
@@ -73,6 +73,7 @@ def verify_conversion(
     full: bool = False,
     sample: float | None = None,
     source: str | Path | None = None,
+    follow_links: bool = False,
     n_tensors: int = DEFAULT_TENSORS,
     seed: int | None = None,
     progress: Callable[[int], object] | None = None,
@@ -83,6 +84,7 @@ def verify_conversion(
     full: read and hash every byte.
     sample: read and hash tensors drawn by lot, at least so many percent of all bytes; None draws none.
     source: the checkpoint's folder; n_tensors of its tensors are packed again.
+    follow_links: read shards that links out of the source lead to.
     n_tensors: how many.
     seed: of both draws; None draws others each time.
     progress: called with bytes read, from several threads.
@@ -109,7 +111,10 @@ def verify_conversion(
         )
     manifest = verify_full(folder, progress) if full else check_sizes(folder)
     sampled = () if sample is None else verify_sample(folder, manifest, sample, seed, progress)
-    again = () if source is None else _pack_again(folder, manifest, Path(source), n_tensors, seed)
+    again: tuple[str, ...] = ()
+    if source is not None:
+        checkpoint = open_checkpoint(Path(source), follow_links=follow_links)
+        again = _pack_again(folder, manifest, checkpoint, n_tensors, seed)
     return Verification(
         folder=folder,
         n_files=len(manifest.files),
@@ -124,9 +129,10 @@ def verify_conversion(
     )
 
 
-def _pack_again(folder: Path, manifest: Manifest, source: Path, n_tensors: int, seed: int | None) -> tuple[str, ...]:
+def _pack_again(
+    folder: Path, manifest: Manifest, checkpoint: Checkpoint, n_tensors: int, seed: int | None
+) -> tuple[str, ...]:
     importance = _importance(folder, manifest)
-    checkpoint = open_checkpoint(source)
     recipe = recipe_of_mapping(manifest.recipe, where=folder / "manifest.json")
     config = check_source(checkpoint, recipe)
     origin = Origin(checkpoint=checkpoint, repository=None, commit=None)
@@ -141,8 +147,8 @@ def _pack_again(folder: Path, manifest: Manifest, source: Path, n_tensors: int, 
             wrong.append(tensor.source.name)
     if wrong:
         raise SourceError(
-            f"{folder}: {len(wrong):,} of {len(drawn):,} tensors packed again from {source} have other bytes: "
-            f"{', '.join(sorted(wrong)[:10])}. The conversion is not of this source, or one of the two was changed."
+            f"{folder}: {len(wrong):,} of {len(drawn):,} tensors packed again from {checkpoint.folder} have other "
+            f"bytes: {', '.join(sorted(wrong)[:10])}. The conversion is not of this source, or one of the two was changed."
         )
     return tuple(sorted(tensor.source.name for tensor in drawn))
 

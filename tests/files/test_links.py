@@ -15,7 +15,12 @@ from qwq_mlx.convert import convert_checkpoint
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.checkpoint import open_checkpoint
 from qwq_mlx.files.manifest import read_manifest
+from qwq_mlx.fit.__main__ import main as fit
+from qwq_mlx.generate.__main__ import main as generate
 from qwq_mlx.generate.reasoner import load
+from qwq_mlx.options import Limits, Sampling
+from qwq_mlx.replay.__main__ import main as replay
+from qwq_mlx.verify.__main__ import main as verify
 
 COMMIT = "a" * 40
 SHARD = "model-00001-of-00002.safetensors"
@@ -101,6 +106,27 @@ def test_a_shard_on_another_disk_is_read_when_told_and_named(tmp_path: Path, kno
     convert_checkpoint(known_checkpoint, tmp_path / "plain")
     name = "model-00001-of-00001.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_commands_follow_links_when_told(
+    tmp_path: Path, known_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(known_checkpoint, tmp_path / "source"))
+    (folder / SHARD).rename(tmp_path / "one.bin")
+    (folder / SHARD).symlink_to(tmp_path / "one.bin")
+    convert_checkpoint(known_checkpoint, tmp_path / "out", quality=False)
+    reasoner = load(known_checkpoint)
+    trace = reasoner.generate("x", sampling=Sampling(temperature=0), limits=Limits(max_tokens=2))
+    reasoner.receipt(trace).save(tmp_path / "receipt.json")
+    for main, arguments in (
+        (generate, ["--model", str(folder), "-p", "x", "--max-tokens", "1", "--quiet"]),
+        (fit, ["--model", str(folder)]),
+        (verify, [str(tmp_path / "out"), "--source", str(folder)]),
+        (replay, [str(tmp_path / "receipt.json"), "--model", str(folder)]),
+    ):
+        assert main(arguments) != 0
+        assert "pass --follow-links to read the shard where it is" in capsys.readouterr().err
+        assert main([*arguments, "--follow-links"]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "target"), [("config.json", "/etc/passwd"), (SHARD, "/dev/zero"), (SHARD, "/tmp")])
