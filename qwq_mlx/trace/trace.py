@@ -125,7 +125,7 @@ class Asked:
 class Trace:
     """All of a finished run.
 
-    question: what people wrote in the prompt.
+    question: the question, or the texts of all messages; a system prompt beside it is in `settings`.
     prompt_ids: the ids of the whole prompt.
     ids: what came out, with the id that ended it if one did.
     text: the output without the id that ended it, and without the stop text.
@@ -197,7 +197,9 @@ class Trace:
     @property
     def is_resumable(self) -> bool:
         """Whether a run that ended so can be gone on with from a checkpoint."""
-        return self.finish_reason in ("interrupted", "length", "context_full")
+        # Behind an answer cue finish_reason is the cue's; that max_tokens ended the run is then said by the detail.
+        is_cut = bool(self.injections) and self.detail.endswith(f"; {len(self.ids):,} tokens")
+        return is_cut or self.finish_reason in ("interrupted", "length", "context_full")
 
     @property
     def can_be_asked(self) -> bool:

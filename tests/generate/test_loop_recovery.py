@@ -49,6 +49,21 @@ def test_answer_asks_for_the_answer_and_the_loop_is_the_reason(reasoner: Reasone
     assert len(trace.ids) == trace.injections[0].end + 9 == len(steps)
 
 
+def test_a_limit_behind_the_cue_of_a_loop_can_be_raised(reasoner: Reasoner, tmp_path: Path) -> None:
+    options = looping(reasoner, answer_tokens=30)
+    whole = reasoner.generate("x", **options)
+    assert not whole.is_resumable, "answer_tokens ended it"
+    n_cut = whole.injections[0].end + 4
+    run = reasoner.stream("x", **options | {"limits": Limits(max_tokens=n_cut)})
+    list(run)
+    cut = run.trace()
+    assert (cut.finish_reason, len(cut.ids), cut.is_resumable) == ("loop", n_cut, True)
+    run.save(tmp_path / "run")
+    rest = reasoner.resume(tmp_path / "run", max_tokens=400)
+    list(rest)
+    assert rest.trace().ids == whole.ids
+
+
 def test_a_loop_in_the_answer_itself_is_stopped(reasoner: Reasoner) -> None:
     # the cue is part of the question's text here, so the model is in its answer from the first token on
     given = looping(reasoner)
