@@ -37,7 +37,7 @@ class Output:
 
     def _new_splitter(self) -> Splitter:
         request = self._request
-        return Splitter(request.profile, prompt=request.question, is_open=request.prompt_opens_thinking)
+        return Splitter(request.profile, prompt=request.written, is_open=request.prompt_opens_thinking)
 
     @property
     def text(self) -> str:

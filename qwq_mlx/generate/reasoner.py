@@ -201,7 +201,8 @@ class Reasoner(RequestMaker):
         ids = prompt_ids(self.model.tokenizer, checked, context=resolved(fit.limits.context))
         request = self._request(
             ids,
-            question=" ".join(message["content"] for message in checked),
+            question=" ".join(message["content"] for message in checked[system_prompt is not None :]),
+            system_prompt=system_prompt,
             sampling=self.resolved(sampling or Sampling()),
             fit=replace(fit, limits=within(fit.limits, len(ids))),
             thinking=thinking or Thinking(),
@@ -327,6 +328,7 @@ class Reasoner(RequestMaker):
         request = self._request(
             receipt.prompt_ids,
             question=receipt.question,
+            system_prompt=receipt.settings.get("system_prompt"),
             sampling=sampling,
             fit=self.fit(limits),
             thinking=thinking,
@@ -382,6 +384,7 @@ class Reasoner(RequestMaker):
             self._request(
                 state.prompt_ids,
                 question=state.question,
+                system_prompt=state.settings.get("system_prompt"),
                 sampling=sampling,
                 fit=self.fit(limits),
                 thinking=thinking,

@@ -48,10 +48,10 @@ class Receipt:
     model: name, sha256 of its files, weights, compute type.
     tokenizer_sha256: of tokenizer.json.
     template_sha256: of the chat template.
-    question: what people wrote in the prompt.
+    question: as in the Trace.
     prompt_ids: ids of the whole prompt.
     prompt_sha256: of prompt_ids.
-    settings: sampling with the seed, limits, thinking; and by name what no file can hold.
+    settings: sampling with the seed, limits, thinking; the system prompt; and by name what no file can hold.
     ids: what came out.
     ids_sha256: of ids.
     text_sha256: of the text.
@@ -151,6 +151,8 @@ def _check(receipt: Receipt) -> None:
     for name in ("name", "weights", "compute_type", "sha256"):
         if not isinstance(receipt.model.get(name), str):
             raise FieldError(f"model.{name}", shown(receipt.model.get(name)), "a text")
+    if not isinstance(receipt.settings.get("system_prompt", ""), str):
+        raise FieldError("settings.system_prompt", shown(receipt.settings["system_prompt"]), "a text")
     for index, each in enumerate(receipt.injections):
         from_json_value(each, Injection, where=f"injections[{index}]")
     for name, ids in (("prompt_ids", receipt.prompt_ids), ("ids", receipt.ids)):

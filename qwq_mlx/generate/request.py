@@ -36,7 +36,8 @@ class Request:
     """Everything a run starts from.
 
     prompt_ids: ids of the whole prompt, which ends where the assistant begins.
-    question: what people wrote in it; its scripts are at home in the output, and it says what an answer looks like.
+    question: the question, or the texts of all messages.
+    system_prompt: what was put before them.
     sampling: resolved, with a seed.
     limits: with max_tokens and context filled in.
     inspect: checked against the model.
@@ -58,6 +59,7 @@ class Request:
     inspect: Inspect
     plan: MemoryPlan
     note: str = ""
+    system_prompt: str | None = None
     forked_at: int = 0
     logits_processors: tuple[LogitsProcessor, ...] = ()
     check_model: Callable[[], None] | None = None
@@ -68,7 +70,14 @@ class Request:
         extra: dict[str, Any] = {"logits_processors": True} if self.logits_processors else {}
         if self.forked_at:
             extra["forked_at"] = self.forked_at
+        if self.system_prompt is not None:
+            extra["system_prompt"] = self.system_prompt
         return {**to_json(self.sampling, self.limits, self.thinking), **extra}
+
+    @property
+    def written(self) -> str:
+        """What people wrote: its scripts are at home in the output, and it says what an answer looks like."""
+        return self.question if self.system_prompt is None else f"{self.system_prompt} {self.question}"
 
     @property
     def max_tokens(self) -> int:
@@ -148,7 +157,7 @@ def _processors(request: Request) -> list[LogitsProcessor]:
     if sampling.dry_multiplier:
         breaker_ids = pieces.holding(sampling.dry_breakers)
         processors.append(DryPenalty(sampling, n_ids=n_ids, breaker_ids=breaker_ids))
-    tables = LanguageTables(pieces, home_scripts(request.question)) if request.limits.language_guard else None
+    tables = LanguageTables(pieces, home_scripts(request.written)) if request.limits.language_guard else None
     if sampling.logit_bias:
         masked = None if tables is None else tables.foreign.tolist()
         processors.append(LogitBias(sampling.logit_bias, n_ids=n_ids, masked=masked))

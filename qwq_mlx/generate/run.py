@@ -57,7 +57,7 @@ class Run:
         self.finish: tuple[FinishReason, str] | None = None
         self.injections: list[Injection] = []
         self.output = Output(request)
-        self.monitors = Monitors(question=request.question, detects_loops=request.thinking.on_loop != "off")
+        self.monitors = Monitors(question=request.written, detects_loops=request.thinking.on_loop != "off")
         self.budget = BudgetForcing(request.thinking)
         self.recovery = LoopRecovery(request.sampling)
         self._loop: Loop | None = None  # what to go back for

@@ -65,6 +65,19 @@ def test_a_run_is_repeated_from_its_receipt(case: str, reasoner: Reasoner, tmp_p
     assert found.n_compared == found.n_expected == found.n_ids == len(trace.ids)
 
 
+def test_the_question_is_told_apart_from_the_system_prompt(reasoner: Reasoner, tmp_path: Path) -> None:
+    trace = written(reasoner, system_prompt="请用中文。", limits=Limits(max_tokens=40, language_guard=True))
+    receipt = reasoner.receipt(trace)
+    assert (receipt.question, receipt.settings["system_prompt"]) == ("x 数", "请用中文。")
+    assert reasoner.rerun(receipt).request.written == "请用中文。 x 数", "its scripts are at home too"
+    assert replay(reasoner, receipt).difference is None
+    run = reasoner.stream("x", system_prompt="Be brief.", sampling=Sampling(seed=1), limits=Limits(max_tokens=3))
+    next(run)
+    run.save(tmp_path / "run")
+    assert reasoner.resume(tmp_path / "run").request.written == "Be brief. x"
+    assert "system_prompt" not in written(reasoner, limits=Limits(max_tokens=2)).settings
+
+
 def test_the_receipt_holds_digests_that_anybody_can_make(reasoner: Reasoner, tmp_path: Path) -> None:
     trace = written(reasoner)
     reasoner.receipt(trace).save(tmp_path / "receipt.json")

@@ -76,7 +76,8 @@ class RunState:
 
     model_sha256: digest of the model's folder.
     compute_type: what it was computed in.
-    settings: sampling, limits, thinking as JSON values; "logits_processors" and "forked_at" where they are needed.
+    settings: sampling, limits, thinking as JSON values; "logits_processors", "forked_at"
+      and "system_prompt" where the run had them.
     prompt_ids, question: of the request.
     steps: id, log-probability, entropy and is_injected of each.
     injections: answer cues.
@@ -191,12 +192,15 @@ def read_state(value: Any, *, path: Path) -> RunState:
 
 def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
     """Options that can be made again, with nothing left open."""
-    extra = {"logits_processors", "forked_at"}
+    extra = {"logits_processors", "forked_at", "system_prompt"}
     if settings.keys() - extra != {"sampling", "limits", "thinking"}:
         raise FieldError("settings", shown(sorted(settings)), "sampling, limits and thinking")
     forked_at = settings.get("forked_at", 0)
     if settings.get("logits_processors", True) is not True or type(forked_at) is not int or forked_at < 0:
-        raise FieldError("settings", shown({name: settings.get(name) for name in extra}), "true, and a number of ids")
+        shown_ones = {name: settings.get(name) for name in ("logits_processors", "forked_at")}
+        raise FieldError("settings", shown(shown_ones), "true, and a number of ids")
+    if not isinstance(settings.get("system_prompt", ""), str):
+        raise FieldError("settings.system_prompt", shown(settings["system_prompt"]), "a text")
     sampling, limits, _ = from_json(settings, where=str(path))
     for options, may_be_open in ((sampling, ()), (limits, ("kv_bits",))):
         for name in (each.name for each in fields(options) if each.name not in may_be_open):
