@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="a text, or .jsonl of {text} or {messages}, whose activations weigh the errors of the fit; the source is "
         "run on it first, one layer in memory (at least 512 tokens; from the Hub every shard is fetched twice, or once "
-        "with --keep-source; default: no text)",
+        "with --keep-source; takes minutes, of which --quiet shows nothing; default: no text)",
     )
     add("--chat-template", metavar="FILE", help=CHAT_TEMPLATE + " (default: the source's)")
     add("--follow-links", action="store_true", help=FOLLOW_LINKS)

@@ -26,6 +26,7 @@ from qwq_mlx.files.unread_tensors import drop_unread_tensors
 
 __all__ = [
     "CONFIG_NAME",
+    "GGUF_ADVICE",
     "INDEX_NAME",
     "SINGLE_NAME",
     "SUFFIX",
@@ -45,6 +46,10 @@ _MAX_INDEX_BYTES = 8 << 20
 _MAX_NAMES = 10
 _TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model", "")  # tokenizers, templates, LICENSE
 _SHARD_PREFIX = "model"
+GGUF_ADVICE = (
+    "GGUF is not read. Give the folder of the model's safetensors, or its name on the Hub, for example "
+    "Qwen/QwQ-32B-Preview."
+)
 _FETCH = "Fetch the checkpoint again, all files from one commit."
 
 
@@ -169,9 +174,8 @@ def _regular_files(folder: Path, *, follow_links: bool) -> tuple[list[str], list
             f"{folder}: there is no such folder. Give a checkpoint's folder ({CONFIG_NAME}, *{SUFFIX}, tokenizer.json)."
         ) from error
     except NotADirectoryError as error:
-        raise SourceError(
-            f"{folder}: is a file, expected the folder of a checkpoint. Give the folder it lies in."
-        ) from error
+        advice = GGUF_ADVICE if folder.suffix == ".gguf" else "Give the folder it lies in."
+        raise SourceError(f"{folder}: is a file, expected the folder of a checkpoint. {advice}") from error
     except OSError as error:
         raise SourceError(f"{folder}: cannot be listed ({error.strerror}). Check its permissions.") from error
     names, warnings = [], []
@@ -200,6 +204,8 @@ def _only_shard(folder: Path, names: Sequence[str], present: Sequence[str]) -> l
     """Without an index a checkpoint is one shard that does not claim to be one of several."""
     if not present:
         other = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".npz"))]
+        if gguf := [name for name in names if name.endswith(".gguf")]:
+            raise SourceError(f"{folder}: holds {gguf[0]}. {GGUF_ADVICE}")
         has = f"only {', '.join(other[:_MAX_NAMES])}, which qwq_mlx does not open" if other else "none"
         raise SourceError(f"{folder}: expected {SUFFIX} files, found {has}. Fetch the safetensors of the model.")
     candidates = [name for name in present if name.startswith(_SHARD_PREFIX)] or list(present)

@@ -215,7 +215,8 @@ def _parse(raw: bytes, path: Path, data_start: int) -> tuple[list[TensorEntry], 
         raise SourceError(f"{path}: {_METADATA} is {_short(metadata)}, expected an object of texts. {_AGAIN}")
     if len(header) > MAX_TENSORS:
         raise SourceError(
-            f"{path}: has {len(header):,} tensors, expected at most {MAX_TENSORS:,}. No model of this kind has more."
+            f"{path}: has {len(header):,} tensors, expected at most {MAX_TENSORS:,}: no model of this kind has "
+            "more. Check that it is the shard of a Qwen2 model, and fetch it again."
         )
     return [_entry(path, name, fields, data_start) for name, fields in header.items()], metadata
 

@@ -148,7 +148,8 @@ def _pack_again(
     if wrong:
         raise SourceError(
             f"{folder}: {len(wrong):,} of {len(drawn):,} tensors packed again from {checkpoint.folder} have other "
-            f"bytes: {', '.join(sorted(wrong)[:10])}. The conversion is not of this source, or one of the two was changed."
+            f"bytes: {', '.join(sorted(wrong)[:10])}. The conversion is not of this source, or one of the two was "
+            "changed."
         )
     return tuple(sorted(tensor.source.name for tensor in drawn))
 

@@ -232,7 +232,7 @@ def test_a_damaged_header_is_refused_by_name(tmp_path: Path, case: str) -> None:
         read_header(path)
     message = str(error.value)
     assert message.startswith(f"{path}: ")
-    assert message.endswith(("Fetch the file again.", "No model of this kind has more."))
+    assert message.endswith(("Fetch the file again.", "Qwen2 model, and fetch it again."))
     assert len(message) < 2_000
     assert re.search(r"[\x00-\x1f\x7f-\x9f]", message) is None
 
