@@ -316,11 +316,8 @@ class Reasoner(RequestMaker):
 
         Raises OptionError for what a receipt cannot hold (logits processors, a fork), or ids beyond the vocabulary.
         """
-        others = {
-            "logits_processors": "logits processors of its caller",
-            "logits_hook": "logits processors of its caller",  # its name in earlier versions
-            "forked_at": "a beginning drawn with another seed",
-        }
+        hooks = "logits processors of its caller"  # logits_hook: their name in earlier versions
+        others = {"logits_processors": hooks, "logits_hook": hooks, "forked_at": "a beginning drawn with another seed"}
         for name, words in others.items():
             if receipt.settings.get(name):
                 raise OptionError(f"The run had {words}, which its receipt does not hold, so it cannot be repeated.")
@@ -379,7 +376,6 @@ class Reasoner(RequestMaker):
         limits = raised(limits, state, max_tokens=max_tokens, context=context)
         n_cue = len(cue_ids(self.model.tokenizer, self.profile, after="..")) if answer_now else 0
         state = with_room(state, limits, n_cue=n_cue, answer_tokens=thinking.answer_tokens)
-        shown = Inspect() if state.seen is None else state.seen.asked
         run = Stream(
             self._request(
                 state.prompt_ids,
@@ -388,7 +384,7 @@ class Reasoner(RequestMaker):
                 sampling=sampling,
                 fit=self.fit(limits),
                 thinking=thinking,
-                inspect=inspect or shown,
+                inspect=inspect or (Inspect() if state.seen is None else state.seen.asked),
                 forked_at=state.settings.get("forked_at", 0),
                 logits_processors=logits_processors,
             )
