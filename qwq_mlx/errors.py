@@ -119,6 +119,17 @@ class DiskFullError(ConversionError):
         """Whether a write failed for want of room: the disk's, the user's, or that of a file of this file system."""
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+    @staticmethod
+    def reason(error: OSError) -> str:
+        """What has no room, in words.
+
+        >>> qwq_mlx.DiskFullError.reason(OSError(errno.ENOSPC, "No space left on device"))
+        'the disk is full'
+        """
+        if error.errno == errno.EFBIG:
+            return "a file may not be that large here (see ulimit -f, or the file system's limit)"
+        return "the disk is full"
+
 
 class LoadError(QwqError):
     """A model folder does not hold the model that its config describes.

@@ -8,6 +8,7 @@ Does not: parse anything (headers were checked before), or change a byte.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import queue
@@ -154,8 +155,10 @@ def open_shard(shard: Header) -> int:
     try:
         fd = open_to_read(shard.path)
     except OSError as error:
+        is_busy = error.errno in (errno.EMFILE, errno.ENFILE)
+        advice = "Raise the limit (ulimit -n 4096)" if is_busy else "Put it back"
         raise SourceError(
-            f"{shard.path}: cannot be opened any more ({error.strerror}). Put it back and run again."
+            f"{shard.path}: cannot be opened any more ({error.strerror}). {advice} and run again."
         ) from error
     size = os.fstat(fd).st_size
     if size != shard.size_bytes:

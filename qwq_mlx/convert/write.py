@@ -139,7 +139,7 @@ def disk_fault(error: OSError, path: Path, n_bytes: int) -> ConversionError:
     if DiskFullError.is_meant_by(error):
         free = shutil.disk_usage(path.parent if path.parent.exists() else "/").free
         return DiskFullError(
-            f"{path}: the disk is full: writing {n_bytes:,} bytes failed, {free:,} are free. "
+            f"{path}: {DiskFullError.reason(error)}: writing {n_bytes:,} bytes failed, {free:,} are free. "
             "Free some space and run the same command again; finished tensors are kept."
         )
     return ConversionError(

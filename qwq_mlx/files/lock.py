@@ -76,5 +76,5 @@ class FolderLock:
 
 def _unmade(path: Path, error: OSError) -> ConversionError:
     if DiskFullError.is_meant_by(error):
-        return DiskFullError(f"{path}: the disk is full ({error.strerror}). Make room and run the same command again.")
+        return DiskFullError(f"{path}: {DiskFullError.reason(error)} ({error.strerror}). Make room and run it again.")
     return ConversionError(f"{path}: cannot be made ({error.strerror}). Choose an output where you may write.")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qwq_mlx.convert.write import disk_fault
 from qwq_mlx.errors import ConversionError, DiskFullError
 from qwq_mlx.files.lock import FolderLock
 
@@ -91,3 +92,8 @@ def test_a_full_disk_is_said_and_leaves_no_lock_file(tmp_path: Path, monkeypatch
     with pytest.raises(DiskFullError, match=r"out\.lock: the disk is full .*Make room"), FolderLock(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_on_the_size_of_files_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    fault = disk_fault(OSError(errno.EFBIG, os.strerror(errno.EFBIG)), tmp_path / "shard", 9)
+    assert isinstance(fault, DiskFullError) and "shard: a file may not be that large here (see ulimit -f" in str(fault)
