@@ -18,7 +18,7 @@ from qwq_mlx.generate import __main__ as generate
 from qwq_mlx.generate import stream
 from qwq_mlx.generate.batch import question_seed
 from qwq_mlx.generate.reasoner import Reasoner, load
-from qwq_mlx.generate.vote import posterior
+from qwq_mlx.generate.vote import Voting, posterior
 from qwq_mlx.options import Limits, Sampling
 
 SAMPLING, LIMITS = Sampling(temperature=1.0, seed=7), Limits(max_tokens=25, prefill_step=8)
@@ -207,3 +207,15 @@ def test_flags_that_a_vote_cannot_take_are_refused_before_a_model_is_looked_for(
 ) -> None:
     assert generate.main(["-p", "x", "--model", "/nowhere", *flags]) == 2
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.tiny
+def test_a_vote_that_is_stopped_counts_what_had_ended(reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, itertools.repeat("7"))
+    voting = Voting(reasoner.stream("x", sampling=SAMPLING, limits=LIMITS), 6, width=2, stop_early=False)
+    vote = voting.work(lambda place, *_: voting.stop())
+    assert (vote.stopped, vote.answer, vote.groups[0].samples, vote.failures) == ("interrupted", "7", (0,), {})
+    assert [trace.finish_reason for trace in vote.traces] == ["length", "interrupted"]
+    stopped = Voting(reasoner.stream("x", sampling=SAMPLING, limits=LIMITS), 6)
+    stopped.stop()
+    assert (stopped.work().traces, stopped.work().answer) == ((), None)
