@@ -197,6 +197,7 @@ def _load_weights(files: ModelFolder, compute_type: ComputeType) -> Any:
             mx.eval(layer.parameters())
         mx.eval(module.parameters())
     except (RuntimeError, MemoryError) as error:
+        _check_shards_are_whole(files)
         if not OutOfMemoryError.is_meant_by(error):
             raise
         raise OutOfMemoryError(
@@ -204,6 +205,17 @@ def _load_weights(files: ModelFolder, compute_type: ComputeType) -> Any:
             "End what else takes memory, or take a model of fewer bits."
         ) from error
     return module
+
+
+def _check_shards_are_whole(files: ModelFolder) -> None:
+    """Raises LoadError for a shard whose size is another than when its header was read."""
+    for shard in files.checkpoint.shards:
+        size = shard.path.stat().st_size if shard.path.exists() else 0
+        if size != shard.size_bytes:
+            raise LoadError(
+                f"{shard.path}: has {size:,} bytes, had {shard.size_bytes:,} when its header was read. It was changed "
+                "while the model was loaded; convert or fetch it again."
+            )
 
 
 def _check_values(files: ModelFolder, module: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from checkpoints import write_tiny_checkpoint
@@ -306,3 +308,19 @@ def test_another_failure_of_mlx_keeps_its_name(tiny_checkpoint: Path, monkeypatc
     monkeypatch.setattr(mx, "eval", fail)
     with pytest.raises(RuntimeError, match=r"^a defect$"):
         load_model(tiny_checkpoint)
+
+
+def test_a_shard_cut_while_it_is_loaded_is_a_named_error(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    shard = max(folder.glob("*.safetensors"))
+    load_weights = nn.Module.load_weights
+
+    def cut(*arguments: Any, **options: Any) -> Any:
+        os.truncate(shard, shard.stat().st_size // 2)  # between the headers and the reading of the weights
+        return load_weights(*arguments, **options)
+
+    monkeypatch.setattr(nn.Module, "load_weights", cut)
+    with pytest.raises(LoadError, match=r"safetensors: has [\d,]+ bytes, had [\d,]+ when its header was read"):
+        load_model(folder)
