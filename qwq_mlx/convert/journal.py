@@ -17,10 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import ConversionError
+from qwq_mlx.errors import ConversionError, SourceError
 from qwq_mlx.files.atomic import fsync_file
+from qwq_mlx.files.json_dataclass import FieldError, from_json_value
+from qwq_mlx.files.json_object import parse_json_object
 
 __all__ = ["FinishedTensor", "Journal", "differences", "read_description"]
+
+_EDITED = "The journal was edited. `restart=True` throws the unfinished conversion away and begins again."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +47,10 @@ class FinishedTensor:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """A journal's first line, or an empty one where there is none."""
+    """A journal's first line, or an empty one where there is none that can be read."""
     try:
         lines, _ = _read(path)
-    except OSError:
+    except (OSError, SourceError):
         return {}
     return lines[0] if lines else {}
 
@@ -76,7 +80,8 @@ class Journal:
     def resume(cls, path: Path, description: Mapping[str, Any]) -> Journal | None:
         """Continue a journal; None where its first line never became durable (nothing was done then).
 
-        Raises ConversionError if it belongs to another source, recipe or version, naming each difference.
+        Raises ConversionError if it belongs to another source, recipe or version, naming each difference, and for a
+        line that this package does not write; SourceError for one that is no JSON.
         """
         lines, n_bytes = _read(path)
         if not lines:
@@ -87,8 +92,11 @@ class Journal:
                 + "\n".join(f"  {each}" for each in differing)
                 + "\nGive the same source and recipe to finish it, or `restart=True` to throw it away and begin again."
             )
-        records = {line["name"]: FinishedTensor(**{**line, "sha256": tuple(line["sha256"])}) for line in lines[1:]}
-        return cls(path, records, n_bytes)
+        try:
+            tensors = [from_json_value(line, FinishedTensor, where=f"line {n}") for n, line in enumerate(lines[1:], 2)]
+        except FieldError as error:
+            raise ConversionError(f"{path}: {error}. {_EDITED}") from error
+        return cls(path, {tensor.name: tensor for tensor in tensors}, n_bytes)
 
     def append(self, tensor: FinishedTensor) -> None:
         """Record a tensor whose bytes are durable; durable itself when this returns."""
@@ -125,7 +133,10 @@ def _encode(value: Mapping[str, Any]) -> bytes:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The good lines from the start, and how many bytes they take."""
+    """The good lines from the start, and how many bytes they take.
+
+    Raises SourceError for a line whose checksum fits but which is no JSON object: somebody wrote it by hand.
+    """
     data = path.read_bytes()
     lines: list[dict[str, Any]] = []
     position = 0
@@ -133,7 +144,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
         checksum, _, text = data[position:end].partition(b" ")
         if checksum != b"%08x" % zlib.crc32(text):
             break
-        lines.append(json.loads(text))
+        lines.append(parse_json_object(text, what=f"{path}: line {len(lines) + 1}", advice=_EDITED))
         position = end + 1
     return lines, position
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
 
 from qwq_mlx.convert import ConvertProgress, convert_checkpoint, read
-from qwq_mlx.convert.journal import FinishedTensor, Journal, differences
+from qwq_mlx.convert.journal import FinishedTensor, Journal, differences, read_description
 from qwq_mlx.convert.read import Buffers, Stopped
 from qwq_mlx.errors import ConversionError, SourceError
 from qwq_mlx.files.lock import FolderLock
@@ -301,3 +302,23 @@ def test_the_source_record_names_repository_and_commit_of_a_snapshot(tiny_checkp
     convert_checkpoint(snapshot, tmp_path / "out")
     source = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]
     assert (source["repository"], source["commit"]) == ("Qwen/QwQ-32B-Preview", commit)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[" * 100_000, r"line 2 is not JSON"),
+        (b"[1]", r"line 2 holds a JSON list, expected an object"),
+        (b'{"name": 1}', r"line 2"),
+        (b'{"name": "x", "sha256": "y", "more": 1}', r"line 2"),
+        (b'{"zero_pages": ' + b"9" * 5_000 + b"}", r"line 2 is not JSON"),
+    ],
+)
+def test_a_line_that_somebody_wrote_with_its_checksum_is_refused(tmp_path: Path, text: bytes, message: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal.create(path, {"recipe": "x"}).close()
+    path.write_bytes(path.read_bytes() + b"%08x %s\n" % (zlib.crc32(text), text))
+    with pytest.raises((ConversionError, SourceError), match=message) as told:
+        Journal.resume(path, {"recipe": "x"})
+    assert str(path) in str(told.value) and "restart=True" in str(told.value)
+    assert read_description(path) in ({}, {"recipe": "x"}), "a restart does not fail on it"

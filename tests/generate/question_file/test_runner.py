@@ -597,4 +597,4 @@ def test_a_signal_ends_the_batch_with_its_lines_and_the_way_on(
 
 def test_a_width_without_questions_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["-p", "x", "--width", "2"]) == 2
-    assert "--width needs --input FILE." in capsys.readouterr().err
+    assert "--width needs --input FILE or --samples N." in capsys.readouterr().err
