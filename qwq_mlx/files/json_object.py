@@ -6,18 +6,14 @@ Does not: check what the object means.
 from __future__ import annotations
 
 import json
-import os
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qwq_mlx.errors import SourceError
-from qwq_mlx.files.reading import open_to_read, read_at, recognise
+from qwq_mlx.files.reading import read_regular_file, recognise
 
-__all__ = ["parse_json_object", "read_json_object", "read_regular_file"]
-
-_BLOCK_BYTES = 64 << 20
+__all__ = ["parse_json_object", "read_json_object"]
 
 
 def read_json_object(path: Path, *, limit_bytes: int, advice: str) -> dict[str, Any]:
@@ -56,38 +52,6 @@ def parse_json_object(
     if not isinstance(value, dict):
         raise SourceError(f"{what} holds a JSON {type(value).__name__}, expected an object. {advice}")
     return value
-
-
-def read_regular_file(path: Path, *, limit_bytes: int, expected: str, advice: str) -> bytes:
-    """All bytes of a file. expected: what it should be, in the message for a FIFO or a device.
-
-    Raises SourceError: not there, not readable, not a regular file, or longer than limit_bytes.
-    """
-    try:
-        fd = open_to_read(path)
-    except FileNotFoundError as error:
-        raise SourceError(f"{path}: there is no such file. {advice}") from error
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be opened ({error.strerror}). {advice}") from error
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise SourceError(f"{path}: is not a regular file, expected {expected}. {advice}")
-        if status.st_size > limit_bytes:
-            raise SourceError(f"{path}: has {status.st_size:,} bytes, expected at most {limit_bytes:,}. {advice}")
-        return b"".join(_blocks(fd, status.st_size))
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}). {advice}") from error
-    finally:
-        os.close(fd)
-
-
-def _blocks(fd: int, n_bytes: int) -> Iterator[bytes]:
-    """At most n_bytes; Linux reads less than 2 GiB at once."""
-    start = 0
-    while start < n_bytes and (block := read_at(fd, min(n_bytes - start, _BLOCK_BYTES), start)):
-        yield block
-        start += len(block)
 
 
 def _check_text(value: Any, what: str, advice: str) -> None:

@@ -1,14 +1,20 @@
 """Files opened and read at a position, also where the system has no pread (Windows, where only plans are made).
 
-Does not: say what went wrong in words; callers turn OSError into theirs.
+Does not: parse anything.
 """
 
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["open_to_read", "read_at", "recognise"]
+from qwq_mlx.errors import SourceError
+
+__all__ = ["open_to_read", "read_at", "read_regular_file", "recognise"]
+
+_BLOCK_BYTES = 64 << 20
 
 
 def open_to_read(path: Path) -> int:
@@ -25,6 +31,38 @@ def read_at(fd: int, n_bytes: int, start: int) -> bytes:
         return os.pread(fd, n_bytes, start)
     os.lseek(fd, start, os.SEEK_SET)
     return os.read(fd, n_bytes)
+
+
+def read_regular_file(path: Path, *, limit_bytes: int, expected: str, advice: str) -> bytes:
+    """All bytes of a file. expected: what it should be, in the message for a FIFO or a device.
+
+    Raises SourceError: not there, not readable, not a regular file, or longer than limit_bytes.
+    """
+    try:
+        fd = open_to_read(path)
+    except FileNotFoundError as error:
+        raise SourceError(f"{path}: there is no such file. {advice}") from error
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be opened ({error.strerror}). {advice}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceError(f"{path}: is not a regular file, expected {expected}. {advice}")
+        if status.st_size > limit_bytes:
+            raise SourceError(f"{path}: has {status.st_size:,} bytes, expected at most {limit_bytes:,}. {advice}")
+        return b"".join(_blocks(fd, status.st_size))
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror}). {advice}") from error
+    finally:
+        os.close(fd)
+
+
+def _blocks(fd: int, n_bytes: int) -> Iterator[bytes]:
+    """At most n_bytes; Linux reads less than 2 GiB at once."""
+    start = 0
+    while start < n_bytes and (block := read_at(fd, min(n_bytes - start, _BLOCK_BYTES), start)):
+        yield block
+        start += len(block)
 
 
 def recognise(first: bytes) -> str | None:

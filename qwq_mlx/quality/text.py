@@ -19,7 +19,8 @@ from typing import Any
 
 from qwq_mlx.errors import OptionError, PromptError, SourceError
 from qwq_mlx.facts import POCKET
-from qwq_mlx.files.json_object import parse_json_object, read_regular_file
+from qwq_mlx.files.json_object import parse_json_object
+from qwq_mlx.files.reading import read_regular_file
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.prompt import encode_text, prompt_ids
 from qwq_mlx.model.tokenizer import LoadedTokenizer

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from qwq_mlx.errors import OptionError, RecipeError, SourceError
-from qwq_mlx.files.json_object import read_regular_file
+from qwq_mlx.files.reading import read_regular_file
 from qwq_mlx.quant import DEFAULT_RECIPE
 from qwq_mlx.quant.modes import FITS, Packing
 

@@ -26,7 +26,8 @@ import numpy as np
 from qwq_mlx.errors import SavingError, SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.header import place_tensors, read_header
-from qwq_mlx.files.json_object import parse_json_object, read_regular_file
+from qwq_mlx.files.json_object import parse_json_object
+from qwq_mlx.files.reading import read_regular_file
 
 __all__ = ["read_trace", "write_trace"]
 

@@ -329,7 +329,7 @@ def test_a_text_that_cannot_be_read_or_is_huge_is_refused(
     def refuse(self: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("qwq_mlx.files.json_object.open_to_read", refuse)
+    monkeypatch.setattr("qwq_mlx.files.reading.open_to_read", refuse)
     with pytest.raises(OptionError, match=r"text\.txt: cannot be opened \(Permission denied\)"):
         module._read(text)
 

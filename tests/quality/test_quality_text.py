@@ -133,7 +133,7 @@ def test_a_text_that_is_no_readable_file_is_refused(
         raise PermissionError(13, "Permission denied")
 
     config = open_model_folder(tiny_checkpoint).config
-    monkeypatch.setattr("qwq_mlx.files.json_object.open_to_read", denied)
+    monkeypatch.setattr("qwq_mlx.files.reading.open_to_read", denied)
     with pytest.raises(OptionError, match=r"a\.txt: cannot be opened \(Permission denied\)"):
         read_text(path, tokenizer, config)
 

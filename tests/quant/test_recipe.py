@@ -162,6 +162,6 @@ def test_a_recipe_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatc
         raise PermissionError(13, "Permission denied")
 
     path.write_text(W)
-    monkeypatch.setattr("qwq_mlx.files.json_object.open_to_read", refuse)
+    monkeypatch.setattr("qwq_mlx.files.reading.open_to_read", refuse)
     with pytest.raises(RecipeError, match=r"own\.toml: cannot be opened \(Permission denied\)"):
         load_recipe(path)

@@ -37,7 +37,8 @@ from qwq_mlx.errors import ConversionError, OptionError, PromptError, SourceErro
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.checkpoint import Checkpoint
 from qwq_mlx.files.header import TensorEntry, place_tensors
-from qwq_mlx.files.json_object import parse_json_object, read_regular_file
+from qwq_mlx.files.json_object import parse_json_object
+from qwq_mlx.files.reading import read_regular_file
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.layers import LayerStream
