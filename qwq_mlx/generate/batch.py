@@ -6,11 +6,12 @@ Does not: keep anything on disk (`question_file` does), or feed the engine (`sch
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from qwq_mlx.errors import BatchError, FitError, GenerationError, OptionError
+from qwq_mlx.errors import BatchError, FitError, OptionError
 from qwq_mlx.generate.request import Request
 from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
@@ -20,7 +21,7 @@ from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, Workload, plan_mem
 from qwq_mlx.options import Limits, Sampling, Thinking
 from qwq_mlx.trace.trace import Trace
 
-__all__ = ["MAX_WIDTH", "finish_all", "plan_rows", "plan_width", "question_seed", "settings_of_each"]
+__all__ = ["MAX_WIDTH", "check_width", "finish_all", "plan_rows", "plan_width", "question_seed", "settings_of_each"]
 
 T = TypeVar("T")
 
@@ -58,15 +59,18 @@ def _for_each(value: T | Sequence[T] | None, n: int, name: str) -> list[T | None
     return list(value)
 
 
-def plan_rows(requests: Sequence[Request], width: int | None, *, limit_bytes: int | None) -> MemoryPlan | None:
+def check_width(width: int | None) -> None:
+    """Raises OptionError for what is no number of rows."""
+    if width is not None and (type(width) is not int or not 1 <= width <= 1_000):
+        raise OptionError(f"width is {width!r}, expected a whole number from 1 to 1,000.")
+
+
+def plan_rows(requests: Sequence[Request], width: int | None, *, limit_bytes: int | None) -> MemoryPlan:
     """The plan of as many of these side by side as fit, at most `width`, or `MAX_WIDTH` where that is None.
 
-    Returns None where there are no requests. limit_bytes: what the device gives; None refuses nothing.
+    requests: at least one. limit_bytes: what the device gives; None refuses nothing.
     Raises OptionError for a width below 1; FitError naming the largest where the width that was asked for does not fit.
     """
-    _check(width)
-    if not requests:
-        return None
     workloads = [request.plan.workload for request in requests]
     workload = replace(
         workloads[0],
@@ -81,18 +85,13 @@ def plan_width(
     model: LoadedModel, plan: MemoryPlan, n_questions: int, width: int | None, *, limit_bytes: int | None
 ) -> MemoryPlan:
     """As `plan_rows`, for questions that are not known yet: each may fill the context of a plan for one."""
-    _check(width)
     return _widest(model, replace(plan.workload, context=plan.context), max(1, n_questions), width, limit_bytes)
-
-
-def _check(width: int | None) -> None:
-    if width is not None and (type(width) is not int or not 1 <= width <= 1_000):
-        raise OptionError(f"width is {width!r}, expected a whole number from 1 to 1,000.")
 
 
 def _widest(
     model: LoadedModel, workload: Workload, n_rows: int, width: int | None, limit_bytes: int | None
 ) -> MemoryPlan:
+    check_width(width)
     shape = ModelShape(config=model.config, packed=model.packed)
 
     def planned(n_sequences: int) -> MemoryPlan:
@@ -122,21 +121,17 @@ def finish_all(
     progress: called with the runs that have ended and the tokens of all, after each step.
     Raises BatchError, after all others have ended, where any failed; it has the traces of all.
     """
-    to_come, n_ended = list(reversed(streams)), 0
-    with Scheduler(streams[0].request.model, width=plan.workload.n_sequences, planned_bytes=plan.peak_bytes) as batch:
-        while to_come or batch.streams:
-            while to_come and batch.has_room:
-                batch.add(to_come.pop())
-            for stream in batch.step():
+    to_come, n_ended, n_tokens = deque(streams), 0, 0
+    width, model = plan.workload.n_sequences, streams[0].request.model
+    with Scheduler(model, width=width, planned_bytes=plan.peak_bytes, ask_answer=ask_answer) as scheduler:
+        while to_come or scheduler.streams:
+            while to_come and scheduler.has_room:
+                scheduler.add(to_come.popleft())
+            for stream in scheduler.step():
                 n_ended += 1
-                if ask_answer and stream.failure is None:
-                    try:
-                        stream.ask_answer()
-                    except GenerationError as error:
-                        stream.fail(error)
-                stream.release_cache()
+                n_tokens += len(stream.run.steps)
             if progress is not None:
-                progress(n_ended, sum(len(stream.run.steps) for stream in streams))
+                progress(n_ended, n_tokens + sum(len(stream.run.steps) for stream in scheduler.streams))
     failures = {index: stream.failure for index, stream in enumerate(streams) if stream.failure is not None}
     traces = [stream.trace() for stream in streams]
     if failures:

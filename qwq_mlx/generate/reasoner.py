@@ -18,7 +18,7 @@ from qwq_mlx.engine.kv_cache import saved_layers
 from qwq_mlx.engine.logits_processors import LogitsProcessor
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.background_verification import BackgroundVerification
-from qwq_mlx.generate.batch import finish_all, plan_rows, settings_of_each
+from qwq_mlx.generate.batch import check_width, finish_all, plan_rows, settings_of_each
 from qwq_mlx.generate.budget_forcing import cue_ids
 from qwq_mlx.generate.checkpoint.file import read_checkpoint
 from qwq_mlx.generate.checkpoint.resume import check_saved, opened, raised, with_room, within
@@ -238,6 +238,7 @@ class Reasoner(RequestMaker):
         >>> [trace.answer for trace in reasoner.batch_generate(["What is 3 + 4?", "What is 2 + 9?"], sampling=greedy)]
         ['7', '11']
         """
+        check_width(width)
         settings = settings_of_each(len(questions), sampling, limits, thinking)
         streams = [
             self.stream(
@@ -251,8 +252,10 @@ class Reasoner(RequestMaker):
             )
             for question, (own_sampling, own_limits, own_thinking) in zip(questions, settings, strict=True)
         ]
+        if not streams:
+            return []
         plan = plan_rows([stream.request for stream in streams], width, limit_bytes=self.limit_bytes)
-        return finish_all(streams, plan=plan, ask_answer=ask_answer, progress=progress) if plan else []
+        return finish_all(streams, plan=plan, ask_answer=ask_answer, progress=progress)
 
     def vote(
         self,

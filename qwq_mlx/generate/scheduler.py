@@ -27,11 +27,14 @@ __all__ = ["Scheduler"]
 class Scheduler:
     """`with Scheduler(model, width=8, planned_bytes=...) as scheduler:`, then `add` streams and `step`.
 
-    width: runs side by side, at most. planned_bytes: what they need together; kept wired on Metal meanwhile.
+    width: runs side by side, at most.
+    planned_bytes: what they need together; kept wired on Metal meanwhile.
+    ask_answer: ask the model behind each text that gives no sure answer (`Stream.ask_answer`).
     """
 
-    def __init__(self, model: LoadedModel, *, width: int, planned_bytes: int) -> None:
+    def __init__(self, model: LoadedModel, *, width: int, planned_bytes: int, ask_answer: bool = False) -> None:
         self.width = width
+        self._asks = ask_answer
         self._decoder = Decoder(model.module, n_ids=model.tokenizer.n_ids)
         self._waiting: deque[tuple[Stream, Iterator[None]]] = deque()
         self._active: list[Stream] = []
@@ -62,7 +65,7 @@ class Scheduler:
         self._waiting.append((stream, stream.prefill()))
 
     def step(self) -> list[Stream]:
-        """One chunk of a newcomer's prompt and one token of each run; the runs that ended with it.
+        """One chunk of a newcomer's prompt and one token of each run; the runs that ended with it, their caches gone.
 
         A run that cannot go on is among them, with its `failure`; a failure of MLX in the shared pass is that of all.
         Raises DamagedModelError as soon as it is known.
@@ -79,7 +82,17 @@ class Scheduler:
                     stream.fail(error)
         ended += [stream for stream in self._active if stream.is_finished]
         self._active = [stream for stream in self._active if not stream.is_finished]
+        for stream in ended:
+            self._end(stream)
         return ended
+
+    def _end(self, stream: Stream) -> None:
+        if self._asks and stream.failure is None and not stream.run.is_stopped:
+            try:
+                stream.ask_answer()
+            except GenerationError as error:
+                stream.fail(error)
+        stream.release_cache()
 
     def _feed(self) -> list[Stream]:
         """Feed one chunk of the first prompt that waits. Returns its run where that could not begin."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qwq_mlx.errors import BatchError, GenerationError, OptionError
+from qwq_mlx.errors import BatchError, OptionError
 from qwq_mlx.generate.batch import plan_rows, question_seed
 from qwq_mlx.generate.request import resolved
 from qwq_mlx.generate.scheduler import Scheduler
@@ -160,7 +160,6 @@ class Voting:
         held = request.plan.kv_bytes_per_token * (len(request.prompt_ids) + n_steps)  # the cache that is copied from
         limit = None if limit_bytes is None else limit_bytes - held
         plan = plan_rows([request] * n, width, limit_bytes=limit)
-        assert plan is not None, "there is at least one sample"
         self._width, self._planned_bytes = plan.workload.n_sequences, plan.peak_bytes + held
         self._samples: list[Stream] = []
         self._ended: dict[int, Trace] = {}
@@ -175,7 +174,12 @@ class Voting:
     def work(self, progress: VoteProgress | None = None) -> Vote:
         """Draw until the vote is decided. Raises BatchError where every sample failed, and DamagedModelError."""
         stopped: Decision = ""
-        with Scheduler(self._source.request.model, width=self._width, planned_bytes=self._planned_bytes) as scheduler:
+        with Scheduler(
+            self._source.request.model,
+            width=self._width,
+            planned_bytes=self._planned_bytes,
+            ask_answer=self._asks,
+        ) as scheduler:
             self._prefill()
             while not stopped and not self.is_stopped and len(self._ended) < self.n:
                 while scheduler.has_room and len(self._samples) < self.n:
@@ -212,14 +216,8 @@ class Voting:
         return self._samples[-1]
 
     def _end(self, stream: Stream, progress: VoteProgress | None) -> None:
-        """Take the answer of a sample that has ended, asked for where its text gives no sure one."""
+        """Take the answer of a sample that has ended."""
         place = self._samples.index(stream)
-        if self._asks and stream.failure is None and not self.is_stopped:
-            try:
-                stream.ask_answer()
-            except GenerationError as error:
-                stream.fail(error)
-        stream.release_cache()
         trace = stream.trace()
         if trace.finish_reason == "interrupted" and stream.failure is None:
             return  # it was stopped, which is no vote

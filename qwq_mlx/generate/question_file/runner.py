@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwq_mlx.errors import (
-    DamagedModelError,
     GenerationError,
     OptionError,
     OutOfMemoryError,
@@ -162,7 +161,12 @@ class QuestionFile:
         """
         to_come, order, ready = deque(questions), deque[int](), dict[int, dict[str, Any] | None]()
         width, slow = self._plan.workload.n_sequences, None
-        with Scheduler(self._reasoner.model, width=width, planned_bytes=self._plan.peak_bytes) as scheduler:
+        with Scheduler(
+            self._reasoner.model,
+            width=width,
+            planned_bytes=self._plan.peak_bytes,
+            ask_answer=self._asks,
+        ) as scheduler:
             while order or (to_come and not self.is_stopped):
                 while to_come and not self.is_stopped and scheduler.has_room and len(order) < _MAX_AHEAD * width:
                     question = to_come.popleft()
@@ -177,7 +181,6 @@ class QuestionFile:
                 for run in scheduler.step():
                     question = self._runs.pop(run)
                     ready[question.index] = self._line(question, run)
-                    run.release_cache()
                 while order and order[0] in ready:
                     line = ready.pop(order.popleft())
                     if line is None:  # it was stopped; those behind it are answered again
@@ -232,16 +235,11 @@ class QuestionFile:
 
     def _line(self, question: Question, run: Stream) -> dict[str, Any] | None:
         """The line of a run that has ended; None where the batch was stopped meanwhile."""
-        try:
-            if run.failure is not None:
-                raise run.failure
-            if self._asks and not self.is_stopped:
-                run.ask_answer()
-        except DamagedModelError:
-            raise
-        except GenerationError as error:
-            failed = self._failed(question, error)
-            return result_line(failed, error.trace) if isinstance(error.trace, Trace) else failed
+        if isinstance(run.failure, GenerationError):
+            failed = self._failed(question, run.failure)
+            return result_line(failed, run.failure.trace) if isinstance(run.failure.trace, Trace) else failed
+        if run.failure is not None:
+            raise run.failure
         trace = run.trace()
         is_cut = trace.finish_reason == "interrupted" or (self._asks and self.is_stopped)
         return None if is_cut else result_line(self._head(question), trace)
