@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mlx.core as mx
 
+from qwq_mlx.bench.loops import our_passes, prompt_of, their_passes
 from qwq_mlx.bench.models import qwq_shaped, random_module
-from qwq_mlx.engine.decoder import Decoder
-from qwq_mlx.engine.kv_cache import new_cache
-from qwq_mlx.engine.row import Row
-from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.model.load import default_compute_type
-from qwq_mlx.model.upstream import import_mlx_lm
-from qwq_mlx.options import NEUTRAL, Sampling
 
-_SAMPLING = Sampling(temperature=0.7, top_p=0.8, top_k=20).resolve(NEUTRAL)
-_PROMPT = [(7 * place) % 256 for place in range(64)]
+_N_PROMPT = 64
 _WARM_UP = 8  # steps that are not counted
 
 
@@ -45,12 +38,13 @@ def main() -> None:
     options = parser.parse_args()
     config, packed = qwq_shaped(options.layers)
     module = random_module(config, packed, default_compute_type(), seed=0)
-    alone = [_ours(module, config.vocab_size, [seed], options.tokens)[0][0] for seed in range(4)]
+    prompt, n_ids, n_passes = prompt_of(_N_PROMPT, config.vocab_size), config.vocab_size, options.tokens
+    alone = [our_passes(module, prompt, n_ids, n_passes, seeds=[seed])[0][0] for seed in range(4)]
     result: dict[str, Any] = {"layers": options.layers, "tokens": options.tokens, "rows": {}}
     result["device"] = str(mx.device_info().get("device_name") or mx.default_device())
     for n_rows in options.rows:
-        ids, seconds = _ours(module, config.vocab_size, range(n_rows), options.tokens)
-        theirs = _theirs(module, n_rows, options.tokens)
+        ids, passes = our_passes(module, prompt, n_ids, n_passes, seeds=range(n_rows))
+        seconds, theirs = _median(passes), _median(their_passes(module, prompt, n_passes, n_rows))
         result["rows"][n_rows] = {
             "ms": round(1e3 * seconds, 2),
             "tok_s": round(n_rows / seconds, 1),
@@ -62,37 +56,8 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _ours(module: Any, n_ids: int, seeds: Any, n_tokens: int) -> tuple[list[list[int]], float]:
-    """The ids of a row for each seed, and the median seconds of a step."""
-    decoder = Decoder(module, n_ids=n_ids)
-    rows = [Row(Sampler(_SAMPLING, seed=seed), cache=new_cache(module), max_tokens=n_tokens) for seed in seeds]
-    for row in rows:
-        for _ in decoder.prefill(row, _PROMPT, chunk=2048):
-            pass
-    ids: list[list[int]] = [[] for _ in rows]
-    times = []
-    for _ in range(n_tokens):
-        start = time.perf_counter()
-        for drawn, token in zip(ids, decoder.step(rows), strict=True):
-            drawn.append(token.id)
-        times.append(time.perf_counter() - start)
-    return ids, statistics.median(times[_WARM_UP:-1])
-
-
-def _theirs(module: Any, n_rows: int, n_tokens: int) -> float:
-    """The median seconds of a step of mlx-lm's batch."""
-    make = import_mlx_lm("mlx_lm.sample_utils").make_sampler
-    sampler = make(temp=_SAMPLING.temperature, top_p=_SAMPLING.top_p, top_k=_SAMPLING.top_k)
-    generator = import_mlx_lm("mlx_lm.generate").BatchGenerator(module, sampler=sampler)
-    generator.insert([_PROMPT] * n_rows, [n_tokens] * n_rows)
-    times = []
-    start = time.perf_counter()
-    while generator.next_generated():
-        now = time.perf_counter()
-        times.append(now - start)
-        start = now
-    generator.close()
-    return statistics.median(times[_WARM_UP:-1])
+def _median(seconds: list[float]) -> float:
+    return statistics.median(seconds[_WARM_UP:-1])
 
 
 def _first_difference(one: list[int], other: list[int]) -> int:

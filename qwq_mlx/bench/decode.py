@@ -15,6 +15,7 @@ from typing import Any
 from qwq_mlx.bench.loops import our_ids, prompt_of, sampling, their_ids, their_sampler
 from qwq_mlx.bench.subject import AS_LOADED, OURS, THEIRS, Bench, Row, Target
 from qwq_mlx.bench.timing import decode_tok_s
+from qwq_mlx.model.memory.sizes import kv_bytes_per_token
 from qwq_mlx.model.prompt import prompt_ids
 from qwq_mlx.model.upstream import import_mlx_lm
 from qwq_mlx.options import Limits
@@ -99,7 +100,5 @@ def byte_limit(target: Target, bandwidth: float, context: int) -> float:
     n_weights: int = sum(
         array.nbytes for name, array in arrays if is_tied or not name.startswith("model.embed_tokens.")
     )
-    config = target.config
     float_bytes: int = target.module.layers[0].input_layernorm.weight.dtype.size
-    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * float_bytes
-    return bandwidth / (n_weights + context * per_position)
+    return bandwidth / (n_weights + context * kv_bytes_per_token(target.config, None, float_bytes))

@@ -1,12 +1,12 @@
-"""The two token loops that are compared, ours and mlx-lm's, with the same prompt, cache content and sampling.
+"""The token loops that are compared, ours and mlx-lm's, with the same prompt, cache content and sampling.
 
-Ours also works out logprob and entropy of every id and refuses NaN, as every run does.
-
-Does not: time.
+Ours also works out logprob and entropy of every id and refuses NaN, as every run does. The loops of one row are timed
+by who runs them; those of several rows time their passes, each of which waits for the ids of the one before.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +17,7 @@ from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
 from qwq_mlx.options import NEUTRAL, Limits, Sampling
 
-__all__ = ["our_ids", "prompt_of", "sampling", "their_ids", "their_sampler"]
+__all__ = ["our_ids", "our_passes", "prompt_of", "sampling", "their_ids", "their_passes", "their_sampler"]
 
 
 def sampling() -> Sampling:
@@ -34,12 +34,12 @@ def our_ids(
     module: Any, prompt: Sequence[int], n_ids: int, n_tokens: int, *, n_filled: int = 0, seed: int = 0
 ) -> Iterator[object]:
     """n_tokens by our decoder. n_filled: leading ids of the prompt whose place random keys and values take."""
-    decoder, row = our_row(module, prompt, n_ids, n_tokens, n_filled=n_filled, seed=seed)
+    decoder, row = _our_row(module, prompt, n_ids, n_tokens, n_filled=n_filled, seed=seed)
     for _ in range(n_tokens):
         yield decoder.draw(row)
 
 
-def our_row(
+def _our_row(
     module: Any, prompt: Sequence[int], n_ids: int, n_tokens: int, *, n_filled: int = 0, seed: int = 0
 ) -> tuple[Decoder, Row]:
     """A decoder, and a row behind the prompt."""
@@ -63,6 +63,37 @@ def their_ids(module: Any, prompt: Sequence[int], n_tokens: int, *, n_filled: in
         prompt_cache=_filled_cache(module, n_filled),
         prefill_step_size=Limits().prefill_step,
     )
+
+
+def our_passes(
+    module: Any, prompt: Sequence[int], n_ids: int, n_passes: int, *, seeds: Sequence[int]
+) -> tuple[list[list[int]], list[float]]:
+    """Passes of one row for each seed: ids of each row, and seconds of each pass. Raises what a row fails with."""
+    started = [_our_row(module, prompt, n_ids, n_passes + 1, seed=seed) for seed in seeds]
+    decoder, rows = started[0][0], [row for _, row in started]
+    seconds = []
+    for _ in range(n_passes):
+        start = time.perf_counter()
+        decoder.step(rows)
+        seconds.append(time.perf_counter() - start)
+        for row in rows:
+            if row.failure is not None:
+                raise row.failure
+    return [row.ids[row.n_prompt :] for row in rows], seconds
+
+
+def their_passes(module: Any, prompt: Sequence[int], n_passes: int, n_rows: int) -> list[float]:
+    """The seconds of each pass of mlx-lm's BatchGenerator."""
+    generator = import_mlx_lm("mlx_lm.generate").BatchGenerator(module, sampler=their_sampler())
+    generator.insert([list(prompt)] * n_rows, [n_passes + 1] * n_rows)
+    seconds = []
+    start = time.perf_counter()
+    while generator.next_generated():
+        now = time.perf_counter()
+        seconds.append(now - start)
+        start = now
+    generator.close()
+    return seconds[:n_passes]
 
 
 def their_sampler() -> Any:

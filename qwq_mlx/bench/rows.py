@@ -9,13 +9,10 @@ Does not: check that a row draws what it draws alone (tests do).
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
-from typing import Any
 
-from qwq_mlx.bench.loops import our_row, prompt_of, their_sampler
+from qwq_mlx.bench.loops import our_passes, prompt_of, their_passes
 from qwq_mlx.bench.subject import OURS, THEIRS, Bench, Row, Target
-from qwq_mlx.model.upstream import import_mlx_lm
 
 __all__ = ["bench_rows"]
 
@@ -36,39 +33,15 @@ def bench_rows(bench: Bench) -> list[Row]:
 
 
 def _row(bench: Bench, target: Target, n_rows: int) -> Row:
-    prompt = prompt_of(_N_PROMPT, target.n_ids)
+    prompt, n_passes = prompt_of(_N_PROMPT, target.n_ids), _N_WARM + _N_PASSES
     contestants: dict[str, Callable[[], float]] = {
-        OURS: lambda: _our_pass_ms(target.module, prompt, target.n_ids, n_rows),
-        THEIRS: lambda: _their_pass_ms(target.module, prompt, n_rows),
+        OURS: lambda: _pass_ms(our_passes(target.module, prompt, target.n_ids, n_passes, seeds=range(n_rows))[1]),
+        THEIRS: lambda: _pass_ms(their_passes(target.module, prompt, n_passes, n_rows)),
     }
     setting = f"{n_rows} row{'s' if n_rows > 1 else ''}"
     runs = bench.turns(contestants, f"{target.name}, {setting}")
     return Row(subject="rows", model=target.name, setting=setting, unit="ms", runs=runs)
 
 
-def _our_pass_ms(module: Any, prompt: list[int], n_ids: int, n_rows: int) -> float:
-    n_tokens = _N_WARM + _N_PASSES + 1
-    started = [our_row(module, prompt, n_ids, n_tokens, seed=seed) for seed in range(n_rows)]
-    decoder, rows = started[0][0], [row for _, row in started]
-    seconds = []
-    for _ in range(_N_WARM + _N_PASSES):
-        start = time.perf_counter()
-        decoder.step(rows)
-        seconds.append(time.perf_counter() - start)
-        for row in rows:
-            if row.failure is not None:
-                raise row.failure
+def _pass_ms(seconds: list[float]) -> float:
     return 1e3 * statistics.median(seconds[_N_WARM:])
-
-
-def _their_pass_ms(module: Any, prompt: list[int], n_rows: int) -> float:
-    generator = import_mlx_lm("mlx_lm.generate").BatchGenerator(module, sampler=their_sampler())
-    generator.insert([prompt] * n_rows, [_N_WARM + _N_PASSES + 1] * n_rows)
-    seconds = []
-    start = time.perf_counter()
-    while generator.next_generated():
-        now = time.perf_counter()
-        seconds.append(now - start)
-        start = now
-    generator.close()
-    return 1e3 * statistics.median(seconds[_N_WARM : _N_WARM + _N_PASSES])

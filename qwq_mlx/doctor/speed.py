@@ -10,21 +10,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from qwq_mlx.bench.loops import our_passes, prompt_of
 from qwq_mlx.bench.machine import read_bandwidth
 from qwq_mlx.doctor.check import Result, Subject
-from qwq_mlx.engine.decoder import Decoder
-from qwq_mlx.engine.kv_cache import new_cache
-from qwq_mlx.engine.row import Row
-from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.model.load import default_compute_type
 from qwq_mlx.model.upstream import import_mlx
-from qwq_mlx.options import NEUTRAL, Sampling
 
 __all__ = ["check_bandwidth", "check_products", "check_row_costs"]
 
 _ROWS = (1, 2, 4, 8, 16, 32)
 _N_STEPS = 4
-_PROMPT = [(7 * place) % 256 for place in range(16)]
+_N_WARM = 2
+_N_PROMPT = 16
 _BITS = (2, 3, 4, 5, 6, 8)
 _SIDE = 2048
 _ROUNDS = 5
@@ -49,23 +46,11 @@ def check_row_costs(subject: Subject) -> Result:
 
 
 def _step_seconds(subject: Subject, n_rows: int) -> float:
-    """The median of a step, each of which waits for the ids of the one before. Raises what a row fails with."""
+    """The median of a step. Raises what a row fails with."""
     model = subject.pocket
-    decoder = Decoder(model.module, n_ids=model.tokenizer.n_ids)
-    greedy = Sampling(temperature=0.0).resolve(NEUTRAL)
-    rows = [Row(Sampler(greedy, seed=0), cache=new_cache(model.module), max_tokens=_N_STEPS + 3) for _ in range(n_rows)]
-    for row in rows:
-        for _ in decoder.prefill(row, _PROMPT, chunk=len(_PROMPT)):
-            pass
-    seconds = []
-    for _ in range(_N_STEPS + 2):
-        start = time.perf_counter()
-        decoder.step(rows)
-        seconds.append(time.perf_counter() - start)
-        for row in rows:
-            if row.failure is not None:
-                raise row.failure
-    return statistics.median(seconds[2:])  # the first fills the pipeline and may compile kernels
+    prompt, n_ids = prompt_of(_N_PROMPT, model.tokenizer.n_ids), model.tokenizer.n_ids
+    _, seconds = our_passes(model.module, prompt, n_ids, _N_WARM + _N_STEPS, seeds=range(n_rows))
+    return statistics.median(seconds[_N_WARM:])  # the first fill the pipeline and may compile kernels
 
 
 def check_products(subject: Subject) -> Result:
