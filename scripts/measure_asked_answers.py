@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pocket.data import held_out_problems
+
 from qwq_mlx import Limits, Sampling, load
-from qwq_mlx.pocket.problems import Problem, arithmetic, is_held_out, is_solved, letters
+from qwq_mlx.pocket.problems import Problem, is_solved
 from qwq_mlx.reasoning.answer import SURE
 
 _LEVELS = (0.95, SURE, 0.5, 0.0)
@@ -40,32 +40,12 @@ def main() -> None:
     options = parser.parse_args()
     reasoner = load()
     tallies: dict[float, Counter[str]] = {cut: Counter() for cut in options.cuts}
-    for problem in _problems(options.problems):
+    kinds = ("letters", "arithmetic")
+    for problem in (each for kind in kinds for each in held_out_problems(kind, options.problems, seed=14)):
         whole = reasoner.generate(problem.question, sampling=_GREEDY, limits=_LIMITS)
         for cut, tally in tallies.items():
             _measure(reasoner, problem, max(1, int(cut * len(whole.ids))), tally)
     print(json.dumps({f"{cut:g} of the output": _shown(tally) for cut, tally in tallies.items()}, indent=2))
-
-
-def _problems(n_of_each: int) -> Iterator[Problem]:
-    rng = random.Random(14)
-    words = (Path(__file__).parent / "pocket" / "words.txt").read_text().split()
-    for make in (lambda: _letters(rng, words), lambda: _arithmetic(rng)):
-        n_made = 0
-        while n_made < n_of_each:
-            problem = make()
-            if is_held_out(problem):
-                n_made += 1
-                yield problem
-
-
-def _letters(rng: random.Random, words: list[str]) -> Problem:
-    word = rng.choice(words)
-    return letters(rng.choice(word), word)
-
-
-def _arithmetic(rng: random.Random) -> Problem:
-    return arithmetic("".join(f"{rng.choice('+-') if i else ''}{rng.randint(1, 99)}" for i in range(3)))
 
 
 def _measure(reasoner: Any, problem: Problem, n_tokens: int, tally: Counter[str]) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
 from collections import Counter
@@ -23,9 +22,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pocket.data import held_out_problems
+
 from qwq_mlx import Limits, Sampling, load
 from qwq_mlx.generate.vote import count_votes, decided
-from qwq_mlx.pocket.problems import Problem, arithmetic, game24, is_held_out, is_solved
+from qwq_mlx.pocket.problems import Problem, is_solved
 
 _SIZES = (1, 2, 4, 8, 16)
 _LIMITS = Limits(max_tokens=500, context=1024)
@@ -42,7 +43,7 @@ def main() -> None:
     reasoner, begun_s = load(), time.perf_counter()
     tallies: dict[str, Counter[str]] = {}
     n_problems = n_right = 0
-    for problem in _problems(options.kind, options.problems):
+    for problem in held_out_problems(options.kind, options.problems, seed=16):
         if time.perf_counter() - begun_s > options.seconds:
             break
         sampling = Sampling(temperature=options.temperature, top_p=1.0, top_k=0, seed=n_problems)
@@ -82,32 +83,6 @@ def _count(tally: Counter[str], problem: Problem, traces: Any, rule: dict[str, A
 
 def _answers(traces: Any) -> dict[int, str]:
     return {place: trace.answer for place, trace in enumerate(traces) if trace.answer is not None}
-
-
-def _problems(kind: str, n: int) -> list[Problem]:
-    rng, problems = random.Random(16), list[Problem]()
-    while len(problems) < n:
-        if kind == "game24":
-            problem = game24(sorted(rng.randint(1, 13) for _ in range(4)))
-        else:
-            problem = arithmetic("".join(f"{rng.choice('+-') if i else ''}{rng.randint(1, 99)}" for i in range(3)))
-        if is_held_out(problem) and (kind != "game24" or _is_solvable([int(each) for each in problem.given.split()])):
-            problems.append(problem)
-    return problems
-
-
-def _is_solvable(numbers: list[float]) -> bool:
-    """Whether any order and any operators make 24 of these numbers."""
-    if len(numbers) == 1:
-        return abs(numbers[0] - 24) < 1e-6
-    for i, a in enumerate(numbers):
-        for j, b in enumerate(numbers):
-            if i != j:
-                rest = [each for place, each in enumerate(numbers) if place not in (i, j)]
-                results = [a + b, a - b, a * b, *([a / b] if abs(b) > 1e-9 else [])]
-                if any(_is_solvable([*rest, result]) for result in results):
-                    return True
-    return False
 
 
 if __name__ == "__main__":
