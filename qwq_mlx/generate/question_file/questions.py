@@ -132,7 +132,7 @@ class _Reader:
         if value.keys() <= _OURS:
             return value
         taken = {name: value[name] for name in _FIELDS if name in value}
-        for name in value.keys() - _OURS:
+        for name in (each for each in value if each not in _OURS):  # of two names for one field the first counts
             ours = _OTHER_NAMES.get(name)
             if ours is None or ours in taken or (ours == "question" and "messages" in taken):
                 self._tell(name, f"the field {name!r} is ignored")
@@ -145,7 +145,7 @@ class _Reader:
         """A message without what is not ours: further fields, and content as a list of text parts."""
         if not isinstance(message, dict):
             return message
-        for name in message.keys() - {"role", "content"}:
+        for name in (each for each in message if each not in ("role", "content")):
             self._tell(f"messages.{name}", f"the field {name!r} of messages is ignored")
         content = message.get("content")
         if isinstance(content, list) and content and all(map(_is_text_part, content)):

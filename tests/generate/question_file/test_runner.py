@@ -257,6 +257,14 @@ def test_fields_of_data_sets_are_taken_or_ignored_and_each_is_told_once(tmp_path
     ]
 
 
+@pytest.mark.parametrize("names", [("prompt", "problem"), ("problem", "prompt")])
+def test_of_two_names_for_the_question_the_first_in_the_line_counts(names: tuple[str, str], tmp_path: Path) -> None:
+    """It was one or the other by the hashes of a process, so a file could not be gone on with."""
+    path = write_lines(tmp_path / "in.jsonl", [{names[0]: "first", names[1]: "second"}])
+    [question] = read_questions(path)
+    assert question.messages == "first"
+
+
 def test_input_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_LINE_BYTES", 1000)
     with pytest.raises(SourceError, match="/dev/zero: line 1 ends beyond byte 1,001, expected lines of at most 1,000"):
