@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from qwq_mlx.convert.plan_text import size_text
@@ -18,7 +18,7 @@ from qwq_mlx.errors import ConversionError, DiskFullError, OptionError
 from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint
 from qwq_mlx.model.architecture import Qwen2Config, check_tensors, tensor_shapes
 from qwq_mlx.model.generation_config import read_generation_defaults
-from qwq_mlx.model.tensor_types import check_float_types
+from qwq_mlx.model.tensor_types import check_float_types, listed
 from qwq_mlx.model.tokenizer import load_tokenizer
 from qwq_mlx.quant.packing import DTYPES
 from qwq_mlx.quant.recipe import Recipe
@@ -26,7 +26,6 @@ from qwq_mlx.quant.recipe import Recipe
 __all__ = ["check_disk", "check_fit", "check_output", "check_source", "partial_path"]
 
 _MARGIN = 1.05  # file systems need a little more than the bytes
-_MAX_NAMES = 10
 
 
 def check_source(checkpoint: Checkpoint, recipe: Recipe) -> Qwen2Config:
@@ -55,7 +54,7 @@ def _check_is_whole(checkpoint: Checkpoint, shapes: Mapping[str, object]) -> Non
     if keys and names:
         raise ConversionError(
             f"{checkpoint.folder / CONFIG_NAME}: has {' and '.join(keys)}, so its weights are packed already "
-            f"({_listed(names)}), expected a bfloat16, float16 or float32 checkpoint. Give the original model as the "
+            f"({listed(names)}), expected a bfloat16, float16 or float32 checkpoint. Give the original model as the "
             "source."
         )
 
@@ -72,7 +71,7 @@ def _check_recipe(checkpoint: Checkpoint, config: Qwen2Config, recipe: Recipe) -
     if odd:
         raise ConversionError(
             f"{checkpoint.folder}: {len(odd):,} matrices whose rows the group does not divide: "
-            f"{_listed(odd)} (recipe {recipe.name}). Use a smaller group_size, or an override with keep."
+            f"{listed(odd)} (recipe {recipe.name}). Use a smaller group_size, or an override with keep."
         )
 
 
@@ -146,9 +145,3 @@ def partial_path(output: Path) -> Path:
 
 def _existing_parent(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
-    return f"{', '.join(names[:_MAX_NAMES])}{more}"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint
 
-__all__ = ["FLOAT_TYPES", "check_float_types", "float_type_warnings"]
+__all__ = ["FLOAT_TYPES", "check_float_types", "float_type_warnings", "listed"]
 
 FLOAT_TYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Types that weights have in safetensors, with their names in config.json."""
@@ -34,7 +34,7 @@ def check_float_types(checkpoint: Checkpoint, names: Iterable[str]) -> None:
         if dtype not in FLOAT_TYPES or (dtype != most and {dtype, most} == {"BF16", "F16"})
     }
     if wrong:
-        lines = "; ".join(f"{dtype}: {_listed(others)}" for dtype, others in sorted(wrong.items()))
+        lines = "; ".join(f"{dtype}: {listed(others)}" for dtype, others in sorted(wrong.items()))
         raise SourceError(
             f"{checkpoint.folder}: tensors of another type than {most}, which most of them have: {lines}. Expected one "
             f"of {', '.join(FLOAT_TYPES)}, and not both 16-bit types. Fetch the shards again, all from one commit."
@@ -57,7 +57,8 @@ def float_type_warnings(checkpoint: Checkpoint) -> list[str]:
     return warnings
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Names of tensors in order, the first of many."""
     names = sorted(names)
     more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
     return f"{', '.join(names[:_MAX_NAMES])}{more}"
