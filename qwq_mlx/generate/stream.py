@@ -84,11 +84,12 @@ class Stream:
 
     def fail(self, error: Exception) -> None:
         """End the run by what was raised while it went on; what MLX raised becomes a GenerationError with the trace."""
-        self._has_failed = self._has_failed or not isinstance(error, GenerationError)
-        if not isinstance(error, GenerationError):
-            self.run.finish = ("interrupted", f"MLX failed: {error}")
-            error = failure_of(error, self.trace(), self.request)
-        self.running.fail(error)
+        if isinstance(error, GenerationError):
+            self.running.fail(error)
+            return
+        self._has_failed = True
+        self.run.finish = ("interrupted", f"MLX failed: {error}")
+        self.running.failure = failure_of(error, self.trace(), self.request)
 
     @property
     def is_finished(self) -> bool:
@@ -245,9 +246,9 @@ class Stream:
             with wired(self.request.plan.peak_bytes):
                 yield from self._steps()
         except (RuntimeError, MemoryError) as error:
-            self._has_failed = True
-            self.run.finish = ("interrupted", f"MLX failed: {error}")
-            raise failure_of(error, self.trace(), self.request) from error
+            self.fail(error)
+            assert self.failure is not None, "it has just failed"
+            raise self.failure from error
 
     def _steps(self) -> Iterator[Step]:
         mx.reset_peak_memory()
