@@ -5,7 +5,7 @@
 Problems (letters to count, arithmetic) are drawn at random with a fixed seed and held out of training; each is answered
 greedily, and again with `max_tokens` at a share of that output (1.0 is the whole output). Prints one JSON object: for
 each cut how many answers are right by reading alone and with asking, what asking cost in tokens, and of the asked
-answers how many are right at each level of confidence.
+answers how many are right at each level of their probability (of which a cut text counts less as confidence).
 
 Does not: measure a real reasoning model; the bundled one has 8.5 million parameters.
 """
@@ -60,10 +60,10 @@ def _measure(reasoner: Any, problem: Problem, n_tokens: int, tally: Counter[str]
     tally["right with asking"] += is_solved(problem, after.answer)
     tally["asked"] += asked is not None
     tally["asked tokens"] += after.asked_tokens
-    if after.answer_kind == "asked":
-        level = next(level for level in _LEVELS if after.confidence >= level)
+    if asked is not None and asked.answer is not None:
+        level = next(level for level in _LEVELS if asked.confidence >= level)
         tally[f"answers asked for at {level:g} and more"] += 1
-        tally[f"of these right at {level:g} and more"] += is_solved(problem, after.answer)
+        tally[f"of these right at {level:g} and more"] += is_solved(problem, asked.answer)
 
 
 def _shown(tally: Counter[str]) -> dict[str, int]:

@@ -19,7 +19,7 @@ from qwq_mlx.chat.commands import COMMANDS, parse_line, think_tokens
 from qwq_mlx.chat.folding import folded
 from qwq_mlx.chat.reader import ReadLine, editing_reader, has_editing, plain_reader, read_message
 from qwq_mlx.cli.command import Command, end_verification, load_reasoner, make_parser, run_command
-from qwq_mlx.cli.generate_flags import CHAT_TEMPLATE, FOLLOW_LINKS, NO_VERIFY, bits
+from qwq_mlx.cli.generate_flags import add_loading, bits
 from qwq_mlx.cli.terminal import show
 from qwq_mlx.errors import DamagedModelError, GenerationError, PromptError, QwqError
 from qwq_mlx.files.output_file import check_output_file
@@ -75,10 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=(8, 4, "auto"),
         help="bits of a quantized KV cache (default: off)",
     )
-    add("--force", action="store_true", help="run even if the memory plan says that it does not fit")
-    add("--no-verify", action="store_true", help=NO_VERIFY)
-    add("--chat-template", metavar="FILE", help=CHAT_TEMPLATE + " (default: the model's)")
-    add("--follow-links", action="store_true", help=FOLLOW_LINKS)
+    add_loading(add)
     return parser
 
 

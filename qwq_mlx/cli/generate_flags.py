@@ -16,9 +16,9 @@ from qwq_mlx.options import LOOP_ACTIONS, MAX_SAMPLES, Limits, Sampling, Thinkin
 __all__ = [
     "CHAT_TEMPLATE",
     "FOLLOW_LINKS",
-    "NO_VERIFY",
     "RunOptions",
     "add_limits",
+    "add_loading",
     "add_sampling",
     "bits",
     "run_options",
@@ -26,11 +26,11 @@ __all__ = [
 
 CHAT_TEMPLATE = "file with the chat template (jinja) that writes the prompts"
 FOLLOW_LINKS = "read shards that links lead to outside of the folder, on another disk for example"
-NO_VERIFY = (
+_NO_VERIFY = (
     "do not hash the weights of a conversion in the background (by default they are compared with its manifest, and "
     "the command ends with an error if a byte is wrong; at its end it waits up to 10 s for that)"
 )
-"""Help of --chat-template, --follow-links and --no-verify, for every command that has them."""
+"""Help of --chat-template, --follow-links and --no-verify; other commands have some of these flags alone."""
 
 _OF_ONE_QUESTION = ("prompt", "resume", "save", "save_every", "no_save", "receipt", "json", "answer_now")
 
@@ -115,6 +115,14 @@ def add_sampling(add: Callable[..., Any]) -> None:
 
 def _default(options: type, name: str) -> Any:
     return next(each.default for each in fields(options) if each.name == name)
+
+
+def add_loading(add: Callable[..., Any]) -> None:
+    """Flags of how a model is loaded and checked."""
+    add("--force", action="store_true", help="run even if the memory plan says that it does not fit")
+    add("--no-verify", action="store_true", help=_NO_VERIFY)
+    add("--chat-template", metavar="FILE", help=CHAT_TEMPLATE + " (default: the model's)")
+    add("--follow-links", action="store_true", help=FOLLOW_LINKS)
 
 
 def bits(text: str) -> int | str:

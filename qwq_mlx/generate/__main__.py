@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from qwq_mlx.cli.command import Command, add_output, end_verification, load_reasoner, make_parser, run_command
 from qwq_mlx.cli.generate_flags import (
-    CHAT_TEMPLATE,
-    FOLLOW_LINKS,
-    NO_VERIFY,
     RunOptions,
     add_limits,
+    add_loading,
     add_sampling,
     run_options,
 )
@@ -97,10 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="where the text gives no sure answer, ask the model for it behind the text, which stays as it is",
     )
-    add("--force", action="store_true", help="run even if the memory plan says that it does not fit")
-    add("--no-verify", action="store_true", help=NO_VERIFY)
-    add("--chat-template", metavar="FILE", help=CHAT_TEMPLATE + " (default: the model's)")
-    add("--follow-links", action="store_true", help=FOLLOW_LINKS)
+    add_loading(add)
     add(
         "--receipt",
         metavar="FILE",
