@@ -16,8 +16,9 @@ from qwq_mlx.trace.trace import Asked, Trace
 
 __all__ = ["failure_of", "trace_of"]
 
-# A model is as sure of what an unfinished thinking comes to: of the answers at 0.95 and more, asked for behind 0.5, 0.8
-# and 0.9 of outputs of the bundled model, 15 of 31, 29 of 38 and 25 of 42 were right (scripts/measure_asked_answers.py).
+# A model is as sure of what an unfinished thinking comes to: of the answers at 0.95 and more, asked for behind 0.5,
+# 0.8 and 0.9 of outputs of the bundled model, 15 of 31, 29 of 38 and 25 of 42 were right
+# (scripts/measure_asked_answers.py).
 _UNFINISHED = 0.8
 
 

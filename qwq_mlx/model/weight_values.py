@@ -2,7 +2,7 @@
 
 These are what a flipped exponent bit or a write that was lost leaves behind, and what `convert` refuses or warns of.
 Every float is looked at once (the largest and the smallest of a tensor, or its sum of squares), and of every quarter of
-a page the first value; only where that is zero is the quarter read. That takes 3 to 5 % of the time of a load.
+a page the first value; only where that is zero is the quarter read.
 
 Does not: find a changed value of a usual size; only digests do (`files.background_verification`).
 """
