@@ -50,6 +50,16 @@ class Output:
         return self._splitter.segment
 
     @property
+    def answer_char(self) -> int | None:
+        """The character of the text at which the answer begins, as far as known; None in the thinking."""
+        return self._splitter.answer_char
+
+    @property
+    def thinking_char(self) -> int:
+        """The character of the text at which the thinking begins: behind the tag that opens it."""
+        return self._splitter.thinking_char
+
+    @property
     def finish(self) -> tuple[FinishReason, str] | None:
         """How the run ends, with the detail for people, where a stop text came; else None."""
         return None if self.stop_text is None else ("stop", f"the text {self.stop_text!r} came")

@@ -199,7 +199,7 @@ class Reasoner(RequestMaker):
         fit = self.fit(limits or Limits())
         checked = conversation(messages, system_prompt=system_prompt)
         ids = prompt_ids(self.model.tokenizer, checked, context=resolved(fit.limits.context))
-        request = self._request(
+        request = self.request(
             ids,
             question=" ".join(message["content"] for message in checked[system_prompt is not None :]),
             system_prompt=system_prompt,
@@ -325,7 +325,7 @@ class Reasoner(RequestMaker):
             if receipt.settings.get(name):
                 raise OptionError(f"The run had {words}, which its receipt does not hold, so it cannot be repeated.")
         sampling, limits, thinking = from_json(receipt.settings, where="The receipt")
-        request = self._request(
+        request = self.request(
             receipt.prompt_ids,
             question=receipt.question,
             system_prompt=receipt.settings.get("system_prompt"),
@@ -380,7 +380,7 @@ class Reasoner(RequestMaker):
         n_cue = len(cue_ids(self.model.tokenizer, self.profile, after="..")) if answer_now else 0
         state = with_room(state, limits, n_cue=n_cue, answer_tokens=thinking.answer_tokens)
         run = Stream(
-            self._request(
+            self.request(
                 state.prompt_ids,
                 question=state.question,
                 system_prompt=state.settings.get("system_prompt"),

@@ -46,7 +46,7 @@ class RequestMaker:
         self.profile = profile or find_profile((QWQ_32B if tagged else QWQ_32B_PREVIEW).profile)
         self._check_model = check_model
 
-    def _request(
+    def request(
         self,
         ids: Sequence[int],
         *,
@@ -59,6 +59,11 @@ class RequestMaker:
         forked_at: int = 0,
         logits_processors: Sequence[LogitsProcessor] = (),
     ) -> Request:
+        """The request of a run behind these ids, everything filled in.
+
+        ids: of the whole prompt. question: what people wrote in it. sampling: resolved. fit: with max_tokens filled in.
+        Raises OptionError for ids that the tokenizer does not have, or what this model cannot show.
+        """
         n_ids, n_layers = self.model.tokenizer.n_ids, self.model.config.num_hidden_layers
         check_ids(ids, n_ids)
         if not all(callable(processor) for processor in logits_processors):

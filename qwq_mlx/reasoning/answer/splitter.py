@@ -105,6 +105,17 @@ class Splitter:
             return "thinking" if self._reply is None else "answer"
         return "answer" if self._marked is not None and not self._marked.is_revised else "thinking"
 
+    @property
+    def answer_char(self) -> int | None:
+        """The character at which the answer begins, as far as known; None in the thinking."""
+        candidate = self._reply or self._marked
+        return None if self.segment == "thinking" or candidate is None else candidate.place.char
+
+    @property
+    def thinking_char(self) -> int:
+        """The character at which the thinking begins: behind the tag that opens it."""
+        return self._thinking_chars[0]
+
     def finish(self, *, is_ended: bool = True) -> Split:
         """The final split; feed nothing after it.
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from splitting import split
 
 from qwq_mlx.reasoning.answer import Split, Splitter
-from qwq_mlx.reasoning.profile import find_profile
+from qwq_mlx.reasoning.profile import Profile, find_profile
 
 PREVIEW, TAGGED = find_profile("qwq-preview"), find_profile("qwq-tagged")
 TAG_PROMPT = "Enclose the answer in the <ANSWER> tag, for example: <ANSWER>1</ANSWER>."
@@ -326,3 +326,23 @@ def test_code_is_no_answer_where_nobody_asked_for_code() -> None:
     splitter = Splitter(PREVIEW, prompt="What is 2 + 2?")
     splitter.feed(text)
     assert splitter.finish().answer is None
+
+
+@pytest.mark.parametrize(
+    ("profile", "text", "thinking_char"),
+    [
+        (PREVIEW, f"2 + 2 is 4.\n\n**Final Answer**\n\n\\[ {BOX}{{4}} \\]", 0),
+        (PREVIEW, f"Sum. So it is {BOX}{{4}}.", 0),
+        (TAGGED, "<think>2 + 2</think>\n\nIt is 4.", len("<think>")),
+    ],
+)
+def test_where_the_answer_begins_is_known_while_it_is_written(profile: Profile, text: str, thinking_char: int) -> None:
+    splitter = Splitter(profile, prompt="2 + 2")
+    places = []
+    for token in re.findall(r"<think>|</think>|.", text, re.DOTALL):
+        splitter.feed(token)
+        places.append(splitter.answer_char)
+    found = splitter.finish()
+    assert found.conclusion_chars is not None
+    assert places[0] is None and places[-1] == found.conclusion_chars[0]
+    assert splitter.thinking_char == found.thinking_chars[0] == thinking_char
