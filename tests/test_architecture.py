@@ -7,8 +7,6 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).resolve().parent.parent / "qwq_mlx"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -69,82 +67,82 @@ def _layer(room: str) -> int:
     return next(index for index, rooms in enumerate(LAYERS) if room in rooms)
 
 
-@pytest.mark.parametrize("path", FILES, ids=_name)
-def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
-    room = _room(path)
-    if room in {"__init__", "__main__"}:
-        return
-    for module in _imported(_tree(path)):
-        parts = module.split(".")
-        if parts[0] != "qwq_mlx" or parts[1] in {room, "__version__"}:
+def test_a_room_imports_only_rooms_below_it() -> None:
+    for path in FILES:
+        room = _room(path)
+        if room in {"__init__", "__main__"}:
             continue
-        is_shared = _name(path) in COMMANDS and parts[1] in SHARED_BY_COMMANDS
-        assert is_shared or _layer(parts[1]) < _layer(room), f"{_name(path)} imports {module}"
+        for module in _imported(_tree(path)):
+            parts = module.split(".")
+            if parts[0] != "qwq_mlx" or parts[1] in {room, "__version__"}:
+                continue
+            is_shared = _name(path) in COMMANDS and parts[1] in SHARED_BY_COMMANDS
+            assert is_shared or _layer(parts[1]) < _layer(room), f"{_name(path)} imports {module}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=_name)
-def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
-    without_mlx = {"errors", "facts", "files", "reasoning", "options", "trace", "pocket"}
-    homes = {"mlx_lm": {"model", "engine", "bench"}, "transformers": {"model", "bench"}, "torch": set()}
-    for module in _imported(_tree(path)):
-        top = module.split(".")[0]
-        assert top not in homes or _room(path) in homes[top], f"{_name(path)} imports {module}"
-        assert top != "mlx" or _room(path) not in without_mlx, f"{_name(path)} imports {module}"
+def test_heavy_libraries_stay_in_their_rooms() -> None:
+    for path in FILES:
+        without_mlx = {"errors", "facts", "files", "reasoning", "options", "trace", "pocket"}
+        homes = {"mlx_lm": {"model", "engine", "bench"}, "transformers": {"model", "bench"}, "torch": set()}
+        for module in _imported(_tree(path)):
+            top = module.split(".")[0]
+            assert top not in homes or _room(path) in homes[top], f"{_name(path)} imports {module}"
+            assert top != "mlx" or _room(path) not in without_mlx, f"{_name(path)} imports {module}"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__main__.py"], ids=_name)
-def test_only_a_main_prints_parses_or_exits(path: Path) -> None:
-    tree = _tree(path)
-    names = {module.split(".")[0] for module in _imported(tree)}
-    assert "argparse" not in names or _name(path) == "cli/command.py"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in {"print", "exit", "quit", "sys.exit", "os._exit"}, f"{_name(path)} calls {called}"
-        assert not (isinstance(node, ast.Name) and node.id == "SystemExit"), _name(path)
+def test_only_a_main_prints_parses_or_exits() -> None:
+    for path in (path for path in FILES if path.name != "__main__.py"):
+        tree = _tree(path)
+        names = {module.split(".")[0] for module in _imported(tree)}
+        assert "argparse" not in names or _name(path) == "cli/command.py", _name(path)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"print", "exit", "quit", "sys.exit", "os._exit"}, f"{_name(path)} calls {called}"
+            assert not (isinstance(node, ast.Name) and node.id == "SystemExit"), _name(path)
 
 
-@pytest.mark.parametrize("path", FILES, ids=_name)
-def test_files_and_functions_stay_readable(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= MAX_FILE_LINES
-    for node in ast.walk(_tree(path)):
-        if isinstance(node, ast.FunctionDef):
-            docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
-            length = (node.end_lineno or 0) - node.lineno + 1 - docstring
-            assert length <= MAX_FUNCTION_LINES, f"{_name(path)}: {node.name} has {length} lines"
-            passed_on = node.args.kwarg is not None and node.name != "__exit__"
-            assert not passed_on, f"{_name(path)}: {node.name} takes **{node.args.kwarg and node.args.kwarg.arg}"
+def test_files_and_functions_stay_readable() -> None:
+    for path in FILES:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= MAX_FILE_LINES, _name(path)
+        for node in ast.walk(_tree(path)):
+            if isinstance(node, ast.FunctionDef):
+                docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
+                length = (node.end_lineno or 0) - node.lineno + 1 - docstring
+                assert length <= MAX_FUNCTION_LINES, f"{_name(path)}: {node.name} has {length} lines"
+                passed_on = node.args.kwarg is not None and node.name != "__exit__"
+                assert not passed_on, f"{_name(path)}: {node.name} takes **{node.args.kwarg and node.args.kwarg.arg}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=_name)
-def test_nothing_is_swallowed_and_nothing_executed(path: Path) -> None:
-    assert not {module.split(".")[0] for module in _imported(_tree(path))} & UNPICKLING, _name(path)
-    for node in ast.walk(_tree(path)):
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"{_name(path)}:{node.lineno}"
-            if ast.unparse(node.type) in {"Exception", "BaseException"}:
-                assert _passes_on(node), f"{_name(path)}:{node.lineno}"
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in EXECUTING, _name(path)
-            if called == "mx.load":
-                assert any(keyword.arg == "format" for keyword in node.keywords), "the name would choose the format"
-        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            assert ast.unparse(node.value) == "False", _name(path)
-    assert path.name not in {"utils.py", "helpers.py", "common.py"}
+def test_nothing_is_swallowed_and_nothing_executed() -> None:
+    for path in FILES:
+        assert not {module.split(".")[0] for module in _imported(_tree(path))} & UNPICKLING, _name(path)
+        for node in ast.walk(_tree(path)):
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None, f"{_name(path)}:{node.lineno}"
+                if ast.unparse(node.type) in {"Exception", "BaseException"}:
+                    assert _passes_on(node), f"{_name(path)}:{node.lineno}"
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in EXECUTING, _name(path)
+                if called == "mx.load":
+                    assert any(keyword.arg == "format" for keyword in node.keywords), "the name would choose the format"
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) == "False", _name(path)
+        assert path.name not in {"utils.py", "helpers.py", "common.py"}, _name(path)
 
 
 DOORS = ("qwq_mlx.reasoning.answer", "qwq_mlx.reasoning.loops")  # folders of which others import only the door
 
 
-@pytest.mark.parametrize("path", FILES, ids=_name)
-def test_a_folder_with_a_door_is_entered_by_the_door(path: Path) -> None:
-    inside = ".".join(["qwq_mlx", *path.relative_to(PACKAGE).parts[:-1]])
-    for module in _imported(_tree(path)):
-        for door in DOORS:
-            if inside != door and module.startswith(f"{door}."):
-                assert module.removeprefix(f"{door}.") in _exported(door), f"{_name(path)} imports {module}"
+def test_a_folder_with_a_door_is_entered_by_the_door() -> None:
+    for path in FILES:
+        inside = ".".join(["qwq_mlx", *path.relative_to(PACKAGE).parts[:-1]])
+        for module in _imported(_tree(path)):
+            for door in DOORS:
+                if inside != door and module.startswith(f"{door}."):
+                    assert module.removeprefix(f"{door}.") in _exported(door), f"{_name(path)} imports {module}"
 
 
 def _exported(door: str) -> list[str]:

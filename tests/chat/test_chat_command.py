@@ -10,7 +10,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from commands import ENVIRONMENT
+from commands import ENVIRONMENT, start
 
 from qwq_mlx.chat import __main__ as command
 from qwq_mlx.chat import reader
@@ -248,13 +247,9 @@ def test_at_a_terminal_lines_are_edited_and_the_prompt_shows_what_is_left(
     main, side = pty.openpty()
     given = ["--model", str(tiny_checkpoint), "--max-tokens", "4", "--seed", "4"]
     environment = {**ENVIRONMENT, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "qwq_mlx.chat", *given],
-        stdin=side,
-        stdout=subprocess.PIPE,
-        stderr=side,
-        env=environment,
-    )
+    with (tmp_path / "text").open("wb") as text:
+        streams = {"stdin": side, "stdout": text.fileno(), "stderr": side}
+        process = start("qwq_mlx.chat", *given, environment=environment, **streams)
     os.close(side)
     seen = b""
 
@@ -275,7 +270,6 @@ def test_at_a_terminal_lines_are_edited_and_the_prompt_shows_what_is_left(
     wait_for(b"left] >")
     os.write(main, b"/quit\r")
     assert process.wait(timeout=30) == 0
-    assert process.stdout is not None and process.stdout.read()
-    process.stdout.close()
+    assert (tmp_path / "text").read_bytes()
     os.close(main)
     assert "one" in (tmp_path / "qwq_mlx" / "chat_history").read_text()

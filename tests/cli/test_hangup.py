@@ -7,23 +7,19 @@ import os
 import pty
 import select
 import signal
-import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
-from commands import ENVIRONMENT
+from commands import PLAIN, Process, piped, start
 
 from qwq_mlx.cli.signals import Interruption
 from qwq_mlx.generate.reasoner import Reasoner, load
 
-PLAIN = {**ENVIRONMENT, "NO_COLOR": "1"}
-# Makes stdin the terminal that controls the process, so that closing it sends SIGHUP.
-ON_TERMINAL = (
-    "import fcntl, runpy, termios\n"
-    "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-    "runpy.run_module('qwq_mlx.generate', run_name='__main__', alter_sys=True)\n"
-)
+MODULE = "qwq_mlx.generate"
 
 
 class Stopped:
@@ -46,19 +42,12 @@ def endless(model: Path, *given: str) -> list[str]:
     return ["-p", "x", "--model", str(model), "--temp", "0", "--on-loop", "off", *bans, *given]
 
 
-def running(folder: Path, model: Path, *given: str) -> subprocess.Popen[bytes]:
-    """The command in a folder, with pipes, once its first byte of text has come."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "qwq_mlx.generate", *endless(model, *given)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=PLAIN,
-        cwd=folder,
-    )
-    assert process.stdout is not None
-    process.stdout.read(1)
-    return process
+@contextmanager
+def running(folder: Path, model: Path, *given: str) -> Iterator[tuple[Process, IO[bytes], IO[bytes]]]:
+    """The command in a folder, with stdout and stderr, once its first byte of text has come."""
+    with piped(MODULE, *endless(model, *given), cwd=folder) as (process, stdout, stderr):
+        stdout.read(1)
+        yield process, stdout, stderr
 
 
 def test_a_hangup_stops_the_run_once_and_another_signal_then_ends_at_once() -> None:
@@ -98,14 +87,15 @@ def test_a_command_that_is_to_outlive_its_terminal_does() -> None:
 
 def test_a_closed_terminal_saves_the_run(tmp_path: Path, tiny_checkpoint: Path) -> None:
     leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", ON_TERMINAL, *endless(tiny_checkpoint, "--save", "mine")],
+    process = start(
+        MODULE,
+        *endless(tiny_checkpoint, "--save", "mine"),
         stdin=follower,
         stdout=follower,
         stderr=follower,
         cwd=tmp_path,
-        env=PLAIN,
-        start_new_session=True,
+        environment=PLAIN,
+        on_terminal=True,
     )
     try:
         os.close(follower)
@@ -127,11 +117,10 @@ def test_a_closed_terminal_saves_the_run(tmp_path: Path, tiny_checkpoint: Path) 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_saves_a_run_that_goes_on(number: signal.Signals, tmp_path: Path, tiny_checkpoint: Path) -> None:
     path = tmp_path / "mine"
-    with running(tmp_path, tiny_checkpoint, "--save", str(path)) as process:
-        assert process.stdout is not None and process.stderr is not None
+    with running(tmp_path, tiny_checkpoint, "--save", str(path)) as (process, stdout, stderr):
         process.send_signal(number)
-        process.stdout.read()
-        assert b"Traceback" not in process.stderr.read()
+        stdout.read()
+        assert b"Traceback" not in stderr.read()
         assert process.wait(timeout=60) == 128 + number
     assert next(loaded(tiny_checkpoint).resume(path)).index > 0
 
@@ -144,11 +133,10 @@ def test_without_save_a_run_cut_short_is_kept_unless_no_save_is_given(
     number: signal.Signals, flags: tuple[str, ...], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     """Nobody could be asked, and hours may be in it."""
-    with running(tmp_path, tiny_checkpoint, *flags) as process:
-        assert process.stdout is not None and process.stderr is not None
+    with running(tmp_path, tiny_checkpoint, *flags) as (process, stdout, stderr):
         process.send_signal(number)
-        process.stdout.read()
-        shown = process.stderr.read().decode()
+        stdout.read()
+        shown = stderr.read().decode()
         assert process.wait(timeout=60) == 128 + number
     kept = list(tmp_path.iterdir())
     assert len(kept) == (0 if flags else 1)
@@ -159,13 +147,12 @@ def test_without_save_a_run_cut_short_is_kept_unless_no_save_is_given(
 
 def test_a_signal_that_ends_the_reader_first_keeps_the_run(tmp_path: Path, tiny_checkpoint: Path) -> None:
     """Ctrl-C in `generate ... | tee` ends tee at once, and the run met a broken pipe on its way to the end."""
-    with running(tmp_path, tiny_checkpoint) as process:
-        assert process.stdout is not None and process.stderr is not None
+    with running(tmp_path, tiny_checkpoint) as (process, stdout, stderr):
         process.send_signal(signal.SIGSTOP)  # so that it meets both at once
-        process.stdout.close()
+        stdout.close()
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGCONT)
-        shown = process.stderr.read().decode()
+        shown = stderr.read().decode()
         assert process.wait(timeout=60) == 130
     (path,) = tmp_path.iterdir()
     assert f"saved: go on with --resume {path.name}\n" in shown and "Traceback" not in shown
@@ -174,10 +161,9 @@ def test_a_signal_that_ends_the_reader_first_keeps_the_run(tmp_path: Path, tiny_
 
 def test_a_reader_that_leaves_costs_nothing_that_was_to_be_saved(tmp_path: Path, tiny_checkpoint: Path) -> None:
     path = tmp_path / "mine"
-    with running(tmp_path, tiny_checkpoint, "--save", str(path)) as process:
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.close()
-        shown = process.stderr.read()
+    with running(tmp_path, tiny_checkpoint, "--save", str(path)) as (process, stdout, stderr):
+        stdout.close()
+        shown = stderr.read()
         assert process.wait(timeout=60) == 0
     assert f"saved: go on with --resume {path}\n".encode() in shown and b"Traceback" not in shown
     assert next(loaded(tiny_checkpoint).resume(path)).index > 0

@@ -9,27 +9,19 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT
+from commands import PLAIN, start
 
 from qwq_mlx.cli.signals import QUESTION, Interruption
 from qwq_mlx.generate.reasoner import Reasoner, load
 
-PLAIN = {**ENVIRONMENT, "NO_COLOR": "1"}
 CTRL_C = b"\x03"
 N_STARTS = 6
 ASKED = QUESTION.strip()
-# Makes stdin the terminal that controls the process, so that its keys send signals.
-ON_TERMINAL = (
-    "import fcntl, runpy, termios\n"
-    "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-    "runpy.run_module('qwq_mlx.generate', run_name='__main__', alter_sys=True)\n"
-)
 
 
 @functools.cache
@@ -44,16 +36,16 @@ class Terminal:
         bans = [f"--logit-bias={i}=-inf" for i in loaded(model).model.stop_ids]
         self._leader, follower = pty.openpty()
         self.shown = b""
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", ON_TERMINAL, "-p", "x", "--model", str(model), "--temp", "0",
-             "--on-loop", "off", *bans, *given],
+        self.process = start(
+            "qwq_mlx.generate",
+            *("-p", "x", "--model", str(model), "--temp", "0", "--on-loop", "off", *bans, *given),
             stdin=follower,
             stdout=follower,
             stderr=follower,
             cwd=folder,
-            env=PLAIN,
-            start_new_session=True,
-        )  # fmt: skip
+            environment=PLAIN,
+            on_terminal=True,
+        )
         os.close(follower)
 
     def type(self, keys: bytes) -> None:
@@ -105,7 +97,7 @@ def terminals() -> Iterator[list[Terminal]]:
         each.close()
 
 
-def start(terminals: list[Terminal], folder: Path, model: Path, *given: str) -> Terminal:
+def interrupted(terminals: list[Terminal], folder: Path, model: Path, *given: str) -> Terminal:
     """A run whose Ctrl-C was answered with the question.
 
     About one key in ten, on a busy machine, the terminal shows ^C and the kernel sends nobody a signal (a handler's
@@ -126,7 +118,7 @@ def start(terminals: list[Terminal], folder: Path, model: Path, *given: str) -> 
 def test_answer_now_asks_for_the_answer_and_the_command_ends_well(
     terminals: list[Terminal], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    terminal = start(terminals, tmp_path, tiny_checkpoint, "--answer-tokens", "5")
+    terminal = interrupted(terminals, tmp_path, tiny_checkpoint, "--answer-tokens", "5")
     terminal.type(b"a\n")
     assert terminal.end() == 0, terminal.shown
     assert b"**Final Answer**" in terminal.shown and b"answered: the answer was asked for" in terminal.shown
@@ -136,7 +128,7 @@ def test_answer_now_asks_for_the_answer_and_the_command_ends_well(
 def test_an_unknown_key_asks_again_and_stop_ends_the_run(
     terminals: list[Terminal], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    terminal = start(terminals, tmp_path, tiny_checkpoint, "--save", "mine")
+    terminal = interrupted(terminals, tmp_path, tiny_checkpoint, "--save", "mine")
     terminal.type(b"x\n")
     terminal.wait_for(ASKED, 2)
     terminal.type(b"t\n")
@@ -146,7 +138,7 @@ def test_an_unknown_key_asks_again_and_stop_ends_the_run(
 
 
 def test_enter_goes_on_to_the_end(terminals: list[Terminal], tmp_path: Path, tiny_checkpoint: Path) -> None:
-    terminal = start(terminals, tmp_path, tiny_checkpoint)
+    terminal = interrupted(terminals, tmp_path, tiny_checkpoint)
     terminal.type(b"\n")
     assert terminal.end() == 0, terminal.shown
     assert b"context_full: " in terminal.shown
@@ -155,7 +147,7 @@ def test_enter_goes_on_to_the_end(terminals: list[Terminal], tmp_path: Path, tin
 
 
 def test_stop_leaves_nothing_behind(terminals: list[Terminal], tmp_path: Path, tiny_checkpoint: Path) -> None:
-    terminal = start(terminals, tmp_path, tiny_checkpoint)
+    terminal = interrupted(terminals, tmp_path, tiny_checkpoint)
     terminal.type(b"t\n")
     assert terminal.end() == 130, terminal.shown
     assert list(tmp_path.iterdir()) == []
@@ -164,7 +156,7 @@ def test_stop_leaves_nothing_behind(terminals: list[Terminal], tmp_path: Path, t
 def test_save_writes_a_run_that_goes_on_under_a_name_with_the_time(
     terminals: list[Terminal], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    terminal = start(terminals, tmp_path, tiny_checkpoint)
+    terminal = interrupted(terminals, tmp_path, tiny_checkpoint)
     terminal.type(b"s\n")
     assert terminal.end() == 130, terminal.shown
     (saved,) = tmp_path.iterdir()
@@ -174,7 +166,7 @@ def test_save_writes_a_run_that_goes_on_under_a_name_with_the_time(
 
 
 def test_a_second_ctrl_c_ends_at_once(terminals: list[Terminal], tmp_path: Path, tiny_checkpoint: Path) -> None:
-    terminal = start(terminals, tmp_path, tiny_checkpoint, "--save", "mine")
+    terminal = interrupted(terminals, tmp_path, tiny_checkpoint, "--save", "mine")
     for _ in range(N_STARTS):  # a lost key leaves the question open
         terminal.type(CTRL_C)
         if terminal.ends_within(5):

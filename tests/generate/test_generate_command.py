@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from checkpoints import write_json
-from commands import ENVIRONMENT
+from commands import ENVIRONMENT, piped, run, start
 
 import qwq_mlx
 from qwq_mlx import default_model
@@ -32,29 +32,12 @@ from qwq_mlx.trace.trace import Trace
 
 pytestmark = pytest.mark.tiny
 
-# The checkout's package, wherever the command runs.
-Done = subprocess.CompletedProcess[bytes]
 SUMMARY = re.compile(
     r"(\w+): .+; prompt \d+ tokens at [\d,.]+ tok/s, output \d+ tokens( at [\d,.]+ tok/s)?, peak memory \d+\.\d\d GB"
 )
 
 
-def arguments(*given: str) -> list[str]:
-    return [sys.executable, "-W", "error", "-m", "qwq_mlx.generate", *given]
-
-
-def run(*given: str, stdin: bytes | None = None, cwd: Path | None = None, **environment: str) -> Done:
-    """The command in a process of its own, with stdin closed unless it is given."""
-    return subprocess.run(
-        arguments(*given),
-        input=stdin,
-        stdin=subprocess.DEVNULL if stdin is None else None,
-        capture_output=True,
-        timeout=120,
-        cwd=cwd,
-        env={**ENVIRONMENT, **environment},
-        check=False,
-    )
+MODULE = "qwq_mlx.generate"
 
 
 @pytest.fixture
@@ -73,7 +56,9 @@ def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_text_goes_to_stdout_and_the_last_line_of_stderr_says_why_it_stopped(tiny_checkpoint: Path) -> None:
-    done = run("--prompt", "Hé <|im_end|>", "--model", str(tiny_checkpoint), "--max-tokens", "12", "--seed", "5")
+    done = run(
+        MODULE, "--prompt", "Hé <|im_end|>", "--model", str(tiny_checkpoint), "--max-tokens", "12", "--seed", "5"
+    )
     reasoner = load(tiny_checkpoint)
     trace = reasoner.generate("Hé <|im_end|>", sampling=Sampling(seed=5), limits=Limits(max_tokens=12))
     assert done.returncode == 0
@@ -87,6 +72,7 @@ def test_text_goes_to_stdout_and_the_last_line_of_stderr_says_why_it_stopped(tin
 
 def test_json_prints_the_whole_trace_as_one_line(tiny_checkpoint: Path) -> None:
     done = run(
+        MODULE,
         "-p",
         "-",
         "--model",
@@ -147,7 +133,7 @@ def test_wrong_usage_is_one_message_and_code_2(
 
 
 def test_wrong_usage_ends_the_process_before_anything_else_happens(tmp_path: Path) -> None:
-    done = run("-p", "x", "--temp", "-1", "--model", "nowhere", cwd=tmp_path)
+    done = run(MODULE, "-p", "x", "--temp", "-1", "--model", "nowhere", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.decode() == "error: --temp is -1.0, expected a number from 0 to 100.\n"
     assert list(tmp_path.iterdir()) == []
@@ -208,7 +194,7 @@ def test_a_wrong_model_folder_is_one_message_and_code_1(
 
 def test_a_damaged_model_ends_the_process_with_code_1_and_no_traceback(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = damaged("truncated shard", tiny_checkpoint, tmp_path / "model")
-    done = run("-p", "x", "--model", str(folder), cwd=tmp_path)
+    done = run(MODULE, "-p", "x", "--model", str(folder), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.decode().startswith(f"error: {folder}") and b"Traceback" not in done.stderr
 
@@ -279,18 +265,11 @@ def test_an_interrupted_run_ends_cleanly_with_what_was_produced(
     number: signal.Signals, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     bans = [f"--logit-bias={i}=-inf" for i in load(tiny_checkpoint).model.stop_ids]
-    with subprocess.Popen(
-        arguments("-p", "x", "--model", str(tiny_checkpoint), "--temp", "0", *bans),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-        cwd=tmp_path,
-    ) as process:
-        assert process.stderr is not None and process.stdout is not None
-        shown = process.stdout.read(1)
+    given = ("-p", "x", "--model", str(tiny_checkpoint), "--temp", "0", *bans)
+    with piped(MODULE, *given, cwd=tmp_path) as (process, out, err):
+        shown = out.read(1)
         process.send_signal(number)
-        shown, stderr = shown + process.stdout.read(), process.stderr.read()
+        shown, stderr = shown + out.read(), err.read()
         code = process.wait(timeout=60)
     assert b"Traceback" not in stderr
     last = SUMMARY.fullmatch(stderr.decode().strip().splitlines()[-1])
@@ -336,43 +315,27 @@ def test_logits_that_are_not_finite_are_one_message_and_nothing_shown_is_lost(
 
 
 def test_two_processes_at_once_answer_as_one_does(tiny_checkpoint: Path) -> None:
-    given = arguments("-p", "x", "--model", str(tiny_checkpoint), "--seed", "4", "--max-tokens", "30")
-    both = [
-        subprocess.Popen(
-            given, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENVIRONMENT
-        )
-        for _ in range(2)
-    ]
-    texts = [process.communicate(timeout=120)[0] for process in both]
+    given = ("-p", "x", "--model", str(tiny_checkpoint), "--seed", "4", "--max-tokens", "30")
+    with piped(MODULE, *given) as (one, first, _), piped(MODULE, *given) as (other, second, _):
+        texts = [first.read(), second.read()]
+        codes = [one.wait(timeout=60), other.wait(timeout=60)]
     alone = load(tiny_checkpoint).generate("x", sampling=Sampling(seed=4), limits=Limits(max_tokens=30)).text
     assert [text.decode() for text in texts] == [alone, alone]
-    assert [process.returncode for process in both] == [0, 0]
+    assert codes == [0, 0]
 
 
 def test_a_closed_stdout_ends_the_command_without_a_word(tiny_checkpoint: Path) -> None:
-    with subprocess.Popen(
-        arguments("-p", "x", "--model", str(tiny_checkpoint), "--quiet"),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        assert process.stderr is not None and process.stdout is not None
-        process.stdout.close()
-        assert (process.stderr.read(), process.wait(timeout=60)) == (b"", 0)
+    with piped(MODULE, "-p", "x", "--model", str(tiny_checkpoint), "--quiet") as (process, stdout, stderr):
+        stdout.close()
+        assert (stderr.read(), process.wait(timeout=60)) == (b"", 0)
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full, which only Linux has")
 @pytest.mark.parametrize("given", [[], ["--json"]])
 def test_a_full_disk_under_stdout_is_one_message(given: list[str], tiny_checkpoint: Path) -> None:
+    given = ["-p", "x", "--model", str(tiny_checkpoint), "--max-tokens", "9", "--quiet", *given]
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(
-            arguments("-p", "x", "--model", str(tiny_checkpoint), "--max-tokens", "9", "--quiet", *given),
-            stdin=subprocess.DEVNULL,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            timeout=120,
-            check=False,
-        )
+        done = run(MODULE, *given, stdout=full.fileno())
     expected = b"error: stdout: cannot be written (No space left on device). Make room, or send it elsewhere.\n"
     assert (done.returncode, done.stderr) == (3, expected)
 
@@ -382,25 +345,16 @@ def test_on_a_terminal_the_thinking_is_dimmed_and_escapes_are_shown_not_obeyed(
     environment: dict[str, str], tiny_checkpoint: Path
 ) -> None:
     leader, follower = pty.openpty()
-    with subprocess.Popen(
-        # the id of the byte ESC is drawn again and again
-        arguments(
-            "-p",
-            "x",
-            "--model",
-            str(tiny_checkpoint),
-            "--temp",
-            "0",
-            "--max-tokens",
-            "3",
-            _bias_to("\x1b", tiny_checkpoint),
-        ),
-        stdin=subprocess.DEVNULL,
+    # the id of the byte ESC is drawn again and again
+    given = ("-p", "x", "--model", str(tiny_checkpoint), "--temp", "0", "--max-tokens", "3")
+    process = start(
+        MODULE,
+        *given,
+        _bias_to("\x1b", tiny_checkpoint),
         stdout=follower,
-        stderr=subprocess.DEVNULL,
-        env={**ENVIRONMENT, "TERM": "xterm", **environment},
-    ) as process:
-        assert process.wait(timeout=60) == 0
+        environment={**ENVIRONMENT, "TERM": "xterm", **environment},
+    )
+    assert process.wait(timeout=60) == 0
     os.close(follower)
     shown = os.read(leader, 10_000).decode()
     os.close(leader)
@@ -567,15 +521,8 @@ def test_no_file_that_is_somebodys_is_written_and_none_is_found_out_after_the_ru
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("module", ["fit --ram 16", "fit --json"])
 def test_a_full_disk_behind_stdout_is_exit_code_3(module: str) -> None:
-    arguments = module.split()
-    with open("/dev/full", "w") as full:  # noqa: PTH123
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-m", f"qwq_mlx.{arguments[0]}", *arguments[1:]],
-            check=False,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT,
-        )
-    expected = "error: stdout: cannot be written (No space left on device). Make room, or send it elsewhere.\n"
-    assert done.returncode == 3 and done.stderr.endswith(expected) and "Traceback" not in done.stderr
+    name, *given = module.split()
+    with Path("/dev/full").open("wb") as full:
+        done = run(f"qwq_mlx.{name}", *given, stdout=full.fileno())
+    expected = b"error: stdout: cannot be written (No space left on device). Make room, or send it elsewhere.\n"
+    assert done.returncode == 3 and done.stderr.endswith(expected) and b"Traceback" not in done.stderr

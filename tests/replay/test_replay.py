@@ -7,8 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from checkpoints import write_tiny_checkpoint
-from commands import ENVIRONMENT
+from commands import run
 
 from qwq_mlx.errors import OptionError, SavingError, SourceError
 from qwq_mlx.generate import __main__ as generate
@@ -227,13 +225,7 @@ def test_the_commands_write_a_receipt_and_repeat_it(
     assert generate.main(asked) == 0
     text = capfd.readouterr().out
     assert read_receipt(path).text_sha256 == hashlib.sha256(text.encode()).hexdigest()
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "qwq_mlx.replay", *given(known_checkpoint, path)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
+    done = run("qwq_mlx.replay", *given(known_checkpoint, path))
     assert (done.returncode, done.stdout) == (0, b"the same: 9 of 9 tokens were compared\n")
     assert done.stderr == b""
 

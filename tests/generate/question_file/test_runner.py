@@ -8,8 +8,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ENVIRONMENT
+from commands import piped, run, start
 
 from qwq_mlx.cli.terminal import batch_line
 from qwq_mlx.errors import ConversionError, GenerationError, OptionError, SavingError, SourceError, TemplateLimitError
@@ -545,22 +543,20 @@ def test_a_line_says_what_was_answered_how_far_the_file_is_and_how_fast() -> Non
     assert batch_line(replace(later, last={"id": 4, "error": "It broke."})).startswith("4: It broke.; 6 of 10")
 
 
-def arguments(whole: Path, output: Path, model: Path) -> list[str]:
-    given = f"--input {whole / 'in.jsonl'} --output {output} --model {model} --seed 5 --temp 1 --max-tokens 6"
-    return [sys.executable, "-W", "error", "-m", "qwq_mlx.generate", *given.split()]
+def arguments(source: Path, output: Path, model: Path) -> list[str]:
+    return f"--input {source} --output {output} --model {model} --seed 5 --temp 1 --max-tokens 6".split()
 
 
 def test_the_command_killed_with_lines_on_the_disk_goes_on(whole: Path, known_checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    process = subprocess.Popen(arguments(whole, output, known_checkpoint), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    given = arguments(whole / "in.jsonl", output, known_checkpoint)
+    process = start("qwq_mlx.generate", *given)
     deadline = time.monotonic() + 100
     while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = subprocess.run(
-        arguments(whole, output, known_checkpoint), env=ENVIRONMENT, capture_output=True, timeout=100, check=False
-    )
+    done = run("qwq_mlx.generate", *given)
     assert done.returncode == 1 and done.stdout == b""
     assert b"out.jsonl: 1 questions were not answered" in done.stderr
     assert b"5 of 5 questions" in done.stderr
@@ -590,13 +586,10 @@ def test_a_signal_ends_the_batch_with_its_lines_and_the_way_on(
 ) -> None:
     source = write_lines(tmp_path / "in.jsonl", [{"question": f"number {i}"} for i in range(400)])
     output = tmp_path / "out.jsonl"
-    given = arguments(whole, output, known_checkpoint)
-    given[given.index("--input") + 1] = str(source)
-    with subprocess.Popen(given, env=ENVIRONMENT, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
-        assert process.stderr is not None
-        assert b"1 of 400 questions" in process.stderr.readline()
+    with piped("qwq_mlx.generate", *arguments(source, output, known_checkpoint)) as (process, _, stderr):
+        assert b"1 of 400 questions" in stderr.readline()
         process.send_signal(signal.SIGTERM)
-        rest = process.stderr.read().decode()
+        rest = stderr.read().decode()
         code = process.wait(timeout=60)
     n_done = len(compared(output))
     assert code == 143 and 1 <= n_done < 400 and output.read_bytes().endswith(b"\n")
