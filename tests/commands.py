@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -133,7 +133,8 @@ class _Forked:
         self._code: int | None = None
 
     def send_signal(self, number: int, /) -> None:
-        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):  # it has ended; Popen says nothing either
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         if self._code is None:
