@@ -1,0 +1,118 @@
+"""The application: paths of every dialect, each request's way from body to answer, and what goes wrong on it.
+
+Does not: know what stands in any body, or touch the model (`worker` does).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from qwq_mlx.serve.api_error import ApiError
+from qwq_mlx.serve.body import dumped, read_json
+from qwq_mlx.serve.dialects import openai
+from qwq_mlx.serve.dialects.errors import error_response
+from qwq_mlx.serve.dialects.fields import check_model
+from qwq_mlx.serve.jobs import Ask
+from qwq_mlx.serve.responding import JobResponse, Writer
+from qwq_mlx.serve.security import Doors
+from qwq_mlx.serve.settings import Settings
+from qwq_mlx.serve.worker import Worker
+
+__all__ = ["make_app"]
+
+Endpoint = Callable[[Request], Awaitable[Any]]
+
+
+def make_app(worker: Worker, settings: Settings, *, log: Callable[[str], None] = lambda line: None) -> ASGIApp:
+    """The whole application, behind its doors. log: takes a line for each request, without what it says."""
+    server = _Server(worker, settings)
+    routes = [
+        Route("/health", server.health, methods=["GET"]),
+        Route("/v1/models", server.models, methods=["GET"]),
+        Route("/v1/models/{name:path}", server.model, methods=["GET"]),
+        Route(openai.PATH, server.chat, methods=["POST"]),
+    ]
+    app = Starlette(
+        routes=routes,
+        exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_bug},
+    )
+    return Doors(app, settings=settings, log=log)
+
+
+class _Server:
+    """The endpoints."""
+
+    def __init__(self, worker: Worker, settings: Settings) -> None:
+        self._worker, self._settings = worker, settings
+        self._started = int(time.time())
+
+    async def health(self, request: Request) -> Response:
+        """Whether requests are answered."""
+        state = self._worker.state
+        body = {"status": {"ready": "ok"}.get(state, state), "running": self._worker.n_running}
+        return _json({**body, "waiting": self._worker.n_waiting}, status=200 if state == "ready" else 503)
+
+    async def models(self, request: Request) -> Response:
+        """The one model, as a list."""
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        """The one model."""
+        check_model(request.path_params["name"], self._worker.card.name)
+        return _json(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        card = self._worker.card
+        return {
+            "id": card.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "qwq-mlx",
+            "max_model_len": card.context,
+        }
+
+    async def chat(self, request: Request) -> JobResponse:
+        """OpenAI's chat completions."""
+        body = await self._body(request)
+        model = self._worker.card
+        ask, writer, streams = openai.read_chat(
+            body, settings=self._settings, model=model.name, joins_thinking=not model.has_tags
+        )
+        return await self._answer(ask, writer, streams=streams)
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        return await read_json(request, max_bytes=self._settings.body_bytes)
+
+    async def _answer(self, ask: Ask, writer: Writer, *, streams: bool) -> JobResponse:
+        job = await self._worker.prepare(ask)
+        self._worker.submit(job)
+        return JobResponse(job, writer, streams=streams, heartbeat_s=self._settings.heartbeat_s)
+
+
+def _json(value: Any, *, status: int = 200) -> Response:
+    return Response(dumped(value), status_code=status, media_type="application/json")
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    return error_response(cast("ApiError", error), request.url.path)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    status = cast("HTTPException", error).status_code
+    path, code = request.url.path, {404: "not_found", 405: "method_not_allowed"}.get(status)
+    message = {404: f"There is nothing at {path[:200]}.", 405: f"{request.method} is not what {path[:200]} takes."}
+    return error_response(ApiError(status, message.get(status, f"HTTP status {status}."), code=code), path)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    told = ApiError(500, f"The server has a fault: {type(error).__name__}.", code="internal_error")
+    return error_response(told, request.url.path)

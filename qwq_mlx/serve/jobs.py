@@ -1,0 +1,153 @@
+"""What passes between the HTTP side and the thread that owns the model: an `Ask` becomes a `Job`, its events come back.
+
+Does not: know HTTP, a dialect, or MLX.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qwq_mlx.options import Sampling, Thinking
+from qwq_mlx.serve.api_error import ApiError
+
+if TYPE_CHECKING:
+    from qwq_mlx.generate.request import Request
+
+__all__ = ["Ask", "Delta", "Ended", "Event", "Failed", "Job", "LogprobEntry", "Usage"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What a client asks for, in no dialect's words.
+
+    messages: of a conversation, with "role" and "content"; empty where there are prompts.
+    prompts: texts or ids that are continued as they stand, without template, thinking or answer.
+    sampling: None in it is the model's own value.
+    max_tokens: of the whole output; None is the room that the context leaves.
+    context: positions; None is the server's.
+    thinking: budget and loop action.
+    stop: texts that end the answer; the thinking may hold them.
+    n: choices of each prompt.
+    top_logprobs: alternatives of each token; None asks for no log-probabilities.
+    """
+
+    messages: tuple[dict[str, str], ...] = ()
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int | None = None
+    context: int | None = None
+    thinking: Thinking = field(default_factory=Thinking)
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    top_logprobs: int | None = None
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the output is one text, not thinking and answer."""
+        return bool(self.prompts)
+
+
+LogprobEntry = dict[str, Any]
+"""One token: `token`, `bytes`, `logprob`, and `top_logprobs` of the same form."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """More text of one choice, with the log-probabilities of its tokens where they were asked for."""
+
+    choice: int
+    reasoning: str = ""
+    content: str = ""
+    reasoning_logprobs: tuple[LogprobEntry, ...] = ()
+    logprobs: tuple[LogprobEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens and seconds of one choice.
+
+    n_prompt: prompt ids. n_cached: of them those that a cache held. n_output: ids that were written, the thinking's
+    included. n_reasoning: of them those of the thinking. prefill_s, decode_s: as `trace.timings`.
+    """
+
+    n_prompt: int
+    n_cached: int = 0
+    n_output: int = 0
+    n_reasoning: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """One choice is over.
+
+    finish: "stop", or "length" where it was cut.
+    stop_text: the client's text that ended it, None for another end.
+    reasoning, content: both parts of the whole, as the finished text splits.
+    """
+
+    choice: int
+    finish: str
+    stop_text: str | None
+    reasoning: str
+    content: str
+    usage: Usage
+    reasoning_logprobs: tuple[LogprobEntry, ...] = ()
+    logprobs: tuple[LogprobEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The whole job is over without an answer."""
+
+    error: ApiError
+
+
+Event = Delta | Ended | Failed
+
+
+class Job:
+    """A request under way: its events are read on the loop that made it, and `cancel` ends it from anywhere.
+
+    requests: one for each prompt, ready to run; each makes `ask.n` choices, numbered through.
+    """
+
+    def __init__(self, ask: Ask, requests: list[Request]) -> None:
+        self.ask = ask
+        self.requests = requests
+        self.is_cancelled = False
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    @property
+    def n_choices(self) -> int:
+        """How many times it ends."""
+        return len(self.requests) * self.ask.n
+
+    @property
+    def n_prompt(self) -> int:
+        """Prompt ids of all prompts."""
+        return sum(len(request.prompt_ids) for request in self.requests)
+
+    def cancel(self) -> None:
+        """Nobody reads it any more: it ends after the token under way."""
+        self.is_cancelled = True
+
+    def emit(self, event: Event) -> None:
+        """Hand an event over; called from the model's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop is closed, so nobody reads
+            self.is_cancelled = True
+
+    async def next_event(self, timeout_s: float) -> Event | None:
+        """The next event; None after so many seconds without one."""
+        if not self._events.empty():
+            return self._events.get_nowait()
+        try:
+            return await asyncio.wait_for(self._events.get(), timeout_s)
+        except asyncio.TimeoutError:
+            return None

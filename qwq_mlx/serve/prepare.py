@@ -1,0 +1,109 @@
+"""An `Ask` becomes requests that can run, and whatever makes it impossible becomes an `ApiError` with the arithmetic.
+
+It runs beside the model's thread, because a long prompt takes long to encode.
+
+Does not: touch an array, or wait for a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qwq_mlx.errors import FitError, OptionError, PromptError
+from qwq_mlx.generate.batch import question_seed
+from qwq_mlx.generate.checkpoint.resume import within
+from qwq_mlx.generate.reasoner import Reasoner
+from qwq_mlx.generate.request import Request, resolved
+from qwq_mlx.model.memory.fit import Fitted
+from qwq_mlx.model.prompt import conversation, encode_prompt, encode_text
+from qwq_mlx.options import Inspect, Limits
+from qwq_mlx.serve.api_error import ApiError
+from qwq_mlx.serve.jobs import Ask
+from qwq_mlx.serve.settings import Settings
+
+__all__ = ["Preparer"]
+
+
+class Preparer:
+    """Makes requests for one model. context: positions that a request may use, as planned."""
+
+    def __init__(self, reasoner: Reasoner, settings: Settings) -> None:
+        self._reasoner = reasoner
+        self._settings = settings
+        self._fit = reasoner.fit(Limits(context=settings.context, prefill_step=settings.prefill_step))
+        self.context = resolved(self._fit.limits.context)
+        self.plan = self._fit.plan
+
+    def requests(self, ask: Ask) -> list[Request]:
+        """One request for each prompt. Raises ApiError."""
+        try:
+            fit = self._fit if ask.context is None else self._fit_of(ask.context)
+            if ask.is_raw:
+                prompts = [(self._raw_ids(prompt), prompt) for prompt in ask.prompts]
+                return [self._request(ask, ids, str(text), fit, place) for place, (ids, text) in enumerate(prompts)]
+            checked = conversation(ask.messages)
+            ids = encode_prompt(self._reasoner.model.tokenizer, checked, context=resolved(fit.limits.context))
+            return [self._request(ask, ids, " ".join(message["content"] for message in checked), fit, 0)]
+        except PromptError as error:
+            is_long = "must hold at least one more" in str(error)
+            code = "context_length_exceeded" if is_long else None
+            raise ApiError(400, str(error), param="messages", code=code) from error
+        except OptionError as error:
+            raise ApiError(400, str(error), param=str(error).partition(" ")[0]) from error
+
+    def n_tokens(self, messages: tuple[dict[str, str], ...]) -> int:
+        """Ids of the prompt that messages make. Raises ApiError."""
+        ask = Ask(messages=messages, max_tokens=None)
+        return len(self.requests(ask)[0].prompt_ids)
+
+    def _raw_ids(self, prompt: str | tuple[int, ...]) -> list[int]:
+        ids = encode_text(self._reasoner.model.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise ApiError(400, "prompt is empty, expected at least one token.", param="prompt")
+        return ids
+
+    def _fit_of(self, context: int) -> Fitted:
+        """The plan of a context that the client names. Raises ApiError where it is larger than the server's."""
+        limits = replace(self._fit.limits, context=context, max_tokens=None)
+        if context > self.context:
+            raise ApiError(
+                400,
+                f"A context of {context:,} is asked for; this server has {self.context:,} positions. Of that the plan "
+                f"says:\n{self._fit.plan.arithmetic()}",
+                param="num_ctx",
+                code="context_length_exceeded",
+            )
+        try:
+            return self._reasoner.fit(limits)
+        except FitError as error:
+            raise ApiError(400, str(error), param="num_ctx", code="context_length_exceeded") from error
+
+    def _request(self, ask: Ask, ids: list[int], text: str, fit: Fitted, place: int) -> Request:
+        context = resolved(fit.limits.context)
+        n_asked = len(ids) + (ask.max_tokens or 1)
+        if n_asked > context:
+            raise ApiError(
+                400,
+                f"The prompt is {len(ids):,} tokens and at most {ask.max_tokens or 1:,} are to be written, together "
+                f"{n_asked:,}; the context is {context:,} positions. Of that the plan says:\n{fit.plan.arithmetic()}\n"
+                "Shorten the prompt, or ask for fewer tokens.",
+                param="max_tokens" if len(ids) < context else "messages",
+                code="context_length_exceeded",
+            )
+        n_ids, biased = self._reasoner.model.tokenizer.n_ids, max(ask.sampling.logit_bias, default=0)
+        if biased >= n_ids:
+            raise ApiError(400, f"logit_bias names id {biased:,}, expected below {n_ids:,}.", param="logit_bias")
+        sampling = self._reasoner.resolved(ask.sampling)
+        if place:
+            sampling = replace(sampling, seed=question_seed(resolved(sampling.seed), place))
+        stop = ask.stop if ask.is_raw else ()
+        limits = within(replace(fit.limits, max_tokens=ask.max_tokens, stop=stop), len(ids))
+        return self._reasoner.request(
+            ids,
+            question=text,
+            system_prompt=None,
+            sampling=sampling,
+            fit=replace(fit, limits=limits),
+            thinking=ask.thinking,
+            inspect=Inspect(top_k=ask.top_logprobs or 0, entropy=False),
+        )

@@ -1,0 +1,240 @@
+"""The one thread that owns the model and every array, and the line of jobs that wait for a row of it.
+
+Everything of MLX happens in that thread: a row that another thread took away while the device encodes would end the
+process. So cancelling is a flag that the thread reads before each step. A step that fails ends the jobs in it and is
+followed by a fresh batch; where that fails as well, the engine is broken, and the process is to end.
+
+Does not: import MLX before the thread runs, or know HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from qwq_mlx.errors import DamagedModelError
+from qwq_mlx.serve.api_error import ApiError
+from qwq_mlx.serve.jobs import Ask, Failed, Job
+from qwq_mlx.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from qwq_mlx.generate.reasoner import Reasoner
+    from qwq_mlx.serve.prepare import Preparer
+    from qwq_mlx.serve.rows import Rows
+
+__all__ = ["ModelCard", "State", "Worker"]
+
+State = Literal["loading", "ready", "broken", "closed"]
+_MAX_FAILED = 3  # steps in a row that end in failures: by then it is not the request
+
+
+class ModelCard(NamedTuple):
+    """What clients may know of the model: its name, weights in words, layout, positions of one request, rows.
+
+    has_tags: it closes its thinking with a tag.
+    """
+
+    name: str
+    weights: str
+    weights_bytes: int
+    n_layers: int
+    hidden_size: int
+    vocab_size: int
+    context: int
+    kv_bytes_per_token: int
+    width: int
+    has_tags: bool
+
+
+class Worker:
+    """`start()`, then `prepare` and `submit` jobs from an event loop; `close()` at the end.
+
+    load: gives the model; called in the thread.
+    on_end: called in the thread when it is over, broken or closed.
+    failure: why it is broken.
+    """
+
+    def __init__(
+        self, load: Callable[[], Reasoner], settings: Settings, *, on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        self._load, self._settings, self._on_end = load, settings, on_end
+        self.state: State = "loading"
+        self.failure: BaseException | None = None
+        self._card: ModelCard | None = None
+        self._preparer: Preparer | None = None
+        self._line: deque[Job] = deque()
+        self._n_running = 0
+        self._refused: tuple[Job | None, int] = (None, 0)  # the first in line, beside so many rows
+        self._wakes = threading.Condition()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="qwq-mlx-model", daemon=True)
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="qwq-mlx-encode")
+
+    @property
+    def card(self) -> ModelCard:
+        """The model's card. Raises ApiError while there is none."""
+        if self._card is None or self.state != "ready":
+            raise self._unready()
+        return self._card
+
+    @property
+    def n_waiting(self) -> int:
+        """Jobs in the line."""
+        return sum(not job.is_cancelled for job in self._line)
+
+    @property
+    def n_running(self) -> int:
+        """Rows that are taken."""
+        return self._n_running
+
+    def start(self) -> None:
+        """Begin to load."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End what runs after the token under way, and the thread; waits for it."""
+        with self._wakes:
+            self._is_closing = True
+            self._wakes.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._encoder.shutdown(cancel_futures=True)
+
+    async def prepare(self, ask: Ask) -> Job:
+        """The job of what a client asks, ready to be submitted. Raises ApiError where it can never run."""
+        preparer = self._ready()
+        if ask.n * max(1, len(ask.prompts)) > self._settings.width:
+            raise ApiError(
+                400,
+                f"{ask.n * max(1, len(ask.prompts)):,} choices are asked for, expected at most "
+                f"{self._settings.width}, the rows that this server decodes side by side.",
+                param="n",
+            )
+        self._refuse_when_full()
+        requests = await asyncio.get_running_loop().run_in_executor(self._encoder, preparer.requests, ask)
+        return Job(ask, requests)
+
+    async def n_tokens(self, messages: tuple[dict[str, str], ...]) -> int:
+        """Ids of the prompt that messages make. Raises ApiError."""
+        preparer = self._ready()
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, preparer.n_tokens, messages)
+
+    def submit(self, job: Job) -> None:
+        """Put a job in the line. Raises ApiError where the line is full or nothing can run."""
+        self._ready()
+        with self._wakes:
+            self._refuse_when_full()
+            self._line.append(job)
+            self._wakes.notify()
+
+    def _ready(self) -> Preparer:
+        if self._preparer is None or self.state != "ready":
+            raise self._unready()
+        return self._preparer
+
+    def _unready(self) -> ApiError:
+        what = {"loading": "still loading", "closed": "shutting down"}.get(
+            self.state, "broken; the server has to restart"
+        )
+        return ApiError(503, f"The model is {what}.", code=f"model_{self.state}", retry_after_s=5)
+
+    def _refuse_when_full(self) -> None:
+        n_free = max(0, self._settings.width - self._n_running)
+        n_before = self.n_waiting - n_free  # who waits for a row to become free
+        if n_before >= self._settings.queue:
+            raise ApiError(
+                429,
+                f"{max(0, n_before):,} requests wait already, as many as this server lets wait; yours would be at "
+                f"place {max(0, n_before) + 1:,}. Try again later.",
+                code="queue_full",
+                retry_after_s=10,
+            )
+
+    def _run(self) -> None:
+        rows: Rows | None = None
+        try:
+            rows = self._open()
+            while not self._is_closing:
+                try:
+                    with rows:
+                        while self._work(rows):
+                            pass
+                except DamagedModelError:
+                    raise
+                except Exception as error:  # the batch is given up, and the next one is fresh
+                    rows.fail_all(error)
+                    if rows.n_failed >= _MAX_FAILED:
+                        raise
+            self.state = "closed"
+        except BaseException as error:  # noqa: BLE001 - told by `failure`, with which the process ends
+            self.failure = error
+            self.state = "broken"
+        finally:
+            self._end_all(rows)
+            self._on_end()
+
+    def _open(self) -> Rows:
+        from qwq_mlx.serve.prepare import Preparer
+        from qwq_mlx.serve.rows import Rows
+
+        reasoner = self._load()
+        preparer = Preparer(reasoner, self._settings)
+        plan, model, config = preparer.plan, reasoner.model, reasoner.model.config
+        self._card = ModelCard(
+            name=self._settings.name or model.name,
+            weights=model.weights,
+            weights_bytes=model.weights_bytes,
+            n_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            context=preparer.context,
+            kv_bytes_per_token=plan.kv_bytes_per_token,
+            width=self._settings.width,
+            has_tags=reasoner.profile.has_tags,
+        )
+        self._preparer = preparer
+        self.state = "ready"
+        return Rows(reasoner, width=self._settings.width, planned_bytes=plan.peak_bytes)
+
+    def _work(self, rows: Rows) -> bool:
+        """Let jobs begin, and make one step; waits where there is nothing to do. Returns whether to go on."""
+        with self._wakes:
+            while not self._is_closing and not self._line and not rows.n_busy:
+                self._wakes.wait()
+            if self._is_closing:
+                return False
+        self._admit(rows)
+        if rows.n_busy:
+            rows.step()
+            self._n_running = rows.n_busy
+        if rows.n_failed >= _MAX_FAILED:
+            raise RuntimeError(f"{rows.n_failed} steps in a row failed; the last requests say how.")
+        return True
+
+    def _admit(self, rows: Rows) -> None:
+        """The first in the line begin as far as there is room; those who left are forgotten."""
+        while self._line:
+            job = self._line[0]
+            if not job.is_cancelled:
+                if self._refused == (job, rows.n_busy):
+                    return
+                if not rows.has_room(job) and rows.n_busy:
+                    self._refused = (job, rows.n_busy)
+                    return
+            self._line.popleft()
+            if not job.is_cancelled:
+                rows.start(job)
+                self._n_running = rows.n_busy
+
+    def _end_all(self, rows: Rows | None) -> None:
+        error = ApiError(503, "The server is shutting down.", code="model_closed", retry_after_s=5)
+        if self.failure is not None:
+            error = ApiError(503, f"The model cannot go on: {self.failure}", code="model_broken", retry_after_s=5)
+        if rows is not None:
+            rows.fail_all(error)
+        while self._line:
+            self._line.popleft().emit(Failed(error=error))

@@ -1,0 +1,174 @@
+"""The line and the rows: who leaves frees a row, who fails fails alone, and nobody hangs."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import CHAT, Served, started, until, user
+
+from qwq_mlx.errors import DamagedModelError, GenerationError, LoadError
+from qwq_mlx.generate.reasoner import Reasoner, load
+from qwq_mlx.generate.scheduler import Scheduler
+from qwq_mlx.serve.server import Server
+from qwq_mlx.serve.settings import Settings
+
+pytestmark = pytest.mark.tiny
+
+LONG = user("x", temperature=1, seed=1)
+SHORT = user("x", max_tokens=3)
+
+
+def test_who_leaves_a_stream_frees_the_row(tiny_server: Served) -> None:
+    for _ in range(3):
+        connection, response = tiny_server.open_stream(LONG)
+        response.readline()
+        until(lambda: tiny_server.server.worker.n_running == 1)
+        connection.close()
+        response.close()
+        until(lambda: tiny_server.is_idle)
+    assert tiny_server.post(CHAT, SHORT)["usage"]["completion_tokens"] == 3
+
+
+def test_who_leaves_without_a_stream_frees_the_row(tiny_server: Served) -> None:
+    connection = tiny_server.connect()
+    connection.request("POST", CHAT, json.dumps(LONG))
+    until(lambda: tiny_server.server.worker.n_running == 1)
+    connection.close()
+    until(lambda: tiny_server.is_idle)
+
+
+def test_the_line_is_bounded_and_tells_the_place(tiny_server: Served) -> None:
+    opened = [tiny_server.open_stream(LONG)]
+    until(lambda: tiny_server.server.worker.n_running == 1)
+    opened += [tiny_server.open_stream(LONG) for _ in range(3)]  # one more row, and two wait: their headers came
+    until(lambda: tiny_server.server.worker.n_running == 2)
+    status, headers, body = tiny_server.send("POST", CHAT, json.dumps(SHORT).encode())
+    assert status == 429 and headers["retry-after"] == "10" and b"at place 3" in body
+    assert json.loads(body)["error"]["type"] == "rate_limit_error"
+    waiting = opened[-1][1]
+    lines = [waiting.readline() for _ in range(4)]
+    assert lines[0].startswith(b"data: ") and lines[2] == b": keepalive\n", lines
+    for connection, response in opened:
+        response.close()
+        connection.close()
+    until(lambda: tiny_server.is_idle)
+    assert tiny_server.post(CHAT, SHORT)["usage"]["completion_tokens"] == 3
+
+
+def test_more_choices_than_rows_are_refused(tiny_server: Served) -> None:
+    error = tiny_server.post(CHAT, {**SHORT, "n": 3}, status=400)["error"]
+    assert error["param"] == "n" and "at most 2" in error["message"]
+
+
+def test_one_body_begins_with_spaces_where_it_takes_long(tiny_server: Served) -> None:
+    opened = [tiny_server.open_stream(LONG) for _ in range(2)]
+    until(lambda: tiny_server.server.worker.n_running == 2)
+    connection = tiny_server.connect()
+    connection.request("POST", CHAT, json.dumps(SHORT))
+    response = connection.getresponse()  # waits for a row, and has its headers
+    assert response.status == 200 and response.read(1) == b" "
+    for other, stream in opened:
+        stream.close()
+        other.close()
+    assert json.loads(response.read())["usage"]["completion_tokens"] == 3
+    connection.close()
+
+
+def test_one_that_fails_fails_alone(tiny_server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Scheduler.step
+
+    def failing(self: Scheduler) -> Any:
+        for stream in self.streams:
+            if stream.request.sampling.seed == 13 and stream.run.steps:
+                stream.fail(GenerationError("step 1: a logit is NaN."))
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", failing)
+    answers: list[Any] = []
+    other = threading.Thread(target=lambda: answers.append(tiny_server.post(CHAT, user("x", max_tokens=40, seed=2))))
+    other.start()
+    error = tiny_server.post(CHAT, user("x", seed=13), status=500)["error"]
+    assert "a logit is NaN" in error["message"] and error["code"] == "generation_failed"
+    other.join()
+    assert answers[0]["usage"]["completion_tokens"] == 40
+    events = tiny_server.chunks(CHAT, user("x", seed=13))
+    assert "a logit is NaN" in events[-1]["error"]["message"]
+
+
+def test_a_batch_that_fails_once_is_followed_by_a_fresh_one(
+    tiny_server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, failures = Scheduler.step, [ValueError("a fault")]
+
+    def failing(self: Scheduler) -> Any:
+        if failures:
+            raise failures.pop()
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", failing)
+    assert "a fault" in tiny_server.post(CHAT, SHORT, status=500)["error"]["message"]
+    assert tiny_server.post(CHAT, SHORT)["usage"]["completion_tokens"] == 3
+    assert tiny_server.get("/health")["status"] == "ok"
+
+
+@pytest.mark.parametrize("error", [DamagedModelError("model.safetensors: a byte is wrong."), ValueError("a fault")])
+def test_an_engine_that_stays_broken_says_so_and_ends(
+    known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def failing(self: Scheduler) -> Any:
+        raise error
+
+    monkeypatch.setattr(Scheduler, "step", failing)
+    server = Server(lambda: load(known_checkpoint), Settings(port=0))
+    served = Served(server, *server.start(), [])
+    until(lambda: server.is_ready)
+    for status in [503] if isinstance(error, DamagedModelError) else [500, 500, 500]:
+        assert str(error) in served.post(CHAT, SHORT, status=status)["error"]["message"]
+    assert server.wait(30) and server.failure is error
+    assert server.worker.state == "broken"
+
+
+def test_health_is_503_while_the_model_loads_and_a_failed_load_ends_the_server(known_checkpoint: Path) -> None:
+    may_load = threading.Event()
+
+    def slow() -> Reasoner:
+        may_load.wait(30)
+        raise LoadError("no weights.")
+
+    server = Server(slow, Settings(port=0))
+    served = Served(server, *server.start(), [])
+    for method, path, body in (("GET", "/health", None), ("POST", CHAT, SHORT), ("GET", "/v1/models", None)):
+        status, _, raw = served.send(method, path, body)
+        assert status == 503 and b"loading" in raw
+    may_load.set()
+    assert server.wait(30)
+    assert isinstance(server.failure, LoadError)
+
+
+def test_a_stop_lets_running_requests_finish(known_checkpoint: Path) -> None:
+    with started(lambda: load(known_checkpoint), Settings(port=0, drain_s=30)) as served:
+        connection, response = served.open_stream(user("x", max_tokens=60, seed=1))
+        until(lambda: served.server.worker.n_running == 1)
+        served.server.stop()
+        assert served.server.wait(30)
+        assert response.read().endswith(b"data: [DONE]\n\n")
+        connection.close()
+        with pytest.raises(ConnectionRefusedError):
+            served.send("GET", "/health")
+
+
+def test_what_is_not_finished_within_the_drain_is_cut(serve: Callable[[Settings], Served]) -> None:
+    served = serve(Settings(port=0, drain_s=1))
+    connection, response = served.open_stream(LONG)
+    until(lambda: served.server.worker.n_running == 1)
+    served.server.stop()
+    assert served.server.wait(30)
+    with pytest.raises(http.client.IncompleteRead):
+        response.read()
+    connection.close()
