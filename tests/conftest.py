@@ -118,3 +118,29 @@ def known_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": own["chat_template"]}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def pocket_server() -> Iterator[Any]:
+    """A server (tests/serve/serving.py) of the pocket model, which answers puzzles."""
+    from serving import started
+
+    from qwq_mlx.default_model import pocket_checkpoint
+    from qwq_mlx.generate.reasoner import load
+    from qwq_mlx.serve.settings import Settings
+
+    with started(lambda: load(pocket_checkpoint()), Settings(port=0, name="pocket", queue=4)) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def tiny_server(known_checkpoint: Path) -> Iterator[Any]:
+    """A server that writes random text until it is stopped; two rows, and two requests may wait."""
+    from serving import started
+
+    from qwq_mlx.generate.reasoner import load
+    from qwq_mlx.serve.settings import Settings
+
+    settings = Settings(port=0, name="tiny", width=2, queue=2, heartbeat_s=0.2)
+    with started(lambda: load(known_checkpoint), settings) as served:
+        yield served

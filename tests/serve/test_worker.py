@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +162,12 @@ def test_a_stop_lets_running_requests_finish(known_checkpoint: Path) -> None:
             served.send("GET", "/health")
 
 
-def test_what_is_not_finished_within_the_drain_is_cut(serve: Callable[[Settings], Served]) -> None:
-    served = serve(Settings(port=0, drain_s=1))
-    connection, response = served.open_stream(LONG)
-    until(lambda: served.server.worker.n_running == 1)
-    served.server.stop()
-    assert served.server.wait(30)
-    with pytest.raises(http.client.IncompleteRead):
-        response.read()
-    connection.close()
+def test_what_is_not_finished_within_the_drain_is_cut(known_checkpoint: Path) -> None:
+    with started(lambda: load(known_checkpoint), Settings(port=0, drain_s=1)) as served:
+        connection, response = served.open_stream(LONG)
+        until(lambda: served.server.worker.n_running == 1)
+        served.server.stop()
+        assert served.server.wait(30)
+        with pytest.raises(http.client.IncompleteRead):
+            response.read()
+        connection.close()
