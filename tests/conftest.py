@@ -121,6 +121,15 @@ def known_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pocket_reasoner() -> Any:
+    """The pocket model, to compare servers with."""
+    from qwq_mlx.default_model import pocket_checkpoint
+    from qwq_mlx.generate.reasoner import load
+
+    return load(pocket_checkpoint())
+
+
+@pytest.fixture(scope="session")
 def pocket_server() -> Iterator[Any]:
     """A server (tests/serve/serving.py) of the pocket model, which answers puzzles."""
     from serving import started

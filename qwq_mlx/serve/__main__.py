@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "serve",
-        description="Serve one model over HTTP to clients of OpenAI's interface: /v1/chat/completions and /v1/models. "
-        "docs/clients.md shows clients.",
+        description="Serve one model over HTTP to clients of OpenAI's, Ollama's and Anthropic's interfaces. "
+        "docs/clients.md shows them.",
         exit_codes="0 ended by Ctrl-C or SIGTERM, 1 the model or the address failed, 2 wrong usage, 130 and 143 ended "
         "at once by a second signal",
     )

@@ -12,13 +12,20 @@ from typing import Any, cast
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.body import dumped, read_json
-from qwq_mlx.serve.dialects import openai
+from qwq_mlx.serve.dialects import (
+    anthropic,
+    ollama,
+    ollama_models,
+    openai,
+    openai_completions,
+    openai_responses,
+)
 from qwq_mlx.serve.dialects.errors import error_response
 from qwq_mlx.serve.dialects.fields import check_model
 from qwq_mlx.serve.jobs import Ask
@@ -35,11 +42,24 @@ Endpoint = Callable[[Request], Awaitable[Any]]
 def make_app(worker: Worker, settings: Settings, *, log: Callable[[str], None] = lambda line: None) -> ASGIApp:
     """The whole application, behind its doors. log: takes a line for each request, without what it says."""
     server = _Server(worker, settings)
+    get, post = ["GET"], ["POST"]
     routes = [
-        Route("/health", server.health, methods=["GET"]),
-        Route("/v1/models", server.models, methods=["GET"]),
-        Route("/v1/models/{name:path}", server.model, methods=["GET"]),
-        Route(openai.PATH, server.chat, methods=["POST"]),
+        Route("/", server.root, methods=get),
+        Route("/health", server.health, methods=get),
+        Route("/v1/models", server.models, methods=get),
+        Route("/v1/models/{name:path}", server.model, methods=get),
+        Route(openai.PATH, server.chat, methods=post),
+        Route(openai_completions.PATH, server.completion, methods=post),
+        Route(openai_responses.PATH, server.response, methods=post),
+        Route(anthropic.PATH, server.message, methods=post),
+        Route(f"{anthropic.PATH}/count_tokens", server.count_tokens, methods=post),
+        Route("/api/version", server.ollama_version, methods=get),
+        Route("/api/tags", server.ollama_tags, methods=get),
+        Route("/api/ps", server.ollama_processes, methods=get),
+        Route("/api/show", server.ollama_show, methods=post),
+        Route(ollama.CHAT_PATH, server.ollama_chat, methods=post),
+        Route(ollama.GENERATE_PATH, server.ollama_generate, methods=post),
+        *(Route(f"/api/{name}", server.ollama_not_done, methods=["POST", "DELETE"]) for name in ollama_models.NOT_DONE),
     ]
     app = Starlette(
         routes=routes,
@@ -82,17 +102,81 @@ class _Server:
 
     async def chat(self, request: Request) -> JobResponse:
         """OpenAI's chat completions."""
-        body = await self._body(request)
-        model = self._worker.card
-        ask, writer, streams = openai.read_chat(
-            body, settings=self._settings, model=model.name, joins_thinking=not model.has_tags
+        body, card = await self._body(request), self._worker.card
+        asked = openai.read_chat(body, settings=self._settings, model=card.name, joins_thinking=not card.has_tags)
+        return await self._answer(*asked)
+
+    async def completion(self, request: Request) -> JobResponse:
+        """OpenAI's completions of prompts as they stand."""
+        body, card = await self._body(request), self._worker.card
+        return await self._answer(*openai_completions.read_completion(body, settings=self._settings, model=card.name))
+
+    async def response(self, request: Request) -> JobResponse:
+        """OpenAI's responses."""
+        body, card = await self._body(request), self._worker.card
+        asked = openai_responses.read_response(
+            body, settings=self._settings, model=card.name, joins_thinking=not card.has_tags
         )
-        return await self._answer(ask, writer, streams=streams)
+        return await self._answer(*asked)
+
+    async def message(self, request: Request) -> JobResponse:
+        """Anthropic's messages."""
+        body, card = await self._body(request), self._worker.card
+        asked = anthropic.read_message(body, settings=self._settings, model=card.name, joins_thinking=not card.has_tags)
+        return await self._answer(*asked)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """Anthropic's count of a prompt."""
+        body, card = await self._body(request), self._worker.card
+        messages = anthropic.read_count(body, model=card.name, joins_thinking=not card.has_tags)
+        return _json({"input_tokens": await self._worker.n_tokens(messages)})
+
+    async def root(self, request: Request) -> Response:
+        """The sentence by which Ollama's clients know a server."""
+        return PlainTextResponse("Ollama is running")
+
+    async def ollama_version(self, request: Request) -> Response:
+        """The version whose interface this is."""
+        return _json({"version": ollama_models.VERSION})
+
+    async def ollama_tags(self, request: Request) -> Response:
+        """The one model, as a list."""
+        return _json(ollama_models.tags(self._worker.card))
+
+    async def ollama_processes(self, request: Request) -> Response:
+        """The one model, which is in memory."""
+        return _json(ollama_models.processes(self._worker.card))
+
+    async def ollama_show(self, request: Request) -> Response:
+        """All about the model."""
+        return _json(ollama_models.show(await self._body(request), self._worker.card))
+
+    async def ollama_not_done(self, request: Request) -> Response:
+        """What would change models."""
+        raise ollama_models.not_done(request.url.path)
+
+    async def ollama_chat(self, request: Request) -> JobResponse | Response:
+        """Ollama's chat."""
+        body, card = await self._body(request), self._worker.card
+        ask, writer, streams = ollama.read_chat(
+            body, settings=self._settings, model=card.name, joins_thinking=not card.has_tags
+        )
+        if ask is None:
+            return _json(ollama.loaded_line(card.name, is_chat=True))
+        return await self._answer(ask, writer, streams)
+
+    async def ollama_generate(self, request: Request) -> JobResponse | Response:
+        """Ollama's generate."""
+        body, card = await self._body(request), self._worker.card
+        ask, writer, streams = ollama.read_generate(body, settings=self._settings, model=card.name)
+        if ask is None:
+            return _json(ollama.loaded_line(card.name, is_chat=False))
+        return await self._answer(ask, writer, streams)
 
     async def _body(self, request: Request) -> dict[str, Any]:
         return await read_json(request, max_bytes=self._settings.body_bytes)
 
-    async def _answer(self, ask: Ask, writer: Writer, *, streams: bool) -> JobResponse:
+    async def _answer(self, ask: Ask, writer: Writer, streams: bool) -> JobResponse:
         job = await self._worker.prepare(ask)
         self._worker.submit(job)
         return JobResponse(job, writer, streams=streams, heartbeat_s=self._settings.heartbeat_s)

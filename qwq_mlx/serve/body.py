@@ -199,5 +199,7 @@ class Fields:
     def wrong(self, name: str, expected: str) -> ApiError:
         """A field of a wrong kind or value."""
         value = self._values.get(name)
+        if name not in self._values:
+            return ApiError(400, f"{self._where}{name} is missing, expected {expected}.", param=self._where + name)
         shown = json.dumps(value)[:80] if isinstance(value, (str, int, float)) else _kind(value)
         return ApiError(400, f"{self._where}{name} is {shown}, expected {expected}.", param=self._where + name)

@@ -7,6 +7,8 @@ Does not: touch an array, or wait for a row.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import replace
 
 from qwq_mlx.errors import FitError, OptionError, PromptError
@@ -14,14 +16,16 @@ from qwq_mlx.generate.batch import question_seed
 from qwq_mlx.generate.checkpoint.resume import within
 from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.generate.request import Request, resolved
+from qwq_mlx.model.architecture import tensor_shapes
 from qwq_mlx.model.memory.fit import Fitted
 from qwq_mlx.model.prompt import conversation, encode_prompt, encode_text
 from qwq_mlx.options import Inspect, Limits
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.jobs import Ask
+from qwq_mlx.serve.model_card import ModelCard
 from qwq_mlx.serve.settings import Settings
 
-__all__ = ["Preparer"]
+__all__ = ["Preparer", "model_card"]
 
 
 class Preparer:
@@ -49,7 +53,8 @@ class Preparer:
             code = "context_length_exceeded" if is_long else None
             raise ApiError(400, str(error), param="messages", code=code) from error
         except OptionError as error:
-            raise ApiError(400, str(error), param=str(error).partition(" ")[0]) from error
+            param = str(error).partition(" ")[0]  # of the options; ids have none
+            raise ApiError(400, str(error), param="prompt" if param == "Place" else param) from error
 
     def n_tokens(self, messages: tuple[dict[str, str], ...]) -> int:
         """Ids of the prompt that messages make. Raises ApiError."""
@@ -107,3 +112,26 @@ class Preparer:
             thinking=ask.thinking,
             inspect=Inspect(top_k=ask.top_logprobs or 0, entropy=False),
         )
+
+
+def model_card(reasoner: Reasoner, settings: Settings, context: int) -> ModelCard:
+    """What clients may know of this model. context: positions of one request."""
+    model, config = reasoner.model, reasoner.model.config
+    files = sorted((path.name, path.stat().st_size) for path in model.folder.iterdir() if path.is_file())
+    return ModelCard(
+        name=settings.name or model.name,
+        weights=model.weights,
+        weights_bytes=model.weights_bytes,
+        n_parameters=sum(math.prod(shape) for shape in tensor_shapes(config).values()),
+        digest=hashlib.sha256(repr(files).encode()).hexdigest(),
+        modified_s=model.folder.stat().st_mtime,
+        template=model.tokenizer.chat_template or "",
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        context=context,
+        width=settings.width,
+        has_tags=reasoner.profile.has_tags,
+    )

@@ -27,8 +27,8 @@ class Writer(Protocol):
 
     media_type: str
 
-    def start(self) -> bytes:
-        """At once, before anything is written."""
+    def start(self, n_prompt: int) -> bytes:
+        """At once, before anything is written. n_prompt: prompt ids."""
 
     def delta(self, event: Delta) -> bytes:
         """More text."""
@@ -78,7 +78,7 @@ class JobResponse:
 
     async def _parts(self) -> AsyncIterator[bytes]:
         writer, ended = self._writer, list[Ended]()
-        yield writer.start()
+        yield writer.start(self._job.n_prompt)
         while len(ended) < self._job.n_choices:
             event = await self._job.next_event(self._heartbeat_s)
             if event is None:

@@ -14,11 +14,12 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from qwq_mlx.errors import DamagedModelError
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.jobs import Ask, Failed, Job
+from qwq_mlx.serve.model_card import ModelCard
 from qwq_mlx.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -26,28 +27,10 @@ if TYPE_CHECKING:
     from qwq_mlx.serve.prepare import Preparer
     from qwq_mlx.serve.rows import Rows
 
-__all__ = ["ModelCard", "State", "Worker"]
+__all__ = ["State", "Worker"]
 
 State = Literal["loading", "ready", "broken", "closed"]
 _MAX_FAILED = 3  # steps in a row that end in failures: by then it is not the request
-
-
-class ModelCard(NamedTuple):
-    """What clients may know of the model: its name, weights in words, layout, positions of one request, rows.
-
-    has_tags: it closes its thinking with a tag.
-    """
-
-    name: str
-    weights: str
-    weights_bytes: int
-    n_layers: int
-    hidden_size: int
-    vocab_size: int
-    context: int
-    kv_bytes_per_token: int
-    width: int
-    has_tags: bool
 
 
 class Worker:
@@ -178,27 +161,15 @@ class Worker:
             self._on_end()
 
     def _open(self) -> Rows:
-        from qwq_mlx.serve.prepare import Preparer
+        from qwq_mlx.serve.prepare import Preparer, model_card
         from qwq_mlx.serve.rows import Rows
 
         reasoner = self._load()
         preparer = Preparer(reasoner, self._settings)
-        plan, model, config = preparer.plan, reasoner.model, reasoner.model.config
-        self._card = ModelCard(
-            name=self._settings.name or model.name,
-            weights=model.weights,
-            weights_bytes=model.weights_bytes,
-            n_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-            context=preparer.context,
-            kv_bytes_per_token=plan.kv_bytes_per_token,
-            width=self._settings.width,
-            has_tags=reasoner.profile.has_tags,
-        )
+        self._card = model_card(reasoner, self._settings, preparer.context)
         self._preparer = preparer
         self.state = "ready"
-        return Rows(reasoner, width=self._settings.width, planned_bytes=plan.peak_bytes)
+        return Rows(reasoner, width=self._settings.width, planned_bytes=preparer.plan.peak_bytes)
 
     def _work(self, rows: Rows) -> bool:
         """Let jobs begin, and make one step; waits where there is nothing to do. Returns whether to go on."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
 from serving import CHAT, QUESTION, Served, user
 
-from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.generate.batch import question_seed
-from qwq_mlx.generate.reasoner import Reasoner, load
+from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
+from qwq_mlx.serve.dialects import openai
+from qwq_mlx.serve.jobs import Delta, Ended, Usage
+from qwq_mlx.serve.settings import ReasoningField, Settings
 from qwq_mlx.trace.trace import Trace
 
 pytestmark = pytest.mark.pocket
@@ -20,14 +23,14 @@ SEEDED = {"seed": 5, "temperature": 0.9}
 
 
 @pytest.fixture(scope="module")
-def reasoner() -> Reasoner:
-    return load(pocket_checkpoint())
-
-
-@pytest.fixture(scope="module")
 def trace(reasoner: Reasoner) -> Trace:
     """What the engine writes for SEEDED."""
     return reasoner.generate(QUESTION, sampling=Sampling(seed=5, temperature=0.9), inspect=Inspect(top_k=2))
+
+
+@pytest.fixture(scope="module")
+def reasoner(pocket_reasoner: Reasoner) -> Reasoner:
+    return pocket_reasoner
 
 
 def parts(chunks: list[Any], field: str = "reasoning") -> tuple[str, str]:
@@ -86,15 +89,15 @@ def test_logprobs_of_one_body_are_those_of_its_parts(pocket_server: Served, trac
 
 
 def test_choices_are_forks_with_seeds_of_their_own(pocket_server: Served, reasoner: Reasoner, trace: Trace) -> None:
-    body = pocket_server.post(CHAT, user(**SEEDED, n=3))
-    sampling = [Sampling(seed=question_seed(5, place), temperature=0.9) for place in (1, 2)]
-    alone = [trace, *(reasoner.generate(QUESTION, sampling=each) for each in sampling)]
-    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    body = pocket_server.post(CHAT, user(**SEEDED, n=2))
+    sampling = Sampling(seed=question_seed(5, 1), temperature=0.9)
+    alone = [trace, reasoner.generate(QUESTION, sampling=sampling)]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
     assert [choice["message"]["content"] for choice in body["choices"]] == [each.conclusion for each in alone]
     assert [choice["message"]["reasoning"] for choice in body["choices"]] == [each.thinking for each in alone]
     assert body["usage"]["prompt_tokens"] == len(trace.prompt_ids)
     assert body["usage"]["completion_tokens"] == sum(len(each.ids) for each in alone)
-    chunks = pocket_server.chunks(CHAT, user(**SEEDED, n=2))
+    chunks = pocket_server.chunks(CHAT, user(n=2, max_tokens=2))
     ends = [choice for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
     assert sorted(choice["index"] for choice in ends) == [0, 1]
 
@@ -117,29 +120,64 @@ def test_a_cut_thinking_is_no_answer_and_thinking_counts(pocket_server: Served, 
 
 
 @pytest.mark.parametrize(
-    ("fields", "budget"),
+    ("fields", "budget", "is_shown"),
     [
-        ({"reasoning": {"max_tokens": 8}}, 8),
-        ({"thinking": {"type": "enabled", "budget_tokens": 8}}, 8),
-        ({"reasoning_effort": "high", "reasoning": {"max_tokens": 8, "exclude": True}}, 8),
+        ({}, None, True),
+        ({"reasoning": {"max_tokens": 8}}, 8, True),
+        ({"thinking": {"type": "enabled", "budget_tokens": 8}}, 8, True),
+        ({"reasoning_effort": "low"}, 1_024, True),
+        ({"reasoning_effort": "high", "reasoning": {"max_tokens": 8, "exclude": True}}, 8, False),
+        ({"reasoning_effort": "none"}, None, False),
+        ({"thinking": {"type": "disabled"}}, None, False),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, None, False),
+        ({"include_reasoning": False}, None, False),
     ],
 )
-def test_a_thinking_budget_ends_the_thinking(
-    pocket_server: Served, reasoner: Reasoner, fields: dict[str, Any], budget: int
-) -> None:
-    alone = reasoner.generate(QUESTION, sampling=Sampling(temperature=0), thinking=Thinking(think_tokens=budget))
-    [choice] = pocket_server.post(CHAT, user(temperature=0, **fields))["choices"]
-    assert choice["message"]["content"] == alone.conclusion
-    is_shown = not fields.get("reasoning", {}).get("exclude", False)
-    assert choice["message"].get("reasoning") == (alone.thinking if is_shown else None)
+def test_what_says_how_long_to_think(fields: dict[str, Any], budget: int | None, is_shown: bool) -> None:
+    body = {**user(), **fields}
+    ask, writer, _ = openai.read_chat(body, settings=Settings(), model="m", joins_thinking=True)
+    assert ask.thinking == Thinking(think_tokens=budget)
+    assert (writer.delta(Delta(choice=0, reasoning="I think")) != b"") is is_shown
 
 
-def test_no_thinking_is_hidden_and_counted(pocket_server: Served, reasoner: Reasoner) -> None:
-    alone = reasoner.generate(QUESTION, sampling=Sampling(temperature=0))
-    body = pocket_server.post(CHAT, user(temperature=0, reasoning_effort="none"))
+def test_no_thinking_may_mean_the_answer_at_once() -> None:
+    settings = Settings(no_think="answer-now")
+    body = user(reasoning_effort="none")
+    assert openai.read_chat(body, settings=settings, model="m", joins_thinking=True)[0].thinking.think_tokens == 0
+    assert openai.read_chat(user(), settings=settings, model="m", joins_thinking=True)[0].thinking.think_tokens is None
+
+
+def test_a_budget_is_kept_and_hidden_thinking_counts(pocket_server: Served, reasoner: Reasoner) -> None:
+    alone = reasoner.generate(QUESTION, sampling=Sampling(temperature=0), thinking=Thinking(think_tokens=8))
+    body = pocket_server.post(CHAT, user(temperature=0, reasoning={"max_tokens": 8, "exclude": True}))
     assert "reasoning" not in body["choices"][0]["message"]
     assert body["choices"][0]["message"]["content"] == alone.conclusion
     assert body["usage"]["completion_tokens_details"]["reasoning_tokens"] == alone.thinking_span[1]
+
+
+@pytest.mark.parametrize(
+    ("field", "names", "content"),
+    [
+        ("both", {"reasoning_content", "reasoning"}, "7"),
+        ("reasoning", {"reasoning"}, "7"),
+        ("reasoning_content", {"reasoning_content"}, "7"),
+        ("none", set(), "7"),
+        ("think-tags", set(), "<think>\n3+4\n</think>\n\n7"),
+    ],
+)
+def test_where_the_thinking_goes(field: ReasoningField, names: set[str], content: str) -> None:
+    settings = Settings(reasoning_field=field)
+    _, writer, _ = openai.read_chat(user(), settings=settings, model="m", joins_thinking=True)
+    ended = Ended(choice=0, finish="stop", stop_text=None, reasoning="3+4", content="7", usage=Usage(n_prompt=1))
+    message = writer.whole([ended])["choices"][0]["message"]
+    assert {name for name in message if name.startswith("reasoning")} == names and message["content"] == content
+    raw = writer.delta(Delta(choice=0, reasoning="3+")) + writer.delta(Delta(choice=0, reasoning="4"))
+    raw += writer.delta(Delta(choice=0, content="7")) + writer.end(ended)
+    deltas = [
+        json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in raw.decode().split("\n\n") if line
+    ]
+    assert "".join(delta.get("content", "") for delta in deltas) == content
+    assert {name for delta in deltas for name in delta if name.startswith("reasoning")} == names
 
 
 def test_roles_and_parts_make_the_prompt_of_the_engine(pocket_server: Served, reasoner: Reasoner) -> None:

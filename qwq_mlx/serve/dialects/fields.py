@@ -15,7 +15,7 @@ from qwq_mlx.serve.api_error import ApiError, not_built
 from qwq_mlx.serve.body import Fields
 from qwq_mlx.serve.settings import Settings
 
-__all__ = ["EFFORTS", "MAX_STOPS", "check_model", "content_text", "read_messages", "sampling_of", "thinking_of"]
+__all__ = ["EFFORTS", "MAX_STOPS", "check_model", "read_messages", "sampling_of", "split_parts", "thinking_of"]
 
 EFFORTS: dict[str, int | None] = {
     "none": 0,
@@ -38,7 +38,7 @@ _RANGES = {
     "frequency_penalty": (-100, 100),
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_NEUTRAL_OF_MESSAGES = ("refusal", "audio", "annotations", "tool_calls", "function_call", "images", "cache_control")
+_NEUTRAL_OF_MESSAGES = ("refusal", "audio", "annotations", "tool_calls", "function_call", "images", "name")
 
 
 def check_model(named: str | None, name: str) -> None:
@@ -67,11 +67,10 @@ def read_messages(fields: Fields, name: str = "messages", *, joins_thinking: boo
         role = inner.choice("role", ("system", "developer", "user", "assistant"))
         if inner.choice("type", ("message",)) is None and role is None:
             raise ApiError(400, f"{where}role is missing, expected system, user or assistant.", param=where + "role")
-        content = content_text(inner.raw("content"), where + "content")
-        thought = next(
-            (inner.text(each) or "" for each in ("reasoning_content", "reasoning", "thinking") if each in inner), ""
-        )
-        inner.ignore("reasoning_content", "reasoning", "thinking", "reasoning_details", "id", "status")
+        thought, content = split_parts(inner.raw("content"), where + "content")
+        for each in ("reasoning_content", "reasoning", "thinking"):
+            thought = inner.text(each) or thought
+        inner.ignore("reasoning_details", "id", "status", "phase", "cache_control")
         for each in _NEUTRAL_OF_MESSAGES:
             inner.refuse_unless(each, ([], {}))
         inner.refuse_others()
@@ -81,36 +80,46 @@ def read_messages(fields: Fields, name: str = "messages", *, joins_thinking: boo
     return messages
 
 
-def content_text(value: Any, where: str) -> str:
-    """A text, or the joined texts of a list of parts; anything but text is refused."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
+def split_parts(value: Any, where: str) -> tuple[str, str]:
+    """The thinking and the text of a content: a text, or a list of parts; other parts than these are refused."""
+    if value is None or isinstance(value, str):
+        return "", value or ""
     if not isinstance(value, list):
         raise ApiError(400, f"{where} is no text and no list of parts.", param=where)
-    texts = []
+    thoughts, texts = [], []
     for place, item in enumerate(value):
         part = Fields(item, f"{where}[{place}].")
         kind = part.text("type")
-        if kind not in _TEXT_PARTS:
+        if kind in _TEXT_PARTS:
+            texts.append(_part(part, "text"))
+            part.refuse_unless("annotations", ([],))
+            part.refuse_unless("citations", ([],))
+            part.refuse_unless("logprobs", ([],))
+            part.ignore("cache_control")
+        elif kind == "thinking":
+            thoughts.append(_part(part, "thinking"))
+            part.ignore("signature", "cache_control")
+        elif kind == "redacted_thinking":
+            part.ignore("data")
+        else:
             raise not_built(f"{where}[{place}].type", f"is {str(kind)[:80]!r}; this model reads text alone.")
-        text = part.text("text")
-        if text is None:
-            raise ApiError(400, f"{where}[{place}].text is missing, expected a text.", param=f"{where}[{place}].text")
-        texts.append(text)
-        part.refuse_unless("annotations", ([],))
-        part.refuse_unless("logprobs", ([],))
-        part.ignore("cache_control")
         part.refuse_others()
-    return "".join(texts)
+    return "".join(thoughts), "".join(texts)
+
+
+def _part(part: Fields, name: str) -> str:
+    text = part.text(name)
+    if text is None:
+        raise part.wrong(name, "a text")
+    return text
 
 
 def sampling_of(fields: Fields, names: Iterable[str], *, seed: bool = True) -> Sampling:
-    """Sampling from the fields that a dialect has of it, by the names of `options.Sampling`."""
+    """Sampling from the fields that a dialect has of it, by the names of `options.Sampling` or Ollama's."""
     values: dict[str, Any] = {}
     for name in names:
-        values[name] = _top_k(fields) if name == "top_k" else fields.number(name, *_RANGES[name])
+        own_name = {"repeat_penalty": "repetition_penalty"}.get(name, name)
+        values[own_name] = _top_k(fields) if name == "top_k" else fields.number(name, *_RANGES[own_name])
     if seed:
         number = fields.whole("seed", -1, 2**64 - 1)
         values["seed"] = None if number == -1 else number  # as Ollama: a random one

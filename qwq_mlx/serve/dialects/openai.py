@@ -21,14 +21,23 @@ from qwq_mlx.serve.dialects.fields import EFFORTS, MAX_STOPS, check_model, read_
 from qwq_mlx.serve.jobs import Ask, Delta, Ended, LogprobEntry
 from qwq_mlx.serve.settings import ReasoningField, Settings
 
-__all__ = ["PATH", "ChatWriter", "chat_usage", "event_line", "read_chat", "read_logit_bias", "read_stream_options"]
+__all__ = [
+    "PATH",
+    "SAMPLING",
+    "WITHOUT_EFFECT",
+    "ChatWriter",
+    "event_line",
+    "read_chat",
+    "read_logit_bias",
+    "read_stream_options",
+]
 
 PATH = "/v1/chat/completions"
 
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _MAX_TOP_LOGPROBS = 20
 # They name, bill or store a request, and change no token.
-_WITHOUT_EFFECT = (
+WITHOUT_EFFECT = (
     "user",
     "metadata",
     "store",
@@ -69,14 +78,14 @@ def read_chat(
     legacy = fields.whole("max_tokens", 1)
     ask = Ask(
         messages=tuple(messages),
-        sampling=read_logit_bias(fields, sampling_of(fields, _SAMPLING)),
+        sampling=read_logit_bias(fields, sampling_of(fields, SAMPLING)),
         max_tokens=legacy if most is None else most,
         thinking=thinking,
         stop=fields.texts("stop", at_most=MAX_STOPS),
         n=fields.whole("n", 1, 64) or 1,
         top_logprobs=(top_logprobs or 0) if wants_logprobs else None,
     )
-    fields.ignore(*_WITHOUT_EFFECT)
+    fields.ignore(*WITHOUT_EFFECT)
     for name, neutral in _NEUTRAL.items():
         fields.refuse_unless(name, neutral)
     fields.refuse_others()
@@ -143,7 +152,7 @@ def _thinking(fields: Fields, settings: Settings) -> tuple[Thinking, bool]:
     return thinking_of(settings, budget), shows
 
 
-def chat_usage(ended: list[Ended]) -> dict[str, Any]:
+def _usage(ended: list[Ended]) -> dict[str, Any]:
     """Tokens of all choices; a prompt that they share counts once."""
     n_prompt, n_cached = ended[0].usage.n_prompt, ended[0].usage.n_cached
     n_output = sum(each.usage.n_output for each in ended)
@@ -174,7 +183,7 @@ class ChatWriter:
         self._includes_usage, self._has_logprobs = includes_usage, has_logprobs
         self._in_tags: set[int] = set()  # choices whose <think> is not closed
 
-    def start(self) -> bytes:
+    def start(self, n_prompt: int) -> bytes:
         """The role of each choice."""
         first = {"role": "assistant", "content": ""}
         return b"".join(self._chunk(index, first) for index in range(self._n_choices))
@@ -199,7 +208,7 @@ class ChatWriter:
         """Usage where it was asked for, and the mark of the end."""
         usage = b""
         if self._includes_usage:
-            usage = event_line({**self._top("chat.completion.chunk"), "choices": [], "usage": chat_usage(ended)})
+            usage = event_line({**self._top("chat.completion.chunk"), "choices": [], "usage": _usage(ended)})
         return usage + b"data: [DONE]\n\n"
 
     def heartbeat(self) -> bytes:
@@ -215,7 +224,7 @@ class ChatWriter:
         return {
             **self._top("chat.completion"),
             "choices": [self._choice(each) for each in ended],
-            "usage": chat_usage(ended),
+            "usage": _usage(ended),
         }
 
     def _choice(self, ended: Ended) -> dict[str, Any]:
