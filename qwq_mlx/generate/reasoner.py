@@ -65,8 +65,8 @@ def load(
     Raises LoadError, SourceError or BackendError; FitError with the arithmetic.
 
     >>> reasoner = qwq_mlx.load(FOLDER, limits=qwq_mlx.Limits(context=2048))
-    >>> reasoner.generate("How many r in strawberry.", sampling=qwq_mlx.Sampling(temperature=0)).answer
-    '3'
+    >>> reasoner.generate("What is 3 + 4?", sampling=qwq_mlx.Sampling(temperature=0)).answer
+    '7'
     """
     folder = ready_model(folder)
     limit = None if force else limit_bytes()

@@ -156,11 +156,11 @@ class Trace:
     hidden: layer -> (ids, hidden_size) float32 where `Inspect` asked, NaN where injected.
     asked: what the model said when it was asked (`Stream.ask_answer`); None where it was not.
 
-    >>> trace = reasoner.generate("How many r in strawberry.", sampling=qwq_mlx.Sampling(temperature=0))
+    >>> trace = reasoner.generate("What is 3 + 4?", sampling=qwq_mlx.Sampling(temperature=0))
     >>> trace.answer, trace.answer_kind, trace.confidence
-    ('3', 'heading', 0.98)
-    >>> trace.save("strawberry.jsonl")
-    >>> qwq_mlx.Trace.load("strawberry.jsonl") == trace
+    ('7', 'heading', 0.98)
+    >>> trace.save("sum.jsonl")
+    >>> qwq_mlx.Trace.load("sum.jsonl") == trace
     True
     """
 

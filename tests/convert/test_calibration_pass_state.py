@@ -61,7 +61,7 @@ def test_a_pass_is_kept_once_a_minute_at_most(tmp_path: Path, monkeypatch: pytes
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("wait, is the answer 479? let me think again. " * 30, encoding="utf-8")
+    path.write_text("wait, is the answer 479? let me think again. " * 20, encoding="utf-8")
     return path
 
 

@@ -32,67 +32,84 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return Subject("cpu", folder)
 
 
+class Recorded:
+    """Eight recorded ids of a model, and a file of them with changes."""
+
+    def __init__(self, content: dict[str, Any], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.content = {**content, "ids": content["ids"][:8], "margins": content["margins"][:8]}
+        self._path = path
+        monkeypatch.setattr(recorded, "_FILE", path)
+        self.write()
+
+    def write(self, **changes: Any) -> None:
+        self._path.write_text(json.dumps(self.content | changes))
+
+    def ids_with_another_at(self, place: int) -> list[int]:
+        ids = list(self.content["ids"])
+        ids[place] += 1
+        return ids
+
+
 @pytest.fixture
-def forge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Replaces parts of the recorded file, of which only the first 8 ids are left."""
-
-    def write(**changes: Any) -> None:
-        content = {**RECORDED, "ids": RECORDED["ids"][:8], "margins": RECORDED["margins"][:8], **changes}
-        (tmp_path / "recorded_ids.json").write_text(json.dumps(content))
-        monkeypatch.setattr(recorded, "_FILE", tmp_path / "recorded_ids.json")
-
-    return write
+def tiny(tiny_checkpoint: Path) -> Subject:
+    """A model of which each pass takes a millisecond."""
+    return Subject("cpu", tiny_checkpoint)
 
 
-def other_id_at(place: int) -> list[int]:
-    ids = RECORDED["ids"][:8]
-    return [*ids[:place], ids[place] + 1, *ids[place + 1 :]]
+@pytest.fixture
+def written(tiny: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    monkeypatch.setattr(recorded, "_N_IDS", 8)
+    return Recorded(recorded.record(tiny.pocket), tmp_path / "recorded_ids.json", monkeypatch)
 
 
 @pytest.mark.pocket
-def test_the_recorded_ids_are_those_of_the_bundled_model(subject: Subject, forge: Any) -> None:
-    forge()
+def test_the_recorded_ids_are_those_of_the_bundled_model(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Recorded(RECORDED, tmp_path / "recorded_ids.json", monkeypatch)
     result = recorded.check_recorded_ids(subject)
     assert (result.outcome, result.values["same"], result.values["differences"]) == ("ok", 8, [])
 
 
-@pytest.mark.pocket
-def test_a_wrong_id_is_a_failure_with_its_place_and_margin(subject: Subject, forge: Any) -> None:
-    forge(ids=other_id_at(3))
-    result = recorded.check_recorded_ids(subject)
+@pytest.mark.tiny
+def test_a_wrong_id_is_a_failure_with_its_place_and_margin(tiny: Subject, written: Recorded) -> None:
+    ids = written.ids_with_another_at(3)
+    written.write(ids=ids)
+    result = recorded.check_recorded_ids(tiny)
     assert result.outcome == "failed"
-    assert f"at place 3 {RECORDED['ids'][3]} instead of {RECORDED['ids'][3] + 1}" in result.found
-    assert result.values["differences"][0]["margin"] > 5
+    assert f"at place 3 {ids[3] - 1} instead of {ids[3]}" in result.found
+    assert result.values["differences"][0]["margin"] > recorded.NEAR_TIE["float32"]
 
 
-@pytest.mark.pocket
+@pytest.mark.tiny
 def test_a_wrong_id_within_the_tolerance_is_a_near_tie_and_the_run_goes_on_behind_it(
-    subject: Subject, forge: Any, monkeypatch: pytest.MonkeyPatch
+    tiny: Subject, written: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last recorded id is what the model draws behind the exchanged one, not behind its own."""
-    ids = other_id_at(3)
-    model = subject.pocket
-    logits = recorded._logits(model, [*RECORDED["prompt_ids"], *ids[:7]])
-    forge(ids=[*ids[:7], mx.argmax(logits[-1]).item()], margins=[0.0] * 8)
+    ids = written.ids_with_another_at(3)
+    logits = recorded._logits(tiny.pocket, [*written.content["prompt_ids"], *ids[:7]])
+    written.write(ids=[*ids[:7], mx.argmax(logits[-1]).item()], margins=[0.0] * 8)
     monkeypatch.setattr(recorded, "NEAR_TIE", {"float32": 1000.0})
     monkeypatch.setattr(recorded, "MARGIN_TOLERANCE", {"float32": 1000.0})
-    result = recorded.check_recorded_ids(subject)
+    result = recorded.check_recorded_ids(tiny)
     assert result.outcome == "ok"
     assert "(near-ties)" in result.found
     assert 7 not in [each["place"] for each in result.values["differences"]]
 
 
-@pytest.mark.pocket
+@pytest.mark.tiny
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"margins": [1000.0] * 8}, "8 of 8 ids are the recorded ones, their margins within 98"),
+        ({"margins": [1000.0] * 8}, "8 of 8 ids are the recorded ones, their margins within 99"),
         ({"prompt_ids": [1, 2]}, "the prompt became"),
     ],
 )
-def test_other_logits_or_another_prompt_fail(subject: Subject, forge: Any, changes: dict[str, Any], text: str) -> None:
-    forge(**changes)
-    result = recorded.check_recorded_ids(subject)
+def test_other_logits_or_another_prompt_fail(
+    tiny: Subject, written: Recorded, changes: dict[str, Any], text: str
+) -> None:
+    written.write(**changes)
+    result = recorded.check_recorded_ids(tiny)
     assert result.outcome == "failed"
     assert text in result.found
 
@@ -144,11 +161,10 @@ def test_quantized_caches_that_a_backend_does_not_offer_or_that_take_too_long_ar
 
 @pytest.mark.tiny
 def test_a_plan_is_held_against_the_peak_and_one_that_is_off_fails(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_CONTEXT", 256)
     monkeypatch.setattr(memory, "BOUNDS", (0.8, 1.25))  # in so small a model one buffer more or less is a tenth
-    tiny = Subject("cpu", tiny_checkpoint)
     result = memory.check_memory_plan(tiny)
     assert result.outcome == "ok", result.found
     plan_memory = memory.plan_memory
@@ -258,8 +274,7 @@ def test_the_machine_computes_and_has_memory(subject: Subject, monkeypatch: pyte
 
 
 @pytest.mark.tiny
-def test_a_row_that_fails_while_costs_are_measured_is_named(tiny_checkpoint: Path) -> None:
-    tiny = Subject("cpu", tiny_checkpoint)
+def test_a_row_that_fails_while_costs_are_measured_is_named(tiny: Subject) -> None:
     result = speed._step_seconds(tiny, 2)
     assert result > 0
     weight = tiny.pocket.module.model.norm.weight
