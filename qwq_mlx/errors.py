@@ -26,6 +26,7 @@ Does not: wrap programming errors. A TypeError or an AssertionError is a defect 
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Mapping, Sequence
 
@@ -46,6 +47,7 @@ __all__ = [
     "SavingError",
     "SourceError",
     "TemplateLimitError",
+    "system_said",
 ]
 
 _NO_MEMORY = re.compile(r"alloc|out of memory|insufficient memory", re.IGNORECASE)
@@ -128,7 +130,38 @@ class DiskFullError(ConversionError):
         """
         if error.errno == errno.EFBIG:
             return "a file may not be that large here (see ulimit -f, or the file system's limit)"
-        return "the disk is full"
+        if error.errno == errno.EDQUOT:
+            return "your quota of this disk is used up"
+        return "no inodes are left for another file (see df -i)" if _lacks_inodes(error) else "the disk is full"
+
+
+def system_said(error: OSError, advice: str) -> str:
+    """The end of a message about a file: what the system said, and what to do about that.
+
+    advice: what to do, a sentence; another one takes its place where too many files are open or no inodes are left.
+
+    >>> from qwq_mlx.errors import system_said
+    >>> system_said(PermissionError(errno.EACCES, "Permission denied"), "Check its permissions.")
+    '(Permission denied). Check its permissions.'
+    >>> system_said(OSError(errno.EMFILE, "Too many open files"), "Check its permissions.")
+    '(Too many open files). Raise the limit (ulimit -n 4096) and run it again.'
+    """
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        advice = "Raise the limit (ulimit -n 4096) and run it again."
+    elif error.errno == errno.ENOSPC and _lacks_inodes(error):
+        advice = "No inodes are left for another file (see df -i): remove files there, or choose another disk."
+    return f"({error.strerror or error}). {advice}"
+
+
+def _lacks_inodes(error: OSError) -> bool:
+    """Whether the file could not be made because its file system has no inodes left, though it may have room."""
+    if error.filename is None or not hasattr(os, "statvfs"):  # a write to an open file needs none; Windows has none
+        return False
+    try:
+        status = os.statvfs(os.path.dirname(os.fsdecode(error.filename)) or ".")  # noqa: PTH120 - may be no valid path
+    except (OSError, ValueError):
+        return False
+    return status.f_files > 0 and status.f_favail == 0  # some file systems count none
 
 
 class LoadError(QwqError):

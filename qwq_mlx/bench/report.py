@@ -14,7 +14,7 @@ from typing import Any
 from qwq_mlx.bench.machine import describe_machine
 from qwq_mlx.bench.options import BenchOptions
 from qwq_mlx.bench.subject import OURS, Row
-from qwq_mlx.errors import SavingError
+from qwq_mlx.errors import SavingError, system_said
 from qwq_mlx.files.output_file import check_output_file
 
 __all__ = ["SCHEMA", "append_result", "result_of", "results_file", "table"]
@@ -39,7 +39,7 @@ def results_file(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SavingError(f"{folder}: cannot be made ({error.strerror}). Choose another folder.", error) from error
+        raise SavingError(f"{folder}: cannot be made {system_said(error, 'Choose another folder.')}", error) from error
     path = folder / f"{datetime.now(timezone.utc).date().isoformat()}.jsonl"
     check_output_file(path, name="output")
     return path
@@ -51,7 +51,7 @@ def append_result(path: Path, result: dict[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
     except OSError as error:
-        raise SavingError(f"{path}: cannot be written ({error.strerror}). Choose another folder.", error) from error
+        raise SavingError(f"{path}: cannot be written {system_said(error, 'Choose another folder.')}", error) from error
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from qwq_mlx.errors import OptionError, PromptError, SourceError
+from qwq_mlx.errors import OptionError, PromptError, SourceError, system_said
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.json_dataclass import FieldError, from_json_value
 from qwq_mlx.files.json_object import read_json_object
@@ -148,7 +148,7 @@ class Conversation:
         try:
             write_file(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
         except OSError as error:
-            raise SourceError(f"{path}: cannot be written ({error.strerror}). Give another place.") from error
+            raise SourceError(f"{path}: cannot be written {system_said(error, 'Give another place.')}") from error
 
     def load(self, path: Path) -> None:
         """Go on with a conversation that `save` wrote.

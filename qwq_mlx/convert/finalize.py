@@ -23,7 +23,7 @@ from qwq_mlx.convert.calibration.importance import STATISTICS_NAME
 from qwq_mlx.convert.journal import FinishedTensor
 from qwq_mlx.convert.plan import BLOCK_BYTES, TEMPLATE_NAME, Plan
 from qwq_mlx.convert.progress import ConvertProgress
-from qwq_mlx.errors import ConversionError, SourceError
+from qwq_mlx.errors import ConversionError, SourceError, system_said
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.checkpoint import CONFIG_NAME, INDEX_NAME
 from qwq_mlx.files.digest import ShardDigest
@@ -126,7 +126,7 @@ def _small_files(plan: Plan) -> dict[str, bytes]:
         return {name: (folder / name).read_bytes() for name in names}
     except OSError as error:
         raise SourceError(
-            f"{error.filename}: cannot be read ({error.strerror}). Check the source and run again."
+            f"{error.filename}: cannot be read {system_said(error, 'Check the source and run again.')}"
         ) from error
 
 

@@ -8,7 +8,6 @@ Does not: parse anything (headers were checked before), or change a byte.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import queue
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from qwq_mlx.convert.journal import FinishedTensor
 from qwq_mlx.convert.plan import Plan, PlannedTensor
 from qwq_mlx.convert.source import Shards
-from qwq_mlx.errors import ConversionError, SourceError
+from qwq_mlx.errors import ConversionError, SourceError, system_said
 from qwq_mlx.files.header import Header
 from qwq_mlx.files.reading import open_to_read
 
@@ -155,11 +154,8 @@ def open_shard(shard: Header) -> int:
     try:
         fd = open_to_read(shard.path)
     except OSError as error:
-        is_busy = error.errno in (errno.EMFILE, errno.ENFILE)
-        advice = "Raise the limit (ulimit -n 4096)" if is_busy else "Put it back"
-        raise SourceError(
-            f"{shard.path}: cannot be opened any more ({error.strerror}). {advice} and run again."
-        ) from error
+        said = system_said(error, "Put it back and run again.")
+        raise SourceError(f"{shard.path}: cannot be opened any more {said}") from error
     size = os.fstat(fd).st_size
     if size != shard.size_bytes:
         os.close(fd)

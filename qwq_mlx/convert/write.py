@@ -19,7 +19,7 @@ from typing import Any
 
 from qwq_mlx.convert.pack import PackedBlock
 from qwq_mlx.convert.plan import OutputShard, Plan, PlannedTensor
-from qwq_mlx.errors import ConversionError, DiskFullError
+from qwq_mlx.errors import ConversionError, DiskFullError, system_said
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
 
 __all__ = ["ShardWriter", "create_shards", "disk_fault"]
@@ -143,8 +143,8 @@ def disk_fault(error: OSError, path: Path, n_bytes: int) -> ConversionError:
             "Free some space and run the same command again; finished tensors are kept."
         )
     return ConversionError(
-        f"{path}: writing failed ({error.strerror}). Check the disk and run the same command again; "
-        "finished tensors are kept."
+        f"{path}: writing failed {system_said(error, 'Check the disk and run the same command again.')} "
+        "Finished tensors are kept."
     )
 
 

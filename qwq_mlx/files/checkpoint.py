@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import SourceError
+from qwq_mlx.errors import SourceError, system_said
 from qwq_mlx.files.header import Header, TensorEntry, read_header
 from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.files.links import check_link
@@ -177,7 +177,7 @@ def _regular_files(folder: Path, *, follow_links: bool) -> tuple[list[str], list
         advice = GGUF_ADVICE if folder.suffix == ".gguf" else "Give the folder it lies in."
         raise SourceError(f"{folder}: is a file, expected the folder of a checkpoint. {advice}") from error
     except OSError as error:
-        raise SourceError(f"{folder}: cannot be listed ({error.strerror}). Check its permissions.") from error
+        raise SourceError(f"{folder}: cannot be listed {system_said(error, 'Check its permissions.')}") from error
     names, warnings = [], []
     for entry in entries:
         if entry.name.startswith("."):
@@ -267,7 +267,7 @@ def _check_extra(path: Path) -> None:
         with path.open("rb") as file:
             wrong = recognise(file.read(512))
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+        raise SourceError(f"{path}: cannot be read {system_said(error, 'Check its permissions.')}") from error
     if wrong and (wrong.startswith("a git-lfs") or path.suffix == ".json"):
         raise SourceError(f"{path}: is {wrong}. {_FETCH}")
 

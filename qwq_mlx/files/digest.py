@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import SourceError
+from qwq_mlx.errors import SourceError, system_said
 from qwq_mlx.files.header import Header
 from qwq_mlx.files.reading import open_to_read
 
@@ -103,7 +103,7 @@ class _Reader:
         try:
             self._fd = open_to_read(self._path)
         except OSError as error:
-            raise SourceError(f"{self._path}: cannot be opened ({error.strerror}). Check the folder.") from error
+            raise SourceError(f"{self._path}: cannot be opened {system_said(error, 'Check the folder.')}") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,5 +117,5 @@ class _Reader:
                 parts.append(part)
                 n_bytes -= len(part)
         except OSError as error:
-            raise SourceError(f"{self._path}: cannot be read ({error.strerror}). Check the disk.") from error
+            raise SourceError(f"{self._path}: cannot be read {system_said(error, 'Check the disk.')}") from error
         return parts[0] if len(parts) == 1 else b"".join(parts)

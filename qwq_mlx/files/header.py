@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
 
-from qwq_mlx.errors import SourceError
+from qwq_mlx.errors import SourceError, system_said
 from qwq_mlx.files.json_object import parse_json_object
 from qwq_mlx.files.reading import open_to_read, read_at, recognise
 
@@ -171,7 +171,7 @@ def _open(path: Path) -> int:
         return open_to_read(path)
     except OSError as error:
         raise SourceError(
-            f"{path}: cannot be opened ({error.strerror}). Check that it exists and is readable."
+            f"{path}: cannot be opened {system_said(error, 'Check that it exists and is readable.')}"
         ) from error
 
 

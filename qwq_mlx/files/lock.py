@@ -14,7 +14,7 @@ import socket
 from pathlib import Path
 from types import TracebackType
 
-from qwq_mlx.errors import ConversionError, DiskFullError
+from qwq_mlx.errors import ConversionError, DiskFullError, system_said
 
 __all__ = ["FolderLock"]
 
@@ -77,4 +77,4 @@ class FolderLock:
 def _unmade(path: Path, error: OSError) -> ConversionError:
     if DiskFullError.is_meant_by(error):
         return DiskFullError(f"{path}: {DiskFullError.reason(error)} ({error.strerror}). Make room and run it again.")
-    return ConversionError(f"{path}: cannot be made ({error.strerror}). Choose an output where you may write.")
+    return ConversionError(f"{path}: cannot be made {system_said(error, 'Choose an output where you may write.')}")

@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import SourceError
+from qwq_mlx.errors import SourceError, system_said
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.checkpoint import SUFFIX
 from qwq_mlx.files.digest import ByteProgress, ShardDigest, sha256_file, sha256_header, sha256_shard
@@ -146,7 +146,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}). Check the disk.") from error
+        raise SourceError(f"{path}: cannot be read {system_said(error, 'Check the disk.')}") from error
     if _encode(value, schema) != raw:
         raise SourceError(f"{path}: its digest is {str(digest)[:80]!r}, which its content does not have. {_ADVICE}")
     try:
@@ -279,7 +279,7 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}). Check the folder.") from error
+        raise SourceError(f"{path}: cannot be read {system_said(error, 'Check the folder.')}") from error
 
 
 def _is_plain_name(name: str) -> bool:

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwq_mlx.errors import SourceError
+from qwq_mlx.errors import SourceError, system_said
 
 __all__ = ["open_to_read", "read_at", "read_regular_file", "recognise"]
 
@@ -43,7 +43,7 @@ def read_regular_file(path: Path, *, limit_bytes: int, expected: str, advice: st
     except FileNotFoundError as error:
         raise SourceError(f"{path}: there is no such file. {advice}") from error
     except OSError as error:
-        raise SourceError(f"{path}: cannot be opened ({error.strerror}). {advice}") from error
+        raise SourceError(f"{path}: cannot be opened {system_said(error, advice)}") from error
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
@@ -52,7 +52,7 @@ def read_regular_file(path: Path, *, limit_bytes: int, expected: str, advice: st
             raise SourceError(f"{path}: has {status.st_size:,} bytes, expected at most {limit_bytes:,}. {advice}")
         return b"".join(_blocks(fd, status.st_size))
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}). {advice}") from error
+        raise SourceError(f"{path}: cannot be read {system_said(error, advice)}") from error
     finally:
         os.close(fd)
 

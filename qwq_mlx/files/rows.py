@@ -14,7 +14,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from qwq_mlx.errors import SourceError
+from qwq_mlx.errors import SourceError, system_said
 from qwq_mlx.files.header import Header, TensorEntry
 from qwq_mlx.files.reading import open_to_read
 
@@ -36,7 +36,7 @@ def read_rows(shard: Header, entry: TensorEntry, rows: Sequence[int] | None = No
     try:
         fd = open_to_read(shard.path)
     except OSError as error:
-        raise SourceError(f"{shard.path}: cannot be opened any more ({error.strerror}). {_AGAIN}") from error
+        raise SourceError(f"{shard.path}: cannot be opened any more {system_said(error, _AGAIN)}") from error
     try:
         for place, row, n in _runs(wanted):
             _read(fd, shard, entry, entry.start + row * row_bytes, out[place : place + n].reshape(-1).data)
@@ -61,7 +61,7 @@ def _read(fd: int, shard: Header, entry: TensorEntry, position: int, view: memor
             data = os.pread(fd, min(len(view), 1 << 26), position)
         except OSError as error:
             raise SourceError(
-                f"{shard.path}: tensor {entry.name}: reading at byte {position:,} failed ({error.strerror}). {_AGAIN}"
+                f"{shard.path}: tensor {entry.name}: reading at byte {position:,} failed {system_said(error, _AGAIN)}"
             ) from error
         if not data:
             raise SourceError(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import SourceError
+from qwq_mlx.errors import SourceError, system_said
 from qwq_mlx.files.header import Header, TensorEntry
 
 __all__ = ["drop_unread_tensors"]
@@ -57,4 +57,4 @@ def _first_bytes(shard: Header, entry: TensorEntry) -> bytes:
             file.seek(entry.start)
             return file.read(min(_COMPARED_BYTES, entry.end - entry.start))
     except OSError as error:
-        raise SourceError(f"{shard.path}: cannot be read ({error.strerror}). Check its permissions.") from error
+        raise SourceError(f"{shard.path}: cannot be read {system_said(error, 'Check its permissions.')}") from error

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import SavingError, SourceError
+from qwq_mlx.errors import SavingError, SourceError, system_said
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.digest import sha256_json
 from qwq_mlx.files.json_dataclass import FieldError, from_json_value, shown
@@ -91,7 +91,7 @@ class Receipt:
             write_file(Path(path), (json.dumps(values, ensure_ascii=False) + "\n").encode())
         except OSError as error:
             raise SavingError(
-                f"{path}: the receipt cannot be saved ({error.strerror}). Make room, or give another place.", error
+                f"{path}: the receipt cannot be saved {system_said(error, 'Make room, or give another place.')}", error
             ) from error
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import LoadError
+from qwq_mlx.errors import LoadError, system_said
 from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.model.upstream import import_transformers
 
@@ -120,7 +120,9 @@ def read_text_file(path: Path, limit_bytes: int) -> str:
             raise LoadError(f"{path}: has {status.st_size:,} bytes, expected at most {limit_bytes:,}.")
         return path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except OSError as error:
-        raise LoadError(f"{path}: cannot be read ({error.strerror}). Check the folder and its permissions.") from error
+        raise LoadError(
+            f"{path}: cannot be read {system_said(error, 'Check the folder and its permissions.')}"
+        ) from error
     except UnicodeDecodeError as error:
         raise LoadError(f"{path}: is not UTF-8 (byte {error.start:,}). Copy it from the source again.") from error
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qwq_mlx.errors import OptionError, SavingError
+from qwq_mlx.errors import OptionError, SavingError, system_said
 from qwq_mlx.trace.stated_answers import candidates
 from qwq_mlx.trace.trace import Trace
 
@@ -66,7 +66,7 @@ def plot_trace(trace: Trace, path: str | Path) -> None:
         figure.savefig(path, dpi=120)
     except OSError as error:
         raise SavingError(
-            f"{path}: the picture cannot be saved ({error.strerror}). Make room, or give another place.", error
+            f"{path}: the picture cannot be saved {system_said(error, 'Make room, or give another place.')}", error
         ) from error
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from qwq_mlx.errors import SavingError, SourceError
+from qwq_mlx.errors import SavingError, SourceError, system_said
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.header import place_tensors, read_header
 from qwq_mlx.files.json_object import parse_json_object
@@ -65,7 +65,7 @@ def write_trace(
         if is_new:
             beside.unlink(missing_ok=True)  # no lines name it
         raise SavingError(
-            f"{path}: the trace cannot be saved ({error.strerror}). Make room, or give another place.", error
+            f"{path}: the trace cannot be saved {system_said(error, 'Make room, or give another place.')}", error
         ) from error
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qwq_mlx.errors import OptionError, SourceError
+from qwq_mlx.errors import OptionError, SourceError, system_said
 from qwq_mlx.files.header import Header, TensorEntry, read_header
 from qwq_mlx.files.manifest import Manifest
 
@@ -91,5 +91,5 @@ def _sha256(header: Header, entry: TensorEntry, progress: Callable[[int], object
         finally:
             os.close(fd)
     except OSError as error:
-        raise SourceError(f"{header.path}: cannot be read ({error.strerror}). Check the disk.") from error
+        raise SourceError(f"{header.path}: cannot be read {system_said(error, 'Check the disk.')}") from error
     return digest.hexdigest()

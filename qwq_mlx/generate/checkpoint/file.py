@@ -22,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from qwq_mlx.errors import SavingError, SourceError
+from qwq_mlx.errors import SavingError, SourceError, system_said
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
 from qwq_mlx.files.header import Header, place_tensors, read_header
 from qwq_mlx.files.manifest import MANIFEST_NAME
@@ -68,8 +68,8 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], arrays: Mapping[str, 
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise SavingError(
-            f"{path}: the run cannot be saved ({error.strerror}); {n_bytes:,} bytes are needed. "
-            "Make room, or give another place.",
+            f"{path}: the run cannot be saved {system_said(error, 'Make room, or give another place.')} "
+            f"The run needs {n_bytes:,} bytes.",
             error,
         ) from error
 

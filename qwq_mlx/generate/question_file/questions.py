@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import PromptError, SourceError
+from qwq_mlx.errors import PromptError, SourceError, system_said
 from qwq_mlx.files.digest import sha256_json
 from qwq_mlx.files.json_object import parse_json_object
 from qwq_mlx.model.prompt import Messages, conversation
@@ -92,7 +92,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if text := (line.removeprefix(b"\xef\xbb\xbf") if place == 1 else line).strip():
                     yield place, text
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}). Give a file of JSON lines.") from error
+        raise SourceError(f"{path}: cannot be read {system_said(error, 'Give a file of JSON lines.')}") from error
 
 
 class _Reader:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import SavingError, SourceError
+from qwq_mlx.errors import SavingError, SourceError, system_said
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
 from qwq_mlx.files.lock import FolderLock
 from qwq_mlx.trace.trace import Trace
@@ -73,7 +73,7 @@ class Results:
         except OSError as error:
             self.__exit__()
             raise SourceError(
-                f"{self.path}: cannot be written ({error.strerror}). Choose an output where you may write."
+                f"{self.path}: cannot be written {system_said(error, 'Choose an output where you may write.')}"
             ) from error
         except BaseException:
             self.__exit__()
@@ -101,8 +101,8 @@ class Results:
                 self.lines[index] = self._kept(line)
         except OSError as error:
             raise SavingError(
-                f"{self.path}: line {index + 1:,} cannot be written ({error.strerror}); the lines before it "
-                "are whole. Make room and run the same command again.",
+                f"{self.path}: line {index + 1:,} cannot be written "
+                f"{system_said(error, 'Make room and run the same command again.')} The lines before it are whole.",
                 error,
             ) from error
 
@@ -187,7 +187,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     try:
         file = path.open("rb")
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}). Give a file of results.") from error
+        raise SourceError(f"{path}: cannot be read {system_said(error, 'Give a file of results.')}") from error
     end = 0
     with file:
         for index, text in enumerate(file):
