@@ -41,12 +41,13 @@ CUE_PATIENCE = 64
 
 _MAX_SEED = 2**64 - 1  # mlx.random.key takes an unsigned 64-bit number
 _MAX_ID = 2**31 - 1
+_LARGEST = 1e308  # about the largest float; Python's integers have no end
 
 
 def _number(name: str, value: Any, *, low: float, high: float, low_open: bool = False) -> None:
     if value is None:
         return
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and (low < value if low_open else low <= value) and value <= high:
         return
     expected = f"a number {'above' if low_open else 'from'} {low:g} {'up ' if low_open else ''}to {high:g}"
@@ -76,7 +77,7 @@ def _bias(bias: Any) -> None:
         if type(token_id) is not int or not 0 <= token_id <= _MAX_ID:
             raise OptionError(f"logit_bias has the key {token_id!r}, expected a token id (a whole number from 0).")
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or math.isnan(value) or value == math.inf:
+        if not is_number or not (value == -math.inf or -_LARGEST <= value <= _LARGEST):
             raise OptionError(f"logit_bias[{token_id}] is {value!r}, expected a finite number, or -inf to ban the id.")
 
 

@@ -6,7 +6,7 @@ Half of the mutations change bytes, half change values of the JSON (another type
 digest right again, as somebody who forges a file would. Prints one line a kind; the exit code is 1 where a
 reader raised anything but a QwqError, and the first such file of each kind is left under --save.
 
-Does not: run on what a changed file says, but for the settings of a receipt.
+Does not: run what a changed file says. A receipt is only held against the model, a saved run only taken up.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ sys.path[:0] = [str(ROOT)]
 
 from qwq_mlx import Limits, QwqError, Sampling, Trace, load  # noqa: E402
 from qwq_mlx.chat.conversation import Conversation  # noqa: E402
+from qwq_mlx.convert.journal import FinishedTensor, Journal  # noqa: E402
+from qwq_mlx.convert.journal import _encode as _encode_line  # noqa: E402
 from qwq_mlx.files.checkpoint import INDEX_NAME, read_weight_map  # noqa: E402
 from qwq_mlx.files.digest import sha256_json  # noqa: E402
 from qwq_mlx.files.manifest import _encode, read_manifest  # noqa: E402
@@ -36,7 +39,7 @@ from qwq_mlx.generate.question_file.results import read_traces, result_line  # n
 from qwq_mlx.generate.reasoner import Reasoner  # noqa: E402
 from qwq_mlx.generate.receipt import read_receipt  # noqa: E402
 from qwq_mlx.quant.recipe import load_recipe  # noqa: E402
-from qwq_mlx.replay.compare import check_model, replay  # noqa: E402
+from qwq_mlx.replay.compare import check_model  # noqa: E402
 
 _POCKET = ROOT / "qwq_mlx" / "pocket" / "checkpoint"
 _VALUES: tuple[Any, ...] = (
@@ -47,13 +50,25 @@ _BYTES = (
     *(b"[" * 50_000, b'{"a":' * 50_000, b"\\ud800", b"\xff", b"\0", b"1" * 5000),
     *(b"NaN", b"\n", b"\xe2\x80\xa8", b'"', b"}"),
 )
+_DESCRIPTION: dict[str, Any] = {"format": 2, "source": {"sha256": "0" * 64, "files": ["a"]}, "recipe": {"bits": 4}}
+_FINISHED = FinishedTensor(
+    name="a.weight",
+    sha256=("0" * 64,),
+    source_sha256="1" * 64,
+    source_ctime_ns=5,
+    error2=0.5,
+    weight2=2.0,
+    zero_pages=0,
+)
 
 
 class Kind(NamedTuple):
-    """name: of the file. good: its bytes. seal: JSON lines -> bytes with digests put right. read: the reader."""
+    """name: of the file. good: its bytes. values: the JSON in it, one a line. seal: makes bytes of changed values, with
+    digests put right. read: the reader."""
 
     name: str
     good: bytes
+    values: list[Any]
     seal: Callable[[list[Any]], bytes]
     read: Callable[[Path], object]
 
@@ -75,23 +90,39 @@ def kinds(reasoner: Reasoner, folder: Path) -> dict[str, Kind]:
     recipe = '[weights]\nmode = "affine"\nbits = 4\ngroup_size = 64\n[[override]]\nmatch = ["*.v_proj"]\nbits = 6\n'
     manifest = json.loads((_manifest_of(folder)).read_bytes())
 
-    def replayed(path: Path) -> None:
-        receipt = read_receipt(path)
-        check_model(reasoner, receipt)
-        replay(reasoner, receipt)
+    journal = [_DESCRIPTION, *(asdict(replace(_FINISHED, name=name)) for name in ("a.weight", "b.weight"))]
+
+    def of_file(name: str, seal: Callable[[list[Any]], bytes], read: Callable[[Path], object]) -> Kind:
+        content = (folder / name).read_bytes()
+        pieces = [content] if name.endswith(".json") else content.splitlines()
+        return Kind(name, content, [json.loads(piece) for piece in pieces], seal, read)
+
+    def of_values(name: str, values: list[Any], seal: Callable[[list[Any]], bytes], read: Any) -> Kind:
+        return Kind(name, seal(values), values, seal, read)
 
     made = [
-        Kind("receipt.json", (folder / "receipt.json").read_bytes(), _sealed, replayed),
-        Kind("trace.jsonl", (folder / "trace.jsonl").read_bytes(), _sealed_trace, Trace.load),
-        Kind("talk.json", (folder / "talk.json").read_bytes(), _lines, talk.load),
-        Kind("questions.jsonl", _lines(questions), _lines, read_questions),
-        Kind("results.jsonl", _lines([result_line(head, trace)]), _lines, lambda path: list(read_traces(path))),
-        Kind("recipe.toml", recipe.encode(), lambda lines: recipe.encode(), load_recipe),
-        Kind("manifest.json", _sealed_manifest([manifest]), _sealed_manifest, lambda path: read_manifest(path.parent)),
-        Kind(INDEX_NAME, (_POCKET / INDEX_NAME).read_bytes(), _lines, read_weight_map),
-        Kind("run", *_saved_run(run, folder), lambda path: reasoner.resume(path, max_tokens=20)),
+        of_file("receipt.json", _sealed, lambda path: check_model(reasoner, read_receipt(path))),
+        of_file("trace.jsonl", _sealed_trace, Trace.load),
+        of_file("talk.json", _lines, talk.load),
+        of_values("questions.jsonl", questions, _lines, read_questions),
+        of_values("results.jsonl", [result_line(head, trace)], _lines, lambda path: list(read_traces(path))),
+        Kind("recipe.toml", recipe.encode(), [], _lines, load_recipe),
+        of_values("manifest.json", [manifest], _sealed_manifest, lambda path: read_manifest(path.parent)),
+        of_values(INDEX_NAME, [json.loads((_POCKET / INDEX_NAME).read_bytes())], _lines, read_weight_map),
+        of_values("journal.jsonl", journal, _checked, _resume_journal),
+        of_values("run", *_saved_run(run, folder), lambda path: reasoner.resume(path, max_tokens=20)),
     ]
     return {each.name: each for each in made}
+
+
+def _resume_journal(path: Path) -> None:
+    if (journal := Journal.resume(path, _DESCRIPTION)) is not None:
+        journal.close()
+
+
+def _checked(values: list[Any]) -> bytes:
+    """Lines of a journal, each behind its checksum."""
+    return b"".join(_encode_line(each) for each in values)
 
 
 def _manifest_of(folder: Path) -> Path:
@@ -101,7 +132,7 @@ def _manifest_of(folder: Path) -> Path:
     return folder / "converted" / "manifest.json"
 
 
-def _saved_run(run: Any, folder: Path) -> tuple[bytes, Callable[[list[Any]], bytes]]:
+def _saved_run(run: Any, folder: Path) -> tuple[list[Any], Callable[[list[Any]], bytes]]:
     run.save(folder / "run")
     state, arrays = run_file.read_checkpoint(folder / "run")
 
@@ -109,7 +140,7 @@ def _saved_run(run: Any, folder: Path) -> tuple[bytes, Callable[[list[Any]], byt
         run_file.write_checkpoint(folder / "forged", lines[0], arrays)
         return (folder / "forged").read_bytes()
 
-    return seal([state]), seal
+    return [state], seal
 
 
 def _lines(values: list[Any]) -> bytes:
@@ -137,10 +168,8 @@ def _sealed_trace(values: list[Any]) -> bytes:
 
 def mutated(kind: Kind, choose: random.Random) -> bytes:
     """A good file with one to three changes."""
-    if choose.random() < 0.5 and not kind.name.endswith(".toml"):
-        content = kind.good if kind.name != "run" else _lines([_STATE[0]])
-        pieces = [content] if kind.name.endswith(".json") else content.split(b"\n")
-        values = [json.loads(piece) for piece in pieces if piece.strip()]
+    if kind.values and choose.random() < 0.5:
+        values = copy.deepcopy(kind.values)
         for _ in range(choose.randint(1, 3)):
             _change(values, choose)
         return kind.seal(values) if values else b""
@@ -150,9 +179,6 @@ def mutated(kind: Kind, choose: random.Random) -> bytes:
         n_removed = choose.choice((0, 0, 1, 3, 20))
         content[at : at + n_removed] = choose.choice((*_BYTES, bytes([choose.randrange(256)]), b""))
     return bytes(content)
-
-
-_STATE: list[Any] = []
 
 
 def _change(value: Any, choose: random.Random) -> None:
@@ -180,7 +206,6 @@ def run(n_files: int, seed: int, only: str | None, save: Path) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         known = kinds(reasoner, folder)
-        _STATE[:] = [run_file.read_checkpoint(folder / "run")[0]]
         for kind in known.values():
             if only not in (None, kind.name):
                 continue

@@ -17,6 +17,7 @@ from qwq_mlx.options import NEUTRAL, Limits, Sampling, Thinking
         ("temperature", -1, r"temperature is -1, expected a number from 0 to 100\."),
         ("temperature", math.nan, "temperature is nan"),
         ("temperature", math.inf, "temperature is inf"),
+        ("temperature", 10**400, "temperature is 1000"),  # too large for a float
         ("temperature", True, "temperature is True"),
         ("temperature", "0.7", "temperature is '0.7'"),
         ("top_p", 0, r"top_p is 0, expected a number above 0 up to 1\."),
@@ -39,6 +40,7 @@ from qwq_mlx.options import NEUTRAL, Limits, Sampling, Thinking
         ("logit_bias", {"5": 0.0}, "logit_bias has the key '5'"),
         ("logit_bias", {5: math.nan}, r"logit_bias\[5\] is nan, expected a finite number"),
         ("logit_bias", {5: math.inf}, r"logit_bias\[5\] is inf"),
+        ("logit_bias", {5: -(10**400)}, r"logit_bias\[5\] is -1000"),
         ("order", "vllm", "order is 'vllm', expected 'hf'"),
         ("seed", -1, "seed is -1, expected a whole number from 0 to"),
         ("seed", 2**64, "seed is 18446744073709551616"),

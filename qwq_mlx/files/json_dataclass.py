@@ -90,7 +90,8 @@ def _read(value: Any, kind: Any, where: str) -> Any:
 
 
 def _plain(value: Any, kind: Any, where: str) -> Any:
-    is_fine = type(value) is kind or (kind is float and type(value) is int)
+    # an integer of 400 digits is JSON, but no float
+    is_fine = type(value) is kind or (kind is float and type(value) is int and abs(value) <= 2**1023)
     if not is_fine:
         raise FieldError(where, shown(value), _NAMES[kind])
     return value

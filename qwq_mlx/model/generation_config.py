@@ -6,7 +6,6 @@ end ids in silence.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def _number(values: dict[str, Any], name: str, path: Path, *, low: float, high: 
     value = values.get(name)
     if value is None:
         return None
-    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+    if type(value) not in (int, float) or not low <= value <= high:
         raise _fault(path, name, value, f"a number from {low:g} to {high:g}")
     return float(value)
 

@@ -12,7 +12,6 @@ Does not: compute positions (mlx_lm does).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +122,6 @@ def _number(
     value: Any = parameters.get(name)
     if value is None and default is not None:
         return default
-    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+    if type(value) not in (int, float) or not low <= value <= high:
         raise LoadError(f"{where}: {name} is {value!r:.80}, expected a number from {low:g} to {high:g}. {_AGAIN}")
     return float(value)

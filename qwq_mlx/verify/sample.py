@@ -10,7 +10,6 @@ Does not: prove the folder (`files.manifest.verify_full` does).
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import random
 from collections.abc import Callable
@@ -30,7 +29,7 @@ _N_THREADS = 4
 
 def check_share(percent: float) -> None:
     """Raises OptionError for what is no part of a folder."""
-    if type(percent) not in (int, float) or not (math.isfinite(percent) and 0 < percent <= 100):
+    if type(percent) not in (int, float) or not 0 < percent <= 100:
         raise OptionError(f"sample is {percent!r}, expected a number above 0, at most 100, in percent of the bytes.")
 
 

@@ -219,9 +219,9 @@ def mutated(state: dict[str, Any], arrays: dict[str, mx.array], rng: random.Rand
 
 
 def test_no_mutation_ends_in_another_error_than_ours(reasoner: Reasoner, saved: Saved, tmp_path: Path) -> None:
-    """300 random edits with a digest that fits: most are refused, the rest go on; nothing else happens."""
+    """100 random edits with a digest that fits: most are refused, the rest go on; nothing else happens."""
     text, n_refused = json.dumps(saved[0]), 0
-    for seed in range(300):
+    for seed in range(100):
         rng = random.Random(seed)
         state, arrays = json.loads(text), dict(saved[1])
         for _ in range(rng.randint(1, 3)):
@@ -231,4 +231,4 @@ def test_no_mutation_ends_in_another_error_than_ours(reasoner: Reasoner, saved: 
         except QwqError as error:
             n_refused += 1
             assert str(error)
-    assert 150 < n_refused < 300
+    assert 50 < n_refused < 100
