@@ -11,7 +11,7 @@ COMMA := ,
 EXTRAS_DEMO := $(if $(BACKEND),[$(BACKEND)])
 # math is small and judges the tests' answers. ORACLES=1 brings PyTorch (large) and the other extras, so that no test
 # that needs one is skipped.
-EXTRAS_TEST := [$(if $(BACKEND),$(BACKEND)$(COMMA))dev$(COMMA)math$(if $(ORACLES),$(COMMA)oracles$(COMMA)chat$(COMMA)plot)]
+EXTRAS_TEST := [$(if $(BACKEND),$(BACKEND)$(COMMA))dev$(COMMA)math$(if $(ORACLES),$(COMMA)oracles$(COMMA)chat$(COMMA)plot$(COMMA)clients)]
 TEST_READY := $(VENV)/test-installed$(if $(ORACLES),-oracles)
 
 POCKET := conversions/pocket-4bit

@@ -68,9 +68,6 @@ class Served:
         assert response.status == 200, response.read()
         return connection, response
 
-    def wait_until(self, is_so: Callable[[], bool]) -> None:
-        until(is_so)
-
     @property
     def is_idle(self) -> bool:
         worker = self.server.worker
