@@ -62,6 +62,8 @@ class Preparer:
         return len(self.requests(ask)[0].prompt_ids)
 
     def _raw_ids(self, prompt: str | tuple[int, ...]) -> list[int]:
+        if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ApiError(400, "prompt holds a lone surrogate, which is no text, expected UTF-8.", param="prompt")
         ids = encode_text(self._reasoner.model.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise ApiError(400, "prompt is empty, expected at least one token.", param="prompt")
