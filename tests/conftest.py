@@ -131,14 +131,14 @@ def pocket_reasoner() -> Any:
 
 @pytest.fixture(scope="session")
 def pocket_server() -> Iterator[Any]:
-    """A server (tests/serve/serving.py) of the pocket model, which answers puzzles."""
+    """A server (tests/serve/serving.py) of the pocket model, which answers puzzles; it keeps nothing between them."""
     from serving import started
 
     from qwq_mlx.default_model import pocket_checkpoint
     from qwq_mlx.generate.reasoner import load
     from qwq_mlx.serve.settings import Settings
 
-    with started(lambda: load(pocket_checkpoint()), Settings(port=0, name="pocket", queue=4)) as served:
+    with started(lambda: load(pocket_checkpoint()), Settings(port=0, name="pocket", queue=4, prefixes=0)) as served:
         yield served
 
 

@@ -30,11 +30,20 @@ class Scheduler:
     width: runs side by side, at most.
     planned_bytes: what they need together; kept wired on Metal meanwhile.
     ask_answer: ask the model behind each text that gives no sure answer (`Stream.ask_answer`).
+    releases: give the cache of a run back when it ends; False leaves it to the caller, for the next prompt.
     """
 
-    def __init__(self, model: LoadedModel, *, width: int, planned_bytes: int, ask_answer: bool = False) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        width: int,
+        planned_bytes: int,
+        ask_answer: bool = False,
+        releases: bool = True,
+    ) -> None:
         self.width = width
-        self._asks = ask_answer
+        self._asks, self._releases = ask_answer, releases
         self._decoder = Decoder(model.module, n_ids=model.tokenizer.n_ids)
         self._waiting: deque[tuple[Stream, Iterator[None]]] = deque()
         self._active: list[Stream] = []
@@ -92,7 +101,8 @@ class Scheduler:
                 stream.ask_answer()
             except GenerationError as error:
                 stream.fail(error)
-        stream.release_cache()
+        if self._releases:
+            stream.release_cache()
 
     def _feed(self) -> list[Stream]:
         """Feed one chunk of the first prompt that waits. Returns its run where that could not begin."""

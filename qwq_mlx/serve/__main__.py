@@ -87,6 +87,13 @@ def _add_work(add: Any) -> None:
         metavar="N",
         help=f"requests that may wait; more get status 429 (default: {_default('queue')})",
     )
+    add(
+        "--prefixes",
+        type=int,
+        metavar="N",
+        help="KV caches of ended requests kept for prompts that begin alike, as far as the memory allows (default: "
+        f"{_default('prefixes')})",
+    )
     add("--context", type=int, metavar="N", help="positions of one request (default: what the memory allows)")
     add("--kv-bits", type=bits, choices=(8, 4, "auto"), help="bits of a quantized KV cache (default: off)")
     add(

@@ -5,168 +5,42 @@ Does not: wait, or know why a job was cancelled.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from types import TracebackType
-from typing import Any
 
-from qwq_mlx.errors import DamagedModelError, QwqError
+from qwq_mlx.errors import DamagedModelError, FitError, QwqError
 from qwq_mlx.generate.batch import plan_rows, question_seed
 from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.generate.request import Request, resolved
 from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.serve.api_error import ApiError
-from qwq_mlx.serve.jobs import Delta, Ended, Failed, Job, LogprobEntry, Usage
-from qwq_mlx.serve.reply import Piece, ReplyText
-from qwq_mlx.trace.trace import Step
+from qwq_mlx.serve.choice import Choice
+from qwq_mlx.serve.jobs import Failed, Job
+from qwq_mlx.serve.prefix_cache import PrefixCache
 
 __all__ = ["Rows"]
-
-_CUT = ("length", "context_full", "interrupted")
-
-
-class _Choice:
-    """One stream of a job, and how much of it the client has."""
-
-    def __init__(self, job: Job, index: int, stream: Stream) -> None:
-        self.job, self.index, self.stream = job, index, stream
-        self._n_steps = 0
-        profile = stream.request.profile
-        stops = () if job.ask.is_raw else job.ask.stop
-        self._reply = ReplyText(stops, is_raw=job.ask.is_raw, close_tag=profile.close_tag)
-        self._logprobs = _Logprobs(stream.request)
-
-    def forward(self) -> bool:
-        """Send what was written since. Returns whether there was anything."""
-        run = self.stream.run
-        steps = run.steps[self._n_steps :]
-        if not steps or self._is_stopped():
-            return False
-        self._n_steps += len(steps)
-        if self.job.ask.top_logprobs is not None:
-            self._logprobs.add(steps, len(self._reply.text))
-        text = "".join(step.text for step in steps)
-        self._send(self._reply.feed(text, run.output.answer_char, run.output.thinking_char))
-        if self._is_stopped():
-            self.stream.stop()
-        return True
-
-    def _is_stopped(self) -> bool:
-        """Whether a stop text came; the token under way is then the last, and nobody sees it."""
-        return self._reply.stop_text is not None
-
-    def end(self) -> None:
-        """Send the rest, and that it is over."""
-        trace, reply = self.stream.trace(), self._reply
-        start = len(trace.text) - len(trace.conclusion) if trace.conclusion else None
-        if self.job.ask.is_raw or (start is None and trace.finish_reason == "stop" and not reply.content):
-            start = 0  # a model that ended its text has answered, however it did
-        self._send(reply.finish(start))
-        reasoning, content = trace.thinking if start != 0 else "", reply.content
-        if reply.stop_text is None and start is not None:
-            content = trace.text[start:] if self.job.ask.is_raw else trace.text[start:].lstrip("\n")
-            start = len(trace.text) - len(content)
-        raw_reason = (self.stream.run.finish or ("interrupted", ""))[0]
-        is_cut = reply.stop_text is None and raw_reason in _CUT
-        n_reasoning = trace.thinking_span[1] - trace.thinking_span[0]
-        end = None if start is None else start + len(content)
-        self.job.emit(
-            Ended(
-                choice=self.index,
-                finish="length" if is_cut else "stop",
-                stop_text=reply.stop_text,
-                reasoning=reasoning,
-                content=content,
-                usage=Usage(
-                    n_prompt=len(trace.prompt_ids),
-                    n_cached=self.stream.n_cached,
-                    n_output=self._n_steps if reply.stop_text is not None else len(trace.ids),
-                    n_reasoning=n_reasoning if start != 0 else 0,
-                    prefill_s=trace.timings.prefill_s,
-                    decode_s=trace.timings.decode_s,
-                ),
-                reasoning_logprobs=tuple(self._logprobs.between(0, start)),
-                logprobs=tuple(self._logprobs.between(start, end)) if start is not None else (),
-            )
-        )
-
-    def _send(self, piece: Piece) -> None:
-        if not (piece.reasoning or piece.content):
-            return
-        reasoning = self._logprobs.of_reasoning(piece.reasoning_end) if piece.reasoning else ()
-        content = self._logprobs.of_content(*piece.content_span) if piece.content else ()
-        self.job.emit(
-            Delta(
-                choice=self.index,
-                reasoning=piece.reasoning,
-                content=piece.content,
-                reasoning_logprobs=tuple(reasoning),
-                logprobs=tuple(content),
-            )
-        )
-
-
-class _Logprobs:
-    """The entries of a choice's tokens by where their text ends, and which of them were sent."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._entries: list[LogprobEntry] = []
-        self._ends: list[int] = []
-        self._n_sent = 0  # as thinking or answer
-        self._span_start = -1
-        self._n_content = 0  # place of the next entry of the answer
-
-    def add(self, steps: list[Step], start: int) -> None:
-        """Take tokens. start: where their text begins."""
-        pieces, end = self._request.pieces, start
-        for step in steps:
-            end += len(step.text)
-            if step.id not in self._request.model.stop_ids:
-                entry = _entry(pieces[step.id], step.logprob)
-                entry["top_logprobs"] = [_entry(pieces[each.id], each.logprob) for each in step.alternatives]
-                self._entries.append(entry)
-                self._ends.append(end)
-
-    def of_reasoning(self, end: int) -> list[LogprobEntry]:
-        """What was not sent yet, up to this character."""
-        first, self._n_sent = self._n_sent, max(self._n_sent, bisect_right(self._ends, end))
-        return self._entries[first : self._n_sent]
-
-    def of_content(self, start: int, end: int) -> list[LogprobEntry]:
-        """What was not sent as answer yet, within these characters; a new start begins anew."""
-        if start != self._span_start:
-            self._span_start, self._n_content = start, bisect_right(self._ends, start)
-        first, self._n_content = self._n_content, max(self._n_content, bisect_right(self._ends, end))
-        self._n_sent = max(self._n_sent, self._n_content)
-        return self._entries[first : self._n_content]
-
-    def between(self, start: int, end: int | None) -> list[LogprobEntry]:
-        """All within these characters; end: None is the last."""
-        last = len(self._ends) if end is None else bisect_right(self._ends, end)
-        return self._entries[bisect_right(self._ends, start) if start else 0 : last]
-
-
-def _entry(token: bytes, logprob: float | None) -> dict[str, Any]:
-    """One token as OpenAI writes it; an injected one has the probability 1, nobody drew it."""
-    return {"token": token.decode("utf-8", "replace"), "logprob": logprob or 0.0, "bytes": list(token)}
 
 
 class Rows:
     """`with rows: start(job); step()`. One that failed may be entered again.
 
+    width: at most.
+    n_prefixes: caches of ended requests that are kept for later ones, in `prefixes`.
     n_failed: steps in a row in which a stream failed and none wrote a token.
     """
 
-    def __init__(self, reasoner: Reasoner, *, width: int, planned_bytes: int) -> None:
+    def __init__(self, reasoner: Reasoner, *, width: int, n_prefixes: int, planned_bytes: int) -> None:
         self._reasoner, self._width, self._planned_bytes = reasoner, width, planned_bytes
-        self._choices: list[_Choice] = []
+        self._choices: list[Choice] = []
         self._to_fork: list[tuple[Job, int, Stream]] = []  # of which the prompt is shared
+        self.prefixes = PrefixCache(n_prefixes)
         self.n_failed = 0
         self._scheduler: Scheduler | None = None
 
     def __enter__(self) -> Rows:
-        self._scheduler = Scheduler(self._reasoner.model, width=self._width, planned_bytes=self._planned_bytes)
+        self._scheduler = Scheduler(
+            self._reasoner.model, width=self._width, planned_bytes=self._planned_bytes, releases=False
+        )
         self._scheduler.__enter__()
         return self
 
@@ -186,12 +60,23 @@ class Rows:
         if self.n_busy + job.n_choices > self._width:
             return False
         running = [choice.stream.request for choice in self._choices] + [each[2].request for each in self._to_fork]
-        return self.fits([*running, *(request for request in job.requests for _ in range(job.ask.n))])
+        return self.fits([*running, *_requests_of(job)])
 
     def fits(self, requests: list[Request]) -> bool:
-        """Whether the memory holds them side by side."""
+        """Whether the memory holds these side by side; the oldest caches that are kept make room for them."""
+        while not self._fits(requests):
+            if not len(self.prefixes):
+                return False
+            self.prefixes.drop_oldest()
+        return True
+
+    def _fits(self, requests: list[Request]) -> bool:
         limit = self._reasoner.limit_bytes
-        return plan_rows(requests, None, limit_bytes=limit).workload.n_sequences == len(requests)
+        left = None if limit is None else limit - self.prefixes.n_bytes
+        try:
+            return plan_rows(requests, len(requests), limit_bytes=left).fits
+        except FitError:
+            return False
 
     def start(self, job: Job) -> None:
         """Let a job begin: its prompts are fed with the next steps, and its further choices share them.
@@ -199,17 +84,17 @@ class Rows:
         One that can never run is told so.
         """
         assert self._scheduler is not None, "it was entered"
-        if not self.fits([request for request in job.requests for _ in range(job.ask.n)]):
+        if not self.fits(_requests_of(job)):
             self._fail(job, _too_large(job))
             return
         for place, request in enumerate(job.requests):
             try:
-                stream = Stream(request)
+                stream = Stream(request, before=self.prefixes.take(request))
             except (QwqError, RuntimeError, MemoryError) as error:
                 self._fail(job, error)
                 return
             self._scheduler.add(stream)
-            self._choices.append(_Choice(job, place * job.ask.n, stream))
+            self._choices.append(Choice(job, place * job.ask.n, stream))
             self._to_fork += [(job, place * job.ask.n + i, stream) for i in range(1, job.ask.n)]
 
     def step(self) -> None:
@@ -227,6 +112,7 @@ class Rows:
             self.n_failed = 0
         for choice in [each for each in self._choices if each.stream in ended]:
             self._choices.remove(choice)
+            self.prefixes.keep(choice.stream)
             failure = choice.stream.failure
             if failure is not None:
                 self.n_failed += 1
@@ -242,6 +128,8 @@ class Rows:
             choice.stream.release_cache()
         self._choices.clear()
         self._to_fork.clear()
+        while len(self.prefixes):  # they may be what takes the memory
+            self.prefixes.drop_oldest()
         self.n_failed += 1
 
     def _fork(self) -> None:
@@ -257,7 +145,7 @@ class Rows:
             seed = question_seed(resolved(first.request.sampling.seed), index % job.ask.n)
             stream = first.fork(at=0, seed=seed)
             self._scheduler.add(stream)
-            self._choices.append(_Choice(job, index, stream))
+            self._choices.append(Choice(job, index, stream))
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not job.is_cancelled:
@@ -271,6 +159,11 @@ def _told(error: Exception) -> ApiError:
         return error
     code = "model_damaged" if isinstance(error, DamagedModelError) else "generation_failed"
     return ApiError(500, f"The request failed: {error}", code=code)
+
+
+def _requests_of(job: Job) -> list[Request]:
+    """One for each choice."""
+    return [request for request in job.requests for _ in range(job.ask.n)]
 
 
 def _too_large(job: Job) -> ApiError:

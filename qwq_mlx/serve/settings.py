@@ -34,6 +34,7 @@ class Settings:
     width: requests decoded side by side, at most.
     context: positions of one request, prompt included; None takes what the memory allows.
     prefill_step: prompt ids per pass, which is all that running requests wait for.
+    prefixes: KV caches of ended requests that are kept, as far as the memory allows, for prompts that begin alike.
     queue: requests that may wait for a row; more get status 429.
     reasoning_field: where OpenAI's dialect puts the thinking.
     no_think: what a client gets that asks for no thinking: the thinking hidden, or the answer asked for at once.
@@ -52,6 +53,7 @@ class Settings:
     width: int = 8
     context: int | None = None
     prefill_step: int = 512
+    prefixes: int = 8
     queue: int = 32
     reasoning_field: ReasoningField = "both"
     no_think: NoThink = "hide"
@@ -72,6 +74,7 @@ class Settings:
         for name, low, high in (
             ("port", 0, 65_535),
             ("width", 1, 64),
+            ("prefixes", 0, 64),
             ("queue", 0, 100_000),
             ("body_bytes", 1, 1 << 30),
         ):

@@ -169,7 +169,12 @@ class Worker:
         self._card = model_card(reasoner, self._settings, preparer.context)
         self._preparer = preparer
         self.state = "ready"
-        return Rows(reasoner, width=self._settings.width, planned_bytes=preparer.plan.peak_bytes)
+        return Rows(
+            reasoner,
+            width=self._settings.width,
+            n_prefixes=self._settings.prefixes,
+            planned_bytes=preparer.plan.peak_bytes,
+        )
 
     def _work(self, rows: Rows) -> bool:
         """Let jobs begin, and make one step; waits where there is nothing to do. Returns whether to go on."""
