@@ -54,7 +54,8 @@ class Decoder:
         while n_done < last:
             n_now = min(chunk, last - n_done)
             grow(row.cache, n_now)
-            self._module(mx.array([list(ids[n_done : n_done + n_now])]), cache=row.cache)
+            # without the output matrix: only the last id's logits are asked for
+            self._module.model(mx.array([list(ids[n_done : n_done + n_now])]), cache=row.cache)
             for layer in row.cache:
                 mx.eval(layer.state)  # one by one: the device's queue would hold the intermediates of many layers
             mx.clear_cache()

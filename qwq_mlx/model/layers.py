@@ -21,6 +21,7 @@ import numpy as np
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.rows import read_rows
+from qwq_mlx.model.blas import use_blas
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.load import (
     ComputeType,
@@ -29,7 +30,7 @@ from qwq_mlx.model.load import (
     pack_module,
     packing_arguments,
 )
-from qwq_mlx.model.products import Rows, use_blas
+from qwq_mlx.model.products import Rows
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
 
 __all__ = ["Head", "HeadBlock", "Layer", "LayerStream", "Observe"]

@@ -21,6 +21,7 @@ from qwq_mlx.errors import LoadError, OptionError, OutOfMemoryError
 from qwq_mlx.files.header import Header
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.attention import attention_class
+from qwq_mlx.model.blas import use_blas_for_rows
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.generation_config import GenerationDefaults, read_generation_defaults
 from qwq_mlx.model.layout import Packing
@@ -204,6 +205,8 @@ def _load_weights(files: ModelFolder, compute_type: ComputeType) -> Any:
             f"{files.path}: memory ran out while the weights were read ({type(error).__name__}: {error}). "
             "End what else takes memory, or take a model of fewer bits."
         ) from error
+    if compute_type == "float32" and mx.default_device().type == mx.cpu:
+        use_blas_for_rows(module)
     return module
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from qwq_mlx.model.blas import Blas
 from qwq_mlx.model.load import ComputeType
 from qwq_mlx.model.upstream import import_mlx
 
-__all__ = ["Blas", "Rows", "linear_product", "use_blas"]
+__all__ = ["Rows", "linear_product"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,32 +47,7 @@ class Rows:
         )
 
 
-class Blas:
-    """A linear layer of float32 on the CPU, by numpy (some 27 times as fast as MLX 0.32.4's own).
-
-    weight: (out, in) and bias: (out,), MLX arrays, which share their memory with numpy.
-    """
-
-    def __init__(self, weight: Any, bias: Any = None) -> None:
-        self._weight, self._bias = np.asarray(weight), bias
-
-    def __call__(self, x: Any) -> Any:
-        """x @ weight.T and the bias; x is evaluated."""
-        y = import_mlx().array(np.asarray(x) @ self._weight.T)
-        return y if self._bias is None else y + self._bias
-
-
 def linear_product(x: Any, weight: Any) -> Any:
     """x @ weight.T of float32 as layers compute it on this backend; to time it."""
     mx = import_mlx()
     return Blas(weight)(x) if mx.default_device().type == mx.cpu else x @ weight.T
-
-
-def use_blas(block: Any) -> None:
-    """Exchange the float linear layers of a layer (mlx_lm's) for `Blas`."""
-    import mlx.nn as nn
-
-    for part in (block.self_attn, block.mlp):
-        for name, linear in part.children().items():
-            if type(linear) is nn.Linear:
-                setattr(part, name, Blas(linear.weight, linear.bias if "bias" in linear else None))

@@ -1,0 +1,55 @@
+"""Products by BLAS beside MLX's own, and which rows take which."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from qwq_mlx.model.blas import MIN_BLAS_ROWS, blas_quantized_matmul, use_blas_for_rows
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_the_product_is_that_of_the_unpacked_matrix(bits: int, group_size: int) -> None:
+    rng = np.random.default_rng(bits * group_size)
+    weight = mx.array(rng.standard_normal((70, 256)).astype(np.float32))
+    packed = mx.quantize(weight, group_size=group_size, bits=bits)
+    x = mx.array(rng.standard_normal((2, 9, 256)).astype(np.float32))
+
+    y = blas_quantized_matmul(x, *packed, group_size=group_size, bits=bits)
+
+    floats = np.array(mx.dequantize(*packed, group_size=group_size, bits=bits)).astype(np.float64)
+    np.testing.assert_allclose(np.array(y), np.array(x) @ floats.T, atol=2e-4)
+
+
+def test_a_matrix_of_several_blocks_is_multiplied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = mx.quantize(mx.random.normal((37, 128), key=mx.random.key(1)), group_size=64, bits=4)
+    x = mx.random.normal((8, 128), key=mx.random.key(2))
+    whole = blas_quantized_matmul(x, *packed, group_size=64, bits=4)
+
+    monkeypatch.setattr("qwq_mlx.model.blas._BLOCK_BYTES", 5 * 4 * 128)
+
+    np.testing.assert_allclose(blas_quantized_matmul(x, *packed, group_size=64, bits=4), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "quantized", "embedding", "quantized embedding"])
+def test_fewer_rows_keep_mlx_bits_and_more_agree_with_them(kind: str) -> None:
+    linear, embedding = nn.Linear(128, 96), nn.Embedding(96, 128)
+    layer: nn.Module = {
+        "linear": linear,
+        "quantized": nn.QuantizedLinear.from_linear(linear, 64, 4),
+        "embedding": embedding,
+        "quantized embedding": nn.QuantizedEmbedding.from_embedding(embedding, 64, 4),
+    }[kind]
+    product = (lambda x: layer.as_linear(x)) if "embedding" in kind else (lambda x: layer(x))
+    few = mx.random.normal((1, MIN_BLAS_ROWS - 1, 128), key=mx.random.key(3))
+    many = mx.random.normal((1, MIN_BLAS_ROWS, 128), key=mx.random.key(4))
+    before = np.array(product(few)), np.array(product(many))
+
+    use_blas_for_rows(nn.Sequential(layer))
+
+    np.testing.assert_array_equal(product(few), before[0])
+    np.testing.assert_allclose(product(many), before[1], atol=1e-5)
+    assert not np.array_equal(product(many), before[1])  # else MLX has become as quick, or BLAS was not taken
