@@ -3,8 +3,8 @@
 A step feeds the ids that are not in a row's cache yet, draws an id from the last logits, and works out its
 log-probability and the entropy, all as one graph that nobody waits for. `step` starts the step after (fed with the
 drawn, still unread ids) and only then reads, so Python's work hides behind the device's. Rows share the pass over the
-weights; each has its own cache, processors, sampler and key, so a row draws what it draws alone (exactly where the
-backend computes rows alike, else up to near-ties).
+weights; each has its own cache, processors, sampler and key, so a row draws what it draws alone: exactly where the
+backend computes rows alike (on the CPU up to 7 in float32), else up to near-ties.
 
 A prompt is fed as mlx-lm does it (chunks of all but the last id, then the last), so greedy ids are mlx-lm's.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -24,21 +24,27 @@ from qwq_mlx.engine.kv_cache import grow
 from qwq_mlx.engine.row import Pending, Row, Token, check_ids
 from qwq_mlx.errors import NotFiniteError, OptionError
 from qwq_mlx.model.attention import joined
+from qwq_mlx.model.blas import MIN_BLAS_ROWS, uses_blas
 
 __all__ = ["Decoder"]
 
+_T = TypeVar("_T")
 _CLEAR_EVERY = 256  # steps between two returns of unused buffers to the system, as in mlx-lm
 
 
 class Decoder:
     """Feeds rows to one model: `prefill` each, then `step` for one id of each.
 
-    module: mlx_lm's Qwen2. n_ids: ids the tokenizer has; rows of the embedding beyond are never drawn.
+    module: mlx_lm's Qwen2.
+    n_ids: ids the tokenizer has; rows of the embedding beyond are never drawn.
+    reproducible: rows share a pass only as far as the backend computes each as it does alone.
     """
 
-    def __init__(self, module: Any, *, n_ids: int) -> None:
+    def __init__(self, module: Any, *, n_ids: int, reproducible: bool = False) -> None:
         self.n_ids = n_ids
         self._module = module
+        self._uses_blas = uses_blas(module)
+        self._max_rows = (MIN_BLAS_ROWS - 1 if self._uses_blas else 1) if reproducible else None
         self._taps = ActivationTaps(module)
 
     def prefill(self, row: Row, ids: Sequence[int], *, chunk: int, n_cached: int = 0) -> Iterator[int]:
@@ -88,19 +94,34 @@ class Decoder:
         for row in rows:
             row.pending = None
         following = [(row, pending) for row, pending in current if pending is not None and not row.is_at_last]
-        if following:
-            fed = mx.stack([pending.id for _, pending in following]).reshape(-1, 1)
-            tokens = [pending.tokens for _, pending in following]
-            self._launch([row for row, _ in following], fed, tokens, n_ahead=1)
+        for group in self._passes(following):
+            fed = mx.stack([pending.id for _, pending in group]).reshape(-1, 1)
+            self._launch([row for row, _ in group], fed, [pending.tokens for _, pending in group], n_ahead=1)
         return [None if pending is None else self._read(row, pending) for row, pending in current]
 
     def _launch_missing(self, rows: Sequence[Row]) -> None:
         """Start a step of the rows that have none under way: those that feed one id together, the others alone."""
         missing = [row for row in rows if row.pending is None and row.failure is None]
+        for row in missing:
+            self._feed_forced(row)
         single = [row for row in missing if len(row.unfed) == 1]
-        for group in ([single] if single else []) + [[row] for row in missing if len(row.unfed) != 1]:
+        for group in self._passes(single) + [[row] for row in missing if len(row.unfed) != 1]:
             tokens = [row.tokens if row.has_processors else None for row in group]
             self._launch(group, mx.array([row.unfed for row in group]), tokens, n_ahead=0)
+
+    def _passes(self, rows: Sequence[_T]) -> list[Sequence[_T]]:
+        """The rows that share a pass over the weights."""
+        size = self._max_rows or len(rows)
+        return [rows[first : first + size] for first in range(0, len(rows), size)] if rows else []
+
+    def _feed_forced(self, row: Row) -> None:
+        """Feed injected ids as ids that are drawn are fed, so that a run cut among them goes on to the same bits."""
+        if not self._uses_blas:
+            return
+        while len(row.unfed) > MIN_BLAS_ROWS - 1:
+            now, row.unfed = row.unfed[: MIN_BLAS_ROWS - 1], row.unfed[MIN_BLAS_ROWS - 1 :]
+            grow(row.cache, len(now))
+            self._module.model(mx.array([now]), cache=row.cache)
 
     def _launch(self, rows: Sequence[Row], fed: Any, tokens: Sequence[Any], *, n_ahead: int) -> None:
         """Build and start one step of each row, with one pass over the weights.

@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MIN_BLAS_ROWS", "Blas", "blas_quantized_matmul", "use_blas", "use_blas_for_rows"]
+__all__ = ["MIN_BLAS_ROWS", "Blas", "blas_quantized_matmul", "use_blas", "use_blas_for_rows", "uses_blas"]
 
 MIN_BLAS_ROWS = 8  # unpacking a matrix costs about one row of MLX's product, so 8 rows are 4 to 5 times as fast
 _BLOCK_BYTES = 4 << 20  # of unpacked rows at a time: they stay in the processor's cache until they are multiplied
@@ -136,6 +136,11 @@ def use_blas_for_rows(module: Any) -> None:
     for each in module.modules():
         if type(each) in _CLASSES and getattr(each, "mode", "affine") == "affine":
             each.__class__ = _CLASSES[type(each)]  # what a layer holds stays the same, only its product is another
+
+
+def uses_blas(module: Any) -> bool:
+    """Whether `use_blas_for_rows` was done to a model."""
+    return any(type(each) in _CLASSES.values() for each in module.modules())
 
 
 def _n_rows(x: Any) -> int:

@@ -25,7 +25,7 @@ from qwq_mlx.model.load import load_model
 from qwq_mlx.model.upstream import import_mlx_lm
 
 pytestmark = pytest.mark.tiny
-IDS = [5, 260, 17, 300 - 40, 99, 1, 1, 42]
+IDS = [5, 260, 17, 99, 1, 1, 42]  # on the CPU more are multiplied by BLAS, which differs in the last bits
 
 
 def logits(module: Any) -> np.ndarray:

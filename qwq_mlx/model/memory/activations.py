@@ -10,6 +10,9 @@ keys, C the context:
                 and scores share one buffer; their mask, a byte each; 2 S I, for swiglu writes over its gate; 13 S H, of
                 which 7.5 are float32 whatever the compute type (rotary embedding), as are the angles of one head,
                 twice, and, where the compute type is another, S K
+    float32     on the CPU linear layers multiply by BLAS one after another, so attention's share (scores, mask, 8.8 S H,
+                5.6 S K) and the MLP's (3 S I, 2 S H) are not alive together. MLX's worker frees a little sooner or
+                later from run to run: these are the largest that were seen, the smallest are 0.83 of them
     quantized   all the room of the cache is seen, whole blocks of positions. On Metal scores are counted 1.5 times,
                 which is a guess
     growth      before a pass, a layer's old keys, or values, beside the new ones: half a layer's cache
@@ -76,10 +79,13 @@ def _unfused_bytes(config: Qwen2Config, n_ids: int, n_seen: int, float_bytes: in
     scores = config.num_attention_heads * n_ids * n_seen * float_bytes
     if backend == "metal":
         scores = scores * 3 // 2
+    width = config.num_key_value_heads * config.head_dim
+    mask = n_ids * n_seen
+    if backend == "cpu" and float_bytes == _ROTARY_BYTES:
+        attention = scores + mask + int(n_ids * (8.8 * config.hidden_size + 5.6 * width)) * float_bytes
+        return max(attention, n_ids * (3 * config.intermediate_size + 2 * config.hidden_size) * float_bytes)
     hidden = int(n_ids * config.hidden_size * (5.5 * float_bytes + 7.5 * _ROTARY_BYTES))
     angles = 2 * n_ids * config.head_dim * _ROTARY_BYTES
-    width = config.num_key_value_heads * config.head_dim
     keys = n_ids * width * _ROTARY_BYTES if float_bytes != _ROTARY_BYTES else 0
     gate = 2 * n_ids * config.intermediate_size * float_bytes
-    mask = n_ids * n_seen
     return scores + mask + hidden + angles + keys + gate
