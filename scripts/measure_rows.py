@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mlx.core as mx
 
 from qwq_mlx.bench.loops import our_passes, prompt_of, their_passes
-from qwq_mlx.bench.models import qwq_shaped, random_module
+from qwq_mlx.bench.models import in_compute_type, qwq_shaped, random_module
 from qwq_mlx.model.load import default_compute_type
 
 _N_PROMPT = 64
@@ -38,18 +38,19 @@ def main() -> None:
     options = parser.parse_args()
     config, packed = qwq_shaped(options.layers)
     module = random_module(config, packed, default_compute_type(), seed=0)
+    theirs = in_compute_type(module, config, packed, default_compute_type())
     prompt, n_ids, n_passes = prompt_of(_N_PROMPT, config.vocab_size), config.vocab_size, options.tokens
     alone = [our_passes(module, prompt, n_ids, n_passes, seeds=[seed])[0][0] for seed in range(4)]
     result: dict[str, Any] = {"layers": options.layers, "tokens": options.tokens, "rows": {}}
     result["device"] = str(mx.device_info().get("device_name") or mx.default_device())
     for n_rows in options.rows:
         ids, passes = our_passes(module, prompt, n_ids, n_passes, seeds=range(n_rows))
-        seconds, theirs = _median(passes), _median(their_passes(module, prompt, n_passes, n_rows))
+        seconds, their_seconds = _median(passes), _median(their_passes(theirs, prompt, n_passes, n_rows))
         result["rows"][n_rows] = {
             "ms": round(1e3 * seconds, 2),
             "tok_s": round(n_rows / seconds, 1),
-            "mlx_lm_ms": round(1e3 * theirs, 2),
-            "mlx_lm_tok_s": round(n_rows / theirs, 1),
+            "mlx_lm_ms": round(1e3 * their_seconds, 2),
+            "mlx_lm_tok_s": round(n_rows / their_seconds, 1),
             "first_difference": [_first_difference(*pair) for pair in zip(ids, alone, strict=False)],
         }
         sys.stderr.write(f"{n_rows} rows: {result['rows'][n_rows]}\n")

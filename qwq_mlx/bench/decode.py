@@ -45,7 +45,7 @@ def _ids_row(bench: Bench, target: Target, context: int, n_tokens: int) -> Row:
     prompt = prompt_of(context + _N_PROMPT, target.n_ids)
     contestants: dict[str, Callable[[], float]] = {
         OURS: lambda: decode_tok_s(our_ids(target.module, prompt, target.n_ids, n_tokens, n_filled=context)),
-        THEIRS: lambda: decode_tok_s(their_ids(target.module, prompt, n_tokens, n_filled=context)),
+        THEIRS: lambda: decode_tok_s(their_ids(target.theirs, prompt, n_tokens, n_filled=context)),
     }
     if target.twin is not None:
         contestants[AS_LOADED] = lambda: decode_tok_s(their_ids(target.twin, prompt, n_tokens, n_filled=context))
@@ -64,7 +64,7 @@ def _text_row(bench: Bench, target: Target, n_tokens: int) -> Row:
     reasoner = target.reasoner
     contestants: dict[str, Callable[[], float]] = {
         OURS: lambda: decode_tok_s(reasoner.stream(QUESTION, sampling=sampling(), limits=limits)),
-        THEIRS: lambda: decode_tok_s(their_text(reasoner.model, target.module, n_tokens)),
+        THEIRS: lambda: decode_tok_s(their_text(reasoner.model, target.theirs, n_tokens)),
     }
     if target.twin is not None:
         contestants[AS_LOADED] = lambda: decode_tok_s(their_text(reasoner.model, target.twin, n_tokens))

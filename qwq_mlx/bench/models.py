@@ -14,6 +14,7 @@ from typing import Any
 
 from qwq_mlx.facts import QWQ_32B_PREVIEW
 from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
+from qwq_mlx.model.blas import use_blas_for_rows
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.load import ComputeType, build_module
 from qwq_mlx.model.upstream import import_mlx
@@ -74,11 +75,12 @@ def random_module(config: Qwen2Config, packed: Mapping[str, Packing], compute_ty
     for layer in module.layers:
         mx.eval(layer.parameters())  # one layer at a time, so that little stands beside the finished weights
     mx.eval(module.parameters())
+    use_blas_for_rows(module)
     return module
 
 
 def in_compute_type(module: Any, config: Qwen2Config, packed: Mapping[str, Packing], compute_type: ComputeType) -> Any:
-    """A twin that shares the packed codes and has its floats in another compute type."""
+    """mlx_lm's linear layers on the same packed codes, with floats of another compute type or, of the same, these."""
     mx = import_mlx()
     from mlx.utils import tree_flatten
 

@@ -28,7 +28,7 @@ def _row(bench: Bench, target: Target) -> Row:
 
     contestants: dict[str, Callable[[], float]] = {
         OURS: lambda: rate(lambda: our_ids(target.module, prompt, target.n_ids, 1)),
-        THEIRS: lambda: rate(lambda: their_ids(target.module, prompt, 1)),
+        THEIRS: lambda: rate(lambda: their_ids(target.theirs, prompt, 1)),
     }
     if target.twin is not None:
         contestants[AS_LOADED] = lambda: rate(lambda: their_ids(target.twin, prompt, 1))

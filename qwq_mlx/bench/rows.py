@@ -36,7 +36,7 @@ def _row(bench: Bench, target: Target, n_rows: int) -> Row:
     prompt, n_passes = prompt_of(_N_PROMPT, target.n_ids), _N_WARM + _N_PASSES
     contestants: dict[str, Callable[[], float]] = {
         OURS: lambda: _pass_ms(our_passes(target.module, prompt, target.n_ids, n_passes, seeds=range(n_rows))[1]),
-        THEIRS: lambda: _pass_ms(their_passes(target.module, prompt, n_passes, n_rows)),
+        THEIRS: lambda: _pass_ms(their_passes(target.theirs, prompt, n_passes, n_rows)),
     }
     setting = f"{n_rows} row{'s' if n_rows > 1 else ''}"
     runs = bench.turns(contestants, f"{target.name}, {setting}")

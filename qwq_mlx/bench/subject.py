@@ -20,7 +20,6 @@ from qwq_mlx.bench.options import BenchOptions
 from qwq_mlx.bench.timing import Runs, take_turns
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.device import backend_name
-from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import default_compute_type
 from qwq_mlx.model.upstream import import_mlx
 
@@ -77,13 +76,17 @@ class Row:
 class Target:
     """A model in memory.
 
-    module: mlx_lm's Qwen2. twin: the same weights in the type that mlx-lm would load, None where it is ours.
-    n_ids: that may be drawn. share: runs are this many times shorter (a token of QwQ's width takes a second on a CPU).
+    module: ours.
+    theirs: mlx-lm's on the same arrays.
+    n_ids: that may be drawn.
+    twin: the same weights in the type that mlx-lm would load, None where it is ours.
+    share: runs are this many times shorter (a token of QwQ's width takes a second on a CPU).
     reasoner: of a folder; None for random weights.
     """
 
     name: str
     module: Any
+    theirs: Any
     config: Qwen2Config
     n_ids: int
     twin: Any = None
@@ -142,11 +145,11 @@ class Bench:
         model = reasoner.model
         twin = None
         if model.compute_type != "bfloat16":
-            packed = open_model_folder(self.folder).packed
-            twin = in_compute_type(model.module, model.config, packed, "bfloat16")
+            twin = in_compute_type(model.module, model.config, model.packed, "bfloat16")
         return Target(
             name=f"{self.name} ({model.weights})",
             module=model.module,
+            theirs=in_compute_type(model.module, model.config, model.packed, model.compute_type),
             config=model.config,
             n_ids=model.tokenizer.n_ids,
             twin=twin,
@@ -157,9 +160,12 @@ class Bench:
         """QwQ-32B's widths with few layers; mlx-lm's own type is left out."""
         n_layers = self.options.n_layers
         config, packed = qwq_shaped(n_layers)
+        compute_type = default_compute_type()
+        module = random_module(config, packed, compute_type, seed=0)
         return Target(
             name=f"QwQ-shaped, {n_layers} of 64 layers, random 4-bit weights",
-            module=random_module(config, packed, default_compute_type(), seed=0),
+            module=module,
+            theirs=in_compute_type(module, config, packed, compute_type),
             config=config,
             n_ids=config.vocab_size,
             share=self._CPU_SHARE if backend_name() == "cpu" else 1,

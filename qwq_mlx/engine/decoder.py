@@ -24,7 +24,8 @@ from qwq_mlx.engine.kv_cache import grow
 from qwq_mlx.engine.row import Pending, Row, Token, check_ids
 from qwq_mlx.errors import NotFiniteError, OptionError
 from qwq_mlx.model.attention import joined
-from qwq_mlx.model.blas import MIN_BLAS_ROWS, uses_blas
+from qwq_mlx.model.blas import uses_blas
+from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 
 __all__ = ["Decoder"]
 

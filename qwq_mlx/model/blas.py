@@ -11,16 +11,18 @@ Does not: choose the compute type, or touch a layer on another backend.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
+from mlx.utils import tree_flatten
 
-__all__ = ["MIN_BLAS_ROWS", "Blas", "blas_quantized_matmul", "use_blas", "use_blas_for_rows", "uses_blas"]
+from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 
-MIN_BLAS_ROWS = 8  # unpacking a matrix costs about one row of MLX's product, so 8 rows are 4 to 5 times as fast
+__all__ = ["Blas", "blas_quantized_matmul", "use_blas", "use_blas_for_rows", "uses_blas"]
+
 _BLOCK_BYTES = 4 << 20  # of unpacked rows at a time: they stay in the processor's cache until they are multiplied
 
 Floats = npt.NDArray[np.float32]
@@ -92,17 +94,18 @@ def _byte_table(bits: int) -> npt.NDArray[Any]:
     """What each byte holds, the lowest bits first, as one item of 256: 2 floats of 4 bits, or 4 of 2 bits."""
     shifts = np.arange(0, 8, bits)
     floats = ((np.arange(256)[:, None] >> shifts) & (2**bits - 1)).astype(np.float32)
-    return floats.view(np.complex64 if bits == 4 else np.complex128).reshape(256)
+    table: npt.NDArray[Any] = floats.view(np.complex64 if bits == 4 else np.complex128).reshape(256)
+    return table
 
 
-class _RowsLinear(nn.Linear):
+class _RowsLinear(nn.Linear):  # type: ignore[misc]
     def __call__(self, x: Any) -> Any:
         if _n_rows(x) < MIN_BLAS_ROWS:
             return super().__call__(x)
         return Blas(self.weight, self.bias if "bias" in self else None)(x)
 
 
-class _RowsQuantizedLinear(nn.QuantizedLinear):
+class _RowsQuantizedLinear(nn.QuantizedLinear):  # type: ignore[misc]
     def __call__(self, x: Any) -> Any:
         if _n_rows(x) < MIN_BLAS_ROWS:
             return super().__call__(x)
@@ -110,12 +113,12 @@ class _RowsQuantizedLinear(nn.QuantizedLinear):
         return y + self["bias"] if "bias" in self else y
 
 
-class _RowsQuantizedEmbedding(nn.QuantizedEmbedding):
+class _RowsQuantizedEmbedding(nn.QuantizedEmbedding):  # type: ignore[misc]
     def as_linear(self, x: Any) -> Any:
         return super().as_linear(x) if _n_rows(x) < MIN_BLAS_ROWS else _packed_product(self, x)
 
 
-class _RowsEmbedding(nn.Embedding):
+class _RowsEmbedding(nn.Embedding):  # type: ignore[misc]
     def as_linear(self, x: Any) -> Any:
         return super().as_linear(x) if _n_rows(x) < MIN_BLAS_ROWS else Blas(self.weight)(x)
 
@@ -131,8 +134,12 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 def use_blas_for_rows(module: Any) -> None:
     """From `MIN_BLAS_ROWS` rows on, let the linear layers of a model (mlx_lm's) multiply by BLAS.
 
-    For float32 on the CPU. A layer of a mode other than affine stays as it is.
+    Only where it computes in float32 on the CPU. A layer of a mode other than affine stays as it is.
     """
+    arrays = cast("list[tuple[str, mx.array]]", tree_flatten(module.parameters()))
+    floats = {array.dtype for _, array in arrays if mx.issubdtype(array.dtype, mx.floating)}
+    if mx.default_device().type != mx.cpu or floats != {mx.float32}:
+        return
     for each in module.modules():
         if type(each) in _CLASSES and getattr(each, "mode", "affine") == "affine":
             each.__class__ = _CLASSES[type(each)]  # what a layer holds stays the same, only its product is another

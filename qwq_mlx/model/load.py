@@ -205,8 +205,7 @@ def _load_weights(files: ModelFolder, compute_type: ComputeType) -> Any:
             f"{files.path}: memory ran out while the weights were read ({type(error).__name__}: {error}). "
             "End what else takes memory, or take a model of fewer bits."
         ) from error
-    if compute_type == "float32" and mx.default_device().type == mx.cpu:
-        use_blas_for_rows(module)
+    use_blas_for_rows(module)
     return module
 
 

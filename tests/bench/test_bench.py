@@ -189,7 +189,7 @@ def test_the_table_shows_medians_half_spreads_ratios_and_the_byte_limit() -> Non
 
 def test_the_byte_limit_reads_weights_but_the_embedding_and_the_cache() -> None:
     module = random_module(SMALL, {}, "float32", seed=3)
-    target = Target(name="m", module=module, config=SMALL, n_ids=320)
+    target = Target(name="m", module=module, theirs=module, config=SMALL, n_ids=320)
     layer = 128 * 128 + 128 + 2 * (64 * 128 + 64) + 128 * 128 + 3 * 128 * 192 + 2 * 128
     n_bytes = 4 * (2 * layer + 128 + 320 * 128)
     assert byte_limit(target, 1e9, 0) == pytest.approx(1e9 / n_bytes)

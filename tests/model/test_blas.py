@@ -7,7 +7,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from qwq_mlx.model.blas import MIN_BLAS_ROWS, blas_quantized_matmul, use_blas_for_rows
+from qwq_mlx.model.blas import blas_quantized_matmul, use_blas_for_rows
+from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -43,10 +44,13 @@ def test_fewer_rows_keep_mlx_bits_and_more_agree_with_them(kind: str) -> None:
         "embedding": embedding,
         "quantized embedding": nn.QuantizedEmbedding.from_embedding(embedding, 64, 4),
     }[kind]
-    product = (lambda x: layer.as_linear(x)) if "embedding" in kind else (lambda x: layer(x))
+
+    def product(x: mx.array) -> np.ndarray:
+        return np.array(layer.as_linear(x) if "embedding" in kind else layer(x))
+
     few = mx.random.normal((1, MIN_BLAS_ROWS - 1, 128), key=mx.random.key(3))
     many = mx.random.normal((1, MIN_BLAS_ROWS, 128), key=mx.random.key(4))
-    before = np.array(product(few)), np.array(product(many))
+    before = product(few), product(many)
 
     use_blas_for_rows(nn.Sequential(layer))
 

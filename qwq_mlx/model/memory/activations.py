@@ -10,9 +10,9 @@ keys, C the context:
                 and scores share one buffer; their mask, a byte each; 2 S I, for swiglu writes over its gate; 13 S H, of
                 which 7.5 are float32 whatever the compute type (rotary embedding), as are the angles of one head,
                 twice, and, where the compute type is another, S K
-    float32     on the CPU linear layers multiply by BLAS one after another, so attention's share (scores, mask, 8.8 S H,
-                5.6 S K) and the MLP's (3 S I, 2 S H) are not alive together. MLX's worker frees a little sooner or
-                later from run to run: these are the largest that were seen, the smallest are 0.83 of them
+    float32     on the CPU linear layers multiply by BLAS one after another, so attention's share (scores, mask,
+                8.8 S H, 5.6 S K) and the MLP's (3 S I, 2 S H) are not alive together. MLX's worker frees a little
+                sooner or later from run to run: these are the largest that were seen, the smallest are 0.83 of them
     quantized   all the room of the cache is seen, whole blocks of positions. On Metal scores are counted 1.5 times,
                 which is a guess
     growth      before a pass, a layer's old keys, or values, beside the new ones: half a layer's cache
@@ -28,10 +28,12 @@ from __future__ import annotations
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.memory.workload import Backend
 
-__all__ = ["CACHE_STEP", "logits_bytes", "n_positions", "pass_bytes", "sampler_bytes"]
+__all__ = ["CACHE_STEP", "MIN_BLAS_ROWS", "logits_bytes", "n_positions", "pass_bytes", "sampler_bytes"]
 
 CACHE_STEP = 256
 """A cache grows by so many positions, as mlx_lm's do."""
+MIN_BLAS_ROWS = 8
+"""Rows from which linear layers of float32 on the CPU use BLAS: unpacking a matrix costs about one row of MLX's."""
 _LOGIT_COPIES = 2  # as the head gives them, and in float32
 _SAMPLER_COPIES = 6  # float32 rows: tempered, ordered with their ids, summed, kept, and those of the statistics
 _ROTARY_BYTES = 4  # the rotary embedding is worked out in float32
@@ -81,7 +83,7 @@ def _unfused_bytes(config: Qwen2Config, n_ids: int, n_seen: int, float_bytes: in
         scores = scores * 3 // 2
     width = config.num_key_value_heads * config.head_dim
     mask = n_ids * n_seen
-    if backend == "cpu" and float_bytes == _ROTARY_BYTES:
+    if backend == "cpu" and float_bytes == _ROTARY_BYTES and n_ids >= MIN_BLAS_ROWS:
         attention = scores + mask + int(n_ids * (8.8 * config.hidden_size + 5.6 * width)) * float_bytes
         return max(attention, n_ids * (3 * config.intermediate_size + 2 * config.hidden_size) * float_bytes)
     hidden = int(n_ids * config.hidden_size * (5.5 * float_bytes + 7.5 * _ROTARY_BYTES))
