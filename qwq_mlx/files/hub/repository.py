@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,7 +34,7 @@ from qwq_mlx.files.checkpoint import (
 from qwq_mlx.files.digest import ByteProgress
 from qwq_mlx.files.header import Header, read_header_by
 from qwq_mlx.files.hub.download import Fetcher, RemoteFile
-from qwq_mlx.files.hub.retry import Attempts, RetryableError, RetryPolicy, retry_after_s
+from qwq_mlx.files.hub.retry import Attempts, RetryableError, RetryPolicy, retry_after_s, within
 from qwq_mlx.files.hub.settings import check_network_settings, check_token, connection_advice
 from qwq_mlx.files.json_object import read_json_object
 
@@ -234,11 +235,17 @@ class Hub:
 
         api = HfApi(endpoint=self._endpoint, token=self._token)
         label = repository if revision is None else f"{repository} at {revision}"
+        ask = partial(api.model_info, repository, revision=revision, files_metadata=True, timeout=self._retry.timeout_s)
         attempts = Attempts(f"{self._endpoint}/{repository}", self._retry)
         n_unconnected = 0
         while True:
             try:
-                return api.model_info(repository, revision=revision, files_metadata=True, timeout=self._retry.timeout_s)
+                return within(self._retry.give_up_s, ask)
+            except TimeoutError as error:
+                raise SourceError(
+                    f"{label}: the list of its files was not whole after {self._retry.give_up_s:g} s. Try another "
+                    "network or a mirror (HF_ENDPOINT)."
+                ) from error
             except hub.GatedRepoError as error:
                 raise SourceError(
                     f"{label}: is gated. Accept its terms on {self._endpoint}/{repository}, then log in with "

@@ -9,13 +9,16 @@ Does not: make requests.
 from __future__ import annotations
 
 import math
+import queue
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from qwq_mlx.errors import OptionError, SourceError
 
-__all__ = ["LATER", "Attempts", "RetryPolicy", "RetryableError", "retry_after_s"]
+__all__ = ["LATER", "Attempts", "RetryPolicy", "RetryableError", "retry_after_s", "within"]
 
 LATER = "What was fetched is kept; run the same command again to go on."
 
@@ -23,6 +26,7 @@ _MIN_BYTES_S = 1000  # below the slowest modem; 65 GB would take two years
 _MAX_WRONG_ANSWERS = 3
 _MAX_WAIT_S = 16.0
 _MAX_ASKED_WAIT_S = 600.0
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,3 +117,27 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
     """Seconds that the server asks to wait; Retry-After's other form, a date, is answered by the usual pause."""
     text = headers.get("retry-after", "")
     return float(text) if text.isascii() and text.isdigit() else 0.0
+
+
+def within(seconds: float, ask: Callable[[], _Answer]) -> _Answer:
+    """What a request gives, for a library that bounds the pause between two bytes but not the whole answer.
+
+    It runs in a thread of its own, which is left behind (and ends with the process) where it takes longer.
+    Raises TimeoutError then, and whatever the request raises.
+    """
+    answers: queue.SimpleQueue[tuple[_Answer | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put((ask(), None))
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            answers.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except queue.Empty as empty:
+        raise TimeoutError(f"no whole answer in {seconds:g} s") from empty
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,27 @@ def test_a_refusal_to_list_is_said_in_one_message(server: HubServer, hub: Hub, r
     server.faults.append(fault(code, b"[" * 100_000 if refusal == "deep JSON" else b"<html>login</html>", **headers))
     with pytest.raises(SourceError, match=expected):
         hub.resolve(NAME)
+
+
+def test_a_listing_that_trickles_for_ever_is_given_up(server: HubServer) -> None:
+    """One byte every 2 s kept every pause short, and the whole was never there."""
+    ended = threading.Event()
+
+    def trickle(handler: Handler, asked: Request) -> bool:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000000")
+        handler.end_headers()
+        while not ended.wait(0.02):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+        return handler.cut()
+
+    server.faults.append(trickle)
+    policy = RetryPolicy(give_up_s=0.3)
+    message = r"Tiny: the list of its files was not whole after 0.3 s\. Try another network or a mirror"
+    with Hub(endpoint=server.endpoint, retry=policy) as hub, pytest.raises(SourceError, match=message):
+        hub.resolve(NAME)
+    ended.set()
 
 
 def test_the_hub_busy_or_unreachable_for_a_moment_is_waited_for(server: HubServer, hub: Hub, waits: Waits) -> None:
