@@ -33,6 +33,7 @@ class NotAFormula(ValueError):  # noqa: N818 - it is an answer to a question, se
 def tokens_of(text: str) -> list[tuple[str, str]]:
     """(kind, text) of each token. Raises NotAFormula where something else stands in it, or nothing does."""
     text = re.sub(r"\\(?:left|right|big|Big|displaystyle|,|!|;|:|quad|qquad| )(?![a-z])", " ", text)
+    text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", " ", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r"(?<=\d),(?:\s*)(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(\d{1,20})\.(\d{0,20})\\(?:overline|dot|bar)\s*\{(\d{1,20})\}", _recurring, text)

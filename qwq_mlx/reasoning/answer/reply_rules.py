@@ -174,6 +174,8 @@ REPLIES: tuple[Rule[Reply, str], ...] = (
     Rule("closing line", 0.8, _closing_line,
          "Of several lines the last, read as a closing sentence.",
          ("5</think>She sold 48, then 24.\n\nThat makes **72** clips.", "72")),
+    Rule("number alone", 0.9, lambda seen: last_lines.number_alone(seen.text.strip()),
+         "A number and nothing else.", ("6 * 12</think>= 72", "72")),
     Rule("few words", 0.9, _few_words,
          "What one line of at most three words says.", ("Her name?</think>Ann Lee.", "Ann Lee")),
     Rule("conclusion", 0.8, lambda seen: conclusion(seen.text),

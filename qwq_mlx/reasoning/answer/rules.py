@@ -102,8 +102,6 @@ SHORT_LINES: tuple[Words, ...] = (
          "The right side of an equation without variables.", ("2 + 3 = 5", "5")),
     Rule("one thing marked", 1.0, unmarked.one_marked,
          "The one thing in bold, in quotation marks or set as a formula.", ("The speed is **12 m/s**.", "12 m/s")),
-    Rule("formula alone", 1.0, unmarked.formula_alone,
-         "A formula and nothing else.", ("\\[ x + 1 \\]\nThis is the sum.", "x + 1")),
     Rule("equated formulas", 1.0, unmarked.equated_formulas,
          "Several formulas, where they alone follow the first verb.", ("The roots are $2$ and $3$.", "2, 3")),
     Rule("yes or no", 1.0, unmarked.yes_or_no,
@@ -148,12 +146,9 @@ CONCLUSIONS: tuple[Words, ...] = (
          ("Natalia sold 72 clips.", "72 clips")),
     Rule("last clause", 0.8, lambda text: last_lines.last_clause(unmarked.first_line(text)),
          'The number in a last clause behind ", so" in its first line.', ("He has 3 and she has 4, so 7 in all.", "7")),
-    Rule("whole sentence", 0.6, unmarked.whole_sentence,
-         "A first line of six words or more, as it stands.",
-         ("He crosses the river with the goat first.", "He crosses the river with the goat first")),
     Rule("few words", 1.0, unmarked.few_words,
          "A first line of at most three words, or without any.", ("Canberra.", "Canberra")),
-    Rule("whole line", 0.8, unmarked.whole_line,
+    Rule("whole line", 0.6, unmarked.whole_line,
          "Its first line as it stands.", ("The goat goes first.", "The goat goes first")),
 )  # fmt: skip
 """What a text under a heading, or behind the thinking's closing tag, says without a box. Seen: the text."""

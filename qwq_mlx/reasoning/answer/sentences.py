@@ -75,7 +75,7 @@ JSON_FIELD = re.compile(
     r'["\'](?:final_)?answer["\']\s*:\s*(?P<rest>"(?:[^"\\]|\\.)*"|\[[^\[\]{}\n]{0,200}\]|[-\w.]+)', re.IGNORECASE
 )
 LABELLED = re.compile(
-    r"^[^\w\n]{0,12}(?:(?:final|correct|the|my)\s+){0,2}(?:ans|answers?|solution|result)[\s*_]*[:=][\s*_]*(?P<rest>\S.*)",
+    r"^[^\w\n]{0,12}(?:(?:final|correct|the|my)\s+){0,2}(?:ans|answers?|solution|result)[\s*_]*(?:[=-]>|[:=→⇒])[\s*_]*(?P<rest>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
 ANSWER_IS = re.compile(

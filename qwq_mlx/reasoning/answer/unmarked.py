@@ -27,7 +27,6 @@ __all__ = [
     "equation_of_numbers",
     "few_words",
     "first_line",
-    "formula_alone",
     "in_brackets",
     "in_tags",
     "joined_formulas",
@@ -41,7 +40,6 @@ __all__ = [
     "total",
     "whole_formula",
     "whole_line",
-    "whole_sentence",
     "yes_or_no",
 ]
 
@@ -50,7 +48,7 @@ _BLOCK = 600  # characters of a list or table that is the answer as a whole
 
 _CODE = re.compile(r"```[^\n`]*\n(.*?)\n```", re.DOTALL)
 _PART = re.compile(r"\(?(?:\d|[a-h]|i{1,3}|iv)[).:]\s|[-*•|]\s?\S")
-_MARKED = re.compile(r'\*\*([^*\n]{1,80})\*\*|\$([^$\n]{1,80})\$|\\\(([^\n]{1,80}?)\\\)|["“]([^"“”\n]{1,80})["”]')
+_MARKED = re.compile(r'\*\*([^*\n]{1,80})\*\*|\$([^$\n]{1,80})\$|\\[(\[]([^\n]{1,80}?)\\[)\]]|["“]([^"“”\n]{1,80})["”]')
 FORMULA = re.compile(r"(?<!\\)\$((?:\\\$|[^$\n]){1,120})(?<!\\)\$|\\\(([^\n]{1,120}?)\\\)")
 EQUATES = re.compile(
     r"\b(?:is|are|was|were|equals?|has to be|must be|will be|would be|can (?:only )?be|could be|becomes)"
@@ -145,12 +143,6 @@ def first_line(text: str) -> str:
     return next(iter(lines_of(text)), "")
 
 
-def whole_sentence(text: str) -> str | None:
-    """The first line where it has six words or more."""
-    line = whole_line(text)
-    return line if len(re.findall(r"[^\W\d_]{2,}", line)) >= 6 else None
-
-
 def few_words(text: str) -> str | None:
     """The first line where it has at most three words."""
     line = whole_line(text)
@@ -219,14 +211,6 @@ def one_marked(line: str) -> str | None:
     """The one thing in bold, in quotation marks or set as a formula."""
     marked = _marked(line)
     return (marked[0].strip().strip(".。") or None) if len(marked) == 1 else None
-
-
-def formula_alone(line: str) -> str | None:
-    """A formula and nothing else."""
-    plain = _plain(line)
-    if not plain.startswith(("\\(", "\\[")) or not plain.endswith(("\\)", "\\]")):
-        return None
-    return plain[2:-2].strip().rstrip(".。") or None
 
 
 def equated_formulas(line: str) -> str | None:
