@@ -148,7 +148,12 @@ def run_command(
 
 
 def load_reasoner(
-    command: Command, limits: Limits, *, choice: Choice | None = None, warns_of_template: bool = True
+    command: Command,
+    limits: Limits,
+    *,
+    choice: Choice | None = None,
+    warns_of_template: bool = True,
+    reproducible: bool = False,
 ) -> Reasoner:
     """The model of --model, or the default one, which a line says. choice: where it was chosen already.
 
@@ -168,6 +173,7 @@ def load_reasoner(
         verify=not options.no_verify,
         chat_template=options.chat_template,
         follow_links=options.follow_links,
+        reproducible=reproducible,
     )
     if backend_name() == "cuda":
         command.note("CUDA: the first answer of a process compiles kernels first, about a minute")

@@ -156,6 +156,8 @@ def run_options(options: Mapping[str, Any]) -> RunOptions:
         raise OptionError("--answer-now asks a saved run for its answer. Give its file with --resume FILE.")
     if options["width"] is not None and options["input"] is None and options["samples"] is None:
         raise OptionError("--width needs --input FILE or --samples N.")
+    if options["reproducible"] and options["input"] is None and options["samples"] is None:
+        raise OptionError("--reproducible needs --input FILE or --samples N; a single run is reproducible by itself.")
     if options["save_every"] is not None and options["save"] is None:
         raise OptionError("--save-every needs --save FILE.")
     if options["no_save"] and options["save"] is not None:

@@ -27,7 +27,9 @@ def answer_by_vote(command: Command, prompt: str, asked: RunOptions) -> int:
 
     options, interruption = command.options, command.interruption
     conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
-    reasoner = load_reasoner(command, asked.limits, choice=choose_model(options.model))
+    reasoner = load_reasoner(
+        command, asked.limits, choice=choose_model(options.model), reproducible=options.reproducible
+    )
     from qwq_mlx.cli.terminal import settings_line
     from qwq_mlx.generate.vote import Voting
 

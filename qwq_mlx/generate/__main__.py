@@ -125,7 +125,13 @@ def _add_question_file(add: Callable[..., Any]) -> None:
         "--width",
         type=int,
         metavar="N",
-        help="questions or samples side by side; changes no answer (default: what the memory plan allows, at most 8)",
+        help="questions or samples side by side (default: what the memory plan allows, at most 8)",
+    )
+    add(
+        "--reproducible",
+        action="store_true",
+        help="the same tokens in any width, to the last near-tie: rows share a pass only as far as they are computed "
+        "as alone (7 on the CPU, none on a GPU), which is slower",
     )
 
 
@@ -157,7 +163,7 @@ def _batch(command: Command, asked: RunOptions) -> int:
             progress=lambda n_questions: bar.show("reading", n_questions, None),
         )
     with Results(Path(options.output)) as results:
-        reasoner = load_reasoner(command, asked.limits, choice=choice)
+        reasoner = load_reasoner(command, asked.limits, choice=choice, reproducible=options.reproducible)
         from qwq_mlx.generate.question_file.runner import QuestionFile
 
         batch = QuestionFile(

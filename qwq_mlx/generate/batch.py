@@ -26,8 +26,9 @@ __all__ = ["MAX_WIDTH", "check_width", "finish_all", "plan_rows", "plan_width", 
 T = TypeVar("T")
 
 MAX_WIDTH = 8
-"""Rows side by side where nobody asks for a number. On the CPU the width changes no id; on CUDA rows of up to 4 draw
-what they draw alone, from 8 on MLX takes another kernel (docs/benchmarks.md), so near-ties may fall otherwise."""
+"""Rows side by side where nobody asks for a number. On the CPU up to 7 rows draw what each draws alone, on CUDA up to
+4; from 8 on the product is another (BLAS, another kernel: docs/benchmarks.md), so near-ties may fall otherwise, unless
+the model is loaded with `reproducible`."""
 
 
 def question_seed(seed: int, index: int) -> int:

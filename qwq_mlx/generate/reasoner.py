@@ -27,7 +27,7 @@ from qwq_mlx.generate.receipt import Receipt, make_receipt
 from qwq_mlx.generate.request import PrefillProgress, resolved
 from qwq_mlx.generate.request_maker import RequestMaker
 from qwq_mlx.generate.stream import Stream
-from qwq_mlx.generate.vote import Vote, VoteProgress, Voting, check_vote
+from qwq_mlx.generate.vote import Vote, VoteProgress, Voting
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
@@ -50,6 +50,7 @@ def load(
     verify: bool = True,
     chat_template: str | Path | None = None,
     follow_links: bool = False,
+    reproducible: bool = False,
 ) -> Reasoner:
     """Check a model folder (a checkpoint or a conversion), load its weights, and return what answers questions.
 
@@ -62,6 +63,8 @@ def load(
       `Reasoner.wait_for_verification`.
     chat_template: a file of jinja text that writes the prompts in place of the folder's template.
     follow_links: read shards that links out of the folder lead to, on another disk say.
+    reproducible: a row draws the very ids that it draws alone; passes are shared only as far as that allows (on the CPU
+      by 7 rows, on a GPU by none), so many rows are slower.
     Raises LoadError, SourceError or BackendError; FitError with the arithmetic.
 
     >>> reasoner = qwq_mlx.load(FOLDER, limits=qwq_mlx.Limits(context=2048))
@@ -73,7 +76,9 @@ def load(
     template = None if chat_template is None else read_template_file(Path(chat_template))
     files, asked = open_model_folder(folder, follow_links=follow_links), limits or Limits()
     fitted(files, asked, limit_bytes=limit, backend=backend_name(), compute_type=compute_type)
-    model = load_model(folder, compute_type=compute_type, chat_template=template, follow_links=follow_links)
+    model = load_model(
+        folder, compute_type=compute_type, chat_template=template, follow_links=follow_links, reproducible=reproducible
+    )
     return Reasoner(model, limit_bytes=limit, verify=verify)
 
 
@@ -292,7 +297,6 @@ class Reasoner(RequestMaker):
         >>> vote.answer, vote.agreement, vote.stopped
         ('7', 1.0, 'lead')
         """
-        check_vote(n, confidence)
         if isinstance(question, Stream):
             if any(each is not None for each in (system_prompt, sampling, limits, thinking)):
                 raise OptionError("A vote from a run has its settings. Leave out system_prompt, sampling, ...")

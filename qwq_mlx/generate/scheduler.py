@@ -44,7 +44,7 @@ class Scheduler:
     ) -> None:
         self.width = width
         self._asks, self._releases = ask_answer, releases
-        self._decoder = Decoder(model.module, n_ids=model.tokenizer.n_ids)
+        self._decoder = Decoder(model.module, n_ids=model.tokenizer.n_ids, reproducible=model.reproducible)
         self._waiting: deque[tuple[Stream, Iterator[None]]] = deque()
         self._active: list[Stream] = []
         self._wired = wired(planned_bytes)

@@ -84,6 +84,8 @@ def attention_class() -> type[Any]:
                 )
             )
             caches = cache.caches if isinstance(cache, RowCaches) else (cache,)
+            offset = mx.array([own.offset for own in caches]) if len(caches) > 1 else caches[0].offset
+            queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
             mixed = [
                 self._row(queries[row : row + 1], keys[row : row + 1], values[row : row + 1], mask, own)
                 for row, own in enumerate(caches)
@@ -91,8 +93,7 @@ def attention_class() -> type[Any]:
             return self.o_proj(mx.concatenate(mixed).transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
 
         def _row(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any, cache: Any) -> Any:
-            """One row's attention over its own cache: (1, heads, n_ids, width)."""
-            queries, keys = self.rope(queries, offset=cache.offset), self.rope(keys, offset=cache.offset)
+            """One row's attention over its own cache, behind rotary embedding: (1, heads, n_ids, width)."""
             if isinstance(cache, whole):
                 mask = cache.make_mask(queries.shape[2]) if mask is None else mask
                 cache.update_and_fetch(keys, values)

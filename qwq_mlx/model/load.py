@@ -53,6 +53,7 @@ class LoadedModel:
     weights_bytes: of the folder's tensors on disk. packed: how its matrices are packed, by path.
     warnings: what of the folder was ignored, is linked from elsewhere or looks damaged, in sentences.
     has_manifest: the folder is a conversion of this package, whose bytes can be compared with their digests.
+    reproducible: rows share a pass only as far as each then gets the bits that it gets alone.
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class LoadedModel:
     packed: Mapping[str, Packing]
     warnings: tuple[str, ...] = ()
     has_manifest: bool = False
+    reproducible: bool = False
 
     @property
     def name(self) -> str:
@@ -86,6 +88,7 @@ def load_model(
     compute_type: ComputeType | None = None,
     chat_template: str | None = None,
     follow_links: bool = False,
+    reproducible: bool = False,
 ) -> LoadedModel:
     """Check a folder and load its weights.
 
@@ -93,6 +96,7 @@ def load_model(
     compute_type: None picks by backend.
     chat_template: jinja text in place of the folder's; None keeps that.
     follow_links: read shards that links out of the folder lead to.
+    reproducible: see `LoadedModel`.
     Raises OptionError; LoadError or SourceError naming file, found and expected; BackendError where MLX cannot run.
     """
     if compute_type not in (None, *get_args(ComputeType)):
@@ -119,6 +123,7 @@ def load_model(
         packed=files.packed,
         warnings=(*files.warnings, *_check_values(files, module)),
         has_manifest=files.has_manifest,
+        reproducible=reproducible,
     )
 
 

@@ -59,7 +59,8 @@ def test_a_run_that_has_ended_holds_no_cache(reasoner: Reasoner) -> None:
     limits = Limits(max_tokens=3)
     two = reasoner.batch_generate(["x", "y"], sampling=SAMPLING, limits=limits, width=1)
     many = reasoner.batch_generate(["x", "y"] * 12, sampling=SAMPLING, limits=limits, width=1)
-    assert many[-1].peak_bytes < 1.02 * two[-1].peak_bytes
+    # a cache of each would be a multiple; when MLX frees a buffer differs from run to run
+    assert many[-1].peak_bytes < 1.1 * two[-1].peak_bytes
 
 
 def test_one_setting_each_and_seeds_of_ones_own(reasoner: Reasoner) -> None:

@@ -1,12 +1,11 @@
 """A file of questions becomes a file of traces, several side by side, and goes on by itself where it was cut off.
 
 Question i is drawn with a seed made from the batch's seed and i alone, so an interrupted file that was finished later
-is, but for "measured", byte for byte the file of one unbroken run, in whatever width (exactly where the backend
-computes rows alike, as the CPU does). Lines are written in the order of the questions, so one that ends early waits for
-those before it. A line that is there is never written again, but
-where memory ran out, which is no answer: the next run tries that question again, and the others are not held up by it.
-A line that depends on something else (weights, settings, seed, the question's own text) is refused instead of mixed
-with.
+is, but for "measured", byte for byte the file of one unbroken run, in whatever width (exactly with a model that was
+loaded with `reproducible`, else up to near-ties). Lines are written in the order of the questions, so one that ends
+early waits for those before it. A line that is there is never written again, but where memory ran out, which is no
+answer: the next run tries that question again, and the others are not held up by it. A line that depends on something
+else (weights, settings, seed, the question's own text) is refused instead of mixed with.
 
 Does not: compare answers with what was expected.
 """
