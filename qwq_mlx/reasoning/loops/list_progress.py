@@ -26,6 +26,7 @@ _BULLETS = frozenset("-*•")
 _MAX_SEEN = 20_000
 _IN_ORDER = 3  # rows: the moves of Hanoi and the options of an answer key return, in another order
 _LONG = 12  # words of a row that is a sentence
+_MAX_KEY = 2  # the full stop of a label and a letter
 _STEP = re.compile(
     r"(?:so|then|maybe|perhaps|let|i|we|now|okay|ok|thus|therefore|hence|next|suppose|assume|again|this|that|it)\b",
     re.I,
@@ -85,7 +86,7 @@ class RowWatcher:
         beginning = " ".join(words[n_label : n_label + 8]).lstrip(" .):")
         if not is_new or doubts(beginning) or _STEP.match(beginning):
             return False
-        if not _are_alike(templates, previous) and not _are_alike(templates, before):
+        if not _are_alike(templates, previous, n_label) and not _are_alike(templates, before, n_label):
             return False
         cost = len(words) * (2 if len(words) >= _LONG else 1) * (2 if is_apart else 1)
         if self._credit < cost:
@@ -94,5 +95,8 @@ class RowWatcher:
         return True
 
 
-def _are_alike(row: list[str], other: list[str]) -> bool:
-    return len(row) == len(other) and sum(map(eq, row, other)) >= _ALIKE * len(row)
+def _are_alike(row: list[str], other: list[str], n_label: int) -> bool:
+    """Labels are alike whatever follows them, so they count only before a single word, as in an answer key."""
+    start = n_label if len(row) - n_label > _MAX_KEY else 0
+    n_same = sum(map(eq, row[start:], other[start:]))
+    return len(row) == len(other) and n_same >= _ALIKE * (len(row) - start)

@@ -127,7 +127,8 @@ class VariantsFinder:
         self._recent: deque[int] = deque()
         self._places: dict[int, tuple[int, ...]] = {}  # run -> words of its last occurrences
         self._tokens: dict[int, int] = {}  # run -> token of its last occurrence
-        # The last place of each word, in words and in tokens; the word not met for longest comes first.
+        self._n_single = 0  # words without marks
+        # The last place of each word, in these and in tokens; the word not met for longest comes first.
         self._word_places: dict[str, tuple[int, int]] = {}
 
     @property
@@ -183,9 +184,11 @@ class VariantsFinder:
             self._rows.end_line()  # the blank line
         self._at_line = [each.value for each in self._sums]
 
-    def _add_word(self, word: str, n_words: int, index: int, *, is_news: bool) -> None:
+    def _add_word(self, word: str, index: int, *, is_news: bool) -> None:
         """A word or pictograph, for the sum of single words; the ones that lie too far back are forgotten."""
         places = self._word_places
+        self._n_single += 1
+        n_words = self._n_single
         place, token = places.pop(word, (0, index))
         places[word] = n_words, index
         for _ in range(2 if word >= _PICTOGRAPHS else 1):  # one is two tokens or more
@@ -201,7 +204,7 @@ class VariantsFinder:
         for each in self._runs:
             is_stale = is_label and each.scale is SOON
             each.take(number.earlier if is_stale else (), number.n_words, number.index, number.distance)
-        self._add_word("0", number.n_words, number.index, is_news=not is_label)
+        self._add_word("0", number.index, is_news=not is_label)
 
     def _take(self, word: str, index: int) -> None:
         self._run = (*self._run[1 - _RUN :], word)
@@ -228,7 +231,7 @@ class VariantsFinder:
             if word < _PICTOGRAPHS:
                 for each in self._runs:
                     each.take(() if is_news else earlier, n_words, index, distance)
-            self._add_word(self._reader.word.lower(), n_words, index, is_news=is_news)
+            self._add_word(self._reader.word.lower(), index, is_news=is_news)
         self._places[run] = (*earlier[1 - _N_PLACES :], n_words)
         self._tokens[run] = index
         self._recent.append(run)
