@@ -107,13 +107,13 @@ def test_a_text_without_end_and_without_news_is_found_within_400_tokens(cut: Cut
     assert loop[1].kind in ("cycle", "variants")
 
 
-def test_numbered_rows_of_two_draws_are_found_within_1_000_tokens(cut: Cutter) -> None:
+def test_numbered_rows_of_two_draws_are_found_within_1_200_tokens(cut: Cutter) -> None:
     """Of 300 combinations most rows are new for long; labels, which are alike in every row, once hid it for 3,000."""
     rng = random.Random(1)
     text = "\n".join(f"{n}. {rng.choice(EMOJI)} {rng.choice(WORDS)}" for n in range(1, 400))
     loop = first_loop(*cut(text))
     assert loop is not None
-    assert loop[0] <= 1000
+    assert loop[0] <= 1200
 
 
 @pytest.mark.parametrize(
