@@ -163,10 +163,14 @@ def _serve(command: Command) -> int:
         f"http://{shown}:{port} loads the model; Ctrl-C ends, and running requests have {settings.drain_s:g} s"
     )
     is_told = False
-    while not server.wait(_LOOK_S):
-        if not is_told and server.is_ready:
-            command.note(f"ready: {server.description}")
-            is_told = True
+    try:
+        while not server.wait(_LOOK_S):
+            if not is_told and server.is_ready:
+                command.note(f"ready: {server.description}")
+                is_told = True
+    except KeyboardInterrupt:  # the second signal
+        server.abort()
+        raise
     if server.failure is None:
         return 0
     if isinstance(server.failure, QwqError):

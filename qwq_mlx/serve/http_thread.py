@@ -66,6 +66,10 @@ class HttpThread:
         """Take no more requests; those under way have `drain_s` seconds. Safe to call from a signal handler."""
         self._server.should_exit = True
 
+    def abort(self) -> None:
+        """Close every connection as it stands."""
+        self._server.should_exit = self._server.force_exit = True
+
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait for the end; returns whether it has come."""
         self._thread.join(timeout_s)

@@ -58,6 +58,10 @@ class Server:
         """Take no more requests; those under way have `drain_s`. Safe to call from a signal handler."""
         self._http.stop()
 
+    def abort(self) -> None:
+        """End without waiting for requests."""
+        self._http.abort()
+
     def wait(self, timeout_s: float) -> bool:
         """Whether it is over within so many seconds."""
         if not self._http.join(timeout_s):
