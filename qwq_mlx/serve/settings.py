@@ -52,7 +52,7 @@ class Settings:
     name: str | None = None
     width: int = 8
     context: int | None = None
-    prefill_step: int = 512
+    prefill_step: int = 256
     prefixes: int = 8
     queue: int = 32
     reasoning_field: ReasoningField = "both"
