@@ -29,7 +29,9 @@ from qwq_mlx.serve.dialects import (
 from qwq_mlx.serve.dialects.errors import error_response
 from qwq_mlx.serve.dialects.fields import check_model
 from qwq_mlx.serve.jobs import Ask
+from qwq_mlx.serve.metrics import prometheus_text
 from qwq_mlx.serve.responding import JobResponse, Writer
+from qwq_mlx.serve.run_endpoints import RunEndpoints
 from qwq_mlx.serve.security import Doors
 from qwq_mlx.serve.settings import Settings
 from qwq_mlx.serve.worker import Worker
@@ -46,6 +48,7 @@ def make_app(worker: Worker, settings: Settings, *, log: Callable[[str], None] =
     routes = [
         Route("/", server.root, methods=get),
         Route("/health", server.health, methods=get),
+        Route("/metrics", server.metrics, methods=get),
         Route("/v1/models", server.models, methods=get),
         Route("/v1/models/{name:path}", server.model, methods=get),
         Route(openai.PATH, server.chat, methods=post),
@@ -59,6 +62,7 @@ def make_app(worker: Worker, settings: Settings, *, log: Callable[[str], None] =
         Route("/api/show", server.ollama_show, methods=post),
         Route(ollama.CHAT_PATH, server.ollama_chat, methods=post),
         Route(ollama.GENERATE_PATH, server.ollama_generate, methods=post),
+        *RunEndpoints(worker, settings).routes(),
         *(Route(f"/api/{name}", server.ollama_not_done, methods=["POST", "DELETE"]) for name in ollama_models.NOT_DONE),
     ]
     app = Starlette(
@@ -80,6 +84,13 @@ class _Server:
         state = self._worker.state
         body = {"status": {"ready": "ok"}.get(state, state), "running": self._worker.n_running}
         return _json({**body, "waiting": self._worker.n_waiting}, status=200 if state == "ready" else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """Counts for Prometheus."""
+        worker = self._worker
+        is_ready = worker.state == "ready"
+        text = prometheus_text(worker.counters, running=worker.n_running, waiting=worker.n_waiting, is_ready=is_ready)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
         """The one model, as a list."""

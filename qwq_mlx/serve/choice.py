@@ -5,14 +5,15 @@ Does not: draw tokens (`rows` does), or decide where the answer begins.
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_right
 from typing import Any
 
 from qwq_mlx.generate.request import Request
 from qwq_mlx.generate.stream import Stream
-from qwq_mlx.serve.jobs import Delta, Ended, Job, LogprobEntry, Usage
+from qwq_mlx.serve.jobs import Delta, Ended, Job, LogprobEntry, Stepped, Usage
 from qwq_mlx.serve.reply import Piece, ReplyText
-from qwq_mlx.trace.trace import Step
+from qwq_mlx.trace.trace import Step, Trace
 
 __all__ = ["Choice"]
 
@@ -39,6 +40,8 @@ class Choice:
         self._n_steps += len(steps)
         if self.job.ask.top_logprobs is not None:
             self._logprobs.add(steps, len(self._reply.text))
+        if self.job.ask.shows_steps:
+            self.job.emit(Stepped(choice=self.index, steps=tuple(_step_json(step) for step in steps)))
         text = "".join(step.text for step in steps)
         self._send(self._reply.feed(text, run.output.answer_char, run.output.thinking_char))
         if self._is_stopped():
@@ -49,8 +52,8 @@ class Choice:
         """Whether a stop text came; the token under way is then the last, and nobody sees it."""
         return self._reply.stop_text is not None
 
-    def end(self) -> None:
-        """Send the rest, and that it is over."""
+    def end(self) -> Usage:
+        """Send the rest, and that it is over; returns what it took."""
         trace, reply = self.stream.trace(), self._reply
         start = len(trace.text) - len(trace.conclusion) if trace.conclusion else None
         if self.job.ask.is_raw or (start is None and trace.finish_reason == "stop" and not reply.content):
@@ -64,6 +67,14 @@ class Choice:
         is_cut = reply.stop_text is None and raw_reason in _CUT
         n_reasoning = trace.thinking_span[1] - trace.thinking_span[0]
         end = None if start is None else start + len(content)
+        usage = Usage(
+            n_prompt=len(trace.prompt_ids),
+            n_cached=self.stream.n_cached,
+            n_output=self._n_steps if reply.stop_text is not None else len(trace.ids),
+            n_reasoning=n_reasoning if start != 0 else 0,
+            prefill_s=trace.timings.prefill_s,
+            decode_s=trace.timings.decode_s,
+        )
         self.job.emit(
             Ended(
                 choice=self.index,
@@ -71,21 +82,16 @@ class Choice:
                 stop_text=reply.stop_text,
                 reasoning=reasoning,
                 content=content,
-                usage=Usage(
-                    n_prompt=len(trace.prompt_ids),
-                    n_cached=self.stream.n_cached,
-                    n_output=self._n_steps if reply.stop_text is not None else len(trace.ids),
-                    n_reasoning=n_reasoning if start != 0 else 0,
-                    prefill_s=trace.timings.prefill_s,
-                    decode_s=trace.timings.decode_s,
-                ),
+                usage=usage,
                 reasoning_logprobs=tuple(self._logprobs.between(0, start)),
                 logprobs=tuple(self._logprobs.between(start, end)) if start is not None else (),
+                summary=_summary(trace) if self.job.ask.shows_steps else None,
             )
         )
+        return usage
 
     def _send(self, piece: Piece) -> None:
-        if not (piece.reasoning or piece.content):
+        if self.job.ask.shows_steps or not (piece.reasoning or piece.content):
             return
         reasoning = self._logprobs.of_reasoning(piece.reasoning_end) if piece.reasoning else ()
         content = self._logprobs.of_content(*piece.content_span) if piece.content else ()
@@ -139,6 +145,40 @@ class _Logprobs:
         """All within these characters; end: None is the last."""
         last = len(self._ends) if end is None else bisect_right(self._ends, end)
         return self._entries[bisect_right(self._ends, start) if start else 0 : last]
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    """A step for who watches a run; the hidden states, which nobody asked for, are left out."""
+    return {
+        "index": step.index,
+        "id": step.id,
+        "text": step.text,
+        "segment": step.segment,
+        "logprob": step.logprob,
+        "entropy": step.entropy,
+        "margin": step.margin,
+        "is_injected": step.is_injected,
+        "alternatives": [dataclasses.asdict(each) for each in step.alternatives],
+        "loop_scores": None if step.loop_scores is None else dataclasses.asdict(step.loop_scores),
+    }
+
+
+def _summary(trace: Trace) -> dict[str, Any]:
+    """A trace without its tokens."""
+    return {
+        "answer": trace.answer,
+        "answer_kind": trace.answer_kind,
+        "confidence": trace.confidence,
+        "is_revised": trace.is_revised,
+        "finish_reason": trace.finish_reason,
+        "detail": trace.detail,
+        "description": trace.describe(is_saved=True),
+        "thinking_span": list(trace.thinking_span),
+        "conclusion_span": None if trace.conclusion_span is None else list(trace.conclusion_span),
+        "injections": [dataclasses.asdict(each) for each in trace.injections],
+        "events": [dict(each) for each in trace.events],
+        "settings": dict(trace.settings),
+    }
 
 
 def _entry(token: bytes, logprob: float | None) -> dict[str, Any]:

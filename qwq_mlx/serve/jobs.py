@@ -14,8 +14,9 @@ from qwq_mlx.serve.api_error import ApiError
 
 if TYPE_CHECKING:
     from qwq_mlx.generate.request import Request
+    from qwq_mlx.generate.stream import Stream
 
-__all__ = ["Ask", "Delta", "Ended", "Event", "Failed", "Job", "LogprobEntry", "Usage"]
+__all__ = ["Ask", "Delta", "Ended", "Event", "Failed", "Job", "LogprobEntry", "Stepped", "Usage"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class Ask:
     stop: texts that end the answer; the thinking may hold them.
     n: choices of each prompt.
     top_logprobs: alternatives of each token; None asks for no log-probabilities.
+    shows_steps: events are the tokens themselves (`Stepped`) in place of the parts of the text.
     """
 
     messages: tuple[dict[str, str], ...] = ()
@@ -42,6 +44,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     n: int = 1
     top_logprobs: int | None = None
+    shows_steps: bool = False
 
     @property
     def is_raw(self) -> bool:
@@ -62,6 +65,14 @@ class Delta:
     content: str = ""
     reasoning_logprobs: tuple[LogprobEntry, ...] = ()
     logprobs: tuple[LogprobEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stepped:
+    """Tokens of one choice, as JSON objects (`trace.Step`)."""
+
+    choice: int
+    steps: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +98,7 @@ class Ended:
     finish: "stop", or "length" where it was cut.
     stop_text: the client's text that ended it, None for another end.
     reasoning, content: both parts of the whole, as the finished text splits.
+    summary: what the trace says besides, where steps were asked for.
     """
 
     choice: int
@@ -97,6 +109,7 @@ class Ended:
     usage: Usage
     reasoning_logprobs: tuple[LogprobEntry, ...] = ()
     logprobs: tuple[LogprobEntry, ...] = ()
+    summary: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,19 +119,24 @@ class Failed:
     error: ApiError
 
 
-Event = Delta | Ended | Failed
+Event = Delta | Stepped | Ended | Failed
 
 
 class Job:
     """A request under way: its events are read on the loop that made it, and `cancel` ends it from anywhere.
 
     requests: one for each prompt, ready to run; each makes `ask.n` choices, numbered through.
+    source: a job and a number of tokens that this one shares with its first choice; None for one of its own.
+    streams: of its prompts, once they run; for the model's thread alone.
     """
 
-    def __init__(self, ask: Ask, requests: list[Request]) -> None:
+    def __init__(self, ask: Ask, requests: list[Request], *, source: tuple[Job, int] | None = None) -> None:
         self.ask = ask
         self.requests = requests
+        self.source = source
+        self.streams: list[Stream] = []
         self.is_cancelled = False
+        self.wants_answer = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -135,6 +153,10 @@ class Job:
     def cancel(self) -> None:
         """Nobody reads it any more: it ends after the token under way."""
         self.is_cancelled = True
+
+    def answer_now(self) -> None:
+        """The thinking is to end at the next end of a sentence, and the answer to be asked for."""
+        self.wants_answer = True
 
     def emit(self, event: Event) -> None:
         """Hand an event over; called from the model's thread."""

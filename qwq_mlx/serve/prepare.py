@@ -112,7 +112,11 @@ class Preparer:
             sampling=sampling,
             fit=replace(fit, limits=limits),
             thinking=ask.thinking,
-            inspect=Inspect(top_k=ask.top_logprobs or 0, entropy=False),
+            inspect=Inspect(
+                top_k=ask.top_logprobs or 0,
+                entropy=ask.shows_steps,
+                loop_scores=ask.shows_steps and ask.thinking.on_loop != "off",
+            ),
         )
 
 

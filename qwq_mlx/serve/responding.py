@@ -9,7 +9,7 @@ Does not: know what any dialect writes (`Writer` says it).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Protocol
 
 from starlette.types import Receive, Scope, Send
@@ -19,7 +19,7 @@ from qwq_mlx.serve.body import dumped
 from qwq_mlx.serve.dialects.errors import error_body, error_response
 from qwq_mlx.serve.jobs import Delta, Ended, Failed, Job
 
-__all__ = ["JobResponse", "Writer"]
+__all__ = ["JobResponse", "PartsResponse", "Writer"]
 
 
 class Writer(Protocol):
@@ -57,24 +57,13 @@ class JobResponse:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it; returns early where the client is gone."""
-        answer = self._stream(send) if self._streams else self._one_body(scope, receive, send)
-        tasks = [asyncio.ensure_future(answer), asyncio.ensure_future(_until_gone(receive))]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if tasks[0].done():
-                tasks[0].result()  # raises what it raised
+            if self._streams:
+                await PartsResponse(self._parts(), media_type=self._writer.media_type)(scope, receive, send)
+            else:
+                await _until_done_or_gone(self._one_body(scope, receive, send), receive)
         finally:
             self._job.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _stream(self, send: Send) -> None:
-        await _begin(send, self._writer.media_type)
-        async for part in self._parts():
-            if part:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
 
     async def _parts(self) -> AsyncIterator[bytes]:
         writer, ended = self._writer, list[Ended]()
@@ -88,7 +77,7 @@ class JobResponse:
             elif isinstance(event, Ended):
                 ended.append(event)
                 yield writer.end(event)
-            else:
+            elif isinstance(event, Failed):
                 yield writer.failure(event.error)
                 return
         yield writer.finish(sorted(ended, key=lambda each: each.choice))
@@ -129,6 +118,37 @@ class JobResponse:
             await _begin(send, "application/json")
         body = whole if error is None else error_body(error, scope["path"])
         await send({"type": "http.response.body", "body": dumped(body).encode()})
+
+
+class PartsResponse:
+    """A stream of parts, sent as they come; ended where the client is gone."""
+
+    def __init__(self, parts: AsyncIterator[bytes], *, media_type: str) -> None:
+        self._parts, self._media_type = parts, media_type
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it; returns early where the client is gone."""
+        await _until_done_or_gone(self._stream(send), receive)
+
+    async def _stream(self, send: Send) -> None:
+        await _begin(send, self._media_type)
+        async for part in self._parts:
+            if part:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _until_done_or_gone(answer: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Answer, unless the client leaves first."""
+    tasks = [asyncio.ensure_future(answer), asyncio.ensure_future(_until_gone(receive))]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            tasks[0].result()  # raises what it raised
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _begin(send: Send, media_type: str) -> None:

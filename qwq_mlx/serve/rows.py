@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from qwq_mlx.errors import DamagedModelError, FitError, QwqError
+from qwq_mlx.errors import DamagedModelError, FitError, OptionError, QwqError
 from qwq_mlx.generate.batch import plan_rows, question_seed
 from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.generate.request import Request, resolved
@@ -15,7 +15,8 @@ from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.choice import Choice
-from qwq_mlx.serve.jobs import Failed, Job
+from qwq_mlx.serve.jobs import Failed, Job, Usage
+from qwq_mlx.serve.metrics import Counters
 from qwq_mlx.serve.prefix_cache import PrefixCache
 
 __all__ = ["Rows"]
@@ -26,15 +27,19 @@ class Rows:
 
     width: at most.
     n_prefixes: caches of ended requests that are kept for later ones, in `prefixes`.
+    counters: what ended is counted there.
     n_failed: steps in a row in which a stream failed and none wrote a token.
     """
 
-    def __init__(self, reasoner: Reasoner, *, width: int, n_prefixes: int, planned_bytes: int) -> None:
+    def __init__(
+        self, reasoner: Reasoner, *, width: int, n_prefixes: int, planned_bytes: int, counters: Counters
+    ) -> None:
         self._reasoner, self._width, self._planned_bytes = reasoner, width, planned_bytes
         self._choices: list[Choice] = []
         self._to_fork: list[tuple[Job, int, Stream]] = []  # of which the prompt is shared
         self.prefixes = PrefixCache(n_prefixes)
         self.n_failed = 0
+        self.counters = counters
         self._scheduler: Scheduler | None = None
 
     def __enter__(self) -> Rows:
@@ -89,13 +94,22 @@ class Rows:
             return
         for place, request in enumerate(job.requests):
             try:
-                stream = Stream(request, before=self.prefixes.take(request))
+                stream = self._new_stream(job, request)
             except (QwqError, RuntimeError, MemoryError) as error:
                 self._fail(job, error)
                 return
+            job.streams.append(stream)
             self._scheduler.add(stream)
             self._choices.append(Choice(job, place * job.ask.n, stream))
             self._to_fork += [(job, place * job.ask.n + i, stream) for i in range(1, job.ask.n)]
+
+    def _new_stream(self, job: Job, request: Request) -> Stream:
+        if job.source is None:
+            return Stream(request, before=self.prefixes.take(request))
+        source, at = job.source
+        if not source.streams:
+            raise OptionError("The run to fork has not begun.")
+        return source.streams[0].fork(at=at, seed=resolved(request.sampling.seed))
 
     def step(self) -> None:
         """One step of the scheduler, its events sent. Raises DamagedModelError."""
@@ -103,6 +117,9 @@ class Rows:
         for choice in self._choices:
             if choice.job.is_cancelled:
                 choice.stream.stop()
+            elif choice.job.wants_answer:
+                choice.job.wants_answer = False
+                choice.stream.answer_now()
         ended = self._scheduler.step()
         self._fork()
         has_written = False
@@ -116,9 +133,19 @@ class Rows:
             failure = choice.stream.failure
             if failure is not None:
                 self.n_failed += 1
+                self.counters.failed += 1
                 self._fail(choice.job, failure)
-            elif not choice.job.is_cancelled:
-                choice.end()
+            elif choice.job.is_cancelled:
+                self.counters.left += 1
+            else:
+                self._count(choice.end())
+
+    def _count(self, usage: Usage) -> None:
+        self.counters.ended += 1
+        self.counters.prompt_tokens += usage.n_prompt
+        self.counters.cached_tokens += usage.n_cached
+        self.counters.output_tokens += usage.n_output
+        self.counters.reasoning_tokens += usage.n_reasoning
 
     def fail_all(self, error: Exception) -> None:
         """End every job by what the scheduler raised, and forget its streams."""
@@ -157,6 +184,8 @@ def _told(error: Exception) -> ApiError:
     """What a client may read of a failure: the sentence, not a traceback."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, OptionError):
+        return ApiError(400, str(error))
     code = "model_damaged" if isinstance(error, DamagedModelError) else "generation_failed"
     return ApiError(500, f"The request failed: {error}", code=code)
 

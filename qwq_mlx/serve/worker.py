@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from qwq_mlx.errors import DamagedModelError
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.jobs import Ask, Failed, Job
+from qwq_mlx.serve.metrics import Counters
 from qwq_mlx.serve.model_card import ModelCard
 from qwq_mlx.serve.settings import Settings
 
@@ -39,6 +40,7 @@ class Worker:
     load: gives the model; called in the thread.
     on_end: called in the thread when it is over, broken or closed.
     failure: why it is broken.
+    counters: of requests since the start.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Worker:
         self._load, self._settings, self._on_end = load, settings, on_end
         self.state: State = "loading"
         self.failure: BaseException | None = None
+        self.counters = Counters()
         self._card: ModelCard | None = None
         self._preparer: Preparer | None = None
         self._line: deque[Job] = deque()
@@ -174,6 +177,7 @@ class Worker:
             width=self._settings.width,
             n_prefixes=self._settings.prefixes,
             planned_bytes=preparer.plan.peak_bytes,
+            counters=self.counters,
         )
 
     def _work(self, rows: Rows) -> bool:

@@ -12,6 +12,7 @@ from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.options import Limits, Sampling
+from qwq_mlx.serve.metrics import Counters
 from qwq_mlx.serve.prefix_cache import PrefixCache
 from qwq_mlx.serve.rows import Rows
 from qwq_mlx.serve.settings import Settings
@@ -95,7 +96,7 @@ def test_a_prompt_that_only_begins_alike_leaves_a_long_one_alone(pocket_reasoner
 
 
 def test_a_request_that_needs_the_memory_gets_it(pocket_reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = Rows(pocket_reasoner, width=2, n_prefixes=8, planned_bytes=0)
+    rows = Rows(pocket_reasoner, width=2, n_prefixes=8, planned_bytes=0, counters=Counters())
     request = pocket_reasoner.stream("What is 3 + 4?").request
     for question in ("a", "b", "c"):
         rows.prefixes.keep(finished(pocket_reasoner, question))

@@ -60,6 +60,26 @@ def test_the_line_is_bounded_and_tells_the_place(tiny_server: Served) -> None:
     assert tiny_server.post(CHAT, SHORT)["usage"]["completion_tokens"] == 3
 
 
+def test_metrics_count_what_ended_and_who_left(tiny_server: Served) -> None:
+    def counts() -> dict[str, float]:
+        _, headers, raw = tiny_server.send("GET", "/metrics")
+        assert headers["content-type"].startswith("text/plain; version=0.0.4")
+        lines = [line.split(" ") for line in raw.decode().splitlines() if not line.startswith("#")]
+        return {name.removeprefix("qwq_mlx_"): float(value) for name, value in lines}
+
+    before = counts()
+    usage = tiny_server.post(CHAT, SHORT)["usage"]
+    connection, response = tiny_server.open_stream(LONG)
+    response.readline()
+    until(lambda: counts()["running_rows"] == 1)
+    connection.close()
+    response.close()
+    until(lambda: tiny_server.is_idle)
+    change = {name: value - before[name] for name, value in counts().items()}
+    assert (change["ended_total"], change["left_total"], change["failed_total"]) == (1, 1, 0)
+    assert (change["prompt_tokens_total"], change["output_tokens_total"]) == (usage["prompt_tokens"], 3)
+
+
 def test_more_choices_than_rows_are_refused(tiny_server: Served) -> None:
     error = tiny_server.post(CHAT, {**SHORT, "n": 3}, status=400)["error"]
     assert error["param"] == "n" and "at most 2" in error["message"]

@@ -1,0 +1,115 @@
+"""Runs that outlive requests: their steps are the engine's, and forks, votes and answers are drawn as it draws them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from serving import QUESTION, Served, until
+
+from qwq_mlx.generate.reasoner import Reasoner
+from qwq_mlx.options import Inspect, Sampling
+from qwq_mlx.trace.trace import Trace
+
+pytestmark = pytest.mark.pocket
+
+RUNS = "/api/qwq/runs"
+LONG = "Add one pair of parentheses to make this equation true: 4 + 5 * 6 - 1 * 7 = 39"
+
+
+@pytest.fixture(scope="module")
+def trace(pocket_reasoner: Reasoner) -> Trace:
+    return pocket_reasoner.generate(
+        QUESTION, sampling=Sampling(temperature=0.9, seed=4), inspect=Inspect(top_k=2, loop_scores=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def run(pocket_server: Served) -> dict[str, Any]:
+    """A run of the trace's settings, started."""
+    started: dict[str, Any] = pocket_server.post(
+        RUNS, {"question": QUESTION, "temperature": 0.9, "seed": 4, "alternatives": 2}, status=201
+    )
+    return started
+
+
+def steps(served: Served, run_id: str, start: int = 0) -> tuple[list[Any], Any]:
+    """The steps of a run to its end, and what the run is then."""
+    status, headers, raw = served.send("GET", f"{RUNS}/{run_id}/steps?from={start}")
+    assert status == 200 and headers["content-type"] == "application/x-ndjson"
+    lines = [json.loads(line) for line in raw.splitlines() if line]
+    return lines[:-1], lines[-1]["run"]
+
+
+def test_the_steps_of_a_run_are_those_of_the_engine(pocket_server: Served, run: dict[str, Any], trace: Trace) -> None:
+    assert run["state"] == "running" and run["question"] == QUESTION and run["seed"] == 4
+    got, ended = steps(pocket_server, run["id"])
+    assert [step["id"] for step in got] == list(trace.ids) and [step["text"] for step in got] == list(trace.texts)
+    assert [step["index"] for step in got] == list(range(len(got)))
+    for step, entropy, alternatives in zip(got, trace.entropies, trace.alternatives, strict=True):
+        assert step["entropy"] == pytest.approx(entropy, abs=1e-4)
+        assert [each["id"] for each in step["alternatives"]] == [each.id for each in alternatives]
+    assert got[-1]["loop_scores"] is not None and ended["state"] == "ended"
+    summary = ended["summary"]
+    assert (summary["answer"], summary["confidence"]) == (trace.answer, trace.confidence)
+    assert summary["conclusion_span"] == list(trace.conclusion_span or ())
+    assert steps(pocket_server, run["id"], 20)[0] == got[20:]
+    assert pocket_server.get(f"{RUNS}/{run['id']}") == ended
+    assert ended in pocket_server.get(RUNS)["runs"]
+
+
+def test_a_fork_shares_a_beginning_and_draws_the_rest(
+    pocket_server: Served, run: dict[str, Any], trace: Trace, pocket_reasoner: Reasoner
+) -> None:
+    steps(pocket_server, run["id"])
+    forked = pocket_server.post(f"{RUNS}/{run['id']}/fork", {"at": 5, "seed": 9}, status=201)
+    got, ended = steps(pocket_server, forked["id"])
+    source = pocket_reasoner.stream(QUESTION, sampling=Sampling(temperature=0.9, seed=4))
+    for _ in range(6):
+        next(source)
+    alone = source.fork(at=5, seed=9)
+    assert [step["id"] for step in got] == [*trace.ids[:5], *(step.id for step in alone)]
+    assert ended["parent"] == {"id": run["id"], "at": 5} and ended["state"] == "ended"
+
+
+def test_a_vote_counts_the_answers_of_samples(pocket_server: Served, run: dict[str, Any]) -> None:
+    steps(pocket_server, run["id"])
+    vote = pocket_server.post(f"{RUNS}/{run['id']}/vote", {"n": 3}, status=201)
+    answers = [steps(pocket_server, each["id"])[1]["summary"]["answer"] for each in vote["runs"]]
+    counted = pocket_server.get(f"{RUNS}/{run['id']}/vote")
+    assert counted["n"] == 3 and counted["running"] == 0
+    assert sum(len(group["runs"]) for group in counted["groups"]) == sum(answer is not None for answer in answers)
+
+
+def test_a_run_is_asked_for_its_answer_stopped_and_deleted(pocket_server: Served) -> None:
+    first = pocket_server.post(RUNS, {"question": LONG, "temperature": 0}, status=201)
+    until(lambda: pocket_server.get(f"{RUNS}/{first['id']}")["tokens"] > 3)
+    pocket_server.post(f"{RUNS}/{first['id']}/answer-now", {})
+    _, ended = steps(pocket_server, first["id"])
+    assert ended["summary"]["injections"][0]["reason"] == "answered"
+    second = pocket_server.post(RUNS, {"messages": [{"role": "user", "content": LONG}], "temperature": 0}, status=201)
+    assert pocket_server.post(f"{RUNS}/{second['id']}/stop", {})["state"] == "stopped"
+    assert steps(pocket_server, second["id"])[1]["state"] == "stopped"
+    until(lambda: pocket_server.is_idle)
+    assert pocket_server.send("DELETE", f"{RUNS}/{second['id']}")[0] == 204
+    assert pocket_server.send("GET", f"{RUNS}/{second['id']}")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("", {}, "question or messages"),
+        ("", {"question": "x", "messages": []}, "question or messages"),
+        ("", {"question": ""}, "prompt is empty"),
+        ("", {"question": "x", "on_loop": "nudge"}, "on_loop"),
+        ("", {"question": "x", "stream": True}, "stream"),
+        ("/{id}/fork", {}, "at is missing"),
+        ("/{id}/fork", {"at": 10_000}, "expected from 0 to"),
+        ("/{id}/vote", {"n": 100}, "n is 100"),
+    ],
+)
+def test_what_a_run_cannot_be_is_told(
+    pocket_server: Served, run: dict[str, Any], path: str, body: dict[str, Any], said: str
+) -> None:
+    assert said in pocket_server.post(RUNS + path.format(id=run["id"]), body, status=400)["error"]
