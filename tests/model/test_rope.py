@@ -10,8 +10,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.convert.job import convert_checkpoint
+from qwq_mlx.engine.kv_cache import new_cache
 from qwq_mlx.errors import OptionError
 from qwq_mlx.generate.reasoner import load
 from qwq_mlx.model.load import load_model
@@ -75,3 +77,25 @@ def test_context_and_plan_grow_by_the_factor_also_with_a_quantized_cache(stretch
     reasoner, question = load(tmp_path / "out", force=True), "a " * 100
     trace = reasoner.generate(question, sampling=Sampling(temperature=0), limits=Limits(max_tokens=60))
     assert len(trace.prompt_ids) + len(trace.ids) > 128 and trace.finish_reason in ("length", "stop", "loop")
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.01), (4, 0.15)])
+def test_beside_a_quantized_cache_logits_are_those_of_the_full_pass_up_to_its_rounding(
+    bits: int, bound: float, tmp_path: Path
+) -> None:
+    """Keys are rotated and stretched before they are quantized: in chunks, one by one, beyond the trained positions."""
+    folder = write_tiny_checkpoint(tmp_path / "wide", n_heads=2, n_kv_heads=1)  # heads of 64
+    edit(folder, rope_scaling=QWEN, max_position_embeddings=128)
+    ids = [(7 * place) % 256 for place in range(300)]
+    module = load_model(folder).module
+    expected = np.array(module(mx.array([ids])))[0, -20:]
+    cache = new_cache(module, bits)
+    for start in range(0, 280, 70):
+        module(mx.array([ids[start : start + 70]]), cache=cache)
+    found = np.array([np.array(module(mx.array([[each]]), cache=cache))[0, 0] for each in ids[280:]])
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    edit(folder, rope_scaling=None)
+    plain = np.array(load_model(folder).module(mx.array([ids])))[0, -20:]
+    assert error < bound
+    if bits == 8:
+        assert np.abs(plain - expected).max() / np.abs(expected).max() > 2 * error, "the test would not see YaRN"
