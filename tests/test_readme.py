@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -39,6 +42,11 @@ def _commands() -> list[str]:
 
 @cache
 def _help(program: tuple[str, ...]) -> str:
+    if program[0] == "-m":  # in this process, which has imported it already
+        with redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit) as end:
+            importlib.import_module(f"{program[1]}.__main__").main(["--help"])
+        assert end.value.code == 0
+        return shown.getvalue()
     done = subprocess.run(
         [sys.executable, *program, "--help"], check=False, capture_output=True, text=True, cwd=REPOSITORY, timeout=120
     )

@@ -144,15 +144,15 @@ def peak_bytes(checkpoint: Path, text: QualityText) -> int:
 def test_neither_layers_nor_vocabulary_nor_their_product_with_the_text_is_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "_HEAD_BLOCK_BYTES", 256 << 10)
-    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "n_shards": 1, "vocab_size": 16384}
+    monkeypatch.setattr(layers, "_HEAD_BLOCK_BYTES", 128 << 10)
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "n_shards": 1, "vocab_size": 8192}
     small = write_tiny_checkpoint(tmp_path / "small", n_layers=1, **sizes)
-    deep = write_tiny_checkpoint(tmp_path / "deep", n_layers=6, **sizes)
-    layer_bytes, logits_bytes = 4 * (6 * 256 * 128 + 3 * 256 * 512), 4 * 64 * 16384
+    deep = write_tiny_checkpoint(tmp_path / "deep", n_layers=4, **sizes)
+    layer_bytes, logits_bytes = 4 * (6 * 256 * 128 + 3 * 256 * 512), 4 * 64 * 8192
     text = QualityText(name="", sha256="", windows=(Window(ids=tuple(range(64)), first=1),), n_left_out=0)
-    one, six = peak_bytes(small, text), peak_bytes(deep, text)
+    one, four = peak_bytes(small, text), peak_bytes(deep, text)
     assert one < layer_bytes + 0.6 * logits_bytes
-    assert six < one + 0.2 * layer_bytes
+    assert four < one + 0.2 * layer_bytes
 
 
 def test_blocks_of_ids_in_any_cut_give_the_same_sums() -> None:

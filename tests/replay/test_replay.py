@@ -140,7 +140,7 @@ def test_tokens_that_were_taken_back_are_no_difference(reasoner: Reasoner) -> No
     trace = written(
         reasoner,
         sampling=Sampling(temperature=0.0, seed=1, logit_bias=bias),
-        limits=Limits(max_tokens=300),
+        limits=Limits(max_tokens=200),
         thinking=Thinking(on_loop="nudge"),
     )
     assert any(each["event"] == "loop" for each in trace.events)

@@ -288,7 +288,7 @@ def test_nearly_all_answers_are_found_in_sentences_alone(shared: Path) -> None:
         text = re.sub(r"<ANSWER>\s*(\d)\s*</ANSWER>", r"\1", row["response"].split("**Final Answer")[0]).rstrip()
         if isinstance(row["expected"], str) and text != row["response"].rstrip():
             n_all += 1
-            expected = split(row["response"], prompt=row["prompt"]).answer
+            expected = split(row["response"], prompt=row["prompt"], size=50).answer
             n_right += split(text, prompt=row["prompt"].split("Enclose")[0], size=50).answer == expected
     assert n_right >= 0.98 * n_all
 
