@@ -1,6 +1,6 @@
 """Endings of outputs, written by hand: the answer that a careful reader takes from each is the one that is found.
 
-Those that rules are tuned on are asserted one by one; of the held-out third only the number, so that a failure does
+Those that rules are tuned on are told by name where they fail; of the held-out third only the number, so that a failure does
 not show what rules must not be fitted to.
 """
 
@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from endings import DATA, Ending, is_held_out, judge, read, read_endings
+from endings import DATA, is_held_out, judge, read, read_endings
 
 from qwq_mlx.reasoning.answer.math_verify import has_math_verify
 
@@ -21,13 +21,16 @@ ENDINGS = [row for row in read_endings() if has_math_verify() or row.get("needs"
 TUNED = [row for row in ENDINGS if not is_held_out(row)]
 
 
-@pytest.mark.parametrize("ending", TUNED, ids=[row["id"] for row in TUNED])
-def test_the_answer_of_an_ending_is_found(ending: Ending) -> None:
-    found = read(ending)
-    assert judge(ending, found.answer) == "right", found
-    if ending.get("is_ended", True):
-        assert found.conclusion is not None
-        assert found.confidence < 0.2 if ending["answer"] is None else found.confidence >= 0.4
+def test_the_answer_of_every_ending_is_found() -> None:
+    """One test, because 570 of their own take longer to be told of than to be read."""
+    wrong = {}
+    for ending in TUNED:
+        found = read(ending)
+        is_sure_enough = found.confidence < 0.2 if ending["answer"] is None else found.confidence >= 0.4
+        is_whole = not ending.get("is_ended", True) or (found.conclusion is not None and is_sure_enough)
+        if judge(ending, found.answer) != "right" or not is_whole:
+            wrong[ending["id"]] = found
+    assert wrong == {}
 
 
 def test_held_out_endings_are_found_as_often_as_recorded() -> None:
