@@ -1,7 +1,7 @@
 """Endings of outputs, written by hand: the answer that a careful reader takes from each is the one that is found.
 
-Those that rules are tuned on are told by name where they fail; of the held-out third only the number, so that a failure does
-not show what rules must not be fitted to.
+Those that rules are tuned on are told by name where they fail; of the held-out third only the number, so that a
+failure does not show what rules must not be fitted to.
 """
 
 from __future__ import annotations
