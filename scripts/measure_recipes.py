@@ -43,7 +43,7 @@ from pocket import data  # noqa: E402
 
 from qwq_mlx import facts  # noqa: E402
 from qwq_mlx.convert import convert_checkpoint  # noqa: E402
-from qwq_mlx.convert.calibration.importance import read_calibration  # noqa: E402
+from qwq_mlx.convert.calibration.text import read_calibration  # noqa: E402
 from qwq_mlx.model.architecture import tensor_shapes  # noqa: E402
 from qwq_mlx.model.folder import open_model_folder  # noqa: E402
 from qwq_mlx.model.memory.advice import MACS_GIB  # noqa: E402

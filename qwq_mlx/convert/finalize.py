@@ -19,7 +19,6 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qwq_mlx.convert.calibration.importance import STATISTICS_NAME
 from qwq_mlx.convert.journal import FinishedTensor
 from qwq_mlx.convert.plan import BLOCK_BYTES, TEMPLATE_NAME, Plan
 from qwq_mlx.convert.progress import ConvertProgress
@@ -62,13 +61,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
-def write_small_files(plan: Plan, folder: Path, statistics: Path) -> None:
-    """Write config, index and the copied files beside the finished shards, so that the folder is a model. OSError.
-
-    statistics: where what a calibration text said is kept.
-    """
-    if plan.calibration is not None:
-        write_file(folder / STATISTICS_NAME, statistics.read_bytes())
+def write_small_files(plan: Plan, folder: Path) -> None:
+    """Write config, index and the copied files beside the finished shards, so that the folder is a model. OSError."""
     copied = {name: data for name, data in _small_files(plan).items() if name in plan.copied}
     made = {**_given(plan), CONFIG_NAME: plan.config_json, INDEX_NAME: plan.index_json}
     for name, data in {**copied, **made}.items():
@@ -92,7 +86,6 @@ def finish(
     if quality is not None:
         write_file(folder / REPORT_NAME, report_page(_report_facts(plan, tensors), quality).encode())
     others = [] if quality is None else [REPORT_NAME]
-    others += [] if plan.calibration is None else [STATISTICS_NAME]
     others += _given(plan)
     files, digests = _read_back(plan, folder, others, progress)
     _check_tensors(plan, folder, digests, records)

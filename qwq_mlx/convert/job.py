@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwq_mlx.convert.calibration.collect import importance_at_once, importance_by_passing, pass_order
-from qwq_mlx.convert.calibration.importance import read_calibration
+from qwq_mlx.convert.calibration.collect import fit_at_once, fit_by_passing, pass_order
+from qwq_mlx.convert.calibration.text import read_calibration
 from qwq_mlx.convert.finalize import finish, keep_small_files, write_small_files
 from qwq_mlx.convert.journal import Journal
 from qwq_mlx.convert.pipeline import run_pipeline
@@ -31,7 +31,7 @@ from qwq_mlx.convert.source import Origin, open_origin
 from qwq_mlx.convert.staging import (
     MODEL,
     SOURCE,
-    importance_path,
+    calibration_path,
     is_marked,
     open_partial,
     published,
@@ -84,7 +84,8 @@ def convert_checkpoint(
     follow_links: read shards that links out of the source lead to, on another disk say.
     recipe: a name under conversions/, or the path of a .toml file.
     target_bytes: choose the bits of every matrix so that the output is no larger, manifest and report not counted.
-    calibrate: a text whose activations weigh the errors of the fit; None fits as the recipe says.
+    calibrate: a text that the layers are run on as they are packed, so that their outputs are kept; None fits the
+      weights, as the recipe says.
     force: replace an existing conversion, once the new one is complete.
     restart: throw an unfinished conversion of this output away instead of continuing it.
     keep_source: leave fetched shards and their small files in `output`.source.
@@ -119,7 +120,7 @@ def convert_checkpoint(
         )
         is_published = not restart and published(plan, output) is not None
         check_output(output, local, force=force or is_published)
-        check_disk(output, plan.fetched_bytes + (0 if is_published else plan.output_bytes))
+        check_disk(output, plan.fetched_bytes + (0 if is_published else plan.output_bytes + plan.calibration_bytes))
         quality_plan = plan_quality(plan, quality, n_tokens=quality_tokens, keep_source=keep_source)
         plan = replace(plan, quality_note=quality_plan.note)
         if on_plan is not None:
@@ -206,7 +207,7 @@ class _Job:
             self._pack(folder, journal)
         finally:
             journal.close()
-        write_small_files(plan, folder, importance_path(output))
+        write_small_files(plan, folder)
         quality = measure_quality(self.quality_plan, plan, folder, self.progress)
         wall_s = round(time.monotonic() - started, 3)
         run: dict[str, float] = {"n_workers": plan.n_workers, "resumed_bytes": resumed_bytes, "wall_s": wall_s}
@@ -231,7 +232,7 @@ class _Job:
         )
 
     def _pack(self, folder: Path, journal: Journal) -> None:
-        plan, keep, importance_file = self.plan, self.keep_source, importance_path(self.output)
+        plan, keep, calibration = self.plan, self.keep_source, calibration_path(self.output)
         report = SharedProgress(self.progress, sum(each.source.end - each.source.start for each in plan.tensors))
         wanted = list(plan.checkpoint.shards)
         if plan.origin.is_remote:
@@ -242,10 +243,10 @@ class _Job:
             fetched.mkdir(exist_ok=True)
             if keep:
                 keep_small_files(plan, fetched)
-        passed = importance_by_passing(plan, importance_file, self.progress) if plan.n_fetches > 1 else None
+        passed = fit_by_passing(plan, calibration, self.progress) if plan.n_fetches > 1 else None
         with plan.origin.shards(wanted, keep=keep, progress=report.fetched) as shards, small_cache():
-            importance = passed or importance_at_once(plan, importance_file, self.progress, wanted, shards)
-            run_pipeline(plan, folder, journal, shards, report.packed, importance)
+            fitted = passed or fit_at_once(plan, calibration, self.progress, wanted, shards)
+            run_pipeline(plan, folder, journal, shards, report.packed, fitted)
 
 
 def _done_bytes(plan: Plan, journal: Journal) -> int:

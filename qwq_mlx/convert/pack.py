@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwq_mlx.convert.calibration.fitted import FittedMatrices
 from qwq_mlx.convert.read import Block
 from qwq_mlx.errors import ConversionError
 from qwq_mlx.quant.fit import Scratch, fit_block
-from qwq_mlx.quant.packing import DTYPES, float_values
-from qwq_mlx.quant.rounding_error import count_zero_pages, first_non_finite, sum_of_squares
+from qwq_mlx.quant.packing import DTYPES, Packed, Packing, float_values
+from qwq_mlx.quant.rounding_error import BlockError, block_error, count_zero_pages, first_non_finite, sum_of_squares
 
 __all__ = ["PackedBlock", "pack_block", "workers"]
 
@@ -58,8 +59,8 @@ def _scratch() -> Scratch:
     return scratch
 
 
-def pack_block(block: Block, *, fit: str, shard: Path, importance: NDArray[np.float32] | None = None) -> PackedBlock:
-    """Check a block, fit and measure it. shard: for messages. importance: as `fit_block` takes it.
+def pack_block(block: Block, *, fit: str, shard: Path, fitted: FittedMatrices | None = None) -> PackedBlock:
+    """Check a block, fit and measure it. shard: for messages. fitted: matrices that a calibration pass has packed.
 
     Raises ConversionError naming shard, tensor, row and column of a weight that is NaN, infinite, or so large that
     squares overflow float32 (1.8e19), so that nothing could be said of its error.
@@ -71,11 +72,25 @@ def pack_block(block: Block, *, fit: str, shard: Path, importance: NDArray[np.fl
         weight2 = sum_of_squares(float_values(raw, source.dtype))
         _check_finite(block, raw, weight2, shard)
         return PackedBlock(block, (block.data,), 0.0, weight2, zero_pages)
-    packed, error = fit_block(raw, source.dtype, tensor.packing, fit=fit, scratch=_scratch(), importance=importance)
-    _check_finite(block, raw, error.weight2, shard)
+    packed, error = _fit(block, raw, tensor.packing, fit, shard, fitted or FittedMatrices())
     arrays = [packed.codes, packed.scales, *([] if packed.biases is None else [packed.biases])]
     outputs = tuple(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)
     return PackedBlock(block, outputs, error.error2, error.weight2, zero_pages)
+
+
+def _fit(
+    block: Block, raw: NDArray[Any], packing: Packing, fit: str, shard: Path, fitted: FittedMatrices
+) -> tuple[Packed, BlockError]:
+    """The pass's rows where it packed this matrix, else the recipe's fit."""
+    source, scratch = block.tensor.source, _scratch()
+    path = source.name.removesuffix(".weight")
+    if path in fitted:
+        _check_finite(block, raw, sum_of_squares(float_values(raw, source.dtype)), shard)
+        packed = fitted.rows(path, block.first_row, raw, source.dtype, packing)
+        return packed, block_error(raw, source.dtype, packed, packing, stream=scratch.stream)
+    packed, error = fit_block(raw, source.dtype, packing, fit=fit, scratch=scratch)
+    _check_finite(block, raw, error.weight2, shard)
+    return packed, error
 
 
 def _check_finite(block: Block, raw: NDArray[Any], weight2: float, shard: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 
-from qwq_mlx.convert.calibration.importance import Importance
+from qwq_mlx.convert.calibration.fitted import FittedMatrices
 from qwq_mlx.convert.journal import FinishedTensor, Journal
 from qwq_mlx.convert.pack import PackedBlock, pack_block, workers
 from qwq_mlx.convert.plan import Plan, n_blocks_in_flight
@@ -30,9 +30,9 @@ __all__ = ["run_pipeline"]
 class _Feed:
     """Runs the reader in its own thread and hands out packed blocks in order."""
 
-    def __init__(self, plan: Plan, journal: Journal, buffers: Buffers, shards: Shards, importance: Importance) -> None:
+    def __init__(self, plan: Plan, journal: Journal, buffers: Buffers, shards: Shards, fitted: FittedMatrices) -> None:
         self._plan = plan
-        self._importance = importance
+        self._fitted = fitted
         self._shards = shards
         self._buffers = buffers
         self._finished = dict(journal.finished)  # the writing thread adds to the journal's own
@@ -45,8 +45,7 @@ class _Feed:
         try:
             for block in read_blocks(plan, self._finished, self._buffers, self._shards):
                 shard = plan.checkpoint.shards[block.tensor.shard].path
-                importance = self._importance.get(block.tensor.source.name.removesuffix(".weight"))
-                self._queue.put(pool.submit(pack_block, block, fit=plan.fit, shard=shard, importance=importance))
+                self._queue.put(pool.submit(pack_block, block, fit=plan.fit, shard=shard, fitted=self._fitted))
             self._queue.put(None)
         except Stopped:
             self._queue.put(None)
@@ -82,11 +81,11 @@ def run_pipeline(
     journal: Journal,
     shards: Shards,
     progress: Callable[[ConvertProgress], None],
-    importance: Importance,
+    fitted: FittedMatrices,
 ) -> None:
     """Convert every tensor that the journal does not have, into the output shards in `folder`.
 
-    shards: the source's; each is let go when its last tensor is durable. importance: empty where nothing is calibrated.
+    shards: the source's; each is let go when its last tensor is durable. fitted: by the calibration pass.
     Raises SourceError and ConversionError from the stages; what the journal has by then stays good.
     """
     sizes = {each.source.name: each.source.end - each.source.start for each in plan.tensors}
@@ -95,7 +94,7 @@ def run_pipeline(
     buffer_bytes = max(each.block_rows * each.row_bytes for each in plan.tensors)
     buffers = Buffers(n_blocks_in_flight(plan.n_workers), buffer_bytes)
     last_of_shard = {each.shard: each.source.name for each in plan.tensors}
-    feed = _Feed(plan, journal, buffers, shards, importance)
+    feed = _Feed(plan, journal, buffers, shards, fitted)
     with ShardWriter(plan, folder) as writer, feed as blocks:
         tally = _Tally(journal, writer)
         for packed in blocks:

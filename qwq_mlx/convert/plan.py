@@ -13,14 +13,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qwq_mlx.convert.calibration.importance import Calibration, statistics_bytes
+from qwq_mlx.convert.calibration.text import Calibration
 from qwq_mlx.convert.output_config import make_config, make_index
 from qwq_mlx.convert.source import Origin
 from qwq_mlx.files.checkpoint import Checkpoint
 from qwq_mlx.files.header import DTYPE_BYTES, TensorEntry, place_tensors
 from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.quant.error_feedback import block_size
 from qwq_mlx.quant.packing import Packing
-from qwq_mlx.quant.recipe import Recipe
+from qwq_mlx.quant.recipe import Recipe, layer_of
 
 __all__ = ["BLOCK_BYTES", "TEMPLATE_NAME", "Output", "OutputShard", "Plan", "PlannedTensor", "make_plan"]
 
@@ -122,6 +123,7 @@ class Plan:
       do not stay.
     quality_note: what is measured of it afterwards, in words.
     calibration: None packs by the recipe's own fit.
+    calibration_bytes: on the disk beside the output until it is published: the layers as the pass packed them.
     chat_template: that the conversion gets in place of the source's; None keeps that.
     """
 
@@ -142,6 +144,7 @@ class Plan:
     n_fetches: int
     quality_note: str = "not measured"
     calibration: Calibration | None = None
+    calibration_bytes: int = 0
     chat_template: str | None = None
 
     @property
@@ -204,7 +207,6 @@ def make_plan(
     index_json = make_index({name: (each.entry, shards[each.shard].name) for name, each in places.items()}, n_weights)
     small_bytes = len(config_json) + len(index_json) + len((chat_template or "").encode())
     small_bytes += sum((checkpoint.folder / name).stat().st_size for name in copied)
-    small_bytes += 0 if calibration is None else statistics_bytes(calibration, checkpoint, config)
     return Plan(
         origin=origin,
         config=config,
@@ -222,8 +224,17 @@ def make_plan(
         fetched_bytes=_fetched_bytes(origin, keep_source),
         n_fetches=0 if not origin.is_remote else 1 if calibration is None or keep_source else 2,
         calibration=calibration,
+        calibration_bytes=0 if calibration is None else _calibration_bytes(tensors, config, calibration),
         chat_template=chat_template,
     )
+
+
+def _calibration_bytes(tensors: Iterable[PlannedTensor], config: Qwen2Config, calibration: Calibration) -> int:
+    """Packed layers, the hidden states, and the moments of the output's input."""
+    layers = (each for each in tensors if each.packing is not None and layer_of(each.source.name) is not None)
+    packed = sum(output.entry.end - output.entry.start for each in layers for output in each.outputs)
+    width = config.hidden_size
+    return packed + 4 * calibration.n_ids * width + 8 * width * block_size(width)
 
 
 def _copied(checkpoint: Checkpoint, chat_template: str | None) -> tuple[str, ...]:
@@ -292,5 +303,5 @@ def _peak_memory(
     """The larger of packing and, before it, calibrating."""
     block = max(each.block_rows * each.row_bytes for each in tensors)
     blocks = int(n_blocks_in_flight(n_workers) * (1 + _PACKED_PER_BLOCK) * block)
-    calibrating = 0 if calibration is None else calibration.peak_memory_bytes(config)
+    calibrating = 0 if calibration is None else calibration.peak_memory_bytes(config, n_workers=n_workers)
     return _BASE_BYTES + max(n_workers * _BYTES_PER_WORKER + blocks, calibrating)

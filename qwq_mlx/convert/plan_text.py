@@ -50,7 +50,7 @@ def plan_text(plan: Plan, output: str, free_bytes: int) -> str:
         f"{plan.bits_per_weight:.3f} bits per weight",
         "quality": plan.quality_note,
         "memory": f"about {size_text(plan.peak_memory_bytes)} at peak, with {plan.n_workers} workers",
-        "disk": f"{size_text(plan.output_bytes + plan.fetched_bytes)} at peak"
+        "disk": f"{size_text(plan.output_bytes + plan.calibration_bytes + plan.fetched_bytes)} at peak"
         f"{'' if origin.is_remote else ' beside the source'}, {size_text(free_bytes)} free{twice}",
     }
     return "\n".join(f"{name:<8}{row}" for name, row in rows.items())

@@ -3,7 +3,7 @@
     output.partial/  journal.jsonl   what is done (`journal`)
                      model/          the output shards; renamed to the output in the end
                      source/         shards that are fetched
-                     calibration/    what a calibration text said, or how far it came
+                     calibration/    what a calibration pass fitted, and how far it came
 
 A kill between publishing and removing it leaves it without model/, or with the folder that was replaced in its place:
 the same call then knows the output for its own.
@@ -29,7 +29,7 @@ from qwq_mlx.files.manifest import check_sizes
 __all__ = [
     "MODEL",
     "SOURCE",
-    "importance_path",
+    "calibration_path",
     "is_marked",
     "open_partial",
     "published",
@@ -107,9 +107,9 @@ def open_partial(plan: Plan, output: Path, *, restart: bool) -> Journal:
     return journal
 
 
-def importance_path(output: Path) -> Path:
-    """Where the channels' importance is kept until the output has it."""
-    return partial_path(output) / _CALIBRATION / "importance.safetensors"
+def calibration_path(output: Path) -> Path:
+    """Where the calibration pass keeps what it fitted until the output has it."""
+    return partial_path(output) / _CALIBRATION
 
 
 def remove_partial(output: Path) -> None:

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.rows import read_rows
-from qwq_mlx.model.blas import use_blas
+from qwq_mlx.model.blas import Blas, use_blas
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.load import (
     ComputeType,
@@ -39,8 +40,8 @@ Observe = Callable[[tuple[str, ...], Any], None]
 """Called as observe(paths, x) whenever matrices are about to multiply x.
 
 paths: every matrix that takes this very input, as in the checkpoint without ".weight": (q, k, v), (o,), (gate, up) and
-(down,) of a layer, then (lm_head,), or (model.embed_tokens,) where the two are tied. x: (positions, in), of one text,
-in the compute type, not yet evaluated; evaluate what is kept of it, or the whole text's graph is kept.
+(down,) of a layer. x: (positions, in), of one text, in the compute type, not yet evaluated; evaluate what is kept of
+it, or the whole text's graph is kept.
 """
 
 _HEAD_BLOCK_BYTES = 64 << 20  # of output rows in float32 at a time: 3,276 of the 32B's
@@ -106,41 +107,6 @@ class LayerStream:
         tensors = self.files.checkpoint.tensors
         return sum(entry.end - entry.start for name, (_, entry) in tensors.items() if name.startswith(prefix))
 
-    def run(
-        self,
-        texts: Sequence[Sequence[int]],
-        observe: Observe | None = None,
-        *,
-        before: Callable[[str], None] = lambda part: None,
-        after: Callable[[int, list[Any]], None] = lambda n_layers, hidden: None,
-        begun: tuple[int, list[Any]] | None = None,
-    ) -> list[Any]:
-        """All texts through all layers; returns the normed hidden states that `HeadBlock.logits` takes.
-
-        texts: ids, each text by itself from position 0. before: called with how the names of the tensors begin that are
-        read next: "model.embed_tokens.", "model.layers.0." and so on, "model.norm.". after: called behind each layer
-        with the number of layers done and the hidden states, as `begun` takes them to go on from there.
-        Returns one (positions, hidden) for each.
-        """
-        if begun is None:
-            before("model.embed_tokens.")
-            begun = 0, [self.embed(text) for text in texts]
-        n_done, hidden = begun
-        for index in range(n_done, self.config.num_hidden_layers):
-            before(f"model.layers.{index}.")
-            layer = self.layer(index)
-            for place, each in enumerate(hidden):
-                hidden[place] = layer(each, observe)
-            del layer  # before the next is read
-            after(index + 1, hidden)
-        before("model.norm.")
-        head = self.head()
-        for place, each in enumerate(hidden):
-            hidden[place] = head.norm(each)
-            if observe is not None:
-                observe((head.path,), hidden[place])
-        return hidden
-
     def _read(self, name: str, rows: Sequence[int] | None = None) -> Any:
         """A tensor, or some of its rows, as an evaluated array; floats in the compute type, codes as they are."""
         mx = self._mx
@@ -204,7 +170,7 @@ class _Watch:
     observe: Observe | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Tap:
     """A linear layer that tells of its input first; the other matrices of `paths` get the same input."""
 
@@ -231,6 +197,22 @@ class Layer:
             module = getattr(block, part)
             paths = tuple(f"{prefix}{part}.{name}" for name in names)
             setattr(module, names[0], _Tap(paths, getattr(module, names[0]), self._watch))
+
+    def replace(self, path: str, weight: NDArray[np.float32]) -> None:
+        """Compute with other weights from now on. path: of a matrix of this layer. weight: (out, in)."""
+        part, name = path.removeprefix(self.prefix).split(".")
+        module = getattr(self._block, part)
+        linear = getattr(module, name)
+        inner = linear.linear if isinstance(linear, _Tap) else linear
+        if isinstance(inner, Blas):
+            replaced: Any = Blas(weight, inner.bias)
+            if isinstance(linear, _Tap):
+                linear.linear = replaced
+            else:
+                setattr(module, name, replaced)
+        else:
+            inner.weight = self._mx.array(weight).astype(inner.weight.dtype)
+            self._mx.eval(inner.weight)
 
     def __call__(self, hidden: Any, observe: Observe | None = None) -> Any:
         """The hidden states of one text after this layer, (positions, hidden), evaluated."""

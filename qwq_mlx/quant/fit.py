@@ -29,7 +29,7 @@ from qwq_mlx.quant.packing import Packed, Packing, float_values, pack_groups, ro
 from qwq_mlx.quant.rounding_error import BlockError, block_error
 from qwq_mlx.quant.tile import Floats, Line, Scratch, Tile, min_max, squares
 
-__all__ = ["Scratch", "fit_block"]
+__all__ = ["Scratch", "closest_stored_line", "fit_block"]
 
 _TILE = 1 << 19  # weights at a time: long enough that threads seldom wait for each other, short enough for a cache
 
@@ -100,11 +100,20 @@ def _affine(
     return Packed(codes, scales, biases), BlockError(error2, weight2)
 
 
+def closest_stored_line(tile: Tile, bits: int, dtype: str, importance: Floats) -> Line:
+    """The lines of "calibrated" as the file will hold them, without the codes. importance: as `fit_block` takes it."""
+    fitted = _refined(tile, min_max(tile.weights, bits), dtype, bits, importance)
+    return Line(float_values(fitted.scale, dtype), float_values(fitted.bias, dtype))
+
+
 def _fit_tile(tile: Tile, dtype: str, bits: int, is_refined: bool, importance: Floats | None) -> _Fitted:
     """Fills tile.codes."""
     line = min_max(tile.weights, bits)
-    if not is_refined:
-        return _by_min_max(tile, line, dtype, bits)
+    return _refined(tile, line, dtype, bits, importance) if is_refined else _by_min_max(tile, line, dtype, bits)
+
+
+def _refined(tile: Tile, line: Line, dtype: str, bits: int, importance: Floats | None) -> _Fitted:
+    """Fills tile.codes. line: by min/max; a group that least squares do not improve keeps it."""
     tile.divide(line, tile.steps)
     tile.round(tile.steps, bits)
     tile.keep_codes()

@@ -33,8 +33,10 @@ class BlockError:
     weight2: float
 
 
-def block_error(raw: NDArray[Any], dtype: str, packed: Packed, packing: Packing, *, stream: mx.Stream) -> BlockError:
-    """Compare a block of rows with its packed form. raw, dtype: as given to the fit; stream: the caller's own."""
+def block_error(
+    raw: NDArray[Any], dtype: str, packed: Packed, packing: Packing, *, stream: mx.Stream | None
+) -> BlockError:
+    """Compare a block of rows with its packed form. raw, dtype: as given to the fit; stream: as `unpack` takes it."""
     rows = max(1, _TILE // raw.shape[1])
     error2 = weight2 = 0.0
     for start in range(0, raw.shape[0], rows):
@@ -48,10 +50,11 @@ def block_error(raw: NDArray[Any], dtype: str, packed: Packed, packing: Packing,
     return BlockError(error2, weight2)
 
 
-def unpack(packed: Packed, packing: Packing, dtype: str, *, stream: mx.Stream) -> NDArray[np.float32]:
+def unpack(packed: Packed, packing: Packing, dtype: str, *, stream: mx.Stream | None) -> NDArray[np.float32]:
     """The weights behind a packed block, float32 (rows, columns).
 
-    dtype: that of the scales and biases (DTYPES). Affine mode is computed here, the other modes by mx.dequantize.
+    dtype: that of the scales and biases (DTYPES). Affine mode is computed here, the other modes by mx.dequantize
+    on the stream, which has to be the calling thread's own.
     """
     if not packing.is_affine:
         arrays = (mx.array(packed.codes), mx.array(packed.scales))

@@ -3,6 +3,8 @@
 The first is what every load does (milliseconds). The second reads the folder (18 GB in some ten seconds) and finds any
 flipped bit, or a part of it that is drawn by lot (`sample`). The third needs the source: it packs some tensors again
 with the manifest's own recipe and compares their digests, which only the right source, recipe and arithmetic can match.
+What a calibration text was fitted to would take the whole pass again; of those matrices the folder's own bytes are
+unpacked, and their error against the source is compared with the manifest's.
 
 Does not: change anything, fetch from the network, or judge quality.
 """
@@ -10,18 +12,17 @@ Does not: change anything, fetch from the network, or judge quality.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qwq_mlx.convert.calibration.importance import STATISTICS_NAME, Importance, read_importance
 from qwq_mlx.convert.pack import pack_block
 from qwq_mlx.convert.plan import Plan, PlannedTensor, make_plan
 from qwq_mlx.convert.preflight import check_source
@@ -30,7 +31,10 @@ from qwq_mlx.convert.source import Origin
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.checkpoint import Checkpoint, open_checkpoint
 from qwq_mlx.files.manifest import Manifest, check_sizes, unlisted_files, verify_full
+from qwq_mlx.files.rows import read_rows
+from qwq_mlx.quant.packing import DTYPES, Packed
 from qwq_mlx.quant.recipe import recipe_of_mapping
+from qwq_mlx.quant.rounding_error import block_error
 from qwq_mlx.verify.sample import check_share, verify_sample
 
 __all__ = ["DEFAULT_TENSORS", "Verification", "verify_conversion"]
@@ -48,7 +52,8 @@ class Verification:
     n_bytes: of those files.
     is_full: every byte was read.
     sampled: names of the tensors that were drawn and read.
-    packed_again: names of the source tensors whose packed bytes were made anew and are the same.
+    packed_again: names of the source tensors whose packed bytes were made anew and are the same; of a calibrated
+      conversion, matrices whose error against the source is the manifest's.
     repository: that the manifest names as the source.
     commit: that the manifest names as the source.
     unlisted: names of files that are neither in the manifest nor read by a load; with `full` they are refused.
@@ -132,40 +137,29 @@ def verify_conversion(
 def _pack_again(
     folder: Path, manifest: Manifest, checkpoint: Checkpoint, n_tensors: int, seed: int | None
 ) -> tuple[str, ...]:
-    importance = _importance(folder, manifest)
     recipe = recipe_of_mapping(manifest.recipe, where=folder / "manifest.json")
     config = check_source(checkpoint, recipe)
     origin = Origin(checkpoint=checkpoint, repository=None, commit=None)
     plan = make_plan(origin, config, recipe, n_workers=1, keep_source=False)
     _check_names(folder, manifest, plan)
     drawn = random.Random(seed).sample(plan.tensors, min(n_tensors, len(plan.tensors)))
+    converted = None if manifest.calibration is None else open_checkpoint(folder)
     wrong = []
     for tensor in drawn:
-        expected = [manifest.tensors[output.entry.name].sha256 for output in tensor.outputs]
-        channel_importance = importance.get(tensor.source.name.removesuffix(".weight"))
-        if _digests(plan, tensor, manifest.fit, channel_importance) != expected:
+        records = [manifest.tensors[output.entry.name] for output in tensor.outputs]
+        if converted is not None and tensor.packing is not None:
+            is_same = f"{_error(plan, tensor, converted):.6g}" == f"{records[0].relative_error:.6g}"
+        else:
+            is_same = _digests(plan, tensor, manifest.fit) == [record.sha256 for record in records]
+        if not is_same:
             wrong.append(tensor.source.name)
     if wrong:
         raise SourceError(
-            f"{folder}: {len(wrong):,} of {len(drawn):,} tensors packed again from {checkpoint.folder} have other "
-            f"bytes: {', '.join(sorted(wrong)[:10])}. The conversion is not of this source, or one of the two was "
-            "changed."
+            f"{folder}: {len(wrong):,} of {len(drawn):,} tensors packed again from {checkpoint.folder} have "
+            f"other {'bytes' if converted is None else 'bytes or errors'}: {', '.join(sorted(wrong)[:10])}. The "
+            "conversion is not of this source, or one of the two was changed."
         )
     return tuple(sorted(tensor.source.name for tensor in drawn))
-
-
-def _importance(folder: Path, manifest: Manifest) -> Importance:
-    """What weighed the errors of a calibrated conversion; its file is among those that the manifest has proven."""
-    if manifest.calibration is None:
-        return {}
-    importance = read_importance(folder / STATISTICS_NAME, manifest.calibration)
-    if importance is None or STATISTICS_NAME not in manifest.files:
-        raise OptionError(
-            f"{folder}: was calibrated with the text {manifest.calibration['file']} by a version that did not keep "
-            f"what it found ({STATISTICS_NAME}), without which no tensor can be packed again. Verify it without "
-            "`source` (`full=True` still reads every byte), or convert again."
-        )
-    return importance
 
 
 def _check_names(folder: Path, manifest: Manifest, plan: Plan) -> None:
@@ -180,19 +174,42 @@ def _check_names(folder: Path, manifest: Manifest, plan: Plan) -> None:
         )
 
 
-def _digests(plan: Plan, tensor: PlannedTensor, fit: str, importance: NDArray[np.float32] | None) -> list[str]:
-    shard = plan.checkpoint.shards[tensor.shard]
+def _digests(plan: Plan, tensor: PlannedTensor, fit: str) -> list[str]:
+    """Of the tensor's outputs, packed now."""
     hashes: list[Any] = [hashlib.sha256() for _ in tensor.outputs]
+    shard = plan.checkpoint.shards[tensor.shard].path
+    for block in _blocks(plan, tensor):
+        packed = pack_block(block, fit=fit, shard=shard)
+        for sha256, output in zip(hashes, packed.outputs, strict=True):
+            sha256.update(output.data)
+    return [sha256.hexdigest() for sha256 in hashes]
+
+
+def _error(plan: Plan, tensor: PlannedTensor, converted: Checkpoint) -> float:
+    """Relative error of a packed matrix of the conversion against the source's, added up as when it was made."""
+    packing, dtype = tensor.packing, tensor.source.dtype
+    assert packing is not None
+    error2 = weight2 = 0.0
+    for block in _blocks(plan, tensor):
+        rows = range(block.first_row, block.first_row + block.n_rows)
+        read = (read_rows(*converted.tensors[output.entry.name], rows) for output in tensor.outputs)
+        codes, scales, biases = read
+        packed = Packed(codes.view(np.uint32), scales.view(DTYPES[dtype]), biases.view(DTYPES[dtype]))
+        raw = block.data.view(DTYPES[dtype]).reshape(block.n_rows, -1)
+        error = block_error(raw, dtype, packed, packing, stream=None)
+        error2, weight2 = error2 + error.error2, weight2 + error.weight2
+    return math.sqrt(error2 / weight2) if weight2 else 0.0
+
+
+def _blocks(plan: Plan, tensor: PlannedTensor) -> Iterator[Block]:
+    """The source's rows, as a conversion reads them."""
+    shard = plan.checkpoint.shards[tensor.shard]
     fd = open_shard(shard)
     try:
         for first in range(0, tensor.n_rows, tensor.block_rows):
             n_rows = min(tensor.block_rows, tensor.n_rows - first)
             data = np.empty(n_rows * tensor.row_bytes, np.uint8)
             read_into(fd, shard, tensor.source.start + first * tensor.row_bytes, data, tensor.source.name)
-            block = Block(tensor=tensor, first_row=first, n_rows=n_rows, buffer=data, data=data, source_ctime_ns=0)
-            packed = pack_block(block, fit=fit, shard=shard.path, importance=importance)
-            for sha256, output in zip(hashes, packed.outputs, strict=True):
-                sha256.update(output.data)
+            yield Block(tensor=tensor, first_row=first, n_rows=n_rows, buffer=data, data=data, source_ctime_ns=0)
     finally:
         os.close(fd)
-    return [sha256.hexdigest() for sha256 in hashes]

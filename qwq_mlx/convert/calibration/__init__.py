@@ -1,1 +1,1 @@
-"""Which input channels matter, measured by running a calibration text through the source."""
+"""Layers packed by what a calibration text feeds them with."""

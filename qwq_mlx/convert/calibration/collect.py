@@ -1,4 +1,4 @@
-"""What a calibration text says of the channels, before the first tensor is packed: at once, or shard by shard.
+"""The calibration pass, before the first tensor is packed: at once, or shard by shard.
 
 A source that is there, or that stays once it is fetched, is run where it lies. From the Hub without keep_source its
 shards pass by twice: this pass first, then the packing one, each with two shards on the disk at most.
@@ -8,7 +8,7 @@ these parts that lies in it to the last. In checkpoints as they are published th
 reaches from one shard into the next at most, so two shards are enough. A shard of the output matrix alone is not
 fetched here: only its input counts.
 
-Does not: compute the importance, or remember how far the text came (`importance` does both).
+Does not: fit, or remember how far the text came (`fit_layers` does both).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwq_mlx.convert.calibration.importance import Importance, importance_of, read_importance, saved_pass
+from qwq_mlx.convert.calibration.fit_layers import fit_layers, run_mapping, saved_pass
+from qwq_mlx.convert.calibration.fitted import FittedMatrices, open_fitted
 from qwq_mlx.convert.plan import Plan
 from qwq_mlx.convert.progress import ConvertProgress, SharedProgress
 from qwq_mlx.convert.source import Shards
@@ -29,53 +30,52 @@ from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.device import small_cache
 from qwq_mlx.quant.recipe import layer_of
 
-__all__ = ["PassOrder", "PassingShards", "importance_at_once", "importance_by_passing", "pass_order"]
+__all__ = ["PassOrder", "PassingShards", "fit_at_once", "fit_by_passing", "pass_order"]
 
 Show = Callable[[ConvertProgress], None] | None
 
 
-def importance_at_once(plan: Plan, path: Path, progress: Show, wanted: Sequence[Header], shards: Shards) -> Importance:
-    """By a source whose shards stay; empty without a text. path: a file that holds it afterwards, and may already.
+def fit_at_once(plan: Plan, folder: Path, progress: Show, wanted: Sequence[Header], shards: Shards) -> FittedMatrices:
+    """By a source whose shards stay; nothing without a text. folder: holds it afterwards, and may already.
 
-    wanted: shards to wait for, should the text be run. Raises as `importance_of` does.
+    wanted: shards to wait for, should the text be run. Raises as `fit_layers` does.
     """
     if plan.calibration is None:
-        return {}
-    _make_folder(path)
-    if not _is_known(plan, path):
+        return FittedMatrices()
+    _make_folder(folder)
+    if _known(plan, folder) is None:
         for shard in wanted:
             shards.wait(shard.path.name)
-    report, state = SharedProgress(progress, plan.source_bytes), saved_pass(plan.calibration, path)
-    return importance_of(plan.calibration, plan.checkpoint, path, _show(plan, report), state=state)
+    report = SharedProgress(progress, plan.source_bytes)
+    return fit_layers(plan, folder, _show(plan, report), state=saved_pass(plan, folder))
 
 
-def importance_by_passing(plan: Plan, path: Path, progress: Show) -> Importance:
-    """By shards that are fetched for this pass alone; none, where `path` is of this text. Raises as above."""
+def fit_by_passing(plan: Plan, folder: Path, progress: Show) -> FittedMatrices:
+    """By shards that are fetched for this pass alone; none, where the folder has all of it. Raises as above."""
     assert plan.calibration is not None
-    _make_folder(path)
-    state = saved_pass(plan.calibration, path)
+    _make_folder(folder)
+    if (known := _known(plan, folder)) is not None:
+        return known
+    state = saved_pass(plan, folder)
     n_done = 0 if state is None else state.n_layers
     order = pass_order(plan.checkpoint, plan.config, plan.calibration.name, n_done=n_done)
     report = SharedProgress(progress, plan.source_bytes, phase="calibrate")
-    shards_to_fetch = () if _is_known(plan, path) else order.shards
-    with plan.origin.shards(shards_to_fetch, keep=False, progress=report.fetched) as shards, small_cache():
+    with plan.origin.shards(order.shards, keep=False, progress=report.fetched) as shards, small_cache():
         passing = PassingShards(order, shards)
-        importance = importance_of(
-            plan.calibration, plan.checkpoint, path, _show(plan, report), before=passing.before, state=state
-        )
+        fitted = fit_layers(plan, folder, _show(plan, report), before=passing.before, state=state)
         passing.after()
-    return importance
+    return fitted
 
 
-def _make_folder(path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    for temporary in path.parent.glob(".*.tmp"):  # of a run that was killed as it wrote; it had the output's lock
+def _make_folder(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for temporary in folder.glob(".*.tmp"):  # of a run that was killed as it wrote; it had the output's lock
         temporary.unlink()
 
 
-def _is_known(plan: Plan, path: Path) -> bool:
-    """Whether the file is of the plan's text, so that it need not be run."""
-    return plan.calibration is not None and read_importance(path, plan.calibration.as_mapping()) is not None
+def _known(plan: Plan, folder: Path) -> FittedMatrices | None:
+    """What a complete pass of the plan's text left, so that it need not be run."""
+    return open_fitted(folder, plan.config.num_hidden_layers, run_mapping(plan))
 
 
 def _show(plan: Plan, report: SharedProgress) -> Callable[[str], None]:

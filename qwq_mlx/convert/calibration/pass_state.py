@@ -1,12 +1,12 @@
 """How far a calibration text has come, on the disk: after a kill the pass goes on behind the last layer that was kept.
 
-Kept are the hidden states of all texts and the sums of squares so far, in float32 and float64, which hold them exactly
-whatever the compute type: a pass that goes on ends with the very bits of one that nothing stopped. The file (0.34 GB
-for 16,384 ids of the 32B) is written whole and durable after a layer, once a minute at most, so that no more than a
-minute's work, and what was fetched for it, is done twice. It is of one text, compute type, device and version of MLX;
-for any other the pass begins anew.
+Kept are the hidden states of all texts in float32, which holds them exactly whatever the compute type: a pass that goes
+on ends with the very bits of one that nothing stopped. The file (0.34 GB for 16,384 ids of the 32B) is written whole
+and durable after a layer, once a minute at most, so that no more than a minute's work or one layer's, and what was
+fetched for it, is done twice. It is of one text, recipe, compute type, device and version of MLX; for any other the
+pass begins anew.
 
-Does not: run the text, or remove the file (`importance` does both).
+Does not: run the text, or remove the file (`fit_layers` does both).
 """
 
 from __future__ import annotations
@@ -35,17 +35,15 @@ _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassState:
-    """A pass under way. n_layers: done. hidden: (positions, hidden) float32 of each text behind them. sums: path of a
-    matrix -> (in,), the sum of its input's squares over all texts, float64."""
+    """A pass under way. n_layers: done. hidden: (positions, hidden) float32 of each text behind them."""
 
     n_layers: int
     hidden: Sequence[NDArray[np.float32]]
-    sums: Mapping[str, NDArray[np.float64]]
 
 
-def pass_state_path(path: Path) -> Path:
-    """Where a pass is kept whose result will be the file `path`."""
-    return path.with_name("begun.safetensors")
+def pass_state_path(folder: Path) -> Path:
+    """Where a pass is kept whose results go into the folder."""
+    return folder / "begun.safetensors"
 
 
 def read_pass_state(path: Path, run: Mapping[str, Any]) -> PassState | None:
@@ -57,18 +55,14 @@ def read_pass_state(path: Path, run: Mapping[str, Any]) -> PassState | None:
     if header is None:
         return None
     arrays = arrays_of(header)
-    n_texts = sum(name.isdecimal() for name in arrays)
-    return PassState(
-        n_layers=int(header.metadata["n_layers"]),
-        hidden=[arrays.pop(str(place)) for place in range(n_texts)],
-        sums=arrays,
-    )
+    hidden = [arrays[str(place)] for place in range(len(arrays))]
+    return PassState(n_layers=int(header.metadata["n_layers"]), hidden=hidden)
 
 
 def header_of(path: Path, key: str, value: Mapping[str, Any]) -> Header | None:
     """The header of a file that was kept, whose metadata say `text_of(value)` under this key.
 
-    None where there is none, or it is not whole (a run was stopped), says something else, or has arrays of other types.
+    None where there is none, or it is not whole (a run was stopped), or says something else.
     """
     if not os.path.lexists(path):
         return None
@@ -76,8 +70,7 @@ def header_of(path: Path, key: str, value: Mapping[str, Any]) -> Header | None:
         header = read_header(path)
     except SourceError:
         return None
-    is_ours = all(entry.dtype in _DTYPES for entry in header.tensors.values())
-    return header if is_ours and header.metadata.get(key) == text_of(value) else None
+    return header if header.metadata.get(key) == text_of(value) else None
 
 
 def arrays_of(header: Header) -> dict[str, NDArray[Any]]:
@@ -107,9 +100,7 @@ class PassStateWriter:
     def keep(self, state: PassState) -> None:
         """Write the file in place of the last. Raises OSError."""
         arrays = {str(place): each.astype("<f4", copy=False) for place, each in enumerate(state.hidden)}
-        arrays |= {path: each.astype("<f8", copy=False) for path, each in state.sums.items()}
-        kinds = {dtype: name for name, dtype in _DTYPES.items()}
-        layout = [(name, kinds[each.dtype], each.shape) for name, each in arrays.items()]
+        layout = [(name, "F32", each.shape) for name, each in arrays.items()]
         head, _ = place_tensors(layout, {"run": text_of(self._run), "n_layers": str(state.n_layers)})
         write_file(self._path, b"".join([head, *(each.tobytes() for each in arrays.values())]))
         self._kept_at = time.monotonic()

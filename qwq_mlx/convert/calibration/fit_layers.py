@@ -1,0 +1,189 @@
+"""A calibration text run through the source, layer by layer, and every layer packed as its turn comes.
+
+The text passes the layers that are packed already, so that each is fitted to what it will really be fed with
+(sequential fitting): a layer is read, the hidden states of all texts go through it while the products of its inputs are
+added up (`quant.error_feedback` says what for), its matrices are fitted and written, and the hidden states go through
+it again with the weights as they are packed. In memory are one layer and the hidden states, whatever the model's depth.
+
+A resumed pass goes on behind the last layer that was kept. The embedding is not calibrated, since its input is an id,
+unless it is tied to the output matrix; that one is fitted as it is converted, for only its rows' input has to be known.
+Figures are those of the device, version of MLX and BLAS that ran them: others differ in last digits and so in codes.
+
+Does not: fetch (`collect` does), or write a conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwq_mlx.convert.calibration.fitted import FittedMatrices, layer_header, open_fitted, write_layer, write_output
+from qwq_mlx.convert.calibration.pass_state import PassState, PassStateWriter, pass_state_path, read_pass_state
+from qwq_mlx.convert.calibration.text import FIT_ROWS
+from qwq_mlx.convert.pack import workers
+from qwq_mlx.convert.plan import Plan
+from qwq_mlx.errors import ConversionError
+from qwq_mlx.files.rows import read_rows
+from qwq_mlx.model.folder import ModelFolder
+from qwq_mlx.model.layers import Layer, LayerStream
+from qwq_mlx.model.load import default_compute_type
+from qwq_mlx.model.upstream import import_mlx
+from qwq_mlx.quant.error_feedback import InputMoments, block_size, factor_moments, fit_rows
+from qwq_mlx.quant.packing import DTYPES, Packed, Packing, float_values
+from qwq_mlx.quant.rounding_error import unpack
+
+__all__ = ["fit_layers", "run_mapping", "saved_pass"]
+
+
+def run_mapping(plan: Plan) -> dict[str, Any]:
+    """What the bits of a pass follow from, beside the checkpoint."""
+    mx = import_mlx()
+    assert plan.calibration is not None
+    return {
+        **plan.calibration.as_mapping(),
+        "recipe": plan.recipe.text,
+        "type": default_compute_type(),
+        "device": str(mx.default_device()),
+        "mlx": mx.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def saved_pass(plan: Plan, folder: Path) -> PassState | None:
+    """How far an earlier run of `fit_layers` came; None where nothing is kept."""
+    run = run_mapping(plan)
+    state = read_pass_state(pass_state_path(folder), run)
+    is_whole = state is not None and all(layer_header(folder, index, run) for index in range(state.n_layers))
+    return state if is_whole else None
+
+
+def fit_layers(
+    plan: Plan,
+    folder: Path,
+    progress: Callable[[str], None],
+    *,
+    before: Callable[[str], None] = lambda part: None,
+    state: PassState | None = None,
+) -> FittedMatrices:
+    """Pack every layer's matrices by the plan's text: from the folder if a complete pass is there, else by a run.
+
+    progress: called with the name of each layer's first matrix. before: see `LayerStream.run`; from then on the tensors
+    that it names have to be there. state: what `saved_pass` found, to go on from.
+    Raises SourceError; ConversionError for activations that are not finite; OSError where a file cannot be written.
+    """
+    run, n_layers = run_mapping(plan), plan.config.num_hidden_layers
+    fitted = open_fitted(folder, n_layers, run)
+    if fitted is None:
+        _Pass(plan, folder, run, progress).run(before, state)
+        fitted = open_fitted(folder, n_layers, run)
+        assert fitted is not None  # it was just written
+    pass_state_path(folder).unlink(missing_ok=True)
+    return fitted
+
+
+class _Pass:
+    """One run of the text."""
+
+    def __init__(self, plan: Plan, folder: Path, run: dict[str, Any], progress: Callable[[str], None]) -> None:
+        assert plan.calibration is not None
+        checkpoint = plan.checkpoint
+        self._plan, self._folder, self._run, self._progress = plan, folder, run, progress
+        self._texts = plan.calibration.texts
+        self._packings = {each.source.name.removesuffix(".weight"): each.packing for each in plan.tensors}
+        files = ModelFolder(path=checkpoint.shards[0].path.parent, checkpoint=checkpoint, config=plan.config, packed={})
+        self._stream = LayerStream(files)
+        self._keeper = PassStateWriter(pass_state_path(folder), run)
+
+    def run(self, before: Callable[[str], None], state: PassState | None) -> None:
+        mx, stream = import_mlx(), self._stream
+        if state is None:
+            before("model.embed_tokens.")
+            n_done, hidden = 0, [stream.embed(text) for text in self._texts]
+        else:
+            compute_type = getattr(mx, stream.compute_type)
+            n_done, hidden = state.n_layers, [mx.array(each).astype(compute_type) for each in state.hidden]
+        for index in range(n_done, self._plan.config.num_hidden_layers):
+            before(f"model.layers.{index}.")
+            self._fit_layer(index, hidden)
+            if self._keeper.is_due():
+                floats = [np.array(each.astype(mx.float32)) for each in hidden]
+                self._keeper.keep(PassState(n_layers=index + 1, hidden=floats))
+        before("model.norm.")
+        head, products = stream.head(), _Products()
+        for each in hidden:
+            products.add(head.norm(each))
+        write_output(self._folder, head.path, self._run, products.means(head.path))
+
+    def _fit_layer(self, index: int, hidden: list[Any]) -> None:
+        """Fit and write a layer's matrices, and move the hidden states past it as it is packed."""
+        layer = self._stream.layer(index)
+        self._progress(f"{layer.prefix}self_attn.q_proj")
+        inputs: dict[tuple[str, ...], _Products] = {}
+        for each in hidden:
+            layer(each, lambda paths, x: inputs.setdefault(paths, _Products()).add(x))
+        packed: dict[str, tuple[Packed, str]] = {}
+        for paths, products in inputs.items():
+            moments = factor_moments(products.means(paths[0]))
+            for path in paths:
+                if (packing := self._packings[path]) is not None:
+                    packed[path] = self._fit_matrix(path, moments, packing, layer)
+        write_layer(self._folder, index, self._run, packed)
+        for place, each in enumerate(hidden):
+            hidden[place] = layer(each)
+
+    def _fit_matrix(self, path: str, moments: InputMoments, packing: Packing, layer: Layer) -> tuple[Packed, str]:
+        """Fit a matrix on every core and put it into the layer as it will be unpacked."""
+        shard, entry = self._plan.checkpoint.tensors[f"{path}.weight"]
+        n_rows, dtype = entry.shape[0], entry.dtype
+
+        def fit(first: int) -> tuple[Packed, NDArray[np.float32]]:
+            raw = read_rows(shard, entry, range(first, min(first + FIT_ROWS, n_rows))).view(DTYPES[dtype])
+            rows = fit_rows(float_values(raw, dtype), moments, packing, dtype)
+            return rows, unpack(rows, packing, dtype, stream=None)
+
+        parts = list(workers(self._plan.n_workers).map(fit, range(0, n_rows, FIT_ROWS)))
+        layer.replace(path, np.concatenate([whole for _, whole in parts]))
+        arrays = ([getattr(rows, name) for rows, _ in parts] for name in ("codes", "scales", "biases"))
+        return Packed(*map(np.concatenate, arrays)), dtype
+
+
+@dataclass(slots=True)
+class _Products:
+    """Sums of x x^T over all positions, of blocks of channels."""
+
+    n_positions: int = 0
+    sums: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def add(self, x: Any) -> None:
+        """x: (positions, in), of one text."""
+        mx = import_mlx()
+        x = x.astype(mx.float32)
+        is_cpu = mx.default_device().type == mx.cpu
+        if is_cpu:
+            x = np.asarray(x)  # numpy's BLAS: see `model.products`
+        step = block_size(x.shape[1])
+        for place, first in enumerate(range(0, x.shape[1], step)):
+            part = x[:, first : first + step]
+            with np.errstate(over="ignore", invalid="ignore"):  # `means` refuses what is not finite
+                product = np.array(part.T @ part).astype(np.float64)
+            if place == len(self.sums):
+                self.sums.append(product)
+            else:
+                self.sums[place] += product
+        self.n_positions += x.shape[0]
+
+    def means(self, path: str) -> list[NDArray[np.float64]]:
+        """Sums over positions, in place. path: that is fed with x. Raises ConversionError where x was not finite."""
+        for total in self.sums:
+            np.divide(total, self.n_positions, out=total)
+        if not all(np.isfinite(each).all() for each in self.sums):
+            raise ConversionError(
+                f"The calibration text made activations that are NaN or infinite before {path}. The checkpoint is "
+                "damaged, or the text is not of its kind; convert without it."
+            )
+        return self.sums

@@ -1,0 +1,132 @@
+"""A calibration text: read, encoded by the checkpoint's own tokenizer, checked, and cut into parts that fit.
+
+Does not: run it (`fit_layers` does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwq_mlx.errors import OptionError, PromptError, SourceError
+from qwq_mlx.files.checkpoint import Checkpoint
+from qwq_mlx.files.json_object import parse_json_object
+from qwq_mlx.files.reading import read_regular_file
+from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.prompt import encode_text, prompt_ids
+from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
+from qwq_mlx.quant.error_feedback import MAX_CHANNELS, block_size
+
+__all__ = ["FIT_ROWS", "MIN_IDS", "Calibration", "read_calibration"]
+
+FIT_ROWS = 1024
+"""Rows of a matrix that are fitted at a time. Part of a result, as far as BLAS adds by it."""
+
+MIN_IDS = 512
+"""The fewest ids that a text must have: below, chance decides what looks important."""
+
+_MAX_IDS = 16_384  # of a longer text the first ones are used: their hidden states stay in memory, 0.34 GB for the 32B
+_CHUNK = 512  # ids that attend to each other
+_MAX_BYTES = 64 << 20
+_HOW = 'Give a UTF-8 text, or a .jsonl file with {"text": ...} or {"messages": [...]} on every line.'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """A checked text. name, sha256: of its file. texts: ids, each run by itself."""
+
+    name: str
+    sha256: str
+    texts: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_ids(self) -> int:
+        """Ids of all texts."""
+        return sum(map(len, self.texts))
+
+    def as_mapping(self) -> dict[str, Any]:
+        """What the journal and the manifest keep."""
+        return {"file": self.name, "sha256": self.sha256, "n_texts": len(self.texts), "n_ids": self.n_ids}
+
+    def peak_memory_bytes(self, config: Qwen2Config, *, n_workers: int) -> int:
+        """One layer in float32 and its widest matrix as it is read, the hidden states twice, what one text needs on its
+        way, and either the products of a layer's inputs or, while it is fitted, one block's factors and the rows at
+        work; an estimate.
+        """
+        width, inner = config.hidden_size, config.intermediate_size
+        layer = 2 * width * (width + config.num_key_value_heads * config.head_dim) + 3 * width * inner
+        text = _CHUNK * (3 * inner + 9 * width + 2 * config.num_attention_heads * _CHUNK)
+        products = 2 * (3 * width * block_size(width) + inner * block_size(inner))  # float64
+        factors = 8 * min(max(width, inner), MAX_CHANNELS) ** 2 + 6 * n_workers * FIT_ROWS * inner
+        return 4 * (layer + width * inner + 2 * self.n_ids * width + products + max(text, factors))
+
+
+def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Config) -> Calibration:
+    """Read a text and encode it with the checkpoint's own tokenizer.
+
+    Plain text, or where the name ends in .jsonl an object a line: {"text": ...}, or {"messages": [...]}, which the
+    checkpoint's template renders. Raises OptionError: not readable, not UTF-8, a wrong line, or too short.
+    """
+    path = Path(path)
+    data = _read(path)
+    try:
+        text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path}: is not UTF-8 (byte {error.start:,}). {_HOW}") from error
+    tokenizer = load_tokenizer(checkpoint.folder, vocab_size=config.vocab_size)
+    texts: list[tuple[int, ...]] = []
+    n_ids = 0
+    for ids in _texts(path, text, tokenizer):
+        for start in range(0, len(ids), _CHUNK):
+            texts.append(tuple(ids[start : start + min(_CHUNK, _MAX_IDS - n_ids)]))
+            n_ids += len(texts[-1])
+            if n_ids == _MAX_IDS:
+                break
+        if n_ids == _MAX_IDS:
+            break
+    if n_ids < MIN_IDS:
+        raise OptionError(
+            f"{path}: has {n_ids:,} tokens, expected at least {MIN_IDS:,} to calibrate with (16,384 are used at most). "
+            "Give more text of the kind that the model will write."
+        )
+    return Calibration(name=path.name, sha256=hashlib.sha256(data).hexdigest(), texts=tuple(texts))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_regular_file(path, limit_bytes=_MAX_BYTES, expected="a calibration text", advice=_HOW)
+    except SourceError as error:
+        raise OptionError(str(error)) from error
+
+
+def _texts(path: Path, text: str, tokenizer: LoadedTokenizer) -> Iterator[list[int]]:
+    if path.suffix != ".jsonl":
+        yield encode_text(tokenizer, text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = parse_json_object(line.encode(), what=f"{path}, line {number}:", advice=_HOW)
+        except SourceError as error:
+            raise OptionError(str(error)) from error
+        if isinstance(value.get("text"), str):
+            yield encode_text(tokenizer, value["text"])
+        elif isinstance(value.get("messages"), list):
+            try:
+                yield _conversation(tokenizer, value["messages"])
+            except PromptError as error:
+                raise OptionError(f"{path}, line {number}: {error}") from error
+        else:
+            raise OptionError(f"{path}, line {number}: is {line[:40]!r}, which has no text and no messages. {_HOW}")
+
+
+def _conversation(tokenizer: LoadedTokenizer, messages: list[Any]) -> list[int]:
+    """The prompt as the template writes it, and what the assistant said to it."""
+    last = messages[-1] if messages else None
+    if isinstance(last, dict) and last.get("role") == "assistant" and isinstance(last.get("content"), str):
+        return prompt_ids(tokenizer, messages[:-1], context=1 << 31) + encode_text(tokenizer, last["content"])
+    return prompt_ids(tokenizer, messages, context=1 << 31)
