@@ -75,9 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--calibrate",
         metavar="TEXT",
-        help="a text, or .jsonl of {text} or {messages}, whose activations weigh the errors of the fit; the source is "
-        "run on it first, one layer in memory (at least 512 tokens; from the Hub every shard is fetched twice, or once "
-        "with --keep-source; takes minutes, of which --quiet shows nothing; default: no text)",
+        help="a text, or .jsonl of {text} or {messages}: the layers are run on it as they are packed, one in memory, "
+        "and each is fitted so that it gives what it gave (at least 512 tokens, the first 16,384 are used; from the Hub "
+        "every shard is fetched twice, or once with --keep-source; takes minutes, of which --quiet shows nothing; "
+        "default: no text, each weight is kept as it can be)",
     )
     add("--chat-template", metavar="FILE", help=CHAT_TEMPLATE + " (default: the source's)")
     add("--follow-links", action="store_true", help=FOLLOW_LINKS)
