@@ -63,9 +63,12 @@ def main() -> int:
         folders = [form_folder(form, options.source, work, text) for form in options.forms]
         forms = [open_model_folder(folder) for folder in folders]
         reference = open_model_folder(options.source)
-        windows = read_windows(measured, reference, options.context)[:: options.every]
+        windows = read_windows(measured[:: options.every], reference, options.context)
         windows = bounded(windows, options.n_traces, options.tokens)
-        table = measure_forms(reference, forms, windows, chunk=options.chunk)
+        tallies = measure_forms(reference, forms, windows, chunk=options.chunk)
+    table = rows_of(tallies)
+    if options.sums:
+        write_sums(options.sums, measured[:: options.every], options.forms, tallies)
     for name, form, row in zip(options.forms, forms, table, strict=True):
         row |= {"bytes": form.checkpoint.tensor_bytes}
         say({"form": name, **row})
@@ -87,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=32_768, help="positions side by side (default: %(default)s)")
     parser.add_argument("--calibration-traces", type=int, default=17, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="a calibration text in their place")
+    parser.add_argument("--sums", type=Path, metavar="FILE", help="write every trace's sums there, as JSON lines")
     parser.add_argument("--work", type=Path, help="where converted forms go (default: the system's folder)")
     return parser.parse_args()
 
@@ -134,10 +138,9 @@ def read_windows(rows: Sequence[dict[str, Any]], files: ModelFolder, context: in
     tokenizer = load_tokenizer(files.path, vocab_size=files.config.vocab_size)
     windows = []
     for row in rows:
-        prompt = prompt_ids(tokenizer, _prompt(row), context=1 << 31)
+        prompt = prompt_ids(tokenizer, _prompt(row), context=context)
         ids = (*prompt, *encode_text(tokenizer, row["response"]))[:context]
-        if len(ids) > len(prompt):
-            windows.append(Window(ids=ids, first=len(prompt)))
+        windows.append(Window(ids=ids, first=len(prompt)))
     return windows
 
 
@@ -171,8 +174,8 @@ class Sums:
 
 def measure_forms(
     reference: ModelFolder, forms: Sequence[ModelFolder], windows: Sequence[Window], *, chunk: int
-) -> list[dict[str, Any]]:
-    """A row of the table for each form. chunk: positions that are run side by side."""
+) -> list[Sums]:
+    """The sums of each form. chunk: positions that are run side by side."""
     tallies = [Sums() for _ in forms]
     for part in chunks(windows, chunk):
         text = QualityText(name="traces", sha256="", windows=tuple(part), n_left_out=0)
@@ -181,7 +184,16 @@ def measure_forms(
                 tally.add(positions)
         done = tallies[0]
         say({"traces": len(done.n_tokens), "of": len(windows), "kl": [round(row["kl"], 5) for row in rows_of(tallies)]})
-    return rows_of(tallies)
+    return tallies
+
+
+def write_sums(path: Path, rows: Sequence[dict[str, Any]], forms: Sequence[str], tallies: Sequence[Sums]) -> None:
+    """A line for each measured trace: its id, its tokens, and of each form what MEASURES sum up to."""
+    lines = []
+    for place, n_tokens in enumerate(tallies[0].n_tokens):
+        sums = {form: tally.sums[place] for form, tally in zip(forms, tallies, strict=True)}
+        lines.append(json.dumps({"id": rows[place]["id"], "n_tokens": n_tokens, "sums": sums}))
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 def chunks(windows: Sequence[Window], size: int) -> Iterator[list[Window]]:

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibrate",
         metavar="TEXT",
         help="a text, or .jsonl of {text} or {messages}: the layers are run on it as they are packed, one in memory, "
-        "and each is fitted so that it gives what it gave (at least 512 tokens, the first 16,384 are used; from the Hub "
+        "and each is fitted so that it gives what it gave (at least 512 tokens, 16,384 are used; from the Hub "
         "every shard is fetched twice, or once with --keep-source; takes minutes, of which --quiet shows nothing; "
         "default: no text, each weight is kept as it can be)",
     )

@@ -46,7 +46,8 @@ def test_rows_are_what_numpy_finds_from_the_whole_models(
         for n, first in ((30, 4), (17, 9), (25, 1))
     ]
     forms = [script.open_model_folder(tmp_path / recipe) for recipe in ("4bit-min-max", "4bit")]
-    first, second = script.measure_forms(script.open_model_folder(tiny_checkpoint), forms, windows, chunk=50)
+    tallies = script.measure_forms(script.open_model_folder(tiny_checkpoint), forms, windows, chunk=50)
+    first, second = script.rows_of(tallies)
 
     tokens: list[list[np.ndarray]] = []  # of each form and trace, (tokens, KL and same and loss)
     for recipe in ("4bit-min-max", "4bit"):
@@ -85,13 +86,27 @@ def test_traces_for_calibration_are_not_measured_and_tokens_are_bounded(
     forms = ["2bit", "size-of-2bit", "3bit+calibrate"]
     monkeypatch.setattr(
         "sys.argv",
-        ["measure_real.py", str(tiny_checkpoint), str(traces), *forms, "--tokens", "150", "--work", str(tmp_path)],
+        [
+            "measure_real.py",
+            str(tiny_checkpoint),
+            str(traces),
+            *forms,
+            "--tokens",
+            "150",
+            "--work",
+            str(tmp_path),
+            "--sums",
+            str(tmp_path / "sums"),
+        ],
     )
     assert script.main() == 0
     shown = json.loads(capsys.readouterr().out)
     assert [row["form"] for row in shown["rows"]] == forms
     assert {row["n_tokens"] for row in shown["rows"]} == {150}
     assert shown["rows"][2]["kl"] < shown["rows"][0]["kl"]
+    sums = [json.loads(line) for line in (tmp_path / "sums").read_text().splitlines()]
+    assert "0" not in [each["id"] for each in sums] and sum(each["n_tokens"] for each in sums) == 150
+    assert sum(each["sums"]["2bit"][0] for each in sums) / 150 == pytest.approx(shown["rows"][0]["kl"], abs=1e-5)
     measured = script.read_windows([rows[1]], script.open_model_folder(tiny_checkpoint), 8192)[0]
     assert 0 < measured.first < len(measured.ids)
     assert script.write_calibration(tmp_path / "c.jsonl", rows[::16]).read_text().count('"messages"') == 2
