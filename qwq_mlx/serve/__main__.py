@@ -13,13 +13,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwq_mlx.cli.command import Command, load_reasoner, make_parser, run_command
 from qwq_mlx.cli.generate_flags import add_loading, bits
 from qwq_mlx.errors import BackendError, OptionError, QwqError
 from qwq_mlx.options import LOOP_ACTIONS, Limits, Thinking
 from qwq_mlx.serve.settings import NO_THINK, REASONING_FIELDS, Settings
+
+if TYPE_CHECKING:
+    from qwq_mlx.generate.reasoner import Reasoner
 
 _LOOK_S = 0.5  # between two looks at whether a signal came
 
@@ -102,6 +105,11 @@ def _add_work(add: Any) -> None:
         metavar="N",
         help=f"prompt tokens per pass, which is all that others wait for (default: {_default('prefill_step')})",
     )
+    add(
+        "--reproducible",
+        action="store_true",
+        help="a request's tokens are the same whatever runs beside it, to the last near-tie, as generate's flag; slower",
+    )
     add("--think-tokens", type=int, metavar="N", help="thinking budget of requests that name none (default: none)")
     add("--on-loop", choices=[each for each in LOOP_ACTIONS if each != "nudge"], help="as generate's (default: answer)")
     add(
@@ -155,7 +163,12 @@ def _serve(command: Command) -> int:
             f"The server needs starlette and uvicorn ({error}): pip install 'qwq-mlx[serve]'."
         ) from error
     limits = Limits(context=settings.context, prefill_step=settings.prefill_step, kv_bits=command.options.kv_bits)
-    server = Server(lambda: load_reasoner(command, limits), settings, log=command.note)
+    reproducible = command.options.reproducible
+
+    def load() -> Reasoner:
+        return load_reasoner(command, limits, reproducible=reproducible)
+
+    server = Server(load, settings, log=command.note)
     host, port = server.start()
     command.interruption.run = server
     shown = f"[{host}]" if ":" in host else host
