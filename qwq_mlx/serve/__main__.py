@@ -108,7 +108,7 @@ def _add_work(add: Any) -> None:
     add(
         "--reproducible",
         action="store_true",
-        help="a request's tokens are the same whatever runs beside it, to the last near-tie, as generate's flag; slower",
+        help="a request's tokens are the same whatever runs beside it, to the last near-tie (see generate); slower",
     )
     add("--think-tokens", type=int, metavar="N", help="thinking budget of requests that name none (default: none)")
     add("--on-loop", choices=[each for each in LOOP_ACTIONS if each != "nudge"], help="as generate's (default: answer)")

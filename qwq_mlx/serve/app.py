@@ -12,7 +12,7 @@ from typing import Any, cast
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -34,6 +34,7 @@ from qwq_mlx.serve.responding import JobResponse, Writer
 from qwq_mlx.serve.run_endpoints import RunEndpoints
 from qwq_mlx.serve.security import Doors
 from qwq_mlx.serve.settings import Settings
+from qwq_mlx.serve.static import page_routes
 from qwq_mlx.serve.worker import Worker
 
 __all__ = ["make_app"]
@@ -46,7 +47,7 @@ def make_app(worker: Worker, settings: Settings, *, log: Callable[[str], None] =
     server = _Server(worker, settings)
     get, post = ["GET"], ["POST"]
     routes = [
-        Route("/", server.root, methods=get),
+        *page_routes(),
         Route("/health", server.health, methods=get),
         Route("/metrics", server.metrics, methods=get),
         Route("/v1/models", server.models, methods=get),
@@ -141,10 +142,6 @@ class _Server:
         body, card = await self._body(request), self._worker.card
         messages = anthropic.read_count(body, model=card.name, joins_thinking=not card.has_tags)
         return _json({"input_tokens": await self._worker.n_tokens(messages)})
-
-    async def root(self, request: Request) -> Response:
-        """The sentence by which Ollama's clients know a server."""
-        return PlainTextResponse("Ollama is running")
 
     async def ollama_version(self, request: Request) -> Response:
         """The version whose interface this is."""

@@ -25,7 +25,7 @@ from qwq_mlx.serve.settings import Settings
 __all__ = ["Doors"]
 
 _APP_SCHEMES = ("app", "tauri", "vscode-webview")  # as Ollama: pages of applications that are installed here
-_OPEN_PATHS = ("/health",)
+_OPEN_PATHS = ("/", "/health", "/page/page.css", "/page/page.js")  # they say nothing of the model
 _PREFLIGHT_S = "600"
 
 
