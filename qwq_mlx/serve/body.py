@@ -92,8 +92,22 @@ def _kind(value: Any) -> str:
 
 
 def dumped(value: Any) -> str:
-    """JSON in one line of ASCII, so that half a pair of surrogates, which is no text, can be told as well."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    """JSON in one line of ASCII, so that half a pair of surrogates, which is no text, can be told as well.
+
+    NaN and infinity, which JSON has not, become null.
+    """
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Fields:

@@ -7,6 +7,7 @@ import socket
 import pytest
 from serving import CHAT, Served, until, user
 
+from qwq_mlx.serve.body import dumped
 from qwq_mlx.serve.settings import Settings
 
 pytestmark = pytest.mark.tiny
@@ -63,3 +64,7 @@ def test_the_log_holds_paths_and_no_prompts(tiny_server: Served) -> None:
     tiny_server.post(CHAT, user("a secret sentence", max_tokens=1))
     until(lambda: tiny_server.log[-1].startswith("POST '/v1/chat/completions' 200 "))
     assert not any("secret" in line for line in tiny_server.log)
+
+
+def test_numbers_that_json_has_not_become_null() -> None:
+    assert dumped({"a": [1.5, float("inf"), (float("nan"), "\ud800")]}) == r'{"a":[1.5,null,[null,"\ud800"]]}'

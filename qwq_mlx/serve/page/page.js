@@ -6,7 +6,7 @@ const SHADES = [0.3, 0.8, 1.5, 2.5]; // nats of entropy from which on a token ha
 const VOTES_MS = 1000;
 
 const at = (id) => document.getElementById(id);
-const view = { id: null, run: null, steps: [], shown: 0, began: 0, chosen: null, watching: null, frame: 0, votes: 0 };
+const view = { id: null, run: null, steps: [], shown: 0, chosen: null, began: 0, watching: null, frame: 0, votes: 0 };
 
 function headers() {
   const key = sessionStorage.getItem("key");
@@ -59,14 +59,20 @@ function open(id) {
   Object.assign(view, { id, run: null, steps: [], shown: 0, began: performance.now(), chosen: null });
   view.watching = new AbortController();
   if (location.hash.slice(1) !== id) history.pushState(null, "", `#${id}`);
-  for (const each of ["thinking", "answer", "marks", "groups"]) at(each).replaceChildren();
-  at("token").hidden = at("votes").hidden = true;
+  clear();
+  at("groups").replaceChildren();
+  at("votes").hidden = true;
   at("run").hidden = false;
   attempt(() => watch(id, view.watching.signal));
 }
 
 async function watch(id, signal) {
-  view.run = await call("GET", `${API}/${id}`);
+  try {
+    view.run = await call("GET", `${API}/${id}`);
+  } catch (error) {
+    at("run").hidden = true;
+    throw new Error(`${error.message} A restarted server has forgotten its runs; start it again.`);
+  }
   const answer = await fetch(`${API}/${id}/steps`, { headers: headers(), signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -86,7 +92,17 @@ function take(value) {
     return;
   }
   view.run = value.run;
+  if (view.run.summary) {
+    clear(); // where the answer begins is known only now
+    view.shown = 0;
+  }
   attempt(showRuns);
+}
+
+function clear() {
+  for (const each of ["thinking", "answer", "marks"]) at(each).replaceChildren();
+  at("token").hidden = true;
+  view.chosen = null;
 }
 
 /** Append what came since the last frame. */
@@ -98,7 +114,9 @@ function draw() {
 }
 
 function append(step) {
-  const parent = at(step.segment === "answer" ? "answer" : "thinking");
+  const span = view.run?.summary?.conclusion_span;
+  const isAnswer = view.run?.summary ? span && step.index >= span[0] : step.segment === "answer";
+  const parent = at(isAnswer ? "answer" : "thinking");
   const lines = step.text.split("\n");
   lines.forEach((line, number) => {
     if (number || !parent.lastChild) parent.append(document.createElement("div"));
@@ -132,14 +150,15 @@ function tell() {
   }
 }
 
-/** Say where loops and changes of script were noticed, and underline the loops. */
+/** Say where loops and other scripts were noticed, and underline the loops. */
 function mark(summary) {
-  at("marks").textContent = summary.events
-    .map((each) => `${each.event} noticed at token ${each.at ?? each.start ?? "?"}`)
-    .join("; ");
-  for (const each of summary.events.filter((one) => one.event === "loop"))
-    for (const token of document.querySelectorAll(".text span"))
-      if (token.dataset.index >= (each.start ?? Infinity)) token.classList.add("loop");
+  const say = (each) => `${each.event} from token ${each.start}${each.evidence ? `: ${each.evidence}` : ""}`;
+  at("marks").textContent = summary.events.map(say).join("; ");
+  const loops = summary.events.filter((each) => each.event === "loop");
+  for (const token of loops.length ? document.querySelectorAll(".text span") : []) {
+    const index = Number(token.dataset.index);
+    if (loops.some((each) => each.start <= index && index < each.end)) token.classList.add("loop");
+  }
 }
 
 function choose(token) {
@@ -165,9 +184,9 @@ function showToken() {
   at("token").hidden = false;
 }
 
-/** The token before or after the chosen one, in both parts. */
-function neighbour(offset) {
-  const tokens = [...document.querySelectorAll(".text span")];
+/** The token before or after the chosen one in a part; its first one where none is chosen there. */
+function neighbour(part, offset) {
+  const tokens = [...part.querySelectorAll("span")];
   const place = tokens.indexOf(view.chosen);
   return tokens[place < 0 ? 0 : Math.max(0, Math.min(tokens.length - 1, place + offset))];
 }
@@ -240,7 +259,7 @@ for (const id of ["thinking", "answer"]) {
   });
   at(id).addEventListener("keydown", (event) => {
     const offset = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (offset) choose(neighbour(offset));
+    if (offset) choose(neighbour(event.currentTarget, offset));
     else if (event.key === "Enter") showToken();
     else if (event.key === "Escape") at("token").hidden = true;
     else return;
