@@ -19,13 +19,13 @@ SUBJECTS = {
     "decode": "decode:bench_decode",
     "prefill": "prefill:bench_prefill",
     "rows": "rows:bench_rows",
+    "samples": "samples:bench_samples",
     "load": "folders:bench_load",
     "first-token": "folders:bench_first_token",
     "convert": "folders:bench_convert",
 }
 """Name -> file and function of this folder; imported when it is measured."""
 
-_NOT_YET = ("samples",)
 _DEFAULT_SUBJECTS = ("decode",)
 _RESULTS = "benchmarks"
 
@@ -116,10 +116,8 @@ def _bench(command: Command) -> int:
 
 
 def _subjects(names: Sequence[str]) -> list[str]:
-    """The subjects to measure, each once. Raises OptionError for one that there is not, or not yet."""
+    """The subjects to measure, each once. Raises OptionError for one that there is not."""
     for name in names:
-        if name in _NOT_YET:
-            raise OptionError(f"{name} cannot be measured yet. What they share can: python -m qwq_mlx.bench rows")
         if name not in SUBJECTS:
             raise OptionError(f"there is no subject {name!r}, expected some of {', '.join(SUBJECTS)}.")
     return list(dict.fromkeys(names or _DEFAULT_SUBJECTS))

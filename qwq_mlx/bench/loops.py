@@ -11,13 +11,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwq_mlx.engine.decoder import Decoder
-from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.kv_cache import filled_cache, new_cache
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
 from qwq_mlx.options import NEUTRAL, Limits, Sampling
 
-__all__ = ["our_ids", "our_passes", "prompt_of", "sampling", "their_ids", "their_passes", "their_sampler"]
+__all__ = [
+    "our_ids",
+    "our_passes",
+    "our_samples",
+    "prompt_of",
+    "sampling",
+    "their_ids",
+    "their_passes",
+    "their_sampler",
+]
 
 
 def sampling() -> Sampling:
@@ -80,6 +89,24 @@ def our_passes(
             if row.failure is not None:
                 raise row.failure
     return [row.ids[row.n_prompt :] for row in rows], seconds
+
+
+def our_samples(module: Any, prompt: Sequence[int], n_ids: int, n_tokens: int, n_rows: int) -> list[list[int]]:
+    """n_tokens of each of some rows behind one prompt, which is fed once. Raises what a row fails with."""
+    decoder, first = _our_row(module, prompt, n_ids, n_tokens)
+    layers = first.cached(len(prompt) - 1)
+    rows = [first]
+    for seed in range(1, n_rows):
+        sampler = Sampler(first.sampler.sampling, seed=seed)
+        row = Row(sampler, cache=filled_cache(module, layers), max_tokens=n_tokens)
+        row.start(prompt)
+        rows.append(row)
+    for _ in range(n_tokens):
+        decoder.step(rows)
+        for row in rows:
+            if row.failure is not None:
+                raise row.failure
+    return [row.ids[row.n_prompt :] for row in rows]
 
 
 def their_passes(module: Any, prompt: Sequence[int], n_passes: int, n_rows: int) -> list[float]:

@@ -170,6 +170,14 @@ def test_both_loops_give_the_asked_number_of_ids_and_greedily_the_same(
     assert ours == theirs
 
 
+@pytest.mark.tiny
+def test_samples_of_one_prefill_draw_what_runs_of_their_seeds_draw(tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint)
+    n_ids, prompt = model.tokenizer.n_ids, loops.prompt_of(5, model.tokenizer.n_ids)
+    alone = [[token.id for token in our_ids(model.module, prompt, n_ids, 9, seed=seed)] for seed in range(3)]
+    assert loops.our_samples(model.module, prompt, n_ids, 9, n_rows=3) == alone
+
+
 def row(unit: str = "tok/s", **changes: Any) -> Row:
     runs = {"qwq_mlx": Runs((3.0, 1.0, 2.0)), "mlx-lm, same arrays": Runs((1.0, 1.0, 1.0))}
     return Row(**{"subject": "decode", "model": "m", "setting": "ids", "unit": unit, "runs": runs, **changes})
@@ -224,6 +232,8 @@ def test_the_command_prints_a_table_and_one_json_line_and_appends_it(
         ("prefill", "20 tokens", both),
         ("rows", "1 row", both[1:]),
         ("rows", "3 rows", both[1:]),
+        ("samples", "1 sample of 3 tokens behind 64", ["mlx-lm, one by one", *both[1:]]),
+        ("samples", "3 samples of 3 tokens behind 64", ["mlx-lm, one by one", *both[1:]]),
         ("load", "weights and tokenizer", of_disk),
         ("first-token", "load, prompt, one token", of_disk),
         ("convert", "4 bits, min/max", ["mlx_lm.convert", "qwq_mlx"]),
@@ -254,7 +264,6 @@ def test_the_default_is_decode_alone_and_layers_zero_leaves_the_shaped_model_out
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["samples"], "samples cannot be measured yet"),
         (["decod"], "there is no subject 'decod', expected some of decode, prefill, rows"),
     ],
 )
