@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from qwq_mlx.generate.reasoner import Reasoner, load
     from qwq_mlx.generate.vote import Vote
+    from qwq_mlx.generate.vote_plot import plot_vote
     from qwq_mlx.model.memory.plan import MemoryPlan, plan_memory
     from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
     from qwq_mlx.trace.plot import plot_trace
@@ -74,6 +75,7 @@ __all__ = [
     "load",
     "plan_memory",
     "plot_trace",
+    "plot_vote",
 ]
 
 __version__ = "0.1.0"
@@ -93,6 +95,7 @@ _HOMES = {
     "load": "generate.reasoner",
     "plan_memory": "model.memory.plan",
     "plot_trace": "trace.plot",
+    "plot_vote": "generate.vote_plot",
 }
 
 

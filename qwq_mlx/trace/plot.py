@@ -18,7 +18,7 @@ from qwq_mlx.errors import OptionError, SavingError, system_said
 from qwq_mlx.trace.stated_answers import candidates
 from qwq_mlx.trace.trace import Trace
 
-__all__ = ["plot_trace", "smoothed"]
+__all__ = ["new_figure", "plot_trace", "save_figure", "smoothed"]
 
 _SUFFIXES = (".png", ".pdf", ".svg")
 _MAX_LABELS = 12
@@ -36,16 +36,9 @@ def plot_trace(trace: Trace, path: str | Path) -> None:
     Traceback (most recent call last):
     qwq_mlx.errors.OptionError: strawberry.txt: is no picture's name, expected one that ends in .png, .pdf, .svg.
     """
-    path = Path(path)
-    if path.suffix not in _SUFFIXES:
-        raise OptionError(f"{path}: is no picture's name, expected one that ends in {', '.join(_SUFFIXES)}.")
     if not trace.ids:
         raise OptionError("The trace has no tokens, so there is nothing to draw.")
-    try:
-        figure_module = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise OptionError(f"Drawing needs matplotlib ({error}). Install it: pip install 'qwq-mlx[plot]'.") from error
-    figure = figure_module.Figure(figsize=(12, 6), layout="constrained")
+    figure = new_figure(path, width=12, height=6)
     upper, lower = figure.subplots(2, 1, sharex=True)
     _curve(upper, trace.entropies, "entropy (nats)", "#1f4e79")
     _curve(lower, trace.logprobs, "log-probability (nats)", "#7a4b00")
@@ -62,6 +55,25 @@ def plot_trace(trace: Trace, path: str | Path) -> None:
     )
     handles, labels = upper.get_legend_handles_labels()
     lower.legend(handles, labels, loc="lower right", ncols=len(labels) or 1, fontsize=8)
+    save_figure(figure, path)
+
+
+def new_figure(path: str | Path, *, width: float, height: float) -> Any:
+    """An empty matplotlib figure of so many inches, for a file of this name.
+
+    Raises OptionError for another kind of file, or a missing matplotlib.
+    """
+    if Path(path).suffix not in _SUFFIXES:
+        raise OptionError(f"{path}: is no picture's name, expected one that ends in {', '.join(_SUFFIXES)}.")
+    try:
+        figure_module = importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise OptionError(f"Drawing needs matplotlib ({error}). Install it: pip install 'qwq-mlx[plot]'.") from error
+    return figure_module.Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure of `new_figure`. Raises SavingError where the disk does not take it."""
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:

@@ -19,6 +19,7 @@ from qwq_mlx.generate import stream
 from qwq_mlx.generate.batch import question_seed
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.vote import Voting, posterior
+from qwq_mlx.generate.vote_plot import plot_vote
 from qwq_mlx.options import Limits, Sampling
 
 SAMPLING, LIMITS = Sampling(temperature=1.0, seed=7), Limits(max_tokens=25, prefill_step=8)
@@ -61,6 +62,23 @@ def test_a_vote_from_the_middle_of_a_run_shares_its_beginning_and_leaves_it_alon
     whole = [*first, *run]
     assert [step.id for step in whole] == list(reasoner.generate("x", sampling=SAMPLING, limits=LIMITS).ids)
     assert [len(t.ids) for t in reasoner.vote(run, n=2, at=0, ask_answer=False).traces] == [25, 25]
+
+
+@pytest.mark.tiny
+def test_the_picture_of_a_vote_has_a_line_for_each_answer(
+    reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    answering(monkeypatch, ["$7", "$7", "8"])
+    vote = reasoner.vote("x", n=3, sampling=SAMPLING, limits=LIMITS, stop_early=False)
+
+    plot_vote(vote, tmp_path / "vote.svg")
+
+    svg = (tmp_path / "vote.svg").read_text()
+    for text in ("2: $7", "1: 8", "samples", "3 of 3 samples, agreement 67%, 0 tokens saved of"):
+        assert f"<!-- {text}" in svg, text  # matplotlib writes each text it draws as a comment beside its outline
+    with pytest.raises(OptionError, match="no answers, so there is nothing to draw"):
+        plot_vote(replace(vote, groups=()), tmp_path / "none.svg")
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, answers: Iterable[str | None]) -> None:
