@@ -233,12 +233,12 @@ def rows_of(tallies: Sequence[Sums]) -> list[dict[str, Any]]:
 def mean_and_error(sums: NDArray[np.float64], n_tokens: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Mean over all tokens and its standard error, traces being what was drawn (a ratio of two sums over traces).
 
-    sums: (traces, measures). Returns two (measures,); the errors are NaN for one trace.
+    sums: (traces, measures). Returns two (measures,); of one trace the errors are 0 and say nothing.
     """
     mean = sums.sum(axis=0) / n_tokens.sum()
     residuals = sums - n_tokens[:, None] * mean
     count = len(n_tokens)
-    variance = (residuals**2).sum(axis=0) * (count / (count - 1) if count > 1 else np.nan)
+    variance = (residuals**2).sum(axis=0) * count / max(count - 1, 1)
     return mean, np.sqrt(variance) / n_tokens.sum()
 
 

@@ -32,6 +32,7 @@ from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 __all__ = ["Blas", "blas_quantized_matmul", "use_blas", "use_blas_for_rows", "uses_blas"]
 
 _NUMPY_BITS = (2, 4, 8)  # whole codes in a byte; others are unpacked by MLX
+_QUERIES = 512  # that attend at a time: their scores stay small whatever the length
 _BLOCK_BYTES = 4 << 20  # of unpacked rows at a time: they stay in the processor's cache until they are multiplied
 
 Floats = npt.NDArray[np.float32]
@@ -60,11 +61,49 @@ class Blas:
 
 
 def use_blas(block: Any) -> None:
-    """Exchange the float linear layers of a layer (mlx_lm's) for `Blas`."""
+    """Exchange the float linear layers of a layer (mlx_lm's) for `Blas`, and let it attend by BLAS, without a cache."""
+    attention: type[nn.Module] = type(block.self_attn)
+    block.self_attn.__class__ = _attention_class(attention)
     for part in (block.self_attn, block.mlp):
         for name, linear in part.children().items():
             if type(linear) is nn.Linear:
                 setattr(part, name, Blas(linear.weight, linear.bias if "bias" in linear else None))
+
+
+@functools.cache
+def _attention_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """mlx_lm's attention, by BLAS."""
+
+    class BlasAttention(kind):  # type: ignore[misc, valid-type]
+        def __call__(self, x: Any, mask: Any = None, cache: Any = None) -> mx.array:
+            return _attend(self, x)
+
+    return BlasAttention
+
+
+def _attend(attention: Any, x: Any) -> mx.array:
+    """What mlx_lm's Qwen2 attention computes for one text without a cache. x: (1, positions, hidden)."""
+    n_heads, length = attention.n_heads, x.shape[1]
+
+    def heads(values: Any, n: int) -> Any:
+        return values.reshape(1, length, n, -1).transpose(0, 2, 1, 3)  # (1, heads, positions, width)
+
+    queries = np.asarray(attention.rope(heads(attention.q_proj(x), n_heads)))[0]
+    keys = np.asarray(attention.rope(heads(attention.k_proj(x), attention.n_kv_heads)))[0]
+    values = np.asarray(heads(attention.v_proj(x), attention.n_kv_heads))[0]
+    out = np.empty((length, *queries.shape[::2]), np.float32)  # (positions, heads, width)
+    for head in range(n_heads):
+        of = head * attention.n_kv_heads // n_heads
+        for first in range(0, length, _QUERIES):
+            last = min(first + _QUERIES, length)
+            scores = queries[head, first:last] @ keys[of, :last].T
+            scores *= np.float32(attention.scale)
+            scores[np.arange(last) > np.arange(first, last)[:, None]] = -np.inf
+            scores -= scores.max(axis=1, keepdims=True)
+            np.exp(scores, out=scores)
+            weighted = scores @ values[of, :last]
+            out[first:last, head] = weighted / scores.sum(axis=1, keepdims=True)
+    return cast("mx.array", attention.o_proj(mx.array(out.reshape(1, length, -1))))
 
 
 def blas_quantized_matmul(x: Any, weight: Any, scales: Any, biases: Any, *, group_size: int, bits: int) -> mx.array:

@@ -12,6 +12,7 @@ from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.convert import convert_checkpoint
 from qwq_mlx.errors import OptionError, SourceError
+from qwq_mlx.model import blas
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.layers import LayerStream
 from qwq_mlx.model.load import load_model
@@ -65,6 +66,16 @@ def test_streamed_logits_are_the_whole_models(
     for ours, theirs in zip(streamed_logits(stream, TEXTS, n_ids), whole, strict=True):
         assert ours.shape == theirs.shape
         np.testing.assert_allclose(ours, theirs, rtol=bound, atol=bound * float(np.abs(theirs).max()))
+
+
+def test_attention_by_blas_in_pieces_is_the_whole_models(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blas, "_QUERIES", 3)
+    stream = LayerStream(open_model_folder(tiny_checkpoint), compute_type="float32")
+    whole = whole_logits(tiny_checkpoint, TEXTS, "float32")
+    for ours, theirs in zip(streamed_logits(stream, TEXTS), whole, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * float(np.abs(theirs).max()))
 
 
 @pytest.mark.parametrize("dtype", ["F16", "F32"])
