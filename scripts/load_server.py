@@ -45,6 +45,7 @@ from qwq_mlx.serve.settings import Settings  # noqa: E402
 QUESTIONS = ("What is 3 + 4?", "How many r in strawberry.", "What is 12 * 3?")
 _THREADS = 8
 _MAX_TOKENS = 40
+_WIDTH = 7  # on the CPU, from 8 rows on passes are multiplied otherwise, so near-ties may fall otherwise
 
 
 class Case(NamedTuple):
@@ -245,7 +246,7 @@ def main() -> int:
     folder, tally = ready_model(options.model), Tally(every=100)
     if options.requests:
         known = cases(load(folder), n_seeds=4)
-    with started(lambda: load(folder), Settings(port=0, prefixes=0, queue=64)) as served:
+    with started(lambda: load(folder), Settings(port=0, width=_WIDTH, prefixes=0, queue=64)) as served:
         if options.connections:
             drop_connections(served, options.connections, tally)
         if options.requests:

@@ -131,14 +131,17 @@ def pocket_reasoner() -> Any:
 
 @pytest.fixture(scope="session")
 def pocket_server() -> Iterator[Any]:
-    """A server (tests/serve/serving.py) of the pocket model, which answers puzzles; it keeps nothing between them."""
+    """A server (tests/serve/serving.py) of the pocket model, which answers puzzles.
+
+    It keeps caches between requests, which spares most prompts of the tests; `cached_tokens` depends on their order.
+    """
     from serving import started
 
     from qwq_mlx.default_model import pocket_checkpoint
     from qwq_mlx.generate.reasoner import load
     from qwq_mlx.serve.settings import Settings
 
-    with started(lambda: load(pocket_checkpoint()), Settings(port=0, name="pocket", queue=4, prefixes=0)) as served:
+    with started(lambda: load(pocket_checkpoint()), Settings(port=0, name="pocket", queue=4)) as served:
         yield served
 
 

@@ -205,10 +205,11 @@ class Worker:
                 if not rows.has_room(job) and rows.n_busy:
                     self._refused = (job, rows.n_busy)
                     return
+            self._n_running = rows.n_busy + job.n_choices  # before it leaves the line, so that nobody sees it nowhere
             self._line.popleft()
             if not job.is_cancelled:
                 rows.start(job)
-                self._n_running = rows.n_busy
+            self._n_running = rows.n_busy
 
     def _end_all(self, rows: Rows | None) -> None:
         error = ApiError(503, "The server is shutting down.", code="model_closed", retry_after_s=5)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import CHAT, Served, started, until, user
+from serving import CHAT, Served, until, user
 
-from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.stream import Stream
+from qwq_mlx.model.memory.activations import n_positions
 from qwq_mlx.options import Limits, Sampling
 from qwq_mlx.serve.metrics import Counters
 from qwq_mlx.serve.prefix_cache import PrefixCache
 from qwq_mlx.serve.rows import Rows
-from qwq_mlx.serve.settings import Settings
 
 pytestmark = pytest.mark.pocket
 
 FIRST = "What is 13 + 4?"
-
-
-@pytest.fixture(scope="module")
-def caching_server() -> Iterator[Served]:
-    with started(lambda: load(pocket_checkpoint()), Settings(port=0)) as served:
-        yield served
 
 
 def turn(served: Served, messages: list[dict[str, str]], **fields: Any) -> tuple[dict[str, Any], int, int]:
@@ -35,12 +28,12 @@ def turn(served: Served, messages: list[dict[str, str]], **fields: Any) -> tuple
     return body["choices"][0]["message"], usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
 
 
-def test_a_second_turn_feeds_only_what_is_new(caching_server: Served, pocket_reasoner: Reasoner) -> None:
+def test_a_second_turn_feeds_only_what_is_new(pocket_server: Served, pocket_reasoner: Reasoner) -> None:
     asked = {"role": "user", "content": FIRST}
-    first, n_first, _ = turn(caching_server, [asked])
+    first, n_first, _ = turn(pocket_server, [asked])
     again = {"role": "user", "content": "What is 2 + 9?"}
     whole = {"role": "assistant", "content": first["content"], "reasoning": first["reasoning"]}
-    second, n_second, n_cached = turn(caching_server, [asked, whole, again])
+    second, n_second, n_cached = turn(pocket_server, [asked, whole, again])
     text = first["reasoning"] + first["content"]
     alone = pocket_reasoner.generate(
         [asked, {"role": "assistant", "content": text}, again], sampling=Sampling(temperature=0)
@@ -48,26 +41,31 @@ def test_a_second_turn_feeds_only_what_is_new(caching_server: Served, pocket_rea
     assert second["reasoning"] + second["content"] == alone.text and n_second == len(alone.prompt_ids)
     assert n_first + 10 < n_cached < n_second, "the thinking came back, so the whole reply is in the cache"
     bare = {"role": "assistant", "content": first["content"]}
-    _, n_third, n_cached = turn(caching_server, [asked, bare, again], max_tokens=1)
+    _, n_third, n_cached = turn(pocket_server, [asked, bare, again], max_tokens=1)
     assert n_first <= n_cached < n_third, "the client dropped the thinking, so the cache reaches to where it began"
 
 
-def test_the_same_prompt_again_is_cached_but_for_its_last_id(caching_server: Served) -> None:
+def test_the_same_prompt_again_is_cached_but_for_its_last_id(pocket_server: Served) -> None:
     asked = [{"role": "user", "content": "What is 21 + 4?"}]
-    first, n_prompt, _ = turn(caching_server, asked)
-    second, _, n_cached = turn(caching_server, asked)
+    first, n_prompt, _ = turn(pocket_server, asked)
+    second, _, n_cached = turn(pocket_server, asked)
     assert (second, n_cached) == (first, n_prompt - 1)
 
 
-def test_what_a_client_left_behind_is_of_use_to_the_next(caching_server: Served) -> None:
-    connection, response = caching_server.open_stream(user("What is 33 + 5?", temperature=0))
+def test_what_a_client_left_behind_is_of_use_to_the_next(pocket_server: Served) -> None:
+    connection, response = pocket_server.open_stream(user("What is 33 + 5?", temperature=0))
     response.readline()
-    until(lambda: caching_server.server.worker.n_running == 1)
+    until(lambda: pocket_server.server.worker.n_running == 1)
     connection.close()
     response.close()
-    until(lambda: caching_server.is_idle)
-    _, n_prompt, n_cached = turn(caching_server, [{"role": "user", "content": "What is 33 + 5?"}], max_tokens=1)
+    until(lambda: pocket_server.is_idle)
+    _, n_prompt, n_cached = turn(pocket_server, [{"role": "user", "content": "What is 33 + 5?"}], max_tokens=1)
     assert n_cached in (0, n_prompt - 1)  # 0 where it left before its prompt was fed
+
+
+@pytest.fixture(scope="module")
+def tiny(known_checkpoint: Path) -> Reasoner:
+    return load(known_checkpoint)
 
 
 def finished(reasoner: Reasoner, question: str) -> Stream:
@@ -77,33 +75,33 @@ def finished(reasoner: Reasoner, question: str) -> Stream:
     return stream
 
 
-def test_the_longest_is_taken_once_and_the_oldest_dropped(pocket_reasoner: Reasoner) -> None:
+def test_the_longest_is_taken_once_and_the_oldest_dropped(tiny: Reasoner) -> None:
     cache, questions = PrefixCache(2), ["How many r in strawberry.", "What is 3 + 4?", "What is 3 + 5?"]
-    streams = [finished(pocket_reasoner, question) for question in questions]
+    streams = [finished(tiny, question) for question in questions]
     for stream in streams:
         cache.keep(stream)
     assert len(cache) == 2 and not streams[0].running.row.cache
-    assert cache.n_bytes == 2 * 256 * streams[1].request.plan.kv_bytes_per_token
+    plan = streams[1].request.plan
+    assert cache.n_bytes == sum(
+        plan.kv_bytes_per_token * n_positions(len(each.running.row.ids)) for each in streams[1:]
+    )
     assert cache.take(streams[2].request) is streams[2]
-    assert cache.take(pocket_reasoner.stream("How many e in blueberry?").request) is streams[1]
+    assert cache.take(tiny.stream("How many e in blueberry?").request) is streams[1]
     assert cache.take(streams[2].request) is None and cache.n_bytes == 0
 
 
-def test_a_prompt_that_only_begins_alike_leaves_a_long_one_alone(pocket_reasoner: Reasoner) -> None:
-    cache, long = PrefixCache(2), finished(pocket_reasoner, "What is 3 + 4? " * 12)
+def test_a_prompt_that_only_begins_alike_leaves_a_long_one_alone(tiny: Reasoner) -> None:
+    cache, long = PrefixCache(2), finished(tiny, "What is 3 + 4? " * 20)
     cache.keep(long)
-    assert cache.take(pocket_reasoner.stream("How many r in strawberry.").request) is None
+    assert cache.take(tiny.stream("How many r in strawberry.").request) is None
 
 
-def test_a_request_that_needs_the_memory_gets_it(pocket_reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = Rows(pocket_reasoner, width=2, n_prefixes=8, planned_bytes=0, counters=Counters())
-    request = pocket_reasoner.stream("What is 3 + 4?").request
+def test_a_request_that_needs_the_memory_gets_it(tiny: Reasoner, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows(tiny, width=2, n_prefixes=8, planned_bytes=0, counters=Counters())
+    request = tiny.stream("What is 3 + 4?").request
     for question in ("a", "b", "c"):
-        rows.prefixes.keep(finished(pocket_reasoner, question))
-    kept = rows.prefixes.n_bytes
-    monkeypatch.setattr(pocket_reasoner, "limit_bytes", request.plan.peak_bytes + request.plan.reserve_bytes + kept)
-    assert rows.fits([request]) and len(rows.prefixes) == 3
-    monkeypatch.setattr(pocket_reasoner, "limit_bytes", request.plan.peak_bytes + request.plan.reserve_bytes + kept - 1)
-    assert rows.fits([request]) and len(rows.prefixes) == 2
-    monkeypatch.setattr(pocket_reasoner, "limit_bytes", request.plan.peak_bytes + request.plan.reserve_bytes - 1)
-    assert not rows.fits([request]) and len(rows.prefixes) == 0
+        rows.prefixes.keep(finished(tiny, question))
+    alone, kept = request.plan.peak_bytes + request.plan.reserve_bytes, rows.prefixes.n_bytes
+    for limit, fits, n_kept in ((alone + kept, True, 3), (alone + kept - 1, True, 2), (alone - 1, False, 0)):
+        monkeypatch.setattr(tiny, "limit_bytes", limit)
+        assert (rows.fits([request]), len(rows.prefixes)) == (fits, n_kept)

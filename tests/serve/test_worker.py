@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ pytestmark = pytest.mark.tiny
 
 LONG = user("x", temperature=1, seed=1)
 SHORT = user("x", max_tokens=3)
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take 10 ms at least, so that LONG, of 400 tokens, is never over before it is looked at."""
+    step = Scheduler.step
+
+    def slow(self: Scheduler) -> Any:
+        time.sleep(0.01)
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", slow)
 
 
 def test_who_leaves_a_stream_frees_the_row(tiny_server: Served) -> None:
