@@ -47,7 +47,6 @@ __all__ = [
     "SavingError",
     "SourceError",
     "TemplateLimitError",
-    "system_said",
 ]
 
 _NO_MEMORY = re.compile(r"alloc|out of memory|insufficient memory", re.IGNORECASE)

@@ -434,7 +434,14 @@ def test_every_flag_reaches_the_code_it_names(
     flag: list[str], name: str, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fake_load(
-        folder: Path, *, limits: Limits, force: bool, verify: bool, chat_template: Any, follow_links: bool
+        folder: Path,
+        *,
+        limits: Limits,
+        force: bool,
+        verify: bool,
+        chat_template: Any,
+        follow_links: bool,
+        reproducible: bool,
     ) -> Any:
         def stream(
             messages: str, *, system_prompt: Any, sampling: Sampling, limits: Limits, thinking: Thinking, progress: Any
