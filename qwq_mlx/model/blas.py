@@ -70,11 +70,10 @@ def use_blas(block: Any) -> None:
                 setattr(part, name, Blas(linear.weight, linear.bias if "bias" in linear else None))
 
 
-@functools.cache
 def _attention_class(kind: type[nn.Module]) -> type[nn.Module]:
     """mlx_lm's attention, by BLAS."""
 
-    class BlasAttention(kind):  # type: ignore[misc, valid-type]
+    class BlasAttention(kind):  # type: ignore[misc]
         def __call__(self, x: Any, mask: Any = None, cache: Any = None) -> mx.array:
             return _attend(self, x)
 
