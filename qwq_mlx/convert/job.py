@@ -213,21 +213,17 @@ class _Job:
         run: dict[str, float] = {"n_workers": plan.n_workers, "resumed_bytes": resumed_bytes, "wall_s": wall_s}
         finish(plan, folder, journal.finished, run, quality=quality, progress=self.progress)
         publish(folder, output, replace=self.force)
-        kl, agreement = (None, None) if quality is None else (quality.kl, quality.top1_agreement)
-        return conversion_of(
-            plan, output, journal.finished, started, kl=kl, top1_agreement=agreement, resumed_bytes=resumed_bytes
-        )
+        shown = None if quality is None else quality.as_mapping()
+        return conversion_of(plan, output, journal.finished, started, quality=shown, resumed_bytes=resumed_bytes)
 
     def _as_before(self, journal: Journal, started: float) -> Conversion:
         """Of an output that an earlier run of this job has published."""
-        quality = read_manifest(self.output).quality or {}
         return conversion_of(
             self.plan,
             self.output,
             journal.finished,
             started,
-            kl=quality.get("kl"),
-            top1_agreement=quality.get("top1_agreement"),
+            quality=read_manifest(self.output).quality,
             resumed_bytes=_done_bytes(self.plan, journal),
         )
 

@@ -76,9 +76,10 @@ def result_text(conversion: Conversion) -> str:
         f"      {size_text(conversion.source_bytes)} read{resumed} in {duration_text(conversion.wall_s)} "
         f"({size_text(rate)}/s), peak memory {size_text(conversion.peak_memory_bytes)}",
     ]
-    if conversion.kl is not None and conversion.top1_agreement is not None:
+    kl, agreement, loss = conversion.kl, conversion.top1_agreement, conversion.logprob_loss
+    if kl is not None and agreement is not None and loss is not None:
         lines.append(
-            f"      quality: KL {conversion.kl:.4g} nats a token, {100 * conversion.top1_agreement:.2f} % same most "
-            f"likely token; see {conversion.output / 'report.html'}"
+            f"      quality: KL {kl:.4g} nats a token, {100 * agreement:.2f} % same most likely token, "
+            f"log-probability of the text {-loss:+.4f} nats a token; see {conversion.output / 'report.html'}"
         )
     return "\n".join(lines)

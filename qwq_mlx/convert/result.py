@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwq_mlx.convert.journal import FinishedTensor
 from qwq_mlx.convert.plan import Plan, PlannedTensor
@@ -39,6 +40,7 @@ class Conversion:
     relative_error: of all packed weights together (see quant.rounding_error); None for a dry run.
     kl: to the source, in nats a token; None where that was not measured.
     top1_agreement: share of tokens with the source's first choice; None where that was not measured.
+    logprob_loss: how much less likely the text became, in nats a token; None where that was not measured.
     wall_s: of the whole run.
     peak_memory_bytes: of the process.
     resumed_bytes: of source_bytes, what an earlier run had done.
@@ -58,6 +60,7 @@ class Conversion:
     relative_error: float | None
     kl: float | None
     top1_agreement: float | None
+    logprob_loss: float | None
     wall_s: float
     peak_memory_bytes: int
     resumed_bytes: int
@@ -70,11 +73,14 @@ def conversion_of(
     finished: Mapping[str, FinishedTensor] | None,
     started: float,
     *,
-    kl: float | None = None,
-    top1_agreement: float | None = None,
+    quality: Mapping[str, Any] | None = None,
     resumed_bytes: int = 0,
 ) -> Conversion:
-    """finished: every tensor's record, or None for a dry run. started: time.monotonic() of the run's begin."""
+    """finished: every tensor's record, or None for a dry run. started: time.monotonic() of the run's begin.
+
+    quality: as the manifest has it.
+    """
+    measured = quality or {}
     packed = [each.source.name for each in plan.tensors if each.packing is not None]
     records = [] if finished is None else [finished[name] for name in packed]
     error2, weight2 = sum(each.error2 for each in records), sum(each.weight2 for each in records)
@@ -86,8 +92,9 @@ def conversion_of(
         output_bytes=plan.output_bytes,
         bits_per_weight=plan.bits_per_weight,
         relative_error=math.sqrt(error2 / weight2) if weight2 else None,
-        kl=kl,
-        top1_agreement=top1_agreement,
+        kl=measured.get("kl"),
+        top1_agreement=measured.get("top1_agreement"),
+        logprob_loss=None if quality is None else math.log(quality["perplexity"] / quality["reference_perplexity"]),
         wall_s=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(),
         resumed_bytes=resumed_bytes,

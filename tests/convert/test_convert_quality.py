@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -58,6 +59,7 @@ def test_the_number_of_a_text_is_in_manifest_page_and_result(source: Path, text:
     assert manifest.quality is not None
     assert manifest.quality == json.loads(json.dumps(expected.as_mapping()))
     assert (done.kl, done.top1_agreement) == (expected.kl, expected.top1_agreement)
+    assert done.logprob_loss == pytest.approx(math.log(expected.perplexity / expected.reference_perplexity), abs=1e-9)
     assert manifest.files["report.html"].size_bytes == (tmp_path / "out" / "report.html").stat().st_size
     assert "essay.txt" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert f"{own.n_tokens:,} tokens of essay.txt, both models layer by layer: about 0:" in plans[0].quality_note
