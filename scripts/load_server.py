@@ -161,7 +161,7 @@ def rates(host: str, port: int, model: str, n_clients: int, *, n_tokens: int, n_
     texts: list[list[float]] = [[] for _ in range(n_clients)]
 
     def client(number: int) -> None:
-        body = {"model": model, "max_tokens": n_tokens, "temperature": 1.0, "stream": True, "seed": number}
+        body = {"model": model, "max_tokens": n_tokens, "temperature": 1.0, "stream": True}
         body["messages"] = [{"role": "user", "content": f"Write {n_tokens + number} words."}]
         for at in _stream(host, port, body):
             texts[number].append(at)

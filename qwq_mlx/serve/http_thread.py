@@ -19,6 +19,7 @@ __all__ = ["HttpThread"]
 
 _BACKLOG = 128
 _KEEP_ALIVE_S = 30
+_MAX_CONNECTIONS = 1_000  # more get status 503 at once
 
 
 class HttpThread:
@@ -37,6 +38,7 @@ class HttpThread:
             access_log=False,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
+            limit_concurrency=_MAX_CONNECTIONS,
             timeout_graceful_shutdown=max(1, round(settings.drain_s)),
         )
         self._server = uvicorn.Server(config)
