@@ -162,13 +162,13 @@ def test_injected_ids_are_followed_as_if_they_had_been_drawn(
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("place", [0, 1, 9, 20])
-def test_going_back_draws_the_same_ids_again(model: LoadedModel, settings: dict[str, Any], place: int) -> None:
+def test_going_back_draws_the_same_ids_again(model: LoadedModel, settings: dict[str, Any]) -> None:
     one = loop(model, seed=5, **settings)
     first = [one.next().id for _ in range(20)]
-    one.row.rewind(place)
-    assert [one.next().id for _ in range(20 - place)] == first[place:]
-    assert one.row.ids == PROMPT + first
+    for place in (20, 9, 1, 0):
+        one.row.rewind(place)
+        assert [one.next().id for _ in range(20 - place)] == first[place:], place
+        assert one.row.ids == PROMPT + first
 
 
 def test_going_back_with_another_sampler_draws_others(model: LoadedModel) -> None:
@@ -183,7 +183,7 @@ def test_padding_rows_of_the_embedding_are_never_drawn(tmp_path: Path) -> None:
     model = load_model(write_tiny_checkpoint(tmp_path / "padded", vocab_size=2048))
     assert model.tokenizer.n_ids < 400
     one = loop(model, temperature=100.0)
-    assert max(one.next().id for _ in range(300)) < model.tokenizer.n_ids
+    assert max(one.next().id for _ in range(100)) < model.tokenizer.n_ids  # 85 in 100 would be padding
 
 
 def test_a_prompt_goes_in_by_chunks_that_can_be_watched(model: LoadedModel) -> None:
@@ -195,7 +195,7 @@ def test_a_prompt_goes_in_by_chunks_that_can_be_watched(model: LoadedModel) -> N
 
 @pytest.mark.parametrize("with_entropy", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", SETTINGS[::3])
 def test_logits_that_are_not_finite_stop_the_run_at_their_step(
     model: LoadedModel, bad: float, settings: dict[str, Any], with_entropy: bool
 ) -> None:

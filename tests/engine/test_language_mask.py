@@ -229,7 +229,7 @@ def test_a_guarded_run_writes_no_foreign_letters_and_an_unguarded_one_reports_th
         return reasoner.generate(
             "x",
             sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=2, logit_bias=bias),
-            limits=Limits(max_tokens=300, language_guard=language_guard),
+            limits=Limits(max_tokens=200, language_guard=language_guard),
             thinking=Thinking(on_loop="off"),
         )
 
@@ -267,9 +267,9 @@ def test_a_guarded_run_quotes_foreign_letters_and_goes_on_the_same_from_anywhere
     list(unguarded)
     assert "Han" in scripts_of(_QUOTED.sub("", unguarded.trace().text))
     is_open = [steps[n].text == '"' for n in range(len(steps))]
+    half, first = quoting(reasoner), []
     for cut in (is_open.index(True) + 1, is_open.index(True) + 3, 120):
-        half = quoting(reasoner)
-        first = [next(half) for _ in range(cut)]
+        first += [next(half) for _ in range(cut - len(first))]
         half.save(tmp_path / "run")
         assert first + list(reasoner.resume(tmp_path / "run")) == steps
         forked = half.fork(at=cut, seed=2)

@@ -77,7 +77,7 @@ def test_the_asked_answer_is_what_mlx_lm_draws_behind_the_cue(
 @pytest.mark.parametrize("kv_bits", [None, 8])
 def test_ids_receipt_and_saved_run_stay_what_they_were(kv_bits: Any, reasoner: Reasoner, tmp_path: Path) -> None:
     # the context is full at the 256 positions that the cache has room for, so it grows while the model is asked
-    run = finished(reasoner, PARENTHESES, context=256, kv_bits=kv_bits)
+    run = finished(reasoner, f"{PARENTHESES} {PARENTHESES}", context=256, kv_bits=kv_bits)
     before = run.trace()
     run.save(tmp_path / "before")
     asked = run.ask_answer()
