@@ -73,7 +73,8 @@ def factor_moments(products: Sequence[NDArray[np.float64]]) -> InputMoments:
         size = float(damped.diagonal().mean())
         damped.flat[:: len(damped) + 1] += _DAMPING * size if size > 0 else 1.0
         # From the last channel to the first H = R R^T with R upper, so its inverse is U^T U with U the inverse of R.
-        upper = _inverse_of_lower(np.linalg.cholesky(damped[::-1, ::-1]))[::-1, ::-1]
+        lower: NDArray[np.float64] = np.linalg.cholesky(damped[::-1, ::-1]).astype(np.float64, copy=False)
+        upper = _inverse_of_lower(lower)[::-1, ::-1]
         blocks.append(_Block(first, damped.astype(np.float32), np.ascontiguousarray(upper, np.float32)))
         first += len(damped)
     return InputMoments(tuple(blocks))
