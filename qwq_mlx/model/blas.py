@@ -29,7 +29,7 @@ from threadpoolctl import ThreadpoolController
 
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 
-__all__ = ["Blas", "blas_quantized_matmul", "use_blas", "use_blas_for_rows", "uses_blas"]
+__all__ = ["Blas", "blas_quantized_matmul", "causal_attention", "use_blas", "use_blas_for_rows", "uses_blas"]
 
 _NUMPY_BITS = (2, 4, 8)  # whole codes in a byte; others are unpacked by MLX
 _QUERIES = 512  # that attend at a time: their scores stay small whatever the length
@@ -90,19 +90,29 @@ def _attend(attention: Any, x: Any) -> mx.array:
     queries = np.asarray(attention.rope(heads(attention.q_proj(x), n_heads)))[0]
     keys = np.asarray(attention.rope(heads(attention.k_proj(x), attention.n_kv_heads)))[0]
     values = np.asarray(heads(attention.v_proj(x), attention.n_kv_heads))[0]
-    out = np.empty((length, *queries.shape[::2]), np.float32)  # (positions, heads, width)
+    out = causal_attention(queries, keys, values, scale=attention.scale)
+    return cast("mx.array", attention.o_proj(mx.array(out.reshape(1, length, -1))))
+
+
+def causal_attention(queries: Floats, keys: Floats, values: Floats, *, scale: float) -> Floats:
+    """Attention of each position to itself and those before, (positions, heads, width).
+
+    queries: (heads, positions, width); keys, values: (key heads, positions, width).
+    """
+    n_heads, length, width = queries.shape
+    out = np.empty((length, n_heads, width), np.float32)
     for head in range(n_heads):
-        of = head * attention.n_kv_heads // n_heads
+        of = head * len(keys) // n_heads
         for first in range(0, length, _QUERIES):
             last = min(first + _QUERIES, length)
             scores = queries[head, first:last] @ keys[of, :last].T
-            scores *= np.float32(attention.scale)
+            scores *= np.float32(scale)
             scores[np.arange(last) > np.arange(first, last)[:, None]] = -np.inf
             scores -= scores.max(axis=1, keepdims=True)
             np.exp(scores, out=scores)
             weighted = scores @ values[of, :last]
             out[first:last, head] = weighted / scores.sum(axis=1, keepdims=True)
-    return cast("mx.array", attention.o_proj(mx.array(out.reshape(1, length, -1))))
+    return out
 
 
 def blas_quantized_matmul(x: Any, weight: Any, scales: Any, biases: Any, *, group_size: int, bits: int) -> mx.array:

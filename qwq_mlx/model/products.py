@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qwq_mlx.model.blas import Blas
+import numpy as np
+
+from qwq_mlx.model.blas import Blas, causal_attention
 from qwq_mlx.model.load import ComputeType
 from qwq_mlx.model.upstream import import_mlx
 
-__all__ = ["Rows", "linear_product"]
+__all__ = ["Rows", "attention", "linear_product"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,17 @@ class Rows:
         return mx.quantized_matmul(
             x, self.weight, scales=self.scales, biases=self.biases, transpose=True, **self.packing
         )
+
+
+def attention(queries: Any, keys: Any, values: Any) -> Any:
+    """Causal attention of float32 as streamed layers compute it on this backend; to time it.
+
+    Each is (1, heads, positions, width).
+    """
+    mx = import_mlx()
+    if mx.default_device().type == mx.cpu:
+        return mx.array(causal_attention(*(np.asarray(each)[0] for each in (queries, keys, values)), scale=0.1))
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.1, mask="causal")
 
 
 def linear_product(x: Any, weight: Any) -> Any:

@@ -45,7 +45,7 @@ def _rates() -> tuple[float, float]:
 
     Timed once a process, about 0.1 s: every plan of a conversion asks.
     """
-    from qwq_mlx.model.products import linear_product
+    from qwq_mlx.model.products import attention, linear_product
 
     mx = import_mlx()
     x, weight = mx.random.normal((_ROWS, _WIDTH)), mx.random.normal((_WIDTH, _WIDTH))
@@ -62,5 +62,5 @@ def _rates() -> tuple[float, float]:
         return best
 
     product = timed(lambda: linear_product(x, weight))
-    attention = timed(lambda: mx.fast.scaled_dot_product_attention(queries, queries, queries, scale=0.1, mask="causal"))
-    return 2 * _ROWS * _WIDTH**2 / product, 4 * _ROWS**2 * _HEADS * _HEAD_DIM / attention
+    attending = timed(lambda: attention(queries, queries, queries))
+    return 2 * _ROWS * _WIDTH**2 / product, 4 * _ROWS**2 * _HEADS * _HEAD_DIM / attending
