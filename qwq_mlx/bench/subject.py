@@ -129,6 +129,7 @@ class Bench:
     def turns(self, contestants: dict[str, Callable[[], float]], what: str) -> dict[str, Runs]:
         """`take_turns` with the options' repeats. what: begins the lines of progress.
 
+        The medians are told at once, for a benchmark that is interrupted prints no table.
         A run begins when the device is through with the one before: mlx-lm leaves a step under way at its end.
         """
 
@@ -136,7 +137,9 @@ class Bench:
             import_mlx().synchronize()
             self.progress(f"{what}: {text}")
 
-        return take_turns(contestants, repeats=self.options.repeats, progress=progress)
+        runs = take_turns(contestants, repeats=self.options.repeats, progress=progress)
+        self.progress(f"{what}: medians: " + ", ".join(f"{name} {each.median:.4g}" for name, each in runs.items()))
+        return runs
 
     def _of_folder(self) -> Target:
         from qwq_mlx.generate.reasoner import load

@@ -242,6 +242,8 @@ def test_the_command_prints_a_table_and_one_json_line_and_appends_it(
     assert result["rows"][0]["fraction_of_limit"] > 0
     assert {"power", "commit", "mlx-lm", "backend", "device"} <= set(result["machine"])
     assert "context 300,000 is left out" in err and "round 1 of 1" in err
+    ours = result["rows"][0]["median"]["qwq_mlx"]
+    assert f"ids, context 0: medians: qwq_mlx {ours:.4g}, mlx-lm, same arrays" in err
     [file] = results.iterdir()
     assert file.name == f"{result['date'][:10]}.jsonl"
     assert file.read_text() == line + "\n"
