@@ -164,6 +164,8 @@ def _with_cors(response: Response, origin: str, request: Headers) -> Response:
     response.headers["access-control-allow-methods"] = "GET, HEAD, POST, DELETE, OPTIONS"
     response.headers["access-control-allow-headers"] = request.get("access-control-request-headers", "*")[:2_000]
     response.headers["access-control-max-age"] = _PREFLIGHT_S
+    if request.get("access-control-request-private-network") == "true":  # Chrome, of a public page that is allowed
+        response.headers["access-control-allow-private-network"] = "true"
     return response
 
 

@@ -54,6 +54,7 @@ class Worker:
         self._preparer: Preparer | None = None
         self._line: deque[Job] = deque()
         self._n_running = 0
+        self._n_preparing = 0  # whose prompts are encoded now; of the event loop alone
         self._refused: tuple[Job | None, int] = (None, 0)  # the first in line, beside so many rows
         self._wakes = threading.Condition()
         self._is_closing = False
@@ -101,7 +102,11 @@ class Worker:
                 param="n",
             )
         self._refuse_when_full()
-        requests = await asyncio.get_running_loop().run_in_executor(self._encoder, preparer.requests, ask)
+        self._n_preparing += 1
+        try:
+            requests = await asyncio.get_running_loop().run_in_executor(self._encoder, preparer.requests, ask)
+        finally:
+            self._n_preparing -= 1
         return Job(ask, requests)
 
     async def n_tokens(self, messages: tuple[dict[str, str], ...]) -> int:
@@ -130,7 +135,7 @@ class Worker:
 
     def _refuse_when_full(self) -> None:
         n_free = max(0, self._settings.width - self._n_running)
-        n_before = self.n_waiting - n_free  # who waits for a row to become free
+        n_before = self.n_waiting + self._n_preparing - n_free  # who waits for a row to become free
         if n_before >= self._settings.queue:
             raise ApiError(
                 429,

@@ -96,9 +96,15 @@ def test_pages_of_others_stay_outside_and_those_of_this_machine_may_read(origin:
 
 
 def test_a_preflight_needs_no_key_and_says_what_is_allowed() -> None:
-    asked = (LOCAL, ("origin", "app://x"), ("access-control-request-headers", "authorization,content-type"))
+    asked = (
+        LOCAL,
+        ("origin", "app://x"),
+        ("access-control-request-headers", "authorization,content-type"),
+        ("access-control-request-private-network", "true"),
+    )
     status, headers, _ = ask(*asked, settings=Settings(api_key="secret"), method="OPTIONS", path="/v1/messages")
     assert status == 204 and headers["access-control-allow-headers"] == "authorization,content-type"
+    assert headers["access-control-allow-private-network"] == "true"
     assert "POST" in headers["access-control-allow-methods"] and headers["vary"] == "Origin"
     assert ask(LOCAL, ("origin", "https://evil.example"), method="OPTIONS")[0] == 403
 
