@@ -154,6 +154,8 @@ def run_options(options: Mapping[str, Any]) -> RunOptions:
         _refuse_beside_resume(options, asked)
     elif options["answer_now"]:
         raise OptionError("--answer-now asks a saved run for its answer. Give its file with --resume FILE.")
+    if options["samples"] is None and (options["all_samples"] or options["confidence"] is not None):
+        raise OptionError("--all-samples and --confidence need --samples N.")
     if options["width"] is not None and options["input"] is None and options["samples"] is None:
         raise OptionError("--width needs --input FILE or --samples N.")
     if options["reproducible"] and options["input"] is None and options["samples"] is None:
@@ -169,6 +171,10 @@ def _check_samples(options: Mapping[str, Any]) -> None:
     """A wrong number of samples, and what a vote cannot be given yet."""
     if not 1 <= options["samples"] <= MAX_SAMPLES:
         raise OptionError(f"--samples is {options['samples']:,}, expected a whole number from 1 to {MAX_SAMPLES:,}.")
+    if options["all_samples"] and options["confidence"] is not None:
+        raise OptionError("--all-samples and --confidence are mutually exclusive.")
+    if options["confidence"] is not None and not 0.5 < options["confidence"] < 1.0:
+        raise OptionError(f"--confidence is {options['confidence']:g}, expected a number above 0.5 and below 1.")
     for name in ("input", "output", "resume", "answer_now", "save", "save_every", "receipt"):
         if options[name] not in (None, False):
             raise OptionError(

@@ -40,7 +40,14 @@ def answer_by_vote(command: Command, prompt: str, asked: RunOptions) -> int:
         limits=asked.limits,
         thinking=asked.thinking,
     )
-    voting = Voting(run, options.samples, width=options.width, limit_bytes=reasoner.limit_bytes)
+    voting = Voting(
+        run,
+        options.samples,
+        width=options.width,
+        stop_early=not options.all_samples,
+        confidence=options.confidence,
+        limit_bytes=reasoner.limit_bytes,
+    )
     interruption.run = voting
     if run.request.note:
         command.warn(run.request.note)

@@ -107,6 +107,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="draw N samples side by side and print the answer that most agree on; ends once that cannot change",
     )
+    add("--all-samples", action="store_true", help="with --samples: draw all of them to their end")
+    add(
+        "--confidence",
+        type=float,
+        metavar="P",
+        help="with --samples: end also where the first answer is more frequent than the second with this probability, "
+        "0.95 say",
+    )
     add_output(parser, json="print the whole trace as one line of JSON instead of the text")
     _add_question_file(parser.add_argument_group("a file of questions").add_argument)
     add_limits(parser.add_argument_group("limits").add_argument)

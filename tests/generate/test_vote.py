@@ -203,6 +203,13 @@ def test_the_command_prints_the_answer_and_how_many_agree(
     out, err = capfd.readouterr()
     voted = json.loads(out)
     assert (voted["answer"], voted["stopped"], len(voted["traces"]), err) == ("7", "lead", 2, "")
+    answering(monkeypatch, ["7"] * 3)
+    assert generate.main([*flags, "--samples", "3", "--all-samples"]) == 0
+    assert capfd.readouterr().out == "7\n3 of 3 samples agree\n"
+    answering(monkeypatch, ["7"] * 8)
+    assert generate.main([*flags, "--samples", "8", "--confidence", "0.9"]) == 0
+    out, err = capfd.readouterr()
+    assert out == "7\n3 of 3 samples agree\n" and "the posterior is reached" in err
     answering(monkeypatch, [None])
     assert generate.main([*flags, "--samples", "1"]) == 1
     assert "no sample has an answer" in capfd.readouterr().err
@@ -217,6 +224,10 @@ def test_the_command_prints_the_answer_and_how_many_agree(
             for flag in ("--save", "--resume", "--receipt", "--input")
         ),
         (["--samples", "2", "--answer-now"], "--answer-now cannot be combined with --samples yet"),
+        (["--samples", "2", "--confidence", "1"], "--confidence is 1, expected a number above 0.5 and below 1"),
+        (["--samples", "2", "--confidence", "0.9", "--all-samples"], "are mutually exclusive"),
+        (["--all-samples"], "--all-samples and --confidence need --samples N"),
+        (["--confidence", "0.9"], "--all-samples and --confidence need --samples N"),
         (["--width", "2"], "--width needs --input FILE or --samples N"),
     ],
 )
