@@ -203,16 +203,29 @@ def test_the_command_prints_the_answer_and_how_many_agree(
     out, err = capfd.readouterr()
     voted = json.loads(out)
     assert (voted["answer"], voted["stopped"], len(voted["traces"]), err) == ("7", "lead", 2, "")
-    answering(monkeypatch, ["7"] * 3)
-    assert generate.main([*flags, "--samples", "3", "--all-samples"]) == 0
-    assert capfd.readouterr().out == "7\n3 of 3 samples agree\n"
-    answering(monkeypatch, ["7"] * 8)
-    assert generate.main([*flags, "--samples", "8", "--confidence", "0.9"]) == 0
-    out, err = capfd.readouterr()
-    assert out == "7\n3 of 3 samples agree\n" and "the posterior is reached" in err
     answering(monkeypatch, [None])
     assert generate.main([*flags, "--samples", "1"]) == 1
     assert "no sample has an answer" in capfd.readouterr().err
+
+
+@pytest.mark.tiny
+@pytest.mark.parametrize(
+    ("n", "flags", "why"),
+    [(3, ["--all-samples"], "all samples ended"), (8, ["--confidence", "0.9"], "the posterior is reached")],
+)
+def test_flags_say_when_a_vote_ends(
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    n: int,
+    flags: list[str],
+    why: str,
+) -> None:
+    answering(monkeypatch, itertools.repeat("7"))
+    short = ["--model", str(tiny_checkpoint), "-p", "x", "--max-tokens", "3", "--seed", "7", "--width", "1"]
+    assert generate.main([*short, "--samples", str(n), *flags]) == 0
+    out, err = capfd.readouterr()
+    assert out == "7\n3 of 3 samples agree\n" and why in err
 
 
 @pytest.mark.parametrize(
