@@ -2,7 +2,7 @@
 
 They live in the HTTP loop alone: a task for each takes a job's events, and whoever watches reads what there is.
 
-Does not: outlive the process, or hold more than `MAX_RUNS` (the oldest that have ended go first).
+Does not: outlive the process, or hold more than `MAX_RUNS` or `MAX_STEPS` (the oldest that have ended go first).
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from qwq_mlx.serve.body import dumped
 from qwq_mlx.serve.jobs import Ask, Ended, Failed, Job, Stepped
 from qwq_mlx.serve.worker import Worker
 
-__all__ = ["MAX_RUNS", "Run", "Runs"]
+__all__ = ["MAX_RUNS", "MAX_STEPS", "Run", "Runs"]
 
 MAX_RUNS = 64
+MAX_STEPS = 100_000
+"""Tokens of all runs together that are remembered; with alternatives about 2 kB each."""
 
 
 class Run:
@@ -34,7 +36,7 @@ class Run:
         self.id = f"run-{secrets.token_hex(8)}"
         self.job, self.question, self.parent, self.group = job, question, parent, group
         self.created_s = time.time()
-        self.steps: list[dict[str, Any]] = []
+        self.steps: list[bytes] = []  # each a line of JSON, which is smaller than what it says
         self.ended: Ended | None = None
         self.error: ApiError | None = None
         self.news = asyncio.Condition()
@@ -118,7 +120,7 @@ class Runs:
             new = run.steps[place:]
             if new:
                 place += len(new)
-                yield "".join(f"{dumped(step)}\n" for step in new).encode()
+                yield b"".join(new)
             elif run.state != "running":
                 yield f"{dumped({'run': run.to_json()})}\n".encode()
                 return
@@ -134,10 +136,11 @@ class Runs:
                 yield b"\n"
 
     def _make_room(self) -> None:
-        while len(self._runs) >= MAX_RUNS:
+        while len(self._runs) >= MAX_RUNS or sum(len(run.steps) for run in self._runs.values()) > MAX_STEPS:
             oldest = next((run for run in self._runs.values() if run.state != "running"), None)
             if oldest is None:
-                raise ApiError(429, f"{MAX_RUNS} runs are under way, as many as may be.", retry_after_s=10)
+                message = f"{len(self._runs)} runs are under way, and no more are remembered. Stop or delete one."
+                raise ApiError(429, message, retry_after_s=10)
             self.remove(oldest)
 
     def _follow(self, run: Run) -> Run:
@@ -154,7 +157,7 @@ class Runs:
             event = await run.job.next_event(self._heartbeat_s)
             if isinstance(event, Stepped):
                 del run.steps[event.steps[0]["index"] :]
-                run.steps += event.steps
+                run.steps += [f"{dumped(step)}\n".encode() for step in event.steps]
             elif isinstance(event, Ended):
                 run.ended = event
             elif isinstance(event, Failed):

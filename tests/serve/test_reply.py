@@ -14,9 +14,16 @@ PREVIEW, TAGGED = find_profile("qwq-preview"), find_profile("qwq-tagged")
 HEADED = "2 + 2 is 4, so I end.\n\n**Final Answer**\n\n\\[ \\boxed{4} \\]"
 
 
-def sent(text: str, profile: Profile = PREVIEW, *, stops: tuple[str, ...] = (), size: int = 1) -> tuple[str, str]:
+def sent(
+    text: str,
+    profile: Profile = PREVIEW,
+    *,
+    stops: tuple[str, ...] = (),
+    size: int = 1,
+    is_open: bool | None = None,
+) -> tuple[str, str]:
     """Thinking and answer of a text that comes in pieces of this many characters, tags in one."""
-    splitter = Splitter(profile, prompt="2 + 2")
+    splitter = Splitter(profile, prompt="2 + 2", is_open=is_open)
     reply = ReplyText(stops, close_tag=profile.close_tag)
     reasoning = content = ""
     for token in re.findall(rf"</?think>|.{{1,{size}}}", text, re.DOTALL):
@@ -39,6 +46,12 @@ def test_a_heading_reaches_the_client_in_the_answer_alone(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 5])
 def test_tags_are_in_neither_part_and_blank_lines_open_no_answer(size: int) -> None:
     assert sent("<think>2 + 2 < 5\n</think>\n\nIt is 4.", TAGGED, size=size) == ("2 + 2 < 5\n", "It is 4.")
+
+
+def test_a_prompt_may_have_opened_the_thinking_and_a_reply_may_have_none() -> None:
+    assert sent("2 + 2 is 4\n</think>\n\nIt is 4.", TAGGED, is_open=True) == ("2 + 2 is 4\n", "It is 4.")
+    assert sent("2 + 2 is <b", TAGGED, is_open=True) == ("2 + 2 is <b", "")
+    assert sent("It is 4.", TAGGED, is_open=False) == ("", "It is 4.")
 
 
 def test_an_answer_that_is_known_late_is_sent_whole() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,9 @@ from serving import QUESTION, Served, until
 
 from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.options import Inspect, Sampling
+from qwq_mlx.serve import runs
+from qwq_mlx.serve.api_error import ApiError
+from qwq_mlx.serve.jobs import Ask, Job
 from qwq_mlx.trace.trace import Trace
 
 pytestmark = pytest.mark.pocket
@@ -94,6 +99,38 @@ def test_a_run_is_asked_for_its_answer_stopped_and_deleted(pocket_server: Served
     until(lambda: pocket_server.is_idle)
     assert pocket_server.send("DELETE", f"{RUNS}/{second['id']}")[0] == 204
     assert pocket_server.send("GET", f"{RUNS}/{second['id']}")[0] == 404
+
+
+class FakeWorker:
+    """Takes jobs and does nothing with them."""
+
+    async def prepare(self, ask: Ask) -> Job:
+        return Job(ask, [SimpleNamespace(prompt_ids=(1,), sampling=Sampling(seed=1))])  # type: ignore[list-item]
+
+    def submit(self, job: Job) -> None:
+        pass
+
+
+def test_the_oldest_runs_that_have_ended_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "MAX_RUNS", 3)
+
+    async def scenario() -> None:
+        known = runs.Runs(FakeWorker(), heartbeat_s=10)  # type: ignore[arg-type]
+        first, second, third = [await known.start(Ask(), question=name) for name in "abc"]
+        with pytest.raises(ApiError, match="3 runs are under way"):
+            await known.start(Ask(), question="d")
+        second.job.cancel()
+        fourth = await known.start(Ask(), question="d")
+        assert list(known) == [fourth, third, first]
+        first.steps = [b""] * (runs.MAX_STEPS + 1)
+        first.job.cancel()
+        third.job.cancel()
+        fifth = await known.start(Ask(), question="e")
+        assert list(known) == [fifth, fourth, third], "without the first there are few steps"
+        fourth.job.cancel()
+        fifth.job.cancel()
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
