@@ -70,3 +70,22 @@ def test_a_client_of_ollama_is_understood(client: str) -> None:
     ask, _, streams = ollama.read_chat(OLLAMA[client], settings=Settings(), model="m", joins_thinking=True)
     assert ask is not None and ask.messages[-1] == {"role": "user", "content": "x"} and streams
     assert ask.context == OLLAMA[client].get("options", {}).get("num_ctx")
+
+
+@pytest.mark.parametrize(
+    ("thought", "content", "prompt"),
+    [
+        ("I add.\n\n", "**Final Answer** 7", "I add.\n\n**Final Answer** 7"),
+        ("I add. So it is \\boxed{7", "So it is \\boxed{7}.", "I add. So it is \\boxed{7}."),
+        ("Hello! I am here.", "Hello! I am here.", "Hello! I am here."),
+        ("a 7", "7 it is", "a 77 it is"),
+        ("", "7", "7"),
+    ],
+)
+def test_thinking_that_is_sent_back_stands_before_the_answer_once(thought: str, content: str, prompt: str) -> None:
+    reply = {"role": "assistant", "content": content, "reasoning": thought}
+    body = {"messages": [*MESSAGES, reply, MESSAGES[1]]}
+    ask, _, _ = openai.read_chat(body, settings=Settings(), model="m", joins_thinking=True)
+    assert ask.messages[2]["content"] == prompt
+    bare, _, _ = openai.read_chat(body, settings=Settings(), model="m", joins_thinking=False)
+    assert bare.messages[2]["content"] == content

@@ -37,6 +37,7 @@ _RANGES = {
     "presence_penalty": (-100, 100),
     "frequency_penalty": (-100, 100),
 }
+_MIN_OVERLAP, _MAX_OVERLAP = 8, 2_000  # characters; fewer agree by chance
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _NEUTRAL_OF_MESSAGES = ("refusal", "audio", "annotations", "tool_calls", "function_call", "images", "name")
 
@@ -74,10 +75,19 @@ def read_messages(fields: Fields, name: str = "messages", *, joins_thinking: boo
         for each in _NEUTRAL_OF_MESSAGES:
             inner.refuse_unless(each, ([], {}))
         inner.refuse_others()
-        if joins_thinking and role == "assistant" and not thought.endswith(content):
-            content = thought + content
+        if joins_thinking and role == "assistant":
+            content = _joined(thought, content)
         messages.append({"role": "system" if role == "developer" else str(role), "content": content})
     return messages
+
+
+def _joined(thought: str, content: str) -> str:
+    """A reply as it was written: the thinking and the answer, what a stream sent in both (`reply`) once."""
+    if thought.endswith(content):
+        return thought
+    longest = min(len(thought), len(content), _MAX_OVERLAP)
+    n_twice = next((n for n in range(longest, _MIN_OVERLAP - 1, -1) if thought.endswith(content[:n])), 0)
+    return thought + content[n_twice:]
 
 
 def split_parts(value: Any, where: str) -> tuple[str, str]:
