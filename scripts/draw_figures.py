@@ -1,9 +1,9 @@
-"""Draw the two figures of the README: docs/figures/recipes.svg from recipes.json beside it, and docs/figures/trace.svg.
+"""Draw the figures of the README and of docs/benchmarks.md into docs/figures.
 
-    python scripts/draw_figures.py [recipes | trace]
+    python scripts/draw_figures.py [real | recipes | trace]
 
-recipes: bytes against equations solved, off the pocket's training grid; the JSON file names the commands that measured
-the numbers, and docs/benchmarks.md has them as tables. trace: one Game of 24 by the bundled pocket model, drawn by
+real: bits per weight against KL on a real model, from real.json beside it. recipes: bytes against equations solved, off the pocket's training grid, from
+recipes.json. Both files name the commands that measured the numbers, and docs/benchmarks.md has them as tables. trace: one Game of 24 by the bundled pocket model, drawn by
 `qwq_mlx.plot_trace`. Needs the extra "plot".
 
 Does not: measure a recipe.
@@ -32,8 +32,8 @@ CONNECTED = ("our recipes", "ours, --target-size")  # of the others there are on
 def main() -> int:
     """Draw what was asked for, all by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    draw = {"recipes": draw_recipes, "trace": draw_trace}
-    parser.add_argument("figure", nargs="?", choices=draw, help="the one to draw (default: both)")
+    draw = {"real": draw_real, "recipes": draw_recipes, "trace": draw_trace}
+    parser.add_argument("figure", nargs="?", choices=draw, help="the one to draw (default: all)")
     chosen = parser.parse_args().figure
     # Text stays text, and date and ids are fixed: a figure is small and changes only with its numbers.
     os.environ["SOURCE_DATE_EPOCH"] = "0"
@@ -44,6 +44,23 @@ def main() -> int:
         draw[name](path)
         print(f"{path}: {path.stat().st_size:,} bytes")
     return 0
+
+
+def draw_real(path: Path) -> None:
+    """Bits per weight against KL, one line a method."""
+    data = json.loads((FIGURES / "real.json").read_text(encoding="utf-8"))
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for series, color, marker in zip(data["series"], COLORS, MARKERS, strict=False):
+        points = sorted((float(bits), kl) for bits, kl in series["kl"].items())
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=series["name"])
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per weight")
+    axes.set_ylabel("KL to bfloat16, nats a token")
+    axes.set_title(data["model"], fontsize=9)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="upper right", fontsize=9)
+    figure.savefig(path)
 
 
 def draw_recipes(path: Path) -> None:

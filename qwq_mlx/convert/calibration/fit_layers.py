@@ -154,10 +154,10 @@ class _Pass:
 
 @dataclass(slots=True)
 class _Products:
-    """Sums of x x^T over all positions, of blocks of channels."""
+    """Sums of x x^T over all positions, of blocks of channels; float32, on the device, or of numpy on the CPU."""
 
     n_positions: int = 0
-    sums: list[NDArray[np.float64]] = field(default_factory=list)
+    sums: list[Any] = field(default_factory=list)
 
     def add(self, x: Any) -> None:
         """x: (positions, in), of one text."""
@@ -170,20 +170,21 @@ class _Products:
         for place, first in enumerate(range(0, x.shape[1], step)):
             part = x[:, first : first + step]
             with np.errstate(over="ignore", invalid="ignore"):  # `means` refuses what is not finite
-                product = np.array(part.T @ part).astype(np.float64)
+                product = part.T @ part
             if place == len(self.sums):
                 self.sums.append(product)
             else:
                 self.sums[place] += product
+            if not is_cpu:
+                mx.eval(self.sums[place])
         self.n_positions += x.shape[0]
 
     def means(self, path: str) -> list[NDArray[np.float64]]:
-        """Sums over positions, in place. path: that is fed with x. Raises ConversionError where x was not finite."""
-        for total in self.sums:
-            np.divide(total, self.n_positions, out=total)
-        if not all(np.isfinite(each).all() for each in self.sums):
+        """Sums over positions. path: that is fed with x. Raises ConversionError where x was not finite."""
+        means = [np.array(each, dtype=np.float64) / self.n_positions for each in self.sums]
+        if not all(np.isfinite(each).all() for each in means):
             raise ConversionError(
                 f"The calibration text made activations that are NaN or infinite before {path}. The checkpoint is "
                 "damaged, or the text is not of its kind; convert without it."
             )
-        return self.sums
+        return means
