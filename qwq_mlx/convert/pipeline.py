@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qwq_mlx.convert.calibration.fitted import FittedMatrices
 from qwq_mlx.convert.journal import FinishedTensor, Journal
-from qwq_mlx.convert.pack import PackedBlock, pack_block, workers
+from qwq_mlx.convert.pack import PackedBlock, one_blas_thread, pack_block, workers
 from qwq_mlx.convert.plan import Plan, n_blocks_in_flight
 from qwq_mlx.convert.progress import ConvertProgress
 from qwq_mlx.convert.read import Buffers, Stopped, read_blocks
@@ -95,7 +95,7 @@ def run_pipeline(
     buffers = Buffers(n_blocks_in_flight(plan.n_workers), buffer_bytes)
     last_of_shard = {each.shard: each.source.name for each in plan.tensors}
     feed = _Feed(plan, journal, buffers, shards, fitted)
-    with ShardWriter(plan, folder) as writer, feed as blocks:
+    with one_blas_thread(), ShardWriter(plan, folder) as writer, feed as blocks:
         tally = _Tally(journal, writer)
         for packed in blocks:
             block, name = packed.block, packed.block.tensor.source.name

@@ -53,6 +53,11 @@ def plan_text(plan: Plan, output: str, free_bytes: int) -> str:
         "disk": f"{size_text(plan.output_bytes + plan.calibration_bytes + plan.fetched_bytes)} at peak"
         f"{'' if origin.is_remote else ' beside the source'}, {size_text(free_bytes)} free{twice}",
     }
+    if text is not None:
+        from qwq_mlx.convert.calibration.estimate import estimate_calibration_s
+
+        seconds = duration_text(estimate_calibration_s(plan))
+        rows["time"] = f"about {seconds} to calibrate, before anything is packed (an estimate from a moment's work)"
     return "\n".join(f"{name:<8}{row}" for name, row in rows.items())
 
 

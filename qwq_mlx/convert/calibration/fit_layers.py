@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from qwq_mlx.convert.calibration.fitted import FittedMatrices, layer_header, open_fitted, write_layer, write_output
 from qwq_mlx.convert.calibration.pass_state import PassState, PassStateWriter, pass_state_path, read_pass_state
 from qwq_mlx.convert.calibration.text import FIT_ROWS
-from qwq_mlx.convert.pack import workers
+from qwq_mlx.convert.pack import one_blas_thread, workers
 from qwq_mlx.convert.plan import Plan
 from qwq_mlx.errors import ConversionError
 from qwq_mlx.files.rows import read_rows
@@ -146,7 +146,8 @@ class _Pass:
             rows = fit_rows(float_values(raw, dtype), moments, packing, dtype)
             return rows, unpack(rows, packing, dtype, stream=None)
 
-        parts = list(workers(self._plan.n_workers).map(fit, range(0, n_rows, FIT_ROWS)))
+        with one_blas_thread():
+            parts = list(workers(self._plan.n_workers).map(fit, range(0, n_rows, FIT_ROWS)))
         layer.replace(path, np.concatenate([whole for _, whole in parts]))
         arrays = ([getattr(rows, name) for rows, _ in parts] for name in ("codes", "scales", "biases"))
         return Packed(*map(np.concatenate, arrays)), dtype
@@ -158,26 +159,32 @@ class _Products:
 
     n_positions: int = 0
     sums: list[Any] = field(default_factory=list)
+    spare: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     def add(self, x: Any) -> None:
         """x: (positions, in), of one text."""
         mx = import_mlx()
         x = x.astype(mx.float32)
-        is_cpu = mx.default_device().type == mx.cpu
-        if is_cpu:
+        if mx.default_device().type == mx.cpu:
             x = np.asarray(x)  # numpy's BLAS: see `model.products`
         step = block_size(x.shape[1])
         for place, first in enumerate(range(0, x.shape[1], step)):
             part = x[:, first : first + step]
             with np.errstate(over="ignore", invalid="ignore"):  # `means` refuses what is not finite
-                product = part.T @ part
-            if place == len(self.sums):
-                self.sums.append(product)
-            else:
-                self.sums[place] += product
-            if not is_cpu:
-                mx.eval(self.sums[place])
+                self._add(place, part)
         self.n_positions += x.shape[0]
+
+    def _add(self, place: int, part: Any) -> None:
+        if place == len(self.sums):
+            self.sums.append(part.T @ part)
+        elif isinstance(part, np.ndarray):
+            if self.spare.shape != self.sums[place].shape:
+                self.spare = np.empty_like(self.sums[place])
+            np.matmul(part.T, part, out=self.spare)  # fresh memory for each would cost as much as the product
+            self.sums[place] += self.spare
+        else:
+            self.sums[place] = self.sums[place] + part.T @ part
+            import_mlx().eval(self.sums[place])
 
     def means(self, path: str) -> list[NDArray[np.float64]]:
         """Sums over positions. path: that is fed with x. Raises ConversionError where x was not finite."""

@@ -1,0 +1,62 @@
+"""How long a calibration pass takes on this machine, before it starts: a product and a small fit are timed.
+
+A pass is two times every id through every layer, the products of the layers' inputs, and the fit, whose time a weight
+has a part of its own and one that grows with the columns of its matrix. Within a factor of two where it was measured
+(an x86 CPU); not measured on Metal.
+
+Does not: know the disk, or how busy the machine will be.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import numpy as np
+
+from qwq_mlx.convert.plan import Plan
+from qwq_mlx.quality.estimate import estimate_s
+from qwq_mlx.quant.error_feedback import block_size, factor_moments, fit_rows
+from qwq_mlx.quant.packing import Packing
+from qwq_mlx.quant.recipe import layer_of
+
+__all__ = ["estimate_calibration_s"]
+
+_PRODUCTS_PER_WEIGHT = 8  # operations of the fit for each weight and column of a block: feedback, and two sweeps
+_SIDE = 256
+
+
+def estimate_calibration_s(plan: Plan) -> float:
+    """Seconds, packing and writing not counted. plan: with a calibration."""
+    calibration, config = plan.calibration, plan.config
+    assert calibration is not None
+    weight_s, operation_s = _costs()
+    passes = estimate_s(config, [len(text) for text in calibration.texts], weights_bytes=2 * plan.source_bytes)
+    fits = products = in_layers = 0.0
+    for each in plan.tensors:
+        if each.packing is None or (each.source.name.startswith("model.embed") and not config.tie_word_embeddings):
+            continue
+        rows, columns = each.source.shape
+        block = block_size(columns)
+        in_layers += rows * columns if layer_of(each.source.name) is not None else 0
+        fits += rows * columns * (weight_s / plan.n_workers + _PRODUCTS_PER_WEIGHT * block * operation_s)
+        if each.source.name.endswith(("q_proj.weight", "o_proj.weight", "up_proj.weight", "down_proj.weight")):
+            products += (calibration.n_ids * columns * block + 2 * columns * block**2) * operation_s
+    return passes * in_layers / plan.n_weights + fits + products
+
+
+@functools.cache
+def _costs() -> tuple[float, float]:
+    """Seconds of one core for a weight of a narrow matrix, and of all cores for an operation of a product by BLAS."""
+    random = np.random.default_rng(0)
+    weights = random.standard_normal((_SIDE, _SIDE)).astype(np.float32)
+    moments, wide = factor_moments([np.eye(_SIDE)]), random.standard_normal((4 * _SIDE, 4 * _SIDE)).astype(np.float32)
+    fit = product = float("inf")
+    for _ in range(2):
+        started = time.perf_counter()
+        fit_rows(weights, moments, Packing(), "F32")
+        fit = min(fit, time.perf_counter() - started)
+        started = time.perf_counter()
+        wide @ wide
+        product = min(product, time.perf_counter() - started)
+    return fit / weights.size, product / (2 * len(wide) ** 3)
