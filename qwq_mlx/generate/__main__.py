@@ -97,9 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_loading(add)
     add(
-        "--receipt",
-        metavar="FILE",
-        help="write a receipt of the run, which python -m qwq_mlx.replay repeats and compares",
+        "--receipt", metavar="FILE", help="write a receipt of the run; python -m qwq_mlx.replay repeats and compares it"
     )
     add(
         "--samples",
