@@ -130,7 +130,7 @@ def pocket_reasoner() -> Any:
 
 
 @pytest.fixture(scope="session")
-def pocket_server() -> Iterator[Any]:
+def pocket_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server (tests/serve/serving.py) of the pocket model, which answers puzzles.
 
     It keeps caches between requests, which spares most prompts of the tests; `cached_tokens` depends on their order.
@@ -141,7 +141,8 @@ def pocket_server() -> Iterator[Any]:
     from qwq_mlx.generate.reasoner import load
     from qwq_mlx.serve.settings import Settings
 
-    with started(lambda: load(pocket_checkpoint()), Settings(port=0, name="pocket", queue=4)) as served:
+    settings = Settings(port=0, name="pocket", queue=4, runs_folder=tmp_path_factory.mktemp("runs"))
+    with started(lambda: load(pocket_checkpoint()), settings) as served:
         yield served
 
 

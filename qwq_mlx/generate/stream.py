@@ -119,8 +119,8 @@ class Stream:
     def save(self, path: str | Path) -> None:
         """Write a checkpoint from which `Reasoner.resume` goes on bit for bit, after any Step or at the end.
 
-        After a failure of MLX the cache is not to be trusted and is left out: who resumes works it out again from the
-        ids, in larger passes, so there the ids may differ.
+        A cache that was released, or after a failure of MLX is not to be trusted, is left out: who resumes works it out
+        again from the ids, in larger passes, so there the ids may differ.
         Raises SavingError where the disk does not take it; the run can go on all the same.
         """
         request, row = self.request, self.running.row
@@ -130,7 +130,7 @@ class Stream:
                 OSError(errno.EINVAL, "a model's folder"),
             )
         self.running.apply(self.run.go_back())
-        has_cache = bool(row.ids and self.run.steps) and not self._has_failed
+        has_cache = bool(row.ids and row.cache and self.run.steps) and not self._has_failed
         layers = row.cached(len(request.prompt_ids) + len(self.run.steps) - 1) if has_cache else []
         self._model_sha256 = self._model_sha256 or model_digest(request.model.folder)
         seen, arrays = inspected_steps(request.inspect, self.run.steps, request.model.config.hidden_size)

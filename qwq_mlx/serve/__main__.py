@@ -110,6 +110,12 @@ def _add_work(add: Any) -> None:
         action="store_true",
         help="a request's tokens are the same whatever runs beside it, to the last near-tie (see generate); slower",
     )
+    add(
+        "--runs-folder",
+        metavar="DIR",
+        type=Path,
+        help="where clients of /api/qwq/runs may save runs (default: nowhere)",
+    )
     add("--think-tokens", type=int, metavar="N", help="thinking budget of requests that name none (default: none)")
     add("--on-loop", choices=[each for each in LOOP_ACTIONS if each != "nudge"], help="as generate's (default: answer)")
     add(

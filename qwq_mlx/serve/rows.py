@@ -5,6 +5,7 @@ Does not: wait, or know why a job was cancelled.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 
 from qwq_mlx.errors import DamagedModelError, FitError, OptionError, QwqError
@@ -110,6 +111,12 @@ class Rows:
         if not source.streams:
             raise OptionError("The run to fork has not begun.")
         return source.streams[0].fork(at=at, seed=resolved(request.sampling.seed))
+
+    def save(self, job: Job, path: Path) -> None:
+        """Write a job's first run where it stands. Raises ApiError where it has not begun; SavingError."""
+        if not job.streams or not job.streams[0].run.steps:
+            raise ApiError(409, "The run has not begun, so there is nothing to save.")
+        job.streams[0].save(path)
 
     def step(self) -> None:
         """One step of the scheduler, its events sent. Raises DamagedModelError."""

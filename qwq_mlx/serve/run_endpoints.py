@@ -1,4 +1,4 @@
-"""The endpoints of runs: start, list, watch, answer now, stop, fork, vote, delete.
+"""The endpoints of runs: start, list, watch, answer now, stop, save, fork, vote, delete.
 
 Does not: know how a run goes on (`runs` does), or what stands in a body (`dialects.qwq` does).
 """
@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from qwq_mlx.errors import SavingError
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.body import dumped, read_json
 from qwq_mlx.serve.dialects.qwq import PATH, read_fork, read_run, read_vote
@@ -41,6 +42,7 @@ class RunEndpoints:
             Route(f"{one}/steps", self._steps, methods=["GET"]),
             Route(f"{one}/answer-now", self._answer_now, methods=["POST"]),
             Route(f"{one}/stop", self._stop, methods=["POST"]),
+            Route(f"{one}/save", self._save, methods=["POST"]),
             Route(f"{one}/fork", self._fork, methods=["POST"]),
             Route(f"{one}/vote", self._vote, methods=["POST"]),
             Route(f"{one}/vote", self._votes, methods=["GET"]),
@@ -84,6 +86,18 @@ class RunEndpoints:
         async with run.news:
             run.news.notify_all()
         return _json(run.to_json())
+
+    async def _save(self, request: Request) -> Response:
+        """Write the run into the server's folder of runs; `generate --resume` goes on with it."""
+        run, folder = self._run(request), self._settings.runs_folder
+        if folder is None:
+            raise ApiError(400, "This server saves no runs. Start it with --runs-folder DIR.", code="not_saving")
+        path = folder / f"{run.id}.qwq"
+        try:
+            await self._worker.save(run.job, path)
+        except SavingError as error:
+            raise ApiError(507, str(error), code="not_saved") from error
+        return _json({"path": str(path)}, status=201)
 
     async def _fork(self, request: Request) -> Response:
         run = self._run(request)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from qwq_mlx.errors import OptionError
@@ -40,6 +41,7 @@ class Settings:
     no_think: what a client gets that asks for no thinking: the thinking hidden, or the answer asked for at once.
     thinking: budget and loop action of requests that name none.
     heartbeat_s: seconds of silence after which a waiting client gets a sign of life.
+    runs_folder: where runs are saved that clients ask to save; None saves none.
     drain_s: seconds that running requests get after SIGTERM.
     """
 
@@ -60,6 +62,7 @@ class Settings:
     thinking: Thinking = field(default_factory=Thinking)
     heartbeat_s: float = 10.0
     drain_s: float = 30.0
+    runs_folder: Path | None = None
 
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and self.api_key is None:
@@ -69,6 +72,8 @@ class Settings:
             )
         if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
             raise OptionError("api_key is empty or holds characters that no header can, expected ASCII.")
+        if self.runs_folder is not None and not self.runs_folder.is_dir():
+            raise OptionError(f"runs_folder is '{self.runs_folder}', which is no folder. Make it, or name another.")
         if self.thinking.on_loop == "nudge":
             raise OptionError("on_loop is 'nudge', which takes back text that clients have already, expected another.")
         for name, low, high in (

@@ -13,10 +13,11 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from qwq_mlx.errors import DamagedModelError
+from qwq_mlx.errors import DamagedModelError, QwqError
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.jobs import Ask, Failed, Job
 from qwq_mlx.serve.metrics import Counters
@@ -53,6 +54,7 @@ class Worker:
         self._card: ModelCard | None = None
         self._preparer: Preparer | None = None
         self._line: deque[Job] = deque()
+        self._saves: deque[tuple[Job, Path, Future[None]]] = deque()
         self._n_running = 0
         self._n_preparing = 0  # whose prompts are encoded now; of the event loop alone
         self._refused: tuple[Job | None, int] = (None, 0)  # the first in line, beside so many rows
@@ -122,6 +124,15 @@ class Worker:
             self._line.append(job)
             self._wakes.notify()
 
+    async def save(self, job: Job, path: Path) -> None:
+        """Write a job's run where it stands (`Stream.save`). Raises ApiError where it has not begun; SavingError."""
+        self._ready()
+        saved: Future[None] = Future()
+        with self._wakes:
+            self._saves.append((job, path, saved))
+            self._wakes.notify()
+        await asyncio.wrap_future(saved)
+
     def _ready(self) -> Preparer:
         if self._preparer is None or self.state != "ready":
             raise self._unready()
@@ -188,10 +199,11 @@ class Worker:
     def _work(self, rows: Rows) -> bool:
         """Let jobs begin, and make one step; waits where there is nothing to do. Returns whether to go on."""
         with self._wakes:
-            while not self._is_closing and not self._line and not rows.n_busy:
+            while not (self._is_closing or self._line or self._saves or rows.n_busy):
                 self._wakes.wait()
             if self._is_closing:
                 return False
+        self._save_what_is_asked(rows)
         self._admit(rows)
         if rows.n_busy:
             rows.step()
@@ -199,6 +211,15 @@ class Worker:
         if rows.n_failed >= _MAX_FAILED:
             raise RuntimeError(f"{rows.n_failed} steps in a row failed; the last requests say how.")
         return True
+
+    def _save_what_is_asked(self, rows: Rows) -> None:
+        while self._saves:
+            job, path, saved = self._saves.popleft()
+            try:
+                rows.save(job, path)
+                saved.set_result(None)
+            except QwqError as error:
+                saved.set_exception(error)
 
     def _admit(self, rows: Rows) -> None:
         """The first in the line begin as far as there is room; those who left are forgotten."""
@@ -224,3 +245,5 @@ class Worker:
             rows.fail_all(error)
         while self._line:
             self._line.popleft().emit(Failed(error=error))
+        while self._saves:
+            self._saves.popleft()[2].set_exception(error)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from serving import QUESTION, Served, until
 
+from qwq_mlx.errors import OptionError
 from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.options import Inspect, Sampling
 from qwq_mlx.serve import runs
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.jobs import Ask, Job
+from qwq_mlx.serve.settings import Settings
 from qwq_mlx.trace.trace import Trace
 
 pytestmark = pytest.mark.pocket
@@ -131,6 +134,26 @@ def test_the_oldest_runs_that_have_ended_are_forgotten(monkeypatch: pytest.Monke
         fifth.job.cancel()
 
     asyncio.run(scenario())
+
+
+def test_a_saved_run_goes_on_as_if_it_had_never_stopped(
+    pocket_server: Served, trace: Trace, pocket_reasoner: Reasoner
+) -> None:
+    body = {"question": QUESTION, "temperature": 0.9, "seed": 4, "max_tokens": 12}
+    run_id = pocket_server.post(RUNS, body, status=201)["id"]
+    steps(pocket_server, run_id)
+    path = pocket_server.post(f"{RUNS}/{run_id}/save", {}, status=201)["path"]
+    assert Path(path).name == f"{run_id}.qwq"
+    resumed = pocket_reasoner.resume(path, max_tokens=200)
+    assert tuple(step.id for step in resumed) == trace.ids  # nobody has iterated over them, so the first 12 come too
+
+
+def test_a_server_without_a_folder_saves_nothing(tiny_server: Served) -> None:
+    run_id = tiny_server.post(RUNS, {"question": "x", "max_tokens": 1}, status=201)["id"]
+    steps(tiny_server, run_id)
+    assert "--runs-folder" in tiny_server.post(f"{RUNS}/{run_id}/save", {}, status=400)["error"]
+    with pytest.raises(OptionError, match="is no folder"):
+        Settings(runs_folder=Path("nowhere"))
 
 
 @pytest.mark.parametrize(
