@@ -91,6 +91,8 @@ SEEDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("/api/generate", {"model": "tiny", "prompt": "x", "system": "s", "options": {"num_predict": 1}, "stream": False}),
     ("/api/show", {"model": "tiny", "verbose": True}),
+    ("/api/qwq/runs", {"question": "x", "max_tokens": 2, "think_tokens": 1, "alternatives": 2, "on_loop": "stop"}),
+    ("/api/qwq/runs/run-0/fork", {"at": 1, "seed": 2}),
 )
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 1.5, -0.0, 1e308, 2**31, 2**63, 2**64, -(2**63), 10**30),
