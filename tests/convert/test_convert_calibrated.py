@@ -181,7 +181,7 @@ def test_a_resumed_run_reads_what_the_first_one_collected_and_another_text_is_re
     assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("damage", ["layer-00001", "output", "another run"])
+@pytest.mark.parametrize("damage", ["layer-00001", "another run"])
 def test_what_is_torn_or_of_another_run_is_fitted_again(
     tiny_checkpoint: Path, converted: Path, text: Path, tmp_path: Path, damage: str
 ) -> None:
