@@ -56,7 +56,7 @@ class Blas:
             np.matmul(self._weight[block], columns, out=out[block])
 
         _by_blocks(multiply, *self._weight.shape)
-        y = mx.array(out).T.reshape(*x.shape[:-1], -1)
+        y = mx.array(np.ascontiguousarray(out.T).reshape(*x.shape[:-1], -1))
         return y if self.bias is None else y + self.bias
 
 
@@ -137,7 +137,7 @@ def blas_quantized_matmul(x: Any, weight: Any, scales: Any, biases: Any, *, grou
         out[block] += bias[block] @ sums
 
     _by_blocks(multiply, len(scale), n_in, is_threaded=bits in _NUMPY_BITS)
-    return mx.array(out).T.reshape(*x.shape[:-1], -1)
+    return mx.array(np.ascontiguousarray(out.T).reshape(*x.shape[:-1], -1))
 
 
 def _by_blocks(multiply: Callable[[slice], None], n_out: int, n_in: int, *, is_threaded: bool = True) -> None:
