@@ -420,3 +420,21 @@ def test_the_command_calibrates(
     text.write_text("short", encoding="utf-8")
     assert main(arguments) == 2
     assert "expected at least 512 to calibrate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_products_of_inputs_are_added_up_alike_by_numpy_and_by_mlx(
+    is_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwq_mlx.quant.error_feedback.MAX_CHANNELS", 128)
+    if not is_cpu:  # what a GPU would do
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    random, products = np.random.default_rng(2), fit_layers._Products()
+    texts = [random.standard_normal((n, 256)).astype(np.float32) for n in (40, 7, 300)]
+    for each in texts:
+        products.add(mx.array(each))
+    whole = np.concatenate(texts).astype(float)
+    first, second = products.means("some.path")
+    for found, part in ((first, whole[:, :128]), (second, whole[:, 128:])):
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, part.T @ part / len(whole), rtol=1e-3, atol=1e-5)

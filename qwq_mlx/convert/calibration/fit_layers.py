@@ -175,16 +175,17 @@ class _Products:
         self.n_positions += x.shape[0]
 
     def _add(self, place: int, part: Any) -> None:
-        if place == len(self.sums):
+        if not isinstance(part, np.ndarray):
+            product = part.T @ part
+            self.sums[place : place + 1] = [self.sums[place] + product if place < len(self.sums) else product]
+            import_mlx().eval(self.sums[place])  # or the whole text's graph is kept
+        elif place == len(self.sums):
             self.sums.append(part.T @ part)
-        elif isinstance(part, np.ndarray):
+        else:
             if self.spare.shape != self.sums[place].shape:
                 self.spare = np.empty_like(self.sums[place])
             np.matmul(part.T, part, out=self.spare)  # fresh memory for each would cost as much as the product
             self.sums[place] += self.spare
-        else:
-            self.sums[place] = self.sums[place] + part.T @ part
-            import_mlx().eval(self.sums[place])
 
     def means(self, path: str) -> list[NDArray[np.float64]]:
         """Sums over positions. path: that is fed with x. Raises ConversionError where x was not finite."""
