@@ -60,7 +60,7 @@ class Calibration:
         layer = 2 * width * (width + config.num_key_value_heads * config.head_dim) + 3 * width * inner
         text = _CHUNK * (3 * inner + 9 * width + 2 * config.num_attention_heads * _CHUNK)
         products = 2 * (3 * width * block_size(width) + inner * block_size(inner))  # float64
-        factors = 8 * min(max(width, inner), MAX_CHANNELS) ** 2 + 6 * n_workers * FIT_ROWS * inner
+        factors = 12 * min(max(width, inner), MAX_CHANNELS) ** 2 + 6 * n_workers * FIT_ROWS * inner
         return 4 * (layer + width * inner + 2 * self.n_ids * width + products + max(text, factors))
 
 
