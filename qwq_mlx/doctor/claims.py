@@ -66,6 +66,11 @@ CLAIMS = (
         checks=("recorded ids", "attention"),
     ),
     Claim(
+        files=("qwq_mlx/convert/calibration/estimate.py",),
+        text="the time of a calibrated conversion",
+        reason="takes minutes to hours: python -m qwq_mlx.convert --calibrate TEXT plans it and shows what it took",
+    ),
+    Claim(
         files=("docs/benchmarks.md",),
         text="decode speed beside mlx-lm's",
         reason="takes minutes: python -m qwq_mlx.bench measures it",
