@@ -50,10 +50,14 @@ def quantized_cache_class() -> type[Any]:
 
 
 class RowCaches:
-    """One layer's caches of the rows of a pass, each with its own length. Each row feeds one id."""
+    """One layer's caches of the rows of a pass, each with its own length. Each row feeds one id.
 
-    def __init__(self, caches: Sequence[Any]) -> None:
+    offset: (rows,) positions that each holds, the same in every layer.
+    """
+
+    def __init__(self, caches: Sequence[Any], offset: mx.array) -> None:
         self.caches = tuple(caches)
+        self.offset = offset
 
     def make_mask(self, n_ids: int, return_array: bool = False, window_size: int | None = None) -> None:
         """None: the one id of a row may look at all that its cache holds."""
@@ -61,7 +65,10 @@ class RowCaches:
 
 def joined(caches: Sequence[Sequence[Any]]) -> Sequence[Any]:
     """The KV caches of some rows as one for their pass, by layer; that of a single row as it is."""
-    return caches[0] if len(caches) == 1 else [RowCaches(layer) for layer in zip(*caches, strict=True)]
+    if len(caches) == 1:
+        return caches[0]
+    offset = mx.array([row[0].offset for row in caches])
+    return [RowCaches(layer, offset) for layer in zip(*caches, strict=True)]
 
 
 @functools.cache
@@ -83,9 +90,8 @@ def attention_class() -> type[Any]:
                     (self.v_proj(x), self.n_kv_heads),
                 )
             )
+            queries, keys = self.rope(queries, offset=cache.offset), self.rope(keys, offset=cache.offset)
             caches = cache.caches if isinstance(cache, RowCaches) else (cache,)
-            offset = mx.array([own.offset for own in caches]) if len(caches) > 1 else caches[0].offset
-            queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
             mixed = [
                 self._row(queries[row : row + 1], keys[row : row + 1], values[row : row + 1], mask, own)
                 for row, own in enumerate(caches)
