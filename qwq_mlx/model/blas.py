@@ -238,7 +238,7 @@ def use_blas_for_rows(module: Any) -> None:
 
 def uses_blas(module: Any) -> bool:
     """Whether `use_blas_for_rows` was done to a model."""
-    return any(type(each) in _CLASSES.values() for each in module.modules())
+    return any(type(each) in _CLASSES.values() for each in module.layers[0].modules())
 
 
 def _n_rows(x: Any) -> int:
