@@ -83,11 +83,8 @@ def our_passes(
     seconds = []
     for _ in range(n_passes):
         start = time.perf_counter()
-        decoder.step(rows)
+        _step(decoder, rows)
         seconds.append(time.perf_counter() - start)
-        for row in rows:
-            if row.failure is not None:
-                raise row.failure
     return [row.ids[row.n_prompt :] for row in rows], seconds
 
 
@@ -102,11 +99,15 @@ def our_samples(module: Any, prompt: Sequence[int], n_ids: int, n_tokens: int, n
         row.start(prompt)
         rows.append(row)
     for _ in range(n_tokens):
-        decoder.step(rows)
-        for row in rows:
-            if row.failure is not None:
-                raise row.failure
+        _step(decoder, rows)
     return [row.ids[row.n_prompt :] for row in rows]
+
+
+def _step(decoder: Decoder, rows: Sequence[Row]) -> None:
+    decoder.step(rows)
+    for row in rows:
+        if row.failure is not None:
+            raise row.failure
 
 
 def their_passes(module: Any, prompt: Sequence[int], n_passes: int, n_rows: int) -> list[float]:

@@ -23,13 +23,7 @@ _N_PASSES = 8
 
 def bench_rows(bench: Bench) -> list[Row]:
     """Every target at every number of rows."""
-    rows = []
-    for target in bench.targets:
-        if target.share > 1:
-            bench.progress(f"{target.name}: left out, its rows take seconds each on the CPU")
-            continue
-        rows += [_row(bench, target, n_rows) for n_rows in bench.options.rows]
-    return rows
+    return bench.at_rows(lambda target, n_rows: _row(bench, target, n_rows))
 
 
 def _row(bench: Bench, target: Target, n_rows: int) -> Row:

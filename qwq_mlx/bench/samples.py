@@ -22,13 +22,7 @@ _ONE_BY_ONE = "mlx-lm, one by one"
 
 def bench_samples(bench: Bench) -> list[Row]:
     """Every target at every number of rows."""
-    rows = []
-    for target in bench.targets:
-        if target.share > 1:
-            bench.progress(f"{target.name}: left out, its rows take seconds each on the CPU")
-            continue
-        rows += [_row(bench, target, n_rows) for n_rows in bench.options.rows]
-    return rows
+    return bench.at_rows(lambda target, n_rows: _row(bench, target, n_rows))
 
 
 def _row(bench: Bench, target: Target, n_rows: int) -> Row:

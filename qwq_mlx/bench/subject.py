@@ -126,6 +126,16 @@ class Bench:
             targets.append(self._qwq_shaped())
         return targets
 
+    def at_rows(self, measure: Callable[[Target, int], Row]) -> list[Row]:
+        """What is measured with each number of rows; a target whose rows take seconds each is left out with a word."""
+        rows = []
+        for target in self.targets:
+            if target.share > 1:
+                self.progress(f"{target.name}: left out, its rows take seconds each on the CPU")
+                continue
+            rows += [measure(target, n_rows) for n_rows in self.options.rows]
+        return rows
+
     def turns(self, contestants: dict[str, Callable[[], float]], what: str) -> dict[str, Runs]:
         """`take_turns` with the options' repeats. what: begins the lines of progress.
 
