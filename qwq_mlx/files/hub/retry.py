@@ -9,10 +9,10 @@ Does not: make requests.
 from __future__ import annotations
 
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -125,19 +125,15 @@ def within(seconds: float, ask: Callable[[], _Answer]) -> _Answer:
     It runs in a thread of its own, which is left behind (and ends with the process) where it takes longer.
     Raises TimeoutError then, and whatever the request raises.
     """
-    answers: queue.SimpleQueue[tuple[_Answer | None, BaseException | None]] = queue.SimpleQueue()
+    answer: Future[_Answer] = Future()
 
     def work() -> None:
         try:
-            answers.put((ask(), None))
+            answer.set_result(ask())
         except BaseException as error:  # noqa: BLE001 - raised where it is waited for
-            answers.put((None, error))
+            answer.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=seconds)
-    except queue.Empty as empty:
-        raise TimeoutError(f"no whole answer in {seconds:g} s") from empty
-    if error is not None:
-        raise error
-    return answer  # type: ignore[return-value]
+    if not wait([answer], timeout=seconds).done:
+        raise TimeoutError(f"no whole answer in {seconds:g} s")
+    return answer.result()
