@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwq_mlx.errors import ConversionError, LoadError
+from qwq_mlx.errors import ConversionError, LoadError, system_said
 from qwq_mlx.facts import MODELS
 from qwq_mlx.quant.recipe import load_recipe
 
@@ -101,8 +101,8 @@ def _convert(source: Path, folder: Path) -> None:
         convert_checkpoint(source, folder, recipe=_RECIPE, quality=False)
     except OSError as error:
         raise LoadError(
-            f"{folder}: cannot be written ({error.strerror}), so the pocket model has no place. "
-            "Set XDG_CACHE_HOME to a folder that can be written, or name the folder of a model."
+            f"{folder}: the pocket model has no place, for this folder cannot be written "
+            + system_said(error, "Set XDG_CACHE_HOME to a folder that can be written, or name the folder of a model.")
         ) from error
     except ConversionError:
         if not (folder / "config.json").is_file():

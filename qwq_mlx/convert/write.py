@@ -80,8 +80,8 @@ class ShardWriter:
             fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ConversionError(
-                f"{path}: the unfinished conversion cannot go on without it ({error.strerror}). "
-                "Begin again with `restart=True`."
+                f"{path}: the unfinished conversion cannot go on without it "
+                f"{system_said(error, 'Begin again with `restart=True`.')}"
             ) from error
         if (size := os.fstat(fd).st_size) != shard.size_bytes:
             os.close(fd)
