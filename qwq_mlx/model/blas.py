@@ -31,6 +31,7 @@ from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 
 __all__ = ["Blas", "blas_quantized_matmul", "causal_attention", "use_blas", "use_blas_for_rows", "uses_blas"]
 
+_MARK = "_multiplies_by_blas"  # of a model; to look at all its layers takes 2 ms for each run
 _NUMPY_BITS = (2, 4, 8)  # whole codes in a byte; others are unpacked by MLX
 _QUERIES = 512  # that attend at a time: their scores stay small whatever the length
 _BLOCK_BYTES = 4 << 20  # of unpacked rows at a time: they stay in the processor's cache until they are multiplied
@@ -234,11 +235,12 @@ def use_blas_for_rows(module: Any) -> None:
     for each in module.modules():
         if type(each) in _CLASSES and getattr(each, "mode", "affine") == "affine":
             each.__class__ = _CLASSES[type(each)]  # what a layer holds stays the same, only its product is another
+    setattr(module, _MARK, True)
 
 
 def uses_blas(module: Any) -> bool:
     """Whether `use_blas_for_rows` was done to a model."""
-    return any(type(each) in _CLASSES.values() for each in module.layers[0].modules())
+    return bool(getattr(module, _MARK, False))
 
 
 def _n_rows(x: Any) -> int:
