@@ -73,7 +73,8 @@ class Worker:
     @property
     def n_waiting(self) -> int:
         """Jobs in the line."""
-        return sum(not job.is_cancelled for job in self._line)
+        with self._wakes:  # the model's thread takes jobs out of the line at any time
+            return sum(not job.is_cancelled for job in self._line)
 
     @property
     def n_running(self) -> int:
@@ -118,17 +119,17 @@ class Worker:
 
     def submit(self, job: Job) -> None:
         """Put a job in the line. Raises ApiError where the line is full or nothing can run."""
-        self._ready()
         with self._wakes:
+            self._ready()
             self._refuse_when_full()
             self._line.append(job)
             self._wakes.notify()
 
     async def save(self, job: Job, path: Path) -> None:
         """Write a job's run where it stands (`Stream.save`). Raises ApiError where it has not begun; SavingError."""
-        self._ready()
         saved: Future[None] = Future()
         with self._wakes:
+            self._ready()
             self._saves.append((job, path, saved))
             self._wakes.notify()
         await asyncio.wrap_future(saved)
@@ -231,8 +232,9 @@ class Worker:
                 if not rows.has_room(job) and rows.n_busy:
                     self._refused = (job, rows.n_busy)
                     return
-            self._n_running = rows.n_busy + job.n_choices  # before it leaves the line, so that nobody sees it nowhere
-            self._line.popleft()
+            with self._wakes:  # so that no count misses it
+                self._n_running = rows.n_busy + job.n_choices
+                self._line.popleft()
             if not job.is_cancelled:
                 rows.start(job)
             self._n_running = rows.n_busy
@@ -243,7 +245,8 @@ class Worker:
             error = ApiError(503, f"The model cannot go on: {self.failure}", code="model_broken", retry_after_s=5)
         if rows is not None:
             rows.fail_all(error)
-        while self._line:
-            self._line.popleft().emit(Failed(error=error))
-        while self._saves:
-            self._saves.popleft()[2].set_exception(error)
+        with self._wakes:  # a `submit` that gets the lock after this one sees the new `state`
+            while self._line:
+                self._line.popleft().emit(Failed(error=error))
+            while self._saves:
+                self._saves.popleft()[2].set_exception(error)

@@ -72,7 +72,7 @@ class Served:
     @property
     def is_idle(self) -> bool:
         worker = self.server.worker
-        return worker.n_running == 0 and worker.n_waiting == 0
+        return worker.n_waiting == 0 and worker.n_running == 0  # in the order in which a job goes through them
 
 
 def until(is_so: Callable[[], bool]) -> None:

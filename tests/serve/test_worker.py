@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from serving import CHAT, Served, started, until, user
 from qwq_mlx.errors import DamagedModelError, GenerationError, LoadError
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.scheduler import Scheduler
+from qwq_mlx.serve.jobs import Failed
 from qwq_mlx.serve.server import Server
 from qwq_mlx.serve.settings import Settings
+from qwq_mlx.serve.worker import Worker
 
 pytestmark = pytest.mark.tiny
 
@@ -205,3 +208,58 @@ def test_what_is_not_finished_within_the_drain_is_cut(known_checkpoint: Path) ->
         with pytest.raises(http.client.IncompleteRead):
             response.read()
         connection.close()
+
+
+class WaitingJob:
+    """A job in the line. Reading `is_cancelled` lets another thread, `meanwhile`, run first, unless a lock stops it."""
+
+    n_choices = 1
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.meanwhile: threading.Thread | None = None
+
+    @property
+    def is_cancelled(self) -> bool:
+        other, self.meanwhile = self.meanwhile, None
+        if other is not None:
+            other.start()
+            other.join(0.05)  # not longer: the lock that it waits for may be held here
+        return False
+
+    def emit(self, event: Any) -> None:
+        self.events.append(event)
+
+
+@pytest.fixture
+def idle_worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
+    """A worker whose thread does not run: the tests are its thread."""
+    worker = Worker(lambda: pytest.fail("loaded"), Settings(port=0))
+    monkeypatch.setattr(worker, "_preparer", object())
+    worker.state = "ready"
+    return worker
+
+
+def test_the_line_may_be_counted_while_jobs_leave_it(idle_worker: Worker) -> None:
+    first, second = WaitingJob(), WaitingJob()
+    for job in (first, second):
+        idle_worker.submit(job)  # type: ignore[arg-type]
+    rows: Any = SimpleNamespace(n_busy=0, has_room=lambda job: True, start=lambda job: None)
+    admission = first.meanwhile = threading.Thread(target=lambda: idle_worker._admit(rows))
+    assert idle_worker.n_waiting == 2
+    admission.join()
+    assert idle_worker.n_waiting == 0
+
+
+def test_a_job_that_comes_while_the_worker_ends_is_told(idle_worker: Worker) -> None:
+    first, late = WaitingJob(), WaitingJob()
+    idle_worker.submit(first)  # type: ignore[arg-type]
+
+    def end() -> None:
+        idle_worker.state = "closed"
+        idle_worker._end_all(None)
+
+    ending = first.meanwhile = threading.Thread(target=end)
+    idle_worker.submit(late)  # type: ignore[arg-type]
+    ending.join()
+    assert [type(event) for job in (first, late) for event in job.events] == [Failed, Failed]
