@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Server"]
 
+_PASS_S = 10.0
+
 
 class Server:
     """`start()`, then `wait()` until it is over; `stop()` lets running requests finish.
@@ -59,8 +61,13 @@ class Server:
         self._http.stop()
 
     def abort(self) -> None:
-        """End without waiting for requests."""
+        """End without waiting for requests.
+
+        The pass under way, or what is left of loading, is waited for, at most 10 s: a thread that returns from MLX
+        into an interpreter that is gone aborts the process.
+        """
         self._http.abort()
+        self.worker.close(_PASS_S)
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it is over within so many seconds."""

@@ -85,13 +85,13 @@ class Worker:
         """Begin to load."""
         self._thread.start()
 
-    def close(self) -> None:
-        """End what runs after the token under way, and the thread; waits for it."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """End what runs after the pass under way, and the thread; waits for it, at most so many seconds."""
         with self._wakes:
             self._is_closing = True
             self._wakes.notify()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(timeout_s)
         self._encoder.shutdown(cancel_futures=True)
 
     async def prepare(self, ask: Ask) -> Job:

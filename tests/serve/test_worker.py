@@ -210,6 +210,17 @@ def test_what_is_not_finished_within_the_drain_is_cut(known_checkpoint: Path) ->
         connection.close()
 
 
+def test_an_abort_ends_the_models_thread_in_the_midst_of_a_request(known_checkpoint: Path) -> None:
+    """One that is left in MLX when the interpreter goes ends the process by SIGABRT instead of the exit code."""
+    with started(lambda: load(known_checkpoint), Settings(port=0)) as served:
+        connection, response = served.open_stream(LONG)
+        until(lambda: served.server.worker.n_running == 1)
+        served.server.abort()
+        assert served.server.worker.state == "closed"
+        response.close()
+        connection.close()
+
+
 class WaitingJob:
     """A job in the line. Reading `is_cancelled` lets another thread, `meanwhile`, run first, unless a lock stops it."""
 
