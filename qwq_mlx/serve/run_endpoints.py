@@ -66,7 +66,9 @@ class RunEndpoints:
         return _json(self._run(request).to_json())
 
     async def _delete(self, request: Request) -> Response:
-        self._runs.remove(self._run(request))
+        run = self._run(request)
+        await run.stop()
+        self._runs.remove(run)
         return Response(status_code=204)
 
     async def _steps(self, request: Request) -> PartsResponse:
@@ -82,9 +84,7 @@ class RunEndpoints:
 
     async def _stop(self, request: Request) -> Response:
         run = self._run(request)
-        run.job.cancel()
-        async with run.news:
-            run.news.notify_all()
+        await run.stop()
         return _json(run.to_json())
 
     async def _save(self, request: Request) -> Response:

@@ -39,6 +39,7 @@ class Run:
         self.steps: list[bytes] = []  # each a line of JSON, which is smaller than what it says
         self.ended: Ended | None = None
         self.error: ApiError | None = None
+        self.is_stopped = False
         self.news = asyncio.Condition()
 
     @property
@@ -48,12 +49,19 @@ class Run:
             return "ended"
         if self.error is not None:
             return "failed"
-        return "stopped" if self.job.is_cancelled else "running"
+        return "stopped" if self.is_stopped else "running"  # a job is also cancelled before it tells that it failed
 
     @property
     def seed(self) -> int | None:
         """What its tokens are drawn with."""
         return self.job.requests[0].sampling.seed
+
+    async def stop(self) -> None:
+        """End it, unless it is over; whoever watches it is told."""
+        self.is_stopped = True
+        self.job.cancel()
+        async with self.news:
+            self.news.notify_all()
 
     def to_json(self) -> dict[str, Any]:
         """Without the steps."""
@@ -109,9 +117,8 @@ class Runs:
         return self._follow(other)
 
     def remove(self, run: Run) -> None:
-        """End a run and forget it."""
-        run.job.cancel()
-        del self._runs[run.id]
+        """Forget a run that is over."""
+        self._runs.pop(run.id, None)
 
     async def lines(self, run: Run, start: int) -> AsyncIterator[bytes]:
         """The steps from a place on as lines of JSON, as they come; the run itself is the last line."""

@@ -16,7 +16,7 @@ from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.options import Inspect, Sampling
 from qwq_mlx.serve import runs
 from qwq_mlx.serve.api_error import ApiError
-from qwq_mlx.serve.jobs import Ask, Job
+from qwq_mlx.serve.jobs import Ask, Failed, Job, Stepped
 from qwq_mlx.serve.settings import Settings
 from qwq_mlx.trace.trace import Trace
 
@@ -122,16 +122,31 @@ def test_the_oldest_runs_that_have_ended_are_forgotten(monkeypatch: pytest.Monke
         first, second, third = [await known.start(Ask(), question=name) for name in "abc"]
         with pytest.raises(ApiError, match="3 runs are under way"):
             await known.start(Ask(), question="d")
-        second.job.cancel()
+        await second.stop()
         fourth = await known.start(Ask(), question="d")
         assert list(known) == [fourth, third, first]
         first.steps = [b""] * (runs.MAX_STEPS + 1)
-        first.job.cancel()
-        third.job.cancel()
+        await first.stop()
+        await third.stop()
         fifth = await known.start(Ask(), question="e")
         assert list(known) == [fifth, fourth, third], "without the first there are few steps"
-        fourth.job.cancel()
-        fifth.job.cancel()
+        await fourth.stop()
+        await fifth.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_run_that_fails_behind_its_last_step_has_failed() -> None:
+    """The job is cancelled at once, the events come a moment later."""
+
+    async def scenario() -> None:
+        known = runs.Runs(FakeWorker(), heartbeat_s=10)  # type: ignore[arg-type]
+        run = await known.start(Ask(), question="a")
+        run.job.emit(Stepped(choice=0, steps=({"index": 0},)))
+        run.job.emit(Failed(error=ApiError(500, "a logit is NaN")))
+        run.job.cancel()
+        assert [json.loads(line) async for line in known.lines(run, 0)][-1]["run"]["error"] == "a logit is NaN"
+        assert (run.state, len(run.steps)) == ("failed", 1)
 
     asyncio.run(scenario())
 
