@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from qwq_mlx.cli.command import Command, load_reasoner, make_parser, run_command
 from qwq_mlx.cli.generate_flags import add_loading, bits
 from qwq_mlx.errors import BackendError, OptionError, QwqError
-from qwq_mlx.options import LOOP_ACTIONS, Limits, Thinking
-from qwq_mlx.serve.settings import NO_THINK, REASONING_FIELDS, Settings
+from qwq_mlx.options import Limits, Thinking
+from qwq_mlx.serve.settings import NO_THINK, REASONING_FIELDS, SERVED_LOOP_ACTIONS, Settings
 
 if TYPE_CHECKING:
     from qwq_mlx.generate.reasoner import Reasoner
@@ -117,7 +117,7 @@ def _add_work(add: Any) -> None:
         help="where clients of /api/qwq/runs may save runs (default: nowhere)",
     )
     add("--think-tokens", type=int, metavar="N", help="thinking budget of requests that name none (default: none)")
-    add("--on-loop", choices=[each for each in LOOP_ACTIONS if each != "nudge"], help="as generate's (default: answer)")
+    add("--on-loop", choices=SERVED_LOOP_ACTIONS, help="as generate's (default: answer)")
     add(
         "--reasoning-field",
         choices=REASONING_FIELDS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -204,8 +204,10 @@ class Fields:
         if value is not None and not any(type(value) is type(each) and value == each for each in neutral):
             raise not_built(self._where + name)
 
-    def refuse_others(self) -> None:
-        """Raises ApiError naming the first field that was not read."""
+    def refuse_others(self, neutral: Mapping[str, Iterable[Any]] | None = None) -> None:
+        """Raises ApiError naming the first field that was not read. neutral: fields as for `refuse_unless`."""
+        for name, values in (neutral or {}).items():
+            self.refuse_unless(name, values)
         for name in self._values:
             if name not in self._read:
                 raise not_built(f"{self._where}{name[:80]}")

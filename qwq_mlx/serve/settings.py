@@ -11,13 +11,23 @@ from pathlib import Path
 from typing import Literal
 
 from qwq_mlx.errors import OptionError
-from qwq_mlx.options import Thinking
+from qwq_mlx.options import LOOP_ACTIONS, Thinking
 
-__all__ = ["NO_THINK", "REASONING_FIELDS", "NoThink", "ReasoningField", "Settings", "is_loopback"]
+__all__ = [
+    "NO_THINK",
+    "REASONING_FIELDS",
+    "SERVED_LOOP_ACTIONS",
+    "NoThink",
+    "ReasoningField",
+    "Settings",
+    "is_loopback",
+]
 
 ReasoningField = Literal["both", "reasoning", "reasoning_content", "none", "think-tags"]
 NoThink = Literal["hide", "answer-now"]
 REASONING_FIELDS: tuple[ReasoningField, ...] = ("both", "reasoning", "reasoning_content", "none", "think-tags")
+SERVED_LOOP_ACTIONS = tuple(action for action in LOOP_ACTIONS if action != "nudge")
+"""Those that take back no text: clients have it already."""
 NO_THINK: tuple[NoThink, ...] = ("hide", "answer-now")
 
 

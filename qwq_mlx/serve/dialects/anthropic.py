@@ -50,7 +50,7 @@ def read_message(
         stop=fields.texts("stop_sequences", at_most=_MAX_STOPS),
     )
     fields.ignore("metadata", "service_tier", "cache_control")
-    _refuse_others(fields)
+    fields.refuse_others(_NEUTRAL)
     return ask, MessageWriter(model, shows_thinking=shows), streams
 
 
@@ -59,14 +59,8 @@ def read_count(body: dict[str, Any], *, model: str, joins_thinking: bool) -> tup
     fields = Fields(body)
     messages = _conversation(fields, model, joins_thinking)
     fields.ignore("thinking", "cache_control", "output_config")
-    _refuse_others(fields)
+    fields.refuse_others(_NEUTRAL)
     return messages
-
-
-def _refuse_others(fields: Fields) -> None:
-    for name, neutral in _NEUTRAL.items():
-        fields.refuse_unless(name, neutral)
-    fields.refuse_others()
 
 
 def _conversation(fields: Fields, model: str, joins_thinking: bool) -> tuple[dict[str, str], ...]:

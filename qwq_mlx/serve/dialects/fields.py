@@ -15,7 +15,16 @@ from qwq_mlx.serve.api_error import ApiError, not_built
 from qwq_mlx.serve.body import Fields
 from qwq_mlx.serve.settings import Settings
 
-__all__ = ["EFFORTS", "MAX_STOPS", "check_model", "read_messages", "sampling_of", "split_parts", "thinking_of"]
+__all__ = [
+    "EFFORTS",
+    "MAX_STOPS",
+    "MAX_TOP_LOGPROBS",
+    "check_model",
+    "read_messages",
+    "sampling_of",
+    "split_parts",
+    "thinking_of",
+]
 
 EFFORTS: dict[str, int | None] = {
     "none": 0,
@@ -28,6 +37,7 @@ EFFORTS: dict[str, int | None] = {
 }
 """Tokens of thinking by the words that clients have for it; None is no budget, 0 no thinking that is shown."""
 MAX_STOPS = 4
+MAX_TOP_LOGPROBS = 20
 
 _RANGES = {
     "temperature": (0, 100),
@@ -102,9 +112,8 @@ def split_parts(value: Any, where: str) -> tuple[str, str]:
         kind = part.text("type")
         if kind in _TEXT_PARTS:
             texts.append(_part(part, "text"))
-            part.refuse_unless("annotations", ([],))
-            part.refuse_unless("citations", ([],))
-            part.refuse_unless("logprobs", ([],))
+            for each in ("annotations", "citations", "logprobs"):
+                part.refuse_unless(each, ([],))
             part.ignore("cache_control")
         elif kind == "thinking":
             thoughts.append(_part(part, "thinking"))

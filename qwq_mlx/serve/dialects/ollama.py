@@ -12,7 +12,14 @@ from typing import Any
 from qwq_mlx.options import Thinking
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.body import Fields, dumped
-from qwq_mlx.serve.dialects.fields import EFFORTS, check_model, read_messages, sampling_of, thinking_of
+from qwq_mlx.serve.dialects.fields import (
+    EFFORTS,
+    MAX_TOP_LOGPROBS,
+    check_model,
+    read_messages,
+    sampling_of,
+    thinking_of,
+)
 from qwq_mlx.serve.jobs import Ask, Delta, Ended
 from qwq_mlx.serve.settings import Settings
 
@@ -30,7 +37,6 @@ _SAMPLING = (
     "frequency_penalty",
 )
 _MAX_STOPS = 16
-_MAX_TOP_LOGPROBS = 20
 # They say how llama.cpp runs, and change no token here.
 _OF_THE_RUNNER = (
     "num_keep",
@@ -110,7 +116,7 @@ def _rest(
     is_streamed = fields.flag("stream")
     thinking, shows_thinking = _thinking(fields, settings)
     wants_logprobs = fields.flag("logprobs") or False
-    top_logprobs = fields.whole("top_logprobs", 0, _MAX_TOP_LOGPROBS) or 0
+    top_logprobs = fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS) or 0
     options = fields.inner("options") or Fields({}, "options.")
     n_predict = options.whole("num_predict", -2)
     ask = Ask(
@@ -124,13 +130,9 @@ def _rest(
         top_logprobs=top_logprobs if wants_logprobs else None,
     )
     options.ignore(*_OF_THE_RUNNER)
-    for name, neutral in _NEUTRAL_OPTIONS.items():
-        options.refuse_unless(name, neutral)
-    options.refuse_others()
+    options.refuse_others(_NEUTRAL_OPTIONS)
     fields.ignore("keep_alive")
-    for name, neutral in _NEUTRAL.items():
-        fields.refuse_unless(name, neutral)
-    fields.refuse_others()
+    fields.refuse_others(_NEUTRAL)
     writer = LineWriter(model, is_chat=is_chat, shows_thinking=shows_thinking, has_logprobs=wants_logprobs)
     return ask if messages or prompts else None, writer, is_streamed is not False
 

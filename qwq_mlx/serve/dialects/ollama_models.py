@@ -49,10 +49,7 @@ def show(body: dict[str, Any], card: ModelCard) -> dict[str, Any]:
     if not named:
         raise fields.wrong("model", f"the name of the model, {card.name!r}")
     fields.ignore("verbose", "name")
-    fields.refuse_unless("system", ("",))
-    fields.refuse_unless("template", ("",))
-    fields.refuse_unless("options", ({},))
-    fields.refuse_others()
+    fields.refuse_others({"system": ("",), "template": ("",), "options": ({},)})
     check_model(named, card.name)
     info = {
         "general.architecture": "qwen2",

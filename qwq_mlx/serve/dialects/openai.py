@@ -17,7 +17,15 @@ from qwq_mlx.options import Sampling, Thinking
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.body import Fields, dumped
 from qwq_mlx.serve.dialects.errors import error_body
-from qwq_mlx.serve.dialects.fields import EFFORTS, MAX_STOPS, check_model, read_messages, sampling_of, thinking_of
+from qwq_mlx.serve.dialects.fields import (
+    EFFORTS,
+    MAX_STOPS,
+    MAX_TOP_LOGPROBS,
+    check_model,
+    read_messages,
+    sampling_of,
+    thinking_of,
+)
 from qwq_mlx.serve.jobs import Ask, Delta, Ended, LogprobEntry
 from qwq_mlx.serve.settings import ReasoningField, Settings
 
@@ -35,7 +43,6 @@ __all__ = [
 PATH = "/v1/chat/completions"
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_MAX_TOP_LOGPROBS = 20
 # They name, bill or store a request, and change no token.
 WITHOUT_EFFECT = (
     "user",
@@ -71,7 +78,7 @@ def read_chat(
     includes_usage = read_stream_options(fields)
     thinking, shows_thinking = _thinking(fields, settings)
     wants_logprobs = fields.flag("logprobs") or False
-    top_logprobs = fields.whole("top_logprobs", 0, _MAX_TOP_LOGPROBS)
+    top_logprobs = fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
     if top_logprobs and not wants_logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
     most = fields.whole("max_completion_tokens", 1)
@@ -86,9 +93,7 @@ def read_chat(
         top_logprobs=(top_logprobs or 0) if wants_logprobs else None,
     )
     fields.ignore(*WITHOUT_EFFECT)
-    for name, neutral in _NEUTRAL.items():
-        fields.refuse_unless(name, neutral)
-    fields.refuse_others()
+    fields.refuse_others(_NEUTRAL)
     writer = ChatWriter(
         model,
         n_choices=ask.n,

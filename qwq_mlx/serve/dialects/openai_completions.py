@@ -10,9 +10,9 @@ import time
 from typing import Any
 
 from qwq_mlx.serve.api_error import ApiError
-from qwq_mlx.serve.body import Fields, dumped
+from qwq_mlx.serve.body import Fields
 from qwq_mlx.serve.dialects.errors import error_body
-from qwq_mlx.serve.dialects.fields import MAX_STOPS, check_model, sampling_of
+from qwq_mlx.serve.dialects.fields import MAX_STOPS, MAX_TOP_LOGPROBS, check_model, sampling_of
 from qwq_mlx.serve.dialects.openai import SAMPLING, WITHOUT_EFFECT, event_line, read_logit_bias, read_stream_options
 from qwq_mlx.serve.jobs import Ask, Delta, Ended, LogprobEntry
 from qwq_mlx.serve.settings import Settings
@@ -22,7 +22,6 @@ __all__ = ["PATH", "CompletionWriter", "read_completion"]
 PATH = "/v1/completions"
 
 _MAX_TOKENS = 16  # OpenAI's default
-_MAX_TOP_LOGPROBS = 20
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"echo": (False,), "best_of": (1,), "suffix": ("",)}
 
 
@@ -30,7 +29,7 @@ def read_completion(body: dict[str, Any], *, settings: Settings, model: str) -> 
     """A body as an `Ask`, what writes its answer, and whether it is streamed. Raises ApiError."""
     fields = Fields(body)
     check_model(fields.text("model"), model)
-    top_logprobs = fields.whole("logprobs", 0, _MAX_TOP_LOGPROBS)
+    top_logprobs = fields.whole("logprobs", 0, MAX_TOP_LOGPROBS)
     streams = fields.flag("stream") or False
     includes_usage = read_stream_options(fields)
     ask = Ask(
@@ -43,9 +42,7 @@ def read_completion(body: dict[str, Any], *, settings: Settings, model: str) -> 
         top_logprobs=top_logprobs,
     )
     fields.ignore(*WITHOUT_EFFECT)
-    for name, neutral in _NEUTRAL.items():
-        fields.refuse_unless(name, neutral)
-    fields.refuse_others()
+    fields.refuse_others(_NEUTRAL)
     writer = CompletionWriter(model, n=ask.n, includes_usage=includes_usage, has_logprobs=top_logprobs is not None)
     return ask, writer, streams
 
@@ -104,7 +101,7 @@ class CompletionWriter:
 
     def failure(self, error: ApiError) -> bytes:
         """An error in place of a chunk, and the end."""
-        return f"data: {dumped(error_body(error, PATH))}\n\ndata: [DONE]\n\n".encode()
+        return event_line(error_body(error, PATH)) + b"data: [DONE]\n\n"
 
     def whole(self, ended: list[Ended]) -> dict[str, Any]:
         """The completion."""

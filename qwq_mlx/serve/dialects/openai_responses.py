@@ -14,6 +14,7 @@ from typing import Any
 from qwq_mlx.serve.api_error import ApiError, not_built
 from qwq_mlx.serve.body import Fields, dumped
 from qwq_mlx.serve.dialects.fields import EFFORTS, check_model, read_messages, sampling_of, thinking_of
+from qwq_mlx.serve.dialects.openai import WITHOUT_EFFECT
 from qwq_mlx.serve.jobs import Ask, Delta, Ended
 from qwq_mlx.serve.settings import Settings
 
@@ -21,16 +22,6 @@ __all__ = ["PATH", "ResponseWriter", "read_response"]
 
 PATH = "/v1/responses"
 
-_IGNORED = (
-    "store",
-    "user",
-    "metadata",
-    "service_tier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "parallel_tool_calls",
-)
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -59,9 +50,7 @@ def read_response(
         reasoning.ignore("generate_summary")
         reasoning.refuse_others()
     if (text := fields.inner("text")) is not None:
-        text.refuse_unless("format", ({"type": "text"},))
-        text.refuse_unless("verbosity", ("medium",))
-        text.refuse_others()
+        text.refuse_others({"format": ({"type": "text"},), "verbosity": ("medium",)})
     is_wanted = effort != "none"
     ask = Ask(
         messages=tuple(messages),
@@ -72,10 +61,8 @@ def read_response(
     if (options := fields.inner("stream_options")) is not None:
         options.ignore("include_obfuscation")
         options.refuse_others()
-    fields.ignore(*_IGNORED)
-    for name, neutral in _NEUTRAL.items():
-        fields.refuse_unless(name, neutral)
-    fields.refuse_others()
+    fields.ignore(*WITHOUT_EFFECT)
+    fields.refuse_others(_NEUTRAL)
     told = {
         "instructions": instructions,
         "max_output_tokens": ask.max_tokens,

@@ -11,18 +11,16 @@ from typing import Any
 from qwq_mlx.options import Thinking
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.body import Fields
-from qwq_mlx.serve.dialects.fields import read_messages, sampling_of
+from qwq_mlx.serve.dialects.fields import MAX_TOP_LOGPROBS, read_messages, sampling_of
 from qwq_mlx.serve.dialects.openai import SAMPLING
 from qwq_mlx.serve.jobs import Ask
-from qwq_mlx.serve.settings import Settings
+from qwq_mlx.serve.settings import SERVED_LOOP_ACTIONS, Settings
 
 __all__ = ["PATH", "read_fork", "read_run", "read_vote"]
 
 PATH = "/api/qwq/runs"
 
-_MAX_ALTERNATIVES = 20
 _MAX_SAMPLES = 32
-_LOOP_ACTIONS = ("answer", "stop", "off")
 
 
 def read_run(body: dict[str, Any], *, settings: Settings, joins_thinking: bool) -> tuple[Ask, str]:
@@ -40,7 +38,7 @@ def read_run(body: dict[str, Any], *, settings: Settings, joins_thinking: bool) 
         sampling=sampling_of(fields, SAMPLING),
         max_tokens=fields.whole("max_tokens", 1),
         thinking=_thinking(fields, settings),
-        top_logprobs=fields.whole("alternatives", 0, _MAX_ALTERNATIVES),
+        top_logprobs=fields.whole("alternatives", 0, MAX_TOP_LOGPROBS),
         shows_steps=True,
     )
     fields.refuse_others()
@@ -51,7 +49,7 @@ def _thinking(fields: Fields, settings: Settings) -> Thinking:
     values: dict[str, Any] = {
         "think_tokens": fields.whole("think_tokens", 0),
         "answer_tokens": fields.whole("answer_tokens", 1),
-        "on_loop": fields.choice("on_loop", _LOOP_ACTIONS),
+        "on_loop": fields.choice("on_loop", SERVED_LOOP_ACTIONS),
     }
     return replace(settings.thinking, **{name: value for name, value in values.items() if value is not None})
 
