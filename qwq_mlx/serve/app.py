@@ -6,7 +6,7 @@ Does not: know what stands in any body, or touch the model (`worker` does).
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, cast
 
 from starlette.applications import Starlette
@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from qwq_mlx.serve.api_error import ApiError
-from qwq_mlx.serve.body import dumped, read_json
+from qwq_mlx.serve.body import json_response, read_json
 from qwq_mlx.serve.dialects import (
     anthropic,
     ollama,
@@ -39,7 +39,8 @@ from qwq_mlx.serve.worker import Worker
 
 __all__ = ["make_app"]
 
-Endpoint = Callable[[Request], Awaitable[Any]]
+Reader = Callable[..., tuple[Ask, Writer, bool]]
+"""Makes of a body what is asked, what writes the answer, and whether it is streamed."""
 
 
 def make_app(worker: Worker, settings: Settings, *, log: Callable[[str], None] = lambda line: None) -> ASGIApp:
@@ -84,7 +85,7 @@ class _Server:
         """Whether requests are answered."""
         state = self._worker.state
         body = {"status": {"ready": "ok"}.get(state, state), "running": self._worker.n_running}
-        return _json({**body, "waiting": self._worker.n_waiting}, status=200 if state == "ready" else 503)
+        return json_response({**body, "waiting": self._worker.n_waiting}, status=200 if state == "ready" else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Counts for Prometheus."""
@@ -95,12 +96,12 @@ class _Server:
 
     async def models(self, request: Request) -> Response:
         """The one model, as a list."""
-        return _json({"object": "list", "data": [self._card()]})
+        return json_response({"object": "list", "data": [self._card()]})
 
     async def model(self, request: Request) -> Response:
         """The one model."""
         check_model(request.path_params["name"], self._worker.card.name)
-        return _json(self._card())
+        return json_response(self._card())
 
     def _card(self) -> dict[str, Any]:
         card = self._worker.card
@@ -114,9 +115,7 @@ class _Server:
 
     async def chat(self, request: Request) -> JobResponse:
         """OpenAI's chat completions."""
-        body, card = await self._body(request), self._worker.card
-        asked = openai.read_chat(body, settings=self._settings, model=card.name, joins_thinking=not card.has_tags)
-        return await self._answer(*asked)
+        return await self._converse(request, openai.read_chat)
 
     async def completion(self, request: Request) -> JobResponse:
         """OpenAI's completions of prompts as they stand."""
@@ -125,39 +124,33 @@ class _Server:
 
     async def response(self, request: Request) -> JobResponse:
         """OpenAI's responses."""
-        body, card = await self._body(request), self._worker.card
-        asked = openai_responses.read_response(
-            body, settings=self._settings, model=card.name, joins_thinking=not card.has_tags
-        )
-        return await self._answer(*asked)
+        return await self._converse(request, openai_responses.read_response)
 
     async def message(self, request: Request) -> JobResponse:
         """Anthropic's messages."""
-        body, card = await self._body(request), self._worker.card
-        asked = anthropic.read_message(body, settings=self._settings, model=card.name, joins_thinking=not card.has_tags)
-        return await self._answer(*asked)
+        return await self._converse(request, anthropic.read_message)
 
     async def count_tokens(self, request: Request) -> Response:
         """Anthropic's count of a prompt."""
         body, card = await self._body(request), self._worker.card
         messages = anthropic.read_count(body, model=card.name, joins_thinking=not card.has_tags)
-        return _json({"input_tokens": await self._worker.n_tokens(messages)})
+        return json_response({"input_tokens": await self._worker.n_tokens(messages)})
 
     async def ollama_version(self, request: Request) -> Response:
         """The version whose interface this is."""
-        return _json({"version": ollama_models.VERSION})
+        return json_response({"version": ollama_models.VERSION})
 
     async def ollama_tags(self, request: Request) -> Response:
         """The one model, as a list."""
-        return _json(ollama_models.tags(self._worker.card))
+        return json_response(ollama_models.tags(self._worker.card))
 
     async def ollama_processes(self, request: Request) -> Response:
         """The one model, which is in memory."""
-        return _json(ollama_models.processes(self._worker.card))
+        return json_response(ollama_models.processes(self._worker.card))
 
     async def ollama_show(self, request: Request) -> Response:
         """All about the model."""
-        return _json(ollama_models.show(await self._body(request), self._worker.card))
+        return json_response(ollama_models.show(await self._body(request), self._worker.card))
 
     async def ollama_not_done(self, request: Request) -> Response:
         """What would change models."""
@@ -170,7 +163,7 @@ class _Server:
             body, settings=self._settings, model=card.name, joins_thinking=not card.has_tags
         )
         if ask is None:
-            return _json(ollama.loaded_line(card.name, is_chat=True))
+            return json_response(ollama.loaded_line(card.name, is_chat=True))
         return await self._answer(ask, writer, streams)
 
     async def ollama_generate(self, request: Request) -> JobResponse | Response:
@@ -178,20 +171,22 @@ class _Server:
         body, card = await self._body(request), self._worker.card
         ask, writer, streams = ollama.read_generate(body, settings=self._settings, model=card.name)
         if ask is None:
-            return _json(ollama.loaded_line(card.name, is_chat=False))
+            return json_response(ollama.loaded_line(card.name, is_chat=False))
         return await self._answer(ask, writer, streams)
 
     async def _body(self, request: Request) -> dict[str, Any]:
         return await read_json(request, max_bytes=self._settings.body_bytes)
 
+    async def _converse(self, request: Request, read: Reader) -> JobResponse:
+        """The answer to a conversation, in which a client may send the thinking back."""
+        body, card = await self._body(request), self._worker.card
+        asked = read(body, settings=self._settings, model=card.name, joins_thinking=not card.has_tags)
+        return await self._answer(*asked)
+
     async def _answer(self, ask: Ask, writer: Writer, streams: bool) -> JobResponse:
         job = await self._worker.prepare(ask)
         self._worker.submit(job)
         return JobResponse(job, writer, streams=streams, heartbeat_s=self._settings.heartbeat_s)
-
-
-def _json(value: Any, *, status: int = 200) -> Response:
-    return Response(dumped(value), status_code=status, media_type="application/json")
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from qwq_mlx.serve.api_error import ApiError, not_built
 
-__all__ = ["Fields", "dumped", "read_json"]
+__all__ = ["Fields", "dumped", "json_response", "read_json"]
 
 _MAX_DEPTH = 32
 _READ_S = 60.0  # a body that takes longer to arrive holds a connection for nothing
@@ -100,6 +101,11 @@ def dumped(value: Any) -> str:
         return json.dumps(value, separators=(",", ":"), allow_nan=False)
     except ValueError:
         return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
+
+
+def json_response(value: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A value as a whole answer."""
+    return Response(dumped(value), status_code=status, headers=headers, media_type="application/json")
 
 
 def _finite(value: Any) -> Any:

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from qwq_mlx.errors import SavingError
 from qwq_mlx.serve.api_error import ApiError
-from qwq_mlx.serve.body import dumped, read_json
+from qwq_mlx.serve.body import json_response, read_json
 from qwq_mlx.serve.dialects.qwq import PATH, read_fork, read_run, read_vote
 from qwq_mlx.serve.responding import PartsResponse
 from qwq_mlx.serve.runs import Run, Runs
@@ -55,15 +55,15 @@ class RunEndpoints:
         return await read_json(request, max_bytes=self._settings.body_bytes)
 
     async def _list(self, request: Request) -> Response:
-        return _json({"runs": [run.to_json() for run in self._runs]})
+        return json_response({"runs": [run.to_json() for run in self._runs]})
 
     async def _start(self, request: Request) -> Response:
         joins = not self._worker.card.has_tags
         ask, question = read_run(await self._body(request), settings=self._settings, joins_thinking=joins)
-        return _json((await self._runs.start(ask, question=question)).to_json(), status=201)
+        return json_response((await self._runs.start(ask, question=question)).to_json(), status=201)
 
     async def _get(self, request: Request) -> Response:
-        return _json(self._run(request).to_json())
+        return json_response(self._run(request).to_json())
 
     async def _delete(self, request: Request) -> Response:
         run = self._run(request)
@@ -80,12 +80,12 @@ class RunEndpoints:
     async def _answer_now(self, request: Request) -> Response:
         run = self._run(request)
         run.job.answer_now()
-        return _json(run.to_json())
+        return json_response(run.to_json())
 
     async def _stop(self, request: Request) -> Response:
         run = self._run(request)
         await run.stop()
-        return _json(run.to_json())
+        return json_response(run.to_json())
 
     async def _save(self, request: Request) -> Response:
         """Write the run into the server's folder of runs; `generate --resume` goes on with it."""
@@ -97,12 +97,12 @@ class RunEndpoints:
             await self._worker.save(run.job, path)
         except SavingError as error:
             raise ApiError(507, str(error), code="not_saved") from error
-        return _json({"path": str(path)}, status=201)
+        return json_response({"path": str(path)}, status=201)
 
     async def _fork(self, request: Request) -> Response:
         run = self._run(request)
         at, seed = read_fork(await self._body(request))
-        return _json(self._runs.fork(run, at=at, seed=seed).to_json(), status=201)
+        return json_response(self._runs.fork(run, at=at, seed=seed).to_json(), status=201)
 
     async def _vote(self, request: Request) -> Response:
         """Samples that share a beginning; they are runs of one group."""
@@ -110,7 +110,7 @@ class RunEndpoints:
         n, at = read_vote(await self._body(request))
         group = f"vote-{secrets.token_hex(8)}"
         samples = [self._runs.fork(run, at=at, seed=None, group=group) for _ in range(n)]
-        return _json({"group": group, "runs": [each.to_json() for each in samples]}, status=201)
+        return json_response({"group": group, "runs": [each.to_json() for each in samples]}, status=201)
 
     async def _votes(self, request: Request) -> Response:
         """How the samples of a run's votes have answered so far."""
@@ -124,12 +124,8 @@ class RunEndpoints:
             for group in count_votes(answers)
         ]
         n_running = sum(each.state == "running" for each in samples)
-        return _json({"n": len(samples), "running": n_running, "groups": groups})
+        return json_response({"n": len(samples), "running": n_running, "groups": groups})
 
 
 def _has_answer(run: Run) -> bool:
     return run.ended is not None and run.ended.summary is not None and run.ended.summary["answer"] is not None
-
-
-def _json(value: Any, *, status: int = 200) -> Response:
-    return Response(dumped(value), status_code=status, media_type="application/json")

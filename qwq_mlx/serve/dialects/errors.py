@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 
 from qwq_mlx.serve.api_error import ApiError
-from qwq_mlx.serve.body import dumped
+from qwq_mlx.serve.body import json_response
 
 __all__ = ["error_body", "error_response"]
 
@@ -36,5 +36,4 @@ def error_response(error: ApiError, path: str) -> Response:
         headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    body = dumped(error_body(error, path))
-    return Response(body, status_code=error.status, headers=headers, media_type="application/json")
+    return json_response(error_body(error, path), status=error.status, headers=headers)
