@@ -59,12 +59,12 @@ class Case(NamedTuple):
 
 def cases(reasoner: Reasoner, n_seeds: int) -> list[Case]:
     """Every question with every seed."""
-    limits, found = Limits(max_tokens=_MAX_TOKENS), []
+    limits, known = Limits(max_tokens=_MAX_TOKENS), []
     for question in QUESTIONS:
         for seed in range(n_seeds):
             trace = reasoner.generate(question, sampling=Sampling(seed=seed, temperature=1.0), limits=limits)
-            found.append(Case(question, seed, trace.thinking, trace.conclusion))
-    return found
+            known.append(Case(question, seed, trace.thinking, trace.conclusion))
+    return known
 
 
 def state() -> dict[str, int]:
@@ -199,7 +199,7 @@ def _stream(host: str, port: int, body: dict[str, Any]) -> Iterator[float]:
 
 @contextmanager
 def peer(folder: Path) -> Iterator[int]:
-    """mlx_lm.server on a free port, which is given."""
+    """Run mlx_lm.server; yields its port."""
     port = free_port()
     command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(folder), "--port", str(port)]
     process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)

@@ -196,10 +196,10 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     status = cast("HTTPException", error).status_code
     path, code = request.url.path, {404: "not_found", 405: "method_not_allowed"}.get(status)
-    message = {404: f"There is nothing at {path[:200]}.", 405: f"{request.method} is not what {path[:200]} takes."}
+    message = {404: f"There is nothing at {path[:200]}.", 405: f"{request.method} is not allowed at {path[:200]}."}
     return error_response(ApiError(status, message.get(status, f"HTTP status {status}."), code=code), path)
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    told = ApiError(500, f"The server has a fault: {type(error).__name__}.", code="internal_error")
+    told = ApiError(500, f"Internal error: {type(error).__name__}.", code="internal_error")
     return error_response(told, request.url.path)

@@ -29,7 +29,7 @@ async def read_json(request: Request, *, max_bytes: int) -> dict[str, Any]:
     except asyncio.TimeoutError as error:
         raise ApiError(408, f"The body did not arrive within {_READ_S:g} s.") from error
     except ClientDisconnect as error:
-        raise ApiError(400, "The connection was closed within the body.") from error
+        raise ApiError(400, "The connection was closed before the body was complete.") from error
     try:
         value = json.loads(raw, parse_constant=_refuse_constant)
     except RecursionError as error:

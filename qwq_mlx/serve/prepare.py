@@ -58,8 +58,7 @@ class Preparer:
 
     def n_tokens(self, messages: tuple[dict[str, str], ...]) -> int:
         """Ids of the prompt that messages make. Raises ApiError."""
-        ask = Ask(messages=messages, max_tokens=None)
-        return len(self.requests(ask)[0].prompt_ids)
+        return len(self.requests(Ask(messages=messages))[0].prompt_ids)
 
     def _raw_ids(self, prompt: str | tuple[int, ...]) -> list[int]:
         if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):

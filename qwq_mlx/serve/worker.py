@@ -151,8 +151,8 @@ class Worker:
         if n_before >= self._settings.queue:
             raise ApiError(
                 429,
-                f"{max(0, n_before):,} requests wait already, as many as this server lets wait; yours would be at "
-                f"place {max(0, n_before) + 1:,}. Try again later.",
+                f"{n_before:,} requests wait already, as many as this server lets wait; yours would be at "
+                f"place {n_before + 1:,}. Try again later.",
                 code="queue_full",
                 retry_after_s=10,
             )

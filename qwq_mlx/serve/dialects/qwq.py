@@ -28,7 +28,7 @@ def read_run(body: dict[str, Any], *, settings: Settings, joins_thinking: bool) 
     fields = Fields(body)
     question = fields.text("question")
     if ("messages" in fields) == (question is not None):
-        raise ApiError(400, "question or messages is missing, expected one of them.", param="question")
+        raise ApiError(400, "Expected either question or messages.", param="question")
     if question is not None:
         messages = [{"role": "user", "content": question}]
     else:
