@@ -6,6 +6,7 @@ Does not: know what stands in any body, or touch the model (`worker` does).
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -44,7 +45,10 @@ Reader = Callable[..., tuple[Ask, Writer, bool]]
 
 
 def make_app(worker: Worker, settings: Settings, *, log: Callable[[str], None] = lambda line: None) -> ASGIApp:
-    """The whole application, behind its doors. log: takes a line for each request, without what it says."""
+    """The whole application, behind its doors.
+
+    log: takes a line for each request, without what it says, and the frames of an internal error.
+    """
     server = _Server(worker, settings)
     get, post = ["GET"], ["POST"]
     routes = [
@@ -67,9 +71,16 @@ def make_app(worker: Worker, settings: Settings, *, log: Callable[[str], None] =
         *RunEndpoints(worker, settings).routes(),
         *(Route(f"/api/{name}", server.ollama_not_done, methods=["POST", "DELETE"]) for name in ollama_models.NOT_DONE),
     ]
+
+    async def on_bug(request: Request, error: Exception) -> Response:
+        frames = "".join(traceback.format_tb(error.__traceback__))  # without the error's text, which may quote a prompt
+        log(f"internal error: {type(error).__name__} in\n{frames}".rstrip())
+        told = ApiError(500, f"Internal error: {type(error).__name__}.", code="internal_error")
+        return error_response(told, request.url.path)
+
     app = Starlette(
         routes=routes,
-        exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_bug},
+        exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: on_bug},
     )
     return Doors(app, settings=settings, log=log)
 
@@ -198,8 +209,3 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     path, code = request.url.path, {404: "not_found", 405: "method_not_allowed"}.get(status)
     message = {404: f"There is nothing at {path[:200]}.", 405: f"{request.method} is not allowed at {path[:200]}."}
     return error_response(ApiError(status, message.get(status, f"HTTP status {status}."), code=code), path)
-
-
-async def _on_bug(request: Request, error: Exception) -> Response:
-    told = ApiError(500, f"Internal error: {type(error).__name__}.", code="internal_error")
-    return error_response(told, request.url.path)

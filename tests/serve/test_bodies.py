@@ -8,6 +8,8 @@ import pytest
 from serving import CHAT, Served, until, user
 
 from qwq_mlx.serve.body import dumped
+from qwq_mlx.serve.dialects import ollama_models
+from qwq_mlx.serve.model_card import ModelCard
 from qwq_mlx.serve.settings import Settings
 
 pytestmark = pytest.mark.tiny
@@ -64,6 +66,22 @@ def test_the_log_holds_paths_and_no_prompts(tiny_server: Served) -> None:
     tiny_server.post(CHAT, user("a secret sentence", max_tokens=1))
     until(lambda: tiny_server.log[-1].startswith("POST '/v1/chat/completions' 200 "))
     assert not any("secret" in line for line in tiny_server.log)
+
+
+def test_a_fault_is_logged_with_its_place_and_without_its_text(
+    tiny_server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = "a secret sentence"
+
+    def failing(card: ModelCard) -> None:
+        raise KeyError(question)
+
+    monkeypatch.setattr(ollama_models, "tags", failing)
+    status, _, raw = tiny_server.send("GET", "/api/tags")
+    assert (status, raw) == (500, b'{"error":"Internal error: KeyError."}')
+    until(lambda: tiny_server.log[-1].startswith("GET '/api/tags' 500 "))
+    [fault] = [line for line in tiny_server.log if line.startswith("internal error: KeyError in")]
+    assert "in failing" in fault and question not in fault
 
 
 def test_numbers_that_json_has_not_become_null() -> None:
