@@ -5,7 +5,6 @@ Does not: know how a run goes on (`runs` does), or what stands in a body (`diale
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
 
 from starlette.requests import Request
@@ -108,9 +107,8 @@ class RunEndpoints:
         """Samples that share a beginning; they are runs of one group."""
         run = self._run(request)
         n, at = read_vote(await self._body(request))
-        group = f"vote-{secrets.token_hex(8)}"
-        samples = [self._runs.fork(run, at=at, seed=None, group=group) for _ in range(n)]
-        return json_response({"group": group, "runs": [each.to_json() for each in samples]}, status=201)
+        samples = await self._runs.vote(run, n=n, at=at)
+        return json_response({"group": samples[0].group, "runs": [each.to_json() for each in samples]}, status=201)
 
     async def _votes(self, request: Request) -> Response:
         """How the samples of a run's votes have answered so far."""

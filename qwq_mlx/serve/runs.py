@@ -116,6 +116,19 @@ class Runs:
         other.steps = run.steps[:at]
         return self._follow(other)
 
+    async def vote(self, run: Run, *, n: int, at: int) -> list[Run]:
+        """Samples that share the first `at` tokens of a run, in one group: all, or none. Raises ApiError."""
+        group, samples = f"vote-{secrets.token_hex(8)}", list[Run]()
+        try:
+            for _ in range(n):
+                samples.append(self.fork(run, at=at, seed=None, group=group))
+        except ApiError:
+            for each in samples:
+                await each.stop()
+                self.remove(each)
+            raise
+        return samples
+
     def remove(self, run: Run) -> None:
         """Forget a run that is over."""
         self._runs.pop(run.id, None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,14 +104,28 @@ def test_a_run_is_asked_for_its_answer_stopped_and_deleted(pocket_server: Served
     assert pocket_server.send("GET", f"{RUNS}/{second['id']}")[0] == 404
 
 
+@dataclass(frozen=True)
+class FakeRequest:
+    """What a run reads of its request."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+
+
 class FakeWorker:
-    """Takes jobs and does nothing with them."""
+    """Takes so many jobs and does nothing with them."""
+
+    def __init__(self, n_taken: int = 100) -> None:
+        self.n_taken = n_taken
+        self.jobs: list[Job] = []
 
     async def prepare(self, ask: Ask) -> Job:
-        return Job(ask, [SimpleNamespace(prompt_ids=(1,), sampling=Sampling(seed=1))])  # type: ignore[list-item]
+        return Job(ask, [FakeRequest((1,), Sampling(seed=1))])  # type: ignore[list-item]
 
     def submit(self, job: Job) -> None:
-        pass
+        if len(self.jobs) == self.n_taken:
+            raise ApiError(429, "the line is full")
+        self.jobs.append(job)
 
 
 def test_the_oldest_runs_that_have_ended_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +146,19 @@ def test_the_oldest_runs_that_have_ended_are_forgotten(monkeypatch: pytest.Monke
         assert list(known) == [fifth, fourth, third], "without the first there are few steps"
         await fourth.stop()
         await fifth.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_vote_that_the_line_cannot_take_leaves_nothing_behind() -> None:
+    async def scenario() -> None:
+        worker = FakeWorker(n_taken=3)
+        known = runs.Runs(worker, heartbeat_s=10)  # type: ignore[arg-type]
+        run = await known.start(Ask(), question="a")
+        with pytest.raises(ApiError, match="the line is full"):
+            await known.vote(run, n=4, at=0)
+        assert list(known) == [run] and [job.is_cancelled for job in worker.jobs] == [False, True, True]
+        await run.stop()
 
     asyncio.run(scenario())
 
