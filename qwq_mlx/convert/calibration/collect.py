@@ -43,9 +43,10 @@ def fit_at_once(plan: Plan, folder: Path, progress: Show, wanted: Sequence[Heade
     if plan.calibration is None:
         return FittedMatrices()
     _make_folder(folder)
-    if _known(plan, folder) is None:
-        for shard in wanted:
-            shards.wait(shard.path.name)
+    if (known := _known(plan, folder)) is not None:
+        return known
+    for shard in wanted:
+        shards.wait(shard.path.name)
     report = SharedProgress(progress, plan.source_bytes)
     return fit_layers(plan, folder, _show(plan, report), state=saved_pass(plan, folder))
 

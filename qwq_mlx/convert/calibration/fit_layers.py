@@ -70,18 +70,17 @@ def fit_layers(
     before: Callable[[str], None] = lambda part: None,
     state: PassState | None = None,
 ) -> FittedMatrices:
-    """Pack every layer's matrices by the plan's text: from the folder if a complete pass is there, else by a run.
+    """Pack every layer's matrices by the plan's text, into the folder.
 
-    progress: called with the name of each layer's first matrix. before: see `LayerStream.run`; from then on the tensors
-    that it names have to be there. state: what `saved_pass` found, to go on from.
+    progress: called with the name of each layer's first matrix. before: called with the beginning of the names of the
+    tensors that are read next ("model.layers.0."); when it returns they have to be there. state: what `saved_pass`
+    found, to go on from.
     Raises SourceError; ConversionError for activations that are not finite; OSError where a file cannot be written.
     """
-    run, n_layers = run_mapping(plan), plan.config.num_hidden_layers
-    fitted = open_fitted(folder, n_layers, run)
-    if fitted is None:
-        _Pass(plan, folder, run, progress).run(before, state)
-        fitted = open_fitted(folder, n_layers, run)
-        assert fitted is not None  # it was just written
+    run = run_mapping(plan)
+    _Pass(plan, folder, run, progress).run(before, state)
+    fitted = open_fitted(folder, plan.config.num_hidden_layers, run)
+    assert fitted is not None  # it was just written
     pass_state_path(folder).unlink(missing_ok=True)
     return fitted
 
