@@ -8,11 +8,9 @@ Does not: read or write files, or know about blocks before and after.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
 from qwq_mlx.convert.calibration.fitted import FittedMatrices
 from qwq_mlx.convert.read import Block
@@ -29,7 +26,7 @@ from qwq_mlx.quant.fit import Scratch, fit_block
 from qwq_mlx.quant.packing import DTYPES, Packed, Packing, float_values
 from qwq_mlx.quant.rounding_error import BlockError, block_error, count_zero_pages, first_non_finite, sum_of_squares
 
-__all__ = ["PackedBlock", "one_blas_thread", "pack_block", "workers"]
+__all__ = ["PackedBlock", "pack_block", "workers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +50,6 @@ _local = threading.local()
 def workers(n: int) -> ThreadPoolExecutor:
     """The pool of n workers, one per process: workers keep their scratch, and MLX never ends a stream's thread."""
     return ThreadPoolExecutor(n, thread_name_prefix="qwq-mlx-pack")
-
-
-@contextlib.contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """BLAS on the calling thread alone, so that workers do not wait for each other's threads. Of the whole process."""
-    with _blas().limit(limits=1):
-        yield
-
-
-@functools.cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")
 
 
 def _scratch() -> Scratch:

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from qwq_mlx.convert.calibration.fitted import FittedMatrices
 from qwq_mlx.convert.journal import FinishedTensor, Journal
-from qwq_mlx.convert.pack import PackedBlock, one_blas_thread, pack_block, workers
+from qwq_mlx.convert.pack import PackedBlock, pack_block, workers
 from qwq_mlx.convert.plan import Plan, n_blocks_in_flight
 from qwq_mlx.convert.progress import ConvertProgress
 from qwq_mlx.convert.read import Buffers, Stopped, read_blocks
 from qwq_mlx.convert.source import Shards
 from qwq_mlx.convert.write import ShardWriter
+from qwq_mlx.model.blas import one_blas_thread
 
 __all__ = ["run_pipeline"]
 

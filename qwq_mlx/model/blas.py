@@ -13,10 +13,11 @@ Does not: choose the compute type, or touch a layer on another backend.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -29,7 +30,15 @@ from threadpoolctl import ThreadpoolController
 
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 
-__all__ = ["Blas", "blas_quantized_matmul", "causal_attention", "use_blas", "use_blas_for_rows", "uses_blas"]
+__all__ = [
+    "Blas",
+    "blas_quantized_matmul",
+    "causal_attention",
+    "one_blas_thread",
+    "use_blas",
+    "use_blas_for_rows",
+    "uses_blas",
+]
 
 _MARK = "_multiplies_by_blas"  # of a model; to look at all its layers takes 2 ms for each run
 _NUMPY_BITS = (2, 4, 8)  # whole codes in a byte; others are unpacked by MLX
@@ -145,9 +154,16 @@ def _by_blocks(multiply: Callable[[slice], None], n_out: int, n_in: int, *, is_t
     """Call for each block of the rows of a matrix. is_threaded: side by side; MLX is to be used by one thread alone."""
     n_block = max(1, min(_BLOCK_BYTES // (4 * n_in), -(-n_out // _n_processors())))
     blocks = [slice(first, min(first + n_block, n_out)) for first in range(0, n_out, n_block)]
-    with _blas().limit(limits=1):
+    with one_blas_thread():
         for _ in _threads().map(multiply, blocks) if is_threaded else map(multiply, blocks):
             pass
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """BLAS on the calling thread alone, so that workers do not wait for each other's threads. Of the whole process."""
+    with _blas().limit(limits=1):
+        yield
 
 
 def _n_processors() -> int:

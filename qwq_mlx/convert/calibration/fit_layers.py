@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from qwq_mlx.convert.calibration.fitted import FittedMatrices, layer_header, open_fitted, write_layer, write_output
 from qwq_mlx.convert.calibration.pass_state import PassState, PassStateWriter, pass_state_path, read_pass_state
 from qwq_mlx.convert.calibration.text import FIT_ROWS
-from qwq_mlx.convert.pack import one_blas_thread, workers
+from qwq_mlx.convert.pack import workers
 from qwq_mlx.convert.plan import Plan
 from qwq_mlx.errors import ConversionError
 from qwq_mlx.files.rows import read_rows
+from qwq_mlx.model.blas import one_blas_thread
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.layers import Layer, LayerStream
 from qwq_mlx.model.load import default_compute_type
