@@ -3,9 +3,9 @@
     python scripts/draw_figures.py [real | recipes | trace]
 
 real: bits per weight against KL on a real model, from real.json beside it. recipes: bytes against equations solved, off
-the pocket's training grid, from recipes.json. Both files name the commands that measured the numbers, and
-docs/benchmarks.md has them as tables. trace: one Game of 24 by the bundled pocket model, drawn by
-`qwq_mlx.plot_trace`. Needs the extra "plot".
+the pocket's training grid, from recipes.json. Both files say how the numbers were measured, and docs/benchmarks.md has
+them as tables. trace: one Game of 24 by the bundled pocket model, drawn by `qwq_mlx.plot_trace`. Needs the extra
+"plot".
 
 Does not: measure a recipe.
 """

@@ -1,8 +1,8 @@
-"""What forms of a real model lose against its bf16 weights on recorded outputs: the table of docs/benchmarks.md.
+"""What forms of a real model lose against its bf16 weights on recorded outputs, as in docs/benchmarks.md.
 
     python scripts/measure_real.py SOURCE TRACES.jsonl FORM... [--traces N] [--tokens N] [--calibration-traces 17]
 
-FORM: a folder of converted weights, or what to convert SOURCE by: a recipe's name or file, RECIPE+calibrate (weighed by
+FORM: a folder of converted weights, or what to convert SOURCE by: a recipe's name or file, RECIPE+calibrate (fitted to
 the calibration text), size-of-RECIPE (a target size of exactly that recipe's bytes, from 4bit) or
 size-of-RECIPE+calibrate. The first form is the one that the others are compared with.
 
