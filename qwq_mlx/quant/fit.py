@@ -102,7 +102,8 @@ def _affine(
 
 def closest_stored_line(tile: Tile, bits: int, dtype: str, importance: Floats) -> Line:
     """The lines of "calibrated" as the file will hold them, without the codes. importance: as `fit_block` takes it."""
-    fitted = _refined(tile, min_max(tile.weights, bits), dtype, bits, importance)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # as in `fit_block`; 0 / 0 where all are alike
+        fitted = _refined(tile, min_max(tile.weights, bits), dtype, bits, importance)
     return Line(float_values(fitted.scale, dtype), float_values(fitted.bias, dtype))
 
 

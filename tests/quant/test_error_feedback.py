@@ -134,3 +134,9 @@ def test_rows_do_not_depend_on_each_other() -> None:
     whole, part = (fit_rows(np.ascontiguousarray(rows), moments, PACKING, "BF16") for rows in (WEIGHTS, WEIGHTS[5:9]))
     errors = [loss(whole, PRODUCTS)[5:9], loss(part, PRODUCTS, weights=WEIGHTS[5:9])]
     np.testing.assert_allclose(errors[0], errors[1], rtol=0.02)  # BLAS adds in another order, so a code may differ
+
+
+def test_groups_whose_weights_are_all_alike_are_packed_without_a_warning() -> None:
+    weights = np.repeat(np.array([[0.0], [0.25], [-1.5]], np.float32), COLUMNS, axis=1)
+    packed = fit_rows(weights, factor_moments([PRODUCTS.copy()]), PACKING, "BF16")
+    np.testing.assert_allclose(unpack(packed, PACKING, "BF16", stream=None), weights, atol=1e-6)
