@@ -80,7 +80,7 @@ def check_fit(recipe: Recipe, calibrate: str | Path | None) -> None:
     if calibrate is None:
         if recipe.fit == "calibrated":
             raise OptionError(
-                f"{recipe.path}: the fit 'calibrated' weighs errors by a text. Give one as `calibrate`, or take "
+                f"{recipe.path}: the fit 'calibrated' needs a text to fit to. Give one as `calibrate`, or take "
                 "a recipe whose fit is 'least-squares'."
             )
         return

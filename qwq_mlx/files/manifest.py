@@ -10,7 +10,7 @@ Schema 3, the keys of the JSON object:
     source      repository and commit (null for a folder that names none), files: name -> size_bytes, sha256
     recipe      the recipe in full, as its TOML file parses
     fit         how scales were chosen ("min-max", "least-squares", "calibrated")
-    calibration  of fit "calibrated" file, sha256, n_texts and n_ids of the text that weighed errors; else null
+    calibration  of fit "calibrated" file, sha256, n_texts and n_ids of the text that it was fitted to; else null
     versions    program -> version (qwq_mlx, mlx, python ...)
     files       name -> size_bytes, sha256, header_sha256 (null unless a shard), for every file but the manifest
     tensors     name -> shard, dtype, shape, sha256, relative_error (null where nothing was rounded)

@@ -7,8 +7,8 @@ scale = edge / round(edge / scale).
 
 "least-squares" goes on from there (`least_squares`), rounds scale and bias to what the file stores, and only then
 rounds the weights, to the stored line; a group that this does not improve keeps what min-max gave it. "calibrated" is
-the same with errors counted by the importance of their input channel. Both are for affine mode; the other modes (mxfp4,
-nvfp4, mxfp8) are mx.quantize itself.
+the same: a matrix that a calibration text is fed to is packed by `error_feedback`, and only the others come here. Both
+are for affine mode; the other modes (mxfp4, nvfp4, mxfp8) are mx.quantize itself.
 
 Does not: see more than one block, or read or write files.
 """
@@ -35,22 +35,15 @@ _TILE = 1 << 19  # weights at a time: long enough that threads seldom wait for e
 
 
 def fit_block(
-    raw: NDArray[Any],
-    dtype: str,
-    packing: Packing,
-    *,
-    fit: str,
-    scratch: Scratch,
-    importance: Floats | None = None,
+    raw: NDArray[Any], dtype: str, packing: Packing, *, fit: str, scratch: Scratch
 ) -> tuple[Packed, BlockError]:
     """Pack a block of rows.
 
     raw: (rows, columns), DTYPES[dtype]; columns a multiple of the group. A NaN or infinity is not refused here, but the
     error's weight2 is then not finite. fit: a name of FITS; in the modes beside affine "min-max" is all there is.
-    scratch: the caller's thread's own. importance: (columns,), positive float32, of each input channel; for
-    "calibrated", which without it is "least-squares".
+    scratch: the caller's thread's own.
     For float32 weights |w - unpacked| <= |scale| in affine mode by "min-max"; scale and bias rounded to bfloat16 add
-    their rounding. By the other fits no group's sum of (weighted) squared errors is larger than by "min-max".
+    their rounding. By the other fits no group's sum of squared errors is larger than by "min-max".
     Raises OptionError for a fit that there is not, or not in this mode, and for columns that the group does not divide.
     Source: mlx.core.quantize; bit-equal to it for "min-max" (tests/quant/test_fit.py).
     """
@@ -67,7 +60,7 @@ def fit_block(
         if not packing.is_affine:
             packed = _by_mlx(raw, dtype, packing, scratch.stream)
             return packed, block_error(raw, dtype, packed, packing, stream=scratch.stream)
-        return _affine(raw, dtype, packing, scratch, fit != "min-max", importance if fit == "calibrated" else None)
+        return _affine(raw, dtype, packing, scratch, fit != "min-max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +74,7 @@ class _Fitted:
 
 
 def _affine(
-    raw: NDArray[Any], dtype: str, packing: Packing, scratch: Scratch, is_refined: bool, importance: Floats | None
+    raw: NDArray[Any], dtype: str, packing: Packing, scratch: Scratch, is_refined: bool
 ) -> tuple[Packed, BlockError]:
     rows, columns = raw.shape
     shape = rows, columns // packing.group_size
@@ -92,7 +85,8 @@ def _affine(
     for first in range(0, rows, step):
         at = slice(first, first + step)
         tile = scratch.tile(raw[at], dtype, packing)
-        fitted = _fit_tile(tile, dtype, packing.bits, is_refined, importance)
+        line = min_max(tile.weights, packing.bits)
+        fitted = (_refined if is_refined else _by_min_max)(tile, line, dtype, packing.bits)
         pack_groups(tile.codes, packing.bits, out=codes[at])
         scales[at], biases[at] = fitted.scale.reshape(-1, shape[1]), fitted.bias.reshape(-1, shape[1])
         error2 += float(fitted.errors.sum(dtype=np.float64))
@@ -101,19 +95,16 @@ def _affine(
 
 
 def closest_stored_line(tile: Tile, bits: int, dtype: str, importance: Floats) -> Line:
-    """The lines of "calibrated" as the file will hold them, without the codes. importance: as `fit_block` takes it."""
+    """The lines of a tile's groups as the file will hold them, by least squares; fills tile.codes.
+
+    importance: (group size,), positive, of each input channel: how much its squared errors count.
+    """
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # as in `fit_block`; 0 / 0 where all are alike
         fitted = _refined(tile, min_max(tile.weights, bits), dtype, bits, importance)
     return Line(float_values(fitted.scale, dtype), float_values(fitted.bias, dtype))
 
 
-def _fit_tile(tile: Tile, dtype: str, bits: int, is_refined: bool, importance: Floats | None) -> _Fitted:
-    """Fills tile.codes."""
-    line = min_max(tile.weights, bits)
-    return _refined(tile, line, dtype, bits, importance) if is_refined else _by_min_max(tile, line, dtype, bits)
-
-
-def _refined(tile: Tile, line: Line, dtype: str, bits: int, importance: Floats | None) -> _Fitted:
+def _refined(tile: Tile, line: Line, dtype: str, bits: int, importance: Floats | None = None) -> _Fitted:
     """Fills tile.codes. line: by min/max; a group that least squares do not improve keeps it."""
     tile.divide(line, tile.steps)
     tile.round(tile.steps, bits)

@@ -5,7 +5,7 @@ than hitting those two. Here a line is moved, the weights are rounded to it, and
 known in closed form (a regression of weights on codes); that refit is kept if its sum of squares is the smallest so
 far, and the next move starts from it. Few local steps end in a poor minimum, so the moves are fixed and not small: six
 out of 70, each the one that lowered the errors of 2, 3 and 4 bits together most when it was found (normal and t(5)
-weights, groups of 64). Errors may count by the importance of their input channel (`convert.calibrate`).
+weights, groups of 64). Errors may count by the importance of their input channel (`error_feedback` says by which).
 
 Does not: round to what a file stores or compare with min/max (`fit` does both).
 """
@@ -30,7 +30,7 @@ def closest_line(tile: Tile, line: Line, bits: int, importance: Floats | None) -
     """
     half, steps = np.float32(1 << (bits - 1)), tile.steps
     np.subtract(steps, half, out=steps)  # steps and codes around zero: their sums keep more digits
-    weight = np.float32(len(steps)) if importance is None else _per_group(tile, importance)
+    weight = np.float32(len(steps)) if importance is None else importance.sum()
     mean_step = _sum(tile, steps, importance) / weight
     slope, offset = np.ones_like(line.scale), np.zeros_like(line.scale)  # steps are about slope * codes + offset
     best = np.full_like(slope, -1)
@@ -55,51 +55,28 @@ def closest_line(tile: Tile, line: Line, bits: int, importance: Floats | None) -
 def weighted_squares(values: Floats, importance: Floats, spare: Floats) -> Floats:
     """Sum of squares of each group, every one times the importance of its input channel; (groups,).
 
-    values: (group size, groups). importance: (columns,), positive. spare: as values, is written.
+    values: (group size, groups). importance: (group size,), positive. spare: as values, is written.
     """
-    np.multiply(_by_row(values, importance), _channels(importance, len(values)), out=_by_row(spare, importance))
+    np.multiply(values, importance[:, None], out=spare)
     products: Floats = np.einsum("ij,ij->j", spare, values)
     return products
 
 
-def _by_row(values: Floats, importance: Floats) -> Floats:
-    """(group size, groups) as (group size, rows, groups of a row)."""
-    return values.reshape(len(values), -1, importance.size // len(values))
-
-
-def _channels(importance: Floats, group: int) -> Floats:
-    """(columns,) as (group size, 1, groups of a row)."""
-    return np.ascontiguousarray(importance.reshape(-1, group).T)[:, None, :]
-
-
-def _per_group(tile: Tile, importance: Floats) -> Floats:
-    """Sum of importance in each group of the tile."""
-    sums = importance.reshape(-1, len(tile.steps)).sum(axis=1)
-    return np.tile(sums, tile.steps.size // importance.size)
-
-
 def _sum(tile: Tile, values: Floats, importance: Floats | None) -> Floats:
     if importance is not None:
-        _weigh(tile, values, importance)
+        np.multiply(values, importance[:, None], out=tile.products)
     sums: Floats = np.add.reduce(values if importance is None else tile.products, axis=0)
     return sums
 
 
-def _weigh(tile: Tile, values: Floats, importance: Floats) -> None:
-    """values times importance, into products."""
-    channels = _channels(importance, len(values))
-    np.multiply(_by_row(values, importance), channels, out=_by_row(tile.products, importance))
-
-
 def _moments(
-    tile: Tile, weight: Floats | np.float32, mean_step: Floats, importance: Floats | None
+    tile: Tile, weight: np.float32, mean_step: Floats, importance: Floats | None
 ) -> tuple[Floats, Floats, Floats]:
     """Mean of the codes, and times the weight their variance and their covariance with the steps."""
     codes = tile.values
     weighted = codes
     if importance is not None:
-        _weigh(tile, codes, importance)
-        weighted = tile.products
+        weighted = np.multiply(codes, importance[:, None], out=tile.products)
     sum_code = np.add.reduce(weighted, axis=0)
     mean_code = sum_code / weight
     variance = np.einsum("ij,ij->j", weighted, codes) - mean_code * sum_code

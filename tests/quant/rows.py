@@ -6,7 +6,9 @@ import itertools
 
 import numpy as np
 
-from qwq_mlx.quant.packing import MODES, Packing
+from qwq_mlx.quant.fit import closest_stored_line
+from qwq_mlx.quant.packing import MODES, Packed, Packing, float_values, pack_groups, round_to
+from qwq_mlx.quant.tile import Tile
 
 PACKINGS = [
     Packing(mode=mode, bits=bits, group_size=group)
@@ -31,3 +33,20 @@ def awkward_rows(seed: int = 0) -> np.ndarray:
     rows[10, :128] = 0.0
     rows[11] = np.round(rows[11] * 400) / 400  # many exact ties
     return rows
+
+
+def weighted_fit(raw: np.ndarray, dtype: str, packing: Packing, importance: np.ndarray) -> Packed:
+    """Rows packed by `closest_stored_line`, errors counted by the importance of their input channel, (columns,)."""
+    rows, group = len(raw), packing.group_size
+    codes, lines = [], []
+    for first in range(0, raw.shape[1], group):
+        at = slice(first, first + group)
+        weights = np.ascontiguousarray(float_values(np.ascontiguousarray(raw[:, at]), dtype).T)
+        tile = Tile(weights, *(np.empty_like(weights) for _ in range(3)), np.empty(weights.shape, np.uint8))
+        lines.append(closest_stored_line(tile, packing.bits, dtype, importance[at]))
+        codes.append(tile.codes)
+    packed = pack_groups(np.stack(codes, axis=2).reshape(group, -1), packing.bits)
+    scales, biases = (
+        round_to(np.stack([getattr(line, name) for line in lines], axis=1), dtype) for name in ("scale", "bias")
+    )
+    return Packed(packed.reshape(rows, -1), scales, biases)
