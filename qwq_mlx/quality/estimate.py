@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
 from qwq_mlx.model.upstream import import_mlx
 from qwq_mlx.quality.text import QualityText
 
-__all__ = ["estimate_memory_bytes", "estimate_s"]
+__all__ = ["best_time", "estimate_memory_bytes", "estimate_s"]
 
 _DISK_BYTES_S = 1e9
 _ROWS, _WIDTH, _HEADS, _HEAD_DIM = 256, 1024, 4, 64
@@ -41,7 +41,7 @@ def estimate_memory_bytes(config: Qwen2Config, text: QualityText) -> int:
 
 @functools.cache
 def _rates() -> tuple[float, float]:
-    """Operations a second of a matrix product as a layer makes it, and of attention; the better of two tries each.
+    """Operations a second of a matrix product as a layer makes it, and of attention.
 
     Timed once a process, about 0.1 s: every plan of a conversion asks.
     """
@@ -52,15 +52,16 @@ def _rates() -> tuple[float, float]:
     queries = mx.random.normal((1, _HEADS, _ROWS, _HEAD_DIM))
     mx.eval(x, weight, queries)
 
-    def timed(run: object) -> float:
-        assert callable(run)
-        best = float("inf")
-        for _ in range(2):
-            started = time.perf_counter()
-            mx.eval(run())
-            best = min(best, time.perf_counter() - started)
-        return best
-
-    product = timed(lambda: linear_product(x, weight))
-    attending = timed(lambda: attention(queries, queries, queries))
+    product = best_time(lambda: mx.eval(linear_product(x, weight)))
+    attending = best_time(lambda: mx.eval(attention(queries, queries, queries)))
     return 2 * _ROWS * _WIDTH**2 / product, 4 * _ROWS**2 * _HEADS * _HEAD_DIM / attending
+
+
+def best_time(run: Callable[[], object]) -> float:
+    """Seconds of a short piece of work, the best of five tries: on a busy machine one may take 30 times as long."""
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - started)
+    return best

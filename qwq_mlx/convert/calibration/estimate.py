@@ -10,12 +10,11 @@ Does not: know the disk, or how busy the machine will be.
 from __future__ import annotations
 
 import functools
-import time
 
 import numpy as np
 
 from qwq_mlx.convert.plan import Plan
-from qwq_mlx.quality.estimate import estimate_s
+from qwq_mlx.quality.estimate import best_time, estimate_s
 from qwq_mlx.quant.error_feedback import block_size, factor_moments, fit_rows
 from qwq_mlx.quant.packing import Packing
 from qwq_mlx.quant.recipe import layer_of
@@ -51,12 +50,6 @@ def _costs() -> tuple[float, float]:
     random = np.random.default_rng(0)
     weights = random.standard_normal((_SIDE, _SIDE)).astype(np.float32)
     moments, wide = factor_moments([np.eye(_SIDE)]), random.standard_normal((4 * _SIDE, 4 * _SIDE)).astype(np.float32)
-    fit = product = float("inf")
-    for _ in range(2):
-        started = time.perf_counter()
-        fit_rows(weights, moments, Packing(), "F32")
-        fit = min(fit, time.perf_counter() - started)
-        started = time.perf_counter()
-        wide @ wide
-        product = min(product, time.perf_counter() - started)
+    fit = best_time(lambda: fit_rows(weights, moments, Packing(), "F32"))
+    product = best_time(lambda: wide @ wide)
     return fit / weights.size, product / (2 * len(wide) ** 3)
