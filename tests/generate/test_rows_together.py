@@ -176,7 +176,7 @@ def test_a_row_that_fails_ends_alone(reasoner: Reasoner, alone: dict[str, Trace]
 
 def test_many_rows_get_the_bits_of_a_row_alone_where_that_is_asked_for(reasoner: Reasoner) -> None:
     """Log-probabilities show the bits: nine rows take BLAS, which rounds otherwise, unless they are to be alike."""
-    settings: dict[str, Any] = {"limits": Limits(max_tokens=40), "sampling": Sampling(temperature=0.9, seed=3)}
+    settings: dict[str, Any] = {"limits": Limits(max_tokens=24), "sampling": Sampling(temperature=0.9, seed=3)}
     alone = [reasoner.batch_generate([f"{n} + 1"], **settings)[0] for n in range(9)]
     seeds = [replace(settings["sampling"], seed=trace.settings["sampling"]["seed"]) for trace in alone]
 
