@@ -21,7 +21,8 @@ import mlx.core as mx
 
 from qwq_mlx.engine.activation_taps import ActivationTaps, look
 from qwq_mlx.engine.kv_cache import grow
-from qwq_mlx.engine.row import Pending, Row, Token, check_ids
+from qwq_mlx.engine.row import Pending, ProcessorStates, Ready, Row, Token, check_ids
+from qwq_mlx.engine.speculative import Draft, Drafts, Verification, n_accepted
 from qwq_mlx.errors import NotFiniteError, OptionError
 from qwq_mlx.model.attention import joined
 from qwq_mlx.model.blas import uses_blas
@@ -39,14 +40,16 @@ class Decoder:
     module: mlx_lm's Qwen2.
     n_ids: ids the tokenizer has; rows of the embedding beyond are never drawn.
     reproducible: rows share a pass only as far as the backend computes each as it does alone.
+    drafts: guesses ids that a pass then checks; None feeds one id of a row in a pass.
     """
 
-    def __init__(self, module: Any, *, n_ids: int, reproducible: bool = False) -> None:
+    def __init__(self, module: Any, *, n_ids: int, reproducible: bool = False, drafts: Drafts | None = None) -> None:
         self.n_ids = n_ids
         self._module = module
         self._uses_blas = uses_blas(module)
         self._max_rows = (MIN_BLAS_ROWS - 1 if self._uses_blas else 1) if reproducible else None
         self._taps = ActivationTaps(module)
+        self._drafts = drafts
 
     def prefill(self, row: Row, ids: Sequence[int], *, chunk: int, n_cached: int = 0) -> Iterator[int]:
         """Feed a row's prompt in chunks; yields how many of its ids are in the cache after each. Exhaust it.
@@ -88,27 +91,108 @@ class Decoder:
 
         That is NotFiniteError naming the step where a logit is NaN or infinite, OptionError where a hook returns
         something else than logits, or whatever a hook raised; the other rows are not held up. A failure of MLX in the
-        pass itself is raised.
+        pass itself is raised. A row whose drafts were right has tokens ready, and takes no part in the pass.
         """
-        self._launch_missing(rows)
-        current = [(row, row.pending) for row in rows]
-        for row in rows:
+        waiting = [row for row in rows if not row.ready]
+        verifications = self._launch_missing(waiting)
+        current = [(row, row.pending) for row in waiting if row.pending is not None]
+        for row in waiting:
             row.pending = None
-        following = [(row, pending) for row, pending in current if pending is not None and not row.is_at_last]
+        following = [(row, pending) for row, pending in current if not row.is_at_last and not self._is_draft_due(row)]
         for group in self._passes(following):
             fed = mx.stack([pending.id for _, pending in group]).reshape(-1, 1)
             self._launch([row for row, _ in group], fed, [pending.tokens for _, pending in group], n_ahead=1)
-        return [None if pending is None else self._read(row, pending) for row, pending in current]
+        for row, pending in current:
+            row.ready.append(self._read(row, pending, row.n_output))
+        for verification in verifications:
+            self._accept(verification)
+        tokens = [row.take() if row.ready else None for row in rows]
+        if any(row.n_output % _CLEAR_EVERY == 0 for row in rows):
+            mx.clear_cache()
+        return tokens
 
-    def _launch_missing(self, rows: Sequence[Row]) -> None:
-        """Start a step of the rows that have none under way: those that feed one id together, the others alone."""
+    def _launch_missing(self, rows: Sequence[Row]) -> list[Verification]:
+        """Start a step of the rows that have none under way; returns the passes that check drafts.
+
+        Rows that feed one id, and drafts behind it, share a pass; the others go alone.
+        """
         missing = [row for row in rows if row.pending is None and row.failure is None]
         for row in missing:
             self._feed_forced(row)
         single = [row for row in missing if len(row.unfed) == 1]
-        for group in self._passes(single) + [[row] for row in missing if len(row.unfed) != 1]:
-            tokens = [row.tokens if row.has_processors else None for row in group]
-            self._launch(group, mx.array([row.unfed for row in group]), tokens, n_ahead=0)
+        for row in (row for row in missing if len(row.unfed) != 1):
+            self._launch([row], mx.array([row.unfed]), [self._tokens(row)], n_ahead=0)
+        verifications: list[Verification] = []
+        for group in self._passes(single):
+            drafts = self._drafted(group)
+            if any(draft.ids for draft in drafts):
+                verifications += self._verify(group, drafts)
+            else:
+                fed = mx.array([row.unfed for row in group])
+                self._launch(group, fed, [self._tokens(row) for row in group], n_ahead=0)
+        return verifications
+
+    def _is_draft_due(self, row: Row) -> bool:
+        return self._drafts is not None and row.most_drafts > 0 and self._drafts.is_due(row)
+
+    def _drafted(self, rows: Sequence[Row]) -> list[Draft]:
+        """What is guessed for each row, no more than may share the pass with them."""
+        # with more ids than that in a pass, the CPU would round otherwise than it does for one
+        most_fed = MIN_BLAS_ROWS - 1 if self._uses_blas else self._max_rows
+        most = None if most_fed is None else most_fed - len(rows)
+        if self._drafts is None or (most is not None and most < 1):
+            return [Draft()] * len(rows)
+        return self._drafts.draft(rows, most=most)
+
+    def _tokens(self, row: Row) -> Any | None:
+        return row.tokens if row.has_processors else None
+
+    def _verify(self, rows: Sequence[Row], drafts: Sequence[Draft]) -> list[Verification]:
+        """Start one pass over the last id of each row and its draft, and the draws at every place."""
+        fed = [[*row.unfed, *draft.ids] for row, draft in zip(rows, drafts, strict=True)]
+        for row, ids in zip(rows, fed, strict=True):
+            grow(row.cache, len(ids))
+        module = self._taps.module({layer for row in rows for layer in row.inspect.hidden_layers})
+        flat = mx.array([[token_id] for ids in fed for token_id in ids])
+        logits = module(flat, cache=joined([row.cache for row in rows], [len(ids) for ids in fed]))
+        verifications, first = [], 0
+        for row, draft, ids in zip(rows, drafts, fed, strict=True):
+            if draft.ids:
+                verifications.append(self._draw_all(row, draft, first, logits[first : first + len(ids), -1]))
+            else:
+                self._draw_pending(row, first, logits[first, -1], self._tokens(row), row.n_output)
+            first += len(ids)
+        self._taps.clear()
+        self._start(rows, verifications)
+        return verifications
+
+    def _draw_all(self, row: Row, draft: Draft, first: int, logits: Any) -> Verification:
+        """Draw at every place of a row and its draft. first: its place in the pass. logits: (1 + drafted, vocab)."""
+        draws: list[Pending] = []
+        states: list[ProcessorStates] = []
+        known = self._tokens(row)
+        for place in range(1 + len(draft.ids)):
+            tokens = known
+            if known is not None and place:
+                tokens = mx.concatenate([known, mx.array(draft.ids[:place], mx.uint32)])
+            draws.append(self._draw(row, first + place, logits[place], tokens, row.n_output + place))
+            states.append(row.states())
+        return Verification(row, draft, draws, states)
+
+    def _accept(self, verification: Verification) -> None:
+        """Read a checked draft: its row has the ids ready that the model drew, up to the first that is not the draft's.
+
+        That one is the model's own draw behind right ids, so it is among them.
+        """
+        row, draft, draws, states = verification
+        read: list[Ready] = []
+        for place, (pending, state) in enumerate(zip(draws, states, strict=True)):
+            read.append(self._read(row, pending, row.n_output + place)._replace(states=state))
+        n = n_accepted(draft.ids, read)
+        row.cut_cache(len(row.ids) + n)
+        row.ready.extend(read[: n + 1])
+        if self._drafts is not None and draft.ids:
+            self._drafts.learn(row, draft, n)
 
     def _passes(self, rows: Sequence[_T]) -> list[Sequence[_T]]:
         """The rows that share a pass over the weights."""
@@ -135,18 +219,26 @@ class Decoder:
         module = self._taps.module({layer for row in rows for layer in row.inspect.hidden_layers})
         logits = module(fed, cache=joined([row.cache for row in rows]))
         for place, row in enumerate(rows):
-            own = logits[place, -1, : self.n_ids].astype(mx.float32)
-            try:
-                row.pending = self._draw(row, place, own, tokens[place], row.n_output + n_ahead)
-            except Exception as error:  # noqa: BLE001 - whatever a hook raises; told when this token would be read
-                row.failure = error
+            self._draw_pending(row, place, logits[place, -1], tokens[place], row.n_output + n_ahead)
         self._taps.clear()
-        mx.async_eval(  # type: ignore[no-untyped-call]
-            *(array for row in rows if row.pending is not None for array in row.pending.arrays())
-        )
+        self._start(rows)
+
+    def _start(self, rows: Sequence[Row], verifications: Sequence[Verification] = ()) -> None:
+        """Let the device begin with what was built."""
+        pending = [row.pending for row in rows if row.pending is not None]
+        pending += [each for verification in verifications for each in verification.draws]
+        mx.async_eval(*(array for each in pending for array in each.arrays()))  # type: ignore[no-untyped-call]
+
+    def _draw_pending(self, row: Row, place: int, logits: Any, tokens: Any, index: int) -> None:
+        """Give a row its step, or the failure of one of its hooks."""
+        try:
+            row.pending = self._draw(row, place, logits, tokens, index)
+        except Exception as error:  # noqa: BLE001 - whatever a hook raises; told when this token would be read
+            row.failure = error
 
     def _draw(self, row: Row, place: int, logits: Any, tokens: Any, index: int) -> Pending:
-        """One row's step behind its logits, (n_ids,) float32. index: of the output id that it draws."""
+        """One row's step behind its logits, (vocab,). place: in the pass. index: of the output id that it draws."""
+        logits = logits[: self.n_ids].astype(mx.float32)
         offered, total = row.offered(tokens, logits, index)
         drawn = row.sampler.draw(offered, index)
         log_total = mx.logsumexp(logits)
@@ -158,21 +250,17 @@ class Decoder:
         hidden = {layer: self._taps.hidden(layer, place) for layer in row.inspect.hidden_layers}
         return Pending(drawn, stats, after, look(row.inspect, logits, log_total, hidden, total))
 
-    def _read(self, row: Row, pending: Pending) -> Token | None:
-        """Wait for a row's step and append its id; None where its logits are not finite."""
+    def _read(self, row: Row, pending: Pending, index: int) -> Ready:
+        """Wait for a draw of a row; a failure where its logits are not finite. index: of the output id."""
         logprob, second = pending.stats.tolist()
         if not (math.isfinite(second) and math.isfinite(logprob)):
-            row.pending = None
-            row.failure = NotFiniteError(
-                f"Step {row.n_output:,}: the model's logits hold NaN or infinity, so the ids from here on would mean "
-                "nothing. Check the weights (python -m qwq_mlx.verify FOLDER), or convert the source again."
+            return Ready(
+                NotFiniteError(
+                    f"Step {index:,}: the model's logits hold NaN or infinity, so the ids from here on would mean "
+                    "nothing. Check the weights (python -m qwq_mlx.verify FOLDER), or convert the source again."
+                )
             )
-            return None
-        seen = None if pending.looking is None else pending.looking.read(row.inspect, row.n_output)
+        seen = None if pending.looking is None else pending.looking.read(row.inspect, index)
         # rounding may put either on the wrong side of 0 where one id has all the probability
         entropy = max(second, 0.0) if row.inspect.entropy else None
-        token = Token(int(pending.id.item()), min(logprob, 0.0), entropy, seen)
-        row.add(token.id, pending.tokens)
-        if row.n_output % _CLEAR_EVERY == 0:
-            mx.clear_cache()
-        return token
+        return Ready(Token(int(pending.id.item()), min(logprob, 0.0), entropy, seen), pending.tokens)

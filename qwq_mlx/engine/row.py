@@ -2,14 +2,15 @@
 Sequence, nanochat's RowState).
 
 A row may be run alone or beside others; nothing of it is shared. Injecting ids, or going back, drops the step under
-way; the cache holds exactly the ids that were read, so nothing has to be computed twice.
+way and what was drawn ahead; the cache then holds exactly the ids that were read, so nothing has to be computed twice.
 
 Does not: run the model (`decoder` does), or know texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -19,9 +20,13 @@ from qwq_mlx.engine.kv_cache import Layer, layers_of
 from qwq_mlx.engine.logits_processors import Incremental, LogitsProcessor
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.errors import OptionError
+from qwq_mlx.model.memory.activations import CACHE_STEP
 from qwq_mlx.options import Inspect
 
-__all__ = ["Pending", "Row", "Token", "check_ids"]
+__all__ = ["Pending", "Ready", "Row", "Token", "check_ids"]
+
+ProcessorStates = Mapping[int, dict[str, Any]]
+"""What the processors with a state knew at a draw, by their place in the list."""
 
 
 class Token(NamedTuple):
@@ -56,6 +61,18 @@ class Pending(NamedTuple):
         return [self.id, self.stats, *tokens, *(() if self.looking is None else self.looking.arrays())]
 
 
+class Ready(NamedTuple):
+    """A token that was read and not handed out yet, or why there is none.
+
+    tokens: (n,) uint32 with its id at their end, None where no processor asks for it.
+    states: of the processors when it was drawn; None where they know no token that came after.
+    """
+
+    token: Token | Exception
+    tokens: Any | None = None
+    states: ProcessorStates | None = None
+
+
 class Row:
     """Ids of one row, with what they follow from.
 
@@ -64,6 +81,9 @@ class Row:
     processors: logits processors, in their order. hooks: the user's own, which come first; what they return is checked.
     max_tokens: output ids there may be; None is no limit.
     inspect: what every token shows besides.
+
+    may_draft: whether ids may be drafted for it; its owner says.
+    n_restarts: how often the ids became others than those before with some more; drafters look at it.
     """
 
     def __init__(
@@ -86,6 +106,9 @@ class Row:
         self.n_prompt = 0
         self.unfed: list[int] = []
         self.pending: Pending | None = None
+        self.ready: deque[Ready] = deque()
+        self.may_draft = True
+        self.n_restarts = 0
         self.failure: Exception | None = None  # why no step can follow
         self._tokens: Any | None = None
 
@@ -103,6 +126,20 @@ class Row:
     def is_at_last(self) -> bool:
         """Whether the next id is the last there may be, so that no step need follow it."""
         return self.max_tokens is not None and self.n_output + 1 >= self.max_tokens
+
+    @property
+    def most_drafts(self) -> int:
+        """Ids that may be drafted for the next pass.
+
+        No more than may be written, nor than the cache has room for, since attention over a quantized cache rounds
+        otherwise in a larger room. None where a hook of the user's is to see each token once, and no other.
+        """
+        keys = self.cache[0].keys
+        if self.hooks or not self.may_draft or keys is None or self.failure is not None:
+            return 0
+        room = (keys if isinstance(keys, mx.array) else keys[0]).shape[2] - self.cache[0].offset
+        most = room - 1 if room else CACHE_STEP - 1
+        return most if self.max_tokens is None else max(0, min(most, self.max_tokens - self.n_output - 1))
 
     @property
     def tokens(self) -> Any:
@@ -139,16 +176,32 @@ class Row:
             changed = processor(tokens, changed)
         return changed[0], total
 
-    def add(self, token_id: int, tokens: Any | None) -> None:
-        """Append an id that was drawn and read. tokens: of the step that drew it."""
-        self.ids.append(token_id)
+    def states(self) -> ProcessorStates:
+        """What the processors that have a state know now."""
+        incremental = ((place, each) for place, each in enumerate(self.processors) if isinstance(each, Incremental))
+        return {place: each.state() for place, each in incremental}
+
+    def take(self) -> Token | None:
+        """Hand out the first token that is ready, whose id is appended; None where there is a failure instead."""
+        token, tokens, states = self.ready.popleft()
+        if isinstance(token, Exception):
+            self.pending, self.failure = None, token
+            return None
+        self.ids.append(token.id)
         self._tokens = tokens
-        self.unfed = [token_id] if self.pending is None else []
+        self.unfed = self.ids[self.cache[0].offset :]
+        for place, state in (states or {}).items():
+            processor = self.processors[place]
+            assert isinstance(processor, Incremental), "it gave the state"
+            processor.restore(state)
+        return token
 
     def force(self, ids: Sequence[int]) -> None:
-        """Append ids that were not drawn; the next draw follows them. The step under way is dropped."""
+        """Append ids that were not drawn; the next draw follows them. What was drawn ahead is dropped."""
         self.pending = self.failure = None  # of a step that is not wanted any more
-        self.unfed += ids
+        self.ready.clear()
+        self.cut_cache(len(self.ids))
+        self.unfed = [*self.ids[self.cache[0].offset :], *ids]
         self.ids += ids
         self._tokens = None
 
@@ -157,13 +210,18 @@ class Row:
         if not 0 <= n_output <= self.n_output:
             raise OptionError(f"Cannot go back to output id {n_output}; there are {self.n_output}.")
         del self.ids[self.n_prompt + n_output :]
-        n_kept = len(self.ids) - 1
-        for layer in self.cache:
-            layer.trim(max(0, layer.offset - n_kept))
+        self.cut_cache(len(self.ids) - 1)
         self._restart()
+
+    def cut_cache(self, n_ids: int) -> None:
+        """Cut the cache back to n_ids positions, where it holds more."""
+        for layer in self.cache:
+            layer.trim(max(0, layer.offset - n_ids))
 
     def _restart(self) -> None:
         self.pending = self.failure = None
+        self.ready.clear()
+        self.n_restarts += 1
         self._tokens = None
         self.unfed = self.ids[self.cache[0].offset :]
         for processor in self.processors:

@@ -50,32 +50,41 @@ def quantized_cache_class() -> type[Any]:
 
 
 class RowCaches:
-    """One layer's caches of the rows of a pass, each with its own length. Each row feeds one id.
+    """One layer's caches of the rows of a pass, each with its own length.
 
-    offset: (rows,) positions that each holds, the same in every layer.
+    caches: one a row.
+    n_fed: ids that each row feeds in this pass; the pass is (sum of n_fed, 1), a row's ids one after another.
+    offset: (sum of n_fed,) position of each id, the same in every layer.
+    is_exact: an id attends alone, as in a pass of one id, whose bits it then gets; else a row's ids attend at once.
     """
 
-    def __init__(self, caches: Sequence[Any], offset: mx.array) -> None:
+    def __init__(self, caches: Sequence[Any], n_fed: Sequence[int], offset: mx.array, *, is_exact: bool) -> None:
         self.caches = tuple(caches)
+        self.n_fed = tuple(n_fed)
         self.offset = offset
+        self.is_exact = is_exact
 
     def make_mask(self, n_ids: int, return_array: bool = False, window_size: int | None = None) -> None:
-        """None: the one id of a row may look at all that its cache holds."""
+        """None: the last id of a row may look at all that its cache holds, and `Attention` masks for the others."""
 
 
-def joined(caches: Sequence[Sequence[Any]]) -> Sequence[Any]:
-    """The KV caches of some rows as one for their pass, by layer; that of a single row as it is."""
-    if len(caches) == 1:
+def joined(caches: Sequence[Sequence[Any]], n_fed: Sequence[int] | None = None) -> Sequence[Any]:
+    """The KV caches of some rows as one for their pass, by layer; that of a single row and id as it is.
+
+    n_fed: ids that each row feeds; None is one each.
+    """
+    n_fed = n_fed or [1] * len(caches)
+    if list(n_fed) == [1]:
         return caches[0]
-    offset = mx.array([row[0].offset for row in caches])
-    return [RowCaches(layer, offset) for layer in zip(*caches, strict=True)]
+    offset = mx.array([row[0].offset + place for row, n in zip(caches, n_fed, strict=True) for place in range(n)])
+    is_exact = mx.default_device().type == mx.cpu
+    return [RowCaches(layer, n_fed, offset, is_exact=is_exact) for layer in zip(*caches, strict=True)]
 
 
 @functools.cache
 def attention_class() -> type[Any]:
     """mlx_lm's attention of a Qwen2 layer, also over a `quantized_cache_class()`, read whole, and over `RowCaches`."""
     home = import_mlx_lm("mlx_lm.models.qwen2")
-    base = import_mlx_lm("mlx_lm.models.base")
     whole = quantized_cache_class()
 
     class Attention(home.Attention):  # type: ignore[misc, name-defined]
@@ -91,23 +100,67 @@ def attention_class() -> type[Any]:
                 )
             )
             queries, keys = self.rope(queries, offset=cache.offset), self.rope(keys, offset=cache.offset)
-            caches = cache.caches if isinstance(cache, RowCaches) else (cache,)
-            mixed = [
-                self._row(queries[row : row + 1], keys[row : row + 1], values[row : row + 1], mask, own)
-                for row, own in enumerate(caches)
-            ]
-            return self.o_proj(mx.concatenate(mixed).transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
-
-        def _row(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any, cache: Any) -> Any:
-            """One row's attention over its own cache, behind rotary embedding: (1, heads, n_ids, width)."""
-            if isinstance(cache, whole):
-                mask = cache.make_mask(queries.shape[2]) if mask is None else mask
-                cache.update_and_fetch(keys, values)
-                return _attend(queries * self.scale, cache, mask)
-            keys, values = cache.update_and_fetch(keys, values)
-            return base.scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
+            if isinstance(cache, RowCaches):
+                mixed = mx.concatenate(_rows(queries, keys, values, cache, self.scale))
+            else:
+                mixed = _row(queries, keys, values, cache, self.scale, mask)
+            return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
 
     return Attention
+
+
+def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, scale: float) -> list[mx.array]:
+    """The attention of each row of a pass behind rotary embedding, (n_fed, heads, 1, width)."""
+    mixed, first = [], 0
+    for cache, n_fed in zip(rows.caches, rows.n_fed, strict=True):
+        query, key, value = (each[first : first + n_fed] for each in (queries, keys, values))
+        first += n_fed
+        if n_fed == 1:
+            mixed.append(_row(query, key, value, cache, scale))
+            continue
+        query, key, value = (each.transpose(2, 1, 0, 3) for each in (query, key, value))  # (1, heads, n_fed, width)
+        if rows.is_exact:
+            row = _one_by_one(query, key, value, cache, scale)
+        else:
+            row = _row(query, key, value, cache, scale, "causal")
+        mixed.append(row.transpose(2, 1, 0, 3))
+    return mixed
+
+
+def _row(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any = None) -> mx.array:
+    """One row's attention over its own cache: (1, heads, n_ids, width)."""
+    if isinstance(cache, quantized_cache_class()):
+        mask = mask if isinstance(mask, mx.array) else cache.make_mask(queries.shape[2])
+        cache.update_and_fetch(keys, values)
+        return _attend(queries * scale, cache, mask)
+    keys, values = cache.update_and_fetch(keys, values)
+    return _over_floats(queries, keys, values, cache, scale, mask)
+
+
+def _one_by_one(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float) -> mx.array:
+    """The same with the bits that passes of one id give."""
+    before, n_ids = cache.offset, queries.shape[2]
+    keys, values = cache.update_and_fetch(keys, values)
+    mixed = []
+    for place in range(n_ids):
+        query, n_seen = queries[:, :, place : place + 1], before + place + 1
+        if isinstance(cache, quantized_cache_class()):
+            mask = mx.arange(cache.keys[0].shape[2]) < n_seen
+            mixed.append(_attend(query * scale, cache, mask[None]))
+        else:
+            seen = keys[..., :n_seen, :], values[..., :n_seen, :]
+            mixed.append(_over_floats(query, *seen, cache, scale, None))
+    return mx.concatenate(mixed, axis=2)
+
+
+def _over_floats(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any) -> mx.array:
+    mixed: mx.array = _base().scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
+    return mixed
+
+
+@functools.cache
+def _base() -> Any:
+    return import_mlx_lm("mlx_lm.models.base")
 
 
 def _attend(queries: mx.array, cache: Any, mask: mx.array) -> mx.array:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,8 @@ import pytest
 from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.row import Row
+from qwq_mlx.engine.speculative import Draft, Drafts
 from qwq_mlx.generate.finish import trace_of
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.running import Running, advance
@@ -77,9 +80,9 @@ def streams(reasoner: Reasoner, names: Sequence[str]) -> list[Stream]:
     ]
 
 
-def together(reasoner: Reasoner, names: Sequence[str], late: int = 0) -> list[Trace]:
+def together(reasoner: Reasoner, names: Sequence[str], late: int = 0, drafts: Drafts | None = None) -> list[Trace]:
     """Their traces from one decoder; the last `late` rows enter while the others are under way."""
-    decoder = Decoder(reasoner.model.module, n_ids=reasoner.model.tokenizer.n_ids)
+    decoder = Decoder(reasoner.model.module, n_ids=reasoner.model.tokenizer.n_ids, drafts=drafts)
     running = [Running(stream.request, decoder) for stream in streams(reasoner, names)]
     waiting = running[len(running) - late :] if late else []
     active: list[Running] = []
@@ -172,6 +175,65 @@ def test_a_row_that_fails_ends_alone(reasoner: Reasoner, alone: dict[str, Trace]
     assert running[0].run.finish[0] == "interrupted" and len(running[0].run.steps) == 7
     for name, each in zip(names, running[1:], strict=True):
         assert_same(trace_of(each.run, timings=each.clock.timings(), peak_bytes=0), alone[name], name)
+
+
+class Oracle:
+    """Drafts of random lengths from the ids that a row writes alone, each of their ids wrong with some probability."""
+
+    def __init__(self, alone: Iterable[Trace], *, wrong: float) -> None:
+        self._known = {self._key(trace.prompt_ids, trace.settings): trace.ids for trace in alone}
+        self._random = Random(5)
+        self._wrong = wrong
+        self.n_drafted = self.n_accepted = self.n_passes = 0
+
+    @staticmethod
+    def _key(prompt_ids: Sequence[int], settings: Any) -> Any:
+        return tuple(prompt_ids), settings["sampling"]["seed"], settings["limits"]["max_tokens"]
+
+    def is_due(self, row: Row) -> bool:
+        return self._random.random() < 0.8
+
+    def draft(self, rows: Sequence[Row], *, most: int | None) -> list[Draft]:
+        self.n_passes += 1
+        drafts = []
+        for row in rows:
+            longest = min(row.most_drafts, self._random.randrange(7), 99 if most is None else most)
+            key = tuple(row.ids[: row.n_prompt]), row.sampler._seed, row.max_tokens
+            known = self._known[key][row.n_output :][:longest]
+            ids = [each if self._random.random() >= self._wrong else (each + 1) % 256 for each in known]
+            most = None if most is None else most - len(ids)
+            drafts.append(Draft(tuple(ids), "oracle"))
+        return drafts
+
+    def learn(self, row: Row, draft: Draft, n_accepted: int) -> None:
+        self.n_drafted += len(draft.ids)
+        self.n_accepted += n_accepted
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
+def test_drafts_right_or_wrong_change_nothing_of_a_row_alone(
+    reasoner: Reasoner, alone: dict[str, Trace], wrong: float
+) -> None:
+    """Nor of its log-probabilities, to the last bit: a place of a pass is computed as plain decoding computes it."""
+    for name, expected in alone.items():
+        oracle = Oracle(alone.values(), wrong=wrong)
+        [trace] = together(reasoner, [name], drafts=oracle)
+        assert_same(trace, expected, name)
+        assert trace.logprobs == expected.logprobs and trace.entropies == expected.entropies, name
+        if name == "processor":
+            assert oracle.n_drafted == 0  # a hook of the user's sees each token once
+        elif wrong in (0.0, 1.0):
+            share = oracle.n_accepted / oracle.n_drafted
+            assert oracle.n_drafted > 5 and (share < 0.1 if wrong else share > 0.6), (name, share)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.4])
+def test_rows_with_drafts_of_their_own_share_a_pass(reasoner: Reasoner, alone: dict[str, Trace], wrong: float) -> None:
+    for names in (["greedy", "dry", "mask"], list(requests(reasoner))[:6], list(requests(reasoner))):
+        oracle = Oracle(alone.values(), wrong=wrong)
+        for name, trace in zip(names, together(reasoner, names, 2, drafts=oracle), strict=True):
+            assert_same(trace, alone[name], name)
+        assert oracle.n_accepted > 5
 
 
 def test_many_rows_get_the_bits_of_a_row_alone_where_that_is_asked_for(reasoner: Reasoner) -> None:

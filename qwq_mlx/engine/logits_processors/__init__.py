@@ -41,6 +41,14 @@ class Incremental(ABC):
         self._n_seen = tokens.size
         return self._apply(logits)
 
+    def state(self) -> dict[str, Any]:
+        """What it knows now, for `restore`; arrays are shared, for a push replaces them and never writes into one."""
+        return dict(vars(self))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Know what it knew when `state` gave this, and no token that came after."""
+        vars(self).update(state)
+
     @abstractmethod
     def _start(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         """Work the state out from ids that are known."""
