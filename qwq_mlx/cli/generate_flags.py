@@ -21,6 +21,7 @@ __all__ = [
     "add_loading",
     "add_sampling",
     "bits",
+    "checked_options",
     "run_options",
 ]
 
@@ -140,12 +141,7 @@ class RunOptions(NamedTuple):
 
 def run_options(options: Mapping[str, Any]) -> RunOptions:
     """options: what was parsed. Raises OptionError for a wrong value, and for flags that exclude each other."""
-    bias = {"logit_bias": dict(_bias_of(text) for text in options["logit_bias"] or ())}
-    asked = RunOptions(
-        Sampling(**_fields_of(options, Sampling) | bias),
-        Limits(**_fields_of(options, Limits)),
-        Thinking(**_fields_of(options, Thinking)),
-    )
+    asked = checked_options(options)
     if options["samples"] is not None:
         _check_samples(options)
     elif options["input"] is not None or options["output"] is not None:
@@ -165,6 +161,16 @@ def run_options(options: Mapping[str, Any]) -> RunOptions:
     if options["no_save"] and options["save"] is not None:
         raise OptionError("--save and --no-save are mutually exclusive.")
     return asked
+
+
+def checked_options(options: Mapping[str, Any]) -> RunOptions:
+    """What the flags of `add_limits` and `add_sampling` say. Raises OptionError for a wrong value."""
+    bias = {"logit_bias": dict(_bias_of(text) for text in options["logit_bias"] or ())}
+    return RunOptions(
+        Sampling(**_fields_of(options, Sampling) | bias),
+        Limits(**_fields_of(options, Limits)),
+        Thinking(**_fields_of(options, Thinking)),
+    )
 
 
 def _check_samples(options: Mapping[str, Any]) -> None:

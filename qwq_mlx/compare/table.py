@@ -16,7 +16,7 @@ from pathlib import Path
 from qwq_mlx.errors import OptionError
 from qwq_mlx.model.architecture import tensor_shapes
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
-from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
+from qwq_mlx.model.tokenizer import check_same_tokenizer, load_tokenizer
 from qwq_mlx.quality.measure import MeasureProgress, check_comparable, measure
 from qwq_mlx.quality.result import Quality, summarise
 from qwq_mlx.quality.text import DEFAULT_POSITIONS, bundled_text, read_text
@@ -74,7 +74,7 @@ def compare_models(
     tokenizers = [load_tokenizer(each.path, vocab_size=each.config.vocab_size) for each in files]
     for each, tokenizer in zip(files[1:], tokenizers[1:], strict=True):
         check_comparable(files[0], each)
-        _check_tokenizer(files[0], tokenizers[0], each, tokenizer)
+        check_same_tokenizer(files[0].path, tokenizers[0], each.path, tokenizer)
     quality_text = read_text(
         bundled_text(files[0].config) if text is None else text, tokenizers[0], files[0].config, n_positions=n_positions
     )
@@ -86,19 +86,6 @@ def compare_models(
         n_positions=quality_text.n_positions,
         rows=tuple(_row(each, quality) for each, quality in zip(files, qualities, strict=True)),
     )
-
-
-def _check_tokenizer(
-    reference: ModelFolder, expected: LoadedTokenizer, model: ModelFolder, actual: LoadedTokenizer
-) -> None:
-    theirs, ours = expected.hf.get_vocab(), actual.hf.get_vocab()
-    if theirs != ours:
-        differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-        raise OptionError(
-            f"{model.path}: has another tokenizer than {reference.path}: {len(differing):,} tokens have other ids, "
-            f"such as {differing[0]!r} ({ours.get(differing[0])}, not {theirs.get(differing[0])}). "
-            "Give conversions and checkpoints of one and the same model."
-        )
 
 
 def _row(files: ModelFolder, quality: Quality | None) -> Row:

@@ -16,11 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import LoadError, system_said
+from qwq_mlx.errors import LoadError, OptionError, system_said
 from qwq_mlx.files.json_object import read_json_object
 from qwq_mlx.model.upstream import import_transformers
 
-__all__ = ["MAX_TEMPLATE_BYTES", "LoadedTokenizer", "load_tokenizer", "read_chat_template", "read_text_file"]
+__all__ = [
+    "MAX_TEMPLATE_BYTES",
+    "LoadedTokenizer",
+    "check_same_tokenizer",
+    "load_tokenizer",
+    "read_chat_template",
+    "read_text_file",
+]
 
 _MAX_TOKENIZER_BYTES = 256 << 20  # Qwen2's is 7 MB
 _MAX_SETTINGS_BYTES = 16 << 20
@@ -108,6 +115,18 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> LoadedTokenizer:
         eos_id=None if eos is None else vocabulary[eos],
         chat_template=_chat_template(folder, settings),
     )
+
+
+def check_same_tokenizer(path: Path, tokenizer: LoadedTokenizer, other_path: Path, other: LoadedTokenizer) -> None:
+    """Raises OptionError where two folders' tokenizers give tokens other ids, for their models cannot be compared."""
+    expected, actual = (each.backend.get_vocab(with_added_tokens=True) for each in (tokenizer, other))
+    if expected != actual:
+        differing = sorted(key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key))
+        raise OptionError(
+            f"{other_path}: has another tokenizer than {path}: {len(differing):,} tokens have other ids, such as "
+            f"{differing[0]!r} ({actual.get(differing[0])}, not {expected.get(differing[0])}). "
+            "Give conversions and checkpoints of one and the same model."
+        )
 
 
 def read_text_file(path: Path, limit_bytes: int) -> str:

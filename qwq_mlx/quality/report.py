@@ -16,13 +16,13 @@ from qwq_mlx.quality.result import KL_EDGES, Quality, WorstToken
 from qwq_mlx.quality.svg import bars, lines
 from qwq_mlx.quant.recipe import layer_of
 
-__all__ = ["REPORT_NAME", "ReportFacts", "report_page"]
+__all__ = ["PAGE_STYLE", "REPORT_NAME", "ReportFacts", "printable", "report_page"]
 
 REPORT_NAME = "report.html"
 
 _KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-_STYLE = """
+PAGE_STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5c6670; --rule: #dde2e7; --card: #f5f7f9; --page: #fff;
   --c0: #2563eb; --c1: #d97706; --c2: #059669; --c3: #db2777; --c4: #7c3aed; --c5: #0891b2; --c6: #dc2626; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #9aa4ae; --rule: #333b44; --card: #1d232a;
@@ -49,6 +49,7 @@ th { color: var(--soft); font-weight: 500; } td.n, th.n { text-align: right; fon
 code { font: .85rem ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 mark { background: color-mix(in srgb, var(--c1) 35%, transparent); color: inherit; border-radius: 3px; padding: 0 2px; }
 """
+"""Style sheet of a page with plots, light or dark as the reader's system is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,24 +73,24 @@ class ReportFacts:
 
 def report_page(facts: ReportFacts, quality: Quality) -> str:
     """The page as HTML text."""
-    title = escape(_shown(facts.title))
+    title = escape(printable(facts.title))
     versions = ", ".join(f"{name} {value}" for name, value in sorted(facts.versions.items()))
     return "".join(
         (
             f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}: what it lost</title>\n',
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n",
-            f"<style>{_STYLE}</style>\n<h1>{title}</h1>\n",
-            f'<p class="soft">from {escape(_shown(facts.source))}, {facts.n_weights:,} weights</p>\n',
+            f"<style>{PAGE_STYLE}</style>\n<h1>{title}</h1>\n",
+            f'<p class="soft">from {escape(printable(facts.source))}, {facts.n_weights:,} weights</p>\n',
             _cards(facts, quality),
-            f"<p>Measured on <b>{escape(_shown(quality.text))}</b>: {quality.n_tokens:,} tokens with "
+            f"<p>Measured on <b>{escape(printable(quality.text))}</b>: {quality.n_tokens:,} tokens with "
             f"{quality.n_positions - quality.n_tokens:,} more as context, each predicted by the source and by the "
             "conversion from the same text before it, in float32. "
             "KL is the divergence of the conversion's distribution from the source's, in nats; 0 is no loss.</p>\n",
             _plots(facts, quality),
             _worst(quality.worst),
-            f"<h2>Recipe</h2>\n<pre><code>{escape(_shown(facts.recipe, keep=chr(10)))}</code></pre>\n",
-            f'<p class="soft">{escape(_shown(versions))}<br>text: sha256 {escape(quality.text_sha256)}<br>'
+            f"<h2>Recipe</h2>\n<pre><code>{escape(printable(facts.recipe, keep=chr(10)))}</code></pre>\n",
+            f'<p class="soft">{escape(printable(versions))}<br>text: sha256 {escape(quality.text_sha256)}<br>'
             "The same numbers are in manifest.json, which has this page's digest.</p>\n</html>\n",
         )
     )
@@ -146,10 +147,10 @@ def _plots(facts: ReportFacts, quality: Quality) -> str:
 
 def _worst(tokens: Sequence[WorstToken]) -> str:
     rows = "".join(
-        f'<tr><td class="n">{token.kl:.3g}</td><td><code>{escape(_shown(token.context))}'
-        f"<mark>{escape(_shown(token.next))}</mark></code></td>"
-        f"<td><code>{escape(_shown(token.reference))}</code> {100 * token.reference_p:.0f} %</td>"
-        f"<td><code>{escape(_shown(token.model))}</code> {100 * token.model_p:.0f} %</td></tr>\n"
+        f'<tr><td class="n">{token.kl:.3g}</td><td><code>{escape(printable(token.context))}'
+        f"<mark>{escape(printable(token.next))}</mark></code></td>"
+        f"<td><code>{escape(printable(token.reference))}</code> {100 * token.reference_p:.0f} %</td>"
+        f"<td><code>{escape(printable(token.model))}</code> {100 * token.model_p:.0f} %</td></tr>\n"
         for token in tokens
     )
     return (
@@ -162,7 +163,7 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
-def _shown(text: str, keep: str = "") -> str:
+def printable(text: str, keep: str = "") -> str:
     """Line breaks and other characters that would not be seen, as symbols."""
     text = text.replace("\n", "\n" if "\n" in keep else "⏎").replace("\t", "⇥")
     return "".join(each if each.isprintable() or each in keep else "�" for each in text)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["bars", "lines"]
+__all__ = ["bars", "lines", "tick_step"]
 
 _WIDTH, _HEIGHT = 460, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 38
@@ -23,7 +23,7 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], *, x_title: str, 
     """One line a name through its (x, y) points; y from 0, in percent where y_title says so. At least one point."""
     points = [point for each in series.values() for point in each]
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
-    step = _step(max(y for _, y in points))
+    step = tick_step(max(y for _, y in points))
     y_high = step * _N_TICKS
     span = (x_high - x_low) or 1.0
 
@@ -49,7 +49,7 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], *, x_title: str, 
 
 def bars(counts: Sequence[int], labels: Sequence[str], *, x_title: str, y_title: str) -> str:
     """A bar a count. labels: one under each bar; an empty one is left out."""
-    step = max(1.0, _step(max(counts)))
+    step = max(1.0, tick_step(max(counts)))
     y_high = step * _N_TICKS
     width = (_WIDTH - _LEFT - _RIGHT) / len(counts)
     parts = [_y_axis([step * tick for tick in range(_N_TICKS + 1)], y_high, y_title)]
@@ -65,7 +65,7 @@ def bars(counts: Sequence[int], labels: Sequence[str], *, x_title: str, y_title:
     return _svg(parts, f"{y_title} by {x_title}")
 
 
-def _step(largest: float) -> float:
+def tick_step(largest: float) -> float:
     """A round distance of ticks, four of which hold the largest value."""
     if largest <= 0:
         return 0.25

@@ -22,7 +22,7 @@ from qwq_mlx.files.digest import sha256_json
 from qwq_mlx.files.json_object import parse_json_object
 from qwq_mlx.model.prompt import Messages, conversation
 
-__all__ = ["Question", "read_questions"]
+__all__ = ["Question", "read_lines", "read_questions"]
 
 _OTHER_NAMES = {"prompt": "question", "problem": "question", "answer": "expected"}
 _FIELDS = ("question", "messages", "id", "expected")
@@ -61,7 +61,7 @@ def read_questions(
     reader = _Reader(path, system_prompt, note)
     questions: list[Question] = []
     lines_of: dict[str | int, int] = {}
-    for place, line in _lines(path):
+    for place, line in read_lines(path):
         question = reader.question(line, f"{path}: line {place:,}", len(questions))
         if question.id in lines_of:
             raise SourceError(
@@ -77,7 +77,7 @@ def read_questions(
     return tuple(questions)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Number and bytes of every line that is not empty. A pipe is read too, as a shell's <(...) gives one."""
     n_bytes = 0
     try:

@@ -12,6 +12,7 @@ True
 from qwq_mlx.reasoning.answer.cues import MAX_LINE, doubts
 from qwq_mlx.reasoning.answer.equivalence import compare, normalise
 from qwq_mlx.reasoning.answer.expression import Formula, NotAFormula, is_same_value
+from qwq_mlx.reasoning.answer.math_verify import has_math_verify, math_verify_texts
 from qwq_mlx.reasoning.answer.rule import SURE
 from qwq_mlx.reasoning.answer.rules import stated
 from qwq_mlx.reasoning.answer.split import Kind, Segment, Split
@@ -29,7 +30,9 @@ __all__ = [
     "compare",
     "doubts",
     "extract",
+    "has_math_verify",
     "is_same_value",
+    "math_verify_texts",
     "normalise",
     "stated",
 ]

@@ -1,0 +1,1 @@
+"""What models solve: tasks answered, judged and compared; `python -m qwq_mlx.evaluate` does it."""

@@ -1,0 +1,244 @@
+"""The evaluate command: rows that go on wherever they were cut, settings held, reports that say what the rows say."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwq_mlx.errors import SourceError
+from qwq_mlx.evaluate import rows as rows_module
+from qwq_mlx.evaluate.__main__ import main
+from qwq_mlx.evaluate.folder import read_evaluation
+from qwq_mlx.evaluate.rows import judged_rows
+from qwq_mlx.generate.batch import question_seed
+from qwq_mlx.generate.question_file.results import Results, read_traces
+from qwq_mlx.generate.reasoner import Reasoner
+from qwq_mlx.pocket import FOLDER as POCKET
+from qwq_mlx.reasoning.answer import math_verify
+
+pytestmark = pytest.mark.pocket
+SUMS = [
+    {"id": "a", "question": "What is 3 + 4?", "answer": "7", "level": "1", "subject": "sums"},
+    {"id": "b", "question": "What is 12 + 30?", "answer": "42", "level": "1", "subject": "sums"},
+    {"id": "c", "question": "What is 5 * 6?", "answer": "31", "level": "2", "subject": "<b>products</b>"},
+]
+ASKS = ["--instruction", "", "--max-tokens", "40", "--seed", "5", "--no-verify", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def without_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process takes over a second each time; its verdicts are tested by themselves."""
+    monkeypatch.setattr(math_verify, "has_math_verify", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sums.jsonl, and a whole evaluation of it in `whole`: the pocket model, 2 samples of 3 problems."""
+    home = tmp_path_factory.mktemp("evaluate")
+    (home / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in SUMS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(math_verify, "has_math_verify", lambda: False)
+        assert main(command(home, "whole")) == 0
+        one = table(home / "whole")
+        assert main([*command(home, "whole"), "--samples", "2"]) == 0
+    assert len(one) == 4 and table(home / "whole")[:4] == one, "more samples continue the folder"
+    return home
+
+
+def command(home: Path, output: str, *models: Path) -> list[str]:
+    named = [argument for model in models or (POCKET,) for argument in ("--model", str(model))]
+    return ["--task", str(home / "sums.jsonl"), "--output", str(home / output), *named, *ASKS]
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "checkpoint.rows.jsonl").read_bytes().splitlines()]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_row_says_what_it_depends_on_and_where_its_trace_is(home: Path) -> None:
+    first, *rows = table(home / "whole")
+    assert set(first) == {"judges"} and len(rows) == 6
+    traces = [trace for _, trace in read_traces(home / "whole" / "checkpoint.traces.jsonl")]
+    for place, (row, trace) in enumerate(zip(rows, traces, strict=True)):
+        assert trace is not None
+        assert (row["problem"], row["sample"]) == ("abc"[place % 3], place // 3)
+        assert row["seed"] == question_seed(5, place) == trace.settings["sampling"]["seed"]
+        assert row["trace"] == f"checkpoint.traces.jsonl:{place + 1}" and row["answer"] == trace.answer
+        assert row["is_right"] is (trace.answer == SUMS[place % 3]["answer"])
+        assert row["settings"] == trace.settings and row["n_tokens"] == len(trace.ids)
+        assert trace.question == SUMS[place % 3]["question"], "no instruction is put behind it"
+    assert {row["prompt_sha256"] for row in rows[:3]} == {row["prompt_sha256"] for row in rows[3:]}
+    assert Counter(row["is_right"] for row in rows)[True] == 4, "the third problem's reference answer is wrong"
+
+
+def test_the_report_says_what_the_rows_say(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in (home / "whole").iterdir()}
+    code, out, err = run(capsys, "--output", str(home / "whole"), "--json")
+    assert (code, err) == (0, "") and json.loads(out) == json.loads(out)
+    report, [model] = json.loads(out), json.loads(out)["models"]
+    assert json.loads((home / "whole" / "report.json").read_text()) == {
+        **report,
+        "format": "qwq_mlx evaluation report",
+        "schema": 1,
+    }
+    assert (model["n_problems"], model["n_samples"], model["accuracy"]) == (3, 2, pytest.approx(4 / 6))
+    assert model["pass_at_k"] == {"1": pytest.approx(2 / 3), "2": pytest.approx(2 / 3)}
+    assert model["endings"] == {"answered": 6} and model["math_verify_accuracy"] is None
+    assert [(each["name"], each["accuracy"]) for each in model["by_level"]] == [("1", 1.0), ("2", 0.0)]
+    n_tokens = sum(row["n_tokens"] for row in table(home / "whole")[1:])
+    assert model["tokens_per_solved"] == n_tokens / 4
+    after = {path.name: path.read_bytes() for path in (home / "whole").iterdir()}
+    assert after == before, "a report that is made again is the same, byte by byte"
+
+
+def test_the_page_loads_nothing_and_escapes_what_comes_from_files(home: Path) -> None:
+    page = (home / "whole" / "report.html").read_text()
+    seen: list[str] = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: Any) -> None:
+            seen.append(tag)
+            assert not {"src", "href", "onload"} & {name for name, _ in attributes}
+
+    Tags().feed(page)
+    assert {"svg", "pre"} <= set(seen) and not {"script", "link", "img", "b"} & set(seen)
+    assert "&lt;b&gt;products&lt;/b&gt;" in page and "default-src 'none'" in page
+
+
+def test_a_folder_cut_at_any_byte_ends_up_the_same(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces cut between and within lines, rows missing, stale or there, reports missing: as after a kill -9."""
+    whole, loaded = home / "whole", list[Any]()
+    make = Reasoner.__init__
+    monkeypatch.setattr(Reasoner, "__init__", lambda *args, **named: (loaded.append(1), make(*args, **named))[1])
+    good = (whole / "checkpoint.traces.jsonl").read_bytes()
+    ends = [place + 1 for place, byte in enumerate(good) if byte == 10]
+    rng = random.Random(1)
+    for n, cut in enumerate((ends[2], rng.randrange(ends[2], ends[4]), ends[5])):
+        output = tmp_path / str(n)
+        shutil.copytree(whole, output)
+        (output / "checkpoint.traces.jsonl").write_bytes(good[:cut])
+        if n % 2:
+            (output / "checkpoint.rows.jsonl").unlink()
+            (output / "report.json").unlink()
+        arguments = [*command(home, "whole"), "--samples", "2"]
+        arguments[arguments.index("--output") + 1] = str(output)
+        assert main(arguments) == 0
+        assert table(output) == table(whole), cut
+        assert (output / "report.json").read_bytes() == (whole / "report.json").read_bytes()
+        assert (output / "checkpoint.traces.jsonl").read_bytes()[: (good[:cut].rfind(b"\n") + 1)] == (
+            good[: good[:cut].rfind(b"\n") + 1]
+        ), "what was there is not drawn again"
+    assert len(loaded) == 2, "where every sample is there no model is loaded"
+
+
+def test_an_interrupted_run_reports_what_there_is_and_goes_on(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Results.write
+
+    def interrupted(self: Results, line: Any) -> None:
+        write(self, line)
+        if line["index"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    arguments = [*command(home, "whole"), "--samples", "2", "--output", str(tmp_path / "new")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Results, "write", interrupted)
+        code, out, err = run(capsys, *arguments)
+    n_done = len(table(tmp_path / "new")) - 1
+    assert code == 128 + signal.SIGTERM and n_done in (2, 3, 4, 5)
+    assert f"interrupted: {n_done} of 6 samples; run it again to go on" in err and f"2 of {min(n_done, 3)} " in out
+    assert main(arguments) == 0 and table(tmp_path / "new") == table(home / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--seed", "6"], "sampling.seed is 6, was 5"),
+        (
+            ["--temp", "0.5", "--max-tokens", "39"],
+            "limits.max_tokens is 39, was 40; sampling.temperature is 0.5, was None",
+        ),
+        (["--instruction", "Think."], "instruction is 'Think.', was ''"),
+        (["--limit", "2"], r"the problems \(file, offset, limit or levels\)"),
+        (["--on-loop", "answer"], "thinking.on_loop is 'answer', was 'stop'"),
+        (["--samples", "1"], "--samples is 1, .*whole has 2 of each problem"),
+    ],
+)
+def test_settings_that_changed_are_refused_by_name(
+    changed: list[str], message: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in (home / "whole").iterdir()}
+    code, out, err = run(capsys, *command(home, "whole"), "--samples", "2", *changed)
+    assert (code, out) == (2, "")
+    assert re.search(message, err), err
+    assert {path.name: path.read_bytes() for path in (home / "whole").iterdir()} == before
+
+
+def test_bad_input_is_named_before_a_weight_is_loaded_and_leaves_nothing(
+    home: Path,
+    known_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Reasoner, "__init__", lambda *_, **__: pytest.fail("a model was loaded"))
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text((json.dumps(SUMS[0]) + "\n") * 2)
+    output = home / "new"
+    for arguments, message in (
+        (command(home, "new", POCKET, known_checkpoint), "has another tokenizer than"),
+        (command(home, "new", POCKET, POCKET), "model names .*checkpoint twice"),
+        (command(home, "new", tmp_path / "absent"), "there is no such folder"),
+        ([*command(home, "new"), "--task", str(twice)], "has the id 'a', as has problem 1"),
+        ([*command(home, "new"), "--task", "gsm8k"], "The task gsm8k needs its file.* as --data"),
+        ([*command(home, "new"), "--samples", "0"], "--samples is 0"),
+        ([*command(home, "new"), "--temp", "-1"], "--temp is -1"),
+        (["--output", str(output), "--limit", "3"], "--limit needs --task"),
+        (["--output", str(output)], "holds no evaluation"),
+        ([*command(home, "new"), "--output", str(tmp_path)], "a folder with other files"),
+        ([*command(home, "new"), "--output", str(tmp_path / "no" / "where")], "there is no folder"),
+    ):
+        code, out, err = run(capsys, *arguments)
+        assert code in (1, 2) and out == "" and re.search(message, err), err
+        assert not output.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["twice.jsonl"]
+    assert sorted(path.name for path in home.iterdir()) == ["sums.jsonl", "whole"], "and no lock"
+
+
+def test_damaged_files_are_named(home: Path, tmp_path: Path) -> None:
+    for name, old, new, message in (
+        ("evaluation.json", b'"samples": 2', b'"samples": 3', "the sha256 does not fit"),
+        ("problems.jsonl", b'"7"', b'"8"', "holds other problems than evaluation.json says"),
+        ("checkpoint.rows.jsonl", b'"sample": 0', b'"sample": "0"', "sample is '0', expected a whole number"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(home / "whole", folder)
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data.replace(old, new, 1))
+        with pytest.raises(SourceError, match=message):
+            judged_rows(read_evaluation(folder), "checkpoint")
+
+
+def test_verdicts_of_other_judges_are_made_anew(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(home / "whole", folder)
+    monkeypatch.setattr(rows_module, "judges", lambda: {"math-verify": "another"})
+    monkeypatch.setattr(rows_module, "math_verify_verdicts", lambda problems, traces: [False] * len(problems))
+    rows = judged_rows(read_evaluation(folder), "checkpoint")
+    assert [row.is_disputed for row in rows] == [row.is_right for row in rows] and any(row.is_right for row in rows)
