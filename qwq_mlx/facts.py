@@ -8,7 +8,8 @@ Does not: hold code, read files, or decide anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 __all__ = ["MODELS", "POCKET", "QWQ_32B", "QWQ_32B_PREVIEW", "ModelFacts"]
 
@@ -21,6 +22,7 @@ class ModelFacts:
     source_bytes: of all tensors in the checkpoint (bfloat16).
     profile: name of the reasoning profile (`qwq_mlx.reasoning.profile`).
     system_prompt: what the chat template writes when the conversation has no system message; None if it writes nothing.
+    sampling: of the published generation_config.json, for a copy of the model that comes without that file.
     """
 
     name: str
@@ -35,6 +37,7 @@ class ModelFacts:
     profile: str
     system_prompt: str | None
     source: str
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
 _QWQ_PREVIEW_SYSTEM = (
@@ -54,6 +57,7 @@ QWQ_32B_PREVIEW = ModelFacts(
     profile="qwq-preview",
     system_prompt=_QWQ_PREVIEW_SYSTEM,
     source="config.json and chat template of the repository; 17 shards of 4e9 bytes; bytes computed from the shapes",
+    sampling={"repetition_penalty": 1.0, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
 )
 
 QWQ_32B = ModelFacts(

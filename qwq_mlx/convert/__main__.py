@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         "--source",
         metavar="DIR",
         required=True,
-        help="checkpoint folder, or a Hub repository (Qwen/QwQ-32B-Preview), downloaded shard by shard",
+        help="checkpoint folder, a GGUF (FILE.gguf, ollama:NAME[:TAG], lmstudio:PUBLISHER/REPO), or a Hub repository "
+        "(Qwen/QwQ-32B-Preview), downloaded shard by shard",
     )
     add("--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
     add("--output", metavar="DIR", required=True, action=_Once, help="output folder")
@@ -62,7 +63,14 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe",
         metavar="NAME",
         action=_Once,
-        help=f"recipe name under conversions/, or the path of a .toml file (default: {DEFAULT_RECIPE})",
+        help=f"recipe name under conversions/, or the path of a .toml file (default: {DEFAULT_RECIPE}; a quantized "
+        "GGUF keeps its codes where MLX can hold them)",
+    )
+    add(
+        "--scale-dtype",
+        metavar="TYPE",
+        help="type of the scales and biases that a GGUF becomes: bfloat16, float16 or float32 (default: bfloat16; "
+        "float32 is exact for every type that keeps its codes, float16 for Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0)",
     )
     add(
         "--target-size",
@@ -140,7 +148,8 @@ def _convert(command: Command) -> int:
         conversion = convert_checkpoint(
             options.source,
             options.output,
-            recipe=DEFAULT_RECIPE if options.recipe is None else options.recipe,
+            recipe=options.recipe,
+            scale_dtype=options.scale_dtype,
             target_bytes=None if options.target_bytes is None else _bytes(options.target_bytes),
             calibrate=options.calibrate,
             force=options.force,

@@ -39,7 +39,7 @@ from qwq_mlx.model.upstream import package_version
 from qwq_mlx.quality.report import REPORT_NAME, ReportFacts, report_page
 from qwq_mlx.quality.result import Quality
 
-__all__ = ["describe", "finish", "keep_small_files", "write_small_files"]
+__all__ = ["check_source_digest", "describe", "finish", "keep_small_files", "write_small_files"]
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -100,9 +100,23 @@ def finish(
         tensors=tensors,
         run={**run, "peak_memory_bytes": peak_memory_bytes()},
         quality=None if quality is None else quality.as_mapping(),
+        gguf=_gguf_record(plan),
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def check_source_digest(plan: Plan, records: Mapping[str, FinishedTensor]) -> None:
+    """Compare a file with the digest that its store gave it, once all of it has been read. Raises SourceError."""
+    facts = plan.checkpoint.gguf
+    if facts is None or facts.sha256 is None:
+        return
+    sha256 = records[plan.tensors[-1].source.name].source_sha256
+    if sha256 != facts.sha256:
+        raise SourceError(
+            f"{facts.label}: {facts.path} has the sha256 {sha256[:12]}…, its name says {facts.sha256[:12]}…. The file "
+            "is damaged, and nothing was published; pull it again, then convert with `restart=True`."
+        )
 
 
 def keep_small_files(plan: Plan, folder: Path) -> None:
@@ -198,7 +212,7 @@ def _tensor_records(plan: Plan, finished: Mapping[str, FinishedTensor]) -> dict[
                 dtype=output.entry.dtype,
                 shape=output.entry.shape,
                 sha256=sha256,
-                relative_error=float(f"{error:.6g}") if tensor.packing is not None and place == 0 else None,
+                relative_error=float(f"{error:.6g}") if tensor.is_rounded and place == 0 else None,
             )
     return records
 
@@ -219,13 +233,30 @@ def _report_facts(plan: Plan, tensors: Mapping[str, TensorRecord]) -> ReportFact
 
 
 def _source_record(plan: Plan, small: Mapping[str, bytes], records: Mapping[str, FinishedTensor]) -> SourceRecord:
+    read = {} if plan.checkpoint.gguf is not None else small  # of a GGUF these are made from its metadata
     files = {
-        name: FileRecord(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in small.items()
+        name: FileRecord(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in read.items()
     }
     for index, shard in enumerate(plan.checkpoint.shards):
         last = [tensor for tensor in plan.tensors if tensor.shard == index][-1]
         files[shard.path.name] = FileRecord(size_bytes=shard.size_bytes, sha256=records[last.source.name].source_sha256)
     return SourceRecord(repository=plan.origin.repository, commit=plan.origin.commit, files=files)
+
+
+def _gguf_record(plan: Plan) -> dict[str, Any] | None:
+    """What a manifest says of a GGUF and of what became of its tensors; None for any other source."""
+    facts = plan.checkpoint.gguf
+    if facts is None:
+        return None
+    return {
+        "label": facts.label,
+        "name": facts.name,
+        "scale_dtype": plan.scale_dtype,
+        "tensors": {
+            tensor.source.name: {"type": tensor.source.dtype, "is_repacked": tensor.is_repacked}
+            for tensor in plan.tensors
+        },
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -19,11 +19,19 @@ from pathlib import Path
 
 from qwq_mlx.convert.calibration.collect import fit_at_once, fit_by_passing, pass_order
 from qwq_mlx.convert.calibration.text import read_calibration
-from qwq_mlx.convert.finalize import finish, keep_small_files, write_small_files
+from qwq_mlx.convert.finalize import check_source_digest, finish, keep_small_files, write_small_files
+from qwq_mlx.convert.gguf_recipe import gguf_recipe
 from qwq_mlx.convert.journal import Journal
 from qwq_mlx.convert.pipeline import run_pipeline
 from qwq_mlx.convert.plan import Plan, make_plan
-from qwq_mlx.convert.preflight import check_disk, check_fit, check_output, check_source, partial_path
+from qwq_mlx.convert.preflight import (
+    check_disk,
+    check_fit,
+    check_output,
+    check_scale_dtype,
+    check_source,
+    partial_path,
+)
 from qwq_mlx.convert.progress import ConvertProgress, SharedProgress
 from qwq_mlx.convert.quality_step import QualityPlan, measure_quality, plan_quality
 from qwq_mlx.convert.result import Conversion, conversion_of
@@ -62,7 +70,8 @@ def convert_checkpoint(
     revision: str | None = None,
     chat_template: str | Path | None = None,
     follow_links: bool = False,
-    recipe: str | Path = DEFAULT_RECIPE,
+    recipe: str | Path | None = None,
+    scale_dtype: str | None = None,
     target_bytes: int | None = None,
     calibrate: str | Path | None = None,
     force: bool = False,
@@ -77,12 +86,15 @@ def convert_checkpoint(
 ) -> Conversion:
     """Convert a checkpoint into packed MLX weights in a new folder.
 
-    source: a folder, or a repository of the Hub (OWNER/NAME) where no folder has that name, fetched shard by shard.
+    source: a folder; a GGUF by its path, as ollama:NAME[:TAG] or lmstudio:PUBLISHER/REPO; or a repository of the Hub
+      (OWNER/NAME) where no folder has that name, fetched shard by shard.
     output: the folder to make; it appears whole, by one rename.
     revision: of the repository.
     chat_template: a file of jinja text that the conversion gets in place of the source's template.
     follow_links: read shards that links out of the source lead to, on another disk say.
-    recipe: a name under conversions/, or the path of a .toml file.
+    recipe: a name under conversions/, or the path of a .toml file; None is qwq-32b-preview-4bit, but of a quantized
+      GGUF the one that keeps its codes where MLX can hold them.
+    scale_dtype: of a GGUF's scales and biases, "bfloat16", "float16" or "float32"; None is bfloat16.
     target_bytes: choose the bits of every matrix so that the output is no larger, manifest and report not counted.
     calibrate: a text that the layers are run on as they are packed, so that their outputs are kept; None fits the
       weights, as the recipe says.
@@ -102,7 +114,8 @@ def convert_checkpoint(
     """
     started = time.monotonic()
     template = None if chat_template is None else read_template_file(Path(chat_template))
-    output, chosen, n_workers = _named(output), load_recipe(recipe), _n_workers(n_workers)
+    output, n_workers = _named(output), _n_workers(n_workers)
+    chosen = None if recipe is None else load_recipe(recipe)
     local = Path(source) if os.path.lexists(source) else None
     check_output(output, local, force=force or (is_marked(output) and not restart))
     unfinished = None if restart else unfinished_source(output)
@@ -113,6 +126,7 @@ def convert_checkpoint(
             origin,
             chosen,
             n_workers,
+            scale_dtype=scale_dtype,
             target_bytes=target_bytes,
             calibrate=calibrate,
             keep_source=keep_source,
@@ -132,19 +146,24 @@ def convert_checkpoint(
 
 def _plan(
     origin: Origin,
-    recipe: Recipe,
+    recipe: Recipe | None,
     n_workers: int,
     *,
+    scale_dtype: str | None,
     target_bytes: int | None,
     calibrate: str | Path | None,
     keep_source: bool,
     chat_template: str | None,
 ) -> Plan:
     """Everything that can be refused from headers and texts alone is refused here."""
+    scales = check_scale_dtype(scale_dtype, origin.checkpoint)
+    if recipe is None:
+        is_repacked = origin.checkpoint.gguf is not None and target_bytes is None
+        recipe = gguf_recipe(origin.checkpoint) if is_repacked else load_recipe(DEFAULT_RECIPE)
     check_fit(recipe, calibrate)
     config = check_source(origin.checkpoint, recipe)
     if target_bytes is not None:
-        recipe = recipe_for_size(origin, config, recipe, target_bytes)
+        recipe = recipe_for_size(origin, config, recipe, target_bytes, scale_dtype=scales)
     text = None if calibrate is None else read_calibration(calibrate, origin.checkpoint, config)
     if text is not None and origin.is_remote and not keep_source:
         pass_order(origin.checkpoint, config, text.name)
@@ -156,6 +175,7 @@ def _plan(
         keep_source=keep_source,
         calibration=text,
         chat_template=chat_template,
+        scale_dtype=scales,
     )
 
 
@@ -207,6 +227,7 @@ class _Job:
             self._pack(folder, journal)
         finally:
             journal.close()
+        check_source_digest(plan, journal.finished)
         write_small_files(plan, folder)
         quality = measure_quality(self.quality_plan, plan, folder, self.progress)
         wall_s = round(time.monotonic() - started, 3)

@@ -20,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwq_mlx.convert.calibration.fitted import FittedMatrices
+from qwq_mlx.convert.plan import PlannedTensor
 from qwq_mlx.convert.read import Block
 from qwq_mlx.errors import ConversionError
 from qwq_mlx.quant.fit import Scratch, fit_block
-from qwq_mlx.quant.packing import DTYPES, Packed, Packing, float_values
+from qwq_mlx.quant.gguf_blocks import decode_block, repack
+from qwq_mlx.quant.packing import Packed, Packing, float_values, round_to
 from qwq_mlx.quant.rounding_error import BlockError, block_error, count_zero_pages, first_non_finite, sum_of_squares
 
 __all__ = ["PackedBlock", "pack_block", "workers"]
@@ -66,42 +68,55 @@ def pack_block(block: Block, *, fit: str, shard: Path, fitted: FittedMatrices | 
     squares overflow float32 (1.8e19), so that nothing could be said of its error.
     """
     tensor, source = block.tensor, block.tensor.source
-    raw: NDArray[Any] = block.data.view(DTYPES[source.dtype]).reshape(block.n_rows, -1)
+    raw, dtype = decode_block(block.data, block.n_rows, source.dtype)
     zero_pages = count_zero_pages(block.data)
     if tensor.packing is None:
-        weight2 = sum_of_squares(float_values(raw, source.dtype))
-        _check_finite(block, raw, weight2, shard)
-        return PackedBlock(block, (block.data,), 0.0, weight2, zero_pages)
-    packed, error = _fit(block, raw, tensor.packing, fit, shard, fitted or FittedMatrices())
+        weights = float_values(raw, dtype)
+        weight2 = sum_of_squares(weights)
+        _check_finite(block, raw, dtype, weight2, shard)
+        data, error2 = (block.data, 0.0) if tensor.stored_dtype == source.dtype else _rounded(tensor, weights)
+        return PackedBlock(block, (data,), error2, weight2, zero_pages)
+    packed, error = _fit(block, raw, dtype, tensor.packing, fit, shard, fitted or FittedMatrices())
     arrays = [packed.codes, packed.scales, *([] if packed.biases is None else [packed.biases])]
     outputs = tuple(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)
     return PackedBlock(block, outputs, error.error2, error.weight2, zero_pages)
 
 
+def _rounded(tensor: PlannedTensor, weights: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float]:
+    """Weights that stay whole, in another type, and the sum of the squared errors."""
+    rounded = round_to(weights, tensor.stored_dtype)
+    errors = float_values(rounded, tensor.stored_dtype) - weights
+    return rounded.reshape(-1).view(np.uint8), sum_of_squares(errors)
+
+
 def _fit(
-    block: Block, raw: NDArray[Any], packing: Packing, fit: str, shard: Path, fitted: FittedMatrices
+    block: Block, raw: NDArray[Any], dtype: str, packing: Packing, fit: str, shard: Path, fitted: FittedMatrices
 ) -> tuple[Packed, BlockError]:
-    """The pass's rows where it packed this matrix, else the recipe's fit."""
-    source, scratch = block.tensor.source, _scratch()
-    path = source.name.removesuffix(".weight")
-    if path in fitted:
-        _check_finite(block, raw, sum_of_squares(float_values(raw, source.dtype)), shard)
-        packed = fitted.rows(path, block.first_row, raw, source.dtype, packing)
-        return packed, block_error(raw, source.dtype, packed, packing, stream=scratch.stream)
-    packed, error = fit_block(raw, source.dtype, packing, fit=fit, scratch=scratch)
-    _check_finite(block, raw, error.weight2, shard)
+    """A GGUF's own codes where the packing holds them, the pass's rows where it packed this matrix, else the recipe's
+    fit."""
+    tensor, scratch = block.tensor, _scratch()
+    path, stored = tensor.source.name.removesuffix(".weight"), tensor.stored_dtype
+    if tensor.is_repacked or path in fitted:
+        _check_finite(block, raw, dtype, sum_of_squares(float_values(raw, dtype)), shard)
+        if tensor.is_repacked:
+            packed = repack(block.data.reshape(block.n_rows, -1), tensor.source.dtype, stored)
+        else:
+            packed = fitted.rows(path, block.first_row, raw, dtype, packing, stored=stored)
+        return packed, block_error(raw, dtype, packed, packing, stream=scratch.stream, stored=stored)
+    packed, error = fit_block(raw, dtype, packing, fit=fit, scratch=scratch, stored=stored)
+    _check_finite(block, raw, dtype, error.weight2, shard)
     return packed, error
 
 
-def _check_finite(block: Block, raw: NDArray[Any], weight2: float, shard: Path) -> None:
+def _check_finite(block: Block, raw: NDArray[Any], dtype: str, weight2: float, shard: Path) -> None:
     """NaN, infinity and what is near it make the sum of squares no number, so only then is it worth looking for one."""
     if math.isfinite(weight2):
         return
     source = block.tensor.source
-    if (index := first_non_finite(raw, source.dtype)) is not None:
+    if (index := first_non_finite(raw, dtype)) is not None:
         fault = "is NaN or infinite, expected finite numbers. The checkpoint is damaged or training failed; fetch"
     else:
-        sizes = np.abs(float_values(raw, source.dtype)).reshape(-1)
+        sizes = np.abs(float_values(raw, dtype)).reshape(-1)
         index = int(np.argmax(sizes))
         fault = f"has the size {sizes[index]:.3g}, expected none near 1e19. A flipped bit looks like that; fetch"
     row, column = divmod(index, raw.shape[1])

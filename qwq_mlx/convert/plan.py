@@ -20,6 +20,7 @@ from qwq_mlx.files.checkpoint import Checkpoint
 from qwq_mlx.files.header import DTYPE_BYTES, TensorEntry, place_tensors
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.quant.error_feedback import block_size
+from qwq_mlx.quant.gguf_blocks import packing_that_holds
 from qwq_mlx.quant.packing import Packing
 from qwq_mlx.quant.recipe import Recipe, layer_of
 
@@ -53,6 +54,7 @@ _SCALE_DTYPES = {"mxfp4": "U8", "nvfp4": "U8", "mxfp8": "U8"}  # affine scales h
 _BASE_BYTES = 80_000_000  # Python, numpy and MLX: the peak of converting a few kB (Linux x86, mlx 0.32.4)
 _PACKED_PER_BLOCK = 0.6  # packed rows, times the block's bytes
 _BYTES_PER_WORKER = 24_000_000  # scratch of one tile and its temporary arrays
+_DECODED_BLOCK_BYTES = 12 * BLOCK_BYTES // 2  # of a GGUF's block: float32, and what decoding it takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,27 @@ class Output:
 class PlannedTensor:
     """One source tensor and what becomes of it.
 
-    shard: index of the source shard. packing: None copies it as it is.
+    shard: index of the source shard.
+    packing: None leaves it whole.
+    stored_dtype: of affine scales and biases, or of the tensor that stays whole.
     outputs: codes, scales and (affine) biases in this order; or the tensor itself.
     """
 
     source: TensorEntry
     shard: int
     packing: Packing | None
+    stored_dtype: str
     outputs: tuple[Output, ...]
+
+    @property
+    def is_repacked(self) -> bool:
+        """Whether it is a GGUF's matrix that is packed as it was, so that its codes stay what they are."""
+        return self.packing is not None and self.packing == packing_that_holds(self.source.dtype)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether its weights may come out as others."""
+        return self.packing is not None or self.stored_dtype != self.source.dtype
 
     @property
     def n_rows(self) -> int:
@@ -88,8 +103,8 @@ class PlannedTensor:
 
     @property
     def block_rows(self) -> int:
-        """Rows in every block but the last."""
-        return max(1, BLOCK_BYTES // self.row_bytes)
+        """Rows in every block but the last; a GGUF's rows count as if they were bfloat16, since they are decoded."""
+        return max(1, BLOCK_BYTES // max(self.row_bytes, 2 * self.source.shape[-1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +140,7 @@ class Plan:
     calibration: None packs by the recipe's own fit.
     calibration_bytes: on the disk beside the output until it is published: the layers as the pass packed them.
     chat_template: that the conversion gets in place of the source's; None keeps that.
+    scale_dtype: of a GGUF's scales and biases; None where the source is none, and its own types are kept.
     """
 
     origin: Origin
@@ -146,6 +162,7 @@ class Plan:
     calibration: Calibration | None = None
     calibration_bytes: int = 0
     chat_template: str | None = None
+    scale_dtype: str | None = None
 
     @property
     def fit(self) -> str:
@@ -173,10 +190,11 @@ def make_plan(
     keep_source: bool,
     calibration: Calibration | None = None,
     chat_template: str | None = None,
+    scale_dtype: str | None = None,
 ) -> Plan:
     """Place every output tensor. The source has been checked against `config` and `recipe`; this cannot fail.
 
-    keep_source: whether shards that are fetched stay on the disk.
+    keep_source: whether shards that are fetched stay on the disk. scale_dtype: as in `Plan`.
     """
     checkpoint = origin.checkpoint
     sources = [
@@ -190,7 +208,13 @@ def make_plan(
         for _, entry in sources
         if len(entry.shape) == 2
     }
-    groups = [_outputs(entry, packings.get(entry.name)) for _, entry in sources]
+    stored = {
+        entry.name: entry.dtype
+        if scale_dtype is None
+        else _stored_dtype(entry.name, packings.get(entry.name), scale_dtype)
+        for _, entry in sources
+    }
+    groups = [_outputs(entry, packings.get(entry.name), stored[entry.name]) for _, entry in sources]
     shards, places = _fill_shards(groups)
     copied = _copied(checkpoint, chat_template)
     tensors = tuple(
@@ -198,6 +222,7 @@ def make_plan(
             source=entry,
             shard=index,
             packing=packings.get(entry.name),
+            stored_dtype=stored[entry.name],
             outputs=tuple(places[name] for name, _, _ in group),
         )
         for (index, entry), group in zip(sources, groups, strict=True)
@@ -226,7 +251,19 @@ def make_plan(
         calibration=calibration,
         calibration_bytes=0 if calibration is None else _calibration_bytes(tensors, config, calibration),
         chat_template=chat_template,
+        scale_dtype=scale_dtype,
     )
+
+
+def _stored_dtype(name: str, packing: Packing | None, scale_dtype: str) -> str:
+    """The type of what is not codes, of a GGUF's tensor.
+
+    Programs compute in the type that the embedding's scales have, and Qwen2 overflows float16: so these are float32
+    where scales are float16, and so are vectors, which a GGUF has in float32.
+    """
+    if scale_dtype == "F16" and (packing is None or name.startswith("model.embed_tokens.")):
+        return "F32"
+    return scale_dtype
 
 
 def _calibration_bytes(tensors: Iterable[PlannedTensor], config: Qwen2Config, calibration: Calibration) -> int:
@@ -249,13 +286,13 @@ def n_blocks_in_flight(n_workers: int) -> int:
     return 2 * n_workers + 12
 
 
-def _outputs(entry: TensorEntry, packing: Packing | None) -> list[tuple[str, str, tuple[int, ...]]]:
+def _outputs(entry: TensorEntry, packing: Packing | None, stored: str) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of what a tensor becomes."""
     if packing is None:
-        return [(entry.name, entry.dtype, entry.shape)]
+        return [(entry.name, stored, entry.shape)]
     rows, columns = entry.shape
     path = entry.name.removesuffix(".weight")
-    scale_dtype = entry.dtype if packing.is_affine else _SCALE_DTYPES[packing.mode]
+    scale_dtype = stored if packing.is_affine else _SCALE_DTYPES[packing.mode]
     per_group = (rows, columns // packing.group_size)
     outputs: list[tuple[str, str, tuple[int, ...]]] = [
         (f"{path}.weight", "U32", (rows, columns * packing.bits // 32)),
@@ -301,7 +338,10 @@ def _peak_memory(
     calibration: Calibration | None,
 ) -> int:
     """The larger of packing and, before it, calibrating."""
+    tensors = list(tensors)
     block = max(each.block_rows * each.row_bytes for each in tensors)
     blocks = int(n_blocks_in_flight(n_workers) * (1 + _PACKED_PER_BLOCK) * block)
+    if any(each.source.dtype not in DTYPE_BYTES for each in tensors):
+        blocks += n_workers * _DECODED_BLOCK_BYTES + n_blocks_in_flight(n_workers) * block
     calibrating = 0 if calibration is None else calibration.peak_memory_bytes(config, n_workers=n_workers)
     return _BASE_BYTES + max(n_workers * _BYTES_PER_WORKER + blocks, calibrating)

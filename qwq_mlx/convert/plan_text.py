@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from qwq_mlx.files.gguf.checkpoint import types_text
+from qwq_mlx.model.tensor_types import FLOAT_TYPES
+
 if TYPE_CHECKING:
     from qwq_mlx.convert.plan import Plan
     from qwq_mlx.convert.result import Conversion
@@ -34,7 +37,10 @@ def plan_text(plan: Plan, output: str, free_bytes: int) -> str:
     """What a run will do, one line per question a user has."""
     checkpoint, origin = plan.checkpoint, plan.origin
     place = f"{origin.repository} at {origin.commit}" if origin.repository else str(checkpoint.folder)
-    dtype = max(entry.dtype for _, entry in checkpoint.tensors.values())
+    types = max(entry.dtype for _, entry in checkpoint.tensors.values())
+    if checkpoint.gguf is not None:
+        place = f"{checkpoint.gguf.label} ({checkpoint.gguf.name})"
+        types = types_text(entry for _, entry in checkpoint.tensors.values())
     recipe, packing, text = plan.recipe, plan.recipe.packing, plan.calibration
     overrides = f", {len(recipe.overrides)} overrides ({_widths(plan)})" if recipe.overrides else ""
     calibrated = "" if text is None else f" by {text.n_ids:,} tokens of {text.name}"
@@ -43,7 +49,7 @@ def plan_text(plan: Plan, output: str, free_bytes: int) -> str:
         twice = f"; the source is fetched twice, to calibrate and to pack ({size_text(plan.source_bytes)} each)"
     rows = {
         "source": f"{place}: {len(checkpoint.shards)} shards, {len(plan.tensors):,} tensors, "
-        f"{plan.n_weights:,} weights in {dtype}, {size_text(plan.source_bytes)}",
+        f"{plan.n_weights:,} weights in {types}, {size_text(plan.source_bytes)}",
         "recipe": f"{recipe.name}: {packing.mode}, {packing.bits} bits, groups of {packing.group_size}, "
         f"{plan.fit}{overrides}{calibrated}",
         "output": f"{output}: {len(plan.shards)} shards, {size_text(plan.output_bytes)}, "
@@ -53,12 +59,30 @@ def plan_text(plan: Plan, output: str, free_bytes: int) -> str:
         "disk": f"{size_text(plan.output_bytes + plan.calibration_bytes + plan.fetched_bytes)} at peak"
         f"{'' if origin.is_remote else ' beside the source'}, {size_text(free_bytes)} free{twice}",
     }
+    if checkpoint.gguf is not None:
+        rows["gguf"] = _gguf_text(plan)
     if text is not None:
         from qwq_mlx.convert.calibration.estimate import estimate_calibration_s
 
         seconds = duration_text(estimate_calibration_s(plan))
         rows["time"] = f"about {seconds} to calibrate, before anything is packed (an estimate from a moment's work)"
     return "\n".join(f"{name:<8}{row}" for name, row in rows.items())
+
+
+def _gguf_text(plan: Plan) -> str:
+    """Which matrices of a GGUF keep their codes, and which are fitted anew to how many bits."""
+    matrices = [each for each in plan.tensors if each.packing is not None]
+    same = [each for each in matrices if each.is_repacked]
+    anew = Counter(
+        f"{each.source.dtype} to {each.packing.bits} bits" for each in matrices if each.packing and not each.is_repacked
+    )
+    kept = ", ".join(f"{n} of {dtype}" for dtype, n in Counter(each.source.dtype for each in same).most_common())
+    parts = [f"{len(same)} matrices keep their codes ({kept})"] if same else []
+    if anew:
+        fitted = ", ".join(f"{n} of {how}" for how, n in anew.most_common())
+        parts.append(f"{sum(anew.values())} are fitted anew ({fitted})")
+    assert plan.scale_dtype is not None  # of a GGUF it is one of three
+    return f"{', '.join(parts)}; scales in {FLOAT_TYPES[plan.scale_dtype]}"
 
 
 def _widths(plan: Plan) -> str:

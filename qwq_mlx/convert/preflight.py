@@ -18,12 +18,13 @@ from qwq_mlx.errors import ConversionError, DiskFullError, OptionError
 from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint
 from qwq_mlx.model.architecture import Qwen2Config, check_tensors, tensor_shapes
 from qwq_mlx.model.generation_config import read_generation_defaults
-from qwq_mlx.model.tensor_types import check_float_types, listed
+from qwq_mlx.model.tensor_types import FLOAT_TYPES, check_float_types, listed
 from qwq_mlx.model.tokenizer import load_tokenizer
+from qwq_mlx.quant.gguf_blocks import check_decoder
 from qwq_mlx.quant.packing import DTYPES
 from qwq_mlx.quant.recipe import Recipe
 
-__all__ = ["check_disk", "check_fit", "check_output", "check_source", "partial_path"]
+__all__ = ["check_disk", "check_fit", "check_output", "check_scale_dtype", "check_source", "partial_path"]
 
 _MARGIN = 1.05  # file systems need a little more than the bytes
 
@@ -38,9 +39,10 @@ def check_source(checkpoint: Checkpoint, recipe: Recipe) -> Qwen2Config:
     shapes = tensor_shapes(config)
     _check_is_whole(checkpoint, shapes)
     check_tensors(
-        shapes, {name: entry.shape for name, (_, entry) in checkpoint.tensors.items()}, where=str(checkpoint.folder)
+        shapes, {name: entry.shape for name, (_, entry) in checkpoint.tensors.items()}, where=str(checkpoint.where)
     )
     check_float_types(checkpoint, checkpoint.tensors)
+    check_decoder(entry.dtype for _, entry in checkpoint.tensors.values())
     _check_recipe(checkpoint, config, recipe)
     load_tokenizer(checkpoint.folder, vocab_size=config.vocab_size)
     read_generation_defaults(checkpoint.folder, vocab_size=config.vocab_size)
@@ -70,7 +72,7 @@ def _check_recipe(checkpoint: Checkpoint, config: Qwen2Config, recipe: Recipe) -
             odd.append(f"{name} has rows of {columns:,}, the group is {packing.group_size}")
     if odd:
         raise ConversionError(
-            f"{checkpoint.folder}: {len(odd):,} matrices whose rows the group does not divide: "
+            f"{checkpoint.where}: {len(odd):,} matrices whose rows the group does not divide: "
             f"{listed(odd)} (recipe {recipe.name}). Use a smaller group_size, or an override with keep."
         )
 
@@ -90,6 +92,24 @@ def check_fit(recipe: Recipe, calibrate: str | Path | None) -> None:
             f"calibrate is {str(calibrate)!r}, which chooses scales and biases of mode 'affine', but {recipe.name} has "
             f"{', '.join(modes)}. Leave `calibrate` out, or take a recipe that is affine throughout."
         )
+
+
+def check_scale_dtype(name: str | None, checkpoint: Checkpoint) -> str | None:
+    """The type that a GGUF's scales and biases are stored in (DTYPES); None for a source that is no GGUF.
+
+    name: as numpy and MLX spell it; None is bfloat16, which Qwen2 computes in. Raises OptionError.
+    """
+    if checkpoint.gguf is None:
+        if name is not None:
+            raise OptionError(
+                f"scale_dtype is {name!r}, but {checkpoint.folder} is no GGUF: its scales get the type of its weights. "
+                "Leave `scale_dtype` out."
+            )
+        return None
+    dtypes = {spelt: dtype for dtype, spelt in FLOAT_TYPES.items()}
+    if name is not None and name not in dtypes:
+        raise OptionError(f"scale_dtype is {name!r}, expected one of {', '.join(dtypes)}.")
+    return "BF16" if name is None else dtypes[name]
 
 
 def check_output(output: Path, source: Path | None, *, force: bool) -> None:

@@ -47,7 +47,7 @@ def measure_quality(
     folder: of the packed model; config and shards are there.
     """
     from qwq_mlx.convert.progress import ConvertProgress
-    from qwq_mlx.model.folder import open_model_folder
+    from qwq_mlx.model.folder import ModelFolder, open_model_folder
     from qwq_mlx.quality.measure import measure
     from qwq_mlx.quality.result import summarise
 
@@ -61,7 +61,10 @@ def measure_quality(
             what = f"on {text.name}"
             progress(ConvertProgress(phase="quality", what=what, done_bytes=done_bytes, total_bytes=total_bytes))
 
-    source = open_model_folder(plan.checkpoint.shards[0].path.parent, follow_links=True)  # as the plan was told to
+    if plan.checkpoint.gguf is None:
+        source = open_model_folder(plan.checkpoint.shards[0].path.parent, follow_links=True)  # as the plan was told to
+    else:
+        source = ModelFolder(path=plan.checkpoint.where, checkpoint=plan.checkpoint, config=plan.config, packed={})
     (measured,) = measure(source, [open_model_folder(folder)], text, progress=advance)
     return summarise(measured, text, quality_plan.tokenizer)
 

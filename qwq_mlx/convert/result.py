@@ -129,7 +129,7 @@ def _unlike(plan: Plan, records: Mapping[str, FinishedTensor]) -> list[str]:
     alike: dict[Packing, dict[PlannedTensor, float]] = {}
     for tensor in plan.tensors:
         record = records[tensor.source.name]
-        if tensor.packing is not None and record.weight2:
+        if tensor.packing is not None and record.weight2 and not tensor.is_repacked:
             alike.setdefault(tensor.packing, {})[tensor] = math.sqrt(record.error2 / record.weight2)
     warnings = []
     for errors in alike.values():

@@ -1,4 +1,4 @@
-"""Where a source comes from: a local folder, a snapshot in the Hub's cache, or the Hub itself, shard by shard.
+"""Where a source comes from: a local folder, a GGUF, a snapshot in the Hub's cache, or the Hub itself, shard by shard.
 
 Every form ends in the same checked Checkpoint, whose shards the reader asks for by name before it opens them and lets
 go when their last tensor is durable. From the Hub that fetches and deletes them; one commit holds for everything.
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.checkpoint import Checkpoint, open_checkpoint
+from qwq_mlx.files.gguf.checkpoint import opened_gguf
+from qwq_mlx.files.gguf.stores import find_gguf
 from qwq_mlx.files.header import Header
 from qwq_mlx.files.hub.settings import check_network_settings
 
@@ -106,8 +108,9 @@ class Origin:
 def open_origin(
     source: str | Path, *, revision: str | None, unfinished: tuple[str, str] | None, follow_links: bool = False
 ) -> Iterator[Origin]:
-    """Open a folder, or a repository by its name or address where no folder has it.
+    """Open a folder or a GGUF, or a repository by its name or address where no folder has it.
 
+    source: a path, ollama:NAME[:TAG], lmstudio:PUBLISHER/REPO (see files.gguf.stores), or a repository.
     revision: branch, tag or commit of a repository. unfinished: repository and commit of a conversion to go on with;
     without a revision its commit is taken again, though the branch may have moved meanwhile.
     follow_links: read shards that links out of a folder lead to.
@@ -115,6 +118,14 @@ def open_origin(
     """
     from qwq_mlx.files.hub.repository import Hub, cached_snapshot, parse_repository
 
+    if (gguf := find_gguf(source)) is not None:
+        if revision is not None:
+            raise OptionError(
+                f"revision is {revision!r}, which only a repository of the Hub has, but {source} is a GGUF."
+            )
+        with opened_gguf(gguf) as checkpoint:
+            yield Origin(checkpoint=checkpoint, repository=None, commit=None)
+        return
     named = parse_repository(source) if isinstance(source, str) and not os.path.lexists(source) else None
     if named is None:
         if revision is not None:

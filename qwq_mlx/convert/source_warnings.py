@@ -26,7 +26,7 @@ def source_warnings(checkpoint: Checkpoint, *, chat_template: str | None = None)
         warnings.append(about_template)
     if template is None:
         warnings.append(
-            f"{checkpoint.folder}: has no chat template, so the conversion will not answer questions. Give one "
+            f"{checkpoint.where}: has no chat template, so the conversion will not answer questions. Give one "
             "as `chat_template`: chat_template.jinja of the model's source, or of a model of the same family."
         )
     return [*checkpoint.warnings, *warnings]

@@ -22,11 +22,13 @@ from qwq_mlx.quant.recipe import Recipe
 __all__ = ["recipe_for_size"]
 
 
-def recipe_for_size(origin: Origin, config: Qwen2Config, recipe: Recipe, target_bytes: int) -> Recipe:
+def recipe_for_size(
+    origin: Origin, config: Qwen2Config, recipe: Recipe, target_bytes: int, *, scale_dtype: str | None
+) -> Recipe:
     """The recipe with its bits chosen, so that the output has at most `target_bytes`.
 
     Mode, fit and overrides stay the recipe's; matrices that an override names keep what it says. Groups are the
-    recipe's or larger, where these divide every row.
+    recipe's or larger, where these divide every row. scale_dtype: as in `Plan`.
     Raises OptionError: a mode without a choice of bits, nothing to choose, or a size that even the fewest bits exceed,
     with the smallest that can be reached.
     """
@@ -55,7 +57,8 @@ def recipe_for_size(origin: Origin, config: Qwen2Config, recipe: Recipe, target_
 
     def made(packings: Mapping[str, Packing]) -> tuple[Recipe, int]:
         chosen = recipe_of_packings(recipe, packings, name=name)
-        return chosen, make_plan(origin, config, chosen, n_workers=1, keep_source=False).output_bytes
+        plan = make_plan(origin, config, chosen, n_workers=1, keep_source=False, scale_dtype=scale_dtype)
+        return chosen, plan.output_bytes
 
     chosen, output_bytes = made(dict.fromkeys(free, rungs[0]))
     if output_bytes > target_bytes:

@@ -31,6 +31,7 @@ __all__ = [
     "SINGLE_NAME",
     "SUFFIX",
     "Checkpoint",
+    "GgufFacts",
     "assemble_checkpoint",
     "open_checkpoint",
     "read_weight_map",
@@ -54,12 +55,30 @@ _FETCH = "Fetch the checkpoint again, all files from one commit."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GgufFacts:
+    """What is known of a checkpoint that is a GGUF.
+
+    path: its file, or the first of a split one.
+    label: what the user called it.
+    name: the model's, by its metadata and vocabulary.
+    sha256: that the file has where whoever stored it says so (Ollama); it is compared once the file has been read.
+    """
+
+    path: Path
+    label: str
+    name: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """A checked folder: config, shards in the index's order of names, and each tensor's shard and place.
 
     extra_files: every other regular file directly in the folder, by name, sorted; hidden files and folders are not in
     it. Whether one is wanted (a tokenizer) or not (code, pickles) is the caller's to say.
     warnings: what was ignored or looks odd, in sentences.
+    gguf: what is known of a GGUF, whose folder holds small files made of its metadata and whose tensors have GGUF's
+      types; None for every other checkpoint.
     """
 
     folder: Path
@@ -68,6 +87,12 @@ class Checkpoint:
     tensors: Mapping[str, tuple[Header, TensorEntry]]
     extra_files: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    gguf: GgufFacts | None = None
+
+    @property
+    def where(self) -> Path:
+        """What messages call it: its folder, or the GGUF file."""
+        return self.folder if self.gguf is None else self.gguf.path
 
     @property
     def tensor_bytes(self) -> int:

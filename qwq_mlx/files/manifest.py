@@ -4,8 +4,8 @@ The file proves the folder, and itself: it holds a digest of its own content, an
 this module writes for that content, so an edit or a flipped bit anywhere is seen. At every load `check_sizes` compares
 all sizes, the digests of small files and of the shards' headers (milliseconds); `verify_full` reads every byte.
 
-Schema 3, the keys of the JSON object:
-    schema      3
+Schema 4, the keys of the JSON object:
+    schema      4
     digest      sha256 of the file's own bytes with this text empty
     source      repository and commit (null for a folder that names none), files: name -> size_bytes, sha256
     recipe      the recipe in full, as its TOML file parses
@@ -17,11 +17,13 @@ Schema 3, the keys of the JSON object:
     quality     null, or what it lost against its source on a text: text and text_sha256, n_tokens, kl (mean, nats),
                 top1_agreement, perplexity and reference_perplexity, drift by layer, worst tokens; all fields in
                 qwq_mlx.quality.result.Quality
+    gguf        null, or of a source that is a GGUF: label (what the user called it), name (the model's), scale_dtype,
+                tensors: name of a source tensor -> its type in the file, and whether its codes were kept
     run         figures of the run: wall_s, n_workers, resumed_bytes (of the source, done by earlier runs),
                 peak_memory_bytes; they differ between runs, everything above does not
-Any change of a key or of its meaning gets another number; a manifest of an unknown number is refused. Schema 2 is the
-same without calibration (some builds before the first release wrote that key under 2; it is read where it stands), and
-schema 1 without quality too; they are read as if these were null, and no longer written.
+Any change of a key or of its meaning gets another number; a manifest of an unknown number is refused. Schema 3 is
+the same without gguf, 2 without calibration too (some builds before the first release wrote that key under 2; it is
+read where it stands), and 1 without quality too; they are read as if these were null, and no longer written.
 
 Does not: sign anything. Who can write the folder can write a manifest to match; compare its source digests with the
 Hub's to know where the weights came from.
@@ -64,10 +66,15 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA = 3
+SCHEMA = 4
 
-_READABLE = (1, 2, SCHEMA)
-_ADDED_SINCE: dict[int, dict[str, None]] = {1: {"quality": None, "calibration": None}, 2: {"calibration": None}, 3: {}}
+_READABLE = (1, 2, 3, SCHEMA)
+_ADDED_SINCE: dict[int, dict[str, None]] = {
+    1: {"quality": None, "calibration": None, "gguf": None},
+    2: {"calibration": None, "gguf": None},
+    3: {"gguf": None},
+    4: {},
+}
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_NAMES = 10
 _SMALL_BYTES = 64 << 20  # hashed at every load: a tokenizer.json has 7 MB, which takes 5 ms
@@ -120,6 +127,7 @@ class Manifest:
     tensors: Mapping[str, TensorRecord]
     run: Mapping[str, float]
     quality: Mapping[str, Any] | None = None
+    gguf: Mapping[str, Any] | None = None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

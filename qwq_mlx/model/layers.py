@@ -33,6 +33,7 @@ from qwq_mlx.model.load import (
 )
 from qwq_mlx.model.products import Rows
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
+from qwq_mlx.quant.gguf_blocks import decode_gguf
 
 __all__ = ["Head", "HeadBlock", "Layer", "LayerStream", "Observe"]
 
@@ -113,10 +114,13 @@ class LayerStream:
         shard, entry = self.files.checkpoint.tensors[name]
         raw = read_rows(shard, entry, rows)
         shape = entry.shape if rows is None else (len(rows), *entry.shape[1:])
-        array = mx.array(raw.view(_NUMPY[entry.dtype]).reshape(shape))
+        if entry.dtype in _NUMPY:
+            array = mx.array(raw.view(_NUMPY[entry.dtype]).reshape(shape))
+        else:
+            array = mx.array(decode_gguf(raw.reshape(shape[0], -1), entry.dtype))
         if entry.dtype == "BF16":
             array = array.view(mx.bfloat16)
-        if entry.dtype in ("BF16", "F16", "F32"):
+        if entry.dtype not in ("U32", "U8"):
             array = array.astype(getattr(mx, self.compute_type))
         mx.eval(array)  # one after another, so that no two tensors are in memory in both types
         return array

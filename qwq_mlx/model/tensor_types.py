@@ -24,6 +24,8 @@ def check_float_types(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
     names: of the tensors to look at. Raises SourceError naming every tensor of another type.
     """
+    if checkpoint.gguf is not None:
+        return  # its header has types that are known, and files of several types are the rule
     names_by_type: dict[str, list[str]] = {}
     for name in names:
         names_by_type.setdefault(checkpoint.tensors[name][1].dtype, []).append(name)
@@ -43,6 +45,8 @@ def check_float_types(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
 def float_type_warnings(checkpoint: Checkpoint) -> list[str]:
     """Sentences about a checkpoint of floats that has several types, or another than config.json says."""
+    if checkpoint.gguf is not None:
+        return []
     types = Counter(entry.dtype for _, entry in checkpoint.tensors.values())
     (most, n_most), *fewer = types.most_common()
     warnings = []

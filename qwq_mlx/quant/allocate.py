@@ -128,16 +128,17 @@ def allocate(
     return {path: rungs[place] for path, place in at.items()}
 
 
-def recipe_of_packings(recipe: Recipe, packings: Mapping[str, Packing], *, name: str) -> Recipe:
+def recipe_of_packings(recipe: Recipe, packings: Mapping[str, Packing], *, name: str, how: str | None = None) -> Recipe:
     """The recipe with its own packing replaced: the most frequent one for all, an override for each other.
 
-    packings: of each free matrix. name: of the new recipe. Its text is a whole TOML file, so that it can be repeated.
+    packings: of each free matrix. name: of the new recipe. how: they were chosen, for its first line; None is by size
+    from `recipe`. Its text is a whole TOML file, so that it can be repeated.
     """
     paths: dict[Packing, list[str]] = {}
     for path, packing in packings.items():
         paths.setdefault(packing, []).append(path)
     base = max(paths, key=lambda packing: (len(paths[packing]), rate(packing)))
-    lines = [f"# {name}: chosen by size, from {recipe.name}.", "", "[weights]", *_packing_lines(base)]
+    lines = [f"# {name}: {how or f'chosen by size, from {recipe.name}'}.", "", "[weights]", *_packing_lines(base)]
     lines.append(f"fit = {json.dumps(recipe.fit)}")
     for packing in sorted(paths.keys() - {base}, key=rate, reverse=True):
         lines += _override_lines(Override(match=tuple(paths[packing]), layers="all", packing=None, line=0))

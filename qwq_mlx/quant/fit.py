@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from qwq_mlx.errors import OptionError
 from qwq_mlx.quant.least_squares import closest_line, weighted_squares
 from qwq_mlx.quant.modes import FITS
-from qwq_mlx.quant.packing import Packed, Packing, float_values, pack_groups, round_to
+from qwq_mlx.quant.packing import DTYPES, Packed, Packing, float_values, pack_groups, round_to
 from qwq_mlx.quant.rounding_error import BlockError, block_error
 from qwq_mlx.quant.tile import Floats, Line, Scratch, Tile, min_max, squares
 
@@ -35,13 +35,13 @@ _TILE = 1 << 19  # weights at a time: long enough that threads seldom wait for e
 
 
 def fit_block(
-    raw: NDArray[Any], dtype: str, packing: Packing, *, fit: str, scratch: Scratch
+    raw: NDArray[Any], dtype: str, packing: Packing, *, fit: str, scratch: Scratch, stored: str | None = None
 ) -> tuple[Packed, BlockError]:
     """Pack a block of rows.
 
     raw: (rows, columns), DTYPES[dtype]; columns a multiple of the group. A NaN or infinity is not refused here, but the
     error's weight2 is then not finite. fit: a name of FITS; in the modes beside affine "min-max" is all there is.
-    scratch: the caller's thread's own.
+    scratch: the caller's thread's own. stored: the type of scales and biases in affine mode (DTYPES); None is dtype.
     For float32 weights |w - unpacked| <= |scale| in affine mode by "min-max"; scale and bias rounded to bfloat16 add
     their rounding. By the other fits no group's sum of squared errors is larger than by "min-max".
     Raises OptionError for a fit that there is not, or not in this mode, and for columns that the group does not divide.
@@ -60,7 +60,7 @@ def fit_block(
         if not packing.is_affine:
             packed = _by_mlx(raw, dtype, packing, scratch.stream)
             return packed, block_error(raw, dtype, packed, packing, stream=scratch.stream)
-        return _affine(raw, dtype, packing, scratch, fit != "min-max")
+        return _affine(raw, dtype, packing, scratch, fit != "min-max", stored or dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +74,19 @@ class _Fitted:
 
 
 def _affine(
-    raw: NDArray[Any], dtype: str, packing: Packing, scratch: Scratch, is_refined: bool
+    raw: NDArray[Any], dtype: str, packing: Packing, scratch: Scratch, is_refined: bool, stored: str
 ) -> tuple[Packed, BlockError]:
     rows, columns = raw.shape
     shape = rows, columns // packing.group_size
     codes = np.empty((rows, columns * packing.bits // 32), np.uint32)
-    scales, biases = np.empty(shape, raw.dtype), np.empty(shape, raw.dtype)
+    scales, biases = np.empty(shape, DTYPES[stored]), np.empty(shape, DTYPES[stored])
     error2 = weight2 = 0.0
     step = max(1, _TILE // columns) | 1  # odd: with a power of two as stride a group falls on few lines of the cache
     for first in range(0, rows, step):
         at = slice(first, first + step)
         tile = scratch.tile(raw[at], dtype, packing)
         line = min_max(tile.weights, packing.bits)
-        fitted = (_refined if is_refined else _by_min_max)(tile, line, dtype, packing.bits)
+        fitted = (_refined if is_refined else _by_min_max)(tile, line, stored, packing.bits)
         pack_groups(tile.codes, packing.bits, out=codes[at])
         scales[at], biases[at] = fitted.scale.reshape(-1, shape[1]), fitted.bias.reshape(-1, shape[1])
         error2 += float(fitted.errors.sum(dtype=np.float64))
@@ -122,9 +122,10 @@ def _refined(tile: Tile, line: Line, dtype: str, bits: int, importance: Floats |
 
 
 def _by_min_max(tile: Tile, line: Line, dtype: str, bits: int) -> _Fitted:
-    """Fills tile.codes. The bias is a weight or zero, so it is stored as it is and errors are counted from it: a sweep
-    and a fourth of the memory fewer than `_measured`."""
-    np.subtract(tile.weights, line.bias, out=tile.steps)
+    """Fills tile.codes. The bias is a weight or zero, which the weights' own type stores as it is; errors are
+    counted from the stored one: a sweep and a fourth of the memory fewer than `_measured`."""
+    bias = round_to(line.bias, dtype)
+    np.subtract(tile.weights, float_values(bias, dtype), out=tile.steps)
     np.divide(tile.steps, line.scale, out=tile.values)
     tile.round(tile.values, bits)
     tile.keep_codes()
@@ -132,7 +133,7 @@ def _by_min_max(tile: Tile, line: Line, dtype: str, bits: int) -> _Fitted:
     np.multiply(tile.values, float_values(scale, dtype), out=tile.values)
     np.subtract(tile.values, tile.steps, out=tile.values)
     errors = squares(tile.values)
-    return _Fitted(scale, round_to(line.bias, dtype), errors, errors)
+    return _Fitted(scale, bias, errors, errors)
 
 
 def _as_stored(line: Line, dtype: str) -> Line:

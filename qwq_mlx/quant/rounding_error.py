@@ -34,16 +34,23 @@ class BlockError:
 
 
 def block_error(
-    raw: NDArray[Any], dtype: str, packed: Packed, packing: Packing, *, stream: mx.Stream | None
+    raw: NDArray[Any],
+    dtype: str,
+    packed: Packed,
+    packing: Packing,
+    *,
+    stream: mx.Stream | None,
+    stored: str | None = None,
 ) -> BlockError:
-    """Compare a block of rows with its packed form. raw, dtype: as given to the fit; stream: as `unpack` takes it."""
+    """Compare a block of rows with its packed form. raw, dtype, stored: as for the fit; stream: as for `unpack`."""
     rows = max(1, _TILE // raw.shape[1])
     error2 = weight2 = 0.0
     for start in range(0, raw.shape[0], rows):
         part = slice(start, start + rows)
         weights = float_values(raw[part], dtype)
         biases = None if packed.biases is None else packed.biases[part]
-        error = unpack(Packed(packed.codes[part], packed.scales[part], biases), packing, dtype, stream=stream)
+        part_packed = Packed(packed.codes[part], packed.scales[part], biases)
+        error = unpack(part_packed, packing, stored or dtype, stream=stream)
         np.subtract(error, weights, out=error)
         error2 += sum_of_squares(error)
         weight2 += sum_of_squares(weights)

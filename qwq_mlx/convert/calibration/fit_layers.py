@@ -26,7 +26,7 @@ from qwq_mlx.convert.calibration.fitted import FittedMatrices, layer_header, ope
 from qwq_mlx.convert.calibration.pass_state import PassState, PassStateWriter, pass_state_path, read_pass_state
 from qwq_mlx.convert.calibration.text import FIT_ROWS
 from qwq_mlx.convert.pack import workers
-from qwq_mlx.convert.plan import Plan
+from qwq_mlx.convert.plan import Plan, PlannedTensor
 from qwq_mlx.errors import ConversionError
 from qwq_mlx.files.rows import read_rows
 from qwq_mlx.model.blas import one_blas_thread
@@ -35,7 +35,8 @@ from qwq_mlx.model.layers import Layer, LayerStream
 from qwq_mlx.model.load import default_compute_type
 from qwq_mlx.model.upstream import import_mlx
 from qwq_mlx.quant.error_feedback import InputMoments, block_size, factor_moments, fit_rows
-from qwq_mlx.quant.packing import DTYPES, Packed, Packing, float_values
+from qwq_mlx.quant.gguf_blocks import decode_block
+from qwq_mlx.quant.packing import Packed, float_values
 from qwq_mlx.quant.rounding_error import unpack
 
 __all__ = ["fit_layers", "run_mapping", "saved_pass"]
@@ -94,7 +95,11 @@ class _Pass:
         checkpoint = plan.checkpoint
         self._plan, self._folder, self._run, self._progress = plan, folder, run, progress
         self._texts = plan.calibration.texts
-        self._packings = {each.source.name.removesuffix(".weight"): each.packing for each in plan.tensors}
+        self._matrices = {
+            each.source.name.removesuffix(".weight"): each
+            for each in plan.tensors
+            if each.packing is not None and not each.is_repacked
+        }
         files = ModelFolder(path=checkpoint.shards[0].path.parent, checkpoint=checkpoint, config=plan.config, packed={})
         self._stream = LayerStream(files)
         self._keeper = PassStateWriter(pass_state_path(folder), run)
@@ -130,27 +135,28 @@ class _Pass:
         for paths, products in inputs.items():
             moments = factor_moments(products.means(paths[0]))
             for path in paths:
-                if (packing := self._packings[path]) is not None:
-                    packed[path] = self._fit_matrix(path, moments, packing, layer)
+                if (matrix := self._matrices.get(path)) is not None:
+                    packed[path] = self._fit_matrix(matrix, moments, layer)
         write_layer(self._folder, index, self._run, packed)
         for place, each in enumerate(hidden):
             hidden[place] = layer(each)
 
-    def _fit_matrix(self, path: str, moments: InputMoments, packing: Packing, layer: Layer) -> tuple[Packed, str]:
+    def _fit_matrix(self, matrix: PlannedTensor, moments: InputMoments, layer: Layer) -> tuple[Packed, str]:
         """Fit a matrix on every core and put it into the layer as it will be unpacked."""
-        shard, entry = self._plan.checkpoint.tensors[f"{path}.weight"]
-        n_rows, dtype = entry.shape[0], entry.dtype
+        shard, entry = self._plan.checkpoint.tensors[matrix.source.name]
+        n_rows, packing, stored = entry.shape[0], matrix.packing, matrix.stored_dtype
+        assert packing is not None  # only such are in `_matrices`
 
         def fit(first: int) -> tuple[Packed, NDArray[np.float32]]:
-            raw = read_rows(shard, entry, range(first, min(first + FIT_ROWS, n_rows))).view(DTYPES[dtype])
-            rows = fit_rows(float_values(raw, dtype), moments, packing, dtype)
-            return rows, unpack(rows, packing, dtype, stream=None)
+            data = read_rows(shard, entry, range(first, min(first + FIT_ROWS, n_rows)))
+            rows = fit_rows(float_values(*decode_block(data, len(data), entry.dtype)), moments, packing, stored)
+            return rows, unpack(rows, packing, stored, stream=None)
 
         with one_blas_thread():
             parts = list(workers(self._plan.n_workers).map(fit, range(0, n_rows, FIT_ROWS)))
-        layer.replace(path, np.concatenate([whole for _, whole in parts]))
+        layer.replace(matrix.source.name.removesuffix(".weight"), np.concatenate([whole for _, whole in parts]))
         arrays = ([getattr(rows, name) for rows, _ in parts] for name in ("codes", "scales", "biases"))
-        return Packed(*map(np.concatenate, arrays)), dtype
+        return Packed(*map(np.concatenate, arrays)), stored
 
 
 @dataclass(slots=True)

@@ -44,18 +44,19 @@ class FittedMatrices:
         """Whether a text has a say in how the matrix is packed. path: without ".weight"."""
         return path in self.headers or (self.output is not None and path == self.output[0])
 
-    def rows(self, path: str, first: int, raw: NDArray[Any], dtype: str, packing: Packing) -> Packed:
+    def rows(self, path: str, first: int, raw: NDArray[Any], dtype: str, packing: Packing, *, stored: str) -> Packed:
         """Some rows of a matrix that is in here, packed.
 
         first: of the rows. raw: their weights, (rows, columns), DTYPES[dtype], finite; for the
-        output matrix, whose rows are fitted now. Raises SourceError where a file cannot be read any more.
+        output matrix, whose rows are fitted now. stored: the type of scales and biases.
+        Raises SourceError where a file cannot be read any more.
         """
         if self.output is not None and path == self.output[0]:
-            return fit_rows(float_values(raw, dtype), self.output[1], packing, dtype)
+            return fit_rows(float_values(raw, dtype), self.output[1], packing, stored)
         header = self.headers[path]
         wanted = range(first, first + len(raw))
         parts = [read_rows(header, header.tensors[f"{path}.{kind}"], wanted) for kind in ("weight", "scales", "biases")]
-        return Packed(parts[0].view(np.uint32), *(part.view(DTYPES[dtype]) for part in parts[1:]))
+        return Packed(parts[0].view(np.uint32), *(part.view(DTYPES[stored]) for part in parts[1:]))
 
 
 def write_layer(folder: Path, index: int, run: Mapping[str, Any], packed: Mapping[str, tuple[Packed, str]]) -> None:
