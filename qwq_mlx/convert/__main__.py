@@ -59,6 +59,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
     add("--output", metavar="DIR", required=True, action=_Once, help="output folder")
+    _add_packing(parser)
+    add("--chat-template", metavar="FILE", help=CHAT_TEMPLATE + " (default: the source's)")
+    add("--follow-links", action="store_true", help=FOLLOW_LINKS)
+    add("--force", action="store_true", help="replace an existing output once the new one is complete")
+    add("--restart", action="store_true", help="discard an unfinished conversion instead of continuing it")
+    add("--keep-source", action="store_true", help="keep what is downloaded in OUTPUT.source")
+    add("--dry-run", action="store_true", help="show the plan and stop")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        dest="n_workers",
+        help="number of quantization threads (default: one per core)",
+    )
+    _add_quality(parser)
+    add_output(parser, json="print the result as one line of JSON")
+    return parser
+
+
+def _add_packing(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--recipe",
         metavar="NAME",
@@ -88,22 +109,6 @@ def _parser() -> argparse.ArgumentParser:
         "every shard is fetched twice, or once with --keep-source; takes minutes, of which --quiet shows nothing; "
         "default: no text, each weight is kept as it can be)",
     )
-    add("--chat-template", metavar="FILE", help=CHAT_TEMPLATE + " (default: the source's)")
-    add("--follow-links", action="store_true", help=FOLLOW_LINKS)
-    add("--force", action="store_true", help="replace an existing output once the new one is complete")
-    add("--restart", action="store_true", help="discard an unfinished conversion instead of continuing it")
-    add("--keep-source", action="store_true", help="keep what is downloaded in OUTPUT.source")
-    add("--dry-run", action="store_true", help="show the plan and stop")
-    add(
-        "--workers",
-        type=int,
-        metavar="N",
-        dest="n_workers",
-        help="number of quantization threads (default: one per core)",
-    )
-    _add_quality(parser)
-    add_output(parser, json="print the result as one line of JSON")
-    return parser
 
 
 def _add_quality(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ Does not: read weights, check the disk or the output folder (`preflight` does), 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qwq_mlx.convert.calibration.text import Calibration
@@ -208,25 +208,8 @@ def make_plan(
         for _, entry in sources
         if len(entry.shape) == 2
     }
-    stored = {
-        entry.name: entry.dtype
-        if scale_dtype is None
-        else _stored_dtype(entry.name, packings.get(entry.name), scale_dtype)
-        for _, entry in sources
-    }
-    groups = [_outputs(entry, packings.get(entry.name), stored[entry.name]) for _, entry in sources]
-    shards, places = _fill_shards(groups)
+    tensors, shards, places = _place(sources, packings, scale_dtype)
     copied = _copied(checkpoint, chat_template)
-    tensors = tuple(
-        PlannedTensor(
-            source=entry,
-            shard=index,
-            packing=packings.get(entry.name),
-            stored_dtype=stored[entry.name],
-            outputs=tuple(places[name] for name, _, _ in group),
-        )
-        for (index, entry), group in zip(sources, groups, strict=True)
-    )
     n_weights = sum(math.prod(entry.shape) for _, entry in sources)
     config_json = make_config(checkpoint, copied, packings, recipe)
     index_json = make_index({name: (each.entry, shards[each.shard].name) for name, each in places.items()}, n_weights)
@@ -255,13 +238,35 @@ def make_plan(
     )
 
 
-def _stored_dtype(name: str, packing: Packing | None, scale_dtype: str) -> str:
-    """The type of what is not codes, of a GGUF's tensor.
+def _place(
+    sources: Sequence[tuple[int, TensorEntry]], packings: Mapping[str, Packing | None], scale_dtype: str | None
+) -> tuple[tuple[PlannedTensor, ...], tuple[OutputShard, ...], dict[str, Output]]:
+    """Every tensor's plan, the output's shards, and each output by its name. sources: shard's index and entry."""
+    stored = {entry.name: _stored_dtype(entry, packings.get(entry.name), scale_dtype) for _, entry in sources}
+    groups = [_outputs(entry, packings.get(entry.name), stored[entry.name]) for _, entry in sources]
+    shards, places = _fill_shards(groups)
+    tensors = tuple(
+        PlannedTensor(
+            source=entry,
+            shard=index,
+            packing=packings.get(entry.name),
+            stored_dtype=stored[entry.name],
+            outputs=tuple(places[name] for name, _, _ in group),
+        )
+        for (index, entry), group in zip(sources, groups, strict=True)
+    )
+    return tensors, shards, places
+
+
+def _stored_dtype(entry: TensorEntry, packing: Packing | None, scale_dtype: str | None) -> str:
+    """The type of what is not codes: the source's own, or of a GGUF's tensor the one that was chosen.
 
     Programs compute in the type that the embedding's scales have, and Qwen2 overflows float16: so these are float32
     where scales are float16, and so are vectors, which a GGUF has in float32.
     """
-    if scale_dtype == "F16" and (packing is None or name.startswith("model.embed_tokens.")):
+    if scale_dtype is None:
+        return entry.dtype
+    if scale_dtype == "F16" and (packing is None or entry.name.startswith("model.embed_tokens.")):
         return "F32"
     return scale_dtype
 

@@ -26,7 +26,6 @@ from qwq_mlx.files.unread_tensors import drop_unread_tensors
 
 __all__ = [
     "CONFIG_NAME",
-    "GGUF_ADVICE",
     "INDEX_NAME",
     "SINGLE_NAME",
     "SUFFIX",
@@ -47,10 +46,6 @@ _MAX_INDEX_BYTES = 8 << 20
 _MAX_NAMES = 10
 _TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model", "")  # tokenizers, templates, LICENSE
 _SHARD_PREFIX = "model"
-GGUF_ADVICE = (
-    "GGUF is not read. Give the folder of the model's safetensors, or its name on the Hub, for example "
-    "Qwen/QwQ-32B-Preview."
-)
 _FETCH = "Fetch the checkpoint again, all files from one commit."
 
 
@@ -199,8 +194,8 @@ def _regular_files(folder: Path, *, follow_links: bool) -> tuple[list[str], list
             f"{folder}: there is no such folder. Give a checkpoint's folder ({CONFIG_NAME}, *{SUFFIX}, tokenizer.json)."
         ) from error
     except NotADirectoryError as error:
-        advice = GGUF_ADVICE if folder.suffix == ".gguf" else "Give the folder it lies in."
-        raise SourceError(f"{folder}: is a file, expected the folder of a checkpoint. {advice}") from error
+        advice = "Convert it first" if folder.suffix == ".gguf" else "Give the folder it lies in"
+        raise SourceError(f"{folder}: is a file, expected the folder of a checkpoint. {advice}.") from error
     except OSError as error:
         raise SourceError(f"{folder}: cannot be listed {system_said(error, 'Check its permissions.')}") from error
     names, warnings = [], []
@@ -230,7 +225,7 @@ def _only_shard(folder: Path, names: Sequence[str], present: Sequence[str]) -> l
     if not present:
         other = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".npz"))]
         if gguf := [name for name in names if name.endswith(".gguf")]:
-            raise SourceError(f"{folder}: holds {gguf[0]}. {GGUF_ADVICE}")
+            raise SourceError(f"{folder}: holds {gguf[0]}. Give that file itself: {folder / gguf[0]}")
         has = f"only {', '.join(other[:_MAX_NAMES])}, which qwq_mlx does not open" if other else "none"
         raise SourceError(f"{folder}: expected {SUFFIX} files, found {has}. Fetch the safetensors of the model.")
     candidates = [name for name in present if name.startswith(_SHARD_PREFIX)] or list(present)

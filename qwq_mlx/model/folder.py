@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwq_mlx.errors import LoadError
-from qwq_mlx.files.checkpoint import CONFIG_NAME, GGUF_ADVICE, Checkpoint, open_checkpoint
+from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
 from qwq_mlx.files.manifest import MANIFEST_NAME, check_sizes
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.layout import Packing, check_layout, packings
@@ -81,7 +81,10 @@ def _check_is_folder(path: Path) -> None:
         return
     if path.exists():
         if path.suffix == ".gguf":
-            raise LoadError(f"{path}: is a file, expected a model folder. {GGUF_ADVICE}")
+            raise LoadError(
+                f"{path}: is a file, expected a model folder. Convert it first: "
+                f"python -m qwq_mlx.convert --source {path} --output FOLDER"
+            )
         raise LoadError(f"{path}: is a file, expected a model folder (config.json, *.safetensors, tokenizer.json).")
     raise LoadError(
         f"{path}: there is no such folder. Give the folder of a model; "

@@ -175,11 +175,11 @@ def test_a_missing_folder_and_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refuse(tmp_path / "file", SourceError, "file: is a file, expected the folder of a checkpoint")
     (tmp_path / "q4.gguf").write_bytes(b"GGUF")
-    refuse(tmp_path / "q4.gguf", SourceError, "q4.gguf: is a file, .* GGUF is not read. Give the folder of the model's")
+    refuse(tmp_path / "q4.gguf", SourceError, r"q4.gguf: the version: needs 4 bytes .* The download was cut")
     (tmp_path / "q4").mkdir()
     (tmp_path / "q4.gguf").rename(tmp_path / "q4" / "q4.gguf")
     (tmp_path / "q4" / "config.json").write_text("{}")
-    refuse(tmp_path / "q4", SourceError, "q4: holds q4.gguf. GGUF is not read")
+    refuse(tmp_path / "q4", SourceError, r"q4: holds q4.gguf. Give that file itself: .*/q4/q4.gguf")
 
 
 def convert_into(source: Path, output: Path, message: str, **options: object) -> None:

@@ -196,18 +196,20 @@ def test_missing_edited_and_foreign_manifests_are_refused(proven: Path) -> None:
     path.write_text(text.replace("\n", "\n\n", 1))
     with pytest.raises(SourceError, match="which its content does not have"):
         read_manifest(proven)
-    path.write_text(text.replace('"schema": 3', '"schema": 4'))
+    path.write_text(text.replace('"schema": 4', '"schema": 5'))
     with pytest.raises(
         SourceError,
-        match=r"schema is 4, expected one of 1, 2, 3\. A newer qwq_mlx made it: update this one, or convert",
+        match=r"schema is 5, expected one of 1, 2, 3, 4\. A newer qwq_mlx made it: update this one, or convert",
     ):
         read_manifest(proven)
-    path.write_text(text.replace('"schema": 3', '"schema": 0'))
-    with pytest.raises(SourceError, match=r"schema is 0, expected one of 1, 2, 3\. Use the qwq_mlx that made it, or"):
+    path.write_text(text.replace('"schema": 4', '"schema": 0'))
+    with pytest.raises(
+        SourceError, match=r"schema is 0, expected one of 1, 2, 3, 4\. Use the qwq_mlx that made it, or"
+    ):
         read_manifest(proven)
     path.write_text(text)
     rewritten(proven, fit=None)
-    with pytest.raises(SourceError, match=r"is not of schema 3: fit is missing, expected a value"):
+    with pytest.raises(SourceError, match=r"is not of schema 4: fit is missing, expected a value"):
         read_manifest(proven)
     path.unlink()
     with pytest.raises(SourceError, match=r"manifest\.json: there is no such file\. Convert"):
@@ -244,7 +246,9 @@ def test_a_quality_record_comes_back_and_schema_1_had_none(proven: Path) -> None
         read_manifest(proven)
 
 
-def test_a_manifest_of_schema_2_is_read_with_and_without_calibration_and_schema_3_needs_the_key(proven: Path) -> None:
+def test_a_manifest_of_schema_2_is_read_with_and_without_calibration_and_later_ones_need_their_keys(
+    proven: Path,
+) -> None:
     """Schema 2 is from before that key; builds before the first release wrote it under 2 all the same."""
     text = {"file": "text.txt", "sha256": "0" * 64, "n_texts": 2, "n_ids": 600}
     for schema, calibration in ((2, None), (2, text), (3, text)):
@@ -252,7 +256,12 @@ def test_a_manifest_of_schema_2_is_read_with_and_without_calibration_and_schema_
         assert read_manifest(proven).calibration == calibration
         verify_full(proven)
     write_manifest(proven, replace(read_manifest(proven), calibration=None))
-    assert json.loads((proven / "manifest.json").read_text())["schema"] == SCHEMA == 3
+    assert json.loads((proven / "manifest.json").read_text())["schema"] == SCHEMA == 4
     rewritten(proven, schema=3, calibration=None)
     with pytest.raises(SourceError, match=r"is not of schema 3: calibration is missing"):
+        read_manifest(proven)
+    rewritten(proven, schema=3, calibration=text, gguf=None)
+    assert read_manifest(proven).gguf is None
+    rewritten(proven, schema=4)
+    with pytest.raises(SourceError, match=r"is not of schema 4: gguf is missing"):
         read_manifest(proven)
