@@ -85,26 +85,31 @@ def joined(caches: Sequence[Sequence[Any]], n_fed: Sequence[int] | None = None) 
 def attention_class() -> type[Any]:
     """mlx_lm's attention of a Qwen2 layer, also over a `quantized_cache_class()`, read whole, and over `RowCaches`."""
     home = import_mlx_lm("mlx_lm.models.qwen2")
-    whole = quantized_cache_class()
 
     class Attention(home.Attention):  # type: ignore[misc, name-defined]
-        def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
-            if not isinstance(cache, (whole, RowCaches)):
-                return super().__call__(x, mask, cache)
+        def projections(self, x: mx.array) -> Sequence[mx.array]:
+            """Queries, keys and values side by side: (rows, n_ids, heads * width) each."""
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+        def attend(self, projected: Sequence[mx.array], mask: Any = None, cache: Any = None) -> mx.array:
+            """What the output projection takes of `projections`: (rows, n_ids, heads * width)."""
+            shape = projected[0].shape[:2]
             queries, keys, values = (
-                projected.reshape(*x.shape[:2], n_heads, -1).transpose(0, 2, 1, 3)
-                for projected, n_heads in (
-                    (self.q_proj(x), self.n_heads),
-                    (self.k_proj(x), self.n_kv_heads),
-                    (self.v_proj(x), self.n_kv_heads),
-                )
+                each.reshape(*shape, n_heads, -1).transpose(0, 2, 1, 3)
+                for each, n_heads in zip(projected, (self.n_heads, self.n_kv_heads, self.n_kv_heads), strict=True)
             )
-            queries, keys = self.rope(queries, offset=cache.offset), self.rope(keys, offset=cache.offset)
+            offset = 0 if cache is None else cache.offset
+            queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
             if isinstance(cache, RowCaches):
                 mixed = mx.concatenate(_rows(queries, keys, values, cache, self.scale))
+            elif cache is None:
+                mixed = _over_floats(queries, keys, values, None, self.scale, mask)
             else:
                 mixed = _row(queries, keys, values, cache, self.scale, mask)
-            return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+            return mixed.transpose(0, 2, 1, 3).reshape(*shape, -1)
+
+        def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
+            return self.o_proj(self.attend(self.projections(x), mask, cache))
 
     return Attention
 

@@ -24,6 +24,7 @@ from qwq_mlx.model.attention import attention_class
 from qwq_mlx.model.blas import use_blas_for_rows
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.generation_config import GenerationDefaults, read_generation_defaults
+from qwq_mlx.model.kernels.layers import use_few_row_kernels
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
@@ -211,6 +212,7 @@ def _load_weights(files: ModelFolder, compute_type: ComputeType) -> Any:
             "End what else takes memory, or take a model of fewer bits."
         ) from error
     use_blas_for_rows(module)
+    use_few_row_kernels(module)
     return module
 
 

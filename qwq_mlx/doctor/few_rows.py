@@ -1,0 +1,113 @@
+"""The CUDA kernels of few rows beside float32 and beside MLX's own, over shapes, groups and numbers of rows.
+
+Does not: measure their speed (`python -m qwq_mlx.bench rows` does).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+from qwq_mlx.doctor.check import Result, Subject
+from qwq_mlx.model.upstream import import_mlx
+
+__all__ = ["check_few_rows"]
+
+_N_ROWS = (1, 2, 3, 5, 8, 9, 16, 17, 24, 31, 32)
+_SHAPES = ((128, 896), (896, 4864), (256, 1536), (128, 5120), (48, 27_648), (16_384, 512))
+_GROUPS = (32, 64, 128)
+_MAX_SHARE = 1.1  # of the error of MLX's own kernel, which rounds the unpacked codes to bfloat16, too
+_SAME = "rows with other bits than alone"
+
+
+class _Case(NamedTuple):
+    n_out: int
+    n_in: int
+    group_size: int
+    n_rows: int
+
+
+def check_few_rows(subject: Subject) -> Result:
+    """Errors against float32 are no larger than those of MLX's own kernels, and a row has the bits it has alone."""
+    from qwq_mlx.model.kernels.few_row_matmul import tiling
+    from qwq_mlx.model.kernels.layers import few_row_kernels_run
+
+    if not few_row_kernels_run():
+        return Result(outcome="not checkable", found=f"this is {subject.backend}; the kernels run on NVIDIA GPUs")
+    shapes = [
+        (n_out, n_in, group)
+        for (n_out, n_in), group in itertools.product(_SHAPES, _GROUPS)
+        if tiling(n_out, n_in, group) and tiling(n_out, n_in, group, is_pair=True)
+    ]
+    wrong, worst, n_cases = [], 0.0, 0
+    for n_out, n_in, group in shapes:
+        errors = _errors(n_out, n_in, group)
+        n_cases += len(errors)
+        for name, (ours, limit) in errors.items():
+            worst = max(worst, ours)
+            if not ours <= limit:
+                wrong.append(f"{n_out} x {n_in}, groups of {group}, {name}: {ours:.1e}, expected {limit:.1e} at most")
+    return Result(
+        outcome="failed" if wrong else "ok",
+        found="; ".join(wrong[:3]) if wrong else f"{n_cases} products of {len(shapes)} shapes, off by {worst:.1e}",
+        expected=f"at most {_MAX_SHARE} of the error of MLX's own kernels",
+        values={"wrong": wrong, "largest error": worst, "n_cases": n_cases},
+    )
+
+
+def _errors(n_out: int, n_in: int, group: int) -> dict[str, tuple[float, float]]:
+    """Our error and the largest that is allowed, for each product and number of rows."""
+    from qwq_mlx.model.kernels import few_row_matmul as kernels
+
+    mx = import_mlx()
+    how, pair_how = kernels.tiling(n_out, n_in, group), kernels.tiling(n_out, n_in, group, is_pair=True)
+    assert how is not None and pair_how is not None, "the caller takes shapes that fit"
+    random = mx.random.key(n_out + n_in + group)
+    first, second, third = (_packed(each, n_out, n_in, group) for each in mx.random.split(random, 3))
+    bias = mx.random.normal((n_out,), mx.bfloat16, key=random)
+    most = mx.random.normal((_N_ROWS[-1], n_in), mx.bfloat16, key=random)
+    residual = mx.random.normal((_N_ROWS[-1], n_out), mx.bfloat16, key=random)
+    exact = [_exact(most, matrix, group) for matrix in (first, second, third)]
+    expected = {
+        "product": exact[0],
+        "product and residual": exact[0] + residual.astype(mx.float32),
+        "third of three": exact[2] + bias.astype(mx.float32),
+        "gated pair": mx.sigmoid(exact[0]) * exact[0] * exact[1],
+    }
+    found: dict[str, tuple[float, float]] = {}
+    alone: dict[str, Any] = {}
+    for n_rows in _N_ROWS:
+        x = most[:n_rows]
+        ours = {
+            "product": kernels.linear(x, first, how),
+            "product and residual": kernels.linear(x, first, how, residual=residual[:n_rows]),
+            "third of three": kernels.linears(x, [(first, bias), (second, bias), (third, bias)], how)[2],
+            "gated pair": kernels.swiglu_linears(x, first, second, pair_how),
+        }
+        theirs = mx.quantized_matmul(x, *first, transpose=True, group_size=group, bits=4)
+        limit = _MAX_SHARE * _off(theirs, expected["product"][:n_rows])
+        for name, y in ours.items():
+            # a gated pair has the errors of both; of the sums, the output's rounding is a part
+            found[f"{name}, {n_rows} rows"] = _off(y, expected[name][:n_rows]), 2 * limit if "pair" in name else limit
+            alone.setdefault(name, y[:1])
+            found[f"{name}, {n_rows} rows, {_SAME}"] = float((y[:1] != alone[name]).sum().item()), 0.0
+    return found
+
+
+def _packed(key: Any, n_out: int, n_in: int, group: int) -> Any:
+    from qwq_mlx.model.kernels.few_row_matmul import PackedMatrix
+
+    mx = import_mlx()
+    weight = mx.random.normal((n_out, n_in), mx.bfloat16, scale=n_in**-0.5, key=key)
+    return PackedMatrix(*mx.quantize(weight, group_size=group, bits=4))
+
+
+def _exact(x: Any, matrix: Any, group: int) -> Any:
+    mx = import_mlx()
+    floats = (each.astype(mx.float32) for each in matrix[1:])
+    return x.astype(mx.float32) @ mx.dequantize(matrix[0], *floats, group_size=group, bits=4).T
+
+
+def _off(y: Any, expected: Any) -> float:
+    mx = import_mlx()
+    return float((mx.linalg.norm(y.astype(mx.float32) - expected) / mx.linalg.norm(expected)).item())

@@ -1,0 +1,147 @@
+"""The layers of a Qwen2 model that multiply few rows by the kernels of `few_row_matmul`, where those run.
+
+An NVIDIA GPU, 4 bits, affine, groups of 32, 64 or 128, floats in bfloat16. Queries, keys and values are one launch,
+gate and up are one, and the residual is added by the output and down projections. More rows than `MAX_ROWS`, and layers
+whose shape does not fit, go through MLX's own kernels as before. What a layer holds stays the same.
+
+Each process compiles a kernel when it is first used, once for each 8 rows: MLX keeps no cache of them.
+
+Does not: change a layer on Metal or the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwq_mlx.model.kernels.few_row_matmul import (
+    MAX_ROWS,
+    PackedMatrix,
+    Tiling,
+    linear,
+    linears,
+    swiglu_linears,
+    tiling,
+)
+from qwq_mlx.model.upstream import import_mlx_lm
+
+__all__ = ["few_row_kernels_run", "use_few_row_kernels"]
+
+_MIN_CAPABILITY = 8  # cp.async, and products of bfloat16
+
+
+def few_row_kernels_run() -> bool:
+    """Whether this backend runs the kernels: an NVIDIA GPU of compute capability 8.0 or more."""
+    if mx.default_device().type == mx.cpu or not mx.cuda.is_available():
+        return False
+    return int(mx.device_info().get("compute_capability_major", 0)) >= _MIN_CAPABILITY
+
+
+def use_few_row_kernels(module: Any) -> None:
+    """Let the layers of a model (mlx_lm's Qwen2) multiply up to `MAX_ROWS` rows by the kernels, where they run."""
+    if not few_row_kernels_run():
+        return
+    for layer in module.layers:
+        halves = _halves_of(layer)
+        if halves is not None:
+            layer.halves, layer.__class__ = halves, _block_class()
+    for each in module.modules():
+        how = _common_tiling((each,), has_bias=None)
+        if how is not None:
+            each.how, each.__class__ = how, _FewRowLinear
+
+
+@dataclass(frozen=True, slots=True)
+class _Halves:
+    """What a layer computes before its attention and behind it, each one compiled graph, shared by layers alike.
+
+    before(x, norm, packed and biases of q, k, v) -> their products. behind(mixed, x, packed o, norm, packed gate, up
+    and down) -> what the layer gives.
+    """
+
+    before: Callable[..., list[mx.array]]
+    behind: Callable[..., mx.array]
+
+
+def _halves_of(layer: Any) -> _Halves | None:
+    """None where the kernels cannot multiply by all matrices of a layer."""
+    attention, mlp = layer.self_attn, layer.mlp
+    three = _common_tiling((attention.q_proj, attention.k_proj, attention.v_proj), has_bias=True)
+    pair = _common_tiling((mlp.gate_proj, mlp.up_proj), is_pair=True)
+    out, down = _common_tiling((attention.o_proj,)), _common_tiling((mlp.down_proj,))
+    if three is None or pair is None or out is None or down is None:
+        return None
+    return _halves(layer.input_layernorm.eps, three, out, pair, down)
+
+
+@functools.cache
+def _halves(eps: float, three: Tiling, out: Tiling, pair: Tiling, down: Tiling) -> _Halves:
+    def before(x: mx.array, norm: mx.array, *packed: mx.array) -> list[mx.array]:
+        matrices = [(PackedMatrix(*packed[first : first + 3]), packed[first + 3]) for first in (0, 4, 8)]
+        return linears(mx.fast.rms_norm(x, norm, eps), matrices, three)
+
+    def behind(mixed: mx.array, x: mx.array, norm: mx.array, *packed: mx.array) -> mx.array:
+        o, gate, up, last = (PackedMatrix(*packed[first : first + 3]) for first in (0, 3, 6, 9))
+        x = linear(mixed, o, out, residual=x)
+        gated = swiglu_linears(mx.fast.rms_norm(x, norm, eps), gate, up, pair)
+        return linear(gated, last, down, residual=x)
+
+    return _Halves(mx.compile(before), mx.compile(behind))
+
+
+def _common_tiling(layers: Sequence[Any], *, has_bias: bool | None = False, is_pair: bool = False) -> Tiling | None:
+    """How the matrices of some layers are covered alike; None where the kernels cannot multiply by all of them so.
+
+    has_bias: what each layer must have; None is either.
+    """
+    hows = {_tiling(layer, is_pair) if has_bias in (None, "bias" in layer) else None for layer in layers}
+    return hows.pop() if len(hows) == 1 else None
+
+
+def _tiling(layer: Any, is_pair: bool) -> Tiling | None:
+    if type(layer) not in (nn.QuantizedLinear, _FewRowLinear) or (layer.bits, layer.mode) != (4, "affine"):
+        return None
+    n_out, n_words = layer["weight"].shape
+    return tiling(n_out, n_words * 8, layer.group_size, is_pair=is_pair) if _is_bfloat16(layer["scales"]) else None
+
+
+def _matrix(layer: Any) -> PackedMatrix:
+    return PackedMatrix(layer["weight"], layer["scales"], layer["biases"])
+
+
+def _is_bfloat16(array: Any) -> bool:
+    return bool(array.dtype == mx.bfloat16)
+
+
+def _is_few(x: Any) -> bool:
+    return int(x.size) // int(x.shape[-1]) <= MAX_ROWS and _is_bfloat16(x)
+
+
+class _FewRowLinear(nn.QuantizedLinear):  # type: ignore[misc]
+    def __call__(self, x: Any) -> Any:
+        if not _is_few(x):
+            return super().__call__(x)
+        y = linear(x, _matrix(self), self.how)
+        return y + self["bias"] if "bias" in self else y
+
+
+@functools.cache
+def _block_class() -> type[Any]:
+    class FewRowBlock(import_mlx_lm("mlx_lm.models.qwen2").TransformerBlock):  # type: ignore[misc]
+        def __call__(self, x: Any, mask: Any = None, cache: Any = None) -> Any:
+            if not _is_few(x):
+                return super().__call__(x, mask, cache)
+            attention, mlp = self.self_attn, self.mlp
+            three = (attention.q_proj, attention.k_proj, attention.v_proj)
+            matrices = [array for each in three for array in (*_matrix(each), each["bias"])]
+            mixed = attention.attend(self.halves.before(x, self.input_layernorm.weight, *matrices), mask, cache)
+            rest = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+            matrices = [array for each in rest for array in _matrix(each)]
+            return self.halves.behind(mixed, x, self.post_attention_layernorm.weight, *matrices)
+
+    return FewRowBlock

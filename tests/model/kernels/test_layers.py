@@ -1,0 +1,120 @@
+"""The layers of few rows, wired as on an NVIDIA GPU, with MLX's own products in place of the kernels.
+
+What the kernels themselves compute is checked by `python -m qwq_mlx.doctor` where they run.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from qwq_mlx.bench.models import in_compute_type, random_module
+from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
+from qwq_mlx.model.attention import joined
+from qwq_mlx.model.kernels import few_row_matmul, layers
+from qwq_mlx.model.kernels.few_row_matmul import PackedMatrix, Tiling, shared_bytes, tiling
+from qwq_mlx.model.layout import Packing
+
+CONFIG = Qwen2Config(
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=64,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    tie_word_embeddings=False,
+    eos_token_ids=(),
+)
+
+
+def _product(x: mx.array, matrix: PackedMatrix, how: Tiling, residual: mx.array | None = None) -> mx.array:
+    y = mx.quantized_matmul(x, *matrix, transpose=True, group_size=how.group_size, bits=4)
+    return y if residual is None else residual + y
+
+
+def _three(x: mx.array, matrices: list[tuple[PackedMatrix, mx.array]], how: Tiling) -> list[mx.array]:
+    return [_product(x, matrix, how) + bias for matrix, bias in matrices]
+
+
+def _pair(x: mx.array, gate: PackedMatrix, up: PackedMatrix, how: Tiling) -> mx.array:
+    gated = _product(x, gate, how)
+    return gated * mx.sigmoid(gated) * _product(x, up, how)
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "few_row_kernels_run", lambda: True)
+    monkeypatch.setattr(layers, "linear", _product)
+    monkeypatch.setattr(layers, "linears", _three)
+    monkeypatch.setattr(layers, "swiglu_linears", _pair)
+
+
+def _module(packing: Packing = Packing(bits=4, group_size=64)) -> tuple[object, object]:  # noqa: B008 - it is frozen
+    """A random model whose layers were exchanged, and mlx_lm's own layers on the same arrays."""
+    packed = {name.removesuffix(".weight"): packing for name, shape in tensor_shapes(CONFIG).items() if len(shape) == 2}
+    layers._halves.cache_clear()  # compiled graphs hold what they were traced with
+    module = random_module(CONFIG, packed, "bfloat16", seed=3)
+    return module, in_compute_type(module, CONFIG, packed, "bfloat16")
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+@pytest.mark.parametrize("n_ids", [1, 5, 33])
+def test_a_model_of_exchanged_layers_computes_what_mlx_lms_own_does(n_ids: int) -> None:
+    ours, theirs = _module()
+    assert type(ours.layers[0]).__name__ == "FewRowBlock" and type(ours.lm_head) is layers._FewRowLinear
+    caches = [new_cache(ours), new_cache(theirs)]
+    for ids in (mx.arange(n_ids)[None], mx.array([[7]])):
+        found, expected = ours(ids, cache=caches[0]), theirs(ids, cache=caches[1])
+        assert mx.abs(found - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_rows_of_a_pass_go_through_the_exchanged_layers_with_their_own_caches() -> None:
+    ours, theirs = _module()
+    rows = [new_cache(ours), new_cache(ours)]
+    for row, ids in zip(rows, ([1, 2, 3], [4]), strict=True):
+        ours(mx.array([ids]), cache=row)
+    found = ours(mx.array([[5], [6]]), cache=joined(rows))
+    for place, ids in enumerate(([1, 2, 3, 5], [4, 6])):
+        expected = theirs(mx.array([ids]))[0, -1]
+        assert mx.abs(found[place, -1] - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_layers_of_other_packings_stay_mlx_lms() -> None:
+    ours, _ = _module(Packing(bits=8, group_size=64))
+    assert type(ours.layers[0]).__name__ == "TransformerBlock"
+    assert type(ours.lm_head).__name__ == "QuantizedLinear"
+
+
+def test_no_layer_is_exchanged_on_the_cpu() -> None:
+    assert not layers.few_row_kernels_run()
+    ours, _ = _module()
+    assert type(ours.layers[0]).__name__ == "TransformerBlock"
+
+
+@pytest.mark.parametrize(
+    ("n_out", "n_in", "group_size"),
+    [(40, 512, 64), (64, 500, 64), (64, 320, 64), (64, 512, 16), (16_400, 512, 64)],
+)
+def test_shapes_that_the_kernels_do_not_cover_are_left_to_mlx(n_out: int, n_in: int, group_size: int) -> None:
+    assert tiling(n_out, n_in, group_size) is None
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("n_in", [512, 896, 1536, 3584, 4864, 5120, 8960, 13_824, 18_944, 27_648, 29_568])
+def test_the_warps_of_a_block_cover_every_run_within_the_limits_of_a_block(n_in: int, group_size: int) -> None:
+    how = tiling(4096, n_in, group_size)
+    if how is None:
+        assert (n_in // group_size) % 2 == 1
+        return
+    n_runs = n_in // group_size // how.groups_a_run
+    n_turns = -(-n_runs // how.n_warps)
+    assert how.n_warps * n_turns >= n_runs > how.n_warps * (n_turns - 1)
+    # alignment of a copy of 16, 8 or 4 bytes of scales, and of 16 bytes of codes
+    assert n_in // group_size % how.groups_a_run == 0 and how.groups_a_run * group_size % 64 == 0
+    assert all(shared_bytes(how, n_rows) <= 99 << 10 for n_rows in (1, few_row_matmul.MAX_ROWS))
