@@ -1,9 +1,10 @@
-"""Which model runs when none is named.
+"""Which model runs: the one that is named, or a default.
 
 In order: the folder that is named, $QWQ_MLX_MODEL, the first finished conversion of a QwQ-32B under conversions/ (of
 the current folder, then of the checkout this package lies in), else the pocket model that ships with the package. The
 pocket's 4-bit conversion is made once in the user's cache folder, by whoever comes first; its folder is named after the
-digest of checkpoint and recipe, so another one of these gets another conversion.
+digest of checkpoint and recipe, so another one of these gets another conversion. A GGUF that is named is converted once
+in the same way, by the recipe that keeps its codes.
 
 Does not: load, or download.
 """
@@ -13,14 +14,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwq_mlx.errors import ConversionError, LoadError, system_said
 from qwq_mlx.facts import MODELS
+from qwq_mlx.files.gguf.stores import GgufFile, find_gguf
 from qwq_mlx.quant.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from qwq_mlx.convert.plan import Plan
 
 __all__ = ["Choice", "choose_model", "pocket_checkpoint", "pocket_model", "ready_model", "user_cache_folder"]
 
@@ -33,23 +40,27 @@ _VARIABLE = "QWQ_MLX_MODEL"
 class Choice:
     """folder: the model to load. note: one line for a person, "" where they named the model themselves.
 
-    source: where `folder` must be converted from first, None if it is there.
+    source: what `folder` must be converted from first, None if it is there. recipe: by which; None is the source's own.
     """
 
     folder: Path
     note: str = ""
-    source: Path | None = None
+    source: str | Path | None = None
+    recipe: str | None = None
 
 
 def choose_model(named: str | Path | None, environment: Mapping[str, str] | None = None) -> Choice:
     """The folder of the model to run.
 
-    named: what the user named: a folder, or a repository (by name or address) in the Hub's cache; or None.
-    Raises LoadError for a repository that the cache does not have, and where nothing is named and the package has no
-    pocket checkpoint.
+    named: what the user named: a folder, a GGUF (see files.gguf.stores), which is converted once into the user's cache,
+      or a repository (by name or address) in the Hub's cache; or None.
+    Raises SourceError for a GGUF that is not there; LoadError for a repository that the cache does not have, and where
+    nothing is named and the package has no pocket checkpoint.
     """
     environment = os.environ if environment is None else environment
     if named is not None:
+        if (gguf := find_gguf(named)) is not None:
+            return _gguf_model(named, gguf, environment)
         return Choice(folder=_named_folder(named))
     from_environment = environment.get(_VARIABLE)
     if from_environment:
@@ -71,9 +82,18 @@ def ready_model(named: str | Path | Choice | None, note: Callable[[str], None] =
     if choice.note:
         note(choice.note)
     if choice.source is not None:
-        note(f"converting the pocket model to 4 bits, once: {choice.folder}")
-        _convert(choice.source, choice.folder)
+        what = "the pocket model to 4 bits" if choice.recipe == _RECIPE else str(choice.source)
+        note(f"converting {what}, once: {choice.folder}")
+        _convert(choice, note)
     return choice.folder
+
+
+def _gguf_model(named: str | Path, gguf: GgufFile, environment: Mapping[str, str]) -> Choice:
+    """The conversion of a GGUF in the user's cache, named after the file's place, size and time of change."""
+    status = gguf.path.stat()
+    identity = gguf.sha256 or f"{gguf.path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    folder = user_cache_folder(environment) / f"gguf-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    return Choice(folder=folder, source=None if (folder / "config.json").is_file() else named)
 
 
 def _named_folder(named: str | Path) -> Path:
@@ -93,15 +113,24 @@ def _named_folder(named: str | Path) -> Path:
     )
 
 
-def _convert(source: Path, folder: Path) -> None:
+def _convert(choice: Choice, note: Callable[[str], None]) -> None:
     from qwq_mlx.convert import convert_checkpoint  # here, because it comes with heavy imports
+    from qwq_mlx.convert.plan_text import plan_text
 
+    folder, source = choice.folder, choice.source
+    assert source is not None  # or there is nothing to convert
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        convert_checkpoint(source, folder, recipe=_RECIPE, quality=False)
+        free_bytes = shutil.disk_usage(folder.parent).free
+
+        def show(plan: Plan) -> None:
+            if choice.recipe is None:
+                note(plan_text(plan, str(folder), free_bytes))
+
+        convert_checkpoint(source, folder, recipe=choice.recipe, quality=False, on_plan=show)
     except OSError as error:
         raise LoadError(
-            f"{folder}: the pocket model has no place, for this folder cannot be written "
+            f"{folder}: the conversion of {source} has no place, for this folder cannot be written "
             + system_said(error, "Set XDG_CACHE_HOME to a folder that can be written, or name the folder of a model.")
         ) from error
     except ConversionError:
@@ -123,7 +152,8 @@ def pocket_model(environment: Mapping[str, str] | None = None) -> Choice:
         "model: the bundled pocket model, which knows only small puzzles. For QwQ-32B-Preview: "
         "python -m qwq_mlx.convert, then give its folder as `model`"
     )
-    return Choice(folder=folder, note=note, source=None if (folder / "config.json").is_file() else source)
+    missing = None if (folder / "config.json").is_file() else source
+    return Choice(folder=folder, note=note, source=missing, recipe=_RECIPE)
 
 
 def pocket_checkpoint() -> Path:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_json
+from gguf_files import write_gguf
 from huggingface_hub import constants
 
 from qwq_mlx import default_model
 from qwq_mlx.default_model import Choice, choose_model, ready_model, user_cache_folder
-from qwq_mlx.errors import ConversionError, LoadError
+from qwq_mlx.errors import ConversionError, LoadError, SourceError
 from qwq_mlx.facts import POCKET, QWQ_32B_PREVIEW, ModelFacts
+from qwq_mlx.files.manifest import read_manifest
 
 
 @pytest.fixture
@@ -123,12 +125,12 @@ def test_the_pocket_is_made_ready_once_and_a_race_is_no_error(
     made: list[tuple[Path, Path, str, bool]] = []
     told: list[str] = []
 
-    def convert_too_late(source: Path, output: Path, *, recipe: str, quality: bool) -> None:
+    def convert_too_late(source: Path, output: Path, *, recipe: str, quality: bool, on_plan: object) -> None:
         made.append((source, output, recipe, quality))
         conversion(output, POCKET)
         raise ConversionError("another process holds the folder")
 
-    def convert_in_vain(source: Path, output: Path, *, recipe: str, quality: bool) -> None:
+    def convert_in_vain(source: Path, output: Path, *, recipe: str, quality: bool, on_plan: object) -> None:
         raise ConversionError("no room")
 
     monkeypatch.setattr("qwq_mlx.convert.job.convert_checkpoint", convert_in_vain)
@@ -162,3 +164,24 @@ def test_a_cache_folder_that_cannot_be_written_says_what_to_do(
     monkeypatch.delenv("QWQ_MLX_MODEL", raising=False)
     with pytest.raises(LoadError, match=r"cannot be written .*Set XDG_CACHE_HOME"):
         ready_model(None)
+
+
+def test_a_gguf_is_converted_once_into_the_cache_and_again_when_it_changes(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gguf = write_gguf(tiny_checkpoint, tmp_path / "model.gguf", "Q8_0")
+    told: list[str] = []
+    folder = ready_model(gguf, told.append)
+    assert folder.parent == tmp_path / "cache/qwq-mlx"
+    assert told[0] == f"converting {gguf}, once: {folder}"
+    assert "keep their codes" in told[1]
+    manifest = read_manifest(folder)
+    assert manifest.gguf is not None
+    assert manifest.gguf["tensors"]["lm_head.weight"] == {"type": "Q8_0", "is_repacked": True}
+    assert ready_model(str(gguf), told.append) == folder
+    assert len(told) == 2
+    gguf.touch()
+    assert choose_model(gguf).folder != folder
+    with pytest.raises(SourceError, match=r"other.gguf: there is no such file"):
+        ready_model(str(tmp_path / "other.gguf"))

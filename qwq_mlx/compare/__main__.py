@@ -34,7 +34,13 @@ def _parser() -> argparse.ArgumentParser:
         exit_codes="0 done, 1 a folder is missing or damaged, 2 wrong usage, 130 interrupted (Ctrl-C)",
     )
     add = parser.add_argument
-    add("folders", metavar="DIR", nargs="+", help="conversion or checkpoint; the first is the reference")
+    add(
+        "folders",
+        metavar="DIR",
+        nargs="+",
+        help="conversion, checkpoint or GGUF (FILE.gguf, ollama:NAME[:TAG], "
+        "lmstudio:PUBLISHER/REPO); the first is the reference",
+    )
     add("--reference", metavar="DIR", help="reference model (default: the first)")
     add(
         "--text",

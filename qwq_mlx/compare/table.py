@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.model.architecture import tensor_shapes
-from qwq_mlx.model.folder import ModelFolder, open_model_folder
+from qwq_mlx.model.folder import ModelFolder, opened_model
 from qwq_mlx.model.tokenizer import check_same_tokenizer, load_tokenizer
 from qwq_mlx.quality.measure import MeasureProgress, check_comparable, measure
 from qwq_mlx.quality.result import Quality, summarise
@@ -58,8 +59,9 @@ def compare_models(
 ) -> Comparison:
     """Measure folders against a reference on a text.
 
-    folders: conversions or checkpoints. reference: what they are measured against; None is the first of them. text:
-    a file (see quality.text), None for the bundled one. n_positions: of it, at most. progress: see quality.measure.
+    folders: conversions, checkpoints or GGUFs. reference: what they are measured against; None is the first of them.
+    text: a file (see quality.text), None for the bundled one. n_positions: of it, at most. progress: see
+    quality.measure.
     Raises OptionError (too few folders, different models or tokenizers, a text that is empty or too short), LoadError
     and SourceError for a folder that is missing or damaged.
     """
@@ -70,8 +72,16 @@ def compare_models(
             "Give a checkpoint and a conversion of it."
         )
     first = reference if reference is not None else folders[0]
-    files = [open_model_folder(folder) for folder in (first, *others)]
-    tokenizers = [load_tokenizer(each.path, vocab_size=each.config.vocab_size) for each in files]
+    with ExitStack() as opened:
+        files = [opened.enter_context(opened_model(folder)) for folder in (first, *others)]
+        return _compare(files, text, n_positions, progress)
+
+
+def _compare(
+    files: Sequence[ModelFolder], text: str | Path | None, n_positions: int, progress: MeasureProgress | None
+) -> Comparison:
+    """files: the reference, and what is measured against it."""
+    tokenizers = [load_tokenizer(each.checkpoint.folder, vocab_size=each.config.vocab_size) for each in files]
     for each, tokenizer in zip(files[1:], tokenizers[1:], strict=True):
         check_comparable(files[0], each)
         check_same_tokenizer(files[0].path, tokenizers[0], each.path, tokenizer)

@@ -12,15 +12,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from qwq_mlx.convert.preflight import check_source
 from qwq_mlx.files.checkpoint import Checkpoint
+from qwq_mlx.files.gguf.checkpoint import opened_gguf
+from qwq_mlx.files.gguf.stores import GgufFile
 from qwq_mlx.files.gguf.types import FLOAT_TYPES
+from qwq_mlx.model.architecture import tensor_shapes
+from qwq_mlx.model.memory.plan import ModelShape
 from qwq_mlx.quant import DEFAULT_RECIPE
 from qwq_mlx.quant.allocate import recipe_of_packings
 from qwq_mlx.quant.gguf_blocks import packing_that_holds
 from qwq_mlx.quant.modes import Packing
 from qwq_mlx.quant.recipe import Recipe, load_recipe
 
-__all__ = ["gguf_recipe"]
+__all__ = ["gguf_recipe", "shape_of_gguf"]
 
 _NAME = "repack"
 _FIT = "least-squares"
@@ -51,6 +56,16 @@ def gguf_recipe(checkpoint: Checkpoint) -> Recipe:
     }
     base = replace(load_recipe(DEFAULT_RECIPE), fit=_FIT, overrides=())
     return recipe_of_packings(base, packings, name=_NAME, how="the types of a GGUF, where MLX can hold them")
+
+
+def shape_of_gguf(file: GgufFile) -> ModelShape:
+    """The shape of a GGUF's conversion by `gguf_recipe`, for a memory plan, from its header. Raises as `open_gguf`."""
+    with opened_gguf(file) as checkpoint:
+        recipe = gguf_recipe(checkpoint)
+        config = check_source(checkpoint, recipe)
+    paths = [name.removesuffix(".weight") for name, shape in tensor_shapes(config).items() if len(shape) == 2]
+    chosen = {path: recipe.packing_of(path, n_layers=config.num_hidden_layers) for path in paths}
+    return ModelShape(config=config, packed={path: each for path, each in chosen.items() if each is not None})
 
 
 def _refitted(dtype: str) -> Packing:

@@ -42,7 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     add, default = parser.add_argument, Workload()
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--model", metavar="FOLDER", help="model folder (default: QwQ-32B-Preview at 4 bits, group size 64)"
+        "--model",
+        metavar="FOLDER",
+        help="model folder, or a GGUF (FILE.gguf, ollama:NAME[:TAG], lmstudio:PUBLISHER/REPO) as it would be converted "
+        "(default: QwQ-32B-Preview at 4 bits, group size 64)",
     )
     what.add_argument("--recipe", metavar="NAME", help="plan QwQ-32B-Preview converted by this recipe")
     add("--ram", type=float, metavar="GIB", help="memory of the Mac to plan for, in GiB (default: this machine)")
@@ -147,11 +150,16 @@ def _model(options: argparse.Namespace) -> tuple[ModelFolder | ModelShape, str]:
     """What to plan, and its name."""
     from qwq_mlx.default_model import choose_model
     from qwq_mlx.facts import QWQ_32B_PREVIEW
+    from qwq_mlx.files.gguf.stores import find_gguf
     from qwq_mlx.model.folder import open_model_folder
     from qwq_mlx.model.memory.plan import shape_of_facts, shape_of_recipe
     from qwq_mlx.quant.recipe import load_recipe
 
     if options.model is not None:
+        if (gguf := find_gguf(options.model)) is not None:
+            from qwq_mlx.convert.gguf_recipe import shape_of_gguf  # here, because it comes with numpy and MLX
+
+            return shape_of_gguf(gguf), f"{gguf.label}, converted by its own types"
         folder = choose_model(options.model).folder
         return open_model_folder(folder, follow_links=options.follow_links), options.model
     if options.recipe is not None:

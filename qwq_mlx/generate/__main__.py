@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--model",
         metavar="DIR",
-        help="model folder (default: $QWQ_MLX_MODEL, else a conversion under conversions/, else the bundled model)",
+        help="model folder, or a GGUF (FILE.gguf, ollama:NAME[:TAG], lmstudio:PUBLISHER/REPO), which is converted once "
+        "into the user's cache (default: $QWQ_MLX_MODEL, else a conversion under conversions/, else the bundled model)",
     )
     add(
         "--save",

@@ -7,18 +7,21 @@ Does not: read a weight, import MLX, or look at the tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwq_mlx.errors import LoadError
 from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from qwq_mlx.files.gguf.checkpoint import opened_gguf
+from qwq_mlx.files.gguf.stores import find_gguf
 from qwq_mlx.files.manifest import MANIFEST_NAME, check_sizes
-from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.architecture import Qwen2Config, check_tensors, tensor_shapes
 from qwq_mlx.model.layout import Packing, check_layout, packings
 from qwq_mlx.model.tensor_types import FLOAT_TYPES, check_float_types, float_type_warnings
 
-__all__ = ["ModelFolder", "open_model_folder"]
+__all__ = ["ModelFolder", "open_model_folder", "opened_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,22 @@ def open_model_folder(folder: str | Path, *, follow_links: bool = False) -> Mode
     if not has_manifest:
         check_float_types(checkpoint, [name for name, (dtype, _) in tensors.items() if dtype in FLOAT_TYPES])
     return ModelFolder(path=path, checkpoint=checkpoint, config=config, packed=packed, has_manifest=has_manifest)
+
+
+@contextmanager
+def opened_model(source: str | Path, *, follow_links: bool = False) -> Iterator[ModelFolder]:
+    """A folder as `open_model_folder` has it, or a GGUF as the floats that it means; small files made for a GGUF are in
+    `checkpoint.folder` as long as the context is. Raises as that does.
+    """
+    if (file := find_gguf(source)) is None:
+        yield open_model_folder(source, follow_links=follow_links)
+        return
+    with opened_gguf(file) as checkpoint:
+        where = str(checkpoint.where)
+        config = Qwen2Config.from_json(checkpoint.config, where=where)
+        shapes = {name: entry.shape for name, (_, entry) in checkpoint.tensors.items()}
+        check_tensors(tensor_shapes(config), shapes, where=where)
+        yield ModelFolder(path=checkpoint.where, checkpoint=checkpoint, config=config, packed={})
 
 
 def _check_is_folder(path: Path) -> None:

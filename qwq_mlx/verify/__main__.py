@@ -44,7 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PERCENT",
         help="read and hash randomly chosen tensors, this percentage of the bytes",
     )
-    add("--source", metavar="DIR", help="checkpoint folder: quantize some of its tensors again and compare the bits")
+    add(
+        "--source",
+        metavar="DIR",
+        help="checkpoint folder or GGUF: quantize some of its tensors again and compare the bits",
+    )
     add("--follow-links", action="store_true", help=FOLLOW_LINKS + " (of the source)")
     add("--tensors", type=int, metavar="N", dest="n_tensors", help="number of tensors to quantize again (default: 8)")
     add("--seed", type=int, metavar="N", help="random seed of the choice of tensors (default: random)")

@@ -30,8 +30,10 @@ from qwq_mlx.convert.read import Block, open_shard, read_into
 from qwq_mlx.convert.source import Origin
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.checkpoint import Checkpoint, open_checkpoint
+from qwq_mlx.files.gguf.checkpoint import opened_checkpoint
 from qwq_mlx.files.manifest import Manifest, check_sizes, unlisted_files, verify_full
 from qwq_mlx.files.rows import read_rows
+from qwq_mlx.quant.gguf_blocks import decode_block
 from qwq_mlx.quant.packing import DTYPES, Packed
 from qwq_mlx.quant.recipe import recipe_of_mapping
 from qwq_mlx.quant.rounding_error import block_error
@@ -88,7 +90,7 @@ def verify_conversion(
     folder: the conversion.
     full: read and hash every byte.
     sample: read and hash tensors drawn by lot, at least so many percent of all bytes; None draws none.
-    source: the checkpoint's folder; n_tensors of its tensors are packed again.
+    source: the checkpoint's folder, or a GGUF; n_tensors of its tensors are packed again.
     follow_links: read shards that links out of the source lead to.
     n_tensors: how many.
     seed: of both draws; None draws others each time.
@@ -118,8 +120,8 @@ def verify_conversion(
     sampled = () if sample is None else verify_sample(folder, manifest, sample, seed, progress)
     again: tuple[str, ...] = ()
     if source is not None:
-        checkpoint = open_checkpoint(Path(source), follow_links=follow_links)
-        again = _pack_again(folder, manifest, checkpoint, n_tensors, seed)
+        with opened_checkpoint(source, follow_links=follow_links) as checkpoint:
+            again = _pack_again(folder, manifest, checkpoint, n_tensors, seed)
     return Verification(
         folder=folder,
         n_files=len(manifest.files),
@@ -140,7 +142,8 @@ def _pack_again(
     recipe = recipe_of_mapping(manifest.recipe, where=folder / "manifest.json")
     config = check_source(checkpoint, recipe)
     origin = Origin(checkpoint=checkpoint, repository=None, commit=None)
-    plan = make_plan(origin, config, recipe, n_workers=1, keep_source=False)
+    scale_dtype = None if manifest.gguf is None or checkpoint.gguf is None else manifest.gguf["scale_dtype"]
+    plan = make_plan(origin, config, recipe, n_workers=1, keep_source=False, scale_dtype=scale_dtype)
     _check_names(folder, manifest, plan)
     drawn = random.Random(seed).sample(plan.tensors, min(n_tensors, len(plan.tensors)))
     converted = None if manifest.calibration is None else open_checkpoint(folder)
@@ -155,7 +158,7 @@ def _pack_again(
             wrong.append(tensor.source.name)
     if wrong:
         raise SourceError(
-            f"{folder}: {len(wrong):,} of {len(drawn):,} tensors packed again from {checkpoint.folder} have "
+            f"{folder}: {len(wrong):,} of {len(drawn):,} tensors packed again from {checkpoint.where} have "
             f"other {'bytes' if converted is None else 'bytes or errors'}: {', '.join(sorted(wrong)[:10])}. The "
             "conversion is not of this source, or one of the two was changed."
         )
@@ -169,7 +172,7 @@ def _check_names(folder: Path, manifest: Manifest, plan: Plan) -> None:
     if expected != actual:
         names = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
         raise SourceError(
-            f"{folder}: {len(names):,} tensors are not those that {plan.checkpoint.folder} leads to: "
+            f"{folder}: {len(names):,} tensors are not those that {plan.checkpoint.where} leads to: "
             f"{', '.join(names[:10])}. Give the source that this conversion was made from."
         )
 
@@ -187,16 +190,16 @@ def _digests(plan: Plan, tensor: PlannedTensor, fit: str) -> list[str]:
 
 def _error(plan: Plan, tensor: PlannedTensor, converted: Checkpoint) -> float:
     """Relative error of a packed matrix of the conversion against the source's, added up as when it was made."""
-    packing, dtype = tensor.packing, tensor.source.dtype
+    packing, stored = tensor.packing, tensor.stored_dtype
     assert packing is not None
     error2 = weight2 = 0.0
     for block in _blocks(plan, tensor):
         rows = range(block.first_row, block.first_row + block.n_rows)
         read = (read_rows(*converted.tensors[output.entry.name], rows) for output in tensor.outputs)
         codes, scales, biases = read
-        packed = Packed(codes.view(np.uint32), scales.view(DTYPES[dtype]), biases.view(DTYPES[dtype]))
-        raw = block.data.view(DTYPES[dtype]).reshape(block.n_rows, -1)
-        error = block_error(raw, dtype, packed, packing, stream=None)
+        packed = Packed(codes.view(np.uint32), scales.view(DTYPES[stored]), biases.view(DTYPES[stored]))
+        raw, dtype = decode_block(block.data, block.n_rows, tensor.source.dtype)
+        error = block_error(raw, dtype, packed, packing, stream=None, stored=stored)
         error2, weight2 = error2 + error.error2, weight2 + error.weight2
     return math.sqrt(error2 / weight2) if weight2 else 0.0
 

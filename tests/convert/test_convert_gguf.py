@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from gguf_files import entry_of, weights_of, write_gguf
 
+from qwq_mlx.compare.table import compare_models
 from qwq_mlx.convert import ConvertProgress, convert_checkpoint
 from qwq_mlx.convert.__main__ import main
 from qwq_mlx.errors import ConversionError, OptionError, SourceError
@@ -21,11 +22,13 @@ from qwq_mlx.files.checkpoint import open_checkpoint
 from qwq_mlx.files.gguf.header import read_gguf_header
 from qwq_mlx.files.manifest import read_manifest, verify_full
 from qwq_mlx.files.rows import read_rows
+from qwq_mlx.fit.__main__ import main as fit
 from qwq_mlx.model.layout import packings
 from qwq_mlx.model.load import load_model
 from qwq_mlx.options import Limits, Sampling
 from qwq_mlx.quant.packing import DTYPES, Packed, float_values
 from qwq_mlx.quant.rounding_error import unpack
+from qwq_mlx.verify.check import verify_conversion
 
 KINDS = {
     "token_embd": "Q4_K",
@@ -347,3 +350,42 @@ def test_every_vector_that_bfloat16_cannot_hold_is_reported(checkpoint: Path, tm
     convert_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
     error = read_manifest(tmp_path / "out").tensors["model.norm.weight"].relative_error
     assert error == pytest.approx(0.001 / 1.001, rel=1e-4)
+
+
+def test_verify_packs_it_again_from_the_gguf(mixed: Path, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Wait, the answer is so and so. " * 80)
+    for name, options in (("plain", {"scale_dtype": "float16"}), ("calibrated", {"calibrate": tmp_path / "text.txt"})):
+        convert_checkpoint(mixed, tmp_path / name, **options)
+        assert len(verify_conversion(tmp_path / name, source=mixed, n_tensors=27).packed_again) == 27
+    changed = bytearray(mixed.read_bytes())
+    start = read_gguf_header(mixed).tensors["blk.0.ffn_gate.weight"].start
+    changed[start + 5] ^= 16  # a code
+    (tmp_path / "changed.gguf").write_bytes(changed)
+    with pytest.raises(SourceError, match=r"1 of 27 tensors packed again from .*changed.gguf have other bytes: mode"):
+        verify_conversion(tmp_path / "plain", source=tmp_path / "changed.gguf", n_tensors=27)
+    with pytest.raises(SourceError, match=r"tensors are not those that .* leads to"):
+        verify_conversion(tmp_path / "plain", source=checkpoint, n_tensors=27)
+
+
+def test_compare_measures_a_conversion_against_the_gguf(mixed: Path, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Wait, the answer is so and so. " * 8)
+    write_gguf(checkpoint, tmp_path / "q8.gguf", "Q8_0")
+    convert_checkpoint(mixed, tmp_path / "out", scale_dtype="float32", recipe="8bit")
+    rows = compare_models([mixed, tmp_path / "out", tmp_path / "q8.gguf"], text=tmp_path / "text.txt").rows
+    assert [row.folder.name for row in rows] == ["mixed.gguf", "out", "q8.gguf"]
+    assert "q4_k" in rows[0].weights and rows[0].size_bytes < mixed.stat().st_size
+    kl = [row.quality.kl for row in rows[1:] if row.quality is not None]
+    assert 0 <= kl[0] < 0.01 < kl[1]  # random K blocks are another model than the checkpoint that Q8_0 was made of
+
+
+def test_fit_plans_the_conversion_from_the_header(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert_checkpoint(mixed, tmp_path / "out")
+    plans = []
+    for model in (mixed, tmp_path / "out"):
+        assert fit(["--model", str(model), "--ram", "32", "--json"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0].pop("model") == "mixed.gguf, converted by its own types"
+    assert plans[1].pop("model") == str(tmp_path / "out")
+    assert plans[0] == plans[1]

@@ -19,15 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwq_mlx.errors import SourceError
-from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint, GgufFacts, assemble_checkpoint
+from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint, GgufFacts, assemble_checkpoint, open_checkpoint
 from qwq_mlx.files.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 from qwq_mlx.files.gguf.settings import check_kind, end_ids, make_config, make_generation_config, model_name
-from qwq_mlx.files.gguf.stores import GgufFile
+from qwq_mlx.files.gguf.stores import GgufFile, find_gguf
 from qwq_mlx.files.gguf.tokenizer import ARRAYS, make_tokenizer, make_tokenizer_config, tokens_of
 from qwq_mlx.files.gguf.types import INTEGER_TYPES
 from qwq_mlx.files.header import Header, TensorEntry
 
-__all__ = ["open_gguf", "opened_gguf", "types_text"]
+__all__ = ["open_gguf", "opened_checkpoint", "opened_gguf", "types_text"]
 
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _TOP = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
@@ -51,6 +51,19 @@ def opened_gguf(file: GgufFile) -> Iterator[Checkpoint]:
     """`open_gguf` into a folder that is there as long as the context is."""
     with tempfile.TemporaryDirectory(prefix="qwq-mlx-") as temporary:
         yield open_gguf(file, Path(temporary))
+
+
+@contextmanager
+def opened_checkpoint(source: str | Path, *, follow_links: bool = False) -> Iterator[Checkpoint]:
+    """A GGUF, by any of its names, or else a local folder; what was written for a GGUF is there in the context.
+
+    Raises as `open_checkpoint` and `open_gguf` do.
+    """
+    if (file := find_gguf(source)) is None:
+        yield open_checkpoint(Path(source), follow_links=follow_links)
+        return
+    with opened_gguf(file) as checkpoint:
+        yield checkpoint
 
 
 def open_gguf(file: GgufFile, folder: Path) -> Checkpoint:
