@@ -13,7 +13,7 @@ import argparse
 import json
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--instruction", metavar="TEXT", help="put behind each question; '' is none (default: the task's own)")
     add("--system-prompt", metavar="TEXT", help="system prompt (default: the chat template's)")
     add("--width", type=int, metavar="N", help="samples side by side (default: what the memory plan allows, at most 8)")
+    add("--lm-eval", action="store_true", help="also write the samples in lm-eval's form, LABEL.lm_eval.jsonl")
     add("--reproducible", action="store_true", help="the same tokens in any width, which is slower on a GPU")
     add_loading(add)
     add_output(parser, json="print the report as one line of JSON instead of the tables")
@@ -102,24 +103,27 @@ def _evaluate(command: Command) -> int:
     if not output.parent.is_dir():
         raise OptionError(f"--output is {str(output)!r}, but there is no folder {str(output.parent)!r}. Make it first.")
     choices = _choices(command)
-    for choice in choices:
+    for choice in choices.values():
         if lies_in(output / "evaluation.json", choice.folder):
             raise OptionError(f"--output is {str(output)!r}, which lies in the model's folder {choice.folder}.")
     with FolderLock(output):
         return _run(command, task, samples, choices, output)
 
 
-def _choices(command: Command) -> list[Choice]:
-    """The models that were named, or the default one; the bundled model is converted first where that is needed."""
+def _choices(command: Command) -> dict[str, Choice]:
+    """The models that were named, or the default one, by their labels; what must be converted first is."""
     from qwq_mlx.default_model import choose_model, ready_model
+    from qwq_mlx.evaluate.models import chosen_labels
 
-    choices = [choose_model(name) for name in command.options.model or [None]]
+    names = command.options.model or [None]
+    choices = [choose_model(name) for name in names]
     for choice in choices:
         ready_model(choice, command.note)
-    return [replace(choice, note="", source=None) for choice in choices]
+    labels = chosen_labels([name or choice.folder for name, choice in zip(names, choices, strict=True)])
+    return {label: replace(choice, note="", source=None) for label, choice in zip(labels, choices, strict=True)}
 
 
-def _run(command: Command, task: Task, samples: int, choices: Sequence[Choice], output: Path) -> int:
+def _run(command: Command, task: Task, samples: int, choices: Mapping[str, Choice], output: Path) -> int:
     from qwq_mlx.evaluate.answering import is_complete
     from qwq_mlx.evaluate.folder import begin
     from qwq_mlx.evaluate.models import check_models
@@ -215,6 +219,7 @@ def _show(command: Command, evaluation: Evaluation) -> None:
     """Judge what is not judged yet, write the reports and print one."""
     from qwq_mlx.evaluate.reports import write_reports
     from qwq_mlx.evaluate.rows import judged_rows
+    from qwq_mlx.evaluate.sample_log import write_sample_log
     from qwq_mlx.evaluate.summary import summarise
     from qwq_mlx.evaluate.table import summary_text
 
@@ -222,6 +227,9 @@ def _show(command: Command, evaluation: Evaluation) -> None:
     summary = summarise(evaluation, rows)
     if summary.models:
         write_reports(evaluation.folder, summary)
+    for label in rows if command.options.lm_eval else ():
+        if rows[label]:
+            write_sample_log(evaluation, label, rows[label])
     print(json.dumps(asdict(summary), ensure_ascii=False) if command.options.json else summary_text(summary))
 
 

@@ -6,7 +6,8 @@ Does not: load weights (`generate.reasoner` does).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ __all__ = ["CheckedModel", "check_models", "chosen_labels"]
 class CheckedModel:
     """A model of the table.
 
-    label: its name in the table and of its files; the folder's, with that of the folder above where two have one name.
+    label: its name in the table and of its files (`chosen_labels`).
     choice: where it lies, and what it must be converted from first.
     sha256: of what makes the model, as in receipts and files of results.
     weights: in words.
@@ -44,35 +45,38 @@ class CheckedModel:
     context: int
 
 
-def chosen_labels(folders: Sequence[Path]) -> list[str]:
-    """A label for each folder, unlike all others. Raises OptionError where a folder is named twice.
+def chosen_labels(names: Sequence[str | Path]) -> list[str]:
+    """A label for each model, unlike all others: the end of its name, with the folder above where two are alike.
 
-    >>> chosen_labels([Path("/a/4bit"), Path("/a/3bit"), Path("/b/4bit")])
-    ['a-4bit', '3bit', 'b-4bit']
+    names: folders, repositories or GGUF files, as the user named them.
+
+    >>> chosen_labels(["/a/4bit", "/a/3bit/", "/b/4bit", "Qwen/QwQ-32B-Preview", "ollama:qwq:32b"])
+    ['a-4bit', '3bit', 'b-4bit', 'QwQ-32B-Preview', 'ollama-qwq-32b']
     """
-    resolved = [folder.resolve() for folder in folders]
-    for place, folder in enumerate(resolved):
-        if folder in resolved[:place]:
-            raise OptionError(f"model names {folder} twice, expected each model once.")
-    names = [folder.name or "model" for folder in resolved]
-    parents = [f"{folder.parent.name}-{folder.name}" for folder in resolved]
-    labels = [parent if names.count(name) > 1 else name for name, parent in zip(names, parents, strict=True)]
+    paths = [Path(name).absolute() for name in names]  # links keep the names that the user gave them
+    short = [path.name.removesuffix(".gguf") for path in paths]
+    long = [f"{path.parent.name}-{name}" for path, name in zip(paths, short, strict=True)]
+    labels = [of_two if short.count(name) > 1 else name for name, of_two in zip(short, long, strict=True)]
+    labels = [re.sub(r"[^\w.-]+", "-", label).lstrip(".") or "model" for label in labels]
     return [f"{label}-{place}" if labels.count(label) > 1 else label for place, label in enumerate(labels)]
 
 
 def check_models(
-    choices: Sequence[Choice], problem: Problem, *, chat_template: str | None, follow_links: bool
+    choices: Mapping[str, Choice], problem: Problem, *, chat_template: str | None, follow_links: bool
 ) -> list[CheckedModel]:
     """Check every model, and that all read and write text with one tokenizer.
 
-    choices: at least one, each ready to be opened.
+    choices: at least one by its label, each ready to be opened.
     problem: one of the task, to try each chat template.
     chat_template: jinja text in place of the models' own.
     Raises LoadError or SourceError for a folder that is missing or damaged; OptionError for two tokenizers in one
     table; PromptError where the chat template is missing or fails.
     """
     checked, first = [], None
-    for label, choice in zip(chosen_labels([each.folder for each in choices]), choices, strict=True):
+    folders = [choice.folder.resolve() for choice in choices.values()]
+    if twice := [folder for place, folder in enumerate(folders) if folder in folders[:place]]:
+        raise OptionError(f"model names {twice[0]} twice, expected each model once.")
+    for label, choice in choices.items():
         files = open_model_folder(choice.folder, follow_links=follow_links)
         tokenizer = load_tokenizer(files.path, vocab_size=files.config.vocab_size)
         first = first or (files.path, tokenizer)

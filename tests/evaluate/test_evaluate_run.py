@@ -50,7 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(math_verify, "has_math_verify", lambda: False)
         assert main(command(home, "whole")) == 0
         one = table(home / "whole")
-        assert main([*command(home, "whole"), "--samples", "2"]) == 0
+        assert main([*command(home, "whole"), "--samples", "2", "--lm-eval"]) == 0
     assert len(one) == 4 and table(home / "whole")[:4] == one, "more samples continue the folder"
     return home
 
@@ -85,6 +85,19 @@ def test_a_row_says_what_it_depends_on_and_where_its_trace_is(home: Path) -> Non
         assert trace.question == SUMS[place % 3]["question"], "no instruction is put behind it"
     assert {row["prompt_sha256"] for row in rows[:3]} == {row["prompt_sha256"] for row in rows[3:]}
     assert Counter(row["is_right"] for row in rows)[True] == 4, "the third problem's reference answer is wrong"
+
+
+def test_samples_are_written_in_lm_evals_form(home: Path) -> None:
+    lines = [json.loads(line) for line in (home / "whole" / "checkpoint.lm_eval.jsonl").read_bytes().splitlines()]
+    traces = [trace for _, trace in read_traces(home / "whole" / "checkpoint.traces.jsonl")]
+    assert [line["doc_id"] for line in lines] == [0, 1, 2, 0, 1, 2]
+    for line, row, trace in zip(lines, table(home / "whole")[1:], traces, strict=True):
+        assert trace is not None and line["resps"] == [[trace.text]]
+        assert line["filtered_resps"] == [row["answer"]] and line["exact_match"] == float(row["is_right"])
+        assert line["target"] == line["doc"]["answer"]
+        assert line["arguments"]["gen_args_0"]["arg_0"] == line["doc"]["question"]
+    fields = ("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics")
+    assert (*fields, "doc_hash", "prompt_hash", "target_hash") == tuple(lines[0])[:11], "those of lm-eval 0.4.13"
 
 
 def test_the_report_says_what_the_rows_say(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
