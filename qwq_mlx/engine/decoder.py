@@ -50,6 +50,8 @@ class Decoder:
         self._max_rows = (MIN_BLAS_ROWS - 1 if self._uses_blas else 1) if reproducible else None
         self._taps = ActivationTaps(module)
         self._drafts = drafts
+        # a draft's rows feed several ids, and would leave the batch at each pass
+        self._may_batch = mx.default_device().type != mx.cpu and not reproducible and drafts is None
 
     def prefill(self, row: Row, ids: Sequence[int], *, chunk: int, n_cached: int = 0) -> Iterator[int]:
         """Feed a row's prompt in chunks; yields how many of its ids are in the cache after each. Exhaust it.
@@ -217,7 +219,7 @@ class Decoder:
         for row in rows:
             grow(row.cache, fed.shape[1])
         module = self._taps.module({layer for row in rows for layer in row.inspect.hidden_layers})
-        logits = module(fed, cache=joined([row.cache for row in rows]))
+        logits = module(fed, cache=joined([row.cache for row in rows], may_batch=self._may_batch))
         for place, row in enumerate(rows):
             self._draw_pending(row, place, logits[place, -1], tokens[place], row.n_output + n_ahead)
         self._taps.clear()

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from qwq_mlx.model.attention import quantized_cache_class
+from qwq_mlx.model.batched_cache import row_cache_class
 from qwq_mlx.model.memory.activations import n_positions
 from qwq_mlx.model.memory.plan import KV_GROUP
-from qwq_mlx.model.upstream import import_mlx_lm
 
 __all__ = ["Layer", "borrowed", "filled_cache", "grow", "layer_arrays", "layers_of", "new_cache", "saved_layers"]
 
@@ -33,11 +33,9 @@ class Layer(NamedTuple):
 
 def new_cache(module: Any, kv_bits: int | None = None) -> list[Any]:
     """An empty KV cache for every layer. kv_bits: 8 or 4 quantize it in groups of 64; None keeps the compute type."""
-    home = import_mlx_lm("mlx_lm.models.cache")
-    cache: list[Any] = home.make_prompt_cache(module)
     if kv_bits is None:
-        return cache
-    return [quantized_cache_class()(group_size=KV_GROUP, bits=kv_bits) for _ in cache]
+        return [row_cache_class()() for _ in module.layers]
+    return [quantized_cache_class()(group_size=KV_GROUP, bits=kv_bits) for _ in module.layers]
 
 
 def grow(cache: Sequence[Any], n_ids: int) -> None:
@@ -47,14 +45,12 @@ def grow(cache: Sequence[Any], n_ids: int) -> None:
     with it: twice the cache, every 256 ids. Here only one layer is held twice. An empty cache is left to its first use.
     """
     for each in cache:
-        if each.keys is None:
-            return
         needed = each.offset + n_ids
+        if each.room == 0 or needed <= each.room:
+            return  # all layers are of one length
         for name in ("keys", "values"):
             array_or_parts = getattr(each, name)
             parts = [array_or_parts] if isinstance(array_or_parts, mx.array) else list(array_or_parts)
-            if needed <= parts[0].shape[2]:
-                return  # all layers are of one length
             grown = [_padded(part[..., : each.offset, :], n_positions(needed)) for part in parts]
             setattr(each, name, grown[0] if isinstance(array_or_parts, mx.array) else tuple(grown))
             mx.eval(grown)

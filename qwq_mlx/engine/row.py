@@ -134,11 +134,11 @@ class Row:
         No more than may be written, nor than the cache has room for, since attention over a quantized cache rounds
         otherwise in a larger room. None where a hook of the user's is to see each token once, and no other.
         """
-        keys = self.cache[0].keys
-        if self.hooks or not self.may_draft or keys is None or self.failure is not None:
+        cache = self.cache[0]
+        if self.hooks or not self.may_draft or cache.room == 0 or self.failure is not None:
             return 0
-        room = (keys if isinstance(keys, mx.array) else keys[0]).shape[2] - self.cache[0].offset
-        most = room - 1 if room else CACHE_STEP - 1
+        room = cache.room - cache.offset
+        most: int = room - 1 if room else CACHE_STEP - 1
         return most if self.max_tokens is None else max(0, min(most, self.max_tokens - self.n_output - 1))
 
     @property

@@ -1,7 +1,8 @@
 """Attention over several rows, each with a cache of its own, and over a quantized KV cache.
 
-Rows share the projections; each attends to its own cache, so no row is padded to another's length and rows may enter
-and leave at any step. No matrix of codes is ever sliced or broadcast:
+Rows share the projections; each attends to its own cache, or on a GPU in a batch of rows with equal room
+(`batched_cache`), so no row is padded to another's length and rows may enter and leave at any step. No matrix of codes
+is ever sliced or broadcast:
 
 mlx_lm hands out the filled part of such a cache, a slice with gaps between the heads, and broadcasts it over the query
 heads that share a key head. With MLX 0.32.4 on CUDA the one has no quantized_matmul ("No implementation for problem
@@ -18,11 +19,13 @@ Does not: decide when to quantize (`memory.fit` does), or keep a cache on disk (
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from qwq_mlx.model.batched_cache import BatchedLayer, batched, row_cache_class
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
 from qwq_mlx.model.upstream import import_mlx_lm
 
@@ -39,9 +42,14 @@ def quantized_cache_class() -> type[Any]:
     home = import_mlx_lm("mlx_lm.models.cache")
 
     class WholeQuantizedCache(home.QuantizedKVCache):  # type: ignore[misc, name-defined]
+        @property
+        def room(self) -> int:
+            """Positions that it has room for; 0 before its first use."""
+            return 0 if self.keys is None else int(self.keys[0].shape[2])
+
         def make_mask(self, n_ids: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
             """(n_ids, room after them), true where an id of the next n_ids may look."""
-            room = 0 if self.keys is None else self.keys[0].shape[2]
+            room = self.room
             if self.offset + n_ids > room:  # as update_and_fetch will grow it, where nobody made room before
                 room = (self.offset if self.offset % CACHE_STEP else room) + n_positions(n_ids)
             return mx.arange(room) <= mx.arange(self.offset, self.offset + n_ids)[:, None]
@@ -49,18 +57,26 @@ def quantized_cache_class() -> type[Any]:
     return WholeQuantizedCache
 
 
+class Unit(NamedTuple):
+    """Rows of a pass that attend together: one with its cache, or a batch.
+
+    places: of their ids in the pass.
+    """
+
+    cache: Any
+    places: Sequence[int]
+
+
 class RowCaches:
     """One layer's caches of the rows of a pass, each with its own length.
 
-    caches: one a row.
-    n_fed: ids that each row feeds in this pass; the pass is (sum of n_fed, 1), a row's ids one after another.
-    offset: (sum of n_fed,) position of each id, the same in every layer.
+    units: of all rows. The pass is (ids, 1), a row's ids one after another.
+    offset: (ids,) positions before each id, the same in every layer.
     is_exact: an id attends alone, as in a pass of one id, whose bits it then gets; else a row's ids attend at once.
     """
 
-    def __init__(self, caches: Sequence[Any], n_fed: Sequence[int], offset: mx.array, *, is_exact: bool) -> None:
-        self.caches = tuple(caches)
-        self.n_fed = tuple(n_fed)
+    def __init__(self, units: Sequence[Unit], offset: mx.array, *, is_exact: bool) -> None:
+        self.units = tuple(units)
         self.offset = offset
         self.is_exact = is_exact
 
@@ -68,10 +84,13 @@ class RowCaches:
         """None: the last id of a row may look at all that its cache holds, and `Attention` masks for the others."""
 
 
-def joined(caches: Sequence[Sequence[Any]], n_fed: Sequence[int] | None = None) -> Sequence[Any]:
+def joined(
+    caches: Sequence[Sequence[Any]], n_fed: Sequence[int] | None = None, *, may_batch: bool = False
+) -> Sequence[Any]:
     """The KV caches of some rows as one for their pass, by layer; that of a single row and id as it is.
 
-    n_fed: ids that each row feeds; None is one each.
+    n_fed: ids that each row feeds; None is one each. may_batch: rows that feed one id may attend in a batch, whose bits
+    are not those of a row alone.
     """
     n_fed = n_fed or [1] * len(caches)
     if list(n_fed) == [1]:
@@ -79,7 +98,24 @@ def joined(caches: Sequence[Sequence[Any]], n_fed: Sequence[int] | None = None) 
     offset = mx.array([row[0].offset + place for row, n in zip(caches, n_fed, strict=True) for place in range(n)])
     # On CUDA attention of several ids at once makes a plan for each new length of the cache, about 1 ms a layer.
     is_exact = mx.default_device().type == mx.cpu or mx.cuda.is_available()
-    return [RowCaches(layer, n_fed, offset, is_exact=is_exact) for layer in zip(*caches, strict=True)]
+    units = _units(caches, n_fed, may_batch=may_batch)
+    return [RowCaches(layer, offset, is_exact=is_exact) for layer in zip(*units, strict=True)]
+
+
+def _units(caches: Sequence[Sequence[Any]], n_fed: Sequence[int], *, may_batch: bool) -> list[list[Unit]]:
+    """The units of a pass, each by layer."""
+    starts = itertools.accumulate(n_fed, initial=0)
+    places = {place: range(start, start + n) for place, (start, n) in enumerate(zip(starts, n_fed, strict=False))}
+    rooms: dict[int, list[int]] = {}
+    for place, (row, n) in enumerate(zip(caches, n_fed, strict=True)):
+        if may_batch and n == 1 and type(row[0]) is row_cache_class() and row[0].offset < row[0].room:
+            rooms.setdefault(row[0].room, []).append(place)
+    units = []
+    for together in (each for each in rooms.values() if len(each) > 1):
+        layers = batched([caches[place] for place in together])
+        at = [places.pop(place).start for place in together]
+        units.append([Unit(layer, at) for layer in layers])
+    return [*units, *([Unit(layer, at) for layer in caches[place]] for place, at in places.items())]
 
 
 @functools.cache
@@ -102,7 +138,7 @@ def attention_class() -> type[Any]:
             offset = 0 if cache is None else cache.offset
             queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
             if isinstance(cache, RowCaches):
-                mixed = mx.concatenate(_rows(queries, keys, values, cache, self.scale))
+                mixed = _rows(queries, keys, values, cache, self.scale)
             elif cache is None:
                 mixed = _over_floats(queries, keys, values, None, self.scale, mask)
             else:
@@ -115,22 +151,36 @@ def attention_class() -> type[Any]:
     return Attention
 
 
-def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, scale: float) -> list[mx.array]:
-    """The attention of each row of a pass behind rotary embedding, (n_fed, heads, 1, width)."""
-    mixed, first = [], 0
-    for cache, n_fed in zip(rows.caches, rows.n_fed, strict=True):
-        query, key, value = (each[first : first + n_fed] for each in (queries, keys, values))
-        first += n_fed
-        if n_fed == 1:
+def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, scale: float) -> mx.array:
+    """The attention of all rows of a pass behind rotary embedding, (ids, heads, 1, width)."""
+    mixed = []
+    for cache, places in rows.units:
+        query, key, value = (_at(each, places) for each in (queries, keys, values))
+        if isinstance(cache, BatchedLayer):
+            key, value, mask = cache.update_and_fetch(key, value, _at(rows.offset, places))
+            mixed.append(_over_floats(query, key, value, None, scale, mask))
+        elif len(places) == 1:
             mixed.append(_row(query, key, value, cache, scale))
-            continue
-        query, key, value = (each.transpose(2, 1, 0, 3) for each in (query, key, value))  # (1, heads, n_fed, width)
-        if rows.is_exact:
-            row = _one_by_one(query, key, value, cache, scale)
         else:
-            row = _row(query, key, value, cache, scale, "causal")
-        mixed.append(row.transpose(2, 1, 0, 3))
-    return mixed
+            query, key, value = (each.transpose(2, 1, 0, 3) for each in (query, key, value))  # (1, heads, n_fed, width)
+            if rows.is_exact:
+                row = _one_by_one(query, key, value, cache, scale)
+            else:
+                row = _row(query, key, value, cache, scale, "causal")
+            mixed.append(row.transpose(2, 1, 0, 3))
+    order = [place for _, places in rows.units for place in places]
+    together = mixed[0] if len(mixed) == 1 else mx.concatenate(mixed)
+    if order == sorted(order):
+        return together
+    return together[mx.array(sorted(range(len(order)), key=order.__getitem__))]
+
+
+def _at(array: mx.array, places: Sequence[int]) -> mx.array:
+    """Some ids of a pass."""
+    first, n = places[0], len(places)
+    if list(places) == list(range(first, first + n)):
+        return array if n == array.shape[0] else array[first : first + n]
+    return array[mx.array(list(places))]
 
 
 def _row(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any = None) -> mx.array:

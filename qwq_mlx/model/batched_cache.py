@@ -1,0 +1,153 @@
+"""KV caches of rows that decode side by side, kept as one array for each layer: a pass attends once for all of them.
+
+On a GPU a pass is as slow as its launches, and rows that attend one by one need some nine in each layer. In a batch
+they need five together. Only rows with room for equally many positions share a batch, so nothing is padded.
+
+A row's own cache stays what everybody else sees: who reads its `keys` or `values` takes the row out of its batch.
+
+Does not: batch quantized caches, or rows that feed several ids; those attend one by one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from qwq_mlx.model.upstream import import_mlx_lm
+
+__all__ = ["BatchedLayer", "batched", "row_cache_class"]
+
+_NAMES = ("keys", "values")
+
+
+class BatchedLayer:
+    """One layer's keys and values of some rows.
+
+    arrays: (rows, heads, room, width) each. members: the rows' own caches, in order.
+    """
+
+    def __init__(self, members: Sequence[Any]) -> None:
+        self.members = tuple(members)
+        self.arrays: dict[str, mx.array] = {}
+
+    @property
+    def room(self) -> int:
+        """Positions that each row has room for."""
+        return int(self.arrays["keys"].shape[2])
+
+    def row(self, name: str, place: int) -> mx.array:
+        """A row's keys or values, (1, heads, room, width)."""
+        return self.arrays[name][place : place + 1]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array, ends: mx.array) -> tuple[mx.array, mx.array, Any]:
+        """Append a position to each row; returns keys and values to attend to, and a mask or None.
+
+        keys, values: (rows, heads, 1, width). ends: (rows,) positions that each row holds before it.
+        """
+        offsets = {member.offset for member in self.members}
+        fetched = []
+        for name, new in zip(_NAMES, (keys, values), strict=True):
+            array = self.arrays.pop(name)  # nobody else may hold it, or it is copied
+            if len(offsets) == 1:
+                [offset] = offsets
+                array[:, :, offset : offset + 1] = new
+                fetched.append(array[:, :, : offset + 1])
+            else:
+                places = mx.broadcast_to(ends.reshape(-1, 1, 1, 1), new.shape)
+                array = mx.put_along_axis(array, places, new, axis=2)
+                fetched.append(array)
+            self.arrays[name] = array
+        for member in self.members:
+            member.offset += 1
+        is_even = len(offsets) == 1
+        mask = None if is_even else (mx.arange(self.room)[None] <= ends[:, None])[:, None, None]
+        return fetched[0], fetched[1], mask
+
+
+@functools.cache
+def row_cache_class() -> type[Any]:
+    """mlx_lm's KVCache, whose keys and values may be a row of a `BatchedLayer`."""
+
+    class RowCache(import_mlx_lm("mlx_lm.models.cache").KVCache):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batch: BatchedLayer | None = None
+            self.place = 0
+            super().__init__()
+
+        @property
+        def room(self) -> int:
+            """Positions that it has room for; 0 before its first use."""
+            if self.batch is not None:
+                return self.batch.room
+            return 0 if self._keys is None else int(self._keys.shape[2])
+
+        @property
+        def keys(self) -> Any:
+            self.leave()
+            return self._keys
+
+        @keys.setter
+        def keys(self, array: Any) -> None:
+            self._keys = array
+
+        @property
+        def values(self) -> Any:
+            self.leave()
+            return self._values
+
+        @values.setter
+        def values(self, array: Any) -> None:
+            self._values = array
+
+        def leave(self) -> None:
+            """Take this row out of its batch: keys and values are its own again, as copies."""
+            batch, self.batch = self.batch, None
+            if batch is not None:
+                self._keys, self._values = (mx.contiguous(batch.row(name, self.place)) for name in _NAMES)
+                mx.eval(self._keys, self._values)  # a view would keep the whole batch
+
+        def part(self, name: str) -> mx.array:
+            """Keys or values, wherever they are."""
+            if self.batch is not None:
+                return self.batch.row(name, self.place)
+            array: mx.array = self._keys if name == "keys" else self._values
+            return array
+
+        def enter(self, batch: BatchedLayer, place: int) -> None:
+            """From now on the batch holds this row."""
+            self.batch, self.place = batch, place
+            self._keys = self._values = None
+
+    return RowCache
+
+
+def batched(rows: Sequence[Sequence[Any]]) -> Sequence[BatchedLayer]:
+    """The batch of some rows' caches, by layer: the one they are in, or a new one.
+
+    rows: the caches of each row by layer, all with the same room. A new batch is made one layer after another, keys and
+    then values, so that half a layer of the rows is held twice.
+    """
+    batch = rows[0][0].batch
+    if batch is not None and batch.members == tuple(row[0] for row in rows):
+        return [layer.batch for layer in rows[0]]
+    return [_new_batch(members) for members in zip(*rows, strict=True)]
+
+
+def _new_batch(members: Sequence[Any]) -> BatchedLayer:
+    before = {id(each.batch): each.batch for each in members if each.batch is not None}
+    for old in before.values():
+        for each in old.members:
+            if each.batch is old and each not in members:
+                each.leave()
+    batch = BatchedLayer(members)
+    for name in _NAMES:
+        batch.arrays[name] = mx.concatenate([each.part(name) for each in members])
+        mx.eval(batch.arrays[name])
+        for old in before.values():
+            del old.arrays[name]
+    for place, each in enumerate(members):
+        each.enter(batch, place)
+    return batch

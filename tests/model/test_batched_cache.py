@@ -1,0 +1,122 @@
+"""Rows that attend in a batch beside the same rows alone. On the CPU, where the engine itself makes no batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from qwq_mlx.bench.models import random_module
+from qwq_mlx.engine.kv_cache import filled_cache, grow, layers_of, new_cache
+from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.attention import joined
+from qwq_mlx.model.memory.activations import CACHE_STEP
+
+CONFIG = Qwen2Config(
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=32,
+    max_position_embeddings=1024,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    tie_word_embeddings=False,
+    eos_token_ids=(),
+)
+
+
+class Pair:
+    """The same ids in a cache that is batched and in one that never is."""
+
+    def __init__(self, module: Any, n_ids: int) -> None:
+        self.module = module
+        self.ids = [(3 * place + n_ids) % CONFIG.vocab_size for place in range(n_ids)]
+        self.caches = [new_cache(module), new_cache(module)]
+        for cache in self.caches:
+            mx.eval(module(mx.array([self.ids]), cache=cache))
+
+
+@pytest.fixture(scope="module")
+def module() -> Any:
+    return random_module(CONFIG, {}, "float32", seed=1)
+
+
+def step(module: Any, pairs: list[Pair], ids: list[int]) -> None:
+    """A pass of all pairs in a batch, and one of each alone: the logits are the same."""
+    rows = [pair.caches[0] for pair in pairs]
+    for row in rows:
+        grow(row, 1)
+    together = module(mx.array([[each] for each in ids]), cache=joined(rows, may_batch=True))
+    for place, (pair, token_id) in enumerate(zip(pairs, ids, strict=True)):
+        grow(pair.caches[1], 1)
+        alone = module(mx.array([[token_id]]), cache=pair.caches[1])
+        assert mx.abs(together[place] - alone[0]).max().item() < 1e-4
+        assert pair.caches[0][0].offset == pair.caches[1][0].offset
+
+
+def test_rows_of_one_length_and_of_several_attend_in_a_batch_as_alone(module: Any) -> None:
+    pairs = [Pair(module, 5), Pair(module, 5), Pair(module, 9)]
+    for ids in ([1, 2, 3], [4, 5, 6], [7, 8, 9]):
+        step(module, pairs, ids)
+    batch = pairs[0].caches[0][0].batch
+    assert batch is not None and len(batch.members) == 3
+    assert all(each.caches[0][0].batch is batch for each in pairs), "they stay in one batch"
+
+
+def test_rows_leave_and_enter_a_batch_in_any_order(module: Any) -> None:
+    pairs = [Pair(module, n_ids) for n_ids in (3, 4, 5, 6)]
+    step(module, pairs[:3], [1, 2, 3])
+    step(module, [pairs[2], pairs[0]], [4, 5])  # one waits, the others change places
+    step(module, [pairs[3], pairs[1], pairs[2]], [6, 7, 8])
+    step(module, [pairs[1]], [9])
+    step(module, pairs, [1, 2, 3, 4])
+
+
+def test_a_row_that_needs_more_room_goes_on_beside_those_that_do_not(module: Any) -> None:
+    pairs = [Pair(module, n_ids) for n_ids in (CACHE_STEP - 2, CACHE_STEP - 2, 7, 8)]
+    for token_id in range(4):
+        step(module, pairs, [token_id, token_id + 1, token_id + 2, token_id + 3])
+    first, third = pairs[0].caches[0][0], pairs[2].caches[0][0]
+    assert first.room == 2 * CACHE_STEP and third.room == CACHE_STEP
+    assert first.batch is not third.batch
+
+
+def test_a_row_that_was_cut_back_is_fed_other_ids_in_the_batch(module: Any) -> None:
+    pairs = [Pair(module, 6), Pair(module, 6)]
+    step(module, pairs, [1, 2])
+    step(module, pairs, [3, 4])
+    for cache in pairs[0].caches:
+        for layer in cache:
+            layer.trim(2)
+    step(module, pairs, [5, 6])
+    assert pairs[0].caches[0][0].batch is not None
+
+
+def test_who_reads_a_rows_cache_sees_what_it_holds_alone(module: Any) -> None:
+    pairs = [Pair(module, 6), Pair(module, 7)]
+    step(module, pairs, [1, 2])
+    fork = filled_cache(module, layers_of(pairs[1].caches[0], 8))
+    for mine, alone in zip(fork, pairs[1].caches[1], strict=True):
+        assert mx.abs(mine.keys[:, :, :8] - alone.keys[:, :, :8]).max().item() < 1e-5
+        assert mx.abs(mine.values[:, :, :8] - alone.values[:, :, :8]).max().item() < 1e-5
+    step(module, pairs, [3, 4])
+
+
+def test_a_batch_holds_each_row_once(module: Any) -> None:
+    pairs = [Pair(module, 6), Pair(module, 7)]
+    step(module, pairs, [1, 2])
+    for pair in pairs:
+        assert all(layer._keys is None and layer._values is None for layer in pair.caches[0])
+
+
+def test_quantized_caches_are_not_batched(module: Any) -> None:
+    wide = Qwen2Config(**{**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__}, "hidden_size": 256})
+    module = random_module(wide, {}, "float32", seed=1)
+    rows = [new_cache(module, 8) for _ in range(2)]
+    for row in rows:
+        module(mx.array([[1, 2, 3]]), cache=row)
+    together = module(mx.array([[4], [4]]), cache=joined(rows, may_batch=True))
+    assert mx.array_equal(together[0], together[1]).item()
