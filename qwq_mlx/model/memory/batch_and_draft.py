@@ -1,7 +1,8 @@
 """What rows that are decoded side by side hold beside the weights, and what mlx-lm (0.32.2) holds with a draft model.
 
 Rows: each has its own cache, a newcomer is prefilled alone, and a decode step is one pass of a row's id each, with the
-logits of every row and what drawing makes of them.
+logits of every row and what drawing makes of them. On a GPU rows attend in batches; when those change, one layer's keys
+of all rows are held twice, then its values.
 
 A draft model is planned as mlx-lm uses one, read from its source and compared with its peaks
 (scripts/measure_batch_memory.py; docs/benchmarks.md has the numbers). It adds its weights and its cache. Both models
@@ -33,7 +34,10 @@ def batch_bytes(config: Qwen2Config, workload: Workload, context: int, backend: 
     prefill = bytes_of_pass(config, workload, min(workload.prefill_step, context), context, backend)
     step = bytes_of_pass(config, workload, n_sequences, context, backend)
     logits = n_sequences * (logits_bytes(config) + sampler_bytes(config))
-    return n_sequences * _cache_bytes(config, workload, context, backend) + max(prefill, step + logits)
+    caches = n_sequences * _cache_bytes(config, workload, context, backend)
+    is_batched = backend != "cpu" and workload.kv_bits is None
+    regrouped = caches // (2 * config.num_hidden_layers) if is_batched else 0
+    return caches + max(prefill, step + logits, regrouped)
 
 
 def speculative_bytes(
