@@ -1,6 +1,6 @@
 """Kill a batch of questions at random points until it is done, many times over, and count what was lost or done twice.
 
-    python scripts/kill_batch.py MODEL [--kills 100] [--questions 12] [--seed 0] [--signals KILL TERM]
+    python scripts/kill_batch.py MODEL [--kills 100] [--questions 12] [--seed 0] [--signals KILL TERM] [--evaluate]
 
 A process answers questions with few tokens each and is killed (SIGKILL, or the signals named, in turns) after a random
 time, most of them while it answers or writes; the next one goes on. When a file is done it is compared with one that
@@ -26,17 +26,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from qwq_mlx.evaluate import __main__ as evaluation
 from qwq_mlx.generate import __main__ as command
 from qwq_mlx.model.upstream import import_mlx_lm
 
 
-def _start(model: str, source: Path, output: Path) -> int:
+def _start(model: str, source: Path, output: Path, *, evaluates: bool) -> int:
     """The command in a child that has all imports already, so that it is killed at work and not while it starts."""
-    given = ["--model", model, "--input", str(source), "--output", str(output)]
-    settings = ["--seed", "5", "--temp", "1", "--max-tokens", "12", "--quiet"]
+    asked = ["--task", str(source), "--output", str(output.parent), "--no-verify"]
+    given = asked if evaluates else ["--input", str(source), "--output", str(output)]
+    settings = ["--model", model, "--seed", "5", "--temp", "1", "--max-tokens", "12", "--quiet"]
     child = os.fork()
     if not child:
-        os._exit(command.main([*given, *settings]))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the report of an evaluation
+        os._exit((evaluation if evaluates else command).main([*given, *settings]))
     return child
 
 
@@ -46,7 +49,10 @@ def _ended(child: int, flags: int = 0) -> int | None:
     return os.waitstatus_to_exitcode(status) if pid else None
 
 
-def _compared(output: Path) -> list[dict[str, object]]:
+def _compared(output: Path, *, evaluates: bool) -> list[object]:
+    if evaluates:
+        [rows] = output.parent.glob("*.rows.jsonl")
+        return [path.read_bytes() for path in (rows, output.parent / "report.json", output.parent / "report.html")]
     lines = [json.loads(line) for line in output.read_bytes().splitlines()]
     return [{name: value for name, value in line.items() if name != "measured"} for line in lines]
 
@@ -59,6 +65,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM", "HUP"), default=["KILL"])
+    parser.add_argument("--evaluate", action="store_true", help="kill an evaluation, and compare its rows and report")
     options = parser.parse_args()
     for module in ("mlx_lm.models.qwen2", "mlx_lm.models.cache"):
         import_mlx_lm(module)  # imported here, run only in the children: MLX does not survive a fork once it computed
@@ -67,19 +74,22 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = folder / "in.jsonl"
-        source.write_text("".join(f'{{"question": "number {i}", "id": "q{i}"}}\n' for i in range(options.questions)))
-        whole, began_s = folder / "whole.jsonl", time.monotonic()
-        if _ended(_start(options.model, source, whole)):
+        source.write_text(
+            "".join(f'{{"question": "number {i}", "id": "q{i}", "answer": "{i}"}}\n' for i in range(options.questions))
+        )
+        name_of = f"{{}}/{Path(options.model).name}.traces.jsonl" if options.evaluate else "{}.jsonl"
+        whole, began_s = folder / name_of.format("whole"), time.monotonic()
+        if _ended(_start(options.model, source, whole, evaluates=options.evaluate)):
             sys.exit("the unbroken run failed")
         most_s = time.monotonic() - began_s
-        expected = _compared(whole)
+        expected = _compared(whole, evaluates=options.evaluate)
         while counts["kills"] < options.kills:
             counts["files"] += 1
-            output = folder / f"out{counts['files']}.jsonl"
+            output = folder / name_of.format(f"out{counts['files']}")
             while True:
                 started_s = time.monotonic()
                 number = signal.Signals[f"SIG{options.signals[counts['kills'] % len(options.signals)]}"]
-                child, code = _start(options.model, source, output), None
+                child, code = _start(options.model, source, output, evaluates=options.evaluate), None
                 n_before = output.stat().st_size if output.exists() else 0
                 if counts["kills"] < options.kills:
                     deadline = started_s + draw.uniform(0.0, most_s)
@@ -99,7 +109,7 @@ def main() -> int:
                 data = output.read_bytes() if output.exists() else b""
                 counts["kills_while_answering"] += len(data) != n_before
                 counts["torn_lines"] += not data.endswith(b"\n") and bool(data)
-            counts["files_that_differ"] += _compared(output) != expected
+            counts["files_that_differ"] += _compared(output, evaluates=options.evaluate) != expected
     print(json.dumps({**counts, "questions": options.questions}))
     return 1 if counts["files_that_differ"] else 0
 

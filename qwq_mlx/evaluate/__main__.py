@@ -131,7 +131,13 @@ def _run(command: Command, task: Task, samples: int, choices: Mapping[str, Choic
 
     options = command.options
     template = None if options.chat_template is None else read_template_file(Path(options.chat_template))
-    models = check_models(choices, task.problems[0], chat_template=template, follow_links=options.follow_links)
+    models = check_models(
+        choices,
+        task.problems[0].question,
+        system_prompt=options.system_prompt,
+        chat_template=template,
+        follow_links=options.follow_links,
+    )
     setup = _setup(command, task, template, output)
     evaluation, is_there = begin(output, task, setup, samples=samples, models=models)
     code = 0
@@ -179,14 +185,14 @@ def _answer(command: Command, evaluation: Evaluation, model: CheckedModel) -> in
     command.note(f"{model.label}: {model.weights}")
     reasoner = load_reasoner(
         command,
-        limits_of(evaluation, model.context),
+        limits_of(evaluation, model),
         choice=model.choice,
         warns_of_template=False,
         reproducible=options.reproducible,
     )
     write_evaluation(evaluation)
     with Results(evaluation.traces(model.label)) as results:
-        batch = question_file(evaluation, reasoner, results, width=options.width)
+        batch = question_file(evaluation, model, reasoner, results, width=options.width)
         interruption.run = batch
         try:
             with batch_progress(is_shown=not command.is_quiet) as progress:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from qwq_mlx.errors import OutOfMemoryError
 from qwq_mlx.evaluate.folder import Evaluation
+from qwq_mlx.evaluate.models import CheckedModel
 from qwq_mlx.files.digest import sha256_json
 from qwq_mlx.generate.question_file.questions import Question
 from qwq_mlx.generate.question_file.results import Results, read_traces
@@ -20,8 +21,6 @@ from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.options import Limits, Settings, from_json
 
 __all__ = ["is_complete", "limits_of", "question_file", "question_text", "samples_asked"]
-
-_TEMPLATE_TOKENS = 512  # of what a chat template writes around a question; QwQ's are 33
 
 
 def question_text(evaluation: Evaluation, question: str) -> str:
@@ -49,18 +48,16 @@ def samples_asked(evaluation: Evaluation) -> list[Question]:
     return asked
 
 
-def limits_of(evaluation: Evaluation, context: int) -> Limits:
+def limits_of(evaluation: Evaluation, model: CheckedModel) -> Limits:
     """The limits of a model's samples: where no context was asked for, the room that the longest of them can need.
 
-    context: the model's own, which bounds it. So the memory plan holds many rows side by side. A prompt has at most as
-    many tokens as bytes.
+    So the memory plan holds many rows side by side. A question has at most as many tokens as bytes.
     """
     limits = _settings(evaluation)[1]
     if limits.context is not None or limits.max_tokens is None:
         return limits
     longest = max(len(question_text(evaluation, problem.question).encode()) for problem in evaluation.problems)
-    system = len((evaluation.setup.system_prompt or "").encode())
-    return replace(limits, context=min(context, longest + system + _TEMPLATE_TOKENS + limits.max_tokens))
+    return replace(limits, context=min(model.context, longest + model.n_prompt + limits.max_tokens))
 
 
 def is_complete(evaluation: Evaluation, label: str) -> bool:
@@ -74,19 +71,20 @@ def is_complete(evaluation: Evaluation, label: str) -> bool:
     return n_lines >= evaluation.samples * len(evaluation.problems)
 
 
-def question_file(evaluation: Evaluation, reasoner: Reasoner, results: Results, *, width: int | None) -> QuestionFile:
+def question_file(
+    evaluation: Evaluation, model: CheckedModel, reasoner: Reasoner, results: Results, *, width: int | None
+) -> QuestionFile:
     """What answers the samples that are not answered yet. width: samples side by side; None as for any batch.
 
     Raises OptionError where the lines that are there were made in other settings.
     """
     sampling, _, thinking = _settings(evaluation)
-    limits = limits_of(evaluation, reasoner.model.config.max_position_embeddings)
     return QuestionFile(
         reasoner,
         samples_asked(evaluation),
         results,
         sampling=sampling,
-        limits=limits,
+        limits=limits_of(evaluation, model),
         thinking=thinking,
         system_prompt=evaluation.setup.system_prompt,
         width=width,

@@ -128,8 +128,9 @@ def begin(
         for model in models
     ]
     if not (folder / _NAME).exists():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise OptionError(f"output is {str(folder)!r}, a folder with other files. {_ADVICE}")
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            what = "a folder with other files" if folder.is_dir() else "a file"
+            raise OptionError(f"output is {str(folder)!r}, {what}. {_ADVICE}")
         return Evaluation(
             folder=folder, setup=setup, samples=samples, models=tuple(named), problems=task.problems
         ), False

@@ -13,14 +13,15 @@ from pathlib import Path
 
 from qwq_mlx.default_model import Choice
 from qwq_mlx.errors import OptionError
-from qwq_mlx.evaluate.task import Problem
 from qwq_mlx.generate.checkpoint.file import model_digest
 from qwq_mlx.model.architecture import tensor_shapes
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.prompt import prompt_ids
-from qwq_mlx.model.tokenizer import LoadedTokenizer, check_same_tokenizer, load_tokenizer
+from qwq_mlx.model.tokenizer import check_same_tokenizer, load_tokenizer
 
 __all__ = ["CheckedModel", "check_models", "chosen_labels"]
+
+_MAX_PROMPT = 1 << 24  # no prompt is refused here; one that a model has no room for fails by itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ class CheckedModel:
     size_bytes: of its tensors.
     bits_per_weight: scales included.
     context: positions it was made for.
+    n_prompt: tokens of the prompt that one problem makes, which bounds what its chat template adds to any.
     """
 
     label: str
@@ -43,6 +45,7 @@ class CheckedModel:
     size_bytes: int
     bits_per_weight: float
     context: int
+    n_prompt: int
 
 
 def chosen_labels(names: Sequence[str | Path]) -> list[str]:
@@ -62,12 +65,18 @@ def chosen_labels(names: Sequence[str | Path]) -> list[str]:
 
 
 def check_models(
-    choices: Mapping[str, Choice], problem: Problem, *, chat_template: str | None, follow_links: bool
+    choices: Mapping[str, Choice],
+    question: str,
+    *,
+    system_prompt: str | None,
+    chat_template: str | None,
+    follow_links: bool,
 ) -> list[CheckedModel]:
     """Check every model, and that all read and write text with one tokenizer.
 
     choices: at least one by its label, each ready to be opened.
-    problem: one of the task, to try each chat template.
+    question: one of the task, to try each chat template on.
+    system_prompt: put first; None leaves what the template writes.
     chat_template: jinja text in place of the models' own.
     Raises LoadError or SourceError for a folder that is missing or damaged; OptionError for two tokenizers in one
     table; PromptError where the chat template is missing or fails.
@@ -81,7 +90,9 @@ def check_models(
         tokenizer = load_tokenizer(files.path, vocab_size=files.config.vocab_size)
         first = first or (files.path, tokenizer)
         check_same_tokenizer(*first, files.path, tokenizer)
-        _try_template(tokenizer, chat_template, problem, files.config.max_position_embeddings)
+        if chat_template is not None:
+            tokenizer = replace(tokenizer, chat_template=chat_template)
+        n_prompt = len(prompt_ids(tokenizer, question, system_prompt=system_prompt, context=_MAX_PROMPT))
         n_weights = sum(math.prod(shape) for shape in tensor_shapes(files.config).values())
         checked.append(
             CheckedModel(
@@ -92,11 +103,7 @@ def check_models(
                 size_bytes=files.checkpoint.tensor_bytes,
                 bits_per_weight=8 * files.checkpoint.tensor_bytes / n_weights,
                 context=files.config.max_position_embeddings,
+                n_prompt=n_prompt,
             )
         )
     return checked
-
-
-def _try_template(tokenizer: LoadedTokenizer, chat_template: str | None, problem: Problem, context: int) -> None:
-    written = tokenizer if chat_template is None else replace(tokenizer, chat_template=chat_template)
-    prompt_ids(written, problem.question, context=max(context, 1 << 20))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qwq_mlx.evaluate.summary import QUANTILES, Comparison, Group, ModelSummary, Summary
+from qwq_mlx.quality.report import printable
 
 __all__ = ["percent", "range_text", "settings_text", "summary_text"]
 
@@ -19,20 +20,23 @@ _ENDINGS = ("cut", "looped", "unanswered", "failed")
 
 
 def summary_text(summary: Summary) -> str:
-    """All tables. Raises nothing where there are no models yet: then it says so."""
+    """All tables, without characters that a terminal would take for commands: ids and answers come from files."""
     if not summary.models:
-        return f"{summary.task}: no samples yet."
-    return "\n".join(_lines(summary))
+        return f"{printable(summary.task)}: no samples yet."
+    return "\n".join(map(printable, _lines(summary)))
 
 
 def _lines(summary: Summary) -> Iterator[str]:
     samples = f"{summary.samples} samples" if summary.samples > 1 else "1 sample"
     yield f"{summary.task}: {summary.n_problems:,} problems, {samples} of each"
-    instruction = summary.setup["instruction"]
-    yield f"instruction: {instruction!r}" if instruction else "no instruction behind the questions"
-    yield from (
-        f"settings: {text}" for text in dict.fromkeys(settings_text(model.settings) for model in summary.models)
-    )
+    setup = summary.setup
+    yield f"instruction: {setup['instruction']!r}" if setup["instruction"] else "no instruction behind the questions"
+    prompt = "the chat template's" if setup["system_prompt"] is None else repr(setup["system_prompt"])
+    yield f"system prompt: {prompt}; seed {setup['settings']['sampling']['seed']}"
+    settings = {model.label: settings_text(model.settings) for model in summary.models}
+    for text in dict.fromkeys(settings.values()):
+        labels = [label for label, other in settings.items() if other == text]
+        yield f"settings{'' if len(labels) == len(settings) else ' of ' + ', '.join(labels)}: {text}"
     yield ""
     yield (
         f"{'model':<{_NAME}}{'size':>10}{'bits':>7}{'solved':>16}{'accuracy':>10}{'95 % interval':>15}"
