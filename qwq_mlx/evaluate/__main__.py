@@ -59,8 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         action="append",
         metavar="DIR",
-        help="model folder; repeatable, the first is the one that others are compared with (default: as python -m "
-        "qwq_mlx.generate)",
+        help="model folder; repeatable (default: as python -m qwq_mlx.generate)",
     )
     add("--samples", type=int, metavar="N", help="samples of each problem by each model (default: 1)")
     add("--output", metavar="DIR", required=True, help="folder of traces, verdicts and reports; continued if it exists")
@@ -70,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--instruction", metavar="TEXT", help="put behind each question; '' is none (default: the task's own)")
     add("--system-prompt", metavar="TEXT", help="system prompt (default: the chat template's)")
     add("--width", type=int, metavar="N", help="samples side by side (default: what the memory plan allows, at most 8)")
+    add("--against", metavar="LABEL", help="model that the others are compared with (default: the table's first)")
     add("--lm-eval", action="store_true", help="also write the samples in lm-eval's form, LABEL.lm_eval.jsonl")
     add("--reproducible", action="store_true", help="the same tokens in any width, which is slower on a GPU")
     add_loading(add)
@@ -230,7 +230,7 @@ def _show(command: Command, evaluation: Evaluation) -> None:
     from qwq_mlx.evaluate.table import summary_text
 
     rows: dict[str, list[Row]] = {model.label: judged_rows(evaluation, model.label) for model in evaluation.models}
-    summary = summarise(evaluation, rows)
+    summary = summarise(evaluation, rows, against=command.options.against)
     if summary.models:
         write_reports(evaluation.folder, summary)
     for label in rows if command.options.lm_eval else ():

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from qwq_mlx.errors import OptionError
 from qwq_mlx.evaluate.folder import EvaluatedModel, Evaluation
 from qwq_mlx.evaluate.judge import is_same_answer
 from qwq_mlx.evaluate.rows import Row
@@ -112,7 +113,7 @@ class ModelSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A model against the first.
+    """A model against another, the first of the table unless one is named.
 
     test: "exact McNemar" for one sample of each problem, else "paired bootstrap over problems".
     difference: of the accuracies, this model's less the first's.
@@ -136,7 +137,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """The whole report. comparisons: of every other model with the first."""
+    """The whole report. comparisons: of every other model with one, the first unless another was named."""
 
     task: str
     n_problems: int
@@ -146,10 +147,18 @@ class Summary:
     comparisons: tuple[Comparison, ...]
 
 
-def summarise(evaluation: Evaluation, rows: Mapping[str, Sequence[Row]]) -> Summary:
-    """The report of an evaluation. rows: of each model by its label, in the order of its file; those without are left
-    out."""
+def summarise(evaluation: Evaluation, rows: Mapping[str, Sequence[Row]], *, against: str | None = None) -> Summary:
+    """The report of an evaluation.
+
+    rows: of each model by its label, in the order of its file; models without any are left out.
+    against: label of the model that the others are compared with; None is the first.
+    Raises OptionError for a label that has no rows.
+    """
     models = [model for model in evaluation.models if rows.get(model.label)]
+    labels = [model.label for model in models]
+    if against is not None and against not in labels:
+        raise OptionError(f"against is {against!r}, expected one of {', '.join(labels) or 'no models yet'}.")
+    first = against or next(iter(labels), "")
     counted = {model.label: _by_problem(evaluation, rows[model.label]) for model in models}
     return Summary(
         task=evaluation.setup.task,
@@ -159,7 +168,7 @@ def summarise(evaluation: Evaluation, rows: Mapping[str, Sequence[Row]]) -> Summ
         models=tuple(
             _summary(evaluation, model, counted[model.label], n_rows=len(rows[model.label])) for model in models
         ),
-        comparisons=tuple(_comparison(evaluation, models[0].label, other.label, counted) for other in models[1:]),
+        comparisons=tuple(_comparison(evaluation, first, label, counted) for label in labels if label != first),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qwq_mlx.evaluate.summary import QUANTILES, Comparison, Group, ModelSummary, Summary
-from qwq_mlx.quality.report import printable
+from qwq_mlx.quality.report import printable, size_text
 
 __all__ = ["percent", "range_text", "settings_text", "summary_text"]
 
@@ -92,7 +92,7 @@ def _model_line(model: ModelSummary) -> str:
     per_solved = "none" if model.tokens_per_solved is None else f"{model.tokens_per_solved:,.0f}"
     verified = "" if model.math_verify_accuracy is None else percent(model.math_verify_accuracy)
     return (
-        f"{_short(model.label):<{_NAME}}{model.size_bytes / 1e9:>7.2f} GB{model.bits_per_weight:>7.2f}{solved:>16}"
+        f"{_short(model.label):<{_NAME}}{size_text(model.size_bytes):>10}{model.bits_per_weight:>7.2f}{solved:>16}"
         f"{percent(model.accuracy):>10}{range_text(model.interval.low, model.interval.high):>15}"
         + "".join(f"{model.endings.get(name, 0):>{len(name) + 2},}" for name in _ENDINGS)
         + f"{model.tokens_per_sample:>9,.0f}{per_solved:>12}{verified:>13}"

@@ -16,7 +16,7 @@ from qwq_mlx.quality.result import KL_EDGES, Quality, WorstToken
 from qwq_mlx.quality.svg import bars, lines
 from qwq_mlx.quant.recipe import layer_of
 
-__all__ = ["PAGE_STYLE", "REPORT_NAME", "ReportFacts", "printable", "report_page"]
+__all__ = ["PAGE_STYLE", "REPORT_NAME", "ReportFacts", "printable", "report_page", "size_text"]
 
 REPORT_NAME = "report.html"
 
@@ -102,7 +102,7 @@ def _cards(facts: ReportFacts, quality: Quality) -> str:
         (f"{100 * quality.top1_agreement:.2f} %", "same most likely token"),
         (f"{quality.reference_perplexity:.4g} → {quality.perplexity:.4g}", "perplexity, before → after"),
         (f"{facts.bits_per_weight:.3g}", "bits per weight"),
-        (f"{_size(facts.source_bytes)} → {_size(facts.output_bytes)}", "size, before → after"),
+        (f"{size_text(facts.source_bytes)} → {size_text(facts.output_bytes)}", "size, before → after"),
     )
     inner = "".join(f'<div class="card"><b>{value}</b><span>{name}</span></div>' for value, name in cards)
     return f'<div class="cards">{inner}</div>\n'
@@ -159,7 +159,8 @@ def _worst(tokens: Sequence[WorstToken]) -> str:
     )
 
 
-def _size(n_bytes: int) -> str:
+def size_text(n_bytes: int) -> str:
+    """A size for people: "18.44 GB", "13.2 MB"."""
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 

@@ -225,6 +225,7 @@ def test_bad_input_is_named_before_a_weight_is_loaded_and_leaves_nothing(
         ([*command(home, "new"), "--temp", "-1"], "--temp is -1"),
         (["--output", str(output), "--limit", "3"], "--limit needs --task"),
         (["--output", str(output)], "holds no evaluation"),
+        (["--output", str(home / "whole"), "--against", "4bit"], "--against is '4bit', expected one of checkpoint"),
         ([*command(home, "new"), "--output", str(tmp_path)], "a folder with other files"),
         ([*command(home, "new"), "--output", str(tmp_path / "no" / "where")], "there is no folder"),
     ):
