@@ -54,7 +54,9 @@ _SCALE_DTYPES = {"mxfp4": "U8", "nvfp4": "U8", "mxfp8": "U8"}  # affine scales h
 _BASE_BYTES = 80_000_000  # Python, numpy and MLX: the peak of converting a few kB (Linux x86, mlx 0.32.4)
 _PACKED_PER_BLOCK = 0.6  # packed rows, times the block's bytes
 _BYTES_PER_WORKER = 24_000_000  # scratch of one tile and its temporary arrays
-_DECODED_BLOCK_BYTES = 12 * BLOCK_BYTES // 2  # of a GGUF's block: float32, and what decoding it takes
+_PACKED_PER_GGUF_BLOCK = 1.3  # the same for a GGUF's rows: float32 scales in place of float16
+_VOCABULARY_BYTES = 40_000_000  # of a GGUF's vocabulary and merges, as files are made of them
+_DECODED_BLOCK_BYTES = 4 * BLOCK_BYTES  # a GGUF's block in float32, and what decoding it takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,9 +346,10 @@ def _peak_memory(
 ) -> int:
     """The larger of packing and, before it, calibrating."""
     tensors = list(tensors)
-    block = max(each.block_rows * each.row_bytes for each in tensors)
-    blocks = int(n_blocks_in_flight(n_workers) * (1 + _PACKED_PER_BLOCK) * block)
-    if any(each.source.dtype not in DTYPE_BYTES for each in tensors):
-        blocks += n_workers * _DECODED_BLOCK_BYTES + n_blocks_in_flight(n_workers) * block
+    block = max(min(each.block_rows, each.n_rows) * each.row_bytes for each in tensors)
+    is_decoded = any(each.source.dtype not in DTYPE_BYTES for each in tensors)
+    packed = _PACKED_PER_GGUF_BLOCK if is_decoded else _PACKED_PER_BLOCK
+    blocks = int(n_blocks_in_flight(n_workers) * (1 + packed) * block)
+    blocks += _VOCABULARY_BYTES + n_workers * _DECODED_BLOCK_BYTES if is_decoded else 0
     calibrating = 0 if calibration is None else calibration.peak_memory_bytes(config, n_workers=n_workers)
     return _BASE_BYTES + max(n_workers * _BYTES_PER_WORKER + blocks, calibrating)
