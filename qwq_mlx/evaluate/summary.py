@@ -17,7 +17,6 @@ import numpy as np
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.evaluate.folder import EvaluatedModel, Evaluation
-from qwq_mlx.evaluate.judge import is_same_answer
 from qwq_mlx.evaluate.rows import Row
 from qwq_mlx.evaluate.statistics import (
     Interval,
@@ -29,6 +28,7 @@ from qwq_mlx.evaluate.statistics import (
     pass_at_k,
 )
 from qwq_mlx.evaluate.task import Problem
+from qwq_mlx.evaluate.votes import tokens_until_decided, vote_sizes, votes_of
 
 __all__ = ["QUANTILES", "Bin", "Comparison", "Group", "ModelSummary", "Summary", "summarise"]
 
@@ -75,6 +75,8 @@ class ModelSummary:
       verdict at all.
     pass_at_k: by k.
     majority_at_k: by k.
+    vote_tokens: by k, the mean tokens of a vote of the first k samples, drawn one after another and ended as soon as
+      those to come cannot change the answer.
     thinking_right: quantiles of the thinking's tokens over right samples; empty without one.
     thinking_wrong: the same over wrong ones.
     tokens_per_sample: mean.
@@ -100,6 +102,7 @@ class ModelSummary:
     math_verify_accuracy: float | None
     pass_at_k: Mapping[int, float]
     majority_at_k: Mapping[int, float]
+    vote_tokens: Mapping[int, float]
     thinking_right: tuple[float, ...]
     thinking_wrong: tuple[float, ...]
     tokens_per_sample: float
@@ -181,13 +184,16 @@ def _by_problem(evaluation: Evaluation, rows: Sequence[Row]) -> list[list[Row]]:
 
 def _summary(evaluation: Evaluation, model: EvaluatedModel, counted: list[list[Row]], *, n_rows: int) -> ModelSummary:
     problems = evaluation.problems[: len(counted)]
+    by_problem = list(zip(problems, counted, strict=True))
     n_samples = len(counted[0])
     every = [row for rows in counted for row in rows]
     n_right = [sum(row.is_right for row in rows) for rows in counted]
-    with_answer = [row for problem, rows in zip(problems, counted, strict=True) for row in rows if problem.answer]
+    with_answer = [row for problem, rows in by_problem for row in rows if problem.answer]
     verified = [row.math_verify for row in with_answer if row.math_verify is not None]
     sizes = [k for k in _PLACES_OF_K if k <= n_samples]
-    votes = [_votes(problem, rows) for problem, rows in zip(problems, counted, strict=True)]
+    votes = [votes_of(problem, rows) for problem, rows in by_problem]
+    groups = [vote_sizes(each, rows) for each, rows in zip(votes, counted, strict=True)]
+    tokens = [[row.n_tokens for row in rows] for rows in counted]
     n_tokens = sum(row.n_tokens for row in every)
     bins = _bins(every)
     n_binned = sum(each.n for each in bins)
@@ -205,7 +211,11 @@ def _summary(evaluation: Evaluation, model: EvaluatedModel, counted: list[list[R
         endings=dict(Counter(row.ending for row in every)),
         math_verify_accuracy=sum(verified) / len(with_answer) if verified else None,
         pass_at_k={k: float(np.mean([pass_at_k(n_samples, n, k) for n in n_right])) for k in sizes},
-        majority_at_k={k: float(np.mean([majority_at_k(each, n_samples, k) for each in votes])) for k in sizes},
+        majority_at_k={k: float(np.mean([majority_at_k(each, n_samples, k) for each in groups])) for k in sizes},
+        vote_tokens={
+            k: float(np.mean([tokens_until_decided(each[:k], n[:k]) for each, n in zip(votes, tokens, strict=True)]))
+            for k in sizes
+        },
         thinking_right=_quantiles([row.n_thinking for row in every if row.is_right]),
         thinking_wrong=_quantiles([row.n_thinking for row in every if not row.is_right]),
         tokens_per_sample=n_tokens / len(every),
@@ -218,19 +228,6 @@ def _summary(evaluation: Evaluation, model: EvaluatedModel, counted: list[list[R
         by_subject=_groups(problems, n_right, n_samples, lambda problem: problem.subject),
         disputed=tuple(row for row in every if row.is_disputed),
     )
-
-
-def _votes(problem: Problem, rows: Sequence[Row]) -> tuple[tuple[int, bool], ...]:
-    """The answers of a problem's samples: how many gave each, and whether it is right, by most of its samples."""
-    is_same, groups = is_same_answer(problem), list[list[Row]]()
-    for row in rows:
-        if row.answer is None:
-            continue
-        group = next((each for each in groups if is_same(each[0].answer or "", row.answer)), None)
-        if group is None:
-            groups.append(group := [])
-        group.append(row)
-    return tuple(sorted((len(group), 2 * sum(row.is_right for row in group) > len(group)) for group in groups))
 
 
 def _quantiles(values: Sequence[int]) -> tuple[float, ...]:

@@ -86,6 +86,10 @@ def test_samples_vote_and_only_whole_passes_count() -> None:
     assert (model.n_problems, model.n_samples, model.n_rows, model.accuracy) == (2, 3, 7, 2 / 6)
     assert model.pass_at_k == {1: pytest.approx(1 / 3), 2: pytest.approx(0.5)}
     assert model.majority_at_k == {1: pytest.approx(1 / 3), 2: pytest.approx((1 / 3 + 2 / 3 / 2 + 0) / 2)}
+    assert model.vote_tokens == {1: 10, 2: 20}, "two samples that may differ are both drawn"
+    agreed = evaluation(2, samples=4, labels="A")
+    [early] = summarise(agreed, {"A": rows("A", "11" + "12" + "13" + "11", 2)}).models
+    assert early.vote_tokens == {1: 10, 2: 20, 4: (30 + 40) / 2}, "after 1 1 1 the fourth cannot change the answer"
     [begun] = summarise(it, {"A": rows("A", "1", 2)}).models
     assert (begun.n_problems, begun.n_samples, begun.accuracy) == (1, 1, 1.0)
     assert summarise(it, {}).models == () and "no samples yet" in summary_text(summarise(it, {}))
