@@ -100,7 +100,7 @@ class Decoder:
         current = [(row, row.pending) for row in waiting if row.pending is not None]
         for row in waiting:
             row.pending = None
-        following = [(row, pending) for row, pending in current if not row.is_at_last and not self._is_draft_due(row)]
+        following = self._undrafted([(row, pending) for row, pending in current if not row.is_at_last])
         for group in self._passes(following):
             fed = mx.stack([pending.id for _, pending in group]).reshape(-1, 1)
             self._launch([row for row, _ in group], fed, [pending.tokens for _, pending in group], n_ahead=1)
@@ -134,8 +134,12 @@ class Decoder:
                 self._launch(group, fed, [self._tokens(row) for row in group], n_ahead=0)
         return verifications
 
-    def _is_draft_due(self, row: Row) -> bool:
-        return self._drafts is not None and row.most_drafts > 0 and self._drafts.is_due(row)
+    def _undrafted(self, following: list[tuple[Row, Pending]]) -> list[tuple[Row, Pending]]:
+        """Those whose next step begins before their ids are read: all of them, or all that may not have drafts."""
+        may_draft = [row for row, _ in following if row.most_drafts]
+        if self._drafts is None or not may_draft or not self._drafts.is_due(may_draft):
+            return following
+        return [(row, pending) for row, pending in following if not row.may_draft]
 
     def _drafted(self, rows: Sequence[Row]) -> list[Draft]:
         """What is guessed for each row, no more than may share the pass with them."""

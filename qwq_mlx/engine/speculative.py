@@ -32,10 +32,10 @@ class Draft(NamedTuple):
 class Drafts(Protocol):
     """What the decoder asks for drafts."""
 
-    def is_due(self, row: Row) -> bool:
-        """Whether the next pass of a row is to check drafts.
+    def is_due(self, rows: Sequence[Row]) -> bool:
+        """Whether the next pass of these rows is to check drafts.
 
-        Its ids are then read before the pass is built; else the pass is under way while they are read.
+        Their ids are then read before the pass is built; else the pass is under way while they are read.
         """
         ...
 

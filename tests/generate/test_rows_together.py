@@ -190,7 +190,7 @@ class Oracle:
     def _key(prompt_ids: Sequence[int], settings: Any) -> Any:
         return tuple(prompt_ids), settings["sampling"]["seed"], settings["limits"]["max_tokens"]
 
-    def is_due(self, row: Row) -> bool:
+    def is_due(self, rows: Sequence[Row]) -> bool:
         return self._random.random() < 0.8
 
     def draft(self, rows: Sequence[Row], *, most: int | None) -> list[Draft]:

@@ -1,0 +1,95 @@
+"""How many ids to draft: as many as give the most tokens a second by what passes cost here.
+
+A pass over M rows costs what was measured for M (`PassCosts`); the tokens that come of it are one a row and those
+drafts that are right. Drafts are taken in the order of their probability of being reached and right, over all rows of
+a batch, as long as the rate is best: where rows are cheap there are more of them.
+
+Does not: measure (`pass_costs` does), or guess.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qwq_mlx.errors import OptionError
+
+__all__ = ["Lengths", "PassCosts", "best_lengths"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassCosts:
+    """Seconds on one machine with one model.
+
+    by_rows: of a pass over 1, 2, 3 ... rows, in the pipelined loop.
+    sync_s: what a pass costs more where its ids are read before the next one is built.
+    draft_s: of one id of the draft model; 0 where there is none.
+
+    >>> costs = PassCosts(by_rows=(1.0, 1.1, 1.4), sync_s=0.1)
+    >>> costs.of(2), round(costs.of(4), 6)
+    (1.1, 1.7)
+    """
+
+    by_rows: tuple[float, ...]
+    sync_s: float
+    draft_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        values = (*self.by_rows, self.sync_s, self.draft_s)
+        if not self.by_rows or not all(math.isfinite(each) and each >= 0 for each in values) or self.by_rows[0] == 0:
+            raise OptionError(f"PassCosts are {values}, expected seconds of at least one pass, none below 0.")
+
+    def of(self, n_rows: int) -> float:
+        """Of a pass over n_rows, at least 1; beyond what was measured each row costs what the last one did."""
+        if n_rows <= len(self.by_rows):
+            return self.by_rows[n_rows - 1]
+        last = self.by_rows[-1] - self.by_rows[-2] if len(self.by_rows) > 1 else self.by_rows[0]
+        return self.by_rows[-1] + (n_rows - len(self.by_rows)) * max(last, 0.0)
+
+
+class Lengths(NamedTuple):
+    """ids to draft for each row, what a pass then costs in seconds, and how many tokens it is expected to give."""
+
+    by_row: list[int]
+    seconds: float
+    n_tokens: float
+
+    @property
+    def rate(self) -> float:
+        """Expected tokens a second."""
+        return self.n_tokens / self.seconds
+
+
+def best_lengths(
+    probabilities: Sequence[Sequence[float]], costs: PassCosts, *, most: int | None = None, are_to_draft: bool = False
+) -> Lengths:
+    """The lengths with the most expected tokens a second; all 0 where plain decoding gives as many.
+
+    probabilities: of each row's drafted ids, that it is right where those before it are. most: ids of all rows
+    together; None is any number. are_to_draft: each place costs costs.draft_s more.
+
+    >>> cheap, dear = PassCosts(by_rows=(1.0, 1.1, 1.2), sync_s=0.1), PassCosts(by_rows=(1.0, 2.0, 3.0), sync_s=0.1)
+    >>> best_lengths([[0.8, 0.2]], cheap).by_row, best_lengths([[0.8, 0.2]], dear).by_row
+    ([1], [0])
+    """
+    reached = []
+    for row, own in enumerate(probabilities):
+        probability = 1.0
+        for place, each in enumerate(own):
+            probability *= each
+            reached.append((-probability, place, row))
+    reached.sort()  # a row's later ids are never more probable, and of equal ones the earlier place comes first
+    n_rows = max(1, len(probabilities))
+    n_tokens, n_longest = float(n_rows), 0
+    lengths = [0] * len(probabilities)
+    best = Lengths(list(lengths), costs.of(n_rows), n_tokens)
+    for n_drafted, (probability, place, row) in enumerate(reached[:most], start=1):
+        n_tokens -= probability
+        lengths[row] = place + 1
+        n_longest = max(n_longest, place + 1)
+        seconds = costs.of(n_rows + n_drafted) + costs.sync_s + are_to_draft * n_longest * costs.draft_s
+        if n_tokens / seconds > best.rate:
+            best = Lengths(list(lengths), seconds, n_tokens)
+    return best

@@ -1,0 +1,1 @@
+"""Who guesses how rows go on: an automaton over texts (`ngram`), a small model (`model`), or both (`speculator`)."""

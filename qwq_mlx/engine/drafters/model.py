@@ -1,0 +1,157 @@
+"""Drafts by a small model of the same vocabulary, drawn with the noise of the rows that they are for.
+
+Draft and model draw the same id where both find it likely (coupled draws), which at a temperature above 0 is more often
+than two independent draws agree. A row's processors change the drafts' logits too, and its penalties, bans and masks
+hold; their state is put back afterwards. Each row has a cache of its own in the draft model, kept in step by cutting it
+back to the ids that row and drafts share.
+
+Does not: check that the vocabularies agree (`load_draft` does), or know how long a draft pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+
+from qwq_mlx.engine.drafters.suffix_automaton import Guess
+from qwq_mlx.engine.kv_cache import grow, new_cache
+from qwq_mlx.engine.logits_processors import Incremental
+from qwq_mlx.engine.row import Row
+from qwq_mlx.model.attention import joined
+
+__all__ = ["ModelDrafter"]
+
+_N_KINDS = 10  # steps of the draft model's own probability in which its drafts are trusted alike
+_PRIOR = 0.7  # right of 1, before anything was learnt
+_KEEP = 0.99  # of what was counted, at each further draft
+_RAGGED = 8  # ids of a row that its first pass may feed together with the other rows
+
+
+@dataclass(slots=True)
+class _Text:
+    """A row's cache in the draft model, and the ids that it holds."""
+
+    cache: list[Any]
+    ids: list[int] = field(default_factory=list)
+
+
+class ModelDrafter:
+    """Guesses by a model, mlx_lm's Qwen2.
+
+    n_ids: ids the tokenizer has. chunk: prompt ids fed at a time. kv_bits: of its caches, None for plain ones.
+    context: positions the draft model has; behind them it drafts nothing.
+    """
+
+    name = "model"
+
+    def __init__(self, module: Any, *, n_ids: int, chunk: int, context: int, kv_bits: int | None = None) -> None:
+        self._module = module
+        self._n_ids, self._chunk, self._context, self._kv_bits = n_ids, chunk, context, kv_bits
+        self._texts: WeakKeyDictionary[Row, _Text] = WeakKeyDictionary()
+        self._trust: dict[int, tuple[float, float]] = {}  # kind -> right ones and all
+        self._by_place: dict[int, tuple[float, float]] = {}  # place -> the same, before a draft is made
+
+    def expected(self, n_most: int) -> list[float]:
+        """The probability that each of the next n_most ids is right where those before are, before they are drafted."""
+        shares = []
+        for place in range(n_most):
+            right, total = self._by_place.get(place, (_PRIOR, 1.0))
+            shares.append(right / total)
+        return shares
+
+    def forget(self) -> None:
+        """Expect what was expected before anything was learnt, so that it is tried again."""
+        self._by_place.clear()
+
+    def learn(self, guesses: Sequence[Guess], n_right: int) -> None:
+        """Take how many of the leading ones, as `guess` gave them, were right."""
+        for place, guess in enumerate(guesses[: n_right + 1]):
+            is_right = place < n_right
+            for counted, key, prior in ((self._trust, guess.kind, guess.probability), (self._by_place, place, _PRIOR)):
+                right, total = counted.get(key, (prior, 1.0))
+                counted[key] = right * _KEEP + is_right, total * _KEEP + 1.0
+
+    def guess(self, rows: Sequence[Row], n_each: Sequence[int]) -> list[list[Guess]]:
+        """How each row goes on, n_each ids, with one pass over the draft model's weights for each place."""
+        asked = [
+            (row, n)
+            for row, n in zip(rows, n_each, strict=True)
+            if n > 0 and len(row.ids) + n <= self._context and row.ids
+        ]
+        drafted = self._drafted(asked) if asked else {}
+        return [drafted.get(row, []) for row in rows]
+
+    def _drafted(self, asked: Sequence[tuple[Row, int]]) -> dict[Row, list[Guess]]:
+        texts = {row: self._text(row) for row, _ in asked}
+        before = {row: row.states() for row, _ in asked}
+        ids: dict[Row, list[Any]] = {row: [] for row, _ in asked}
+        shares: dict[Row, list[Any]] = {row: [] for row, _ in asked}
+        missing = [row.ids[len(texts[row].ids) :] for row, _ in asked]
+        fed = mx.array([[token_id] for each in missing for token_id in each])
+        n_fed, left = [len(each) for each in missing], list(asked)
+        for place in range(max(n for _, n in asked)):
+            for (row, _), n in zip(left, n_fed, strict=True):
+                grow(texts[row].cache, n)
+            logits = self._module(fed, cache=joined([texts[row].cache for row, _ in left], n_fed))
+            last = -1
+            for (row, _), n in zip(left, n_fed, strict=True):
+                last += n
+                drawn, share = self._draw(row, logits[last, -1], ids[row])
+                ids[row].append(drawn)
+                shares[row].append(share)
+            left = [(row, n) for row, n in left if n > place + 1]
+            if not left:
+                break
+            fed, n_fed = mx.stack([ids[row][-1] for row, _ in left]).reshape(-1, 1), [1] * len(left)
+        for row, _ in asked:
+            for place, state in before[row].items():
+                processor = row.processors[place]
+                assert isinstance(processor, Incremental), "it gave the state"
+                processor.restore(state)
+        mx.eval([*ids.values(), *shares.values()])
+        return {row: self._read(row, texts[row], ids[row], shares[row]) for row, _ in asked}
+
+    def _draw(self, row: Row, logits: Any, drafted: Sequence[Any]) -> tuple[Any, Any]:
+        """The draft's draw behind these drafted ids, and its share in the draft model's distribution; unread."""
+        logits = logits[: self._n_ids].astype(mx.float32)
+        tokens = row.tokens
+        if drafted and row.has_processors:
+            tokens = mx.concatenate([tokens, mx.stack(list(drafted)).astype(mx.uint32)])
+        index = row.n_output + len(drafted)
+        offered, _ = row.offered(tokens, logits, index)
+        drawn = row.sampler.draw(offered, index)
+        return drawn, mx.exp(logits[drawn] - mx.logsumexp(logits))
+
+    def _read(self, row: Row, text: _Text, ids: Sequence[Any], shares: Sequence[Any]) -> list[Guess]:
+        guesses = []
+        for drawn, share in zip(ids, shares, strict=True):
+            kind = min(int(_N_KINDS * share.item()), _N_KINDS - 1)
+            right, total = self._trust.get(kind, (share.item(), 1.0))
+            guesses.append(Guess(int(drawn.item()), right / total, kind))
+        text.ids = [*row.ids, *(guess.id for guess in guesses[:-1])]  # the last one was not fed
+        return guesses
+
+    def _text(self, row: Row) -> _Text:
+        """A row's cache, which lacks a few of its ids at most, and its last one."""
+        text = self._texts.get(row)
+        if text is None:
+            text = self._texts[row] = _Text(new_cache(self._module, self._kv_bits))
+        known = min(len(text.ids), len(row.ids) - 1)
+        n_same = known
+        if text.ids[:known] != row.ids[:known]:
+            n_same = next(place for place in range(known) if text.ids[place] != row.ids[place])
+        for layer in text.cache:
+            layer.trim(layer.offset - n_same)
+        del text.ids[n_same:]
+        while len(row.ids) - len(text.ids) > _RAGGED:
+            now = row.ids[len(text.ids) : len(row.ids) - 1][: self._chunk]
+            grow(text.cache, len(now))
+            self._module.model(mx.array([now]), cache=text.cache)
+            for layer in text.cache:
+                mx.eval(layer.state)
+            text.ids += now
+        return text
