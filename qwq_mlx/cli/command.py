@@ -174,7 +174,11 @@ def load_reasoner(
         chat_template=options.chat_template,
         follow_links=options.follow_links,
         reproducible=reproducible,
+        draft=options.draft,
+        draft_length=options.draft_length,
     )
+    for line in () if reasoner.drafts is None else reasoner.drafts.notes:
+        command.warn(line)
     if backend_name() == "cuda":
         command.note("CUDA: the first answer of a process compiles kernels first, about a minute")
     for line in reasoner.model.warnings:

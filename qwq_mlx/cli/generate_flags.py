@@ -124,6 +124,19 @@ def add_loading(add: Callable[..., Any]) -> None:
     add("--no-verify", action="store_true", help=_NO_VERIFY)
     add("--chat-template", metavar="FILE", help=CHAT_TEMPLATE + " (default: the model's)")
     add("--follow-links", action="store_true", help=FOLLOW_LINKS)
+    add(
+        "--draft",
+        metavar="ngram|DIR|auto|off",
+        help="guess tokens that a pass then checks, which changes none of them: from the texts so far (ngram), also by "
+        "a small model of the same tokenizer (its folder), or what $QWQ_MLX_DRAFT names (auto) (default: off)",
+    )
+    add(
+        "--draft-length",
+        type=int,
+        metavar="N",
+        help="with --draft: guess N tokens whatever a pass costs (default: as many as are measured to pay here, "
+        "often none)",
+    )
 
 
 def bits(text: str) -> int | str:

@@ -63,12 +63,19 @@ class Lengths(NamedTuple):
 
 
 def best_lengths(
-    probabilities: Sequence[Sequence[float]], costs: PassCosts, *, most: int | None = None, are_to_draft: bool = False
+    probabilities: Sequence[Sequence[float]],
+    costs: PassCosts,
+    *,
+    most: int | None = None,
+    most_loss_s: float = math.inf,
+    are_to_draft: bool = False,
 ) -> Lengths:
     """The lengths with the most expected tokens a second; all 0 where plain decoding gives as many.
 
-    probabilities: of each row's drafted ids, that it is right where those before it are. most: ids of all rows
-    together; None is any number. are_to_draft: each place costs costs.draft_s more.
+    probabilities: of each row's drafted ids, that it is right where those before it are.
+    most: ids of all rows together; None is any number.
+    most_loss_s: seconds that the pass may cost beyond a plain one.
+    are_to_draft: each place costs costs.draft_s more.
 
     >>> cheap, dear = PassCosts(by_rows=(1.0, 1.1, 1.2), sync_s=0.1), PassCosts(by_rows=(1.0, 2.0, 3.0), sync_s=0.1)
     >>> best_lengths([[0.8, 0.2]], cheap).by_row, best_lengths([[0.8, 0.2]], dear).by_row
@@ -90,6 +97,8 @@ def best_lengths(
         lengths[row] = place + 1
         n_longest = max(n_longest, place + 1)
         seconds = costs.of(n_rows + n_drafted) + costs.sync_s + are_to_draft * n_longest * costs.draft_s
+        if seconds - costs.of(n_rows) > most_loss_s:
+            break
         if n_tokens / seconds > best.rate:
             best = Lengths(list(lengths), seconds, n_tokens)
     return best

@@ -66,6 +66,7 @@ def ask(
         return _unanswered(cue_text, detail="the run was cut before its ids were in the cache")
     with borrowed(cache, n_cached):
         row, bad_words = new_row(_greedy(request, max_tokens=len(text_ids) + len(cue) + MAX_ANSWER), cache)
+        row.may_draft = False  # a draft model would have to read all of the text for a few ids
         row.start(request.prompt_ids, text_ids)
         decoder.force(row, cue)
         if bad_words is not None:

@@ -124,7 +124,9 @@ def finish_all(
     """
     to_come, n_ended, n_tokens = deque(streams), 0, 0
     width, model = plan.workload.n_sequences, streams[0].request.model
-    with Scheduler(model, width=width, planned_bytes=plan.peak_bytes, ask_answer=ask_answer) as scheduler:
+    with Scheduler(
+        model, width=width, planned_bytes=plan.peak_bytes, ask_answer=ask_answer, drafts=streams[0].request.drafts
+    ) as scheduler:
         while to_come or scheduler.streams:
             while to_come and scheduler.has_room:
                 scheduler.add(to_come.popleft())

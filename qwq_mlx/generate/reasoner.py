@@ -20,10 +20,9 @@ from qwq_mlx.errors import OptionError
 from qwq_mlx.files.background_verification import BackgroundVerification
 from qwq_mlx.generate.batch import check_width, finish_all, plan_rows, settings_of_each
 from qwq_mlx.generate.budget_forcing import cue_ids
-from qwq_mlx.generate.checkpoint.file import read_checkpoint
-from qwq_mlx.generate.checkpoint.resume import check_saved, opened, raised, with_room, within
-from qwq_mlx.generate.checkpoint.state import read_state
-from qwq_mlx.generate.receipt import Receipt, make_receipt
+from qwq_mlx.generate.checkpoint.resume import raised, read_saved, with_room, within
+from qwq_mlx.generate.drafting import choose_draft
+from qwq_mlx.generate.receipt import Receipt
 from qwq_mlx.generate.request import PrefillProgress, resolved
 from qwq_mlx.generate.request_maker import RequestMaker
 from qwq_mlx.generate.stream import Stream
@@ -51,6 +50,8 @@ def load(
     chat_template: str | Path | None = None,
     follow_links: bool = False,
     reproducible: bool = False,
+    draft: str | Path | None = None,
+    draft_length: int | None = None,
 ) -> Reasoner:
     """Check a model folder (a checkpoint or a conversion), load its weights, and return what answers questions.
 
@@ -59,12 +60,13 @@ def load(
     compute_type: "float32" or "bfloat16"; None picks by backend.
     limits: of the runs to come, so that what cannot fit the memory is refused before a weight is read.
     force: plan, but refuse and cap nothing.
-    verify: hash a conversion of this package in the background and compare it with its manifest; see
-      `Reasoner.wait_for_verification`.
+    verify: compare a conversion with its manifest in the background; see `Reasoner.wait_for_verification`.
     chat_template: a file of jinja text that writes the prompts in place of the folder's template.
     follow_links: read shards that links out of the folder lead to, on another disk say.
-    reproducible: a row draws the very ids that it draws alone; passes are shared only as far as that allows (on the CPU
-      by 7 rows, on a GPU by none), so many rows are slower.
+    reproducible: a row draws the very ids that it draws alone; 7 rows at most share a pass on the CPU, on a GPU none.
+    draft: who guesses ids that a pass then checks, which changes no id: "ngram", the texts so far; the folder of a
+      small model of the same tokenizer; "auto", that of $QWQ_MLX_DRAFT or else "ngram". None: nobody.
+    draft_length: ids to guess, whatever they cost; None as many as are measured to pay, often none.
     Raises LoadError, SourceError or BackendError; FitError with the arithmetic.
 
     >>> reasoner = qwq_mlx.load(FOLDER, limits=qwq_mlx.Limits(context=2048))
@@ -75,11 +77,15 @@ def load(
     limit = None if force else limit_bytes()
     template = None if chat_template is None else read_template_file(Path(chat_template))
     files, asked = open_model_folder(folder, follow_links=follow_links), limits or Limits()
-    fitted(files, asked, limit_bytes=limit, backend=backend_name(), compute_type=compute_type)
+    drafter = choose_draft(draft, draft_length, files, reproducible=reproducible, follow_links=follow_links)
+    backend, shape = backend_name(), drafter.shape
+    fitted(files, asked, limit_bytes=limit, backend=backend, compute_type=compute_type, draft=shape)
     model = load_model(
         folder, compute_type=compute_type, chat_template=template, follow_links=follow_links, reproducible=reproducible
     )
-    return Reasoner(model, limit_bytes=limit, verify=verify)
+    reasoner = Reasoner(model, limit_bytes=limit, verify=verify)
+    reasoner.use_drafts(drafter, limits=asked)
+    return reasoner
 
 
 class Reasoner(RequestMaker):
@@ -340,10 +346,6 @@ class Reasoner(RequestMaker):
         )
         return Stream(request)
 
-    def receipt(self, trace: Trace) -> Receipt:
-        """What a trace of this model followed from, to keep and to repeat (`python -m qwq_mlx.replay`)."""
-        return make_receipt(self.model, trace)
-
     def resume(
         self,
         path: str | Path,
@@ -375,10 +377,8 @@ class Reasoner(RequestMaker):
         >>> (*first, *rest) == reasoner.generate(question, sampling=greedy).ids
         True
         """
-        value, arrays = read_checkpoint(Path(path))
-        state = read_state(value, path=Path(path))
-        check_saved(state, arrays, self.model, has_processors=bool(logits_processors), path=Path(path))
-        state = opened(state, self.model, path=Path(path), answer_now=answer_now)
+        has_processors = bool(logits_processors)
+        state, arrays = read_saved(Path(path), self.model, has_processors=has_processors, answer_now=answer_now)
         sampling, limits, thinking = from_json(state.settings, where=str(path))
         limits = raised(limits, state, max_tokens=max_tokens, context=context)
         n_cue = len(cue_ids(self.model.tokenizer, self.profile, after="..")) if answer_now else 0

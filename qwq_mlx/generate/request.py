@@ -18,6 +18,7 @@ from qwq_mlx.engine.logits_processors.language_mask import LanguageMask, Languag
 from qwq_mlx.engine.logits_processors.penalties import CountPenalty, LogitBias, RepetitionPenalty
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
+from qwq_mlx.engine.speculative import Drafts
 from qwq_mlx.errors import GenerationError
 from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.model.memory.plan import MemoryPlan
@@ -46,6 +47,7 @@ class Request:
     forked_at: output ids that another run drew, with another seed.
     logits_processors: the caller's own.
     check_model: called before each pass; raises DamagedModelError where the model's bytes are known to be wrong.
+    drafts: guesses ids that a pass then checks; None where nothing is drafted.
     """
 
     model: LoadedModel
@@ -63,6 +65,7 @@ class Request:
     forked_at: int = 0
     logits_processors: tuple[LogitsProcessor, ...] = ()
     check_model: Callable[[], None] | None = None
+    drafts: Drafts | None = None
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from qwq_mlx.engine.detokenizer import Pieces, decode
+from qwq_mlx.engine.drafters.speculator import Speculator
 from qwq_mlx.engine.logits_processors import LogitsProcessor
 from qwq_mlx.engine.row import check_ids
 from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
+from qwq_mlx.generate.drafting import DraftChoice, make_speculator
+from qwq_mlx.generate.receipt import Receipt, make_receipt
 from qwq_mlx.generate.request import Request
 from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.load import LoadedModel
@@ -21,6 +24,7 @@ from qwq_mlx.model.memory.fit import Fitted, fitted
 from qwq_mlx.model.memory.plan import ModelShape
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
 from qwq_mlx.reasoning.profile import Profile, find_profile
+from qwq_mlx.trace.trace import Trace
 
 __all__ = ["RequestMaker"]
 
@@ -29,6 +33,8 @@ class RequestMaker:
     """A model with its defaults, its profile and the memory there is; `Reasoner` says what the arguments are.
 
     check_model: called before each pass; raises DamagedModelError where the model's bytes are known to be wrong.
+
+    drafts: guesses ids for all runs; None decodes without (`use_drafts`).
     """
 
     def __init__(
@@ -45,6 +51,16 @@ class RequestMaker:
         tagged = "<think>" in model.tokenizer.added
         self.profile = profile or find_profile((QWQ_32B if tagged else QWQ_32B_PREVIEW).profile)
         self._check_model = check_model
+        self.drafts: Speculator | None = None
+        self._draft_shape: ModelShape | None = None
+
+    def use_drafts(self, choice: DraftChoice, *, limits: Limits) -> None:
+        """Draft for all runs from here on; loads the draft model, and measures what passes cost where nobody has.
+
+        choice: checked. limits: of the runs to come.
+        """
+        self._draft_shape = choice.shape
+        self.drafts = make_speculator(self.model, choice, limits=self.fit(limits).limits)
 
     def request(
         self,
@@ -85,6 +101,7 @@ class RequestMaker:
             note=fit.note,
             logits_processors=tuple(logits_processors),
             check_model=self._check_model,
+            drafts=self.drafts,
         )
 
     def resolved(self, sampling: Sampling) -> Sampling:
@@ -110,5 +127,14 @@ class RequestMaker:
         model = self.model
         shape = ModelShape(config=model.config, packed=model.packed)
         return fitted(
-            shape, limits, limit_bytes=self.limit_bytes, backend=backend_name(), compute_type=model.compute_type
+            shape,
+            limits,
+            limit_bytes=self.limit_bytes,
+            backend=backend_name(),
+            compute_type=model.compute_type,
+            draft=self._draft_shape,
         )
+
+    def receipt(self, trace: Trace) -> Receipt:
+        """What a trace of this model followed from, to keep and to repeat (`python -m qwq_mlx.replay`)."""
+        return make_receipt(self.model, trace)

@@ -41,6 +41,11 @@ class Running:
         """Whether the next token has still to be drawn."""
         return self.run.finish is None and not (self._bad_words is not None and self._bad_words.has_settled)
 
+    @property
+    def has_ready(self) -> bool:
+        """Whether it goes on with a token that was drawn already."""
+        return self.run.finish is None and bool(self.row.ready)
+
     def prefill(self, ids: Sequence[int]) -> Iterator[int]:
         """Feed these ids in chunks; yields how many are in the cache after each. Output ids may be among them."""
         request = self.run.request

@@ -15,6 +15,7 @@ from types import TracebackType
 import mlx.core as mx
 
 from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.speculative import Drafts
 from qwq_mlx.errors import GenerationError
 from qwq_mlx.generate.running import advance
 from qwq_mlx.generate.stream import Stream
@@ -31,6 +32,7 @@ class Scheduler:
     planned_bytes: what they need together; kept wired on Metal meanwhile.
     ask_answer: ask the model behind each text that gives no sure answer (`Stream.ask_answer`).
     releases: give the cache of a run back when it ends; False leaves it to the caller, for the next prompt.
+    drafts: guesses ids for all of them; None decodes without.
     """
 
     def __init__(
@@ -41,10 +43,13 @@ class Scheduler:
         planned_bytes: int,
         ask_answer: bool = False,
         releases: bool = True,
+        drafts: Drafts | None = None,
     ) -> None:
         self.width = width
         self._asks, self._releases = ask_answer, releases
-        self._decoder = Decoder(model.module, n_ids=model.tokenizer.n_ids, reproducible=model.reproducible)
+        self._decoder = Decoder(
+            model.module, n_ids=model.tokenizer.n_ids, reproducible=model.reproducible, drafts=drafts
+        )
         self._waiting: deque[tuple[Stream, Iterator[None]]] = deque()
         self._active: list[Stream] = []
         self._wired = wired(planned_bytes)
@@ -74,7 +79,9 @@ class Scheduler:
         self._waiting.append((stream, stream.prefill()))
 
     def step(self) -> list[Stream]:
-        """One chunk of a newcomer's prompt and one token of each run; the runs that ended with it, their caches gone.
+        """One chunk of a newcomer's prompt and a token of each run, or more where drafts were right.
+
+        Returns the runs that ended with it, their caches gone.
 
         A run that cannot go on is among them, with its `failure`; a failure of MLX in the shared pass is that of all.
         Raises DamagedModelError as soon as it is known.
@@ -86,6 +93,9 @@ class Scheduler:
         if self._active:
             try:
                 advance(self._decoder, [stream.running for stream in self._active])
+                # what a pass drew is taken before the next one, so that all runs share that
+                while ready := [stream.running for stream in self._active if stream.running.has_ready]:
+                    advance(self._decoder, ready)
             except (RuntimeError, MemoryError) as error:
                 for stream in self._active:
                     stream.fail(error)

@@ -51,7 +51,7 @@ class Stream:
         self.request = request
         self._progress = progress
         cache, n_cached = before.hand_over(request) if before is not None else (None, 0)
-        self._decoder = Decoder(request.model.module, n_ids=request.model.tokenizer.n_ids)
+        self._decoder = Decoder(request.model.module, n_ids=request.model.tokenizer.n_ids, drafts=request.drafts)
         self.running = Running(request, self._decoder, cache=cache, n_cached=n_cached)
         self.run = self.running.run
         self._peak_bytes = 0

@@ -179,6 +179,7 @@ class Voting:
             width=self._width,
             planned_bytes=self._planned_bytes,
             ask_answer=self._asks,
+            drafts=self._source.request.drafts,
         ) as scheduler:
             self._prefill()
             while not stopped and not self.is_stopped and len(self._ended) < self.n:

@@ -45,7 +45,11 @@ class Rows:
 
     def __enter__(self) -> Rows:
         self._scheduler = Scheduler(
-            self._reasoner.model, width=self._width, planned_bytes=self._planned_bytes, releases=False
+            self._reasoner.model,
+            width=self._width,
+            planned_bytes=self._planned_bytes,
+            releases=False,
+            drafts=self._reasoner.drafts,
         )
         self._scheduler.__enter__()
         return self

@@ -220,7 +220,6 @@ def test_casting_at_load_is_counted_for_a_folder(tiny_checkpoint: Path) -> None:
         ({"n_draft": 0}, "n_draft is 0, expected a whole number from 1 to 1,000"),
         ({"compute_type": "float16"}, "compute_type is 'float16', expected None, float32 or bfloat16"),
         ({"kv_bits": 6}, "kv_bits is 6, expected None, 8 or 4"),
-        ({"draft": QWQ, "n_sequences": 2}, "n_sequences is 2 beside a draft model, which mlx-lm has for one sequence"),
     ],
 )
 def test_a_workload_that_cannot_be_is_refused(changes: dict[str, Any], text: str) -> None:

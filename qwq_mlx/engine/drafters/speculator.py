@@ -23,11 +23,9 @@ from qwq_mlx.engine.drafters.suffix_automaton import Guess
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.speculative import Draft
 from qwq_mlx.errors import OptionError
+from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
 
-__all__ = ["MAX_LENGTH", "DraftCounts", "Speculator"]
-
-MAX_LENGTH = 15
-"""Ids drafted for a row at a time, at most."""
+__all__ = ["DraftCounts", "Speculator"]
 
 _PAID_IN = 0.01  # of each plain pass
 _LARGEST_ACCOUNT = 3.0  # plain passes: what one prompt won is not all lost again on the next
@@ -51,6 +49,7 @@ class Speculator:
 
     ngram, model: the drafters, at least one.
     costs: of passes here. length: ids drafted whatever they cost. One of the two is given.
+    notes: for people, about the costs.
     """
 
     def __init__(
@@ -60,16 +59,18 @@ class Speculator:
         model: ModelDrafter | None = None,
         costs: PassCosts | None = None,
         length: int | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         if ngram is None and model is None:
             raise OptionError("There is no drafter. Give `ngram`, `model` or both.")
         if (costs is None) == (length is None):
             raise OptionError("Give either the costs of passes, or a length that is drafted whatever it costs.")
-        if length is not None and not 1 <= length <= MAX_LENGTH:
-            raise OptionError(f"length is {length}, expected from 1 to {MAX_LENGTH} drafted ids.")
-        self.counts = DraftCounts()
+        if length is not None and not 1 <= length <= MAX_DRAFTED:
+            raise OptionError(f"length is {length}, expected from 1 to {MAX_DRAFTED} drafted ids.")
+        self.counts, self.notes = DraftCounts(), tuple(notes)
         self._ngram, self._model, self._costs, self._length = ngram, model, costs, length
         self._account_s = 0.0
+        self._is_due = False  # ids were read before the pass that is to come
         self._token_s = 0.0  # what a token costs without drafts, in the pass under way
         self._under_way: dict[Row, list[Guess]] = {}
 
@@ -79,14 +80,12 @@ class Speculator:
         if costs is None:
             return True
         # the automaton has to be right with the id under way too, which nobody has read
-        by_ngram = best_lengths(
-            [_behind(self._ngram_guess(row, MAX_LENGTH + 1))[: row.most_drafts] for row in rows], costs
-        )
-        best = max(by_ngram, self._by_model(rows, costs), key=lambda lengths: lengths.rate)
-        plain_s = costs.of(len(rows))
-        if any(best.by_row) and best.seconds - plain_s <= self._account_s:
-            self._account_s -= costs.sync_s  # also where nothing is drafted, once the id is read
+        behind = [_behind(self._ngram_guess(row, MAX_DRAFTED + 1))[: row.most_drafts] for row in rows]
+        by_ngram = best_lengths(behind, costs, most_loss_s=self._account_s)
+        if any(by_ngram.by_row) or any(self._by_model([row.most_drafts for row in rows], costs, None).by_row):
+            self._is_due = True
             return True
+        plain_s = costs.of(len(rows))
         self._pay_in(_PAID_IN * plain_s, plain_s)
         if self._model is not None and self._account_s >= _LARGEST_ACCOUNT * plain_s:
             self._model.forget()  # it may be right again by now
@@ -99,7 +98,7 @@ class Speculator:
         sources = ["ngram"] * len(rows)
         drafting_s = 0.0
         if self._model is not None:
-            lengths = self._model_lengths(rows, guesses, rooms, most)
+            lengths = self._model_lengths(guesses, rooms, most)
             drafting_s = max(lengths) * (0.0 if self._costs is None else self._costs.draft_s)
             for place, drafted in enumerate(self._model.guess(rows, lengths)):
                 if drafted:
@@ -123,7 +122,7 @@ class Speculator:
 
     def _rooms(self, rows: Sequence[Row], most: int | None) -> list[int]:
         """Ids that may be drafted for each row."""
-        longest = MAX_LENGTH if self._length is None else self._length
+        longest = MAX_DRAFTED if self._length is None else self._length
         if most is not None and self._length is not None:
             longest = min(longest, most // len(rows))  # there is no price by which they could share
         return [min(row.most_drafts, longest) for row in rows]
@@ -131,50 +130,37 @@ class Speculator:
     def _ngram_guess(self, row: Row, n_most: int) -> list[Guess]:
         return [] if self._ngram is None or not row.most_drafts else self._ngram.guess(row, n_most)
 
-    def _by_model(self, rows: Sequence[Row], costs: PassCosts) -> Lengths:
-        """The best lengths of drafts that the model has still to make."""
-        expected = [] if self._model is None else self._model.expected(MAX_LENGTH)
-        return best_lengths([expected[: row.most_drafts] for row in rows], costs, are_to_draft=True)
+    def _by_model(self, rooms: Sequence[int], costs: PassCosts, most: int | None) -> Lengths:
+        """The best lengths of drafts that the model has still to make, in rows with room for so many ids each."""
+        expected = [] if self._model is None else self._model.expected(MAX_DRAFTED)
+        expecting = [expected[:room] for room in rooms]
+        return best_lengths(expecting, costs, most=most, most_loss_s=self._account_s, are_to_draft=True)
 
-    def _model_lengths(
-        self, rows: Sequence[Row], guesses: Sequence[list[Guess]], rooms: Sequence[int], most: int | None
-    ) -> list[int]:
+    def _model_lengths(self, guesses: Sequence[list[Guess]], rooms: Sequence[int], most: int | None) -> list[int]:
         """How many ids the model drafts for each row: none where the automaton promises more."""
         assert self._model is not None, "whoever asks has seen to it"
-        expected = self._model.expected(MAX_LENGTH)
-        costs, lengths = self._costs, [0] * len(rows)
-        by_model = [place for place, room in enumerate(rooms) if room]
+        costs = self._costs
         if costs is None:
-            for place in by_model:
-                n = rooms[place]
-                lengths[place] = n if _n_right(expected[:n]) > _n_right(_probabilities(guesses[place])) else 0
-            return lengths
-        by_model = [
-            place
-            for place in by_model
-            if best_lengths([expected[: rooms[place]]], costs, are_to_draft=True).rate
-            > best_lengths([_probabilities(guesses[place])], costs).rate
-        ]
-        best = best_lengths([expected[: rooms[place]] for place in by_model], costs, most=most, are_to_draft=True)
-        if best.seconds - costs.of(len(by_model) or 1) > self._account_s:
-            return lengths
-        for place, n in zip(by_model, best.by_row, strict=True):
-            lengths[place] = n
-        return lengths
+            expected = self._model.expected(MAX_DRAFTED)
+            pairs = list(zip(rooms, guesses, strict=True))
+            return [room if _n_right(expected[:room]) > _n_right(_probabilities(own)) else 0 for room, own in pairs]
+        by_ngram = [best_lengths([_probabilities(own)], costs, most_loss_s=self._account_s).rate for own in guesses]
+        by_model = [self._by_model([room], costs, None).rate for room in rooms]
+        left = [room if own > other else 0 for room, own, other in zip(rooms, by_model, by_ngram, strict=True)]
+        return self._by_model(left, costs, most).by_row
 
     def _paid(
         self, guesses: Sequence[list[Guess]], costs: PassCosts, drafting_s: float, most: int | None
     ) -> list[list[Guess]]:
-        """The guesses as long as they pay, with their cost taken from the account; none where it does not cover it."""
-        best = best_lengths([_probabilities(own) for own in guesses], costs, most=most)
+        """The guesses as long as they pay and the account covers that they are wrong; it is charged with that."""
         plain_s = costs.of(len(guesses))
-        loss_s = costs.of(len(guesses) + sum(best.by_row)) - plain_s
-        lengths = best.by_row
-        if loss_s + drafting_s > self._account_s + costs.sync_s:
-            lengths, loss_s = [0] * len(guesses), 0.0
-        self._account_s -= loss_s + drafting_s
+        covered_s = self._account_s - drafting_s
+        best = best_lengths([_probabilities(own) for own in guesses], costs, most=most, most_loss_s=covered_s)
+        sync_s = costs.sync_s if self._is_due and not any(best.by_row) else 0.0  # waited for nothing
+        self._account_s -= best.seconds - plain_s + drafting_s + sync_s
+        self._is_due = False
         self._token_s = plain_s / len(guesses)
-        return [own[:n] for own, n in zip(guesses, lengths, strict=True)]
+        return [own[:n] for own, n in zip(guesses, best.by_row, strict=True)]
 
     def _pay_in(self, seconds: float, plain_s: float) -> None:
         self._account_s = min(self._account_s + seconds, _LARGEST_ACCOUNT * max(plain_s, seconds))

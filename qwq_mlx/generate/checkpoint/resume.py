@@ -17,16 +17,16 @@ import mlx.core as mx
 from qwq_mlx.engine.row import check_ids
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.json_dataclass import shown
-from qwq_mlx.generate.checkpoint.file import model_digest
+from qwq_mlx.generate.checkpoint.file import model_digest, read_checkpoint
 from qwq_mlx.generate.checkpoint.inspected_steps import HIDDEN
-from qwq_mlx.generate.checkpoint.state import RunState
+from qwq_mlx.generate.checkpoint.state import RunState, read_state
 from qwq_mlx.generate.request import resolved
 from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
 from qwq_mlx.model.memory.plan import KV_GROUP
 from qwq_mlx.options import Limits, from_json
 
-__all__ = ["check_saved", "opened", "raised", "with_room", "within"]
+__all__ = ["check_saved", "opened", "raised", "read_saved", "with_room", "within"]
 
 _Form = tuple[str, tuple[int, ...]]  # type and shape of an array
 _GOES_ON = (None, "interrupted", "length", "context_full")
@@ -53,6 +53,19 @@ def check_saved(
             "resume(..., logits_processors=[...])."
         )
     _check_arrays(state, arrays, model, path)
+
+
+def read_saved(
+    path: Path, model: LoadedModel, *, has_processors: bool, answer_now: bool
+) -> tuple[RunState, dict[str, mx.array]]:
+    """The state of a saved run that this model can go on with, and the arrays of its file; see `check_saved`, `opened`.
+
+    Raises SourceError for a file that is damaged too.
+    """
+    value, arrays = read_checkpoint(path)
+    state = read_state(value, path=path)
+    check_saved(state, arrays, model, has_processors=has_processors, path=path)
+    return opened(state, model, path=path, answer_now=answer_now), arrays
 
 
 def opened(state: RunState, model: LoadedModel, *, path: Path, answer_now: bool) -> RunState:

@@ -165,6 +165,7 @@ class QuestionFile:
             width=width,
             planned_bytes=self._plan.peak_bytes,
             ask_answer=self._asks,
+            drafts=self._reasoner.drafts,
         ) as scheduler:
             while order or (to_come and not self.is_stopped):
                 while to_come and not self.is_stopped and scheduler.has_room and len(order) < _MAX_AHEAD * width:

@@ -23,7 +23,10 @@ from qwq_mlx.model.memory.activations import CACHE_STEP, logits_bytes, n_positio
 from qwq_mlx.model.memory.sizes import bytes_of_float, bytes_of_pass, kv_bytes_per_token, weights_bytes
 from qwq_mlx.model.memory.workload import Backend, ModelShape, Workload
 
-__all__ = ["batch_bytes", "speculative_bytes"]
+__all__ = ["MAX_DRAFTED", "batch_bytes", "speculative_bytes"]
+
+MAX_DRAFTED = 15
+"""Ids that this package drafts for a row at a time, at most."""
 
 _CHECKS_BEFORE = 1  # of a draft, whose log-probabilities are still held in a step
 
@@ -43,8 +46,15 @@ def batch_bytes(config: Qwen2Config, workload: Workload, context: int, backend: 
 def speculative_bytes(
     config: Qwen2Config, draft: ModelShape, workload: Workload, context: int, backend: Backend
 ) -> int:
-    """Both caches and the draft model's weights, and the largest pass of either model."""
+    """Both caches and the draft model's weights, and the largest pass of either model.
+
+    Of several sequences each has a cache in both models, and drafts in the pass that they share.
+    """
     draft_bytes = weights_bytes(draft.config, draft.packed, bytes_of_float(workload, backend))
+    if workload.n_sequences > 1:
+        drafted = workload.n_sequences * workload.n_draft * (logits_bytes(config) + sampler_bytes(config))
+        both = batch_bytes(config, workload, context, backend) + drafted
+        return draft_bytes + both + workload.n_sequences * _cache_bytes(draft.config, workload, context, backend)
     draft_bytes += sum(_cache_bytes(each, workload, context, backend) for each in (config, draft.config))
     rows = (1 + workload.n_draft) * _row_bytes(config, workload, backend)
     return draft_bytes + max(

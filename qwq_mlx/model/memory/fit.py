@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from qwq_mlx.errors import FitError
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.memory.advice import SMALL_STEP, cheapest_change
+from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
 from qwq_mlx.model.memory.plan import Backend, MemoryPlan, ModelShape, Workload, can_quantize, plan_memory
 from qwq_mlx.options import Limits
 
@@ -38,10 +39,11 @@ def fitted(
     limit_bytes: int | None,
     backend: Backend,
     compute_type: str | None = None,
+    draft: ModelShape | None = None,
 ) -> Fitted:
     """The limits that this machine can keep. limit_bytes: what the device gives; None forces whatever is asked.
 
-    compute_type: None picks by backend.
+    compute_type: None picks by backend. draft: a draft model that is loaded beside it.
 
     Raises FitError where nothing, or not the context asked for, fits; OptionError for a context beyond the model's.
     """
@@ -50,7 +52,12 @@ def fitted(
     def planned(limits: Limits) -> MemoryPlan:
         kv_bits = None if limits.kv_bits == "auto" else limits.kv_bits
         workload = Workload(
-            context=limits.context, kv_bits=kv_bits, prefill_step=limits.prefill_step, compute_type=compute_type
+            context=limits.context,
+            kv_bits=kv_bits,
+            prefill_step=limits.prefill_step,
+            compute_type=compute_type,
+            draft=draft,
+            n_draft=MAX_DRAFTED,
         )
         return plan_memory(model, workload, limit_bytes=limit_bytes, backend=backend)
 

@@ -236,7 +236,7 @@ def _plan(
     batch = batch_bytes(config, workload, context, backend) - alone if workload.n_sequences > 1 else 0
     speculative = 0
     if workload.draft is not None:
-        speculative = speculative_bytes(config, workload.draft, workload, context, backend) - alone
+        speculative = speculative_bytes(config, workload.draft, workload, context, backend) - alone - batch
     return MemoryPlan(
         backend=backend,
         workload=workload,

@@ -42,7 +42,7 @@ class Workload:
     compute_type: "float32" or "bfloat16"; None picks by backend.
     draft: a smaller model that guesses n_draft ids at a time, which the model then checks in one pass.
     n_draft: ids that it guesses at a time.
-    A draft model is planned as mlx-lm decodes with one, which does not do so for several sequences: OptionError.
+    With one sequence a draft model is planned as mlx-lm decodes with one, which is what this package does at most.
     """
 
     context: int | None = None
@@ -68,8 +68,3 @@ class Workload:
             raise OptionError(f"kv_bits is {self.kv_bits!r}, expected None, 8 or 4.")
         if self.compute_type not in (None, *FLOAT_BYTES):
             raise OptionError(f"compute_type is {self.compute_type!r}, expected None, float32 or bfloat16.")
-        if self.n_sequences > 1 and self.draft is not None:
-            raise OptionError(
-                f"n_sequences is {self.n_sequences:,} beside a draft model, which mlx-lm has for one sequence alone. "
-                "Plan one of the two."
-            )
