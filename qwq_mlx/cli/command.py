@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.options import Limits
 
-__all__ = ["Command", "add_output", "end_verification", "load_reasoner", "make_parser", "run_command"]
+__all__ = ["Command", "add_output", "end_verification", "load_reasoner", "make_parser", "note_drafts", "run_command"]
 
 _FIRST_WORD = re.compile(r"^(\w+)(?= )()")
 _QUOTED = re.compile(r"`(\w+)(=True|=False)?`")
@@ -189,6 +189,12 @@ def load_reasoner(
     if warning is not None and warns_of_template:
         command.note(f"warning: {warning}")
     return reasoner
+
+
+def note_drafts(command: Command, reasoner: Reasoner) -> None:
+    """Say what came of drafting, where there was any."""
+    if reasoner.drafts is not None:
+        command.note(reasoner.drafts.summary)
 
 
 def end_verification(command: Command, reasoner: Reasoner) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qwq_mlx.cli.command import Command, end_verification, load_reasoner
+from qwq_mlx.cli.command import Command, end_verification, load_reasoner, note_drafts
 from qwq_mlx.cli.generate_flags import RunOptions
 from qwq_mlx.default_model import choose_model
 
@@ -68,6 +68,7 @@ def answer_by_vote(command: Command, prompt: str, asked: RunOptions) -> int:
     for place, reason in vote.failures.items():
         command.warn(f"sample {place} failed: {reason}")
     command.note(_summary(vote))
+    note_drafts(command, reasoner)
     end_verification(command, reasoner)
     if vote.stopped == "interrupted":
         command.warn("interrupted: the samples under way are not counted")

@@ -78,7 +78,7 @@ def best_lengths(
     are_to_draft: each place costs costs.draft_s more.
 
     >>> cheap, dear = PassCosts(by_rows=(1.0, 1.1, 1.2), sync_s=0.1), PassCosts(by_rows=(1.0, 2.0, 3.0), sync_s=0.1)
-    >>> best_lengths([[0.8, 0.2]], cheap).by_row, best_lengths([[0.8, 0.2]], dear).by_row
+    >>> best_lengths([[0.8, 0.1]], cheap).by_row, best_lengths([[0.8, 0.1]], dear).by_row
     ([1], [0])
     """
     reached = []

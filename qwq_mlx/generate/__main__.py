@@ -14,7 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwq_mlx.cli.command import Command, add_output, end_verification, load_reasoner, make_parser, run_command
+from qwq_mlx.cli.command import (
+    Command,
+    add_output,
+    end_verification,
+    load_reasoner,
+    make_parser,
+    note_drafts,
+    run_command,
+)
 from qwq_mlx.cli.generate_flags import (
     RunOptions,
     add_limits,
@@ -190,6 +198,7 @@ def _batch(command: Command, asked: RunOptions) -> int:
                 reached = batch.work(progress)
         finally:
             interruption.run = None
+    note_drafts(command, reasoner)
     end_verification(command, reasoner)
     if batch.is_stopped and reached.n_done < reached.n_total:
         command.warn(
@@ -260,6 +269,7 @@ def _answer(command: Command, prompt: str | None, asked: RunOptions, choice: Cho
         reasoner.receipt(trace).save(options.receipt)
     if not command.is_quiet or trace.finish_reason not in ("stop", "answered") or trace.asked is not None:
         command.warn(summary_line(trace, is_saved=is_saved))
+    note_drafts(command, reasoner)
     end_verification(command, reasoner)
     return interruption.exit_code if trace.finish_reason == "interrupted" else 0
 
