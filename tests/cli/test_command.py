@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--workers", type=int, dest="n_workers")
     made.add_argument("--force", action="store_true")
     made.add_argument("--quality")
-    made.set_defaults(model=None, no_verify=False, chat_template=None, follow_links=False)
+    made.set_defaults(
+        model=None, no_verify=False, chat_template=None, follow_links=False, draft=None, draft_length=None
+    )
     made.add_argument("--no-quality", action="store_true")
     return made
 
@@ -121,7 +123,8 @@ def test_on_cuda_the_wait_for_kernels_is_told(
     backend: str, is_told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     tokenizer = SimpleNamespace(chat_template=None)
-    loaded = SimpleNamespace(model=SimpleNamespace(warnings=(), tokenizer=tokenizer, has_manifest=False))
+    model = SimpleNamespace(warnings=(), tokenizer=tokenizer, has_manifest=False)
+    loaded = SimpleNamespace(model=model, drafts=None)
     monkeypatch.setattr("qwq_mlx.generate.reasoner.load", lambda *_, **__: loaded)
     monkeypatch.setattr("qwq_mlx.model.device.backend_name", lambda: backend)
     monkeypatch.setattr("qwq_mlx.default_model.ready_model", lambda *_: tmp_path)
