@@ -10,6 +10,7 @@ Does not: convert, fetch data, or rank models by one number.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import secrets
 import sys
@@ -201,6 +202,7 @@ def _answer(command: Command, evaluation: Evaluation, model: CheckedModel) -> in
             interruption.run = None
     end_verification(command, reasoner)
     del batch, reasoner
+    gc.collect()  # a run and its caches know each other
     import_mlx().clear_cache()  # the next model is loaded where this one was
     if reached.n_done < reached.n_total and interruption.exit_code:
         command.warn(f"interrupted: {reached.n_done:,} of {reached.n_total:,} samples; run it again to go on")

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import weakref
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -138,7 +139,9 @@ def test_a_folder_cut_at_any_byte_ends_up_the_same(home: Path, tmp_path: Path, m
     """Traces cut between and within lines, rows missing, stale or there, reports missing: as after a kill -9."""
     whole, loaded = home / "whole", list[Any]()
     make = Reasoner.__init__
-    monkeypatch.setattr(Reasoner, "__init__", lambda *args, **named: (loaded.append(1), make(*args, **named))[1])
+    monkeypatch.setattr(
+        Reasoner, "__init__", lambda it, *args, **named: (loaded.append(weakref.ref(it)), make(it, *args, **named))[1]
+    )
     good = (whole / "checkpoint.traces.jsonl").read_bytes()
     ends = [place + 1 for place, byte in enumerate(good) if byte == 10]
     rng = random.Random(1)
@@ -158,6 +161,7 @@ def test_a_folder_cut_at_any_byte_ends_up_the_same(home: Path, tmp_path: Path, m
             good[: good[:cut].rfind(b"\n") + 1]
         ), "what was there is not drawn again"
     assert len(loaded) == 2, "where every sample is there no model is loaded"
+    assert not any(reasoner() for reasoner in loaded), "each model has left the memory"
 
 
 def test_an_interrupted_run_reports_what_there_is_and_goes_on(
