@@ -35,8 +35,8 @@ def page(summary: Summary) -> str:
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n",
             f"<style>{PAGE_STYLE}pre {{ overflow-x: auto; }} pre code {{ white-space: pre; }}</style>\n",
             f"<h1>{title}</h1>\n",
-            f'<p class="soft">{summary.n_problems:,} problems, {summary.samples:,} of each by '
-            f"{len(summary.models):,} models</p>\n",
+            f'<p class="soft">problems: {summary.n_problems:,}; samples of each: {summary.samples:,}; '
+            f"models: {len(summary.models):,}</p>\n",
             f'<div class="plots">{figures}</div>\n',
             f"<h2>Tables</h2>\n<pre><code>{escape(printable(summary_text(summary), keep=chr(10)))}</code></pre>\n",
             _disputed(summary),

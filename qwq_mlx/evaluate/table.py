@@ -154,15 +154,14 @@ def _groups(title: str, groups: Mapping[str, Sequence[Group]]) -> Iterator[str]:
 
 
 def _comparison(comparison: Comparison) -> Iterator[str]:
-    is_significant = comparison.p < 0.05
     yield ""
     yield (
         f"{comparison.second} against {comparison.first}, {comparison.n_problems:,} problems: "
         f"{100 * comparison.difference:+.1f} points "
         f"({100 * comparison.interval.low:+.1f} to {100 * comparison.interval.high:+.1f}), p = {comparison.p:.2g} "
-        f"({comparison.test}){', significant at 5 %' if is_significant else ', not significant'}; "
-        f"the smallest difference that so many problems show: {100 * comparison.detectable:.1f} points"
+        f"({comparison.test}), {'' if comparison.p < 0.05 else 'not '}significant at 5 %"
     )
+    yield f"  the smallest difference that so many problems show: {100 * comparison.detectable:.1f} points"
     for who, ids in ((comparison.first, comparison.only_first), (comparison.second, comparison.only_second)):
         shown = ", ".join(map(str, ids[:_MAX_IDS])) + (
             f", and {len(ids) - _MAX_IDS:,} more" if len(ids) > _MAX_IDS else ""
