@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import encode_floats, safetensors_bytes, write_tiny_checkpoint
@@ -186,6 +187,22 @@ def test_a_recipe_of_the_very_packing_keeps_the_codes(mixed: Path, tmp_path: Pat
     assert manifest.gguf is not None
     kept = {each["type"] for each in manifest.gguf["tensors"].values() if each["is_repacked"]}
     assert kept == {"Q4_0", "Q4_1", "Q4_K"}
+
+
+@pytest.mark.parametrize(("scale_dtype", "computed"), [(None, mx.bfloat16), ("float16", mx.float32)])
+def test_mlx_lm_loads_it_and_never_computes_in_float16(
+    mixed: Path, tmp_path: Path, scale_dtype: str | None, computed: mx.Dtype
+) -> None:
+    """Bits of five widths and groups of two sizes; in float32 both programs have the very same logits."""
+    from mlx_lm.utils import load_model as load_by_mlx_lm
+
+    convert_checkpoint(mixed, tmp_path / "out", scale_dtype=scale_dtype)
+    theirs, _ = load_by_mlx_lm(tmp_path / "out")
+    ids = mx.array([[1, 2, 3]])
+    assert theirs.model(ids).dtype == computed
+    if computed == mx.float32:
+        ours = load_model(tmp_path / "out", compute_type="float32").module(ids, None)
+        assert mx.array_equal(ours, theirs(ids))
 
 
 @pytest.mark.pocket
