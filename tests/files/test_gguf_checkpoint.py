@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_files import entry_of, gguf_bytes, metadata_of, weights_of, write_gguf
+from gguf_files import entry_of, gguf_bytes, metadata_of, weights_of
 
-from qwq_mlx.errors import SourceError
+from qwq_mlx.errors import QwqError, SourceError
 from qwq_mlx.files.checkpoint import Checkpoint, open_checkpoint
 from qwq_mlx.files.gguf.checkpoint import open_gguf
+from qwq_mlx.files.gguf.header import read_gguf_header
 from qwq_mlx.files.gguf.settings import model_name
 from qwq_mlx.files.gguf.stores import GgufFile
 from qwq_mlx.files.gguf.tokenizer import make_tokenizer, tokens_of
@@ -37,8 +38,18 @@ def refused(path: Path, message: str) -> None:
 
 @pytest.fixture
 def gguf(known_checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes the known checkpoint as a GGUF, its metadata changed."""
-    return lambda **changes: write_gguf(known_checkpoint, tmp_path / "model.gguf", **changes)
+    """Writes the known checkpoint as a GGUF, its metadata changed; None drops a key."""
+    tensors = {
+        name: entry_of(each, "F32" if each.ndim == 1 else "BF16") for name, each in weights_of(known_checkpoint).items()
+    }
+    metadata, path = metadata_of(known_checkpoint), tmp_path / "model.gguf"
+
+    def write(**changes: Any) -> Path:
+        changed = {key: value for key, value in {**metadata, **changes}.items() if value is not None}
+        path.write_bytes(gguf_bytes(changed, tensors))
+        return path
+
+    return write
 
 
 def test_names_shapes_config_and_tokenizer_are_the_checkpoints(
@@ -168,6 +179,29 @@ def test_parts_that_are_missing_or_of_another_model_are_named(split: list[Path])
     refused(split[0], "1 of the 3 files of the model are missing: model-00003-of-00003.gguf. Fetch them into the same")
     lone = split[1].rename(split[1].with_name("lone.gguf"))
     refused(lone, "general.architecture is None")
+
+
+ODD: tuple[Any, ...] = (
+    0, 1, 4, (10, 2**63), (11, -1), float("nan"), float("inf"), 1.5, 1e30, True, "", "yarn", "x" * 500, b"\xff",
+    ["a", "b"], [1, 2], [1] * 320, ["a b"] * 5, "{{ bad",
+)  # fmt: skip
+
+
+def test_100_odd_values_in_the_metadata_end_in_our_own_errors_or_are_taken(gguf: Callable[..., Path]) -> None:
+    choose, keys = random.Random(5), [*read_gguf_header(gguf()).metadata, *read_gguf_header(gguf()).array_lengths]
+    keys += ["qwen2.rope.scaling.type", "qwen2.attention.key_length", "general.sampling.temp", "split.count"]
+    n_refused = 0
+    for _ in range(100):
+        path = gguf(**{choose.choice(keys): choose.choice(ODD)})
+        try:
+            made = opened(path)
+            config = Qwen2Config.from_json(made.config, where="config.json")
+            load_tokenizer(made.folder, vocab_size=config.vocab_size)
+            read_generation_defaults(made.folder, vocab_size=config.vocab_size)
+        except QwqError as error:
+            assert "\n" not in str(error)
+            n_refused += 1
+    assert 40 < n_refused < 100
 
 
 def qwq(**general: str) -> dict[str, str]:
