@@ -139,6 +139,12 @@ def _run(command: Command, task: Task, samples: int, choices: Mapping[str, Choic
         chat_template=template,
         follow_links=options.follow_links,
     )
+    for model in models:
+        if options.temperature is None and not model.names_sampling:
+            command.warn(
+                f"warning: {model.label} names no sampling (generation_config.json), so it draws at temperature 1. "
+                "QwQ's card has --temp 0.7 --top-p 0.8 --top-k 20"
+            )
     setup = _setup(command, task, template, output)
     evaluation, is_there = begin(output, task, setup, samples=samples, models=models)
     code = 0

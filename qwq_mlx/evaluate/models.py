@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwq_mlx.default_model import Choice
-from qwq_mlx.errors import OptionError
+from qwq_mlx.errors import OptionError, PromptError
 from qwq_mlx.generate.checkpoint.file import model_digest
 from qwq_mlx.model.architecture import tensor_shapes
-from qwq_mlx.model.folder import open_model_folder
+from qwq_mlx.model.folder import ModelFolder, open_model_folder
+from qwq_mlx.model.generation_config import read_generation_defaults
 from qwq_mlx.model.prompt import prompt_ids
 from qwq_mlx.model.tokenizer import check_same_tokenizer, load_tokenizer
 
@@ -35,6 +36,7 @@ class CheckedModel:
     size_bytes: of its tensors.
     bits_per_weight: scales included.
     context: positions it was made for.
+    names_sampling: its generation_config.json says at which temperature to draw.
     n_prompt: tokens of the prompt that one problem makes, which bounds what its chat template adds to any.
     """
 
@@ -45,6 +47,7 @@ class CheckedModel:
     size_bytes: int
     bits_per_weight: float
     context: int
+    names_sampling: bool
     n_prompt: int
 
 
@@ -92,7 +95,10 @@ def check_models(
         check_same_tokenizer(*first, files.path, tokenizer)
         if chat_template is not None:
             tokenizer = replace(tokenizer, chat_template=chat_template)
-        n_prompt = len(prompt_ids(tokenizer, question, system_prompt=system_prompt, context=_MAX_PROMPT))
+        try:
+            n_prompt = len(prompt_ids(tokenizer, question, system_prompt=system_prompt, context=_MAX_PROMPT))
+        except PromptError as error:
+            raise PromptError(f"{files.path}: {error}") from error
         n_weights = sum(math.prod(shape) for shape in tensor_shapes(files.config).values())
         checked.append(
             CheckedModel(
@@ -103,7 +109,12 @@ def check_models(
                 size_bytes=files.checkpoint.tensor_bytes,
                 bits_per_weight=8 * files.checkpoint.tensor_bytes / n_weights,
                 context=files.config.max_position_embeddings,
+                names_sampling=_names_sampling(files),
                 n_prompt=n_prompt,
             )
         )
     return checked
+
+
+def _names_sampling(files: ModelFolder) -> bool:
+    return read_generation_defaults(files.path, vocab_size=files.config.vocab_size).temperature is not None

@@ -239,6 +239,32 @@ def test_bad_input_is_named_before_a_weight_is_loaded_and_leaves_nothing(
     assert sorted(path.name for path in home.iterdir()) == ["sums.jsonl", "whole"], "and no lock"
 
 
+def test_a_model_without_sampling_or_template_is_told_before_it_is_loaded(
+    home: Path,
+    known_checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise SourceError("stopped before it is loaded.")
+
+    monkeypatch.setattr(Reasoner, "__init__", stopped)
+    folder = tmp_path / "model"
+    shutil.copytree(known_checkpoint, folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    code, _, err = run(capsys, *command(home, "new", folder))
+    assert (
+        code == 1 and "warning: model names no sampling (generation_config.json), so it draws at temperature 1" in err
+    )
+    assert "names no sampling" not in run(capsys, *command(home, "new", folder), "--temp", "0.7")[2]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    code, _, err = run(capsys, *command(home, "new", folder))
+    assert code == 1 and f"{folder}: The model folder has no chat template" in err and not (home / "new").exists()
+
+
 def test_damaged_files_are_named(home: Path, tmp_path: Path) -> None:
     for name, old, new, message in (
         ("evaluation.json", b'"samples": 2', b'"samples": 3', "the sha256 does not fit"),
