@@ -146,12 +146,12 @@ def _run(command: Command, task: Task, samples: int, choices: Mapping[str, Choic
                 "QwQ's card has --temp 0.7 --top-p 0.8 --top-k 20"
             )
     setup = _setup(command, task, template, output)
-    evaluation, is_there = begin(output, task, setup, samples=samples, models=models)
+    evaluation, has_begun = begin(output, task, setup, samples=samples, models=models)
     code = 0
     for model in models:
-        if not (is_there and is_complete(evaluation, model.label)):
+        if not (has_begun and is_complete(evaluation, model.label)):
             code = _answer(command, evaluation, model)
-            is_there = True
+            has_begun = True
         if code:
             break
     _show(command, evaluation)
@@ -168,8 +168,8 @@ def _setup(command: Command, task: Task, template: str | None, output: Path) -> 
     asked = checked_options(vars(options))
     seed = asked.sampling.seed
     if seed is None:
-        is_there = (output / "evaluation.json").exists()
-        seed = read_evaluation(output).setup.seed if is_there else secrets.randbits(32)
+        has_begun = (output / "evaluation.json").exists()
+        seed = read_evaluation(output).setup.seed if has_begun else secrets.randbits(32)
     return Setup(
         task=task.name,
         problems_sha256=task.sha256,

@@ -134,18 +134,18 @@ def begin(
         return Evaluation(
             folder=folder, setup=setup, samples=samples, models=tuple(named), problems=task.problems
         ), False
-    there = read_evaluation(folder)
-    if differing := _differing(asdict(there.setup), asdict(setup)):
+    existing = read_evaluation(folder)
+    if differing := _differing(asdict(existing.setup), asdict(setup)):
         raise OptionError(
             f"{folder}: was begun with other values: {'; '.join(differing)}. Run it with the same, or choose another "
             "output."
         )
-    if samples < there.samples:
+    if samples < existing.samples:
         raise OptionError(
-            f"samples is {samples:,}, {folder} has {there.samples:,} of each problem. Ask for at least as many, or "
+            f"samples is {samples:,}, {folder} has {existing.samples:,} of each problem. Ask for at least as many, or "
             "choose another output."
         )
-    known = {model.label: model for model in there.models}
+    known = {model.label: model for model in existing.models}
     for model in named:
         if model.label in known and known[model.label].sha256 != model.sha256:
             raise OptionError(
@@ -153,7 +153,7 @@ def begin(
                 f"{known[model.label].sha256[:12]}…, now {model.sha256[:12]}…). Choose another output."
             )
     added = [model for model in named if model.label not in known]
-    return replace(there, samples=samples, models=(*there.models, *added)), True
+    return replace(existing, samples=samples, models=(*existing.models, *added)), True
 
 
 def write_evaluation(evaluation: Evaluation) -> None:
@@ -213,20 +213,20 @@ def read_evaluation(folder: Path) -> Evaluation:
     )
 
 
-def _differing(there: Any, asked: Any, name: str = "") -> list[str]:
+def _differing(existing: Any, asked: Any, name: str = "") -> list[str]:
     """Each value that differs, by its name, as deep as both have objects."""
-    if isinstance(there, Mapping) and isinstance(asked, Mapping):
+    if isinstance(existing, Mapping) and isinstance(asked, Mapping):
         prefix = f"{name}." if name and name != "settings" else ""
         return [
             each
-            for key in sorted(there.keys() | asked.keys())
-            for each in _differing(there.get(key), asked.get(key), f"{prefix}{key}")
+            for key in sorted(existing.keys() | asked.keys())
+            for each in _differing(existing.get(key), asked.get(key), f"{prefix}{key}")
         ]
-    if json.dumps(there) == json.dumps(asked):
+    if json.dumps(existing) == json.dumps(asked):
         return []
     if name == "problems_sha256":
         return ["the problems (file, offset, limit or levels)"]
-    return [f"{name} is {_short(asked)}, was {_short(there)}"]
+    return [f"{name} is {_short(asked)}, was {_short(existing)}"]
 
 
 def _short(value: object) -> str:

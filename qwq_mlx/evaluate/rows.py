@@ -88,16 +88,16 @@ def judged_rows(evaluation: Evaluation, label: str, progress: Callable[[int], No
     progress: told how many rows are there.
     Raises SourceError for a damaged file; SavingError where the disk does not take the rows.
     """
-    there = _read_rows(evaluation.rows(label))
+    judged = _read_rows(evaluation.rows(label))
     rows: list[Row] = []
     new: list[tuple[int, Trace | None]] = []
     for line, trace in read_traces(evaluation.traces(label)) if evaluation.traces(label).exists() else ():
         place = line["index"]
         if place >= len(evaluation.problems) * evaluation.samples:
             break
-        kept = there.get(place)
-        if kept is not None and kept.ending != "failed":  # what failed for lack of memory may be there by now
-            rows.append(kept)
+        row = judged.get(place)
+        if row is not None and row.ending != "failed":  # what failed for lack of memory may be there by now
+            rows.append(row)
             continue
         rows.append(_row(evaluation, label, line, trace))
         new.append((place, trace))

@@ -106,9 +106,9 @@ def read_task(
     task = _named(name, data) if name in NAMED_TASKS else _file(name, data)
     if offset < 0 or (limit is not None and limit < 1):
         raise OptionError(f"offset {offset} and limit {limit} select nothing, expected at least 0 and at least 1.")
-    there = {problem.level for problem in task.problems}
-    if missing := [level for level in levels if level not in there]:
-        known = ", ".join(sorted(there - {""})) or "none"
+    known_levels = {problem.level for problem in task.problems}
+    if missing := [level for level in levels if level not in known_levels]:
+        known = ", ".join(sorted(known_levels - {""})) or "none"
         raise OptionError(f"levels names {missing[0]!r}, expected some of the levels of {name}: {known}.")
     problems = [problem for problem in task.problems if not levels or problem.level in levels]
     problems = problems[offset : None if limit is None else offset + limit]

@@ -23,8 +23,8 @@ def _is_same(left: str, right: str) -> bool:
 
 
 def _holds(text: str, answer: str) -> bool | None:
-    found = _read(text)
-    return _verified(_read(f"${answer}$"), found) if found else None
+    candidates = _read(text)
+    return _verified(_read(f"${answer}$"), candidates) if candidates else None
 
 
 def _read(text: str) -> list[Any]:
