@@ -27,6 +27,7 @@ from qwq_mlx.errors import NotFiniteError, OptionError
 from qwq_mlx.model.attention import joined
 from qwq_mlx.model.blas import uses_blas
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
+from qwq_mlx.model.products import most_rows_alike
 
 __all__ = ["Decoder"]
 
@@ -47,7 +48,7 @@ class Decoder:
         self.n_ids = n_ids
         self._module = module
         self._uses_blas = uses_blas(module)
-        self._max_rows = (MIN_BLAS_ROWS - 1 if self._uses_blas else 1) if reproducible else None
+        self._max_rows = most_rows_alike(module) if reproducible else None
         self._taps = ActivationTaps(module)
         self._drafts = drafts
         # a draft's rows feed several ids, and would leave the batch at each pass

@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from qwq_mlx.model.blas import Blas, causal_attention
+from qwq_mlx.model.blas import Blas, causal_attention, uses_blas
+from qwq_mlx.model.kernels.few_row_matmul import MAX_ROWS
+from qwq_mlx.model.kernels.layers import uses_few_row_kernels
 from qwq_mlx.model.load import ComputeType
+from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.upstream import import_mlx
 
-__all__ = ["Rows", "attention", "linear_product"]
+__all__ = ["Rows", "attention", "linear_product", "most_rows_alike"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +67,10 @@ def linear_product(x: Any, weight: Any) -> Any:
     """x @ weight.T of float32 as layers compute it on this backend; to time it."""
     mx = import_mlx()
     return Blas(weight)(x) if mx.default_device().type == mx.cpu else x @ weight.T
+
+
+def most_rows_alike(module: Any) -> int:
+    """Rows that a pass of a model may have so that each gets the bits that it gets alone."""
+    if uses_blas(module):
+        return MIN_BLAS_ROWS - 1
+    return MAX_ROWS if uses_few_row_kernels(module) else 1

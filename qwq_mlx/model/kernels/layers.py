@@ -30,7 +30,7 @@ from qwq_mlx.model.kernels.few_row_matmul import (
 )
 from qwq_mlx.model.upstream import import_mlx_lm
 
-__all__ = ["few_row_kernels_run", "use_few_row_kernels"]
+__all__ = ["few_row_kernels_run", "use_few_row_kernels", "uses_few_row_kernels"]
 
 _MIN_CAPABILITY = 8  # cp.async, and products of bfloat16
 
@@ -54,6 +54,12 @@ def use_few_row_kernels(module: Any) -> None:
         how = _common_tiling((each,), has_bias=None)
         if how is not None:
             each.how, each.__class__ = how, _FewRowLinear
+
+
+def uses_few_row_kernels(module: Any) -> bool:
+    """Whether the kernels multiply by every matrix of a model, its output matrix among them."""
+    head = None if module.args.tie_word_embeddings else module.lm_head
+    return isinstance(head, _FewRowLinear) and all(type(layer) is _block_class() for layer in module.layers)
 
 
 @dataclass(frozen=True, slots=True)

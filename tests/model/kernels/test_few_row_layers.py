@@ -15,6 +15,7 @@ from qwq_mlx.model.attention import joined
 from qwq_mlx.model.kernels import few_row_matmul, layers
 from qwq_mlx.model.kernels.few_row_matmul import PackedMatrix, Tiling, shared_bytes, tiling
 from qwq_mlx.model.layout import Packing
+from qwq_mlx.model.products import most_rows_alike
 
 CONFIG = Qwen2Config(
     hidden_size=256,
@@ -118,3 +119,11 @@ def test_the_warps_of_a_block_cover_every_run_within_the_limits_of_a_block(n_in:
     # alignment of a copy of 16, 8 or 4 bytes of scales, and of 16 bytes of codes
     assert n_in // group_size % how.groups_a_run == 0 and how.groups_a_run * group_size % 64 == 0
     assert all(shared_bytes(how, n_rows) <= 99 << 10 for n_rows in (1, few_row_matmul.MAX_ROWS))
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_32_rows_of_exchanged_layers_are_computed_alike_and_of_others_one() -> None:
+    ours, theirs = _module()
+    assert (most_rows_alike(ours), most_rows_alike(theirs)) == (32, 1)
+    ours.lm_head.__class__ = type(theirs.lm_head)
+    assert most_rows_alike(ours) == 1
