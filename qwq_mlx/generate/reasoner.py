@@ -63,8 +63,7 @@ def load(
     verify: compare a conversion with its manifest in the background; see `Reasoner.wait_for_verification`.
     chat_template: a file of jinja text that writes the prompts in place of the folder's template.
     follow_links: read shards that links out of the folder lead to, on another disk say.
-    reproducible: a row draws the very ids that it draws alone; at most 7 rows share a pass on the CPU, 32 on an NVIDIA
-      GPU where all matrices are of 4 bits, else one.
+    reproducible: a row draws the very ids that it draws alone; at most 7 rows share a pass on the CPU, 32 on CUDA.
     draft: who guesses ids that a pass then checks, which changes no id: "ngram", the texts so far; the folder of a
       small model of the same tokenizer; "auto", that of $QWQ_MLX_DRAFT or else "ngram". None: nobody.
     draft_length: ids to guess, whatever they cost; None as many as are measured to pay, often none.
