@@ -30,6 +30,7 @@ _WORD = re.compile(r"[^\W_]+")
 _PROSE = re.compile(r"[A-Za-z]{2}|[^\x00-\x7f\W\d_]")  # two letters, or one of another script
 _NUMBER = re.compile(r"(?<![\d.])\d{1,4}(?![\d.]*\d)")
 _COMMA = re.compile(r"(?<=\d),(?=\d{3}\b)")  # of "1,000"
+_FRACTION = re.compile(r"\\[dt]?frac\s?\{[^{}]*\}\s?\{[^{}]*\}")  # its numbers say nothing of how long a text is to be
 _MAX_ASKED = 4096  # a larger number in a question is rarely how often something is to be written
 _MAX_DATA_LINE = 1024  # the steps from 27 down to 1 (3n + 1) are 600 tokens on one line
 _MAX_UNBROKEN = 399  # tokens; 2^1000 has 302 digits, a key of 2,048 bits is about as long in base64
@@ -122,9 +123,9 @@ class LoopDetector:
     """
 
     def __init__(self, options: LoopOptions | None = None, *, question: str = "") -> None:
-        """question: its largest number is how often numbers and cells may come back."""
+        """question: its largest number outside of fractions is how often numbers and cells may come back."""
         self._options = options or LoopOptions()
-        numbers = (int(number) for number in _NUMBER.findall(_COMMA.sub("", question)))
+        numbers = (int(number) for number in _NUMBER.findall(_COMMA.sub("", _FRACTION.sub(" ", question))))
         self._n_asked = max((number for number in numbers if number <= _MAX_ASKED), default=0)
         self.reset()
         self._n_tokens = 0

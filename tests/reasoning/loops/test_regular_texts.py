@@ -116,6 +116,17 @@ def test_numbered_rows_of_two_draws_are_found_within_1_200_tokens(cut: Cutter) -
     assert loop[0] <= 1200
 
 
+def test_a_fraction_in_the_question_does_not_say_how_long_a_product_may_be(cut: Cutter) -> None:
+    """A real 1.5B went on so to its limit of 1,024 tokens."""
+    question = (
+        "Find the positive integer solution to \\[\\frac{x + 3}{9(x + 4)} - \\frac{2(x - 7)}{13} = \\frac{92}{585}.\\]"
+    )
+    before = "We start with\n\\[\n\\frac{x + 3}{9(x + 4)} = \\frac{2 \\cdot 465}{5 "
+    loop = first_loop(*cut(before + "\\cdot 3 " * 300), question=question)
+    assert loop is not None and loop[1].kind == "cycle"
+    assert loop[0] - len(cut(before)[0]) <= 440
+
+
 @pytest.mark.parametrize(
     "text", ["0" * 4000, "[" + "0, " * 2000, "0 0 0 0 0 0 0 0\n" * 300, "| | | | |\n" * 300, "```\n" + "x += 1\n" * 300]
 )
