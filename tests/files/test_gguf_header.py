@@ -156,7 +156,11 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "alignment 0": (one(b"general.alignment", encoded(0)), "general.alignment is 0, expected a power of two"),
     "alignment 24": (one(b"general.alignment", encoded(24)), "general.alignment is 24, expected a power of two"),
     "alignment 2^30": (one(b"general.alignment", encoded(1 << 30)), "expected a power of two up to 1,048,576"),
-    "alignment in words": (one(b"general.alignment", encoded("32")), "general.alignment is '32', expected a power"),
+    "alignment in words": (one(b"general.alignment", encoded("32")), "general.alignment is of type 8, expected 4"),
+    "alignment of 8 bits": (
+        one(b"general.alignment", struct.pack("<IB", 0, 32)),
+        "is of type 0, expected 4, an unsigned",
+    ),
     "five dimensions": (with_tensors(tensor(shape=(1,) * 5)), "tensor t: has 5 dimensions, expected 1 to 4"),
     "dimensions without end": (with_tensors(tensor(n_dimensions=2**31)), "tensor t: has 2,147,483,648 dimensions"),
     "no dimension": (with_tensors(tensor(shape=())), "tensor t: has 0 dimensions"),

@@ -34,6 +34,7 @@ _MAX_BYTES = 2**63 - 1
 _MAX_ALIGNMENT = 1 << 20
 _ALIGNMENT_KEY = "general.alignment"
 _DEFAULT_ALIGNMENT = 32
+_UNSIGNED_32 = 4  # a type of metadata
 _AGAIN = "Fetch the file again."
 
 
@@ -143,6 +144,8 @@ def _metadata(scanner: Scanner, n_keys: int, arrays: Container[str]) -> tuple[di
         key = scanner.key(f"key {index + 1:,} of {n_keys:,}")
         if key in metadata or key in lengths:
             raise Damaged(f"has the key {key!r} twice, expected it once")
+        if key == _ALIGNMENT_KEY and (kind := int.from_bytes(scanner.peek(4), "little")) != _UNSIGNED_32:
+            raise Damaged(f"{key} is of type {kind:,}, expected {_UNSIGNED_32}, an unsigned number of 32 bits")
         value, length = scanner.value(key, keep_array=key in arrays)
         if length is not None:
             lengths[key] = length
