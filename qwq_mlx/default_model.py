@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -89,10 +90,12 @@ def ready_model(named: str | Path | Choice | None, note: Callable[[str], None] =
 
 
 def _gguf_model(named: str | Path, gguf: GgufFile, environment: Mapping[str, str]) -> Choice:
-    """The conversion of a GGUF in the user's cache, named after the file's place, size and time of change."""
+    """The conversion of a GGUF in the user's cache: called what the user called it, and after the file's digest, or its
+    place, size and time of change."""
     status = gguf.path.stat()
     identity = gguf.sha256 or f"{gguf.path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    folder = user_cache_folder(environment) / f"gguf-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", gguf.label.removesuffix(".gguf"))[:80]
+    folder = user_cache_folder(environment) / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     return Choice(folder=folder, source=None if (folder / "config.json").is_file() else named)
 
 

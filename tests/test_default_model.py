@@ -173,7 +173,7 @@ def test_a_gguf_is_converted_once_into_the_cache_and_again_when_it_changes(
     gguf = write_gguf(tiny_checkpoint, tmp_path / "model.gguf", "Q8_0")
     told: list[str] = []
     folder = ready_model(gguf, told.append)
-    assert folder.parent == tmp_path / "cache/qwq-mlx"
+    assert folder.parent == tmp_path / "cache/qwq-mlx" and folder.name.startswith("model-")
     assert told[0] == f"converting {gguf}, once: {folder}"
     assert "keep their codes" in told[1]
     manifest = read_manifest(folder)
