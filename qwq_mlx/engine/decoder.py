@@ -137,7 +137,7 @@ class Decoder:
 
     def _undrafted(self, following: list[tuple[Row, Pending]]) -> list[tuple[Row, Pending]]:
         """Those whose next step begins before their ids are read: all of them, or all that may not have drafts."""
-        may_draft = [row for row, _ in following if row.most_drafts]
+        may_draft = [] if self._drafts is None else [row for row, _ in following if row.most_drafts]
         if self._drafts is None or not may_draft or not self._drafts.is_due(may_draft):
             return following
         return [(row, pending) for row, pending in following if not row.may_draft]

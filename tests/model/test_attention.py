@@ -10,6 +10,7 @@ import pytest
 from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.engine.kv_cache import grow, new_cache
+from qwq_mlx.model.attention import joined
 from qwq_mlx.model.load import load_model
 from qwq_mlx.model.upstream import import_mlx_lm
 
@@ -74,3 +75,24 @@ def test_a_plain_cache_goes_through_mlx_lms_attention(module: Any) -> None:
     found = attention(x, "causal", cache[0])
     expected = home.Attention.__call__(attention, x, "causal", new_cache(module)[0])
     np.testing.assert_array_equal(np.array(found), np.array(expected))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_ids_of_a_row_that_attend_at_once_see_what_they_see_one_by_one(module: Any, bits: int | None) -> None:
+    """Two rows of other lengths feed 3 ids and 1: as on Metal, and as where bits count."""
+    logits = []
+    for is_exact in (True, False):
+        caches = [new_cache(module, bits) for _ in range(2)]
+        for cache, n_ids in zip(caches, (20, 33), strict=True):
+            module(ids_of(n_ids), cache=cache)
+        layers = joined(caches, [3, 1])
+        for layer in layers:
+            layer.is_exact = is_exact
+        logits.append(module(mx.array([[5], [9], [11], [4]]), cache=layers))
+        assert [cache[0].offset for cache in caches] == [23, 34]
+    np.testing.assert_allclose(np.array(logits[0]), np.array(logits[1]), rtol=0, atol=1e-5)
+    alone = new_cache(module, bits)
+    module(ids_of(20), cache=alone)
+    for place, token_id in enumerate((5, 9, 11)):
+        expected = module(mx.array([[token_id]]), cache=alone)
+        assert mx.array_equal(logits[0][place], expected[0])
