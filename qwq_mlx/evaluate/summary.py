@@ -75,6 +75,7 @@ class ModelSummary:
       verdict at all.
     pass_at_k: by k.
     majority_at_k: by k.
+    sample_tokens: by k, the mean tokens of the first k samples of a problem together.
     vote_tokens: by k, the mean tokens of a vote of the first k samples, drawn one after another and ended as soon as
       those to come cannot change the answer.
     thinking_right: quantiles of the thinking's tokens over right samples; empty without one.
@@ -102,6 +103,7 @@ class ModelSummary:
     math_verify_accuracy: float | None
     pass_at_k: Mapping[int, float]
     majority_at_k: Mapping[int, float]
+    sample_tokens: Mapping[int, float]
     vote_tokens: Mapping[int, float]
     thinking_right: tuple[float, ...]
     thinking_wrong: tuple[float, ...]
@@ -212,6 +214,7 @@ def _summary(evaluation: Evaluation, model: EvaluatedModel, counted: list[list[R
         math_verify_accuracy=sum(verified) / len(with_answer) if verified else None,
         pass_at_k={k: float(np.mean([pass_at_k(n_samples, n, k) for n in n_right])) for k in sizes},
         majority_at_k={k: float(np.mean([majority_at_k(each, n_samples, k) for each in groups])) for k in sizes},
+        sample_tokens={k: float(np.mean([sum(each[:k]) for each in tokens])) for k in sizes},
         vote_tokens={
             k: float(np.mean([tokens_until_decided(each[:k], n[:k]) for each, n in zip(votes, tokens, strict=True)]))
             for k in sizes

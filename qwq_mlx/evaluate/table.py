@@ -110,10 +110,7 @@ def _by_k(models: Sequence[ModelSummary]) -> Iterator[str]:
     sizes = list(models[0].vote_tokens)
     yield from ("", f"{'tokens of a vote':<{_NAME}}{'':<15}" + "".join(f"{f'k = {k}':>10}" for k in sizes))
     for model in models:
-        kinds = {
-            "all samples": {k: k * model.tokens_per_sample for k in model.vote_tokens},
-            "ended early": model.vote_tokens,
-        }
+        kinds = {"all samples": model.sample_tokens, "ended early": model.vote_tokens}
         for kind, by_k in kinds.items():
             cells = "".join(f"{by_k[k]:>10,.0f}" if k in by_k else f"{'':>10}" for k in sizes)
             yield f"{_short(model.label) if kind == 'all samples' else '':<{_NAME}}{kind:<15}{cells}"

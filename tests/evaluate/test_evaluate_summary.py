@@ -89,6 +89,7 @@ def test_samples_vote_and_only_whole_passes_count() -> None:
     assert model.vote_tokens == {1: 10, 2: 20}, "two samples that may differ are both drawn"
     agreed = evaluation(2, samples=4, labels="A")
     [early] = summarise(agreed, {"A": rows("A", "11" + "12" + "13" + "11", 2)}).models
+    assert early.sample_tokens == {1: 10, 2: 20, 4: 40}
     assert early.vote_tokens == {1: 10, 2: 20, 4: (30 + 40) / 2}, "after 1 1 1 the fourth cannot change the answer"
     [begun] = summarise(it, {"A": rows("A", "1", 2)}).models
     assert (begun.n_problems, begun.n_samples, begun.accuracy) == (1, 1, 1.0)
