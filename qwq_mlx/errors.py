@@ -43,6 +43,7 @@ __all__ = [
     "OutOfMemoryError",
     "PromptError",
     "QwqError",
+    "RankError",
     "RecipeError",
     "SavingError",
     "SourceError",
@@ -287,6 +288,16 @@ class SavingError(GenerationError):
         super().__init__(message)
         if DiskFullError.is_meant_by(error):
             self.exit_code = DiskFullError.exit_code
+
+
+class RankError(QwqError):
+    """One of several processes that hold a model together died, stopped or hangs; all were ended.
+
+    >>> qwq_mlx.RankError.exit_code
+    6
+    """
+
+    exit_code = 6
 
 
 class BackendError(QwqError):

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwq_mlx.cli.signals import Interruption, silence
 from qwq_mlx.cli.streams import check_working_folder, open_standard_streams
@@ -32,11 +32,12 @@ _QUOTED = re.compile(r"`(\w+)(=True|=False)?`")
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command at work: what was parsed, and the signals it gets."""
+    """A command at work: what was parsed, of which arguments, and the signals it gets."""
 
     parser: argparse.ArgumentParser
     options: argparse.Namespace
     interruption: Interruption
+    arguments: Sequence[str] = ()
 
     @property
     def is_quiet(self) -> bool:
@@ -122,7 +123,7 @@ def run_command(
     options = parser.parse_args(arguments)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")  # type: ignore[union-attr]
     with Interruption(asks=asks) as interruption:
-        command = Command(parser, options, interruption)
+        command = Command(parser, options, interruption, sys.argv[1:] if arguments is None else arguments)
         try:
             check_working_folder()
             code = work(command)
@@ -154,8 +155,10 @@ def load_reasoner(
     choice: Choice | None = None,
     warns_of_template: bool = True,
     reproducible: bool = False,
+    group: Any | None = None,
 ) -> Reasoner:
     """The model of --model, or the default one, which a line says. choice: where it was chosen already.
+    group: of the processes that hold it together.
 
     Raises what `qwq_mlx.load` raises.
     """
@@ -176,6 +179,7 @@ def load_reasoner(
         reproducible=reproducible,
         draft=options.draft,
         draft_length=options.draft_length,
+        group=group,
     )
     for line in () if reasoner.drafts is None else reasoner.drafts.notes:
         command.warn(line)

@@ -28,6 +28,7 @@ from qwq_mlx.model.attention import joined
 from qwq_mlx.model.blas import uses_blas
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.products import most_rows_alike
+from qwq_mlx.model.ranks import ranks_of
 
 __all__ = ["Decoder"]
 
@@ -50,6 +51,7 @@ class Decoder:
         self._uses_blas = uses_blas(module)
         self._max_rows = most_rows_alike(module) if reproducible else None
         self._taps = ActivationTaps(module)
+        self.ranks = ranks_of(module)
         self._drafts = drafts
         # a draft's rows feed several ids, and would leave the batch at each pass
         self._may_batch = mx.default_device().type != mx.cpu and not reproducible and drafts is None
@@ -252,14 +254,19 @@ class Decoder:
         # one number shows every logit that is not finite: of -inf the entropy makes 0 * -inf = NaN, the sum -inf
         is_asked = row.inspect.entropy
         second = log_total - (mx.exp(logits - log_total) * logits).sum() if is_asked else logits.sum()
-        stats = mx.stack([logits[drawn] - log_total, second])
+        stats = [logits[drawn] - log_total, second]
+        if self.ranks is not None:
+            drawn, n_stopping = self.ranks.agreed(drawn)
+            stats = [logits[drawn] - log_total, second, n_stopping]
         after = None if tokens is None else mx.concatenate([tokens, drawn.astype(mx.uint32).reshape(1)])
         hidden = {layer: self._taps.hidden(layer, place) for layer in row.inspect.hidden_layers}
-        return Pending(drawn, stats, after, look(row.inspect, logits, log_total, hidden, total))
+        return Pending(drawn, mx.stack(stats), after, look(row.inspect, logits, log_total, hidden, total))
 
     def _read(self, row: Row, pending: Pending, index: int) -> Ready:
         """Wait for a draw of a row; a failure where its logits are not finite. index: of the output id."""
-        logprob, second = pending.stats.tolist()
+        logprob, second, *n_stopping = pending.stats.tolist()
+        if self.ranks is not None and any(n_stopping):
+            self.ranks.has_agreed_to_stop = True
         if not (math.isfinite(second) and math.isfinite(logprob)):
             return Ready(
                 NotFiniteError(

@@ -46,7 +46,8 @@ class Token(NamedTuple):
 class Pending(NamedTuple):
     """A step under way.
 
-    id: () uint32. stats: (2,) float32, the log-probability, and the entropy or the sum of the logits.
+    id: () uint32. stats: (2,) float32, the log-probability, and the entropy or the sum of the logits; (3,) with
+      the number of ranks that want to stop, where several hold the model.
     tokens: (n,) uint32 with the drawn id at its end, None where no processor asks for it.
     """
 

@@ -30,6 +30,7 @@ from qwq_mlx.cli.generate_flags import (
     add_sampling,
     run_options,
 )
+from qwq_mlx.cli.hosts import Launch, joined_group, local_ranks, without_flags
 from qwq_mlx.cli.signals import silence
 from qwq_mlx.cli.streams import read_stdin
 from qwq_mlx.cli.terminal import batch_progress, prefill_progress, settings_line, show, summary_line
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _work(command: Command) -> int:
     options = command.options
     asked = run_options(vars(options))
+    if options.hosts is not None:
+        return _on_hosts(command)
     if options.input is not None or options.output is not None:
         return _batch(command, asked)
     if options.samples is not None:
@@ -67,14 +70,39 @@ def _work(command: Command) -> int:
     return _generate(command, None if options.resume is not None else _prompt(options), asked)
 
 
+def _on_hosts(command: Command) -> int:
+    """Several processes that hold the model together; this one starts and watches them."""
+    from qwq_mlx.default_model import ready_model
+    from qwq_mlx.model.folder import open_model_folder
+    from qwq_mlx.model.tensor_parallel import check_ranks
+
+    options = command.options
+    n_ranks = local_ranks(options.hosts)
+    for name in ("input", "output", "samples", "save", "resume", "receipt", "draft"):
+        if getattr(options, name) is not None:
+            raise OptionError(f"`hosts` and `{name}` do not go together yet. Leave one of them out.")
+    text = _prompt(options)
+    folder = ready_model(choose_model(options.model), command.note)
+    files = open_model_folder(folder, follow_links=options.follow_links)
+    check_ranks(files.config, files.packed, n_ranks)
+    arguments = without_flags(command.arguments, {"--hosts", "--model", "--prompt", "-p"})
+    command.note(f"{n_ranks} processes hold the model together")
+    launch = Launch([*arguments, "--model", str(folder), "--prompt", "-", "--no-save"], n_ranks, text=text)
+    command.interruption.run = launch
+    try:
+        return launch.work()
+    finally:
+        command.interruption.run = None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "generate",
         description="Answer one question. The model's text goes to stdout, everything else to stderr.",
         exit_codes="0 done, 1 failed, 2 wrong usage, 3 the disk is full, 4 the model's logits were NaN or "
-        "infinite, 5 memory ran out while loading or in mid-run, 129 terminal closed, 130 interrupted (Ctrl-C), 143 "
-        "terminated. After 4 and above, what there was of the run is in the file of --save; without it, after 5 and "
-        "above, in one of its own",
+        "infinite, 5 memory ran out while loading or in mid-run, 6 one of several processes (--hosts) failed, 129 "
+        "terminal closed, 130 interrupted (Ctrl-C), 143 terminated. After 4 and above, what there was of the run is in "
+        "the file of --save; without it, after 5 and above, in one of its own (not with --hosts)",
     )
     add = parser.add_argument
     add("-p", "--prompt", metavar="TEXT", help="the question; '-' or piped stdin reads it from stdin")
@@ -105,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where the text gives no sure answer, ask the model for it behind the text, which stays as it is",
     )
     add_loading(add)
+    add("--hosts", metavar="localhost*N", help="N processes on this machine hold the model together (tensor parallel)")
     add(
         "--receipt", metavar="FILE", help="write a receipt of the run; python -m qwq_mlx.replay repeats and compares it"
     )
@@ -234,7 +263,7 @@ def _answer(command: Command, prompt: str | None, asked: RunOptions, choice: Cho
     if prompt is not None:
         conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
     reasoner = load_reasoner(  # a saved run has its prompt
-        command, asked.limits, choice=choice, warns_of_template=prompt is not None
+        command, asked.limits, choice=choice, warns_of_template=prompt is not None, group=joined_group()
     )
     from qwq_mlx.generate.checkpoint.autosave import keep_unasked, way_on
 

@@ -12,8 +12,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from qwq_mlx.default_model import ready_model
 from qwq_mlx.engine.kv_cache import saved_layers
 from qwq_mlx.engine.logits_processors import LogitsProcessor
 from qwq_mlx.errors import OptionError
@@ -21,16 +21,13 @@ from qwq_mlx.files.background_verification import BackgroundVerification
 from qwq_mlx.generate.batch import check_width, finish_all, plan_rows, settings_of_each
 from qwq_mlx.generate.budget_forcing import cue_ids
 from qwq_mlx.generate.checkpoint.resume import raised, read_saved, with_room, within
-from qwq_mlx.generate.drafting import choose_draft
+from qwq_mlx.generate.ready import ready_to_load
 from qwq_mlx.generate.receipt import Receipt
 from qwq_mlx.generate.request import PrefillProgress, resolved
 from qwq_mlx.generate.request_maker import RequestMaker
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.generate.vote import Vote, VoteProgress, Voting
-from qwq_mlx.model.device import backend_name, limit_bytes
-from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
-from qwq_mlx.model.memory.fit import fitted
 from qwq_mlx.model.prompt import Messages, conversation, prompt_ids
 from qwq_mlx.model.template import read_template_file
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking, from_json
@@ -52,6 +49,7 @@ def load(
     reproducible: bool = False,
     draft: str | Path | None = None,
     draft_length: int | None = None,
+    group: Any | None = None,
 ) -> Reasoner:
     """Check a model folder (a checkpoint or a conversion), load its weights, and return what answers questions.
 
@@ -67,24 +65,35 @@ def load(
     draft: who guesses ids that a pass then checks, which changes no id: "ngram", the texts so far; the folder of a
       small model of the same tokenizer; "auto", that of $QWQ_MLX_DRAFT or else "ngram". None: nobody.
     draft_length: ids to guess, whatever they cost; None as many as are measured to pay, often none.
+    group: from `mx.distributed.init`: its processes hold the model together; each runs the same program.
     Raises LoadError, SourceError or BackendError; FitError with the arithmetic.
 
     >>> reasoner = qwq_mlx.load(FOLDER, limits=qwq_mlx.Limits(context=2048))
     >>> reasoner.generate("What is 3 + 4?", sampling=qwq_mlx.Sampling(temperature=0)).answer
     '7'
     """
-    folder = ready_model(folder)
-    limit = None if force else limit_bytes()
-    template = None if chat_template is None else read_template_file(Path(chat_template))
-    files, asked = open_model_folder(folder, follow_links=follow_links), limits or Limits()
-    drafter = choose_draft(draft, draft_length, files, reproducible=reproducible, follow_links=follow_links)
-    backend, shape = backend_name(), drafter.shape
-    fitted(files, asked, limit_bytes=limit, backend=backend, compute_type=compute_type, draft=shape)
-    model = load_model(
-        folder, compute_type=compute_type, chat_template=template, follow_links=follow_links, reproducible=reproducible
+    asked = limits or Limits()
+    ready = ready_to_load(
+        folder,
+        asked,
+        compute_type=compute_type,
+        force=force,
+        follow_links=follow_links,
+        reproducible=reproducible,
+        draft=draft,
+        draft_length=draft_length,
+        group=group,
     )
-    reasoner = Reasoner(model, limit_bytes=limit, verify=verify)
-    reasoner.use_drafts(drafter, limits=asked)
+    model = load_model(
+        ready.folder,
+        compute_type=compute_type,
+        chat_template=None if chat_template is None else read_template_file(Path(chat_template)),
+        follow_links=follow_links,
+        reproducible=reproducible,
+        group=group,
+    )
+    reasoner = Reasoner(model, limit_bytes=ready.limit_bytes, verify=verify)
+    reasoner.use_drafts(ready.drafts, limits=asked)
     return reasoner
 
 
@@ -329,22 +338,7 @@ class Reasoner(RequestMaker):
 
         Raises OptionError for what a receipt cannot hold (logits processors, a fork), or ids beyond the vocabulary.
         """
-        hooks = "logits processors of its caller"  # logits_hook: their name in earlier versions
-        others = {"logits_processors": hooks, "logits_hook": hooks, "forked_at": "a beginning drawn with another seed"}
-        for name, words in others.items():
-            if receipt.settings.get(name):
-                raise OptionError(f"The run had {words}, which its receipt does not hold, so it cannot be repeated.")
-        sampling, limits, thinking = from_json(receipt.settings, where="The receipt")
-        request = self.request(
-            receipt.prompt_ids,
-            question=receipt.question,
-            system_prompt=receipt.settings.get("system_prompt"),
-            sampling=sampling,
-            fit=self.fit(limits),
-            thinking=thinking,
-            inspect=Inspect(),
-        )
-        return Stream(request)
+        return Stream(self.request_of(receipt))
 
     def resume(
         self,

@@ -22,7 +22,8 @@ from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.model.memory.fit import Fitted, fitted
 from qwq_mlx.model.memory.plan import ModelShape
-from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
+from qwq_mlx.model.ranks import ranks_of
+from qwq_mlx.options import Inspect, Limits, Sampling, Thinking, from_json
 from qwq_mlx.reasoning.profile import Profile, find_profile
 from qwq_mlx.trace.trace import Trace
 
@@ -46,6 +47,7 @@ class RequestMaker:
         check_model: Callable[[], None] | None,
     ) -> None:
         self.model = model
+        self._ranks = ranks_of(model.module)
         self.limit_bytes = limit_bytes
         self.pieces = Pieces(model.tokenizer)
         tagged = "<think>" in model.tokenizer.added
@@ -116,7 +118,10 @@ class RequestMaker:
                 repetition_penalty=own.repetition_penalty,
             )
         )
-        return filled if filled.seed is not None else replace(filled, seed=secrets.randbits(32))
+        if filled.seed is not None:
+            return filled
+        seed = secrets.randbits(32)
+        return replace(filled, seed=seed if self._ranks is None else self._ranks.first(seed))
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, control tokens included."""
@@ -133,8 +138,27 @@ class RequestMaker:
             backend=backend_name(),
             compute_type=model.compute_type,
             draft=self._draft_shape,
+            n_ranks=1 if self._ranks is None else self._ranks.size,
         )
 
     def receipt(self, trace: Trace) -> Receipt:
         """What a trace of this model followed from, to keep and to repeat (`python -m qwq_mlx.replay`)."""
         return make_receipt(self.model, trace)
+
+    def request_of(self, receipt: Receipt) -> Request:
+        """What a receipt's run asked for. Raises OptionError for what a receipt cannot hold."""
+        hooks = "logits processors of its caller"  # logits_hook: their name in earlier versions
+        others = {"logits_processors": hooks, "logits_hook": hooks, "forked_at": "a beginning drawn with another seed"}
+        for name, words in others.items():
+            if receipt.settings.get(name):
+                raise OptionError(f"The run had {words}, which its receipt does not hold, so it cannot be repeated.")
+        sampling, limits, thinking = from_json(receipt.settings, where="The receipt")
+        return self.request(
+            receipt.prompt_ids,
+            question=receipt.question,
+            system_prompt=receipt.settings.get("system_prompt"),
+            sampling=sampling,
+            fit=self.fit(limits),
+            thinking=thinking,
+            inspect=Inspect(),
+        )

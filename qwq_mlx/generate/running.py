@@ -106,6 +106,9 @@ def advance(decoder: Decoder, running: Sequence[Running]) -> None:
         each.schedule()
     drawing = [each for each in running if each.needs_forward]
     drawn = iter(decoder.step([each.row for each in drawing]) if drawing else ())
+    if decoder.ranks is not None and decoder.ranks.has_agreed_to_stop:
+        for each in running:
+            each.run.is_stopped = True
     for each in running:
         token = next(drawn) if each in drawing else None
         if token is None and each.row.failure is not None:

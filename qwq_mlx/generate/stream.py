@@ -67,8 +67,15 @@ class Stream:
         return next(self._iterator)
 
     def stop(self) -> None:
-        """End after the token under way, with finish_reason "interrupted". Safe to call from a signal handler."""
-        self.run.is_stopped = True
+        """End after the token under way, with finish_reason "interrupted". Safe to call from a signal handler.
+
+        Where several processes hold the model, they all end after the next token that they draw.
+        """
+        ranks = self._decoder.ranks
+        if ranks is None:
+            self.run.is_stopped = True
+        else:
+            ranks.wants_stop = True
 
     def answer_now(self) -> None:
         """End the thinking at the next end of a sentence and ask for the answer. Safe to call from a signal handler."""
@@ -124,6 +131,8 @@ class Stream:
         Raises SavingError where the disk does not take it; the run can go on all the same.
         """
         request, row = self.request, self.running.row
+        if self._decoder.ranks is not None:
+            raise OptionError("A run of a model that several processes hold together cannot be saved yet.")
         if lies_in(Path(path), request.model.folder):
             raise SavingError(
                 f"{path}: lies in the model's folder, where no run is saved. Give a place outside of it.",

@@ -32,8 +32,8 @@ from qwq_mlx.model.load import (
     packing_arguments,
 )
 from qwq_mlx.model.products import Rows
+from qwq_mlx.model.tensor_bytes import array_of
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
-from qwq_mlx.quant.gguf_blocks import decode_gguf
 
 __all__ = ["Head", "HeadBlock", "Layer", "LayerStream", "Observe"]
 
@@ -110,20 +110,9 @@ class LayerStream:
 
     def _read(self, name: str, rows: Sequence[int] | None = None) -> Any:
         """A tensor, or some of its rows, as an evaluated array; floats in the compute type, codes as they are."""
-        mx = self._mx
         shard, entry = self.files.checkpoint.tensors[name]
-        raw = read_rows(shard, entry, rows)
         shape = entry.shape if rows is None else (len(rows), *entry.shape[1:])
-        if entry.dtype in _NUMPY:
-            array = mx.array(raw.view(_NUMPY[entry.dtype]).reshape(shape))
-        else:
-            array = mx.array(decode_gguf(raw.reshape(shape[0], -1), entry.dtype))
-        if entry.dtype == "BF16":
-            array = array.view(mx.bfloat16)
-        if entry.dtype not in ("U32", "U8"):
-            array = array.astype(getattr(mx, self.compute_type))
-        mx.eval(array)  # one after another, so that no two tensors are in memory in both types
-        return array
+        return array_of(read_rows(shard, entry, rows), entry.dtype, shape, self.compute_type)
 
     def _tensors(self, prefix: str) -> Iterator[tuple[str, Any]]:
         """A part's tensors by name, unpacked where that is wanted."""
@@ -156,15 +145,6 @@ class LayerStream:
         whole = packed.whole()
         self._mx.eval(whole)
         return Rows(whole, is_blas=self._is_blas)
-
-
-_NUMPY: dict[str, np.dtype[Any]] = {
-    "BF16": np.dtype("<u2"),  # travels as its 16 bits
-    "F16": np.dtype("<f2"),
-    "F32": np.dtype("<f4"),
-    "U32": np.dtype("<u4"),
-    "U8": np.dtype("u1"),
-}
 
 
 @dataclass(slots=True)

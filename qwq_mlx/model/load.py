@@ -26,6 +26,8 @@ from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.generation_config import GenerationDefaults, read_generation_defaults
 from qwq_mlx.model.kernels.layers import use_few_row_kernels
 from qwq_mlx.model.layout import Packing
+from qwq_mlx.model.ranks import Ranks, read_part
+from qwq_mlx.model.tensor_parallel import check_ranks
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
 from qwq_mlx.model.weight_values import check_finite, zero_warnings
@@ -90,6 +92,7 @@ def load_model(
     chat_template: str | None = None,
     follow_links: bool = False,
     reproducible: bool = False,
+    group: Any | None = None,
 ) -> LoadedModel:
     """Check a folder and load its weights.
 
@@ -98,6 +101,7 @@ def load_model(
     chat_template: jinja text in place of the folder's; None keeps that.
     follow_links: read shards that links out of the folder lead to.
     reproducible: see `LoadedModel`.
+    group: from `mx.distributed.init`: this process reads its part of the weights alone. None, or a group of one: all.
     Raises OptionError; LoadError or SourceError naming file, found and expected; BackendError where MLX cannot run.
     """
     if compute_type not in (None, *get_args(ComputeType)):
@@ -110,7 +114,7 @@ def load_model(
         tokenizer = replace(tokenizer, chat_template=chat_template)
     stop_ids = _stop_ids(files.path, config, defaults, tokenizer)
     chosen = compute_type or default_compute_type()
-    module = _load_weights(files, chosen)
+    module = _load_weights(files, chosen, group if group is not None and group.size() > 1 else None)
     return LoadedModel(
         folder=files.path,
         module=module,
@@ -189,13 +193,21 @@ def packing_arguments(packing: Packing) -> dict[str, Any]:
     return {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
 
 
-def _load_weights(files: ModelFolder, compute_type: ComputeType) -> Any:
-    """Map the checked tensors into the module and read them, one layer at a time."""
+def _load_weights(files: ModelFolder, compute_type: ComputeType, group: Any | None) -> Any:
+    """Map the checked tensors into the module and read them, one layer at a time; of a group the rank's parts."""
     mx = import_mlx()
+    if group is not None:
+        check_ranks(files.config, files.packed, group.size())
     module = build_module(files.config, files.packed)
     weights: dict[str, Any] = {}
-    for shard in files.checkpoint.shards:
-        weights.update(_map_shard(shard, files.checkpoint.tensors, compute_type))
+    if group is None:
+        for shard in files.checkpoint.shards:
+            weights.update(_map_shard(shard, files.checkpoint.tensors, compute_type))
+    else:
+        module.shard(group)
+        module.ranks = Ranks(group)
+        for name, (shard, entry) in files.checkpoint.tensors.items():
+            weights[name] = read_part(shard, entry, name, group.rank(), group.size(), compute_type)
     module.load_weights(list(weights.items()), strict=True)
     weights.clear()  # from here on only the module holds them, so each layer's source bytes go when it is cast
     module.eval()

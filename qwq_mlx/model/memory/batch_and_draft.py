@@ -77,7 +77,10 @@ def _growing(config: Qwen2Config, workload: Workload, n_ids: int, context: int, 
 
 
 def _cache_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
-    return n_positions(context) * kv_bytes_per_token(config, workload.kv_bits, bytes_of_float(workload, backend))
+    per_token = kv_bytes_per_token(
+        config, workload.kv_bits, bytes_of_float(workload, backend), n_ranks=workload.n_ranks
+    )
+    return n_positions(context) * per_token
 
 
 def _row_bytes(config: Qwen2Config, workload: Workload, backend: Backend) -> int:

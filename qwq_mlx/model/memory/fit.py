@@ -40,10 +40,12 @@ def fitted(
     backend: Backend,
     compute_type: str | None = None,
     draft: ModelShape | None = None,
+    n_ranks: int = 1,
 ) -> Fitted:
     """The limits that this machine can keep. limit_bytes: what the device gives; None forces whatever is asked.
 
-    compute_type: None picks by backend. draft: a draft model that is loaded beside it.
+    compute_type: None picks by backend. draft: a draft model that is loaded beside it. n_ranks: processes
+      that hold the model together.
 
     Raises FitError where nothing, or not the context asked for, fits; OptionError for a context beyond the model's.
     """
@@ -58,6 +60,7 @@ def fitted(
             compute_type=compute_type,
             draft=draft,
             n_draft=MAX_DRAFTED,
+            n_ranks=n_ranks,
         )
         return plan_memory(model, workload, limit_bytes=limit_bytes, backend=backend)
 

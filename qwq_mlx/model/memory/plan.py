@@ -28,6 +28,7 @@ from qwq_mlx.model.memory.activations import logits_bytes, n_positions, sampler_
 from qwq_mlx.model.memory.batch_and_draft import batch_bytes, speculative_bytes
 from qwq_mlx.model.memory.sizes import bytes_of_float, bytes_of_pass, kv_bytes_per_token, load_bytes, weights_bytes
 from qwq_mlx.model.memory.workload import BACKENDS, KV_GROUP, Backend, ModelShape, Workload
+from qwq_mlx.model.tensor_parallel import check_ranks
 from qwq_mlx.quant.recipe import Recipe
 
 __all__ = [
@@ -211,6 +212,7 @@ def plan_memory(
     context = model_context if workload.context is None else workload.context
     if context > model_context:
         raise OptionError(f"context is {context:,}, expected at most {model_context:,}, which is what the model has.")
+    check_ranks(files.config, files.packed, workload.n_ranks)
     _check_bits(files.config, workload, backend, whose="")
     if workload.draft is not None:
         _check_bits(workload.draft.config, workload, backend, whose="the draft model's ")
@@ -227,7 +229,7 @@ def _plan(
     reserve_bytes: int,
 ) -> MemoryPlan:
     config, float_bytes = model.config, bytes_of_float(workload, backend)
-    per_token = kv_bytes_per_token(config, workload.kv_bits, float_bytes)
+    per_token = kv_bytes_per_token(config, workload.kv_bits, float_bytes, n_ranks=workload.n_ranks)
     kv_bytes = n_positions(context) * per_token
     prefill = bytes_of_pass(config, workload, min(workload.prefill_step, context), context, backend)
     decode = bytes_of_pass(config, workload, 1, context, backend)
@@ -241,7 +243,7 @@ def _plan(
         backend=backend,
         workload=workload,
         context=context,
-        weights_bytes=weights_bytes(config, model.packed, float_bytes),
+        weights_bytes=weights_bytes(config, model.packed, float_bytes, n_ranks=workload.n_ranks),
         kv_bytes=kv_bytes,
         kv_bytes_per_token=per_token,
         prefill_bytes=prefill,

@@ -13,6 +13,7 @@ from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.memory.activations import pass_bytes
 from qwq_mlx.model.memory.workload import FLOAT_BYTES, KV_GROUP, Backend, ModelShape, Workload
+from qwq_mlx.model.tensor_parallel import split_axis
 from qwq_mlx.quant.recipe import layer_of
 
 __all__ = ["bytes_of_float", "bytes_of_pass", "kv_bytes_per_token", "load_bytes", "weights_bytes"]
@@ -32,17 +33,18 @@ def bytes_of_pass(config: Qwen2Config, workload: Workload, n_ids: int, context: 
         context=context,
         float_bytes=float_bytes,
         is_quantized=workload.kv_bits is not None,
-        layer_bytes=kv_bytes_per_token(config, workload.kv_bits, float_bytes) // config.num_hidden_layers,
+        layer_bytes=kv_bytes_per_token(config, workload.kv_bits, float_bytes, n_ranks=workload.n_ranks)
+        // config.num_hidden_layers,
         backend=backend,
     )
 
 
-def weights_bytes(config: Qwen2Config, packed: Mapping[str, Packing], float_bytes: int) -> int:
-    """The weights in memory, floats in the compute type."""
+def weights_bytes(config: Qwen2Config, packed: Mapping[str, Packing], float_bytes: int, *, n_ranks: int = 1) -> int:
+    """The weights in memory, floats in the compute type; with several ranks those of one."""
     total = 0
     for name, shape in tensor_shapes(config).items():
         packing = packed.get(name.removesuffix(".weight"))
-        n_weights = math.prod(shape)
+        n_weights = math.prod(shape) // (1 if split_axis(name) is None else n_ranks)
         if packing is None:
             total += n_weights * float_bytes
         else:
@@ -64,9 +66,12 @@ def load_bytes(model: ModelFolder | ModelShape, float_bytes: int) -> int:
     return max(groups.values())
 
 
-def kv_bytes_per_token(config: Qwen2Config, kv_bits: int | None, float_bytes: int) -> int:
-    """Keys and values of one position in all layers. kv_bits: None, or bits in groups of `KV_GROUP`."""
-    n_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+def kv_bytes_per_token(config: Qwen2Config, kv_bits: int | None, float_bytes: int, *, n_ranks: int = 1) -> int:
+    """Keys and values of one position in all layers, of one rank's heads.
+
+    kv_bits: None, or bits in groups of `KV_GROUP`.
+    """
+    n_values = 2 * config.num_hidden_layers * config.num_key_value_heads // n_ranks * config.head_dim
     if kv_bits is None:
         return n_values * float_bytes
     return n_values * kv_bits // 8 + 2 * float_bytes * (n_values // KV_GROUP)

@@ -42,6 +42,7 @@ class Workload:
     compute_type: "float32" or "bfloat16"; None picks by backend.
     draft: a smaller model that guesses n_draft ids at a time, which the model then checks in one pass.
     n_draft: ids that it guesses at a time.
+    n_ranks: processes that hold the model together (tensor parallel); the plan is that of one of them.
     With one sequence a draft model is planned as mlx-lm decodes with one, which is what this package does at most.
     """
 
@@ -52,6 +53,7 @@ class Workload:
     compute_type: str | None = None
     draft: ModelShape | None = None
     n_draft: int = 3
+    n_ranks: int = 1
 
     def __post_init__(self) -> None:
         for name, value, high in (
@@ -59,6 +61,7 @@ class Workload:
             ("n_sequences", self.n_sequences, 100_000),
             ("prefill_step", self.prefill_step, 2**31 - 1),
             ("n_draft", self.n_draft, 1_000),
+            ("n_ranks", self.n_ranks, 64),
         ):
             if name == "context" and value is None:
                 continue

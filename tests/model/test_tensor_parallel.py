@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from qwq_mlx import facts
+from qwq_mlx.default_model import pocket_checkpoint
+from qwq_mlx.errors import OptionError
+from qwq_mlx.files.checkpoint import open_checkpoint
+from qwq_mlx.model.memory.plan import Workload, plan_memory, shape_of_facts
+from qwq_mlx.model.ranks import read_part
+from qwq_mlx.model.tensor_parallel import check_ranks, possible_ranks, split_axis
+
+QWQ = shape_of_facts(facts.QWQ_32B_PREVIEW)
+
+
+def test_the_32b_is_held_by_2_4_or_8_processes_as_its_key_heads_say() -> None:
+    assert possible_ranks(QWQ.config, QWQ.packed) == [1, 2, 4, 8]
+    with pytest.raises(OptionError, match=r"40 attention heads are no multiple of 3\. Possible: 2, 4, 8\."):
+        check_ranks(QWQ.config, QWQ.packed, 3)
+
+
+def test_columns_are_split_between_groups_only() -> None:
+    wide = {path: replace(packing, group_size=128) for path, packing in QWQ.packed.items()}
+    assert possible_ranks(QWQ.config, wide) == [1, 2, 4, 8]  # 27,648 / 8 is 27 groups of 128, 5,120 / 8 is 5
+    odd = replace(QWQ.config, intermediate_size=64 * 6)
+    assert possible_ranks(odd, QWQ.packed) == [1, 2]
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_the_parts_of_all_ranks_are_the_tensor(n_ranks: int) -> None:
+    checkpoint = open_checkpoint(pocket_checkpoint())
+    whole = {name: array for shard in checkpoint.shards for name, array in mx.load(str(shard.path)).items()}
+    for name, (shard, entry) in checkpoint.tensors.items():
+        parts = [read_part(shard, entry, name, rank, n_ranks, "float32") for rank in range(n_ranks)]
+        axis = split_axis(name)
+        found = parts[0] if axis is None else mx.concatenate(parts, axis=axis)
+        assert np.array_equal(np.asarray(found), np.asarray(whole[name].astype(mx.float32))), name
+
+
+def test_a_process_of_two_plans_half_of_layers_and_cache_beside_whole_embeddings() -> None:
+    one, two = (plan_memory(QWQ, Workload(n_ranks=n, context=4096), backend="metal") for n in (1, 2))
+    embeddings = 2 * (152_064 * 5_120 // 2 + 152_064 * 5_120 // 64 * 4)
+    assert two.kv_bytes * 2 == one.kv_bytes
+    assert abs((two.weights_bytes - embeddings) * 2 - (one.weights_bytes - embeddings)) < 2_000_000  # norms are whole
+    with pytest.raises(OptionError, match="5 processes cannot hold this model together"):
+        plan_memory(QWQ, Workload(n_ranks=5), backend="metal")
+
+
+def test_what_is_read_of_a_split_matrix_is_the_rank_s_own_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    monkeypatch.setattr("qwq_mlx.files.rows.os.pread", lambda fd, n, at: _counted(read, fd, n, at))
+    checkpoint = open_checkpoint(pocket_checkpoint())
+    name = "model.layers.0.mlp.gate_proj.weight"
+    shard, entry = checkpoint.tensors[name]
+    read.clear()
+    read_part(shard, entry, name, 1, 2, "bfloat16")
+    assert sum(read) * 2 == entry.end - entry.start
+
+
+_pread = os.pread
+
+
+def _counted(read: list[int], fd: int, n: int, at: int) -> bytes:
+    data: bytes = _pread(fd, n, at)
+    read.append(len(data))
+    return data
