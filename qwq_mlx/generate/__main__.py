@@ -47,6 +47,14 @@ if TYPE_CHECKING:
     from qwq_mlx.trace.trace import Trace
 
 
+_EXIT_CODES = (
+    "0 done, 1 failed, 2 wrong usage, 3 the disk is full, 4 the model's logits were NaN or "
+    "infinite, 5 memory ran out while loading or in mid-run, 6 one of several processes (--hosts) failed, 129 "
+    "terminal closed, 130 interrupted (Ctrl-C), 143 terminated. After 4 and above, what there was of the run is in "
+    "the file of --save; without it, after 5 and above, in one of its own (not with --hosts)"
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     return run_command(
@@ -99,10 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "generate",
         description="Answer one question. The model's text goes to stdout, everything else to stderr.",
-        exit_codes="0 done, 1 failed, 2 wrong usage, 3 the disk is full, 4 the model's logits were NaN or "
-        "infinite, 5 memory ran out while loading or in mid-run, 6 one of several processes (--hosts) failed, 129 "
-        "terminal closed, 130 interrupted (Ctrl-C), 143 terminated. After 4 and above, what there was of the run is in "
-        "the file of --save; without it, after 5 and above, in one of its own (not with --hosts)",
+        exit_codes=_EXIT_CODES,
     )
     add = parser.add_argument
     add("-p", "--prompt", metavar="TEXT", help="the question; '-' or piped stdin reads it from stdin")

@@ -442,6 +442,9 @@ def test_every_flag_reaches_the_code_it_names(
         chat_template: Any,
         follow_links: bool,
         reproducible: bool,
+        draft: Any,
+        draft_length: Any,
+        group: Any,
     ) -> Any:
         def stream(
             messages: str, *, system_prompt: Any, sampling: Sampling, limits: Limits, thinking: Thinking, progress: Any
