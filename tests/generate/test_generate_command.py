@@ -457,9 +457,8 @@ def test_every_flag_reaches_the_code_it_names(
             raise _ReachedError(values | given)
 
         tokenizer = SimpleNamespace(chat_template=None)
-        return SimpleNamespace(
-            stream=stream, model=SimpleNamespace(tokenizer=tokenizer, warnings=(), has_manifest=False)
-        )
+        model = SimpleNamespace(tokenizer=tokenizer, warnings=(), has_manifest=False)
+        return SimpleNamespace(stream=stream, model=model, drafts=None)
 
     monkeypatch.setattr("qwq_mlx.generate.reasoner.load", fake_load)
     given = ["-p", "x", "--model", "m", *flag]
