@@ -18,6 +18,7 @@ __all__ = ["MAX_STATES", "Growing", "NgramDrafter"]
 
 MAX_STATES = 400_000
 """States of an automaton; with their counts they take about 0.3 GB."""
+_LEAST_REACHED = 0.01  # probability below which guessing on is a waste of the host's time
 _KEEP = 0.998  # of what was counted, at each further guess
 
 
@@ -48,16 +49,25 @@ class NgramDrafter:
         self._later: dict[int, tuple[float, float]] = {}  # kind -> right ones and all, of guesses behind right guesses
 
     def guess(self, row: Growing, n_most: int) -> list[Guess]:
-        """How a row goes on, at most n_most ids, each with the probability that it is right where those before are."""
+        """How a row goes on, at most n_most ids, each with the probability that it is right where those before are.
+
+        It ends where hardly any text goes on so.
+        """
         end = self._follow(row)
         guesses: list[Guess] = []
+        reached = 1.0
         while len(guesses) < n_most:
             guess = self._automaton.guess(end)
             if guess is None:
                 break
+            if guesses:
+                guess = guess._replace(probability=self._later_probability(guess))
+            reached *= guess.probability
+            if guesses and reached < _LEAST_REACHED:
+                break
             guesses.append(guess)
             end = self._automaton.follow(end, guess.id)
-        return guesses[:1] + [guess._replace(probability=self._later_probability(guess)) for guess in guesses[1:]]
+        return guesses
 
     def learn(self, guesses: list[Guess], n_right: int) -> None:
         """Take how many of the leading ones, as `guess` gave them, were right."""
