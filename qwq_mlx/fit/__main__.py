@@ -21,7 +21,7 @@ from qwq_mlx.errors import OptionError
 
 if TYPE_CHECKING:
     from qwq_mlx.model.folder import ModelFolder
-    from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape
+    from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, Workload
 
 _GIB = 1 << 30
 
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--recipe", metavar="NAME", help="plan QwQ-32B-Preview converted by this recipe")
     add("--ram", type=float, metavar="GIB", help="memory of the Mac to plan for, in GiB (default: this machine)")
+    add("--hosts", metavar="NAME=GIB,...", help="plan for Macs that hold the model together, for example a=16,b=24")
     add("--context", type=int, metavar="N", help="context length in tokens, prompt included (default: the model's own)")
     add("--kv-bits", type=int, metavar="B", help="bits of a quantized KV cache, 8 or 4 (default: off)")
     add(
@@ -116,6 +117,8 @@ def _report(options: argparse.Namespace) -> str:
         n_draft=options.n_draft,
     )
     reserve_bytes = int(options.reserve * 1e9)
+    if options.hosts is not None:
+        return _of_hosts(options, workload, reserve_bytes)
     backend: Backend = "metal"
     if options.ram is not None:
         limit_bytes = metal_limit_bytes(int(options.ram * _GIB))
@@ -144,6 +147,22 @@ def _report(options: argparse.Namespace) -> str:
             f"{gib:>3} GiB{limit:>7.1f} GB{each.peak_bytes / 1e9:>9.1f} GB{each.largest_context:>14,}   {note}"
         )
     return "\n".join(lines)
+
+
+def _of_hosts(options: argparse.Namespace, workload: Workload, reserve_bytes: int) -> str:
+    from qwq_mlx.fit.hosts import parse_hosts, plan_hosts, report_of_hosts
+
+    for name in ("ram", "draft"):
+        if getattr(options, name) is not None:
+            raise OptionError(f"`hosts` and `{name}` do not go together. Leave one of them out.")
+    hosts = parse_hosts(options.hosts)
+    model, name = _model(options)
+    if not options.json:
+        return report_of_hosts(model, name, workload, hosts, reserve_bytes=reserve_bytes)
+    plans = plan_hosts(model, workload, hosts, reserve_bytes=reserve_bytes)
+    return json.dumps(
+        {"model": name, "hosts": {host.name: _as_json(plan, None) for host, plan in zip(hosts, plans, strict=True)}}
+    )
 
 
 def _model(options: argparse.Namespace) -> tuple[ModelFolder | ModelShape, str]:

@@ -108,7 +108,7 @@ def test_every_flag_reaches_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert code == 0
     assert found["workload"] == {
         **{"context": 4096, "kv_bits": 8, "n_sequences": 1, "prefill_step": 128, "compute_type": "float32"},
-        **{"draft": str(draft), "n_draft": 7},
+        **{"draft": str(draft), "n_draft": 7, "n_ranks": 1},
     }
     assert found["reserve_bytes"] == 2_000_000_000
     assert found["speculative_bytes"] > 0 == found["batch_bytes"]
@@ -188,3 +188,30 @@ def test_with_ram_given_mlx_is_not_imported() -> None:
         "print(sorted({'mlx', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules)))\n"
     )
     assert in_process(script).endswith("\n[]\n")
+
+
+def test_two_small_macs_hold_what_neither_can(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--hosts", "a=16,b=24", "--context", "4096", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)["hosts"]
+    assert plans["b"]["fits"] and not plan_memory(QWQ, limit_bytes=metal_limit_bytes(24 * GIB)).fits
+    assert plans["a"]["weights_bytes"] == plans["b"]["weights_bytes"]
+    assert plans["a"]["kv_bytes"] * 2 == plan_memory(QWQ, Workload(context=4096)).kv_bytes
+    assert command.main(["--hosts", "a=16,b=24,c=64,d=64"]) == 0
+    text = capsys.readouterr().out
+    assert "held by 4 Macs together" in text and "a binds" in text and "c, d would do alone" in text
+
+
+@pytest.mark.parametrize(
+    ("hosts", "message"),
+    [
+        ("a=16,b", "expected NAME=GIB"),
+        ("a=16,a=24", "names a twice"),
+        ("a=16,b=0", "expected NAME=GIB"),
+        ("a=16,b=16,c=16", "40 attention heads are no multiple of 3. Possible: 2, 4, 8."),
+    ],
+)
+def test_macs_that_cannot_hold_it_together_are_named(
+    hosts: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["--hosts", hosts]) == 2
+    assert message in capsys.readouterr().err
