@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _checks() -> list[Check]:
-    from qwq_mlx.doctor import attention, environment, few_rows, memory, recorded, speed
+    from qwq_mlx.doctor import attention, environment, few_rows, memory, recorded, rows, speed
     from qwq_mlx.doctor.check import Check
 
     return [
@@ -57,6 +57,7 @@ def _checks() -> list[Check]:
         Check("model folder", environment.check_model_folder),
         Check("recorded ids", recorded.check_recorded_ids),
         Check("attention", attention.check_attention),
+        Check("rows together", rows.check_rows),
         Check("few-row kernels", few_rows.check_few_rows),
         Check("memory plan", memory.check_memory_plan),
         Check("bandwidth", speed.check_bandwidth),

@@ -76,6 +76,11 @@ CLAIMS = (
         reason="takes minutes: python -m qwq_mlx.bench measures it",
     ),
     Claim(
+        files=("qwq_mlx/model/batched_cache.py",),
+        text="rows that attend in a batch are those alone, and cost less together",
+        checks=("rows together", "row costs"),
+    ),
+    Claim(
         files=("qwq_mlx/quality/estimate.py",),
         text="how long a conversion's quality step takes",
         reason="needs a conversion of minutes to hours: python -m qwq_mlx.convert says estimate and time",

@@ -1,7 +1,8 @@
 """KV caches of rows that decode side by side, kept as one array for each layer: a pass attends once for all of them.
 
 On a GPU a pass is as slow as its launches, and rows that attend one by one need some nine in each layer. In a batch
-they need five together. Only rows with room for equally many positions share a batch, so nothing is padded.
+they need five together, which on an H200 halves a pass of 8 rows and takes it from 113 to 43 ms for 32. It is
+not measured on Metal. Only rows with room for equally many positions share a batch, so nothing is padded.
 
 A row's own cache stays what everybody else sees: who reads its `keys` or `values` takes the row out of its batch.
 

@@ -1,0 +1,46 @@
+"""Rows of the bundled model that attend in a batch beside the same rows alone, on this backend.
+
+Does not: measure what rows cost (`speed` does).
+"""
+
+from __future__ import annotations
+
+from qwq_mlx.doctor.check import Result, Subject
+from qwq_mlx.engine.kv_cache import grow, new_cache
+from qwq_mlx.model.attention import joined
+from qwq_mlx.model.upstream import import_mlx
+
+__all__ = ["check_rows"]
+
+_LENGTHS = (5, 5, 9, 40)  # two alike and two not: with one length the rows attend without a mask
+_N_STEPS = 3
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+
+
+def check_rows(subject: Subject) -> Result:
+    """The logits of every row in the batch are those of the row alone, within the tolerance of the compute type."""
+    mx = import_mlx()
+    model = subject.pocket
+    tolerance = _TOLERANCE[model.compute_type]
+    together, alone = ([new_cache(model.module) for _ in _LENGTHS] for _ in range(2))
+    for caches in (together, alone):
+        for cache, length in zip(caches, _LENGTHS, strict=True):
+            mx.eval(model.module(mx.array([[(7 * place + length) % 256 for place in range(length)]]), cache=cache))
+    worst, n_same = 0.0, 0
+    for step in range(_N_STEPS):
+        ids = [(31 * row + step) % 256 for row in range(len(_LENGTHS))]
+        for cache in (*together, *alone):
+            grow(cache, 1)
+        found = model.module(mx.array([[each] for each in ids]), cache=joined(together, may_batch=True))
+        for row, cache in enumerate(alone):
+            expected = model.module(mx.array([[ids[row]]]), cache=cache)[0]
+            off = mx.abs(found[row] - expected).max() / mx.abs(expected).max()
+            worst = max(worst, float(off.item()))
+            n_same += bool(mx.array_equal(found[row], expected).item())
+    n_all = _N_STEPS * len(_LENGTHS)
+    return Result(
+        outcome="ok" if worst <= tolerance else "failed",
+        found=f"off by {worst:.1e} of the largest logit, {n_same} of {n_all} to the bit",
+        expected=f"at most {tolerance:.0e} ({model.compute_type})",
+        values={"error": worst, "same": n_same, "of": n_all},
+    )
