@@ -87,9 +87,9 @@ def choose_draft(
         return DraftChoice()
     if length is not None and (type(length) is not int or not 1 <= length <= MAX_DRAFTED):
         raise OptionError(f"draft_length is {length!r}, expected a whole number from 1 to {MAX_DRAFTED}.")
-    if reproducible and backend_name() != "cpu":
+    if reproducible and backend_name() == "metal":
         raise OptionError(
-            "`reproducible` computes one row a pass on a GPU, so that drafts could not be checked beside it. "
+            "`reproducible` computes one row a pass on Metal, so that drafts could not be checked beside it. "
             "Leave out one of `reproducible` and `draft`."
         )
     if draft == "auto":

@@ -198,8 +198,8 @@ def test_a_drafter_that_cannot_be_is_refused_before_a_weight_is_read(
             load(folder, draft=draft, draft_length=length)
     with pytest.raises(LoadError, match=r"the draft model has [\d,]+ weights, the model only [\d,]+"):
         load(draft_folder, draft=folder)
-    monkeypatch.setattr("qwq_mlx.generate.drafting.backend_name", lambda: "cuda")
-    with pytest.raises(OptionError, match="`reproducible` computes one row a pass on a GPU"):
+    monkeypatch.setattr("qwq_mlx.generate.drafting.backend_name", lambda: "metal")
+    with pytest.raises(OptionError, match="`reproducible` computes one row a pass on Metal"):
         load(folder, draft="ngram", reproducible=True)
 
 
