@@ -1,4 +1,4 @@
-"""Bytes of a tensor, read from its shard, as an array in memory: floats in the compute type, codes as they are.
+"""Bytes of a tensor as an array in memory: floats in the compute type, a GGUF's blocks too, codes as they are.
 
 Does not: read files (`files.rows` does).
 """
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwq_mlx.model.upstream import import_mlx
+from qwq_mlx.quant.gguf_blocks import decode_gguf
 
 __all__ = ["array_of"]
 
@@ -26,12 +27,15 @@ _NUMPY: dict[str, np.dtype[Any]] = {
 
 
 def array_of(raw: NDArray[np.uint8], dtype: str, shape: Sequence[int], compute_type: str) -> Any:
-    """An evaluated array. dtype: as safetensors names it. compute_type: of floats, "float32" or "bfloat16"."""
+    """An evaluated array. dtype: as safetensors or GGUF names it. compute_type: of floats, "float32" or "bfloat16"."""
     mx = import_mlx()
-    array = mx.array(raw.view(_NUMPY[dtype]).reshape(shape))
+    is_block = dtype not in _NUMPY  # of a GGUF, which means floats
+    array = mx.array(
+        decode_gguf(raw.reshape(shape[0], -1), dtype) if is_block else raw.view(_NUMPY[dtype]).reshape(shape)
+    )
     if dtype == "BF16":
         array = array.view(mx.bfloat16)
-    if dtype in _FLOATS:
+    if is_block or dtype in _FLOATS:
         array = array.astype(getattr(mx, compute_type))
     mx.eval(array)  # one after another, so that no two tensors are in memory in both types
     return array
