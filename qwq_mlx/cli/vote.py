@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from qwq_mlx.cli.command import Command, end_verification, load_reasoner, note_drafts
 from qwq_mlx.cli.generate_flags import RunOptions
+from qwq_mlx.cli.hosts import joined_group
 from qwq_mlx.default_model import choose_model
 
 if TYPE_CHECKING:
@@ -28,7 +29,11 @@ def answer_by_vote(command: Command, prompt: str, asked: RunOptions) -> int:
     options, interruption = command.options, command.interruption
     conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
     reasoner = load_reasoner(
-        command, asked.limits, choice=choose_model(options.model), reproducible=options.reproducible
+        command,
+        asked.limits,
+        choice=choose_model(options.model),
+        reproducible=options.reproducible,
+        group=joined_group(),
     )
     from qwq_mlx.cli.terminal import settings_line
     from qwq_mlx.generate.vote import Voting

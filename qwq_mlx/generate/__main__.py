@@ -86,7 +86,7 @@ def _on_hosts(command: Command) -> int:
 
     options = command.options
     n_ranks = local_ranks(options.hosts)
-    for name in ("input", "output", "samples", "save", "resume", "receipt", "draft"):
+    for name in ("input", "output", "save", "resume", "receipt", "draft"):
         if getattr(options, name) is not None:
             raise OptionError(f"`hosts` and `{name}` do not go together yet. Leave one of them out.")
     text = _prompt(options)

@@ -24,6 +24,7 @@ from qwq_mlx.generate.batch import plan_rows, question_seed
 from qwq_mlx.generate.request import resolved
 from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
+from qwq_mlx.model.ranks import ranks_of
 from qwq_mlx.options import MAX_SAMPLES
 from qwq_mlx.reasoning.answer import compare, normalise
 from qwq_mlx.trace.trace import Trace
@@ -163,11 +164,20 @@ class Voting:
         self._width, self._planned_bytes = plan.workload.n_sequences, plan.peak_bytes + held
         self._samples: list[Stream] = []
         self._ended: dict[int, Trace] = {}
-        self.is_stopped = False
+        self._ranks = ranks_of(request.model.module)
+        self._is_stopped = False
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it is to end; where several processes hold the model, only once all know."""
+        return self._is_stopped if self._ranks is None else self._ranks.has_agreed_to_stop
 
     def stop(self) -> None:
         """End after the tokens under way. Safe to call from a signal handler."""
-        self.is_stopped = True
+        if self._ranks is not None:
+            self._ranks.wants_stop = True
+            return
+        self._is_stopped = True
         for stream in list(self._samples) or [self._source]:  # before the first sample there is the prefill
             stream.stop()
 
