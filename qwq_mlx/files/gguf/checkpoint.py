@@ -10,6 +10,7 @@ Does not: read tensor data, or decode a block.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections import Counter
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from qwq_mlx.errors import SourceError
+from qwq_mlx.errors import QwqError, SourceError
 from qwq_mlx.files.checkpoint import CONFIG_NAME, Checkpoint, GgufFacts, assemble_checkpoint, open_checkpoint
 from qwq_mlx.files.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 from qwq_mlx.files.gguf.settings import check_kind, end_ids, make_config, make_generation_config, model_name
@@ -48,9 +49,16 @@ _TOP_TENSOR = re.compile(r"([a-z_]+)\.(weight)")
 
 @contextmanager
 def opened_gguf(file: GgufFile) -> Iterator[Checkpoint]:
-    """`open_gguf` into a folder that is there as long as the context is."""
+    """`open_gguf` into a folder that is there as long as the context is.
+
+    Errors that name one of the small files name the GGUF in front of it, for that folder is gone when they are read.
+    """
     with tempfile.TemporaryDirectory(prefix="qwq-mlx-") as temporary:
-        yield open_gguf(file, Path(temporary))
+        try:
+            yield open_gguf(file, Path(temporary))
+        except QwqError as error:
+            error.args = (str(error).replace(f"{temporary}{os.sep}", f"{file.path}: "), *error.args[1:])
+            raise
 
 
 @contextmanager

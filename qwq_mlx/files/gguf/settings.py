@@ -30,6 +30,7 @@ _SIZES = {
 _END_TEXTS = ("<|im_end|>", "<|endoftext|>")  # Qwen2 ends a turn with one and a document with the other
 _SAMPLING = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k"}  # general.sampling.KEY of llama.cpp since 2025
 _OPEN_THINKING = "<think>"
+_MAX_NAME = 80
 
 
 def check_kind(metadata: Mapping[str, Value], path: Path) -> None:
@@ -133,7 +134,8 @@ def model_name(metadata: Mapping[str, Value], tokens: Sequence[str], config: Map
     shape = ("hidden_size", "num_hidden_layers", "vocab_size")
     if "qwq" in " ".join(labels).lower() and all(config[key] == getattr(QWQ_32B, key) for key in shape):
         return QWQ_32B.name if _OPEN_THINKING in tokens else QWQ_32B_PREVIEW.name
-    return labels[0] or labels[1] or "a Qwen2 model without a name"
+    label = "".join(each if each.isprintable() else " " for each in labels[0] or labels[1])  # shown in a terminal
+    return label[:_MAX_NAME].strip() or "a Qwen2 model without a name"
 
 
 def _short(value: Value | None) -> Value | None:

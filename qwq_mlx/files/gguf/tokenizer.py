@@ -9,6 +9,7 @@ Does not: encode anything, or accept a tokenizer of another family.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,10 @@ def make_tokenizer(metadata: Mapping[str, Value], path: Path) -> dict[str, Any]:
     if len(kinds) != len(tokens):
         raise SourceError(f"{path}: has {len(tokens):,} tokens and {len(kinds):,} kinds of tokens. {_AGAIN}")
     if len(set(tokens)) != len(tokens):
-        twice = next(text for index, text in enumerate(tokens) if text in tokens[:index])
+        twice = Counter(tokens).most_common(1)[0][0]
         raise SourceError(f"{path}: has the token {twice!r} twice, expected it once. {_AGAIN}")
+    if "" in tokens:
+        raise SourceError(f"{path}: token {tokens.index(''):,} is an empty text, expected at least one byte. {_AGAIN}")
     vocabulary, added = {}, []
     for token_id, (text, kind) in enumerate(zip(tokens, kinds, strict=True)):
         if kind == _UNUSED or ((match := _PADDING.fullmatch(text)) and int(match[1]) == token_id):
