@@ -25,6 +25,7 @@ from qwq_mlx.convert.journal import Journal
 from qwq_mlx.convert.pipeline import run_pipeline
 from qwq_mlx.convert.plan import Plan, make_plan
 from qwq_mlx.convert.preflight import (
+    check_calibration_fits_some,
     check_disk,
     check_fit,
     check_output,
@@ -167,7 +168,7 @@ def _plan(
     text = None if calibrate is None else read_calibration(calibrate, origin.checkpoint, config)
     if text is not None and origin.is_remote and not keep_source:
         pass_order(origin.checkpoint, config, text.name)
-    return make_plan(
+    plan = make_plan(
         origin,
         config,
         recipe,
@@ -177,6 +178,8 @@ def _plan(
         chat_template=chat_template,
         scale_dtype=scales,
     )
+    check_calibration_fits_some(plan)
+    return plan
 
 
 def _named(output: str | Path) -> Path:

@@ -76,7 +76,13 @@ def pack_block(block: Block, *, fit: str, shard: Path, fitted: FittedMatrices | 
         _check_finite(block, raw, dtype, weight2, shard)
         data, error2 = (block.data, 0.0) if tensor.stored_dtype == source.dtype else _rounded(tensor, weights)
         return PackedBlock(block, (data,), error2, weight2, zero_pages)
-    packed, error = _fit(block, raw, dtype, tensor.packing, fit, shard, fitted or FittedMatrices())
+    with np.errstate(over="ignore"):  # of what the scales' type does not hold
+        packed, error = _fit(block, raw, dtype, tensor.packing, fit, shard, fitted or FittedMatrices())
+    if not math.isfinite(error.error2):
+        raise ConversionError(
+            f"{shard}: tensor {source.name}: has weights too large for scales and biases in {tensor.stored_dtype}. "
+            "Give another `scale_dtype` (bfloat16 and float32 hold them) and `restart=True`."
+        )
     arrays = [packed.codes, packed.scales, *([] if packed.biases is None else [packed.biases])]
     outputs = tuple(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)
     return PackedBlock(block, outputs, error.error2, error.weight2, zero_pages)

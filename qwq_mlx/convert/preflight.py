@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from qwq_mlx.convert.plan import Plan
 from qwq_mlx.convert.plan_text import size_text
 from qwq_mlx.convert.source_warnings import packing_keys
 from qwq_mlx.errors import ConversionError, DiskFullError, OptionError
@@ -24,7 +25,15 @@ from qwq_mlx.quant.gguf_blocks import check_decoder
 from qwq_mlx.quant.packing import DTYPES
 from qwq_mlx.quant.recipe import Recipe
 
-__all__ = ["check_disk", "check_fit", "check_output", "check_scale_dtype", "check_source", "partial_path"]
+__all__ = [
+    "check_calibration_fits_some",
+    "check_disk",
+    "check_fit",
+    "check_output",
+    "check_scale_dtype",
+    "check_source",
+    "partial_path",
+]
 
 _MARGIN = 1.05  # file systems need a little more than the bytes
 
@@ -91,6 +100,16 @@ def check_fit(recipe: Recipe, calibrate: str | Path | None) -> None:
         raise OptionError(
             f"calibrate is {str(calibrate)!r}, which chooses scales and biases of mode 'affine', but {recipe.name} has "
             f"{', '.join(modes)}. Leave `calibrate` out, or take a recipe that is affine throughout."
+        )
+
+
+def check_calibration_fits_some(plan: Plan) -> None:
+    """Refuse a calibration that would read its text for nothing. Raises OptionError."""
+    matrices = [each for each in plan.tensors if each.packing is not None]
+    if plan.calibration is not None and matrices and all(each.is_repacked for each in matrices):
+        raise OptionError(
+            f"calibrate is {plan.calibration.name!r}, but every matrix of {plan.checkpoint.where} keeps its codes, so "
+            "that nothing is fitted. Leave `calibrate` out, or choose a `recipe` of other bits."
         )
 
 

@@ -121,7 +121,8 @@ def open_origin(
     if (gguf := find_gguf(source)) is not None:
         if revision is not None:
             raise OptionError(
-                f"revision is {revision!r}, which only a repository of the Hub has, but {source} is a GGUF."
+                f"revision is {revision!r}, which only a repository of the Hub has, but {source} is a GGUF. Leave "
+                "`revision` out."
             )
         with opened_gguf(gguf) as checkpoint:
             yield Origin(checkpoint=checkpoint, repository=None, commit=None)

@@ -13,7 +13,7 @@ import pytest
 from checkpoints import encode_floats, safetensors_bytes, write_tiny_checkpoint
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
-from gguf_files import entry_of, weights_of, write_gguf
+from gguf_files import entry_of, gguf_bytes, metadata_of, weights_of, write_gguf
 
 from qwq_mlx.compare.table import compare_models
 from qwq_mlx.convert import ConvertProgress, convert_checkpoint
@@ -307,6 +307,8 @@ def test_a_target_size_and_a_float16_file_are_converted_as_any_source(checkpoint
 
 
 def test_an_option_that_has_no_meaning_is_refused(checkpoint: Path, mixed: Path, tmp_path: Path) -> None:
+    all_kept, text = write_gguf(checkpoint, tmp_path / "kept.gguf", "Q8_0"), tmp_path / "text.txt"
+    text.write_text("Wait, the answer is so and so. " * 80)
     refusals: list[tuple[Path, dict[str, Any], str]] = [
         (
             checkpoint,
@@ -314,12 +316,17 @@ def test_an_option_that_has_no_meaning_is_refused(checkpoint: Path, mixed: Path,
             "scale_dtype is 'float32', but .* is no GGUF: its scales get the type",
         ),
         (mixed, {"scale_dtype": "int8"}, "scale_dtype is 'int8', expected one of bfloat16, float16, float32"),
+        (
+            all_kept,
+            {"calibrate": text},
+            "calibrate is 'text.txt', but every matrix of .*kept.gguf keeps its codes, .* Leave `calibrate` out, or",
+        ),
         (mixed, {"revision": "main"}, "revision is 'main', which only a repository of the Hub has, but .* is a GGUF"),
     ]
     for source, options, message in refusals:
         with pytest.raises(OptionError, match=message):
             convert_checkpoint(source, tmp_path / "out", **options)
-        assert list(tmp_path.iterdir()) == []
+        assert sorted(tmp_path.iterdir()) == [all_kept, text]
 
 
 def test_a_not_a_number_in_a_block_is_named(mixed: Path, tmp_path: Path) -> None:
@@ -332,6 +339,17 @@ def test_a_not_a_number_in_a_block_is_named(mixed: Path, tmp_path: Path) -> None
         match=r"nan.gguf: tensor model.layers.1.mlp.gate_proj.weight: the weight at row 1, column 0 is NaN",
     ):
         convert_checkpoint(tmp_path / "nan.gguf", tmp_path / "out")
+
+
+def test_weights_too_large_for_float16_scales_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    weights = weights_of(checkpoint)
+    weights["blk.0.ffn_down.weight"][0, 0] = 76_000  # 128 scales of 598: no float16
+    tensors = {name: entry_of(each, "F32" if each.ndim == 1 else "Q8_0") for name, each in weights.items()}
+    (tmp_path / "large.gguf").write_bytes(gguf_bytes(metadata_of(checkpoint), tensors))
+    with pytest.raises(ConversionError, match=r"mlp.down_proj.weight: has weights too large for scales .* in F16"):
+        convert_checkpoint(tmp_path / "large.gguf", tmp_path / "out", scale_dtype="float16")
+    convert_checkpoint(tmp_path / "large.gguf", tmp_path / "out", scale_dtype="float32", quality=False, restart=True)
+    assert read_manifest(tmp_path / "out").tensors["model.layers.0.mlp.down_proj.weight"].relative_error == 0
 
 
 def test_the_command_says_what_is_kept_and_what_is_fitted_anew(
