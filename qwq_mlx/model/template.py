@@ -3,6 +3,7 @@
 A checkpoint's template is a program from a stranger: it can loop for years or build gigabytes, and jinja's sandbox does
 not stop either. The template of QwQ-32B-Preview is therefore known by its sha256 and written out here as a function; an
 unknown one is rendered by `template_child.py` with 2 s of CPU, 30 s of wall time, 256 MB of memory and 64 MB of output.
+One child serves all prompts (its start takes 0.1 to 0.3 s), and renders each in a fork that has these limits.
 
 Does not: tokenize, or decide what a user's text may become (`model.prompt` does).
 """
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from qwq_mlx.errors import PromptError, TemplateLimitError
-from qwq_mlx.files.limited_child import run_limited
+from qwq_mlx.files.limited_child import LimitedForkServer
 from qwq_mlx.model.tokenizer import MAX_TEMPLATE_BYTES, read_text_file
 
 __all__ = ["KNOWN_TEMPLATES", "is_known", "read_template_file", "render", "template_digest", "template_warning"]
@@ -23,6 +24,7 @@ CHILD_CPU_S = 2
 CHILD_WALL_S = 30.0  # looping is ended by the CPU limit; a busy machine takes long only to start the child
 CHILD_MEMORY_BYTES = 256 << 20
 CHILD_OUTPUT_BYTES = 64 << 20
+_CHILD = LimitedForkServer(Path(__file__).with_name("template_child.py"))
 
 _PREVIEW_SYSTEM = (
     "You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step."
@@ -90,8 +92,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping
 def _render_in_child(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str]) -> str:
     label = f"chat template (sha256 {template_digest(template)[:12]}…)"
     advice = "Take the chat template from the model's source again, or use a conversion of QwQ-32B-Preview."
-    child = run_limited(
-        Path(__file__).with_name("template_child.py"),
+    child = _CHILD.ask(
         {
             "template": template,
             "messages": list(messages),

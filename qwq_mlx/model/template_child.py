@@ -1,23 +1,24 @@
-"""Runs as a child process of its own (`files.limited_child`): render one chat template.
+"""Runs in a child process (`files.limited_child.LimitedForkServer`), each call in a fork: render one chat template.
 
-Reads one JSON object on stdin, writes the text on stdout in UTF-8; imports nothing of this package. A template that
-fails ends the child with status 1, and the parent reads the last line of stderr.
+Imports nothing of this package. A template that fails ends the fork with status 1, and the parent reads the last line
+of stderr.
 
-Does not: see files (the sandbox has no loader), or set its limits (the process has them already).
+Does not: see files (the sandbox has no loader), or set its limits (the fork has them already).
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from datetime import datetime
 from typing import Any
 
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-def _render(request: dict[str, Any]) -> str:
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+def answer(request: dict[str, Any]) -> bytes:
+    """The rendered text in UTF-8. request: template, messages, tokens, and output_bytes, its characters at most."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -39,13 +40,4 @@ def _render(request: dict[str, Any]) -> str:
         if size > request["output_bytes"]:
             raise jinja2.TemplateError(f"wrote more than {request['output_bytes'] >> 20} MiB")
         pieces.append(piece)
-    return "".join(pieces)
-
-
-def _main() -> None:
-    request = json.load(sys.stdin)
-    sys.stdout.buffer.write(_render(request).encode())
-
-
-if __name__ == "__main__":
-    _main()
+    return "".join(pieces).encode()

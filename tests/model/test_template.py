@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qwq_mlx.errors import PromptError, TemplateLimitError
+from qwq_mlx.files import limited_child
 from qwq_mlx.model import template
 from qwq_mlx.model.template import KNOWN_TEMPLATES, is_known, render, template_digest
 from qwq_mlx.model.tokenizer import load_tokenizer
@@ -68,6 +69,22 @@ def test_an_unknown_template_is_rendered_as_transformers_does(
 def test_the_digests_are_of_the_text_with_one_final_newline() -> None:
     assert template_digest("a") == template_digest("a\n") != template_digest("a\n\n")
     assert all(len(digest) == 64 for digest in KNOWN_TEMPLATES)
+
+
+def test_many_prompts_of_unknown_templates_start_one_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, real = [], limited_child.subprocess.Popen
+
+    def start(*arguments: Any, **settings: Any) -> Any:
+        started.append(arguments)
+        return real(*arguments, **settings)
+
+    template._CHILD.close()  # of the tests before
+    monkeypatch.setattr(limited_child.subprocess, "Popen", start)
+    texts = [
+        render(text, messages, {}) for text in ("{{ messages | length }}", "{{ 7 }}") for messages in CONVERSATIONS
+    ]
+    assert texts == ["1", "2", "4", "3", *"7777"]
+    assert len(started) == 1
 
 
 def test_tokens_and_jinja_extras_reach_the_template() -> None:
