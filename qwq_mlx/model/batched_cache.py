@@ -12,6 +12,7 @@ Does not: batch quantized caches, or rows that feed several ids; those attend on
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,12 +28,18 @@ _NAMES = ("keys", "values")
 class BatchedLayer:
     """One layer's keys and values of some rows.
 
-    arrays: (rows, heads, room, width) each. members: the rows' own caches, in order.
+    arrays: (rows, heads, room, width) each.
     """
 
     def __init__(self, members: Sequence[Any]) -> None:
-        self.members = tuple(members)
+        # weak, for a member refers to its batch: a cycle would keep the arrays until Python looks for cycles
+        self._members = [weakref.ref(each) for each in members]
         self.arrays: dict[str, mx.array] = {}
+
+    @property
+    def members(self) -> list[Any]:
+        """The rows' caches, in order; None for one that is gone."""
+        return [each() for each in self._members]
 
     @property
     def room(self) -> int:
@@ -48,7 +55,8 @@ class BatchedLayer:
 
         keys, values: (rows, heads, 1, width). ends: (rows,) positions that each row holds before it.
         """
-        offsets = {member.offset for member in self.members}
+        members = self.members
+        offsets = {member.offset for member in members}
         fetched = []
         for name, new in zip(_NAMES, (keys, values), strict=True):
             array = self.arrays.pop(name)  # nobody else may hold it, or it is copied
@@ -61,7 +69,7 @@ class BatchedLayer:
                 array = mx.put_along_axis(array, places, new, axis=2)
                 fetched.append(array)
             self.arrays[name] = array
-        for member in self.members:
+        for member in members:
             member.offset += 1
         is_even = len(offsets) == 1
         mask = None if is_even else (mx.arange(self.room)[None] <= ends[:, None])[:, None, None]
@@ -132,7 +140,7 @@ def batched(rows: Sequence[Sequence[Any]]) -> Sequence[BatchedLayer]:
     then values, so that half a layer of the rows is held twice.
     """
     batch = rows[0][0].batch
-    if batch is not None and batch.members == tuple(row[0] for row in rows):
+    if batch is not None and batch.members == [row[0] for row in rows]:
         return [layer.batch for layer in rows[0]]
     return [_new_batch(members) for members in zip(*rows, strict=True)]
 
@@ -141,7 +149,7 @@ def _new_batch(members: Sequence[Any]) -> BatchedLayer:
     before = {id(each.batch): each.batch for each in members if each.batch is not None}
     for old in before.values():
         for each in old.members:
-            if each.batch is old and each not in members:
+            if each is not None and each.batch is old and each not in members:
                 each.leave()
     batch = BatchedLayer(members)
     for name in _NAMES:

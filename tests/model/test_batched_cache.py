@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import mlx.core as mx
@@ -110,6 +112,21 @@ def test_a_batch_holds_each_row_once(module: Any) -> None:
     step(module, pairs, [1, 2])
     for pair in pairs:
         assert all(layer._keys is None and layer._values is None for layer in pair.caches[0])
+
+
+def test_a_batch_goes_with_the_last_of_its_rows(module: Any) -> None:
+    pairs = [Pair(module, 6), Pair(module, 7), Pair(module, 8)]
+    step(module, pairs, [1, 2, 3])
+    batch = weakref.ref(pairs[0].caches[0][0].batch)
+    gc.disable()  # nothing is to wait for it
+    try:
+        del pairs[1:]
+        assert batch() is not None
+        step(module, pairs, [4])
+        del pairs[:]
+        assert batch() is None
+    finally:
+        gc.enable()
 
 
 def test_quantized_caches_are_not_batched(module: Any) -> None:
