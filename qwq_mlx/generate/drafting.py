@@ -30,10 +30,12 @@ from qwq_mlx.errors import LoadError, OptionError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.digest import sha256_json
 from qwq_mlx.files.json_dataclass import FieldError, from_json_value
+from qwq_mlx.model import kernels
 from qwq_mlx.model.architecture import tensor_shapes
 from qwq_mlx.model.blas import uses_blas
 from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
+from qwq_mlx.model.kernels.layers import few_row_kernels_run
 from qwq_mlx.model.load import LoadedModel, load_model
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
@@ -46,6 +48,8 @@ __all__ = ["DRAFT_VARIABLE", "DraftChoice", "choose_draft", "make_speculator"]
 
 DRAFT_VARIABLE = "QWQ_MLX_DRAFT"
 """Names the folder of the draft model that `draft="auto"` takes."""
+
+_KERNELS = Path(kernels.__file__).with_name("few_row_matmul.cu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +196,7 @@ def _costs(
 
 
 def _key(model: LoadedModel, choice: DraftChoice, kv_bits: int | None) -> dict[str, Any]:
-    """All that the costs depend on: machine, versions, shapes and types."""
+    """All that the costs depend on: machine, versions, kernels, shapes and types."""
     draft = choice.shape
     shapes = {"model": _shape_key(ModelShape(config=model.config, packed=model.packed))}
     if draft is not None:
@@ -202,6 +206,7 @@ def _key(model: LoadedModel, choice: DraftChoice, kv_bits: int | None) -> dict[s
         "machine": f"{platform.system()} {platform.machine()} {platform.node()} {os.cpu_count()}",
         "device": str(mx.device_info().get("device_name", "")) or backend_name(),
         "versions": {name: package_version(name) for name in ("mlx", "mlx-lm")} | {"qwq-mlx": __version__},
+        "kernels": sha256_json(_KERNELS.read_text(encoding="utf-8")) if few_row_kernels_run() else "",
         "compute_type": model.compute_type,
         "kv_bits": kv_bits,
         **shapes,

@@ -245,6 +245,9 @@ def test_costs_are_measured_once_and_kept(folder: Path, tmp_path: Path, monkeypa
     assert reasoner.drafts.notes[0].startswith(f"{path}: cannot be read (by_rows")
     load(folder, draft="ngram", limits=Limits(kv_bits=8))
     assert len(list(tmp_path.rglob("*.json"))) == 2
+    monkeypatch.setattr(drafting, "few_row_kernels_run", lambda: True)
+    load(folder, draft="ngram")
+    assert len(list(tmp_path.rglob("*.json"))) == 3
 
 
 def test_passes_are_timed_with_the_rows_they_have(folder: Path) -> None:
