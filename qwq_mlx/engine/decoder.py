@@ -138,11 +138,11 @@ class Decoder:
         return verifications
 
     def _undrafted(self, following: list[tuple[Row, Pending]]) -> list[tuple[Row, Pending]]:
-        """Those whose next step begins before their ids are read: all of them, or all that may not have drafts."""
+        """Those whose next step begins before their ids are read: all of them, or none where drafts are due."""
         may_draft = [] if self._drafts is None else [row for row, _ in following if row.most_drafts]
         if self._drafts is None or not may_draft or not self._drafts.is_due(may_draft):
             return following
-        return [(row, pending) for row, pending in following if not row.may_draft]
+        return []
 
     def _drafted(self, rows: Sequence[Row]) -> list[Draft]:
         """What is guessed for each row, no more than may share the pass with them."""

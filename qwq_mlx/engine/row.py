@@ -206,6 +206,15 @@ class Row:
         self.ids += ids
         self._tokens = None
 
+    def draw_again(self) -> None:
+        """Drop what was drawn ahead, as another sampler is to draw it."""
+        if not self.ids:
+            return
+        self.pending = None
+        self.ready.clear()
+        self.cut_cache(len(self.ids) - 1)
+        self.unfed = self.ids[self.cache[0].offset :]
+
     def rewind(self, n_output: int) -> None:
         """Go back to the first n_output ids of the output. Raises OptionError where there are fewer."""
         if not 0 <= n_output <= self.n_output:

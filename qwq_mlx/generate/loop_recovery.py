@@ -36,11 +36,6 @@ class LoopRecovery:
         return self._n_nudges >= MAX_NUDGES
 
     @property
-    def is_under_way(self) -> bool:
-        """Whether tokens are drawn hotter now."""
-        return self._n_left > 0
-
-    @property
     def sampling(self) -> tuple[Sampling, int]:
         """How to draw from here on, and the salt of the random numbers, which is the number of nudges so far."""
         if not self._n_left:

@@ -77,8 +77,10 @@ class Running:
         sampling, salt = self.run.sampling
         if (sampling, salt) != (self.row.sampler.sampling, self.row.sampler.salt):
             self.row.sampler = self.row.sampler.other(sampling, salt=salt)
-        # where the stretch ends, the step under way is still drawn hotter, and drafts leave none under way
-        self.row.may_draft = not self.run.recovery.is_under_way
+            if self._bad_words is not None:
+                self._bad_words.drop()
+                self._bad_words.watch_from(self.row.n_output)
+            self.row.draw_again()
 
     def fail(self, error: Exception) -> None:
         """End the run here; what was written until now is in its trace."""

@@ -123,3 +123,16 @@ def test_banned_texts_hold_through_a_nudge(reasoner: Reasoner) -> None:
     assert any(event["action"] == "nudge" for event in trace.events)
     assert "e" not in trace.text.replace("**Final Answer**", "")
     assert run.running.row.ids[run.running.row.n_prompt :][: len(trace.ids)] == list(trace.ids)
+
+
+def test_a_run_saved_at_the_end_of_a_hotter_stretch_goes_on_alike(reasoner: Reasoner, tmp_path: Path) -> None:
+    """The step under way was drawn hotter still, where a resumed run, which has none, drew it as before."""
+    options = looping(reasoner, strength=5.5, on_loop="nudge") | {"limits": Limits(max_tokens=STRETCH + 20)}
+    run = reasoner.stream("x", **options)
+    for step in run:
+        if run.run.recovery.dump() == (1, 1):  # one token of the first stretch is left
+            assert step.index >= STRETCH - 1
+            run.save(tmp_path / "run")
+    resumed = reasoner.resume(tmp_path / "run")
+    list(resumed)
+    assert resumed.trace().ids == run.trace().ids
