@@ -241,15 +241,21 @@ def _puzzles(path: Path) -> list[Problem]:
     """The list that Tree of Thoughts uses (arXiv 2305.10601), by rank; it reports on ranks 901 to 1,000."""
     try:
         with path.open("rb") as file:
-            text = file.read(_MAX_CSV_BYTES + 1).decode("utf-8-sig")
+            raw = file.read(_MAX_CSV_BYTES + 1)
+        if len(raw) > _MAX_CSV_BYTES:
+            raise SourceError(f"{path}: has more than {_MAX_CSV_BYTES:,} bytes. Give the CSV of puzzles.")
+        reader = csv.DictReader(io.StringIO(raw.decode("utf-8-sig")))
+        rows = list(reader)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read {system_said(error, 'Give the CSV of puzzles.')}") from error
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: byte {error.start:,} is not UTF-8. Give the CSV of puzzles.") from error
-    reader, problems = csv.DictReader(io.StringIO(text)), []
+    except csv.Error as error:
+        raise SourceError(f"{path}: is no CSV ({error}). Give the CSV of puzzles.") from error
     if "Puzzles" not in (reader.fieldnames or ()):
         raise SourceError(f"{path}: has no column 'Puzzles'. Give the CSV of puzzles.")
-    for rank, row in enumerate(reader, start=1):
+    problems = []
+    for rank, row in enumerate(rows, start=1):
         puzzle = (row.get("Puzzles") or "").split()
         if len(puzzle) != 4 or not all(each.isascii() and each.isdecimal() for each in puzzle):
             raise SourceError(f"{path}: row {rank:,} has no four numbers under 'Puzzles'. Give the CSV of puzzles.")

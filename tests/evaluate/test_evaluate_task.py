@@ -63,6 +63,21 @@ def test_a_fault_of_a_file_is_named(lines: list[Any], message: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (b"1,4 4 6\n", "row 1 has no four numbers"),
+        (b"1," + b"4" * 200_000 + b"\n", r"is no CSV \(field larger than"),
+        (b"1,4 4 6 8\n" * 1_700_000, "has more than 16,777,216 bytes"),
+        (b"1,4 4 6 \xff\n", "byte 21 is not UTF-8"),
+    ],
+)
+def test_a_fault_of_the_puzzles_is_named(lines: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "24.csv").write_bytes(b"Rank,Puzzles\n" + lines)
+    with pytest.raises(SourceError, match=message):
+        read_task("game24", tmp_path / "24.csv")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("gsm8k",), r"needs its file.*https://github.com/openai/grade-school-math.*`data`"),
