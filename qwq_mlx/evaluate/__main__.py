@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qwq_mlx.evaluate.task import Task
 
 _MAX_TOKENS, _ON_LOOP = 4096, "stop"
-_ASKS = ("data", "model", "samples", "limit", "offset", "levels", "instruction", "system_prompt", "width")
+_OF_REPORTS = ("output", "against", "lm_eval", "json", "quiet")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,15 +85,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _evaluate(command: Command) -> int:
+    from qwq_mlx.evaluate.folder import EVALUATION_NAME
     from qwq_mlx.files.lock import FolderLock
 
     options, output = command.options, Path(command.options.output)
     if options.task is None:
-        for name in _ASKS:
-            if getattr(options, name) is not None:
-                raise OptionError(f"--{name.replace('_', '-')} needs --task, or leave it out to report on --output.")
+        for name, value in vars(options).items():
+            if name not in _OF_REPORTS and value != command.parser.get_default(name):
+                raise OptionError(f"{name} needs `task`, or leave it out to report on `output`.")
         return _report_alone(command, output)
     from qwq_mlx.evaluate.task import read_task
+    from qwq_mlx.generate.batch import check_width
 
     samples = 1 if options.samples is None else options.samples
     if not 1 <= samples <= MAX_SAMPLES:
@@ -101,11 +103,12 @@ def _evaluate(command: Command) -> int:
     data = None if options.data is None else Path(options.data)
     task = read_task(options.task, data, levels=options.levels or (), offset=options.offset or 0, limit=options.limit)
     checked_options(vars(options))
+    check_width(options.width)
     if not output.parent.is_dir():
         raise OptionError(f"--output is {str(output)!r}, but there is no folder {str(output.parent)!r}. Make it first.")
     choices = _choices(command)
     for choice in choices.values():
-        if lies_in(output / "evaluation.json", choice.folder):
+        if lies_in(output / EVALUATION_NAME, choice.folder):
             raise OptionError(f"--output is {str(output)!r}, which lies in the model's folder {choice.folder}.")
     with FolderLock(output):
         return _run(command, task, samples, choices, output)
@@ -128,6 +131,7 @@ def _run(command: Command, task: Task, samples: int, choices: Mapping[str, Choic
     from qwq_mlx.evaluate.answering import is_complete
     from qwq_mlx.evaluate.folder import begin
     from qwq_mlx.evaluate.models import check_models
+    from qwq_mlx.evaluate.summary import check_against
     from qwq_mlx.model.template import read_template_file
 
     options = command.options
@@ -146,12 +150,12 @@ def _run(command: Command, task: Task, samples: int, choices: Mapping[str, Choic
                 "QwQ's card has --temp 0.7 --top-p 0.8 --top-k 20"
             )
     setup = _setup(command, task, template, output)
-    evaluation, has_begun = begin(output, task, setup, samples=samples, models=models)
+    evaluation, models = begin(output, task, setup, samples=samples, models=models)
+    check_against(evaluation, options.against)
     code = 0
     for model in models:
-        if not (has_begun and is_complete(evaluation, model.label)):
+        if not is_complete(evaluation, model.label):
             code = _answer(command, evaluation, model)
-            has_begun = True
         if code:
             break
     _show(command, evaluation)
@@ -160,7 +164,7 @@ def _run(command: Command, task: Task, samples: int, choices: Mapping[str, Choic
 
 def _setup(command: Command, task: Task, template: str | None, output: Path) -> Setup:
     """What is asked; a seed that was not given is that of the folder, or drawn."""
-    from qwq_mlx.evaluate.folder import Setup, read_evaluation
+    from qwq_mlx.evaluate.folder import EVALUATION_NAME, Setup, read_evaluation
     from qwq_mlx.model.template import template_digest
     from qwq_mlx.options import to_json
 
@@ -168,7 +172,7 @@ def _setup(command: Command, task: Task, template: str | None, output: Path) -> 
     asked = checked_options(vars(options))
     seed = asked.sampling.seed
     if seed is None:
-        has_begun = (output / "evaluation.json").exists()
+        has_begun = (output / EVALUATION_NAME).exists()
         seed = read_evaluation(output).setup.seed if has_begun else secrets.randbits(32)
     return Setup(
         task=task.name,
@@ -217,10 +221,10 @@ def _answer(command: Command, evaluation: Evaluation, model: CheckedModel) -> in
 
 
 def _report_alone(command: Command, output: Path) -> int:
-    from qwq_mlx.evaluate.folder import read_evaluation
+    from qwq_mlx.evaluate.folder import EVALUATION_NAME, read_evaluation
     from qwq_mlx.files.lock import FolderLock
 
-    if not (output / "evaluation.json").is_file():
+    if not (output / EVALUATION_NAME).is_file():
         raise OptionError(
             f"--output is {str(output)!r}, which holds no evaluation. Name a --task to begin one, or another folder."
         )

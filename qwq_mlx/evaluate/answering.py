@@ -31,7 +31,6 @@ def question_text(evaluation: Evaluation, question: str) -> str:
 
 def samples_asked(evaluation: Evaluation) -> list[Question]:
     """The samples as questions, in the order of the lines: all problems once, then all again."""
-    several = evaluation.samples > 1
     asked: list[Question] = []
     for sample in range(evaluation.samples):
         for problem in evaluation.problems:
@@ -39,7 +38,7 @@ def samples_asked(evaluation: Evaluation) -> list[Question]:
             asked.append(
                 Question(
                     index=len(asked),
-                    id=f"{problem.id}, sample {sample}" if several and sample else problem.id,
+                    id=f"{problem.id}, sample {sample}" if sample else problem.id,
                     messages=text,
                     expected=problem.expected,
                     sha256=sha256_json({"id": problem.id, "question": text, "sample": sample}),

@@ -15,6 +15,7 @@ Does not: run a model, or judge.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,10 +30,10 @@ from qwq_mlx.files.json_dataclass import FieldError, from_json_value
 from qwq_mlx.files.json_object import parse_json_object, read_json_object
 from qwq_mlx.generate.question_file.questions import read_lines
 
-__all__ = ["EvaluatedModel", "Evaluation", "Setup", "begin", "read_evaluation", "write_evaluation"]
+__all__ = ["EVALUATION_NAME", "EvaluatedModel", "Evaluation", "Setup", "begin", "read_evaluation", "write_evaluation"]
 
 _FORMAT, _SCHEMA = "qwq_mlx evaluation", 1
-_NAME, _PROBLEMS = "evaluation.json", "problems.jsonl"
+EVALUATION_NAME, _PROBLEMS = "evaluation.json", "problems.jsonl"
 _MAX_BYTES = 16 << 20
 _ADVICE = "Give the folder of an evaluation, or a new one."
 
@@ -110,30 +111,20 @@ class Evaluation:
 
 def begin(
     folder: Path, task: Task, setup: Setup, *, samples: int, models: Sequence[CheckedModel]
-) -> tuple[Evaluation, bool]:
-    """The evaluation of a folder with these models added, and whether the folder has one already. Writes nothing.
+) -> tuple[Evaluation, list[CheckedModel]]:
+    """The evaluation of a folder with these models added, and these models by their labels in it. Writes nothing.
 
+    A model of the folder keeps the label that it has there, though other models were named beside it then.
     Raises OptionError naming each setting that is another than in the folder, or a model whose files changed;
     SourceError for a folder that holds something else.
     """
-    named = [
-        EvaluatedModel(
-            label=model.label,
-            folder=str(model.choice.folder),
-            sha256=model.sha256,
-            weights=model.weights,
-            size_bytes=model.size_bytes,
-            bits_per_weight=model.bits_per_weight,
-        )
-        for model in models
-    ]
-    if not (folder / _NAME).exists():
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if not (folder / EVALUATION_NAME).exists():
+        if folder.exists() and not (folder.is_dir() and all(map(_is_of_a_start, folder.iterdir()))):
             what = "a folder with other files" if folder.is_dir() else "a file"
             raise OptionError(f"output is {str(folder)!r}, {what}. {_ADVICE}")
-        return Evaluation(
-            folder=folder, setup=setup, samples=samples, models=tuple(named), problems=task.problems
-        ), False
+        evaluated = tuple(map(_evaluated, models))
+        new = Evaluation(folder=folder, setup=setup, samples=samples, models=evaluated, problems=task.problems)
+        return new, list(models)
     existing = read_evaluation(folder)
     if differing := _differing(asdict(existing.setup), asdict(setup)):
         raise OptionError(
@@ -146,14 +137,36 @@ def begin(
             "choose another output."
         )
     known = {model.label: model for model in existing.models}
+    labels = {(model.sha256, model.folder): model.label for model in existing.models}
+    named = [
+        replace(model, label=labels.get((model.sha256, str(model.choice.folder)), model.label)) for model in models
+    ]
     for model in named:
         if model.label in known and known[model.label].sha256 != model.sha256:
             raise OptionError(
                 f"{folder}: the model {model.label} was another one ({known[model.label].folder}, sha256 "
                 f"{known[model.label].sha256[:12]}…, now {model.sha256[:12]}…). Choose another output."
             )
-    added = [model for model in named if model.label not in known]
-    return replace(existing, samples=samples, models=(*existing.models, *added)), True
+    added = [_evaluated(model) for model in named if model.label not in known]
+    return replace(existing, samples=samples, models=(*existing.models, *added)), named
+
+
+def _evaluated(model: CheckedModel) -> EvaluatedModel:
+    return EvaluatedModel(
+        label=model.label,
+        folder=str(model.choice.folder),
+        sha256=model.sha256,
+        weights=model.weights,
+        size_bytes=model.size_bytes,
+        bits_per_weight=model.bits_per_weight,
+    )
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """Whether `write_evaluation` leaves this file where it is killed before it has begun an evaluation."""
+    return (
+        path.name == _PROBLEMS or re.fullmatch(rf"\.({_PROBLEMS}|{EVALUATION_NAME})\.\d+\.tmp", path.name) is not None
+    )
 
 
 def write_evaluation(evaluation: Evaluation) -> None:
@@ -173,7 +186,9 @@ def write_evaluation(evaluation: Evaluation) -> None:
     try:
         evaluation.folder.mkdir(exist_ok=True)
         write_file(evaluation.folder / _PROBLEMS, "".join(lines).encode())
-        write_file(evaluation.folder / _NAME, (json.dumps(values, ensure_ascii=False, indent=1) + "\n").encode())
+        write_file(
+            evaluation.folder / EVALUATION_NAME, (json.dumps(values, ensure_ascii=False, indent=1) + "\n").encode()
+        )
     except OSError as error:
         raise SavingError(
             f"{evaluation.folder}: cannot be written {system_said(error, 'Choose an output where you may write.')}",
@@ -183,7 +198,7 @@ def write_evaluation(evaluation: Evaluation) -> None:
 
 def read_evaluation(folder: Path) -> Evaluation:
     """What `write_evaluation` wrote. Raises SourceError naming the file and the fault."""
-    path = folder / _NAME
+    path = folder / EVALUATION_NAME
     values = read_json_object(path, limit_bytes=_MAX_BYTES, advice=_ADVICE)
     if values.get("format") != _FORMAT or values.get("schema") != _SCHEMA:
         raise SourceError(
@@ -207,7 +222,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         raise SourceError(f"{path}: {error}. {_ADVICE}") from error
     task = Task(name=setup.task, problems=tuple(problems), instruction=setup.instruction)
     if not problems or task.sha256 != setup.problems_sha256:
-        raise SourceError(f"{folder / _PROBLEMS}: holds other problems than {_NAME} says. {_ADVICE}")
+        raise SourceError(f"{folder / _PROBLEMS}: holds other problems than {EVALUATION_NAME} says. {_ADVICE}")
     return Evaluation(
         folder=folder, setup=setup, samples=int(values["samples"]), models=tuple(models), problems=tuple(problems)
     )

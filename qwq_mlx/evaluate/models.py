@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +55,8 @@ class CheckedModel:
 def chosen_labels(names: Sequence[str | Path]) -> list[str]:
     """A label for each model, unlike all others: the end of its name, with the folder above where two are alike.
 
-    names: folders, repositories or GGUF files, as the user named them.
+    names: folders, repositories or GGUF files, as the user named them. Labels name files, so two that differ only in
+    case are alike, as on a Mac's disk.
 
     >>> chosen_labels(["/a/4bit", "/a/3bit/", "/b/4bit", "Qwen/QwQ-32B-Preview", "ollama:qwq:32b"])
     ['a-4bit', '3bit', 'b-4bit', 'QwQ-32B-Preview', 'ollama-qwq-32b']
@@ -62,9 +64,14 @@ def chosen_labels(names: Sequence[str | Path]) -> list[str]:
     paths = [Path(name).absolute() for name in names]  # links keep the names that the user gave them
     short = [path.name.removesuffix(".gguf") for path in paths]
     long = [f"{path.parent.name}-{name}" for path, name in zip(paths, short, strict=True)]
-    labels = [of_two if short.count(name) > 1 else name for name, of_two in zip(short, long, strict=True)]
-    labels = [re.sub(r"[^\w.-]+", "-", label).lstrip(".") or "model" for label in labels]
-    return [f"{label}-{place}" if labels.count(label) > 1 else label for place, label in enumerate(labels)]
+    alike = Counter(name.casefold() for name in short)
+    labels: list[str] = []
+    for name, of_two in zip(short, long, strict=True):
+        stem = re.sub(r"[^\w.-]+", "-", of_two if alike[name.casefold()] > 1 else name).lstrip(".") or "model"
+        taken = {label.casefold() for label in labels}
+        numbered = (f"{stem}-{number}" for number in range(2, len(names) + 2))
+        labels.append(next(each for each in (stem, *numbered) if each.casefold() not in taken))
+    return labels
 
 
 def check_models(

@@ -30,7 +30,7 @@ from qwq_mlx.evaluate.statistics import (
 from qwq_mlx.evaluate.task import Problem
 from qwq_mlx.evaluate.votes import tokens_until_decided, vote_sizes, votes_of
 
-__all__ = ["QUANTILES", "Bin", "Comparison", "Group", "ModelSummary", "Summary", "summarise"]
+__all__ = ["QUANTILES", "Bin", "Comparison", "Group", "ModelSummary", "Summary", "check_against", "summarise"]
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 CONFIDENCE_EDGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
@@ -156,13 +156,12 @@ def summarise(evaluation: Evaluation, rows: Mapping[str, Sequence[Row]], *, agai
     """The report of an evaluation.
 
     rows: of each model by its label, in the order of its file; models without any are left out.
-    against: label of the model that the others are compared with; None is the first.
-    Raises OptionError for a label that has no rows.
+    against: label of the model that the others are compared with, once it has rows; None is the first.
+    Raises OptionError for a label that no model has.
     """
+    check_against(evaluation, against)
     models = [model for model in evaluation.models if rows.get(model.label)]
     labels = [model.label for model in models]
-    if against is not None and against not in labels:
-        raise OptionError(f"against is {against!r}, expected one of {', '.join(labels) or 'no models yet'}.")
     first = against or next(iter(labels), "")
     counted = {model.label: _by_problem(evaluation, rows[model.label]) for model in models}
     return Summary(
@@ -173,8 +172,17 @@ def summarise(evaluation: Evaluation, rows: Mapping[str, Sequence[Row]], *, agai
         models=tuple(
             _summary(evaluation, model, counted[model.label], n_rows=len(rows[model.label])) for model in models
         ),
-        comparisons=tuple(_comparison(evaluation, first, label, counted) for label in labels if label != first),
+        comparisons=tuple(
+            _comparison(evaluation, first, label, counted) for label in labels if first in counted and label != first
+        ),
     )
+
+
+def check_against(evaluation: Evaluation, against: str | None) -> None:
+    """Raises OptionError for a label that no model of the table has."""
+    labels = [model.label for model in evaluation.models]
+    if against is not None and against not in labels:
+        raise OptionError(f"against is {against!r}, expected one of {', '.join(labels)}.")
 
 
 def _by_problem(evaluation: Evaluation, rows: Sequence[Row]) -> list[list[Row]]:

@@ -45,7 +45,7 @@ def _lines(summary: Summary) -> Iterator[str]:
     )
     for model in summary.models:
         yield _model_line(model)
-    if summary.models[0].n_samples > 1:
+    if any(model.n_samples > 1 for model in summary.models):
         yield from _by_k(summary.models)
     yield from _thinking(summary.models)
     yield from _calibration(summary.models)
@@ -100,14 +100,13 @@ def _model_line(model: ModelSummary) -> str:
 
 
 def _by_k(models: Sequence[ModelSummary]) -> Iterator[str]:
+    sizes = max((list(model.pass_at_k) for model in models), key=len)  # an unfinished model has fewer
     for title, values in (("pass@k", "pass_at_k"), ("maj@k", "majority_at_k")):
-        sizes = list(getattr(models[0], values))
         yield from ("", f"{title + ', all subsets':<{_NAME}}" + "".join(f"{f'k = {k}':>10}" for k in sizes))
         for model in models:
             by_k = getattr(model, values)
             cells = "".join(f"{percent(by_k[k]) if k in by_k else '':>10}" for k in sizes)
             yield f"{_short(model.label):<{_NAME}}{cells}"
-    sizes = list(models[0].vote_tokens)
     yield from ("", f"{'tokens of a vote':<{_NAME}}{'':<15}" + "".join(f"{f'k = {k}':>10}" for k in sizes))
     for model in models:
         kinds = {"all samples": model.sample_tokens, "ended early": model.vote_tokens}

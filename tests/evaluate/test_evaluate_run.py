@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
-from qwq_mlx.errors import SourceError
+from qwq_mlx.errors import OptionError, SourceError
+from qwq_mlx.evaluate import models as models_module
 from qwq_mlx.evaluate import rows as rows_module
 from qwq_mlx.evaluate.__main__ import main
-from qwq_mlx.evaluate.folder import read_evaluation
+from qwq_mlx.evaluate.folder import begin, read_evaluation, write_evaluation
 from qwq_mlx.evaluate.rows import judged_rows
+from qwq_mlx.evaluate.task import read_task
 from qwq_mlx.generate.batch import question_seed
 from qwq_mlx.generate.question_file.results import Results, read_traces
 from qwq_mlx.generate.reasoner import Reasoner
@@ -227,7 +229,11 @@ def test_bad_input_is_named_before_a_weight_is_loaded_and_leaves_nothing(
         ([*command(home, "new"), "--task", "gsm8k"], "The task gsm8k needs its file.* as --data"),
         ([*command(home, "new"), "--samples", "0"], "--samples is 0"),
         ([*command(home, "new"), "--temp", "-1"], "--temp is -1"),
+        ([*command(home, "new"), "--width", "0"], "--width is 0, expected"),
+        ([*command(home, "new"), "--against", "4bit"], "--against is '4bit', expected one of checkpoint"),
         (["--output", str(output), "--limit", "3"], "--limit needs --task"),
+        (["--output", str(output), "--temp", "0.3"], "--temp needs --task, or leave it out to report on --output"),
+        (["--output", str(output), "--no-verify"], "--no-verify needs --task"),
         (["--output", str(output)], "holds no evaluation"),
         (["--output", str(home / "whole"), "--against", "4bit"], "--against is '4bit', expected one of checkpoint"),
         ([*command(home, "new"), "--output", str(tmp_path)], "a folder with other files"),
@@ -263,6 +269,42 @@ def test_a_model_without_sampling_or_template_is_told_before_it_is_loaded(
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     code, _, err = run(capsys, *command(home, "new", folder))
     assert code == 1 and f"{folder}: The model folder has no chat template" in err and not (home / "new").exists()
+
+
+def test_a_folder_killed_before_it_began_is_begun(home: Path, tmp_path: Path) -> None:
+    task = read_task(str(home / "sums.jsonl"))
+    setup = read_evaluation(home / "whole").setup
+    (tmp_path / "problems.jsonl").write_text("half")
+    (tmp_path / ".evaluation.json.7.tmp").write_text("half")
+    evaluation, _ = begin(tmp_path, task, setup, samples=1, models=[])
+    write_evaluation(evaluation)
+    assert read_evaluation(tmp_path) == evaluation
+    (tmp_path / "evaluation.json").unlink()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(OptionError, match="a folder with other files"):
+        begin(tmp_path, task, setup, samples=1, models=[])
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["/x/Bits", "/y/bits"], ["x-Bits", "y-bits"]),  # one file on a Mac's disk
+        (["/x/a b", "/x/a-b", "/x/a-b-2"], ["a-b", "a-b-2", "a-b-2-2"]),
+        (["..", "/x/.hidden", "/"], ["model", "hidden", "model-2"]),
+    ],
+)
+def test_labels_are_names_of_files_and_unlike_each_other(names: list[str], labels: list[str]) -> None:
+    assert models_module.chosen_labels(names) == labels
+
+
+def test_a_model_keeps_its_label_whatever_is_named_beside_it(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models_module, "chosen_labels", lambda names: ["pocket-checkpoint"])
+    monkeypatch.setattr(Reasoner, "__init__", lambda *_, **__: pytest.fail("a model was loaded"))
+    code, out, _ = run(capsys, *command(home, "whole"), "--samples", "2")
+    assert code == 0 and "pocket-checkpoint" not in out
+    assert [model.label for model in read_evaluation(home / "whole").models] == ["checkpoint"]
 
 
 def test_damaged_files_are_named(home: Path, tmp_path: Path) -> None:

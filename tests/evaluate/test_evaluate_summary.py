@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,8 @@ def test_models_are_compared_on_the_problems_that_both_have() -> None:
     assert pair.difference == -0.5 and pair.interval.low < -0.5 < pair.interval.high
     [other] = summarise(it, {"A": rows("A", "11", 10), "B": rows("B", "10", 10)}, against="B").comparisons
     assert (other.first, other.second, other.difference) == ("B", "A", 0.5)
+    waiting = summarise(it, {"A": rows("A", "11", 10), "B": []}, against="B")
+    assert waiting.comparisons == () and len(waiting.models) == 1, "an interrupted run has no rows of B yet"
     assert "10 problems" in summary_text(summary) and "<svg" in page(summary)
 
 
@@ -93,6 +96,8 @@ def test_samples_vote_and_only_whole_passes_count() -> None:
     assert early.vote_tokens == {1: 10, 2: 20, 4: (30 + 40) / 2}, "after 1 1 1 the fourth cannot change the answer"
     [begun] = summarise(it, {"A": rows("A", "1", 2)}).models
     assert (begun.n_problems, begun.n_samples, begun.accuracy) == (1, 1, 1.0)
+    both = summarise(evaluation(2, samples=2), {"A": rows("A", "1", 2), "B": rows("B", "1" * 4, 2)})
+    assert re.search(r"^B +100\.0 +100\.0$", summary_text(both), re.MULTILINE), "whichever is unfinished"
     assert summarise(it, {}).models == () and "no samples yet" in summary_text(summarise(it, {}))
 
 
