@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Rooms in layers: a room imports itself and rooms of lower layers, also inside its functions. Within one layer nobody
 # knows anybody else.
 LAYERS = (
-    {"errors", "facts"},
+    {"errors", "facts", "progress"},
     {"files"},
     {"quant", "reasoning", "pocket", "options"},
     {"trace", "model"},

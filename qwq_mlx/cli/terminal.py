@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.generate.question_file.runner import BatchProgress
     from qwq_mlx.generate.stream import Stream
+    from qwq_mlx.progress import ProgressBar
     from qwq_mlx.trace.trace import Step, Trace
 
 __all__ = ["batch_line", "batch_progress", "prefill_progress", "settings_line", "show", "summary_line"]
@@ -91,14 +91,17 @@ def summary_line(trace: Trace, *, is_saved: bool = False) -> str:
 @contextmanager
 def batch_progress(*, is_shown: bool) -> Iterator[Callable[[BatchProgress], None]]:
     """How far a file of questions is: a bar on a terminal, else a line on stderr for every question."""
-    from qwq_mlx.cli.progress import ProgressBar
+    from qwq_mlx.progress import ProgressBar
 
     is_terminal = sys.stderr.isatty()
     with ProgressBar(unit="question", is_shown=is_shown and is_terminal, stays=True) as bar:
 
         def progress(stand: BatchProgress) -> None:
             if is_terminal:
-                bar.show("answering", stand.n_done, stand.n_total, n_before=stand.n_before, note=_cost(stand))
+                n_done, is_begun = stand.n_done, stand.n_tokens > 0
+                bar.show(
+                    "answering", n_done, stand.n_total, n_before=stand.n_before, note=_cost(stand), is_begun=is_begun
+                )
             elif is_shown and (stand.last is not None or (stand.n_before and not stand.n_tokens)):
                 sys.stderr.write(batch_line(stand) + "\n")
                 sys.stderr.flush()

@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compare(command: Command) -> int:
-    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.compare.table import compare_models, comparison_text
+    from qwq_mlx.progress import ProgressBar
     from qwq_mlx.quality.text import DEFAULT_POSITIONS
 
     options = command.options

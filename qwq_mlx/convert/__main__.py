@@ -24,9 +24,9 @@ from qwq_mlx.errors import OptionError
 from qwq_mlx.quant import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
-    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.convert.plan import Plan
     from qwq_mlx.convert.progress import ConvertProgress
+    from qwq_mlx.progress import ProgressBar
 
 _PHASES = {
     "calibrate": "calibrating",
@@ -143,9 +143,9 @@ class _Once(argparse.Action):
 
 
 def _convert(command: Command) -> int:
-    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.convert.job import convert_checkpoint
     from qwq_mlx.convert.plan_text import result_text
+    from qwq_mlx.progress import ProgressBar
 
     options = command.options
     shown: list[str] = []

@@ -17,13 +17,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from qwq_mlx.cli.progress import ProgressBar
 from qwq_mlx.errors import BatchError, OptionError
 from qwq_mlx.evaluate.judge import ending_of
 from qwq_mlx.generate.batch import question_seed
 from qwq_mlx.generate.reasoner import load
 from qwq_mlx.model.prompt import Messages
 from qwq_mlx.options import Limits, Sampling, Thinking
+from qwq_mlx.progress import ProgressBar
 from qwq_mlx.trace.trace import Trace
 
 try:

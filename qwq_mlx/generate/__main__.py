@@ -40,10 +40,10 @@ from qwq_mlx.errors import DamagedModelError, GenerationError, OptionError, OutO
 from qwq_mlx.files.output_file import check_output_files
 
 if TYPE_CHECKING:
-    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.generate.checkpoint.autosave import Autosave
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.generate.stream import Stream
+    from qwq_mlx.progress import ProgressBar
     from qwq_mlx.trace.trace import Trace
 
 
@@ -197,9 +197,9 @@ def _prompt(options: argparse.Namespace) -> str:
 
 
 def _batch(command: Command, asked: RunOptions) -> int:
-    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.generate.question_file.questions import read_questions
     from qwq_mlx.generate.question_file.results import Results
+    from qwq_mlx.progress import ProgressBar
 
     options, interruption = command.options, command.interruption
     choice = choose_model(options.model)
@@ -261,8 +261,8 @@ def _generate(command: Command, prompt: str | None, asked: RunOptions) -> int:
 
 
 def _answer(command: Command, prompt: str | None, asked: RunOptions, choice: Choice, autosave: Autosave | None) -> int:
-    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.model.prompt import conversation
+    from qwq_mlx.progress import ProgressBar
 
     options, interruption = command.options, command.interruption
     if prompt is not None:

@@ -6,6 +6,8 @@ Does not: keep anything on disk (`question_file` does), or feed the engine (`sch
 from __future__ import annotations
 
 import hashlib
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +21,7 @@ from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, Workload, plan_memory
 from qwq_mlx.options import Limits, Sampling, Thinking
+from qwq_mlx.progress import ProgressBar
 from qwq_mlx.trace.trace import Trace
 
 __all__ = ["MAX_WIDTH", "check_width", "finish_all", "plan_rows", "plan_width", "question_seed", "settings_of_each"]
@@ -119,22 +122,27 @@ def finish_all(
 ) -> list[Trace]:
     """The traces of these runs in their order, as many side by side as the plan is for.
 
-    progress: called with the runs that have ended and the tokens of all, after each step.
+    progress: called with the runs that have ended and the tokens of all, after each step; None shows a bar on stderr
+      where that is a terminal.
     Raises BatchError, after all others have ended, where any failed; it has the traces of all.
     """
     to_come, n_ended, n_tokens = deque(streams), 0, 0
     width, model = plan.workload.n_sequences, streams[0].request.model
-    with Scheduler(
-        model, width=width, planned_bytes=plan.peak_bytes, ask_answer=ask_answer, drafts=streams[0].request.drafts
-    ) as scheduler:
+    is_shown = progress is None and sys.stderr.isatty()
+    with (
+        ProgressBar(unit="question", is_shown=is_shown, stays=True) as bar,
+        Scheduler(
+            model, width=width, planned_bytes=plan.peak_bytes, ask_answer=ask_answer, drafts=streams[0].request.drafts
+        ) as scheduler,
+    ):
+        tell = progress or _bar_progress(bar, len(streams))
         while to_come or scheduler.streams:
             while to_come and scheduler.has_room:
                 scheduler.add(to_come.popleft())
             for stream in scheduler.step():
                 n_ended += 1
                 n_tokens += len(stream.run.steps)
-            if progress is not None:
-                progress(n_ended, n_tokens + sum(len(stream.run.steps) for stream in scheduler.streams))
+            tell(n_ended, n_tokens + sum(len(stream.run.steps) for stream in scheduler.streams))
     failures = {index: stream.failure for index, stream in enumerate(streams) if stream.failure is not None}
     traces = [stream.trace() for stream in streams]
     if failures:
@@ -146,3 +154,14 @@ def finish_all(
             failures=failures,
         )
     return traces
+
+
+def _bar_progress(bar: ProgressBar, n_questions: int) -> Callable[[int, int], None]:
+    """Moves a bar, with the tokens a second of all rows since now."""
+    started_s = time.perf_counter()
+
+    def progress(n_ended: int, n_tokens: int) -> None:
+        rate = n_tokens / (time.perf_counter() - started_s)
+        bar.show("answering", n_ended, n_questions, note=f"{rate:,.1f} tok/s", is_begun=True)
+
+    return progress

@@ -250,7 +250,8 @@ class Reasoner(RequestMaker):
         questions: texts, or lists of messages.
         sampling, limits, thinking: one for all (a seed is then made into one of each place), or one each.
         width: rows side by side; None takes as many as the plan of their memory allows, at most 8.
-        progress: called with the questions that have ended and the tokens of all.
+        progress: called with the questions that have ended and the tokens of all, after each step; None shows a bar
+          with tokens a second and what remains, on stderr where that is a terminal.
         The other arguments are those of `generate`; logits processors are shared, so they may hold no state of a row.
         Raises PromptError, OptionError or FitError before any work; BatchError at the end where a question failed.
 

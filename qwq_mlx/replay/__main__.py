@@ -52,9 +52,9 @@ def _replay(command: Command) -> int:
 
     options = command.options
     receipt = read_receipt(options.receipt)  # a damaged one is told before a model is loaded
-    from qwq_mlx.cli.progress import ProgressBar
     from qwq_mlx.default_model import ready_model
     from qwq_mlx.generate.reasoner import load
+    from qwq_mlx.progress import ProgressBar
     from qwq_mlx.replay.compare import check_model, replay
 
     folder = ready_model(options.model, command.note)

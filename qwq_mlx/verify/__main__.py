@@ -62,7 +62,7 @@ def _verify(command: Command) -> int:
         raise OptionError("n_tensors says how many to pack again, which needs `source`.")
     if options.source is None and options.sample is None and options.seed is not None:
         raise OptionError("seed says which tensors are drawn, which needs `source` or `sample`.")
-    from qwq_mlx.cli.progress import ProgressBar
+    from qwq_mlx.progress import ProgressBar
     from qwq_mlx.verify.check import DEFAULT_TENSORS, verify_conversion
 
     is_long = options.full or options.sample is not None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,23 @@ def test_the_traces_are_those_of_one_question_after_another(
     )
     assert [unmeasured(trace) for trace in traces] == [unmeasured(trace) for trace in alone]
     assert told == sorted(told) and told[-1] == (6, sum(len(trace.ids) for trace in alone))
+
+
+def test_a_terminal_shows_a_bar_unless_the_caller_shows_progress(
+    reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*, is_terminal: bool, progress: Callable[[int, int], None] | None = None) -> str:
+        with monkeypatch.context() as patched:
+            stderr = io.StringIO()
+            patched.setattr(stderr, "isatty", lambda: is_terminal)
+            patched.setattr(sys, "stderr", stderr)
+            reasoner.batch_generate(["x", "y"], sampling=SAMPLING, limits=Limits(max_tokens=3), progress=progress)
+        return stderr.getvalue()
+
+    states = told(is_terminal=True).split("\r")
+    assert re.search(r"answering:   0%\|.* 0/2 \[00:00<\?, ", states[1])
+    assert re.search(r"answering: 100%\|.* 2/2 \[.*question.*, [\d,]+\.\d tok/s\]\n", states[-1])
+    assert told(is_terminal=False) == told(is_terminal=True, progress=lambda n_ended, n_tokens: None) == ""
 
 
 def test_a_run_that_has_ended_holds_no_cache(reasoner: Reasoner) -> None:

@@ -1,6 +1,6 @@
 """Progress on stderr by tqdm: a bar on a terminal, and in a file a line every ten seconds.
 
-Does not: decide whether progress is shown (the command does).
+Does not: decide whether progress is shown (who reports it does).
 """
 
 from __future__ import annotations
@@ -39,16 +39,30 @@ class ProgressBar:
     ) -> None:
         self.clear()
 
-    def show(self, label: str, n_done: int, n_total: int | None, *, n_before: int = 0, note: str = "") -> None:
-        """Move the bar to n_done of n_total. n_before: of n_done, what took no time now. note: behind the rate."""
+    def show(
+        self,
+        label: str,
+        n_done: int,
+        n_total: int | None,
+        *,
+        n_before: int = 0,
+        note: str = "",
+        is_begun: bool = False,
+    ) -> None:
+        """Move the bar to n_done of n_total.
+
+        n_before: of n_done, what took no time now.
+        note: behind the rate.
+        is_begun: the time until the first step counts, else it was waited for something.
+        """
         if not self._is_shown:
             return
         with self._lock:
             if self._bar is None or label != self._label:
                 self.clear()
                 self._begin(label, n_total, n_before)
-            if n_done == n_before:
-                self._bar.unpause()  # what is waited for before the first step does not count
+            if n_done == n_before and not is_begun:
+                self._bar.unpause()
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(n_done - self._bar.n)
 
@@ -80,7 +94,8 @@ class ProgressBar:
             leave=self._stays,
             file=self._out,
             mininterval=every_s,
-            miniters=1,
+            miniters=0,  # a note may change where nothing is counted,
+            smoothing=0,  # where tqdm's rate of the last moments would leave the time out
             delay=0 if self._is_terminal else every_s,
             dynamic_ncols=self._is_terminal,
         )

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from qwq_mlx.cli.progress import ProgressBar
+from qwq_mlx.progress import ProgressBar
 
 
 class Stderr(io.StringIO):
@@ -69,6 +69,19 @@ def test_the_rate_counts_neither_what_was_there_nor_the_wait_for_the_first_step(
         now[0] += 20
         bar.show("converting", 6 * 10**8, 10**9, n_before=5 * 10**8)
     assert "| 600M/1.00G [00:20<01:20, 5.00MB/s]" in stderr.getvalue().splitlines()[-1]
+
+
+def test_of_work_that_has_begun_all_time_counts_and_the_note_moves(
+    now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stderr = shown_in(monkeypatch, is_terminal=True)
+    with ProgressBar(unit="question") as bar:
+        for n_done, note in ((0, "no rate"), (0, "7.0 tok/s"), (1, "8.0 tok/s")):
+            bar.show("answering", n_done, 3, note=note, is_begun=True)
+            now[0] += 20
+    states = stderr.getvalue().split("\r")
+    assert any("| 0/3 [00:20<?, ?question/s, 7.0 tok/s]" in state for state in states)
+    assert any("| 1/3 [00:40<01:20, 40.00s/question, 8.0 tok/s]" in state for state in states)
 
 
 def test_threads_may_count_together_where_nobody_knows_the_whole(
