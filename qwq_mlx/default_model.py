@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwq_mlx.errors import ConversionError, LoadError, system_said
+from qwq_mlx.errors import ConversionError, LoadError, SourceError, system_said
 from qwq_mlx.facts import MODELS
+from qwq_mlx.files.gguf.checkpoint import files_of_model
 from qwq_mlx.files.gguf.stores import GgufFile, find_gguf
 from qwq_mlx.quant.recipe import load_recipe
 
@@ -90,13 +91,23 @@ def ready_model(named: str | Path | Choice | None, note: Callable[[str], None] =
 
 
 def _gguf_model(named: str | Path, gguf: GgufFile, environment: Mapping[str, str]) -> Choice:
-    """The conversion of a GGUF in the user's cache: called what the user called it, and after the file's digest, or its
-    place, size and time of change."""
-    status = gguf.path.stat()
-    identity = gguf.sha256 or f"{gguf.path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", gguf.label.removesuffix(".gguf"))[:80]
+    """The conversion of a GGUF in the user's cache: called what the user called it, and after the file's digest, or the
+    place, size and time of change of each of its files."""
+    files = files_of_model(gguf.path)
+    identity = gguf.sha256 or "\0".join(map(_identity, files))
+    label = files[0].name if gguf.label == gguf.path.name else gguf.label  # whichever part of a split one was named
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", label.removesuffix(".gguf"))[:80]
     folder = user_cache_folder(environment) / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     return Choice(folder=folder, source=None if (folder / "config.json").is_file() else named)
+
+
+def _identity(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError as error:
+        said = system_said(error, "Check that it exists and is readable.")
+        raise SourceError(f"{path}: cannot be opened {said}") from error
+    return f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
 
 
 def _named_folder(named: str | Path) -> Path:

@@ -183,5 +183,15 @@ def test_a_gguf_is_converted_once_into_the_cache_and_again_when_it_changes(
     assert len(told) == 2
     gguf.touch()
     assert choose_model(gguf).folder != folder
+    (tmp_path / "link.gguf").symlink_to("nowhere")
+    with pytest.raises(SourceError, match=r"link.gguf: cannot be opened \(No such file"):
+        choose_model(tmp_path / "link.gguf")
+    parts = [tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"GGUF")
+    first = choose_model(parts[0]).folder
+    assert choose_model(parts[1]).folder == first
+    parts[1].write_bytes(b"GGUF again")
+    assert choose_model(parts[0]).folder != first
     with pytest.raises(SourceError, match=r"other.gguf: there is no such file"):
         ready_model(str(tmp_path / "other.gguf"))

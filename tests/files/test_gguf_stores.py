@@ -45,6 +45,7 @@ QWQ = "registry.ollama.ai/library/qwq"
         (f"{QWQ}/latest", "ollama:qwq"),
         (f"{QWQ}/32b-preview-q4_K_M", "ollama:qwq:32b-preview-q4_K_M"),
         ("registry.ollama.ai/someone/qwq/q8", "ollama:someone/qwq:q8"),
+        ("localhost:5000/library/qwq/q4", "ollama:localhost:5000/library/qwq:q4"),
         ("hf.co/bartowski/QwQ-32B-Preview-GGUF/Q4_K_M", "ollama:hf.co/bartowski/QwQ-32B-Preview-GGUF:Q4_K_M"),
     ],
 )
@@ -81,7 +82,15 @@ def test_a_tag_that_is_not_there_is_answered_with_those_that_are(home: Path) -> 
         find_gguf("ollama:llama3")
 
 
-@pytest.mark.parametrize("name", ["", "a/b/c/d", "../x:y", "qwq:", "q wq", "/etc", "qwq:../../x", "x" * 200])
+def test_names_that_are_listed_give_the_terminal_no_commands(home: Path) -> None:
+    pull(home / ".ollama/models", QWQ, "evil\x1b[2J")
+    with pytest.raises(SourceError, match=r"its tags there: 'qwq:evil\\x1b\[2J'\. Give"):
+        find_gguf("ollama:qwq")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a/b/c/d", "a:b:c", "h:x/n/m", "../x:y", "qwq:", "q wq", "/etc", "qwq:../../x", "x" * 200]
+)
 def test_what_is_no_name_of_ollamas_leads_nowhere(home: Path, name: str) -> None:
     pull(home / ".ollama/models", QWQ, "q4")
     with pytest.raises((OptionError, SourceError), match=r"is no name of Ollama's|has no tag 'latest'"):

@@ -28,7 +28,7 @@ from qwq_mlx.files.gguf.tokenizer import ARRAYS, make_tokenizer, make_tokenizer_
 from qwq_mlx.files.gguf.types import INTEGER_TYPES
 from qwq_mlx.files.header import Header, TensorEntry
 
-__all__ = ["open_gguf", "opened_checkpoint", "opened_gguf", "types_text"]
+__all__ = ["files_of_model", "open_gguf", "opened_checkpoint", "opened_gguf", "types_text"]
 
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _TOP = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
@@ -80,7 +80,7 @@ def open_gguf(file: GgufFile, folder: Path) -> Checkpoint:
     file: the model's, or any part of a split one.
     Raises SourceError: damaged, incomplete, or no Qwen2 language model.
     """
-    paths = _files(file.path)
+    paths = files_of_model(file.path)
     headers = [read_gguf_header(each, arrays=ARRAYS if each is paths[0] else ()) for each in paths]
     first = headers[0]
     check_kind(first.metadata, first.path)
@@ -113,7 +113,7 @@ def open_gguf(file: GgufFile, folder: Path) -> Checkpoint:
     return replace(checkpoint, gguf=facts)
 
 
-def _files(path: Path) -> list[Path]:
+def files_of_model(path: Path) -> list[Path]:
     """The files of a model: one, or all of a split one. Raises SourceError where some are missing."""
     if (match := _SPLIT.fullmatch(path.name)) is None:
         return [path]

@@ -27,6 +27,7 @@ __all__ = ["GgufFile", "find_gguf"]
 _OLLAMA, _LMSTUDIO = "ollama:", "lmstudio:"
 _OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_PORT = re.compile(r":\d{1,5}$")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _MODEL_LAYER = "application/vnd.ollama.image.model"
 _ADAPTER_LAYER = "application/vnd.ollama.image.adapter"
@@ -76,11 +77,11 @@ def _is_gguf(path: Path) -> bool:
 
 def _ollama(name: str) -> GgufFile:
     label = _OLLAMA + name
-    repository, _, tag = name.partition(":") if ":" in name.rpartition("/")[2] else (name, "", "")
+    repository, _, tag = name.rpartition(":") if ":" in name.rpartition("/")[2] else (name, "", "")
     parts = repository.split("/")
     host, namespace, model = [*("registry.ollama.ai", "library", "")[: 3 - len(parts)], *parts][:3]
     names = (host, namespace, model, tag or "latest")
-    if len(parts) > 3 or not all(_PART.fullmatch(each) for each in names):
+    if len(parts) > 3 or not all(_PART.fullmatch(each) for each in (_PORT.sub("", host), *names[1:])):
         raise OptionError(
             f"{label}: is no name of Ollama's, expected ollama:NAME[:TAG] as `ollama list` shows it, for example "
             "ollama:qwq:32b-preview-q4_K_M."
@@ -201,4 +202,5 @@ def _lmstudio_folders() -> list[Path]:
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _MAX_LISTED:,} more" if len(names) > _MAX_LISTED else ""
-    return (", ".join(names[:_MAX_LISTED]) or "none") + more
+    shown = (each if each.isprintable() else repr(each) for each in names[:_MAX_LISTED])  # names of anybody's files
+    return (", ".join(shown) or "none") + more
