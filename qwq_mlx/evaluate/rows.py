@@ -1,7 +1,7 @@
 """Rows of the table: a sample of a problem by a model, with what it depends on, its trace and its verdict.
 
 A row follows from its trace and the judges alone, so the file of rows is made anew in one rename whenever traces were
-added; verdicts that are there are kept while the judges are the same, for math-verify takes its time.
+added; a verdict is kept while its trace and the judges are the same, for math-verify takes its time.
 
 Does not: run a model.
 """
@@ -17,6 +17,7 @@ from typing import Any
 from qwq_mlx.errors import SavingError, SourceError, system_said
 from qwq_mlx.evaluate.folder import Evaluation
 from qwq_mlx.evaluate.judge import Ending, ending_of, judge_answer, math_verify_verdicts
+from qwq_mlx.evaluate.task import Problem
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.digest import sha256_json
 from qwq_mlx.files.json_dataclass import FieldError, from_json_value
@@ -95,11 +96,11 @@ def judged_rows(evaluation: Evaluation, label: str, progress: Callable[[int], No
         place = line["index"]
         if place >= len(evaluation.problems) * evaluation.samples:
             break
-        row = judged.get(place)
-        if row is not None and row.ending != "failed":  # what failed for lack of memory may be there by now
-            rows.append(row)
+        unjudged, before = _unjudged(evaluation, label, line, trace), judged.get(place)
+        if before is not None and replace(before, **_NO_VERDICT) == unjudged:
+            rows.append(before)
             continue
-        rows.append(_row(evaluation, label, line, trace))
+        rows.append(_judged(unjudged, evaluation.problem_of(place), line.get("error")))
         new.append((place, trace))
         progress(len(rows))
     verdicts = math_verify_verdicts([evaluation.problem_of(place) for place, _ in new], [trace for _, trace in new])
@@ -110,16 +111,14 @@ def judged_rows(evaluation: Evaluation, label: str, progress: Callable[[int], No
     return rows
 
 
-def _row(evaluation: Evaluation, label: str, line: Mapping[str, Any], trace: Trace | None) -> Row:
+def _unjudged(evaluation: Evaluation, label: str, line: Mapping[str, Any], trace: Trace | None) -> Row:
+    """What a row says besides the verdict. A trace that was replaced since has another one, in all likelihood."""
     place = line["index"]
-    problem = evaluation.problem_of(place)
-    failure = line.get("error")
-    ending: Ending = "failed" if failure is not None or trace is None else ending_of(trace)
+    ending: Ending = "failed" if "error" in line or trace is None else ending_of(trace)
     answer = None if trace is None or ending != "answered" else trace.answer
-    is_right, reason = (False, _REASONS.get(ending, "")) if answer is None else judge_answer(problem, answer)
     settings = line["run"]["settings"] if trace is None else trace.settings
     return Row(
-        problem=problem.id,
+        problem=evaluation.problem_of(place).id,
         sample=evaluation.sample_of(place),
         model=label,
         model_sha256=line["run"]["model_sha256"],
@@ -129,15 +128,22 @@ def _row(evaluation: Evaluation, label: str, line: Mapping[str, Any], trace: Tra
         trace=f"{evaluation.traces(label).name}:{place + 1}",
         ending=ending,
         answer=answer,
-        is_right=is_right,
-        reason=reason if failure is None else f"{reason}: {failure}",
-        math_verify=None,
+        **_NO_VERDICT,
         confidence=0.0 if trace is None or answer is None else trace.confidence,
         n_tokens=0 if trace is None else len(trace.ids),
         n_thinking=0 if trace is None else trace.thinking_span[1] - trace.thinking_span[0],
     )
 
 
+def _judged(row: Row, problem: Problem, failure: str | None) -> Row:
+    if row.answer is not None:
+        is_right, reason = judge_answer(problem, row.answer)
+        return replace(row, is_right=is_right, reason=reason)
+    reason = _REASONS.get(row.ending, "")
+    return replace(row, reason=reason if failure is None else f"{reason}: {failure}")
+
+
+_NO_VERDICT: Mapping[str, Any] = {"is_right": False, "reason": "", "math_verify": None}
 _REASONS: Mapping[str, str] = {
     "cut": "the text was cut at its limit of tokens",
     "looped": "the text went round in a loop",

@@ -321,6 +321,24 @@ def test_damaged_files_are_named(home: Path, tmp_path: Path) -> None:
             judged_rows(read_evaluation(folder), "checkpoint")
 
 
+def test_a_verdict_is_kept_until_its_trace_is_another(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, judged = tmp_path / "copy", list[str]()
+    shutil.copytree(home / "whole", folder)
+    monkeypatch.setattr(rows_module, "judge_answer", lambda problem, answer: judged.append(answer) or (False, "new"))
+    before = judged_rows(read_evaluation(folder), "checkpoint")
+    assert judged == []
+    place = next(place for place, row in enumerate(before) if row.answer is not None)
+    path = folder / "checkpoint.traces.jsonl"
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    lines[place]["trace"]["answer"] = "77"  # as of one that was answered again
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    after = judged_rows(read_evaluation(folder), "checkpoint")
+    assert judged == ["77"] and (after[place].answer, after[place].reason) == ("77", "new")
+    assert [*after[:place], *after[place + 1 :]] == [*before[:place], *before[place + 1 :]]
+
+
 def test_verdicts_of_other_judges_are_made_anew(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(home / "whole", folder)
