@@ -29,6 +29,7 @@ from qwq_mlx.files.digest import sha256_json
 from qwq_mlx.files.json_dataclass import FieldError, from_json_value
 from qwq_mlx.files.json_object import parse_json_object, read_json_object
 from qwq_mlx.generate.question_file.questions import read_lines
+from qwq_mlx.options import from_json
 
 __all__ = ["EVALUATION_NAME", "EvaluatedModel", "Evaluation", "Setup", "begin", "read_evaluation", "write_evaluation"]
 
@@ -73,6 +74,19 @@ class EvaluatedModel:
     weights: str
     size_bytes: int
     bits_per_weight: float
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-][\w.-]*", self.label):  # evaluation.json may be a stranger's
+            raise ValueError(f"label is {self.label!r}, expected letters, digits, _, - and ., for it names files")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Content:
+    """evaluation.json, without its first and last keys."""
+
+    setup: Setup
+    samples: int
+    models: tuple[EvaluatedModel, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,31 +214,29 @@ def read_evaluation(folder: Path) -> Evaluation:
     """What `write_evaluation` wrote. Raises SourceError naming the file and the fault."""
     path = folder / EVALUATION_NAME
     values = read_json_object(path, limit_bytes=_MAX_BYTES, advice=_ADVICE)
-    if values.get("format") != _FORMAT or values.get("schema") != _SCHEMA:
+    sealed, actual = values.pop("sha256", None), sha256_json(values)
+    form, schema = values.pop("format", None), values.pop("schema", None)
+    if form != _FORMAT or schema != _SCHEMA:
         raise SourceError(
-            f"{path}: is {values.get('format')!r} of schema {values.get('schema')!r}, expected {_FORMAT!r} of schema "
-            f"{_SCHEMA}. {_ADVICE}"
+            f"{path}: is {form!r:.40} of schema {schema!r:.40}, expected {_FORMAT!r} of schema {_SCHEMA}. {_ADVICE}"
         )
-    sealed = values.pop("sha256", None)
-    if sealed != sha256_json(values):
+    if sealed != actual:
         raise SourceError(f"{path}: the sha256 does not fit, so the file is damaged or edited. {_ADVICE}")
     try:
-        setup = from_json_value(values.get("setup"), Setup, where="setup")
-        models = [
-            from_json_value(each, EvaluatedModel, where=f"models[{place}]")
-            for place, each in enumerate(values.get("models", ()))
-        ]
+        content = from_json_value(values, _Content)
+        from_json(content.setup.settings, where=str(path))
         problems = [
             from_json_value(parse_json_object(line, what=f"{_PROBLEMS}: line {place}", advice=_ADVICE), Problem)
             for place, line in read_lines(folder / _PROBLEMS)
         ]
     except FieldError as error:
         raise SourceError(f"{path}: {error}. {_ADVICE}") from error
+    setup = content.setup
     task = Task(name=setup.task, problems=tuple(problems), instruction=setup.instruction)
     if not problems or task.sha256 != setup.problems_sha256:
         raise SourceError(f"{folder / _PROBLEMS}: holds other problems than {EVALUATION_NAME} says. {_ADVICE}")
     return Evaluation(
-        folder=folder, setup=setup, samples=int(values["samples"]), models=tuple(models), problems=tuple(problems)
+        folder=folder, setup=setup, samples=content.samples, models=content.models, problems=tuple(problems)
     )
 
 

@@ -23,6 +23,7 @@ from qwq_mlx.evaluate.__main__ import main
 from qwq_mlx.evaluate.folder import begin, read_evaluation, write_evaluation
 from qwq_mlx.evaluate.rows import judged_rows
 from qwq_mlx.evaluate.task import read_task
+from qwq_mlx.files.digest import sha256_json
 from qwq_mlx.generate.batch import question_seed
 from qwq_mlx.generate.question_file.results import Results, read_traces
 from qwq_mlx.generate.reasoner import Reasoner
@@ -319,6 +320,26 @@ def test_damaged_files_are_named(home: Path, tmp_path: Path) -> None:
         (folder / name).write_bytes(data.replace(old, new, 1))
         with pytest.raises(SourceError, match=message):
             judged_rows(read_evaluation(folder), "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values["models"][0].update(label="../whole/checkpoint"), "label is '../whole/checkpoint', exp"),
+        (lambda values: values.update(models=5), "models is 5, expected"),
+        (lambda values: values.update(samples="2"), "samples is '2', expected a whole number"),
+        (lambda values: values["setup"]["settings"].pop("sampling"), "sampling"),
+    ],
+)
+def test_a_strangers_evaluation_stays_in_its_folder(change: Any, message: str, home: Path, tmp_path: Path) -> None:
+    values = json.loads((home / "whole" / "evaluation.json").read_text())
+    change(values)
+    del values["sha256"]
+    values["sha256"] = sha256_json(values)
+    (tmp_path / "evaluation.json").write_text(json.dumps(values))
+    shutil.copy(home / "whole" / "problems.jsonl", tmp_path)
+    with pytest.raises(SourceError, match=message):
+        read_evaluation(tmp_path)
 
 
 def test_a_verdict_is_kept_until_its_trace_is_another(
