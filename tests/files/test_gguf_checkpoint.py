@@ -88,6 +88,7 @@ def test_yarn_and_sampling_are_taken_over(gguf: Callable[..., Path]) -> None:
         gguf(
             **{f"qwen2.rope.scaling.{key}": value for key, value in scaling.items()},
             **{"general.sampling.temp": 0.6, "general.sampling.top_k": 40},
+            **{"general.sampling.min_p": 0.05, "general.sampling.penalty_repeat": 1.1},
         )
     )
     yarn = Qwen2Config.from_json(made.config, where="config.json").yarn
@@ -95,6 +96,7 @@ def test_yarn_and_sampling_are_taken_over(gguf: Callable[..., Path]) -> None:
     assert (yarn.factor, yarn.original_context) == (4.0, 512)
     defaults = read_generation_defaults(made.folder, vocab_size=320)
     assert (defaults.temperature, defaults.top_k, defaults.top_p) == (0.6, 40, None)
+    assert (defaults.min_p, defaults.repetition_penalty) == (0.05, 1.1)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

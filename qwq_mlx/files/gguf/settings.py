@@ -28,7 +28,13 @@ _SIZES = {
     "max_position_embeddings": "context_length",
 }
 _END_TEXTS = ("<|im_end|>", "<|endoftext|>")  # Qwen2 ends a turn with one and a document with the other
-_SAMPLING = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k"}  # general.sampling.KEY of llama.cpp since 2025
+_SAMPLING = {  # general.sampling.KEY of llama.cpp since 2025
+    "temp": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 _OPEN_THINKING = "<think>"
 _MAX_NAME = 80
 
