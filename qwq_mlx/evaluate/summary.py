@@ -79,7 +79,7 @@ class ModelSummary:
     vote_tokens: by k, the mean tokens of a vote of the first k samples, drawn one after another and ended as soon as
       those to come cannot change the answer.
     thinking_right: quantiles of the thinking's tokens over right samples; empty without one.
-    thinking_wrong: the same over wrong ones.
+    thinking_wrong: the same over wrong ones, without those that failed, which have no tokens.
     tokens_per_sample: mean.
     tokens_per_solved: tokens of all samples for each right one; None without one.
     calibration: answers by their confidence.
@@ -228,7 +228,7 @@ def _summary(evaluation: Evaluation, model: EvaluatedModel, counted: list[list[R
             for k in sizes
         },
         thinking_right=_quantiles([row.n_thinking for row in every if row.is_right]),
-        thinking_wrong=_quantiles([row.n_thinking for row in every if not row.is_right]),
+        thinking_wrong=_quantiles([row.n_thinking for row in every if not row.is_right and row.ending != "failed"]),
         tokens_per_sample=n_tokens / len(every),
         tokens_per_solved=n_tokens / sum(n_right) if sum(n_right) else None,
         calibration=bins,

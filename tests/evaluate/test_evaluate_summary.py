@@ -98,6 +98,9 @@ def test_samples_vote_and_only_whole_passes_count() -> None:
     assert (begun.n_problems, begun.n_samples, begun.accuracy) == (1, 1, 1.0)
     both = summarise(evaluation(2, samples=2), {"A": rows("A", "1", 2), "B": rows("B", "1" * 4, 2)})
     assert re.search(r"^B +100\.0 +100\.0$", summary_text(both), re.MULTILINE), "whichever is unfinished"
+    failed = [*rows("A", "1", 2), replace(rows("A", "--", 2)[1], ending="failed", n_tokens=0, n_thinking=0)]
+    [half] = summarise(evaluation(2, labels="A"), {"A": failed}).models
+    assert (half.accuracy, half.thinking_right[0], half.thinking_wrong) == (0.5, 5.0, ())
     assert summarise(it, {}).models == () and "no samples yet" in summary_text(summarise(it, {}))
 
 
