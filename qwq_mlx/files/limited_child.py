@@ -19,8 +19,8 @@ import runpy
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,8 +53,8 @@ def run_limited(
 class LimitedForkServer:
     """A child that answers any number of requests, each in a fork with limits of its own.
 
-    The child starts with the first request and again after one that failed; it ends with this process, or after 60 s
-    without a request.
+    The child starts with the first request and again after one that a limit ended; it ends with this process, or after
+    60 s without a request.
 
     script: defines `answer(request)`, which returns bytes; its imports are made once, without limits.
     """
@@ -68,7 +68,10 @@ class LimitedForkServer:
     def ask(
         self, request: Mapping[str, Any], *, cpu_s: int, memory_bytes: int, wall_s: float
     ) -> subprocess.CompletedProcess[bytes] | None:
-        """The script's answer as stdout, with exit status 0; else as `run_limited`, of this request alone."""
+        """The script's answer as stdout, with exit status 0; else as `run_limited`, of this request alone.
+
+        stderr: the exception with which the script failed, without its traceback.
+        """
         line = f"{cpu_s} {memory_bytes} {json.dumps(request)}\n".encode()
         with self._lock:
             while True:
@@ -92,46 +95,48 @@ class LimitedForkServer:
             is_late.set()
             _kill(child)
 
-        timer, done = threading.Timer(wall_s, end_late), None
+        timer, is_whole = threading.Timer(wall_s, end_late), False
         timer.start()
         try:
             done = _exchange(child, line)
-            if done is None:  # a fork that failed ends the child; one that ended without an answer does not
+            is_whole = done is not None
+            if done is None:  # a fork that fails ends the child, unless it says that it ended well
                 _close_stdin(child)
-                code = child.wait() or 1
-                self._stderr.seek(0)
-                done = subprocess.CompletedProcess(child.args, code, b"", self._stderr.read())
+                done = subprocess.CompletedProcess(child.args, child.wait() or 1, b"", b"")
         finally:  # also where a signal's handler raises
             timer.cancel()
             timer.join()
-            if done is None or done.returncode != 0 or is_late.is_set():
+            if not is_whole or is_late.is_set():
                 self.close()
         return None if is_late.is_set() else done
 
     def _start(self) -> None:
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _end); a pipe that nobody reads would fill
         self._child = subprocess.Popen(
             [sys.executable, "-I", __file__, str(self._script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._stderr,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is not for it, and its forks are ended with it
         )
-        self._end = weakref.finalize(self, _close, self._child, self._stderr)
+        self._end = weakref.finalize(self, _close, self._child)
 
 
 def _exchange(child: subprocess.Popen[bytes], line: bytes) -> subprocess.CompletedProcess[bytes] | None:
-    """The answer to a line; None where the child ended instead."""
+    """The answer to a line, or its error with exit status 1; None where the child ended instead, or is to end."""
     assert child.stdin is not None and child.stdout is not None
     try:
         child.stdin.write(line)
         child.stdin.flush()
     except BrokenPipeError:
         return None
-    n_bytes = child.stdout.readline()
-    answer = child.stdout.read(int(n_bytes) + 1) if n_bytes[:-1].isdigit() else b""
-    is_whole = n_bytes == b"%d\n" % (len(answer) - 1)
-    return subprocess.CompletedProcess(child.args, 0, answer[:-1], b"") if is_whole else None
+    code, _, n_bytes = child.stdout.readline().rstrip(b"\n").partition(b" ")
+    if code not in (b"0", b"1") or not n_bytes.isdigit():
+        return None
+    data = child.stdout.read(int(n_bytes) + 1)
+    if len(data) <= int(n_bytes):
+        return None
+    outcome = (0, data[:-1], b"") if code == b"0" else (1, b"", data[:-1])
+    return subprocess.CompletedProcess(child.args, *outcome)
 
 
 def _close_stdin(child: subprocess.Popen[bytes]) -> None:
@@ -147,13 +152,12 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
             os.killpg(child.pid, signal.SIGKILL)
 
 
-def _close(child: subprocess.Popen[bytes], stderr: Any) -> None:
+def _close(child: subprocess.Popen[bytes]) -> None:
     _kill(child)
     assert child.stdout is not None
     _close_stdin(child)
     child.stdout.close()
     child.wait()
-    stderr.close()
 
 
 def _limit(cpu_s: int, memory_bytes: int) -> None:
@@ -170,19 +174,14 @@ def _limit(cpu_s: int, memory_bytes: int) -> None:
 def _serve(answer: Callable[[Any], bytes]) -> None:
     """In the child: a fork for each line of stdin, which writes its answer; then a newline says that it ended well.
 
-    A fork that fails ends the child: an exception is told on stderr, and a signal becomes the child's own.
+    A fork that writes none ends the child; a signal becomes the child's own.
     """
     signal.alarm(_IDLE_S)
     for line in sys.stdin.buffer:
         signal.alarm(0)
         fork = os.fork()
         if fork == 0:
-            cpu_s, memory_bytes, request = line.split(b" ", 2)
-            _limit(int(cpu_s), int(memory_bytes))
-            data = answer(json.loads(request))
-            sys.stdout.buffer.write(b"%d\n" % len(data) + data)
-            sys.stdout.flush()
-            os._exit(0)  # the interpreter's own end takes longer than a template
+            _answer(answer, line)
         code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
         if code < 0:
             os.kill(os.getpid(), -code)
@@ -191,6 +190,19 @@ def _serve(answer: Callable[[Any], bytes]) -> None:
         sys.stdout.buffer.write(b"\n")
         sys.stdout.flush()
         signal.alarm(_IDLE_S)
+
+
+def _answer(answer: Callable[[Any], bytes], line: bytes) -> None:
+    """In a fork, which ends here: its exit status, and the answer or the error, with their length."""
+    cpu_s, memory_bytes, request = line.split(b" ", 2)
+    _limit(int(cpu_s), int(memory_bytes))
+    try:
+        code, data = 0, answer(json.loads(request))
+    except BaseException as error:  # noqa: BLE001 - the parent is told
+        code, data = 1, "".join(traceback.format_exception_only(error)).encode(errors="backslashreplace")
+    sys.stdout.buffer.write(b"%d %d\n" % (code, len(data)) + data)
+    sys.stdout.flush()
+    os._exit(0)  # the interpreter's own end takes longer than a template
 
 
 def _main() -> None:

@@ -6,6 +6,7 @@ import ast
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def test_a_request_that_fails_is_told_as_it_ended_and_the_next_is_answered(
     done = asked(server, code)
     assert done is not None and (done.returncode, done.stdout) == (returncode, b"")
     assert done.stderr.endswith(last_line) and bool(done.stderr) == bool(last_line)
-    assert parent(server) != before
+    assert (parent(server) == before) is bool(last_line), "what says how it failed is no reason for another child"
 
 
 def test_a_request_that_waits_too_long_is_ended_with_its_fork(server: LimitedForkServer, tmp_path: Path) -> None:
@@ -117,7 +118,8 @@ def test_a_request_that_waits_too_long_is_ended_with_its_fork(server: LimitedFor
     pid = tmp_path / "pid"
     code = f"import pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
     assert asked(server, code, wall_s=1.0) is None
-    assert not is_running(int(pid.read_text()))
+    while is_running(int(pid.read_text())):  # the signal is sent; the runner's time-out ends a wait for nothing
+        time.sleep(0.01)
     parent(server)
 
 
