@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from qwq_mlx.engine.drafters import ngram
 from qwq_mlx.engine.drafters.ngram import NgramDrafter
 from qwq_mlx.engine.drafters.suffix_automaton import ROOT, SuffixAutomaton
 
@@ -99,3 +100,33 @@ def test_guesses_behind_guesses_are_trusted_by_how_those_fared() -> None:
     for _ in range(1000):
         drafter.learn(guesses, 1)
     assert len(drafter.guess(text, 4)) == 1  # hardly any text goes on so
+
+
+def test_many_long_texts_are_not_added_again_for_every_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five texts that together are beyond what the automaton may hold: it begins anew, with the end of each."""
+    monkeypatch.setattr(ngram, "MAX_STATES", 1_000)
+    monkeypatch.setattr(ngram, "_KEPT_IDS", 20)
+    n_added = []
+    add = SuffixAutomaton.add
+    monkeypatch.setattr(SuffixAutomaton, "add", lambda *arguments: n_added.append(1) or add(*arguments))
+    random, drafter = Random(5), NgramDrafter()
+    texts = [Text([random.randrange(50) for _ in range(300)]) for _ in range(5)]
+    for _ in range(100):
+        for text in texts:
+            text.ids.append(random.randrange(50))
+            drafter.guess(text, 3)
+    assert len(drafter._automaton) <= 1_000 + 600
+    assert len(n_added) < 2 * sum(len(text.ids) for text in texts)
+
+
+def test_a_text_that_goes_back_behind_where_it_was_begun_anew_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ngram, "_KEPT_IDS", 4)
+    drafter, text = NgramDrafter(), Text([*range(10), *range(8)])
+    assert drafter.guess(text, 1)[0].id == 8
+    drafter.forget_texts()
+    assert drafter.guess(text, 1) == []  # of 4, 5, 6, 7 alone
+    text.ids[10:] = [4, 5]
+    text.n_restarts += 1
+    drafter.guess(text, 1)
+    text.ids += [6, 7, 4, 5]
+    assert drafter.guess(text, 1)[0].id == 6

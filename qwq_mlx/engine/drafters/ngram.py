@@ -3,7 +3,8 @@
 It costs microseconds and no memory of the device, and every id that a row draws teaches it how far to trust its
 guesses, whether they were used or not.
 
-Does not: know what a guess costs, or remember texts for ever: after `MAX_STATES` it begins anew.
+Does not: know what a guess costs, or remember texts for ever: after `MAX_STATES` it begins anew, with the last ids of
+the texts that still grow.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = ["MAX_STATES", "Growing", "NgramDrafter"]
 
 MAX_STATES = 400_000
 """States of an automaton; with their counts they take about 0.3 GB."""
+_KEPT_IDS = 2_048  # of each text, behind which it goes on after a new beginning
 _LEAST_REACHED = 0.01  # probability below which guessing on is a waste of the host's time
 _KEEP = 0.998  # of what was counted, at each further guess
 
@@ -31,9 +33,10 @@ class Growing(Protocol):
 
 @dataclass(slots=True)
 class _Text:
-    """What was added of a row: its ids, and the automaton's state behind each."""
+    """What was added of a row: its ids from the place `first` on, and the automaton's state behind each."""
 
     n_restarts: int
+    first: int = 0
     ids: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
@@ -76,9 +79,15 @@ class NgramDrafter:
             self._later[guess.kind] = right * _KEEP + (place < n_right), total * _KEEP + 1.0
 
     def forget_texts(self) -> None:
-        """Begin anew with texts, and trust guesses as before."""
+        """Begin anew with texts, and trust guesses as before.
+
+        Of a text that grows on only the last ids are added again: were it all, many long texts would not fit, and each
+        would be added again for every id.
+        """
         self._automaton = self._automaton.emptied()
-        self._texts.clear()
+        for text in self._texts.values():
+            text.first = max(text.first, text.first + len(text.ids) - _KEPT_IDS)
+            text.ids, text.ends = [], []
 
     def _later_probability(self, guess: Guess) -> float:
         """That a guess is right behind guesses that were; they lead where the text need not go."""
@@ -93,12 +102,13 @@ class NgramDrafter:
         if text is None:
             text = self._texts[row] = _Text(row.n_restarts)
         if text.n_restarts != row.n_restarts:  # what was taken back stays in the automaton, as any other text
-            pairs = zip(text.ids, row.ids, strict=False)
-            n_same = next((place for place, (old, new) in enumerate(pairs) if old != new), len(row.ids))
+            text.first = min(text.first, len(row.ids))
+            pairs = zip(text.ids, row.ids[text.first :], strict=False)
+            n_same = next((place for place, (old, new) in enumerate(pairs) if old != new), len(row.ids) - text.first)
             del text.ids[n_same:], text.ends[n_same:]
             text.n_restarts = row.n_restarts
         end = text.ends[-1] if text.ends else ROOT
-        new = row.ids[len(text.ids) :]
+        new = row.ids[text.first + len(text.ids) :]
         for token_id in new:
             end = self._automaton.add(end, token_id)
             text.ends.append(end)
