@@ -221,6 +221,28 @@ def test_the_plan_holds_the_draft_model(folder: Path, draft_folder: Path, plain:
     assert len(wide) == 3
 
 
+def test_the_draft_model_gives_back_the_cache_of_a_sample_that_has_ended(folder: Path, draft_folder: Path) -> None:
+    drafted = load(folder, draft=draft_folder, draft_length=2)
+    assert drafted.drafts is not None and drafted.drafts._model is not None
+    held = []
+
+    def progress(*_: object) -> None:
+        assert drafted.drafts is not None and drafted.drafts._model is not None
+        held.append(len(drafted.drafts._model._texts))
+
+    sampling, limits = Sampling(temperature=0.9, seed=3), Limits(max_tokens=9)
+    vote = drafted.vote("x", 5, width=1, sampling=sampling, limits=limits, stop_early=False, progress=progress)
+    assert len(vote.traces) == len(held) == 5 and max(held) == 1
+
+
+def test_a_reproducible_run_checks_no_drafts_where_rows_are_not_computed_alike(folder: Path) -> None:
+    """In bfloat16 on the CPU, as on Metal, several rows round otherwise than one; a single run is no exception."""
+    drafted = load(folder, draft="ngram", draft_length=3, compute_type="bfloat16", reproducible=True)
+    run = drafted.stream("x x x x", sampling=Sampling(temperature=0), limits=Limits(max_tokens=30))
+    assert len(list(run)) > 5
+    assert drafted.drafts is not None and drafted.drafts.counts.n_passes == 0
+
+
 def test_costs_are_measured_once_and_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are measured again where the file is damaged, or is of another model; and decide what is drafted."""
     linear = PassCosts(by_rows=(1.0, 2.0, 3.0), sync_s=0.1)
