@@ -32,6 +32,7 @@ RANK_PIPE = "QWQ_MLX_RANK_PIPE"
 """Names the open file into which a process of `Launch` writes that it is alive."""
 _LOCAL = ("localhost", "127.0.0.1")
 _BEAT_S = 0.5
+_START_S = 10.0  # until a process says something first: it imports, beside all others
 _SILENT_S = 5.0  # of ten beats; loading holds Python for less
 _LAST_S = 10.0  # for the other processes to end behind the first that is done
 _MOST = 64
@@ -55,7 +56,7 @@ def local_ranks(hosts: str) -> int:
             )
         if name in names:
             raise OptionError(f"`hosts` names {name} twice. Write {name}*2 for two processes there.")
-        if star and not (number.isascii() and number.isdecimal() and 1 <= int(number) <= _MOST):
+        if star and number not in map(str, range(1, _MOST + 1)):
             raise OptionError(f"`hosts` has {each.strip()!r}, expected a number from 1 to {_MOST} behind the star.")
         names.add(name)
         total += int(number) if star else 1
@@ -110,9 +111,11 @@ class Launch:
         self._arguments, self._n_ranks, self._text = list(arguments), n_ranks, text
         self._processes: list[subprocess.Popen[bytes]] = []
         self._heard: list[float] = []
+        self._is_stopped = False
 
     def stop(self) -> None:
         """Ask the first process to end after the token under way; it agrees with the others."""
+        self._is_stopped = True
         if self._processes:
             self._processes[0].send_signal(signal.SIGINT)
 
@@ -124,6 +127,8 @@ class Launch:
                 return self._watch(Path(folder), pipes)
             finally:
                 self._end()
+                for key in list(pipes.get_map().values()):
+                    os.close(key.fd)
 
     def _start(self, folder: Path, pipes: selectors.BaseSelector) -> None:
         hostfile = folder / "hosts.json"
@@ -145,7 +150,7 @@ class Launch:
                 )
             os.close(said)
             self._processes.append(process)
-            self._heard.append(time.monotonic())
+            self._heard.append(time.monotonic() + _START_S - _SILENT_S)
             pipes.register(heard, selectors.EVENT_READ, rank)
 
     def _watch(self, folder: Path, pipes: selectors.BaseSelector) -> int:
@@ -157,10 +162,15 @@ class Launch:
                     pipes.unregister(key.fd)
                     os.close(key.fd)
             codes = [process.poll() for process in self._processes]
-            if codes[0] is not None and codes[0] >= 0:
+            if self._is_stopped and codes[0] == -signal.SIGINT:  # stopped before it could say so
+                return 128 + signal.SIGINT
+            for rank, code in enumerate(codes):
+                if code is not None and code < 0:  # before the first one's own error, which is that it lost this one
+                    raise self._failed(folder, rank, _ended(code))
+            if codes[0] is not None:
                 return codes[0] or self._last(folder)
             for rank, code in enumerate(codes):
-                if code is not None and (code != 0 or rank == 0):
+                if code:
                     raise self._failed(folder, rank, _ended(code))
                 if code is None and time.monotonic() - self._heard[rank] > _SILENT_S:
                     raise self._failed(folder, rank, f"said nothing for {_SILENT_S:.0f} s (stopped, or it hangs)")

@@ -82,14 +82,16 @@ def _on_hosts(command: Command) -> int:
     """Several processes that hold the model together; this one starts and watches them."""
     from qwq_mlx.default_model import ready_model
     from qwq_mlx.model.folder import open_model_folder
+    from qwq_mlx.model.prompt import conversation
     from qwq_mlx.model.tensor_parallel import check_ranks
 
     options = command.options
     n_ranks = local_ranks(options.hosts)
     for name in ("input", "output", "save", "resume", "receipt", "draft"):
-        if getattr(options, name) is not None:
+        if getattr(options, name) is not None and (name, options.draft) != ("draft", "off"):
             raise OptionError(f"`hosts` and `{name}` do not go together yet. Leave one of them out.")
     text = _prompt(options)
+    conversation(text, system_prompt=options.system_prompt)  # wrong text is told before a process starts
     folder = ready_model(choose_model(options.model), command.note)
     files = open_model_folder(folder, follow_links=options.follow_links)
     check_ranks(files.config, files.packed, n_ranks)
@@ -98,9 +100,11 @@ def _on_hosts(command: Command) -> int:
     launch = Launch([*arguments, "--model", str(folder), "--prompt", "-", "--no-save"], n_ranks, text=text)
     command.interruption.run = launch
     try:
-        return launch.work()
+        code = launch.work()
     finally:
         command.interruption.run = None
+    # the first process is ended by Ctrl-C whatever this one got
+    return command.interruption.exit_code or code if code == 130 else code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,7 +184,7 @@ def _add_question_file(add: Callable[..., Any]) -> None:
         "--reproducible",
         action="store_true",
         help="the same tokens in any width, to the last near-tie: rows share a pass only as far as they are computed "
-        "as alone (7 on the CPU, none on a GPU), which is slower",
+        "as alone (7 on the CPU, 32 of a 4-bit model on CUDA, none else), which is slower",
     )
 
 

@@ -48,7 +48,7 @@ def ready_to_load(
     """
     ready = ready_model(folder)
     ranks = None if group is None or group.size() == 1 else Ranks(group)
-    if ranks is not None and draft is not None:
+    if ranks is not None and draft not in (None, "off"):
         raise OptionError(
             "draft and group do not go together yet: each process would draft as many ids as its own measurements "
             "say. Leave one of them out."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import selectors
 import signal
 import threading
 import time
@@ -27,6 +28,7 @@ POCKET = pocket_checkpoint()
         ("localhost,localhost", "twice"),
         ("localhost", "asks for 1 process, expected 2 to 64"),
         ("localhost*0", "expected a number from 1 to 64"),
+        ("localhost*" + "9" * 5000, "expected a number from 1 to 64"),
         ("localhost*two", "expected a number from 1 to 64"),
         ("localhost*60,127.0.0.1*5", "asks for 65 processes"),
     ],
@@ -54,6 +56,11 @@ def test_what_cannot_be_held_together_is_refused_before_a_process_starts(
 ) -> None:
     assert main(["--model", str(POCKET), "-p", "hi", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_a_process_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(POCKET), "--hosts", "localhost*2", "-p", "\udcff"]) == 1
+    assert "Give the prompt as UTF-8" in capsys.readouterr().err
 
 
 def _launch(*arguments: str) -> Launch:
@@ -104,3 +111,33 @@ def test_a_process_that_is_killed_is_named_and_nothing_is_left(tmp_path: Path) -
     thread.join()
     assert caught.value.exit_code == 6
     assert all(process.poll() is not None for process in launch._processes)
+
+
+class _Ended:
+    """A process as `Launch` sees it, that has ended."""
+
+    def __init__(self, code: int) -> None:
+        self.pid, self.code = 0, code
+
+    def poll(self) -> int:
+        return self.code
+
+
+@pytest.mark.parametrize(
+    ("codes", "named"), [((1, -9), r"process 1 of 2 .* was ended by signal 9"), ((-9, 1), "process 0 of 2")]
+)
+def test_the_killed_process_is_named_also_where_its_loss_ended_the_other(
+    tmp_path: Path, codes: tuple[int, int], named: str
+) -> None:
+    launch = _launch()
+    launch._processes = [_Ended(code) for code in codes]  # type: ignore[misc]
+    with selectors.DefaultSelector() as pipes, pytest.raises(RankError, match=named):
+        launch._watch(tmp_path, pipes)
+
+
+def test_a_first_process_that_ctrl_c_ends_before_it_could_listen_was_interrupted(tmp_path: Path) -> None:
+    launch = _launch()
+    launch.stop()
+    launch._processes = [_Ended(-signal.SIGINT), _Ended(-signal.SIGINT)]  # type: ignore[misc]
+    with selectors.DefaultSelector() as pipes:
+        assert launch._watch(tmp_path, pipes) == 130
