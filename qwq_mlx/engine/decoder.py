@@ -52,6 +52,8 @@ class Decoder:
         self._max_rows = most_rows_alike(module) if reproducible else None
         self._taps = ActivationTaps(module)
         self.ranks = ranks_of(module)
+        if self.ranks is not None:
+            self.ranks.begin()
         self._drafts = drafts
         # a draft's rows feed several ids, and would leave the batch at each pass
         self._may_batch = mx.default_device().type != mx.cpu and not reproducible and drafts is None

@@ -362,7 +362,7 @@ class Reasoner(RequestMaker):
         logits_processors: the caller's own, which no file can hold and which have to be given again.
         Raises SourceError for a file that is damaged, of another model or compute type, or of a run that has ended;
         OptionError for max_tokens or a context below what there is, for answer_now where the answer has begun or has no
-        room, or logits processors that are missing; FitError.
+        room, logits processors that are missing, or a model that several processes hold together; FitError.
 
         >>> greedy, question = qwq_mlx.Sampling(temperature=0), "What is 3 + 4?"
         >>> run = reasoner.stream(question, sampling=greedy)
@@ -372,6 +372,11 @@ class Reasoner(RequestMaker):
         >>> (*first, *rest) == reasoner.generate(question, sampling=greedy).ids
         True
         """
+        if self._ranks is not None:
+            raise OptionError(
+                "A saved run cannot be resumed yet in a model that several processes hold together. Resume it in one "
+                "process, without `group`."
+            )
         has_processors = bool(logits_processors)
         state, arrays = read_saved(Path(path), self.model, has_processors=has_processors, answer_now=answer_now)
         sampling, limits, thinking = from_json(state.settings, where=str(path))

@@ -51,7 +51,10 @@ class Stream:
         self.request = request
         self._progress = progress
         cache, n_cached = before.hand_over(request) if before is not None else (None, 0)
-        self._decoder = Decoder(request.model.module, n_ids=request.model.tokenizer.n_ids, drafts=request.drafts)
+        model = request.model
+        self._decoder = Decoder(
+            model.module, n_ids=model.tokenizer.n_ids, reproducible=model.reproducible, drafts=request.drafts
+        )
         self.running = Running(request, self._decoder, cache=cache, n_cached=n_cached)
         self.run = self.running.run
         self._peak_bytes = 0
@@ -74,11 +77,14 @@ class Stream:
         ranks = self._decoder.ranks
         if ranks is None:
             self.run.is_stopped = True
-        else:
+        elif self.run.finish is None:  # else the next run would be stopped
             ranks.wants_stop = True
 
     def answer_now(self) -> None:
-        """End the thinking at the next end of a sentence and ask for the answer. Safe to call from a signal handler."""
+        """End the thinking at the next end of a sentence and ask for the answer. Safe to call from a signal handler.
+
+        Where several processes hold the model, call it on each after the same Step: they do not tell each other.
+        """
         self.run.budget.ask("answered")
 
     @property
@@ -132,7 +138,9 @@ class Stream:
         """
         request, row = self.request, self.running.row
         if self._decoder.ranks is not None:
-            raise OptionError("A run of a model that several processes hold together cannot be saved yet.")
+            raise OptionError(
+                "A run of a model that several processes hold together cannot be saved yet. Keep its trace and receipt."
+            )
         if lies_in(Path(path), request.model.folder):
             raise SavingError(
                 f"{path}: lies in the model's folder, where no run is saved. Give a place outside of it.",

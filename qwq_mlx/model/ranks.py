@@ -49,7 +49,8 @@ def read_part(shard: Header, entry: TensorEntry, name: str, rank: int, n_ranks: 
 class Ranks:
     """The processes that hold a model together, as one of them sees them.
 
-    group: from `mx.distributed.init`. wants_stop: set it, also in a signal handler, to end what runs on every rank.
+    group: from `mx.distributed.init`.
+    wants_stop: set it, also in a signal handler, to end what runs on every rank.
     has_agreed_to_stop: some rank wanted it; known to all in the same step.
     """
 
@@ -59,6 +60,14 @@ class Ranks:
         self.size: int = group.size()
         self.wants_stop = False
         self.has_agreed_to_stop = False
+
+    def begin(self) -> None:
+        """Let what begins now run, where an earlier run was stopped; a wish that no rank has heard yet is kept.
+
+        All ranks know of the same stops, so after it they still agree.
+        """
+        if self.has_agreed_to_stop:
+            self.wants_stop = self.has_agreed_to_stop = False
 
     def agreed(self, drawn: mx.array) -> tuple[mx.array, mx.array]:
         """Rank 0's id, () uint32, and how many ranks want to stop, () float32; unread."""
