@@ -19,7 +19,17 @@ from qwq_mlx.model.batched_cache import row_cache_class
 from qwq_mlx.model.memory.activations import n_positions
 from qwq_mlx.model.memory.plan import KV_GROUP
 
-__all__ = ["Layer", "borrowed", "filled_cache", "grow", "layer_arrays", "layers_of", "new_cache", "saved_layers"]
+__all__ = [
+    "Layer",
+    "borrowed",
+    "filled_cache",
+    "grow",
+    "layer_arrays",
+    "layers_of",
+    "new_cache",
+    "saved_layers",
+    "take_out_of_batch",
+]
 
 _PARTS = ("codes", "scales", "biases")
 
@@ -54,6 +64,13 @@ def grow(cache: Sequence[Any], n_ids: int) -> None:
             grown = [_padded(part[..., : each.offset, :], n_positions(needed)) for part in parts]
             setattr(each, name, grown[0] if isinstance(array_or_parts, mx.array) else tuple(grown))
             mx.eval(grown)
+
+
+def take_out_of_batch(cache: Sequence[Any]) -> None:
+    """Let a row's cache hold its own positions, as copies; in a batch it would keep those of all rows in memory."""
+    for each in cache:
+        if isinstance(each, row_cache_class()):
+            each.leave()
 
 
 def layers_of(cache: Sequence[Any], n_ids: int) -> list[Layer]:

@@ -245,8 +245,10 @@ class Row:
     def release_cache(self, ids: Sequence[int]) -> tuple[list[Any] | None, int]:
         """Hand the cache over to who feeds these ids, cut to those it holds of them; all but the last at most.
 
-        This row is not to be used any more. Returns None and 0 where not one id agrees.
+        This row is not to be used any more. Returns None and 0 where not one id agrees, or the cache has gone already.
         """
+        if not self.cache:
+            return None, 0
         n_known = min(self.cache[0].offset, len(self.ids), len(ids) - 1)
         n_same = next((place for place in range(n_known) if self.ids[place] != ids[place]), n_known)
         cache, self.cache, self.pending = self.cache, [], None

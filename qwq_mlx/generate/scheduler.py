@@ -113,6 +113,8 @@ class Scheduler:
                 stream.fail(error)
         if self._releases:
             stream.release_cache()
+        else:
+            stream.keep_cache()
 
     def _feed(self) -> list[Stream]:
         """Feed one chunk of the first prompt that waits. Returns its run where that could not begin."""

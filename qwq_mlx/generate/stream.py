@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from qwq_mlx.engine.decoder import Decoder
-from qwq_mlx.engine.kv_cache import Layer, filled_cache, layer_arrays
+from qwq_mlx.engine.kv_cache import Layer, filled_cache, layer_arrays, take_out_of_batch
 from qwq_mlx.errors import GenerationError, OptionError, SavingError
 from qwq_mlx.files.output_file import lies_in
 from qwq_mlx.generate.asked_answer import ask
@@ -128,6 +128,17 @@ class Stream:
         """Give the memory of the KV cache back; the run is over, and its trace stays."""
         self.run.finish = self.run.finish or ("interrupted", "its cache was released")
         self.running.row.cache = []
+
+    def keep_cache(self) -> None:
+        """Keep the KV cache of a run that is over for the next prompt, without those of the runs beside it."""
+        self.running.row.may_draft = False
+        try:
+            if not self._has_failed:
+                take_out_of_batch(self.running.row.cache)
+                return
+        except (RuntimeError, MemoryError):
+            pass  # no room for the copy: the next run feeds its prompt again
+        self.release_cache()
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint from which `Reasoner.resume` goes on bit for bit, after any Step or at the end.

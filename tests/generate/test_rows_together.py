@@ -17,6 +17,7 @@ from qwq_mlx.engine.speculative import Draft, Drafts
 from qwq_mlx.generate.finish import trace_of
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.running import Running, advance
+from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
 from qwq_mlx.trace.trace import Trace
@@ -246,3 +247,28 @@ def test_many_rows_get_the_bits_of_a_row_alone_where_that_is_asked_for(reasoner:
         wide = Reasoner(replace(reasoner.model, reproducible=reproducible))
         beside = wide.batch_generate([f"{n} + 1" for n in range(9)], width=9, limits=settings["limits"], sampling=seeds)
         assert all(a.logprobs == b.logprobs for a, b in zip(alone, beside, strict=True)) is reproducible
+
+
+def test_a_cache_that_is_kept_for_the_next_prompt_does_not_keep_those_beside_it(
+    reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a batch of rows, as on a GPU: a server keeps some caches for long."""
+    runs = [
+        reasoner.stream(text, sampling=Sampling(temperature=0), limits=Limits(max_tokens=n_tokens))
+        for text, n_tokens in (("one", 6), ("another", 9), ("a third", 9))
+    ]
+    batches: set[int] = set()
+    with Scheduler(reasoner.model, width=3, planned_bytes=0, releases=False) as scheduler:
+        monkeypatch.setattr(scheduler._decoder, "_may_batch", True)
+        for run in runs:
+            scheduler.add(run)
+        while scheduler.streams:
+            scheduler.step()
+            batches |= {id(run.running.row.cache[0].batch) for run in runs if run.running.row.cache[0].batch}
+    assert batches, "they did attend in a batch"
+    assert all(layer.batch is None for run in runs for layer in run.running.row.cache)
+    more = {"sampling": Sampling(temperature=0), "limits": Limits(max_tokens=5)}
+    following = reasoner.stream("one and more", before=runs[0], **more)
+    assert following.n_cached > 1
+    assert [step.id for step in following] == list(reasoner.generate("one and more", **more).ids)
+    assert reasoner.stream("one", before=runs[0], **more).n_cached == 0  # its cache went already

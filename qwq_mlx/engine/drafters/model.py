@@ -86,8 +86,8 @@ class ModelDrafter:
         return [drafted.get(row, []) for row in rows]
 
     def _drafted(self, asked: Sequence[tuple[Row, int]]) -> dict[Row, list[Guess]]:
-        for row in [each for each in self._texts if not each.cache]:
-            del self._texts[row]  # it has ended, and who keeps its trace would keep its cache here, too
+        for row in [each for each in self._texts if not (each.cache and each.may_draft)]:
+            del self._texts[row]  # it has ended, and who keeps it would keep its cache here, too
         texts = {row: self._text(row) for row, _ in asked}
         before = {row: row.states() for row, _ in asked}
         ids: dict[Row, list[Any]] = {row: [] for row, _ in asked}
