@@ -47,7 +47,7 @@ def ready_to_load(
     Raises what `reasoner.load` raises before it reads a weight.
     """
     ready = ready_model(folder)
-    ranks = None if group is None or group.size() == 1 else Ranks(group)
+    ranks = None if group is None else Ranks(group)
     if ranks is not None and draft not in (None, "off"):
         raise OptionError(
             "draft and group do not go together yet: each process would draft as many ids as its own measurements "

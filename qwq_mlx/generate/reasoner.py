@@ -65,14 +65,17 @@ def load(
     draft: who guesses ids that a pass then checks, which changes no id: "ngram", the texts so far; the folder of a
       small model of the same tokenizer; "auto", that of $QWQ_MLX_DRAFT or else "ngram". None: nobody.
     draft_length: ids to guess, whatever they cost; None as many as are measured to pay, often none.
-    group: from `mx.distributed.init`: its processes hold the model together; each runs the same program.
-    Raises LoadError, SourceError or BackendError; FitError with the arithmetic.
+    group: from `mx.distributed.init`: its processes hold the model together; each runs the same program. Not beside
+      `draft` yet. A group of one process is as none.
+    Raises LoadError, SourceError or BackendError; OptionError for options that do not go together; FitError with the
+    arithmetic.
 
     >>> reasoner = qwq_mlx.load(FOLDER, limits=qwq_mlx.Limits(context=2048))
     >>> reasoner.generate("What is 3 + 4?", sampling=qwq_mlx.Sampling(temperature=0)).answer
     '7'
     """
     asked = limits or Limits()
+    group = None if group is None or group.size() == 1 else group
     ready = ready_to_load(
         folder,
         asked,

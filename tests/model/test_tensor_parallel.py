@@ -12,9 +12,11 @@ from qwq_mlx import facts
 from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.checkpoint import open_checkpoint
+from qwq_mlx.generate.reasoner import load
 from qwq_mlx.model.memory.plan import Workload, plan_memory, shape_of_facts
 from qwq_mlx.model.ranks import Ranks, read_part
 from qwq_mlx.model.tensor_parallel import check_ranks, possible_ranks, split_axis
+from qwq_mlx.options import Limits, Sampling
 
 QWQ = shape_of_facts(facts.QWQ_32B_PREVIEW)
 
@@ -82,3 +84,13 @@ def test_a_run_behind_a_stopped_one_is_not_stopped() -> None:
     ranks.has_agreed_to_stop = True
     ranks.begin()
     assert not ranks.wants_stop and not ranks.has_agreed_to_stop
+
+
+def test_a_group_of_one_process_is_as_none(tmp_path: Path) -> None:
+    """A program for `mlx.launch` that is started without it: its runs can be saved."""
+    reasoner = load(pocket_checkpoint(), group=mx.distributed.init(), verify=False)
+    run = reasoner.stream("x", sampling=Sampling(temperature=0), limits=Limits(max_tokens=3))
+    ids = [step.id for step in run]
+    run.save(tmp_path / "run")
+    rest = [step.id for step in reasoner.resume(tmp_path / "run", max_tokens=4)]
+    assert len(ids) == 3 and len(rest) == 1
