@@ -77,14 +77,14 @@ def best_lengths(
     most_loss_s: seconds that the pass may cost beyond a plain one.
     are_to_draft: each place costs costs.draft_s more.
 
-    >>> cheap, dear = PassCosts(by_rows=(1.0, 1.1, 1.2), sync_s=0.1), PassCosts(by_rows=(1.0, 2.0, 3.0), sync_s=0.1)
-    >>> best_lengths([[0.8, 0.1]], cheap).by_row, best_lengths([[0.8, 0.1]], dear).by_row
+    >>> cheap, costly = PassCosts(by_rows=(1.0, 1.1, 1.2), sync_s=0.1), PassCosts(by_rows=(1.0, 2.0, 3.0), sync_s=0.1)
+    >>> best_lengths([[0.8, 0.1]], cheap).by_row, best_lengths([[0.8, 0.1]], costly).by_row
     ([1], [0])
     """
     reached = []
-    for row, own in enumerate(probabilities):
+    for row, of_ids in enumerate(probabilities):
         probability = 1.0
-        for place, each in enumerate(own):
+        for place, each in enumerate(of_ids):
             probability *= each
             reached.append((-probability, place, row))
     reached.sort()  # a row's later ids are never more probable, and of equal ones the earlier place comes first

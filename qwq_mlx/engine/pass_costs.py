@@ -28,7 +28,7 @@ __all__ = ["measure_costs"]
 _CONTEXT = 300  # ids in the cache meanwhile; it does not grow while the passes are timed
 _ROWS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 _N_PASSES = 5  # of which the median counts
-_LINEAR = 0.9  # of M times one row: too dear to ever pay
+_LINEAR = 0.9  # of M times one row: too costly to ever pay
 _N_DRAFTED = 4
 
 
@@ -83,11 +83,11 @@ def measure_costs(
     plain_s = seconds(None)
     row.rewind(row.n_output)
     sync_s = max(0.0, seconds(0) - plain_s)
-    known, n_dear = {1: plain_s}, 0
+    known, n_costly = {1: plain_s}, 0
     for n_rows in (each for each in _ROWS if each <= most_rows):
         known[n_rows] = max(known[max(known)], seconds(n_rows - 1) - sync_s)
-        n_dear = n_dear + 1 if known[n_rows] > _LINEAR * n_rows * plain_s else 0
-        if n_dear == 2:
+        n_costly = n_costly + 1 if known[n_rows] > _LINEAR * n_rows * plain_s else 0
+        if n_costly == 2:
             break
     draft_s = 0.0
     if drafter is not None:

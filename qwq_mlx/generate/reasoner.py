@@ -376,10 +376,7 @@ class Reasoner(RequestMaker):
         True
         """
         if self._ranks is not None:
-            raise OptionError(
-                "A saved run cannot be resumed yet in a model that several processes hold together. Resume it in one "
-                "process, without `group`."
-            )
+            raise OptionError("A model that several processes hold together resumes no runs yet. Load it without group.")
         has_processors = bool(logits_processors)
         state, arrays = read_saved(Path(path), self.model, has_processors=has_processors, answer_now=answer_now)
         sampling, limits, thinking = from_json(state.settings, where=str(path))

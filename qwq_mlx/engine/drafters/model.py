@@ -94,21 +94,21 @@ class ModelDrafter:
         shares: dict[Row, list[Any]] = {row: [] for row, _ in asked}
         missing = [row.ids[len(texts[row].ids) :] for row, _ in asked]
         fed = mx.array([[token_id] for each in missing for token_id in each])
-        n_fed, left = [len(each) for each in missing], list(asked)
+        n_fed, drafting = [len(each) for each in missing], list(asked)
         for place in range(max(n for _, n in asked)):
-            for (row, _), n in zip(left, n_fed, strict=True):
+            for (row, _), n in zip(drafting, n_fed, strict=True):
                 grow(texts[row].cache, n)
-            logits = self._module(fed, cache=joined([texts[row].cache for row, _ in left], n_fed))
+            logits = self._module(fed, cache=joined([texts[row].cache for row, _ in drafting], n_fed))
             last = -1
-            for (row, _), n in zip(left, n_fed, strict=True):
+            for (row, _), n in zip(drafting, n_fed, strict=True):
                 last += n
                 drawn, share = self._draw(row, logits[last, -1], ids[row])
                 ids[row].append(drawn)
                 shares[row].append(share)
-            left = [(row, n) for row, n in left if n > place + 1]
-            if not left:
+            drafting = [(row, n) for row, n in drafting if n > place + 1]
+            if not drafting:
                 break
-            fed, n_fed = mx.stack([ids[row][-1] for row, _ in left]).reshape(-1, 1), [1] * len(left)
+            fed, n_fed = mx.stack([ids[row][-1] for row, _ in drafting]).reshape(-1, 1), [1] * len(drafting)
         for row, _ in asked:
             for place, state in before[row].items():
                 processor = row.processors[place]

@@ -50,7 +50,7 @@ class Speculator:
     """Drafts for the rows of one model; the decoder asks it (`speculative.Drafts`).
 
     ngram, model: the drafters, at least one.
-    costs: of passes here. length: ids drafted whatever they cost. One of the two is given.
+    costs: of passes here. length: ids drafted whatever they cost. One of the two must be there.
     notes: for people, about the costs.
     """
 
@@ -82,8 +82,8 @@ class Speculator:
         counts = self.counts
         if counts.n_passes:
             rate = 1 + sum(counts.accepted.values()) / counts.n_passes
-            own = [f"{name} {counts.accepted[name]:,} of {n:,} right" for name, n in sorted(counts.drafted.items())]
-            return f"drafts: {rate:.2f} tokens a pass in {counts.n_passes:,} passes with drafts, {', '.join(own)}"
+            shares = [f"{name} {counts.accepted[name]:,} of {n:,} right" for name, n in sorted(counts.drafted.items())]
+            return f"drafts: {rate:.2f} tokens a pass in {counts.n_passes:,} passes with drafts, {', '.join(shares)}"
         if self._costs is None:
             return "drafts: none, for there was nothing to draft from"
         share = self._costs.of(2) / self._costs.of(1)
@@ -120,10 +120,10 @@ class Speculator:
                     guesses[place], sources[place] = drafted, self._model.name
         if self._costs is not None:
             guesses = self._paid(guesses, self._costs, drafting_s, most)
-        self._under_way = {row: own for row, own in zip(rows, guesses, strict=True) if own}
+        self._under_way = {row: guess for row, guess in zip(rows, guesses, strict=True) if guess}
         return [
-            Draft(tuple(guess.id for guess in own), source) if own else Draft()
-            for own, source in zip(guesses, sources, strict=True)
+            Draft(tuple(each.id for each in guess), source) if guess else Draft()
+            for guess, source in zip(guesses, sources, strict=True)
         ]
 
     def learn(self, row: Row, draft: Draft, n_accepted: int) -> None:
@@ -158,11 +158,11 @@ class Speculator:
         if costs is None:
             expected = self._model.expected(MAX_DRAFTED)
             pairs = list(zip(rooms, guesses, strict=True))
-            return [room if _n_right(expected[:room]) > _n_right(_probabilities(own)) else 0 for room, own in pairs]
-        by_ngram = [best_lengths([_probabilities(own)], costs, most_loss_s=self._account_s).rate for own in guesses]
+            return [room if _n_right(expected[:room]) > _n_right(_probabilities(guess)) else 0 for room, guess in pairs]
+        by_ngram = [best_lengths([_probabilities(guess)], costs, most_loss_s=self._account_s).rate for guess in guesses]
         by_model = [self._by_model([room], costs, None).rate for room in rooms]
-        left = [room if own > other else 0 for room, own, other in zip(rooms, by_model, by_ngram, strict=True)]
-        return self._by_model(left, costs, most).by_row
+        longest = [room if rate > other else 0 for room, rate, other in zip(rooms, by_model, by_ngram, strict=True)]
+        return self._by_model(longest, costs, most).by_row
 
     def _paid(
         self, guesses: Sequence[list[Guess]], costs: PassCosts, drafting_s: float, most: int | None
@@ -170,12 +170,12 @@ class Speculator:
         """The guesses as long as they pay and the account covers that they are wrong; it is charged with that."""
         plain_s = costs.of(len(guesses))
         covered_s = self._account_s - drafting_s
-        best = best_lengths([_probabilities(own) for own in guesses], costs, most=most, most_loss_s=covered_s)
+        best = best_lengths([_probabilities(guess) for guess in guesses], costs, most=most, most_loss_s=covered_s)
         sync_s = costs.sync_s if self._is_due and not any(best.by_row) else 0.0  # waited for nothing
         self._account_s -= best.seconds - plain_s + drafting_s + sync_s
         self._is_due = False
         self._token_s = plain_s / len(guesses)
-        return [own[:n] for own, n in zip(guesses, best.by_row, strict=True)]
+        return [guess[:n] for guess, n in zip(guesses, best.by_row, strict=True)]
 
     def _pay_in(self, seconds: float, plain_s: float) -> None:
         self._account_s = min(self._account_s + seconds, _LARGEST_ACCOUNT * max(plain_s, seconds))

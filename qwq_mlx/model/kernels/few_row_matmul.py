@@ -91,8 +91,8 @@ def linears(x: mx.array, matrices: Sequence[tuple[PackedMatrix, mx.array]], how:
     """x @ matrix.T + bias for three matrices, as `linear`. Each has a multiple of 16 * how.n_tiles rows."""
     sizes = [matrix.codes.shape[0] for matrix, _ in matrices]
     arrays = [array for matrix, bias in matrices for array in (*matrix, bias)]
-    found = _launch("linears", x.reshape(-1, how.n_in), arrays, sizes, how)
-    return [y.reshape(*x.shape[:-1], -1) for y in found]
+    outputs = _launch("linears", x.reshape(-1, how.n_in), arrays, sizes, how)
+    return [y.reshape(*x.shape[:-1], -1) for y in outputs]
 
 
 def swiglu_linears(x: mx.array, gate: PackedMatrix, up: PackedMatrix, how: Tiling) -> mx.array:
