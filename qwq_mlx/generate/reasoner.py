@@ -376,7 +376,7 @@ class Reasoner(RequestMaker):
         True
         """
         if self._ranks is not None:
-            raise OptionError("A model that several processes hold together resumes no runs yet. Load it without group.")
+            raise OptionError("A model that several processes hold together resumes no run yet. Load it without group.")
         has_processors = bool(logits_processors)
         state, arrays = read_saved(Path(path), self.model, has_processors=has_processors, answer_now=answer_now)
         sampling, limits, thinking = from_json(state.settings, where=str(path))
