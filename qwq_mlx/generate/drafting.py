@@ -47,7 +47,7 @@ from qwq_mlx.options import Limits
 __all__ = ["DRAFT_VARIABLE", "DraftChoice", "choose_draft", "make_speculator"]
 
 DRAFT_VARIABLE = "QWQ_MLX_DRAFT"
-"""Names the folder of the draft model that `draft="auto"` takes."""
+"""Names what `draft="auto"` takes: the folder of a draft model, or "ngram" or "off"."""
 
 _KERNELS = Path(kernels.__file__).with_name("few_row_matmul.cu")
 
@@ -85,6 +85,10 @@ def choose_draft(
     draft: "ngram", "auto", "off" or None, or a draft model's folder. length: ids to draft whatever they cost, or None.
     Raises OptionError, LoadError or SourceError, before any weight is read.
     """
+    if draft == "auto":
+        draft = (os.environ if environment is None else environment).get(DRAFT_VARIABLE) or "ngram"
+    if draft == "":
+        raise OptionError("draft is empty. Give ngram, auto, off or the folder of a draft model.")
     if draft is None or draft == "off":
         if length is not None:
             raise OptionError(f"draft_length is {length}, but nothing is drafted. Give `draft` too, or leave it out.")
@@ -96,8 +100,6 @@ def choose_draft(
             "`reproducible` computes one row a pass on Metal, so that drafts could not be checked beside it. "
             "Leave out one of `reproducible` and `draft`."
         )
-    if draft == "auto":
-        draft = (os.environ if environment is None else environment).get(DRAFT_VARIABLE) or "ngram"
     if draft == "ngram":
         return DraftChoice(uses_texts=True, length=length)
     files = open_model_folder(draft, follow_links=follow_links)

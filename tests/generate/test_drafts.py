@@ -209,6 +209,9 @@ def test_auto_takes_the_folder_that_the_environment_names(folder: Path, draft_fo
     assert named.files is not None and named.files.path == draft_folder
     assert choose_draft("auto", None, target, environment={}).files is None
     assert not choose_draft(None, None, target).uses_texts
+    assert not choose_draft("auto", None, target, environment={"QWQ_MLX_DRAFT": "off"}).uses_texts
+    with pytest.raises(OptionError, match="draft is empty"):
+        choose_draft("", None, target)
 
 
 def test_the_plan_holds_the_draft_model(folder: Path, draft_folder: Path, plain: Reasoner) -> None:
