@@ -79,7 +79,7 @@ def judge_answer(problem: Problem, answer: str) -> tuple[bool, str]:
 
 
 def game24_fault(numbers: Sequence[int], answer: str) -> str:
-    """Why an expression does not make 24 of these numbers, each used once; "" where it does.
+    r"""Why an expression does not make 24 of these numbers, each used once; "" where it does.
 
     >>> game24_fault((4, 4, 6, 8), "(4 + 8) \\times (6 - 4) = 24")
     ''

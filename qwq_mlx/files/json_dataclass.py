@@ -127,7 +127,8 @@ def _union(value: Any, kinds: Sequence[Any], where: str) -> Any:
         try:
             return _read(value, kind, where)
         except FieldError as error:
-            errors.append((_has_tag(value, kind), error))
+            # without its traceback, or frame and error keep each other, and with them all that the callers hold
+            errors.append((_has_tag(value, kind), error.with_traceback(None)))
     tagged = [error for is_tagged, error in errors if is_tagged]
     if tagged:
         raise tagged[0]

@@ -348,11 +348,13 @@ def test_the_pocket_is_converted_as_for_every_command_where_no_conversion_is_the
     import qwq_mlx.convert
     from qwq_mlx import default_model
 
-    choice = default_model.Choice(folder=tmp_path / "cache" / "pocket", note="model: the pocket", source=tmp_path)
+    choice = default_model.Choice(
+        folder=tmp_path / "cache" / "pocket", note="model: the pocket", source=tmp_path, recipe="pocket-4bit"
+    )
     monkeypatch.setattr(default_model, "choose_model", lambda named: choice)
     converted: list[tuple[Path, Path, str]] = []
     monkeypatch.setattr(
-        qwq_mlx.convert, "convert_checkpoint", lambda *paths, recipe, quality: converted.append((*paths, recipe))
+        qwq_mlx.convert, "convert_checkpoint", lambda *paths, recipe, **_: converted.append((*paths, recipe))
     )
     benched: list[Path] = []
     monkeypatch.setattr("qwq_mlx.bench.decode.bench_decode", lambda bench: benched.append(bench.folder) or [])
