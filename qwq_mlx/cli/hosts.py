@@ -95,10 +95,12 @@ def joined_group() -> Any | None:
 
 
 def _beat(pipe: int) -> None:
-    with contextlib.suppress(OSError):  # whoever listened is gone, and ends this process
+    try:
         while True:
             os.write(pipe, b".")
             time.sleep(_BEAT_S)
+    except OSError:  # whoever started and watched this process is gone, so nobody would end it
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Launch:
@@ -173,7 +175,21 @@ class Launch:
                 if code:
                     raise self._failed(folder, rank, _ended(code))
                 if code is None and time.monotonic() - self._heard[rank] > _SILENT_S:
-                    raise self._failed(folder, rank, f"said nothing for {_SILENT_S:.0f} s (stopped, or it hangs)")
+                    stopped = self._stopped()
+                    silent = rank if stopped is None else stopped
+                    raise self._failed(folder, silent, f"said nothing for {_SILENT_S:.0f} s (stopped, or it hangs)")
+
+    def _stopped(self) -> int | None:
+        """The first process that the system holds stopped; others that wait for it may be silent, too."""
+        for rank, process in enumerate(self._processes):
+            command = ["ps", "-o", "state=", "-p", str(process.pid)]
+            try:
+                state = subprocess.run(command, check=False, capture_output=True, text=True).stdout
+            except OSError:  # a small system has no ps; then the first that is silent is named
+                return None
+            if state.strip().startswith("T"):
+                return rank
+        return None
 
     def _last(self, folder: Path) -> int:
         """The first is done: the others end by themselves."""

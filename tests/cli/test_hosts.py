@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import selectors
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -141,3 +143,14 @@ def test_a_first_process_that_ctrl_c_ends_before_it_could_listen_was_interrupted
     launch._processes = [_Ended(-signal.SIGINT), _Ended(-signal.SIGINT)]  # type: ignore[misc]
     with selectors.DefaultSelector() as pipes:
         assert launch._watch(tmp_path, pipes) == 130
+
+
+def test_processes_end_with_the_one_that_started_them() -> None:
+    """Nobody else would end them: they are in sessions of their own."""
+    heard, said = os.pipe()
+    code = "import os, time; from qwq_mlx.cli.hosts import _beat; _beat(int(os.environ['PIPE']))"
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PIPE": str(said)}, pass_fds=[said])
+    os.close(said)
+    assert os.read(heard, 1) == b"."
+    os.close(heard)
+    assert process.wait(timeout=20) == -signal.SIGKILL
