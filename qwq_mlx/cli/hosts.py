@@ -32,8 +32,8 @@ RANK_PIPE = "QWQ_MLX_RANK_PIPE"
 """Names the open file into which a process of `Launch` writes that it is alive."""
 _LOCAL = ("localhost", "127.0.0.1")
 _BEAT_S = 0.5
-_START_S = 10.0  # until a process says something first: it imports, beside all others
-_SILENT_S = 5.0  # of ten beats; loading holds Python for less
+_START_S = 30.0  # until a process says something first: it imports, beside all others
+_SILENT_S = 9.0  # a busy machine lets a process wait for seconds
 _LAST_S = 10.0  # for the other processes to end behind the first that is done
 _MOST = 64
 
@@ -106,10 +106,12 @@ def _beat(pipe: int) -> None:
 class Launch:
     """Runs one command as several processes; `work` returns the exit code of the first.
 
-    arguments: of `python -m qwq_mlx.generate`, without --hosts. text: what each reads from stdin.
+    arguments: of `python -m qwq_mlx.generate`, without --hosts. text: what each reads from stdin. silent_s: seconds
+    without a sign of life after which a process has failed.
     """
 
-    def __init__(self, arguments: Sequence[str], n_ranks: int, *, text: str) -> None:
+    def __init__(self, arguments: Sequence[str], n_ranks: int, *, text: str, silent_s: float = _SILENT_S) -> None:
+        self._silent_s = silent_s
         self._arguments, self._n_ranks, self._text = list(arguments), n_ranks, text
         self._processes: list[subprocess.Popen[bytes]] = []
         self._heard: list[float] = []
@@ -174,10 +176,12 @@ class Launch:
             for rank, code in enumerate(codes):
                 if code:
                     raise self._failed(folder, rank, _ended(code))
-                if code is None and time.monotonic() - self._heard[rank] > _SILENT_S:
+                if code is None and time.monotonic() - self._heard[rank] > self._silent_s:
                     stopped = self._stopped()
                     silent = rank if stopped is None else stopped
-                    raise self._failed(folder, silent, f"said nothing for {_SILENT_S:.0f} s (stopped, or it hangs)")
+                    raise self._failed(
+                        folder, silent, f"said nothing for {self._silent_s:.0f} s (stopped, or it hangs)"
+                    )
 
     def _stopped(self) -> int | None:
         """The first process that the system holds stopped; others that wait for it may be silent, too."""
