@@ -46,8 +46,11 @@ def _errors(n_out: int, n_in: int, group: int) -> dict[str, tuple[float, float]]
     from qwq_mlx.model.kernels import few_row_matmul as kernels
 
     mx = import_mlx()
-    how, pair_how = kernels.tiling(n_out, n_in, group), kernels.tiling(n_out, n_in, group, is_pair=True)
-    assert how is not None and pair_how is not None, "the caller takes shapes that fit"
+    tiling, pair_tiling = (
+        kernels.choose_tiling(n_out, n_in, group),
+        kernels.choose_tiling(n_out, n_in, group, is_pair=True),
+    )
+    assert tiling is not None and pair_tiling is not None, "the caller takes shapes that fit"
     random = mx.random.key(n_out + n_in + group)
     first, second, third = (_packed(each, n_out, n_in, group) for each in mx.random.split(random, 3))
     bias = mx.random.normal((n_out,), mx.bfloat16, key=random)
@@ -65,10 +68,10 @@ def _errors(n_out: int, n_in: int, group: int) -> dict[str, tuple[float, float]]
     for n_rows in _N_ROWS:
         x = most[:n_rows]
         ours = {
-            "product": kernels.linear(x, first, how),
-            "product and residual": kernels.linear(x, first, how, residual=residual[:n_rows]),
-            "third of three": kernels.linears(x, [(first, bias), (second, bias), (third, bias)], how)[2],
-            "gated pair": kernels.swiglu_linears(x, first, second, pair_how),
+            "product": kernels.linear(x, first, tiling),
+            "product and residual": kernels.linear(x, first, tiling, residual=residual[:n_rows]),
+            "third of three": kernels.linears(x, [(first, bias), (second, bias), (third, bias)], tiling)[2],
+            "gated pair": kernels.swiglu_linears(x, first, second, pair_tiling),
         }
         theirs = mx.quantized_matmul(x, *first, transpose=True, group_size=group, bits=4)
         limit = _MAX_SHARE * _off(theirs, expected["product"][:n_rows])

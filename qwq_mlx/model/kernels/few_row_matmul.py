@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-__all__ = ["MAX_ROWS", "PackedMatrix", "Tiling", "linear", "linears", "shared_bytes", "swiglu_linears", "tiling"]
+__all__ = ["MAX_ROWS", "PackedMatrix", "Tiling", "choose_tiling", "linear", "linears", "shared_bytes", "swiglu_linears"]
 
 MAX_ROWS = 32
 """Rows of x that one launch multiplies."""
@@ -52,10 +52,10 @@ class Tiling:
 
 
 @functools.cache
-def tiling(n_out: int, n_in: int, group_size: int, *, is_pair: bool = False) -> Tiling | None:
+def choose_tiling(n_out: int, n_in: int, group_size: int, *, is_pair: bool = False) -> Tiling | None:
     """How a matrix of 4 bits is covered, or a pair of such matrices; None where the kernels do not fit its shape.
 
-    >>> tiling(5_120, 27_648, 64)
+    >>> choose_tiling(5_120, 27_648, 64)
     Tiling(n_in=27648, group_size=64, groups_a_run=8, n_tiles=1, n_warps=9)
     """
     n_tiles = 2 if is_pair or n_out >= _WIDE else 1
@@ -68,36 +68,36 @@ def tiling(n_out: int, n_in: int, group_size: int, *, is_pair: bool = False) -> 
     return Tiling(n_in, group_size, fitting[0], n_tiles, n_warps=-(-n_runs // n_turns))
 
 
-def shared_bytes(how: Tiling, n_rows: int) -> int:
+def shared_bytes(tiling: Tiling, n_rows: int) -> int:
     """Shared memory of a block: a run of each warp, and later the sums of each."""
-    run = _TILE * how.n_tiles * (how.groups_a_run * how.group_size // 2 + 32)
-    sums = _TILE * how.n_tiles * (8 * _columns(n_rows) + 1) * 4
-    return how.n_warps * max(run, sums)
+    run = _TILE * tiling.n_tiles * (tiling.groups_a_run * tiling.group_size // 2 + 32)
+    sums = _TILE * tiling.n_tiles * (8 * _columns(n_rows) + 1) * 4
+    return tiling.n_warps * max(run, sums)
 
 
-def linear(x: mx.array, matrix: PackedMatrix, how: Tiling, *, residual: mx.array | None = None) -> mx.array:
+def linear(x: mx.array, matrix: PackedMatrix, tiling: Tiling, *, residual: mx.array | None = None) -> mx.array:
     """x @ matrix.T, plus the residual where there is one: (..., out) bfloat16.
 
     x: (..., in) bfloat16 of at most MAX_ROWS rows. residual: (..., out) bfloat16.
     """
     n_out = matrix.codes.shape[0]
-    flat = x.reshape(-1, how.n_in)
+    flat = x.reshape(-1, tiling.n_in)
     added = flat if residual is None else residual
-    [y] = _launch("linear", flat, [*matrix, added], [n_out], how, is_added=residual is not None)
+    [y] = _launch("linear", flat, [*matrix, added], [n_out], tiling, is_added=residual is not None)
     return y.reshape(*x.shape[:-1], n_out)
 
 
-def linears(x: mx.array, matrices: Sequence[tuple[PackedMatrix, mx.array]], how: Tiling) -> list[mx.array]:
-    """x @ matrix.T + bias for three matrices, as `linear`. Each has a multiple of 16 * how.n_tiles rows."""
+def linears(x: mx.array, matrices: Sequence[tuple[PackedMatrix, mx.array]], tiling: Tiling) -> list[mx.array]:
+    """x @ matrix.T + bias for three matrices, as `linear`. Each has a multiple of 16 * tiling.n_tiles rows."""
     sizes = [matrix.codes.shape[0] for matrix, _ in matrices]
     arrays = [array for matrix, bias in matrices for array in (*matrix, bias)]
-    outputs = _launch("linears", x.reshape(-1, how.n_in), arrays, sizes, how)
+    outputs = _launch("linears", x.reshape(-1, tiling.n_in), arrays, sizes, tiling)
     return [y.reshape(*x.shape[:-1], -1) for y in outputs]
 
 
-def swiglu_linears(x: mx.array, gate: PackedMatrix, up: PackedMatrix, how: Tiling) -> mx.array:
+def swiglu_linears(x: mx.array, gate: PackedMatrix, up: PackedMatrix, tiling: Tiling) -> mx.array:
     """silu(x @ gate.T) * (x @ up.T), as `linear`."""
-    [y] = _launch("swiglu_linears", x.reshape(-1, how.n_in), [*gate, *up], [gate.codes.shape[0]], how)
+    [y] = _launch("swiglu_linears", x.reshape(-1, tiling.n_in), [*gate, *up], [gate.codes.shape[0]], tiling)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -177,27 +177,27 @@ def _launch(
     x: mx.array,
     arrays: Sequence[mx.array],
     sizes: Sequence[int],
-    how: Tiling,
+    tiling: Tiling,
     *,
     is_added: bool | None = None,
 ) -> list[mx.array]:
     """x: (rows, in). sizes: of the outputs, (rows, size) bfloat16 each."""
     n_rows = x.shape[0]
     values: list[tuple[str, Any]] = [
-        ("K", how.n_in),
-        ("GROUP", how.group_size),
-        ("R", how.groups_a_run),
-        ("RT", how.n_tiles),
-        ("WARPS", how.n_warps),
+        ("K", tiling.n_in),
+        ("GROUP", tiling.group_size),
+        ("R", tiling.groups_a_run),
+        ("RT", tiling.n_tiles),
+        ("WARPS", tiling.n_warps),
         ("NT", _columns(n_rows)),
         *((f"N{part}", size) for part, size in enumerate(sizes)),
     ]
     if is_added is not None:
         values.append(("ADD", is_added))
-    n_threads = 32 * how.n_warps
-    n_tiles = 1 if kind == "swiglu_linears" else how.n_tiles
+    n_threads = 32 * tiling.n_warps
+    n_tiles = 1 if kind == "swiglu_linears" else tiling.n_tiles
     n_blocks = sum(sizes) // (_TILE * n_tiles)
-    outputs: list[mx.array] = _kernel(kind, shared_bytes(how, n_rows))(
+    outputs: list[mx.array] = _kernel(kind, shared_bytes(tiling, n_rows))(
         inputs=[x, *arrays],
         template=values,
         grid=(n_blocks * n_threads, 1, 1),

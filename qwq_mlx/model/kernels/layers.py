@@ -23,10 +23,10 @@ from qwq_mlx.model.kernels.few_row_matmul import (
     MAX_ROWS,
     PackedMatrix,
     Tiling,
+    choose_tiling,
     linear,
     linears,
     swiglu_linears,
-    tiling,
 )
 from qwq_mlx.model.upstream import import_mlx_lm
 
@@ -47,13 +47,13 @@ def use_few_row_kernels(module: Any) -> None:
     if not few_row_kernels_run():
         return
     for layer in module.layers:
-        halves = _halves_of(layer)
-        if halves is not None:
-            layer.halves, layer.__class__ = halves, _block_class()
+        graphs = _graphs_of(layer)
+        if graphs is not None:
+            layer.graphs, layer.__class__ = graphs, _block_class()
     for each in module.modules():
-        how = _common_tiling((each,), has_bias=None)
-        if how is not None:
-            each.how, each.__class__ = how, _FewRowLinear
+        tiling = _common_tiling((each,), has_bias=None)
+        if tiling is not None:
+            each.tiling, each.__class__ = tiling, _FewRowLinear
 
 
 def uses_few_row_kernels(module: Any) -> bool:
@@ -63,18 +63,18 @@ def uses_few_row_kernels(module: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Halves:
-    """What a layer computes before its attention and behind it, each one compiled graph, shared by layers alike.
+class _LayerGraphs:
+    """What a layer computes before and after its attention, each one compiled graph, shared by layers alike.
 
-    before(x, norm, packed and biases of q, k, v) -> their products. behind(mixed, x, packed o, norm, packed gate, up
-    and down) -> what the layer gives.
+    before_attention: (x, norm, packed and biases of q, k, v) -> their products.
+    after_attention: (mixed, x, norm, packed o, gate, up and down) -> what the layer gives.
     """
 
-    before: Callable[..., list[mx.array]]
-    behind: Callable[..., mx.array]
+    before_attention: Callable[..., list[mx.array]]
+    after_attention: Callable[..., mx.array]
 
 
-def _halves_of(layer: Any) -> _Halves | None:
+def _graphs_of(layer: Any) -> _LayerGraphs | None:
     """None where the kernels cannot multiply by all matrices of a layer."""
     attention, mlp = layer.self_attn, layer.mlp
     three = _common_tiling((attention.q_proj, attention.k_proj, attention.v_proj), has_bias=True)
@@ -82,22 +82,22 @@ def _halves_of(layer: Any) -> _Halves | None:
     out, down = _common_tiling((attention.o_proj,)), _common_tiling((mlp.down_proj,))
     if three is None or pair is None or out is None or down is None:
         return None
-    return _halves(layer.input_layernorm.eps, three, out, pair, down)
+    return _graphs(layer.input_layernorm.eps, three, out, pair, down)
 
 
 @functools.cache
-def _halves(eps: float, three: Tiling, out: Tiling, pair: Tiling, down: Tiling) -> _Halves:
-    def before(x: mx.array, norm: mx.array, *packed: mx.array) -> list[mx.array]:
+def _graphs(eps: float, three: Tiling, out: Tiling, pair: Tiling, down: Tiling) -> _LayerGraphs:
+    def before_attention(x: mx.array, norm: mx.array, *packed: mx.array) -> list[mx.array]:
         matrices = [(PackedMatrix(*packed[first : first + 3]), packed[first + 3]) for first in (0, 4, 8)]
         return linears(mx.fast.rms_norm(x, norm, eps), matrices, three)
 
-    def behind(mixed: mx.array, x: mx.array, norm: mx.array, *packed: mx.array) -> mx.array:
+    def after_attention(mixed: mx.array, x: mx.array, norm: mx.array, *packed: mx.array) -> mx.array:
         o, gate, up, last = (PackedMatrix(*packed[first : first + 3]) for first in (0, 3, 6, 9))
         x = linear(mixed, o, out, residual=x)
         gated = swiglu_linears(mx.fast.rms_norm(x, norm, eps), gate, up, pair)
         return linear(gated, last, down, residual=x)
 
-    return _Halves(mx.compile(before), mx.compile(behind))
+    return _LayerGraphs(mx.compile(before_attention), mx.compile(after_attention))
 
 
 def _common_tiling(layers: Sequence[Any], *, has_bias: bool | None = False, is_pair: bool = False) -> Tiling | None:
@@ -105,15 +105,17 @@ def _common_tiling(layers: Sequence[Any], *, has_bias: bool | None = False, is_p
 
     has_bias: what each layer must have; None is either.
     """
-    hows = {_tiling(layer, is_pair) if has_bias in (None, "bias" in layer) else None for layer in layers}
-    return hows.pop() if len(hows) == 1 else None
+    tilings = {_tiling(layer, is_pair) if has_bias in (None, "bias" in layer) else None for layer in layers}
+    return tilings.pop() if len(tilings) == 1 else None
 
 
 def _tiling(layer: Any, is_pair: bool) -> Tiling | None:
     if type(layer) not in (nn.QuantizedLinear, _FewRowLinear) or (layer.bits, layer.mode) != (4, "affine"):
         return None
     n_out, n_words = layer["weight"].shape
-    return tiling(n_out, n_words * 8, layer.group_size, is_pair=is_pair) if _is_bfloat16(layer["scales"]) else None
+    return (
+        choose_tiling(n_out, n_words * 8, layer.group_size, is_pair=is_pair) if _is_bfloat16(layer["scales"]) else None
+    )
 
 
 def _matrix(layer: Any) -> PackedMatrix:
@@ -132,7 +134,7 @@ class _FewRowLinear(nn.QuantizedLinear):  # type: ignore[misc]
     def __call__(self, x: Any) -> Any:
         if not _is_few(x):
             return super().__call__(x)
-        y = linear(x, _matrix(self), self.how)
+        y = linear(x, _matrix(self), self.tiling)
         return y + self["bias"] if "bias" in self else y
 
 
@@ -145,9 +147,11 @@ def _block_class() -> type[Any]:
             attention, mlp = self.self_attn, self.mlp
             three = (attention.q_proj, attention.k_proj, attention.v_proj)
             matrices = [array for each in three for array in (*_matrix(each), each["bias"])]
-            mixed = attention.attend(self.halves.before(x, self.input_layernorm.weight, *matrices), mask, cache)
+            mixed = attention.attend(
+                self.graphs.before_attention(x, self.input_layernorm.weight, *matrices), mask, cache
+            )
             rest = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
             matrices = [array for each in rest for array in _matrix(each)]
-            return self.halves.behind(mixed, x, self.post_attention_layernorm.weight, *matrices)
+            return self.graphs.after_attention(mixed, x, self.post_attention_layernorm.weight, *matrices)
 
     return FewRowBlock

@@ -13,7 +13,7 @@ from qwq_mlx.engine.kv_cache import new_cache
 from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
 from qwq_mlx.model.attention import joined
 from qwq_mlx.model.kernels import few_row_matmul, layers
-from qwq_mlx.model.kernels.few_row_matmul import PackedMatrix, Tiling, shared_bytes, tiling
+from qwq_mlx.model.kernels.few_row_matmul import PackedMatrix, Tiling, choose_tiling, shared_bytes
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.products import most_rows_alike
 
@@ -32,18 +32,18 @@ CONFIG = Qwen2Config(
 )
 
 
-def _product(x: mx.array, matrix: PackedMatrix, how: Tiling, residual: mx.array | None = None) -> mx.array:
-    y = mx.quantized_matmul(x, *matrix, transpose=True, group_size=how.group_size, bits=4)
+def _product(x: mx.array, matrix: PackedMatrix, tiling: Tiling, residual: mx.array | None = None) -> mx.array:
+    y = mx.quantized_matmul(x, *matrix, transpose=True, group_size=tiling.group_size, bits=4)
     return y if residual is None else residual + y
 
 
-def _three(x: mx.array, matrices: list[tuple[PackedMatrix, mx.array]], how: Tiling) -> list[mx.array]:
-    return [_product(x, matrix, how) + bias for matrix, bias in matrices]
+def _three(x: mx.array, matrices: list[tuple[PackedMatrix, mx.array]], tiling: Tiling) -> list[mx.array]:
+    return [_product(x, matrix, tiling) + bias for matrix, bias in matrices]
 
 
-def _pair(x: mx.array, gate: PackedMatrix, up: PackedMatrix, how: Tiling) -> mx.array:
-    gated = _product(x, gate, how)
-    return gated * mx.sigmoid(gated) * _product(x, up, how)
+def _pair(x: mx.array, gate: PackedMatrix, up: PackedMatrix, tiling: Tiling) -> mx.array:
+    gated = _product(x, gate, tiling)
+    return gated * mx.sigmoid(gated) * _product(x, up, tiling)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def _module(packing: Packing = Packing(bits=4, group_size=64)) -> tuple[object, object]:  # noqa: B008 - it is frozen
     """A random model whose layers were exchanged, and mlx_lm's own layers on the same arrays."""
     packed = {name.removesuffix(".weight"): packing for name, shape in tensor_shapes(CONFIG).items() if len(shape) == 2}
-    layers._halves.cache_clear()  # compiled graphs hold what they were traced with
+    layers._graphs.cache_clear()  # compiled graphs hold what they were traced with
     module = random_module(CONFIG, packed, "bfloat16", seed=3)
     return module, in_compute_type(module, CONFIG, packed, "bfloat16")
 
@@ -103,22 +103,22 @@ def test_no_layer_is_exchanged_on_the_cpu() -> None:
     [(40, 512, 64), (64, 500, 64), (64, 320, 64), (64, 512, 16), (16_400, 512, 64)],
 )
 def test_shapes_that_the_kernels_do_not_cover_are_left_to_mlx(n_out: int, n_in: int, group_size: int) -> None:
-    assert tiling(n_out, n_in, group_size) is None
+    assert choose_tiling(n_out, n_in, group_size) is None
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("n_in", [512, 896, 1536, 3584, 4864, 5120, 8960, 13_824, 18_944, 27_648, 29_568])
 def test_the_warps_of_a_block_cover_every_run_within_the_limits_of_a_block(n_in: int, group_size: int) -> None:
-    how = tiling(4096, n_in, group_size)
-    if how is None:
+    tiling = choose_tiling(4096, n_in, group_size)
+    if tiling is None:
         assert (n_in // group_size) % 2 == 1
         return
-    n_runs = n_in // group_size // how.groups_a_run
-    n_turns = -(-n_runs // how.n_warps)
-    assert how.n_warps * n_turns >= n_runs > how.n_warps * (n_turns - 1)
+    n_runs = n_in // group_size // tiling.groups_a_run
+    n_turns = -(-n_runs // tiling.n_warps)
+    assert tiling.n_warps * n_turns >= n_runs > tiling.n_warps * (n_turns - 1)
     # alignment of a copy of 16, 8 or 4 bytes of scales, and of 16 bytes of codes
-    assert n_in // group_size % how.groups_a_run == 0 and how.groups_a_run * group_size % 64 == 0
-    assert all(shared_bytes(how, n_rows) <= 99 << 10 for n_rows in (1, few_row_matmul.MAX_ROWS))
+    assert n_in // group_size % tiling.groups_a_run == 0 and tiling.groups_a_run * group_size % 64 == 0
+    assert all(shared_bytes(tiling, n_rows) <= 99 << 10 for n_rows in (1, few_row_matmul.MAX_ROWS))
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
