@@ -26,10 +26,9 @@ from typing import Any
 
 from qwq_mlx.errors import OptionError, RankError
 
-__all__ = ["RANK_PIPE", "Launch", "joined_group", "local_ranks", "without_flags"]
+__all__ = ["Launch", "joined_group", "local_ranks", "without_flags"]
 
-RANK_PIPE = "QWQ_MLX_RANK_PIPE"
-"""Names the open file into which a process of `Launch` writes that it is alive."""
+_RANK_PIPE = "QWQ_MLX_RANK_PIPE"  # names the open file into which a process of `Launch` writes that it is alive
 _LOCAL = ("localhost", "127.0.0.1")
 _BEAT_S = 0.5
 _START_S = 30.0  # until a process says something first: it imports, beside all others
@@ -85,7 +84,7 @@ def joined_group() -> Any | None:
 
     Begins to say that this process is alive.
     """
-    pipe = os.environ.get(RANK_PIPE)
+    pipe = os.environ.get(_RANK_PIPE)
     if pipe is None:
         return None
     import mlx.core as mx
@@ -114,7 +113,7 @@ class Launch:
         self._silent_s = silent_s
         self._arguments, self._n_ranks, self._text = list(arguments), n_ranks, text
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._heard: list[float] = []
+        self._until: list[float] = []  # when each has failed if it says nothing before
         self._is_stopped = False
 
     def stop(self) -> None:
@@ -141,7 +140,7 @@ class Launch:
         text.write_text(self._text, encoding="utf-8")
         for rank in range(self._n_ranks):
             heard, said = os.pipe()
-            environment = {**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile), RANK_PIPE: str(said)}
+            environment = {**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile), _RANK_PIPE: str(said)}
             with text.open("rb") as stdin, (folder / f"stderr-{rank}").open("wb") as stderr:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "qwq_mlx.generate", *self._arguments],
@@ -154,14 +153,14 @@ class Launch:
                 )
             os.close(said)
             self._processes.append(process)
-            self._heard.append(time.monotonic() + _START_S - _SILENT_S)
+            self._until.append(time.monotonic() + max(_START_S, self._silent_s))
             pipes.register(heard, selectors.EVENT_READ, rank)
 
     def _watch(self, folder: Path, pipes: selectors.BaseSelector) -> int:
         while True:
             for key, _ in pipes.select(timeout=_BEAT_S):
                 if os.read(key.fd, 4096):
-                    self._heard[key.data] = time.monotonic()
+                    self._until[key.data] = time.monotonic() + self._silent_s
                 else:
                     pipes.unregister(key.fd)
                     os.close(key.fd)
@@ -176,12 +175,10 @@ class Launch:
             for rank, code in enumerate(codes):
                 if code:
                     raise self._failed(folder, rank, _ended(code))
-                if code is None and time.monotonic() - self._heard[rank] > self._silent_s:
+                if code is None and time.monotonic() > self._until[rank]:
                     stopped = self._stopped()
                     silent = rank if stopped is None else stopped
-                    raise self._failed(
-                        folder, silent, f"said nothing for {self._silent_s:.0f} s (stopped, or it hangs)"
-                    )
+                    raise self._failed(folder, silent, "gave no sign of life in time (stopped, or it hangs)")
 
     def _stopped(self) -> int | None:
         """The first process that the system holds stopped; others that wait for it may be silent, too."""
