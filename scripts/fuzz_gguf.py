@@ -12,7 +12,6 @@ Does not: look into tensor data.
 
 from __future__ import annotations
 
-import argparse
 import random
 import resource
 import struct
@@ -29,12 +28,11 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from tally import Tally, add_budget  # noqa: E402 - the paths must be set first
+from tally import Tally, fuzz_headers  # noqa: E402 - the paths must be set first
 
 from qwq_mlx.errors import SourceError  # noqa: E402
 from qwq_mlx.files.gguf.header import GgufHeader, read_gguf_header_by  # noqa: E402
 
-_EVERY = 100_000  # headers between two lines
 _NUMBERS = (0, 1, 2, 3, 4, 8, 9, 13, 31, 32, 33, 255, 1 << 16, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 63, (1 << 64) - 1)
 _MAX_GROWTH_BYTES = 64 << 20
 
@@ -158,17 +156,5 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def main() -> int:
-    """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--headers", type=int, default=1_000_000, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the mutations (default 0)")
-    default = Path(tempfile.gettempdir()) / "fuzz.gguf"
-    parser.add_argument("--save", type=Path, default=default, help="where an input that breaks a promise goes")
-    add_budget(parser)
-    options = parser.parse_args()
-    return run(options.headers, options.seed, options.save, Tally(options.budget, _EVERY).stop_at_interrupt())
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(fuzz_headers(run, description=__doc__.splitlines()[0], suffix="gguf"))

@@ -11,11 +11,9 @@ Does not: look into tensor data, which the reader does not read.
 
 from __future__ import annotations
 
-import argparse
 import random
 import struct
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import FrameType
@@ -26,12 +24,10 @@ from safetensors import SafetensorError, deserialize
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from tally import Tally, add_budget  # noqa: E402 - the paths must be set first
+from tally import Tally, fuzz_headers  # noqa: E402 - the paths must be set first
 
 from qwq_mlx.errors import SourceError  # noqa: E402
 from qwq_mlx.files.header import read_header_by  # noqa: E402
-
-_EVERY = 100_000  # headers between two lines
 
 _TOKENS = (
     b'0 1 2 4 8 -1 -0 1.0 1e3 9223372036854775807 18446744073709551615 4294967296 null true NaN [] {} [ ] { } : , " \\ '
@@ -165,17 +161,5 @@ def run(n_headers: int, seed: int, save: Path, tally: Tally) -> int:
     return tally.finish()
 
 
-def main() -> int:
-    """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--headers", type=int, default=1_000_000, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the mutations (default 0)")
-    default = Path(tempfile.gettempdir()) / "fuzz.safetensors"
-    parser.add_argument("--save", type=Path, default=default, help="where an input that breaks a promise goes")
-    add_budget(parser)
-    options = parser.parse_args()
-    return run(options.headers, options.seed, options.save, Tally(options.budget, _EVERY).stop_at_interrupt())
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(fuzz_headers(run, description=__doc__.splitlines()[0], suffix="safetensors"))

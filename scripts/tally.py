@@ -11,12 +11,15 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 EVERY = 10
+_EVERY_HEADERS = 100_000
 
 
 class Tally(Counter[str]):
@@ -95,3 +98,20 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="stop after the event then under way (default: at the end)"
     )
+
+
+def fuzz_headers(run: Callable[[int, int, Path, Tally], int], *, description: str, suffix: str) -> int:
+    """The command line of a script that mutates headers; returns the exit code.
+
+    run: called with the number of headers, the seed, the file for an input that breaks a promise, and a tally.
+    suffix: of that file.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--headers", type=int, default=1_000_000, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the mutations (default 0)")
+    default = Path(tempfile.gettempdir()) / f"fuzz.{suffix}"
+    parser.add_argument("--save", type=Path, default=default, help="where an input that breaks a promise goes")
+    add_budget(parser)
+    options = parser.parse_args()
+    tally = Tally(options.budget, _EVERY_HEADERS).stop_at_interrupt()
+    return run(options.headers, options.seed, options.save, tally)
