@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recorded import read_rows
 
-from qwq_mlx.engine.draft_length import PassCosts, best_lengths
+from qwq_mlx.engine.draft_length import PassCosts, best_lengths, expected_right
 from qwq_mlx.engine.drafters.ngram import NgramDrafter
 from qwq_mlx.engine.drafters.suffix_automaton import Guess
 
@@ -140,7 +140,9 @@ def replay(
             guesses = drafter.guess(text, length) if uses_ngram else []
             by_model: Sequence[Guess] = () if drafts is None else drafts[place][done : done + length]
             n_by_ngram, n_by_model = _n_right(guesses, following), _n_right(by_model, following)
-            is_model = bool(by_model) and trust.expected(by_model) >= _expected([each.probability for each in guesses])
+            is_model = bool(by_model) and trust.expected(by_model) >= expected_right(
+                [each.probability for each in guesses]
+            )
             n_right = n_by_model if is_model else n_by_ngram
             counts["model" if is_model else "ngram"] += n_right
             for name, costs in _CHIPS.items():
@@ -190,14 +192,6 @@ def _n_right(guesses: Sequence[Guess], following: Sequence[int]) -> int:
     )
 
 
-def _expected(probabilities: Sequence[float]) -> float:
-    reached, total = 1.0, 0.0
-    for probability in probabilities:
-        reached *= probability
-        total += reached
-    return total
-
-
 class _Trust:
     """How often drafts of the model of some probability were right."""
 
@@ -208,7 +202,7 @@ class _Trust:
         return [self._counts[each.kind][0] / self._counts[each.kind][1] for each in guesses]
 
     def expected(self, guesses: Sequence[Guess]) -> float:
-        return _expected(self.of(guesses))
+        return expected_right(self.of(guesses))
 
     def learn(self, guesses: Sequence[Guess], n_right: int) -> None:
         for place, guess in enumerate(guesses[: n_right + 1]):

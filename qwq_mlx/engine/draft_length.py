@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from qwq_mlx.errors import OptionError
 
-__all__ = ["Lengths", "PassCosts", "best_lengths"]
+__all__ = ["Lengths", "PassCosts", "best_lengths", "expected_right"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,19 @@ class Lengths(NamedTuple):
     def rate(self) -> float:
         """Expected tokens a second."""
         return self.n_tokens / self.seconds
+
+
+def expected_right(probabilities: Sequence[float]) -> float:
+    """Leading ids of a draft that are expected to be right. probabilities: of each, where those before it are right.
+
+    >>> expected_right([0.5, 0.5])
+    0.75
+    """
+    reached, total = 1.0, 0.0
+    for probability in probabilities:
+        reached *= probability
+        total += reached
+    return total
 
 
 def best_lengths(

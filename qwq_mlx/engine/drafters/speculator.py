@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qwq_mlx.engine.draft_length import Lengths, PassCosts, best_lengths
+from qwq_mlx.engine.draft_length import Lengths, PassCosts, best_lengths, expected_right
 from qwq_mlx.engine.drafters.model import ModelDrafter
 from qwq_mlx.engine.drafters.ngram import NgramDrafter
 from qwq_mlx.engine.drafters.suffix_automaton import Guess
@@ -158,7 +158,10 @@ class Speculator:
         if costs is None:
             expected = self._model.expected(MAX_DRAFTED)
             pairs = list(zip(rooms, guesses, strict=True))
-            return [room if _n_right(expected[:room]) > _n_right(_probabilities(guess)) else 0 for room, guess in pairs]
+            return [
+                room if expected_right(expected[:room]) > expected_right(_probabilities(guess)) else 0
+                for room, guess in pairs
+            ]
         by_ngram = [best_lengths([_probabilities(guess)], costs, most_loss_s=self._account_s).rate for guess in guesses]
         by_model = [self._by_model([room], costs, None).rate for room in rooms]
         longest = [room if rate > other else 0 for room, rate, other in zip(rooms, by_model, by_ngram, strict=True)]
@@ -189,12 +192,3 @@ def _behind(guesses: Sequence[Guess]) -> list[float]:
     """The probabilities of a guess behind its first id, which has to be right for the next one to be."""
     probabilities = _probabilities(guesses)
     return [probabilities[0] * probabilities[1], *probabilities[2:]] if len(probabilities) > 1 else []
-
-
-def _n_right(probabilities: Sequence[float]) -> float:
-    """Leading ids that are expected to be right."""
-    reached, total = 1.0, 0.0
-    for probability in probabilities:
-        reached *= probability
-        total += reached
-    return total
