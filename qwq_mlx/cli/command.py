@@ -21,10 +21,20 @@ from qwq_mlx.errors import DiskFullError, OptionError, OutOfMemoryError, QwqErro
 
 if TYPE_CHECKING:
     from qwq_mlx.default_model import Choice
+    from qwq_mlx.generate.question_file.runner import BatchProgress, QuestionFile
     from qwq_mlx.generate.reasoner import Reasoner
     from qwq_mlx.options import Limits
 
-__all__ = ["Command", "add_output", "end_verification", "load_reasoner", "make_parser", "note_drafts", "run_command"]
+__all__ = [
+    "Command",
+    "add_output",
+    "answer_file",
+    "end_verification",
+    "load_reasoner",
+    "make_parser",
+    "note_drafts",
+    "run_command",
+]
 
 _FIRST_WORD = re.compile(r"^(\w+)(?= )()")
 _QUOTED = re.compile(r"`(\w+)(=True|=False)?`")
@@ -193,6 +203,21 @@ def load_reasoner(
     if warning is not None and warns_of_template:
         command.note(f"warning: {warning}")
     return reasoner
+
+
+def answer_file(command: Command, batch: QuestionFile) -> BatchProgress:
+    """Answer the questions of a file until all are answered or a signal stops it, with progress.
+
+    Returns how far it came. Raises what `QuestionFile.work` raises.
+    """
+    from qwq_mlx.cli.terminal import batch_progress
+
+    command.interruption.run = batch
+    try:
+        with batch_progress(is_shown=not command.is_quiet) as progress:
+            return batch.work(progress)
+    finally:
+        command.interruption.run = None
 
 
 def note_drafts(command: Command, reasoner: Reasoner) -> None:

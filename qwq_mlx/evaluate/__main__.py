@@ -19,7 +19,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwq_mlx.cli.command import Command, add_output, end_verification, load_reasoner, make_parser, run_command
+from qwq_mlx.cli.command import (
+    Command,
+    add_output,
+    answer_file,
+    end_verification,
+    load_reasoner,
+    make_parser,
+    note_drafts,
+    run_command,
+)
 from qwq_mlx.cli.generate_flags import add_limits, add_loading, add_sampling, checked_options
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.output_file import lies_in
@@ -186,7 +195,6 @@ def _setup(command: Command, task: Task, template: str | None, output: Path) -> 
 
 def _answer(command: Command, evaluation: Evaluation, model: CheckedModel) -> int:
     """Answer what one model has not answered yet; returns the exit code of a run that was interrupted, else 0."""
-    from qwq_mlx.cli.terminal import batch_progress
     from qwq_mlx.evaluate.answering import limits_of, question_file
     from qwq_mlx.evaluate.folder import write_evaluation
     from qwq_mlx.generate.question_file.results import Results
@@ -204,12 +212,8 @@ def _answer(command: Command, evaluation: Evaluation, model: CheckedModel) -> in
     write_evaluation(evaluation)
     with Results(evaluation.traces(model.label)) as results:
         batch = question_file(evaluation, model, reasoner, results, width=options.width)
-        interruption.run = batch
-        try:
-            with batch_progress(is_shown=not command.is_quiet) as progress:
-                reached = batch.work(progress)
-        finally:
-            interruption.run = None
+        reached = answer_file(command, batch)
+    note_drafts(command, reasoner)
     end_verification(command, reasoner)
     del batch, reasoner
     gc.collect()  # a run and its caches know each other

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qwq_mlx.cli.command import (
     Command,
     add_output,
+    answer_file,
     end_verification,
     load_reasoner,
     make_parser,
@@ -33,7 +34,7 @@ from qwq_mlx.cli.generate_flags import (
 from qwq_mlx.cli.hosts import Launch, joined_group, local_ranks, without_flags
 from qwq_mlx.cli.signals import silence
 from qwq_mlx.cli.streams import read_stdin
-from qwq_mlx.cli.terminal import batch_progress, prefill_progress, settings_line, show, summary_line
+from qwq_mlx.cli.terminal import prefill_progress, settings_line, show, summary_line
 from qwq_mlx.cli.vote import answer_by_vote
 from qwq_mlx.default_model import Choice, choose_model
 from qwq_mlx.errors import DamagedModelError, GenerationError, OptionError, OutOfMemoryError
@@ -230,12 +231,7 @@ def _batch(command: Command, asked: RunOptions) -> int:
             ask_answer=options.ask_answer,
             width=options.width,
         )
-        interruption.run = batch
-        try:
-            with batch_progress(is_shown=not command.is_quiet) as progress:
-                reached = batch.work(progress)
-        finally:
-            interruption.run = None
+        reached = answer_file(command, batch)
     note_drafts(command, reasoner)
     end_verification(command, reasoner)
     if batch.is_stopped and reached.n_done < reached.n_total:
