@@ -35,6 +35,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qwq_mlx.files.digest import sha256_file
+from qwq_mlx.files.gguf.checkpoint import hub_name, open_gguf
+from qwq_mlx.files.gguf.stores import GgufFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,27 +65,10 @@ MODELS = {
     ),
 }
 N_SHARDS = 3
-N_BASE_IDS, N_IDS, N_SPECIAL = 151_643, 151_665, 151_657  # ids below: of the vocabulary, with added ones, special ones
 BASE_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 QWQ_SYSTEM = (
     "You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step."
 )
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-TOP = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
-PARTS = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 def main() -> int:
@@ -101,10 +86,8 @@ def main() -> int:
     sha256 = sha256_file(path)
     if sha256 != model.sha256:
         sys.exit(f"{path}: sha256 is {sha256}, expected {model.sha256}. Remove it and run again.")
-    reader = gguf.GGUFReader(path)
-    write_shards(reader, folder)
-    write_configs(reader, folder)
-    write_tokenizer(reader, folder)
+    write_shards(gguf.GGUFReader(path), folder)
+    write_small_files(path, folder)
     print(folder)
     return 0
 
@@ -127,15 +110,6 @@ def fetch(model: Model, path: Path) -> None:
         partial.replace(path)
 
 
-def name_of(tensor: str) -> str:
-    """A GGUF tensor's name in the Hugging Face layout."""
-    stem, kind = tensor.rsplit(".", 1)
-    if stem in TOP:
-        return f"{TOP[stem]}.{kind}"
-    _, layer, part = stem.split(".")
-    return f"model.layers.{layer}.{PARTS[part]}.{kind}"
-
-
 def place_of(name: str) -> tuple[int, int, str]:
     """Embedding, layers, norm and head, in their order."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
@@ -146,7 +120,7 @@ def write_shards(reader: Any, folder: Path) -> None:
     """model-*.safetensors of about one size, and their index."""
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
-    tensors = {name_of(each.name): each for each in reader.tensors}
+    tensors = {str(hub_name(each.name)): each for each in reader.tensors}
     shapes = {name: [int(n) for n in reversed(each.shape)] for name, each in tensors.items()}
     sizes = {name: 2 * int(np.prod(shape)) for name, shape in shapes.items()}
     total, shards, filled = sum(sizes.values()), [[]], 0
@@ -188,94 +162,16 @@ def values(tensor: Any) -> Iterator[NDArray[np.float32]]:
         yield dequantize(tensor.data[first : first + step], tensor.tensor_type)
 
 
-def write_configs(reader: Any, folder: Path) -> None:
-    """config.json and generation_config.json, the second as QwQ-32B-Preview has it."""
-
-    def of(key: str) -> int:
-        return int(reader.fields[f"qwen2.{key}"].contents())
-
-    ids = {"bos_token_id": 151_643, "eos_token_id": 151_645}
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "hidden_size": of("embedding_length"),
-        "intermediate_size": of("feed_forward_length"),
-        "num_hidden_layers": of("block_count"),
-        "num_attention_heads": of("attention.head_count"),
-        "num_key_value_heads": of("attention.head_count_kv"),
-        "max_position_embeddings": of("context_length"),
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1_000_000.0,
-        "vocab_size": len(reader.fields["tokenizer.ggml.tokens"].contents()),
-        "tie_word_embeddings": False,
-        "use_sliding_window": False,
-        "torch_dtype": "bfloat16",
-        **ids,
-    }
+def write_small_files(path: Path, folder: Path) -> None:
+    """The GGUF's config, tokenizer and template, with QwQ-32B-Preview's system prompt and sampling."""
+    open_gguf(GgufFile(path=path, label=str(path)), folder)
+    config = folder / "tokenizer_config.json"
+    tokenizer = json.loads(config.read_text(encoding="utf-8"))
+    write_json(config, tokenizer | {"chat_template": tokenizer["chat_template"].replace(BASE_SYSTEM, QWQ_SYSTEM)})
     sampling = {"do_sample": True, "repetition_penalty": 1.0, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
-    write_json(folder / "config.json", config)
     write_json(
         folder / "generation_config.json",
         {"bos_token_id": 151_643, "pad_token_id": 151_643, "eos_token_id": [151_645, 151_643], **sampling},
-    )
-
-
-def write_tokenizer(reader: Any, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json, equal to Qwen2.5's in vocabulary, merges and added tokens."""
-    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
-    added = [
-        {
-            "id": id_,
-            "content": tokens[id_],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": id_ < N_SPECIAL,
-        }
-        for id_ in range(N_BASE_IDS, N_IDS)
-    ]
-    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": "",
-        "end_of_word_suffix": "",
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "vocab": {token: id_ for id_, token in enumerate(tokens[:N_BASE_IDS])},
-        "merges": reader.fields["tokenizer.ggml.merges"].contents(),
-    }
-    write_json(
-        folder / "tokenizer.json",
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "normalizer": {"type": "NFC"},
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]},
-            "post_processor": BYTE_LEVEL,
-            "decoder": BYTE_LEVEL,
-            "model": model,
-        },
-    )
-    template = reader.fields["tokenizer.chat_template"].contents().replace(BASE_SYSTEM, QWQ_SYSTEM)
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "add_bos_token": False,
-            "added_tokens_decoder": {str(each["id"]): {k: v for k, v in each.items() if k != "id"} for each in added},
-            "bos_token": None,
-            "chat_template": template,
-            "clean_up_tokenization_spaces": False,
-            "eos_token": "<|im_end|>",
-            "model_max_length": 32_768,
-            "pad_token": "<|endoftext|>",
-            "tokenizer_class": "Qwen2Tokenizer",
-        },
     )
 
 

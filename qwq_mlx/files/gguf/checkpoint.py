@@ -28,7 +28,7 @@ from qwq_mlx.files.gguf.tokenizer import ARRAYS, make_tokenizer, make_tokenizer_
 from qwq_mlx.files.gguf.types import INTEGER_TYPES
 from qwq_mlx.files.header import Header, TensorEntry
 
-__all__ = ["files_of_model", "open_gguf", "opened_checkpoint", "opened_gguf", "types_text"]
+__all__ = ["files_of_model", "hub_name", "open_gguf", "opened_checkpoint", "opened_gguf", "types_text"]
 
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _TOP = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
@@ -161,14 +161,22 @@ def _as_shard(header: GgufHeader) -> Header:
     )
 
 
+def hub_name(name: str) -> str | None:
+    """A tensor's name in a checkpoint of the Hub; None for one that Qwen2 does not have.
+
+    >>> hub_name("blk.3.ffn_up.weight"), hub_name("v.blk.0.attn_q.weight")
+    ('model.layers.3.mlp.up_proj.weight', None)
+    """
+    layer, top = _LAYER_TENSOR.fullmatch(name), _TOP_TENSOR.fullmatch(name)
+    if layer and layer[2] in _PARTS:
+        return f"model.layers.{layer[1]}.{_PARTS[layer[2]]}.{layer[3]}"
+    return f"{_TOP[top[1]]}.{top[2]}" if top and top[1] in _TOP else None
+
+
 def _name_of(tensor: GgufTensor, path: Path) -> str:
     """The tensor's name on the Hub. Raises SourceError for one that Qwen2 does not have."""
-    layer, top = _LAYER_TENSOR.fullmatch(tensor.name), _TOP_TENSOR.fullmatch(tensor.name)
-    if layer and layer[2] in _PARTS:
-        name = f"model.layers.{layer[1]}.{_PARTS[layer[2]]}.{layer[3]}"
-    elif top and top[1] in _TOP:
-        name = f"{_TOP[top[1]]}.{top[2]}"
-    else:
+    name = hub_name(tensor.name)
+    if name is None:
         raise SourceError(f"{path}: tensor {tensor.name} is none of a Qwen2 model. Give the GGUF of the model itself.")
     if tensor.type.name in INTEGER_TYPES:
         raise SourceError(
