@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from configs import SMALL
 
 from qwq_mlx.bench import __main__ as command
 from qwq_mlx.bench import folders, loops, machine, subject
@@ -24,24 +25,9 @@ from qwq_mlx.bench.report import table
 from qwq_mlx.bench.subject import Bench, Row, Target
 from qwq_mlx.bench.timing import Runs, decode_tok_s, take_turns
 from qwq_mlx.errors import GenerationError, OptionError
-from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.load import load_model
 from qwq_mlx.options import Sampling
-
-SMALL = Qwen2Config(
-    hidden_size=128,
-    intermediate_size=192,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=320,
-    max_position_embeddings=512,
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
-    tie_word_embeddings=False,
-    eos_token_ids=(),
-)
 
 
 class Clock:

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from configs import SMALL
 
 from qwq_mlx.bench.models import random_module
 from qwq_mlx.engine.kv_cache import filled_cache, grow, layers_of, new_cache
-from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.attention import joined
 from qwq_mlx.model.memory.activations import CACHE_STEP
 
-CONFIG = Qwen2Config(
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=32,
-    max_position_embeddings=1024,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    tie_word_embeddings=False,
-    eos_token_ids=(),
-)
+CONFIG = replace(SMALL, hidden_size=64, intermediate_size=64, vocab_size=32, max_position_embeddings=1024)
 
 
 class Pair:
@@ -130,7 +119,7 @@ def test_a_batch_goes_with_the_last_of_its_rows(module: Any) -> None:
 
 
 def test_quantized_caches_are_not_batched(module: Any) -> None:
-    wide = Qwen2Config(**{**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__}, "hidden_size": 256})
+    wide = replace(CONFIG, hidden_size=256)
     module = random_module(wide, {}, "float32", seed=1)
     rows = [new_cache(module, 8) for _ in range(2)]
     for row in rows:

@@ -5,31 +5,22 @@ What the kernels themselves compute is checked by `python -m qwq_mlx.doctor` whe
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
+from configs import SMALL
 
 from qwq_mlx.bench.models import in_compute_type, random_module
 from qwq_mlx.engine.kv_cache import new_cache
-from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
+from qwq_mlx.model.architecture import tensor_shapes
 from qwq_mlx.model.attention import joined
 from qwq_mlx.model.kernels import few_row_matmul, layers
 from qwq_mlx.model.kernels.few_row_matmul import PackedMatrix, Tiling, choose_tiling, shared_bytes
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.products import most_rows_alike
 
-CONFIG = Qwen2Config(
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=64,
-    max_position_embeddings=256,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    tie_word_embeddings=False,
-    eos_token_ids=(),
-)
+CONFIG = replace(SMALL, hidden_size=256, intermediate_size=512, vocab_size=64)
 
 
 def _product(x: mx.array, matrix: PackedMatrix, tiling: Tiling, residual: mx.array | None = None) -> mx.array:
