@@ -21,7 +21,7 @@ from qwq_mlx.files.background_verification import BackgroundVerification
 from qwq_mlx.generate.batch import check_width, finish_all, plan_rows, settings_of_each
 from qwq_mlx.generate.budget_forcing import cue_ids
 from qwq_mlx.generate.checkpoint.resume import raised, read_saved, with_room, within
-from qwq_mlx.generate.ready import ready_to_load
+from qwq_mlx.generate.load_plan import plan_load
 from qwq_mlx.generate.receipt import Receipt
 from qwq_mlx.generate.request import PrefillProgress, resolved
 from qwq_mlx.generate.request_maker import RequestMaker
@@ -76,7 +76,7 @@ def load(
     """
     asked = limits or Limits()
     group = None if group is None or group.size() == 1 else group
-    ready = ready_to_load(
+    plan = plan_load(
         folder,
         asked,
         compute_type=compute_type,
@@ -88,15 +88,15 @@ def load(
         group=group,
     )
     model = load_model(
-        ready.folder,
+        plan.folder,
         compute_type=compute_type,
         chat_template=None if chat_template is None else read_template_file(Path(chat_template)),
         follow_links=follow_links,
         reproducible=reproducible,
         group=group,
     )
-    reasoner = Reasoner(model, limit_bytes=ready.limit_bytes, verify=verify)
-    reasoner.use_drafts(ready.drafts, limits=asked)
+    reasoner = Reasoner(model, limit_bytes=plan.limit_bytes, verify=verify)
+    reasoner.use_drafts(plan.drafts, limits=asked)
     return reasoner
 
 

@@ -57,7 +57,7 @@ def quantized_cache_class() -> type[Any]:
     return WholeQuantizedCache
 
 
-class Unit(NamedTuple):
+class RowGroup(NamedTuple):
     """Rows of a pass that attend together: one with its cache, or a batch.
 
     places: of their ids in the pass.
@@ -70,13 +70,13 @@ class Unit(NamedTuple):
 class RowCaches:
     """One layer's caches of the rows of a pass, each with its own length.
 
-    units: of all rows. The pass is (ids, 1), a row's ids one after another.
+    groups: of all rows. The pass is (ids, 1), a row's ids one after another.
     offset: (ids,) positions before each id, the same in every layer.
     is_exact: an id attends alone, as in a pass of one id, whose bits it then gets; else a row's ids attend at once.
     """
 
-    def __init__(self, units: Sequence[Unit], offset: mx.array, *, is_exact: bool) -> None:
-        self.units = tuple(units)
+    def __init__(self, groups: Sequence[RowGroup], offset: mx.array, *, is_exact: bool) -> None:
+        self.groups = tuple(groups)
         self.offset = offset
         self.is_exact = is_exact
 
@@ -98,24 +98,24 @@ def joined(
     offset = mx.array([row[0].offset + place for row, n in zip(caches, n_fed, strict=True) for place in range(n)])
     # On CUDA attention of several ids at once makes a plan for each new length of the cache, about 1 ms a layer.
     is_exact = mx.default_device().type == mx.cpu or mx.cuda.is_available()
-    units = _units(caches, n_fed, may_batch=may_batch)
-    return [RowCaches(layer, offset, is_exact=is_exact) for layer in zip(*units, strict=True)]
+    groups = _row_groups(caches, n_fed, may_batch=may_batch)
+    return [RowCaches(layer, offset, is_exact=is_exact) for layer in zip(*groups, strict=True)]
 
 
-def _units(caches: Sequence[Sequence[Any]], n_fed: Sequence[int], *, may_batch: bool) -> list[list[Unit]]:
-    """The units of a pass, each by layer."""
+def _row_groups(caches: Sequence[Sequence[Any]], n_fed: Sequence[int], *, may_batch: bool) -> list[list[RowGroup]]:
+    """The groups of a pass, each by layer."""
     starts = itertools.accumulate(n_fed, initial=0)
     places = {place: range(start, start + n) for place, (start, n) in enumerate(zip(starts, n_fed, strict=False))}
     rooms: dict[int, list[int]] = {}
     for place, (row, n) in enumerate(zip(caches, n_fed, strict=True)):
         if may_batch and n == 1 and type(row[0]) is row_cache_class() and row[0].offset < row[0].room:
             rooms.setdefault(row[0].room, []).append(place)
-    units = []
+    groups = []
     for together in (each for each in rooms.values() if len(each) > 1):
         layers = batched([caches[place] for place in together])
         at = [places.pop(place).start for place in together]
-        units.append([Unit(layer, at) for layer in layers])
-    return [*units, *([Unit(layer, at) for layer in caches[place]] for place, at in places.items())]
+        groups.append([RowGroup(layer, at) for layer in layers])
+    return [*groups, *([RowGroup(layer, at) for layer in caches[place]] for place, at in places.items())]
 
 
 @functools.cache
@@ -154,7 +154,7 @@ def attention_class() -> type[Any]:
 def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, scale: float) -> mx.array:
     """The attention of all rows of a pass behind rotary embedding, (ids, heads, 1, width)."""
     mixed = []
-    for cache, places in rows.units:
+    for cache, places in rows.groups:
         query, key, value = (_at(each, places) for each in (queries, keys, values))
         if isinstance(cache, BatchedLayer):
             key, value, mask = cache.update_and_fetch(key, value, _at(rows.offset, places))
@@ -168,7 +168,7 @@ def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, 
             else:
                 row = _row(query, key, value, cache, scale, "causal")
             mixed.append(row.transpose(2, 1, 0, 3))
-    order = [place for _, places in rows.units for place in places]
+    order = [place for _, places in rows.groups for place in places]
     together = mixed[0] if len(mixed) == 1 else mx.concatenate(mixed)
     if order == sorted(order):
         return together

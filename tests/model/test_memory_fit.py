@@ -88,7 +88,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.tiny
 @pytest.mark.usefixtures("no_weights")
 def test_load_refuses_before_a_weight_is_read(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwq_mlx.generate.ready.limit_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("qwq_mlx.generate.load_plan.limit_bytes", lambda: 1_000_000)
     with pytest.raises(FitError, match="The cheapest change: none"):
         load(tiny_checkpoint)
     with pytest.raises(FitError, match="does not fit"):
@@ -114,7 +114,7 @@ def test_the_command_refuses_in_words_before_a_weight_is_read(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["-p", "x", "--model", str(tiny_checkpoint), "--context", "512", "--prefill-step", "64"]
-    monkeypatch.setattr("qwq_mlx.generate.ready.limit_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("qwq_mlx.generate.load_plan.limit_bytes", lambda: 1_000_000)
     assert command.main(given) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -128,7 +128,7 @@ def test_a_capped_run_says_so(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     peak = plan_memory(tiny_checkpoint, Workload(context=64), backend="cpu").peak_bytes
-    monkeypatch.setattr("qwq_mlx.generate.ready.limit_bytes", lambda: peak + 500_000_000)
+    monkeypatch.setattr("qwq_mlx.generate.load_plan.limit_bytes", lambda: peak + 500_000_000)
     assert command.main(["-p", "x", "--model", str(tiny_checkpoint), "--max-tokens", "3"]) == 0
     _, err = capsys.readouterr()
     assert "the context is capped to " in err and " of 512 positions, more does not fit the memory" in err

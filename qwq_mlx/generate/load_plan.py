@@ -18,11 +18,11 @@ from qwq_mlx.model.memory.fit import fitted
 from qwq_mlx.model.ranks import Ranks
 from qwq_mlx.options import Limits
 
-__all__ = ["Ready", "ready_to_load"]
+__all__ = ["LoadPlan", "plan_load"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
+class LoadPlan:
     """folder: of the model. limit_bytes: what the device gives, None where nothing is refused. drafts: who drafts."""
 
     folder: Path
@@ -30,7 +30,7 @@ class Ready:
     drafts: DraftChoice
 
 
-def ready_to_load(
+def plan_load(
     folder: str | Path | None,
     limits: Limits,
     *,
@@ -41,12 +41,12 @@ def ready_to_load(
     draft: str | Path | None,
     draft_length: int | None,
     group: Any | None,
-) -> Ready:
+) -> LoadPlan:
     """Check all that can be checked from headers; the arguments are those of `reasoner.load`.
 
     Raises what `reasoner.load` raises before it reads a weight.
     """
-    ready = ready_model(folder)
+    model = ready_model(folder)
     ranks = None if group is None else Ranks(group)
     if ranks is not None and draft not in (None, "off"):
         raise OptionError(
@@ -56,7 +56,7 @@ def ready_to_load(
     limit = None if force else limit_bytes()
     if ranks is not None and limit is not None:
         limit = ranks.smallest(limit)
-    files = open_model_folder(ready, follow_links=follow_links)
+    files = open_model_folder(model, follow_links=follow_links)
     drafts = choose_draft(draft, draft_length, files, reproducible=reproducible, follow_links=follow_links)
     fitted(
         files,
@@ -67,4 +67,4 @@ def ready_to_load(
         draft=drafts.shape,
         n_ranks=1 if ranks is None else ranks.size,
     )
-    return Ready(folder=ready, limit_bytes=limit, drafts=drafts)
+    return LoadPlan(folder=model, limit_bytes=limit, drafts=drafts)
