@@ -38,12 +38,15 @@ def names() -> Mapping[str, Any]:
     }
 
 
+PLOTTING = {"qwq_mlx.trace.plot", "qwq_mlx.generate.vote_plot"}  # need matplotlib, which not everybody installs
+
+
 @pytest.mark.pocket
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_in_docstrings_run(
     module: str, names: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if module == "qwq_mlx.trace.plot":
+    if module in PLOTTING:
         pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     results = doctest.testmod(importlib.import_module(module), extraglobs=dict(names), optionflags=doctest.ELLIPSIS)
