@@ -31,7 +31,15 @@ from qwq_mlx.quant.recipe import load_recipe
 if TYPE_CHECKING:
     from qwq_mlx.convert.plan import Plan
 
-__all__ = ["Choice", "choose_model", "pocket_checkpoint", "pocket_model", "ready_model", "user_cache_folder"]
+__all__ = [
+    "Choice",
+    "choose_model",
+    "pocket_checkpoint",
+    "pocket_model",
+    "ready_model",
+    "user_cache_folder",
+    "user_data_folder",
+]
 
 _RECIPE = "pocket-4bit"
 _PACKAGE = Path(__file__).resolve().parent
@@ -181,6 +189,15 @@ def user_cache_folder(environment: Mapping[str, str]) -> Path:
     if base:
         return Path(base) / "qwq-mlx"
     return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "qwq-mlx"
+
+
+def user_data_folder(environment: Mapping[str, str]) -> Path:
+    """This user's data folder for the package: $XDG_DATA_HOME, ~/Library/Application Support on macOS, ~/.local/share
+    elsewhere."""
+    base = environment.get("XDG_DATA_HOME")
+    if base:
+        return Path(base) / "qwq-mlx"
+    return Path.home() / ("Library/Application Support" if sys.platform == "darwin" else ".local/share") / "qwq-mlx"
 
 
 def _conversions(places: Iterable[Path]) -> Iterable[Path]:

@@ -2,11 +2,13 @@
 
     python scripts/replay_drafts.py TRACES.jsonl --tokenizer FOLDER                    the automaton alone, seconds
     python scripts/replay_drafts.py TRACES.jsonl --draft FOLDER [--limit N]            a draft model, and both
+    python scripts/replay_drafts.py TRACES.jsonl --draft FOLDER --save FILE.npz        only what the model names (a GPU)
+    python scripts/replay_drafts.py TRACES.jsonl --tokenizer FOLDER --drafts FILE.npz  the rest of it, without a GPU
     python scripts/replay_drafts.py TRACES.jsonl --draft FOLDER --target FOLDER        acceptance of coupled draws
 
 The file is as `recorded` says. A pass drafts up to K ids and keeps those that are the recorded ones, plus one: what the
-recorded model would have drawn anyway. A greedy draft behind right ids is the same whatever the length, so one prefill
-of the draft model over an output gives its drafts at every place.
+recorded model would have drawn anyway. A greedy draft behind right ids is the same whatever the length, so one pass of
+the draft model over an output gives its drafts at every place; outputs of about one length share a pass.
 
 With --target, over places of the outputs: how often coupled draws of both models agree, beside sum of p * q (drafts
 drawn on their own, kept where equal) and sum of min(p, q) (rejection sampling), at several temperatures.
@@ -18,6 +20,7 @@ are projections: tokens a pass over published costs of a pass (see _CHIPS), neve
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -27,6 +30,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 from recorded import read_rows
 
 from qwq_mlx.engine.draft_length import PassCosts, best_lengths, expected_right
@@ -66,6 +70,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json (default: the draft model's)")
     parser.add_argument("--draft", type=Path, help="folder of a draft model")
     parser.add_argument("--target", type=Path, help="folder of a larger model: acceptance of coupled draws")
+    parser.add_argument("--save", type=Path, help="write what the draft model names to this file, and stop")
+    parser.add_argument("--drafts", type=Path, help="such a file, of the same outputs, in place of --draft")
+    parser.add_argument("--batch-ids", type=int, default=4096, help="in a pass of the model (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="outputs to read, spread over the file (default: all)")
     parser.add_argument("--max-ids", type=int, default=4096, help="ids of an output to read (default: %(default)s)")
     options = parser.parse_args()
@@ -78,15 +85,23 @@ def main() -> None:
         for result in acceptance(outputs, options.draft, options.target):
             show(result)
         return
+    drafts = None
+    if options.drafts is not None:
+        drafts = read_drafts(options.drafts, outputs)
+    elif options.draft is not None:
+        drafts = model_drafts(outputs, options.draft, options.batch_ids)
+    if drafts is not None:
+        named = [guess.id == token_id for own, out in zip(drafts, outputs, strict=True)
+                 for guess, token_id in zip(own, out.ids, strict=True)]  # fmt: skip
+        show({"drafter": "model", "named": round(sum(named) / len(named), 4)})
+        if options.save is not None:
+            save_drafts(options.save, drafts)
+            return
     for is_shared in (False, True):
         for length in _LENGTHS:
             show({"drafter": "ngram", "shared": is_shared} | replay(outputs, length, is_shared, None))
-    if options.draft is None:
+    if drafts is None:
         return
-    drafts = list(model_drafts(outputs, options.draft))
-    right = sum(draft.id == token_id for own, out in zip(drafts, outputs, strict=True)
-                for draft, token_id in zip(own, out.ids, strict=True))  # fmt: skip
-    show({"drafter": "model", "named": round(right / sum(len(each.ids) for each in outputs), 4)})
     for name in ("model", "both"):
         for length in _LENGTHS:
             show({"drafter": name} | replay(outputs, length, True, drafts, uses_ngram=name == "both"))
@@ -230,28 +245,49 @@ def chunks(module: Any, output: Output, size: int) -> Iterator[tuple[int, Any]]:
             mx.eval(hidden)
 
 
-def model_drafts(outputs: Sequence[Output], folder: Path, size: int = 256) -> Iterator[list[Guess]]:
+def model_drafts(outputs: Sequence[Output], folder: Path, batch_ids: int) -> list[list[Guess]]:
     """What the draft model names at every place of each output, and how probable it finds that."""
-    import mlx.core as mx
-
     from qwq_mlx.model.load import load_model
+    from qwq_mlx.tune_draft.examples import Example
+    from qwq_mlx.tune_draft.tokens_a_pass import named
+    from qwq_mlx.tune_draft.windows import batches, cut
 
-    model = load_model(folder)
+    examples = [
+        Example(problem="", prompt_ids=tuple(each.prompt), ids=tuple(each.ids), is_written=(True,) * len(each.ids))
+        for each in outputs
+    ]
+    whole = max(len(each.prompt) + len(each.ids) for each in outputs)
+    module = load_model(folder).module
+    drafts: list[list[Guess]] = [[] for _ in outputs]
     n_done, started = 0, time.perf_counter()
-    for place, output in enumerate(outputs):
-        guesses: list[Guess] = []
-        for _, every in chunks(model.module, output, size):
-            logits = every[:, : model.tokenizer.n_ids]
-            best = mx.argmax(logits, axis=-1)
-            share = mx.exp(logits.max(axis=-1) - mx.logsumexp(logits, axis=-1))
-            mx.eval(best, share)
-            pairs = zip(best.tolist(), share.tolist(), strict=True)
-            guesses += [Guess(token_id, probability, int(20 * probability)) for token_id, probability in pairs]
-        n_done += len(output.ids)
+    for batch in batches(cut(examples, whole + whole % 2), batch_ids):
+        for window, found in zip(batch.windows, named(module, batch), strict=True):
+            pairs = zip(found.ids, found.probabilities, strict=True)
+            drafts[window.example] = [Guess(token_id, share, int(20 * share)) for token_id, share in pairs]
+        n_done += len(batch.targets)
         rate = n_done / (time.perf_counter() - started)
-        sys.stderr.write(f"\r{place + 1}/{len(outputs)} outputs by the draft model, {rate:.0f} ids/s ")
-        yield guesses
+        sys.stderr.write(f"\r{n_done:,} ids by the draft model, {rate:.0f} ids/s ")
     sys.stderr.write("\n")
+    return drafts
+
+
+def save_drafts(path: Path, drafts: Sequence[Sequence[Guess]]) -> None:
+    """Write drafts for `read_drafts`."""
+    flat = [guess for own in drafts for guess in own]
+    ids, shares = np.array([each.id for each in flat], np.int32), np.array([each.probability for each in flat])
+    np.savez_compressed(path, ids=ids, shares=shares.astype(np.float32))
+
+
+def read_drafts(path: Path, outputs: Sequence[Output]) -> list[list[Guess]]:
+    """What `save_drafts` wrote for these outputs."""
+    arrays = np.load(path)
+    pairs = iter(zip(arrays["ids"].tolist(), arrays["shares"].tolist(), strict=True))
+    drafts = [
+        [Guess(token_id, share, int(20 * share)) for token_id, share in itertools.islice(pairs, len(each.ids))]
+        for each in outputs
+    ]
+    assert next(pairs, None) is None and len(drafts[-1]) == len(outputs[-1].ids), f"{path}: is of other outputs"
+    return drafts
 
 
 def acceptance(
