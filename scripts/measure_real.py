@@ -3,8 +3,9 @@
     python scripts/measure_real.py SOURCE TRACES.jsonl FORM... [--traces N] [--tokens N] [--calibration-traces 17]
 
 FORM: a folder of converted weights, or what to convert SOURCE by: a recipe's name or file, RECIPE+calibrate (fitted to
-the calibration text), size-of-RECIPE (a target size of exactly that recipe's bytes, from 4bit) or
-size-of-RECIPE+calibrate. The first form is the one that the others are compared with.
+the calibration text), RECIPE+calibrate=FILE (to another), size-of-RECIPE (a target size of exactly that recipe's bytes,
+from 4bit), size-of-RECIPE+calibrate, or mlx-lm:METHOD:BITS (GPTQ, AWQ, DWQ or DYNAMIC of `mlx_lm_methods`, with the ids
+of the calibration text). The first form is the one that the others are compared with.
 
 TRACES is as `recorded` says. Every 16th output, --calibration-traces of them, is calibration text and is not measured;
 --calibrate FILE calibrates on another text instead. Of the others each is run whole, behind its prompt, and its
@@ -23,6 +24,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +43,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from recorded import read_rows  # noqa: E402
 
 from qwq_mlx.convert import convert_checkpoint  # noqa: E402
+from qwq_mlx.convert.calibration.text import read_calibration  # noqa: E402
+from qwq_mlx.files.checkpoint import open_checkpoint  # noqa: E402
 from qwq_mlx.model.folder import ModelFolder, open_model_folder  # noqa: E402
 from qwq_mlx.model.prompt import encode_text, prompt_ids  # noqa: E402
 from qwq_mlx.model.tokenizer import load_tokenizer  # noqa: E402
@@ -49,6 +54,7 @@ from qwq_mlx.quality.text import QualityText, Window  # noqa: E402
 
 MEASURES = ("kl", "same_first_choice", "loss")
 CALIBRATE_EVERY = 16
+ROW = 512  # ids of mlx-lm's calibration rows; its own default
 
 
 def main() -> int:
@@ -60,7 +66,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         work = Path(temporary)
         text = options.calibrate or write_calibration(work / "calibration.jsonl", calibrating)
-        folders = [form_folder(form, options.source, work, text) for form in options.forms]
+        folders = [form_folder(form, options.source, options.keep or work, text) for form in options.forms]
+        if options.convert_only:
+            return 0
         forms = [open_model_folder(folder) for folder in folders]
         reference = open_model_folder(options.source)
         windows = read_windows(measured[:: options.every], reference, options.context)
@@ -91,6 +99,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration-traces", type=int, default=17, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="a calibration text in their place")
     parser.add_argument("--sums", type=Path, metavar="FILE", help="write every trace's sums there, as JSON lines")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="where converted forms stay, and are found again")
+    parser.add_argument("--convert-only", action="store_true", help="with --keep: measure nothing")
     parser.add_argument("--work", type=Path, help="where converted forms go (default: the system's folder)")
     return parser.parse_args()
 
@@ -109,13 +119,36 @@ def _prompt(row: dict[str, Any]) -> list[dict[str, str]]:
 
 def form_folder(form: str, source: Path, work: Path, calibration: Path) -> Path:
     """The folder of a form, converted now where it is no folder yet."""
-    if Path(form).is_dir():
-        return Path(form)
-    recipe, _, suffix = form.partition("+")
-    if suffix not in ("", "calibrate"):
-        raise SystemExit(f"{form}: ends in +{suffix}, expected +calibrate. Give a folder, a recipe or size-of-RECIPE.")
+    output = work / re.sub(r"[/:+=]", "-", form)
+    if Path(form).is_dir() or output.is_dir():
+        return output if output.is_dir() else Path(form)
     started = time.monotonic()
-    output = work / form.replace("/", "-")
+    if form.startswith("mlx-lm:"):
+        by_mlx_lm(form, source, output, calibration)
+    else:
+        convert(form, source, output, calibration)
+    say({"form": form, "converted_s": round(time.monotonic() - started, 1)})
+    return output
+
+
+def by_mlx_lm(form: str, source: Path, output: Path, calibration: Path) -> None:
+    """Pack by mlx-lm's own method, in a process of its own."""
+    _, method, bits = form.split(":")
+    texts = read_calibration(calibration, open_checkpoint(source), open_model_folder(source).config).texts
+    ids = [token_id for text in texts for token_id in text]
+    rows = [ids[first : first + ROW] for first in range(0, len(ids) - ROW + 1, ROW)]
+    path = output.with_suffix(".json")
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    command = [sys.executable, str(HERE / "mlx_lm_methods.py"), method, *map(str, (source, output, bits, path))]
+    subprocess.run(command, check=True)
+
+
+def convert(form: str, source: Path, output: Path, calibration: Path) -> None:
+    """Convert by this package."""
+    recipe, _, suffix = form.partition("+")
+    kind, _, file = suffix.partition("=")
+    if kind not in ("", "calibrate"):
+        raise SystemExit(f"{form}: ends in +{suffix}, expected +calibrate. Give a folder, a recipe or size-of-RECIPE.")
     target_bytes = None
     if recipe.startswith("size-of-"):
         same_as = recipe.removeprefix("size-of-")
@@ -126,11 +159,9 @@ def form_folder(form: str, source: Path, work: Path, calibration: Path) -> Path:
         output,
         recipe=recipe,
         target_bytes=target_bytes,
-        calibrate=calibration if suffix else None,
+        calibrate=(file or calibration) if suffix else None,
         quality=False,
     )
-    say({"form": form, "converted_s": round(time.monotonic() - started, 1)})
-    return output
 
 
 def read_windows(rows: Sequence[dict[str, Any]], files: ModelFolder, context: int) -> list[Window]:

@@ -6,7 +6,7 @@
 each: bits per weight, relative error of the weights, mean KL to bfloat16 and top-1 agreement on held-out traces, and
 with --problems how many held-out equations of 9 numbers it solves; the size of the 32B and the smallest Mac that the
 memory plan gives 8,192 positions on. The calibration text is drawn as training text is, never held-out problems.
---mlx-lm runs mlx-lm's own GPTQ, AWQ and DWQ (scripts/pocket/mlx_lm_methods.py): GPTQ and AWQ on the ids that the
+--mlx-lm runs mlx-lm's own GPTQ, AWQ and DWQ (scripts/mlx_lm_methods.py): GPTQ and AWQ on the ids that the
 calibrated fit reads, DWQ on a million more; what does not run has a row that says why. Rows go to stderr as they come,
 one JSON object to stdout. On a CPU, preload OpenBLAS's libblas.so.3: float32 products are then some 50 times faster.
 
@@ -220,7 +220,7 @@ def by_mlx_lm(
     ids = texts["distilled" if method == "DWQ" else "ids"]
     command = [
         sys.executable,
-        str(HERE / "pocket" / "mlx_lm_methods.py"),
+        str(HERE / "mlx_lm_methods.py"),
         method,
         *map(str, (source, output, bits, ids)),
     ]

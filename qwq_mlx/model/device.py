@@ -116,10 +116,10 @@ def wired(n_bytes: int) -> Iterator[None]:
 
 
 @contextmanager
-def small_cache() -> Iterator[None]:
-    """Bound what MLX keeps of freed memory to 256 MiB inside the block, and put the caller's limit back."""
+def small_cache(n_bytes: int = _CACHE_BYTES) -> Iterator[None]:
+    """Bound what MLX keeps of freed memory inside the block, and put the caller's limit back."""
     mx = import_mlx()
-    before = mx.set_cache_limit(_CACHE_BYTES)
+    before = mx.set_cache_limit(n_bytes)
     try:
         yield
     finally:

@@ -39,6 +39,7 @@ __all__ = [
     "SENSITIVE",
     "allocate",
     "free_matrices",
+    "harm_factors",
     "ladder",
     "rate",
     "recipe_of_packings",
@@ -96,6 +97,16 @@ def free_matrices(recipe: Recipe, matrices: Mapping[str, int], *, n_layers: int)
     }
 
 
+def harm_factors(matrices: Mapping[str, int], *, n_layers: int, output: str) -> dict[str, float]:
+    """How much a relative squared error of each matrix counts. matrices, output: as `allocate` takes them."""
+    factors = {}
+    for path, n_weights in matrices.items():
+        kind, layer = path.rpartition(".")[2], layer_of(path)
+        is_sensitive = layer is not None and is_sensitive_layer(layer, n_layers) and kind in ("v_proj", "down_proj")
+        factors[path] = (OUTPUT if path == output else SENSITIVE if is_sensitive else 1.0) * math.sqrt(n_weights)
+    return factors
+
+
 def allocate(
     matrices: Mapping[str, int], rungs: Sequence[Packing], *, n_layers: int, output: str, budget_bits: float
 ) -> dict[str, Packing]:
@@ -103,15 +114,15 @@ def allocate(
 
     matrices: path -> weights. output: path of the matrix that makes the logits.
     """
+    factors = harm_factors(matrices, n_layers=n_layers, output=output)
     at = dict.fromkeys(matrices, 0)
     used = sum(rate(rungs[0]) * n for n in matrices.values())
 
     def step(path: str) -> tuple[float, tuple[bool, int, int], str]:
         """To the next rung, as a heap sorts it: minus its worth, its rank among equals, path."""
         kind, layer = path.rpartition(".")[2], layer_of(path)
+        worth = factors[path] * _worth(*rungs[at[path] : at[path] + 2]) / matrices[path]
         is_in_sensitive = layer is not None and is_sensitive_layer(layer, n_layers)
-        counts = OUTPUT if path == output else SENSITIVE if is_in_sensitive and kind in ("v_proj", "down_proj") else 1.0
-        worth = counts * _worth(*rungs[at[path] : at[path] + 2]) / math.sqrt(matrices[path])
         rank = _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
         return -worth, (not is_in_sensitive, rank, -n_layers if layer is None else -layer), path
 

@@ -31,14 +31,14 @@ from qwq_mlx.quant.fit import closest_stored_line
 from qwq_mlx.quant.packing import Packed, Packing, float_values, pack_groups, round_to
 from qwq_mlx.quant.tile import Floats, Tile
 
-__all__ = ["MAX_CHANNELS", "InputMoments", "block_size", "factor_moments", "fit_rows"]
+__all__ = ["DAMPING", "FLOOR", "MAX_CHANNELS", "SWEEPS", "InputMoments", "block_size", "factor_moments", "fit_rows"]
 
 MAX_CHANNELS = 5120
 """Input channels whose products are kept together; 5,120 take 0.1 GB in float32, and their factors 0.8 while made."""
 
-_DAMPING = 0.01  # of the mean diagonal
-_SWEEPS = 2
-_FLOOR = np.float32(0.01)  # of the mean, that a column of a group counts at least as its line is fitted
+DAMPING = 0.01  # of the mean diagonal
+SWEEPS = 2
+FLOOR = np.float32(0.01)  # of the mean, that a column of a group counts at least as its line is fitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def factor_moments(products: Sequence[NDArray[np.float64]]) -> InputMoments:
     blocks, first = [], 0
     for damped in products:
         size = float(damped.diagonal().mean())
-        damped.flat[:: len(damped) + 1] += _DAMPING * size if size > 0 else 1.0
+        damped.flat[:: len(damped) + 1] += DAMPING * size if size > 0 else 1.0
         # From the last channel to the first H = R R^T with R upper, so its inverse is U^T U with U the inverse of R.
         lower: NDArray[np.float64] = np.linalg.cholesky(damped[::-1, ::-1]).astype(np.float64, copy=False)
         upper = _inverse_of_lower(lower)[::-1, ::-1]
@@ -148,7 +148,7 @@ def _feed_errors_back(fitted: _Fitted, block: _Block) -> None:
         at = slice(start, start + group)
         columns, u = targets[at], upper[at, at]
         importance = 1 / np.square(u.diagonal())
-        importance = importance / importance.mean() + _FLOOR
+        importance = importance / importance.mean() + FLOOR
         line = closest_stored_line(_tile(columns), bits, fitted.dtype, importance)
         place = block.first + start
         fitted.scales[place // group], fitted.biases[place // group] = line.scale, line.bias
@@ -172,12 +172,12 @@ def _tile(columns: Floats) -> Tile:
 
 
 def _descend(fitted: _Fitted, block: _Block) -> None:
-    """Lower the block's sum by coordinates, _SWEEPS times."""
+    """Lower the block's sum by coordinates, SWEEPS times."""
     group, products = fitted.packing.group_size, block.products
     channels = slice(block.first, block.first + len(products))
     errors = fitted.weights[channels] - _unpacked(fitted, channels)
     slopes = products @ errors  # half the derivative of the sum by each weight, downwards
-    for start in _SWEEPS * list(range(0, len(products), group)):
+    for start in SWEEPS * list(range(0, len(products), group)):
         at, place = slice(start, start + group), block.first + start
         change = _best_line(fitted, place, products[at, at], slopes[at])
         change += _best_codes(fitted, place, products[at, at], slopes[at] - products[at, at] @ change)

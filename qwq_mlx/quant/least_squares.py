@@ -16,9 +16,9 @@ import numpy as np
 
 from qwq_mlx.quant.tile import Floats, Line, Tile
 
-__all__ = ["closest_line", "weighted_squares"]
+__all__ = ["MOVES", "closest_line", "weighted_squares"]
 
-_MOVES = ((-0.8, 0.25), (-0.15, -0.4), (0.3, 0.12), (0.15, -0.12), (-0.15, 0.12), (0.0, 0.0))
+MOVES = ((-0.8, 0.25), (-0.15, -0.4), (0.3, 0.12), (0.15, -0.12), (-0.15, 0.12), (0.0, 0.0))
 """Each in codes: how much longer the range gets, and how far it shifts."""
 
 
@@ -34,7 +34,7 @@ def closest_line(tile: Tile, line: Line, bits: int, importance: Floats | None) -
     mean_step = _sum(tile, steps, importance) / weight
     slope, offset = np.ones_like(line.scale), np.zeros_like(line.scale)  # steps are about slope * codes + offset
     best = np.full_like(slope, -1)
-    for longer, shift in _MOVES:
+    for longer, shift in MOVES:
         factor = np.float32(1 + longer / ((1 << bits) - 1))
         tried = slope * factor
         start = offset + slope * (np.float32(shift) - np.float32(0.5) * (1 - factor))  # codes' centre is at -1/2

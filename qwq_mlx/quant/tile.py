@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from qwq_mlx.quant.packing import Packing, float_values
 
-__all__ = ["Floats", "Line", "Scratch", "Tile", "min_max", "squares"]
+__all__ = ["SMALLEST_STEP", "Floats", "Line", "Scratch", "Tile", "min_max", "squares"]
 
 Floats = NDArray[np.float32]
 
-_EPS = np.float32(1e-7)  # the smallest scale, as in MLX
+SMALLEST_STEP = np.float32(1e-7)  # the smallest scale, as in MLX
 
 
 class Scratch:
@@ -127,7 +127,7 @@ def min_max(weights: Floats, bits: int) -> Line:
     high, low = weights.max(axis=0), weights.min(axis=0)
     longer = np.abs(high) - np.abs(low)
     edge = np.where(longer < 0, low, high)
-    scale = np.maximum((high - low) / np.float32((1 << bits) - 1), _EPS)
+    scale = np.maximum((high - low) / np.float32((1 << bits) - 1), SMALLEST_STEP)
     np.copysign(scale, -longer, out=scale)  # downwards from high, where both are as long, too
     steps = np.rint(edge / scale)
     is_zero = steps == 0

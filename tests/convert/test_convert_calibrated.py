@@ -438,3 +438,20 @@ def test_products_of_inputs_are_added_up_alike_by_numpy_and_by_mlx(
     for found, part in ((first, whole[:, :128]), (second, whole[:, 128:])):
         assert found.dtype == np.float64
         np.testing.assert_allclose(found, part.T @ part / len(whole), rtol=1e-3, atol=1e-5)
+
+
+def test_a_gpu_fits_all_matrices_in_the_pass(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, by the functions that a GPU would run."""
+    source = write_tiny_checkpoint(tmp_path / "source")
+    convert_checkpoint(source, tmp_path / "numpy", calibrate=text, quality=False)
+    monkeypatch.setattr(fit_layers, "backend_name", lambda: "cuda")
+    monkeypatch.setattr(fit_layers, "DEVICE_WEIGHTS", 64 * 64)  # several parts a matrix
+    convert_checkpoint(source, tmp_path / "device", calibrate=text, quality=False)
+    by_numpy, by_device = weights(tmp_path / "numpy"), weights(tmp_path / "device")
+    assert by_numpy.keys() == by_device.keys()
+    packed = [name for name in by_numpy if name.endswith("weight") and name.replace("weight", "scales") in by_numpy]
+    assert "lm_head.weight" in packed
+    for name in packed:
+        assert by_device[name].shape == by_numpy[name].shape
+        assert (by_device[name] == by_numpy[name]).mean() > 0.8, name  # two codes of 4 bits a byte
+    verify_conversion(tmp_path / "device", source=source, full=True, n_tensors=99)

@@ -43,7 +43,7 @@ def loss(packed: Packed, products: np.ndarray, packing: Packing = PACKING, weigh
 
 
 def with_sweeps(monkeypatch: pytest.MonkeyPatch, n: int, moments: InputMoments, packing: Packing = PACKING) -> Packed:
-    monkeypatch.setattr(error_feedback, "_SWEEPS", n)
+    monkeypatch.setattr(error_feedback, "SWEEPS", n)
     return fit_rows(WEIGHTS, moments, packing, "BF16")
 
 

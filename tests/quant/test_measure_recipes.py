@@ -63,7 +63,7 @@ def test_the_pocket_off_the_grid_computes_what_the_pocket_does(script: ModuleTyp
 
 @pytest.mark.parametrize(("bits", "has_bias"), [(2, False), (3, True), (4, False)])
 def test_mlx_lms_packed_layers_multiply_and_learn_as_mlx_has_it(repository: Path, bits: int, has_bias: bool) -> None:
-    multiply = module_of(repository / "scripts" / "pocket" / "mlx_lm_methods.py")._multiply_unpacked
+    multiply = module_of(repository / "scripts" / "mlx_lm_methods.py")._multiply_unpacked
     mx.random.seed(bits)
     layer = nn.QuantizedLinear(128, 32, bias=has_bias, group_size=64, bits=bits)
     if has_bias:

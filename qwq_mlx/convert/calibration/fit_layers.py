@@ -14,7 +14,7 @@ Does not: fetch (`collect` does), or write a conversion.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,18 @@ from numpy.typing import NDArray
 
 from qwq_mlx.convert.calibration.fitted import FittedMatrices, layer_header, open_fitted, write_layer, write_output
 from qwq_mlx.convert.calibration.pass_state import PassState, PassStateWriter, pass_state_path, read_pass_state
-from qwq_mlx.convert.calibration.text import FIT_ROWS
+from qwq_mlx.convert.calibration.text import DEVICE_WEIGHTS, FIT_ROWS
 from qwq_mlx.convert.pack import workers
 from qwq_mlx.convert.plan import Plan, PlannedTensor
 from qwq_mlx.errors import ConversionError
 from qwq_mlx.files.rows import read_rows
 from qwq_mlx.model.blas import one_blas_thread
+from qwq_mlx.model.device import backend_name, small_cache
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.layers import Layer, LayerStream
 from qwq_mlx.model.load import default_compute_type
 from qwq_mlx.model.upstream import import_mlx
+from qwq_mlx.quant.device_feedback import DeviceMoments, factor_on_device, fit_rows_on_device
 from qwq_mlx.quant.error_feedback import InputMoments, block_size, factor_moments, fit_rows
 from qwq_mlx.quant.gguf_blocks import decode_block
 from qwq_mlx.quant.packing import Packed, float_values
@@ -122,6 +124,9 @@ class _Pass:
         head, products = stream.head(), _Products()
         for each in hidden:
             products.add(head.norm(each))
+        if backend_name() != "cpu" and (matrix := self._matrices.get(head.path)) is not None:
+            packed = self._fit_on_device(matrix, factor_on_device(products.on_device(head.path)), lambda rows: None)
+            write_layer(self._folder, self._plan.config.num_hidden_layers, self._run, {head.path: packed})
         write_output(self._folder, head.path, self._run, products.means(head.path))
 
     def _fit_layer(self, index: int, hidden: list[Any]) -> None:
@@ -133,16 +138,34 @@ class _Pass:
             layer(each, lambda paths, x: inputs.setdefault(paths, _Products()).add(x))
         packed: dict[str, tuple[Packed, str]] = {}
         for paths, products in inputs.items():
-            moments = factor_moments(products.means(paths[0]))
-            for path in paths:
-                if (matrix := self._matrices.get(path)) is not None:
-                    packed[path] = self._fit_matrix(matrix, moments, layer)
+            matrices = {path: self._matrices[path] for path in paths if path in self._matrices}
+            packed |= (self._fit_on_cpu if backend_name() == "cpu" else self._fit_on_gpu)(matrices, products, layer)
         write_layer(self._folder, index, self._run, packed)
         for place, each in enumerate(hidden):
             hidden[place] = layer(each)
 
+    def _fit_on_cpu(
+        self, matrices: Mapping[str, PlannedTensor], products: _Products, layer: Layer
+    ) -> dict[str, tuple[Packed, str]]:
+        """Fit matrices of one input on every core, and put them into the layer as they will be unpacked."""
+        moments = factor_moments(products.means(next(iter(matrices), layer.prefix)))
+        return {path: self._fit_matrix(matrix, moments, layer) for path, matrix in matrices.items()}
+
+    def _fit_on_gpu(
+        self, matrices: Mapping[str, PlannedTensor], products: _Products, layer: Layer
+    ) -> dict[str, tuple[Packed, str]]:
+        """The same on the GPU."""
+        moments = factor_on_device(products.on_device(next(iter(matrices), layer.prefix)))
+        packed = {}
+        for path, matrix in matrices.items():
+            unpacked: list[Any] = []
+            packed[path] = self._fit_on_device(matrix, moments, unpacked.append)
+            layer.replace(path, import_mlx().concatenate(unpacked))
+        return packed
+
     def _fit_matrix(self, matrix: PlannedTensor, moments: InputMoments, layer: Layer) -> tuple[Packed, str]:
-        """Fit a matrix on every core and put it into the layer as it will be unpacked."""
+        """Fit a matrix on every core."""
+        path = matrix.source.name.removesuffix(".weight")
         shard, entry = self._plan.checkpoint.tensors[matrix.source.name]
         n_rows, packing, stored = entry.shape[0], matrix.packing, matrix.stored_dtype
         assert packing is not None  # only such are in `_matrices`
@@ -154,9 +177,33 @@ class _Pass:
 
         with one_blas_thread():
             parts = list(workers(self._plan.n_workers).map(fit, range(0, n_rows, FIT_ROWS)))
-        layer.replace(matrix.source.name.removesuffix(".weight"), np.concatenate([whole for _, whole in parts]))
-        arrays = ([getattr(rows, name) for rows, _ in parts] for name in ("codes", "scales", "biases"))
-        return Packed(*map(np.concatenate, arrays)), stored
+        layer.replace(path, np.concatenate([whole for _, whole in parts]))
+        return _joined([rows for rows, _ in parts]), stored
+
+    def _fit_on_device(
+        self, matrix: PlannedTensor, moments: DeviceMoments, unpacked: Callable[[Any], None]
+    ) -> tuple[Packed, str]:
+        """Fit a matrix on the GPU, DEVICE_WEIGHTS at a time. unpacked: is called with the rows as they unpack."""
+        mx = import_mlx()
+        shard, entry = self._plan.checkpoint.tensors[matrix.source.name]
+        (n_rows, columns), packing, stored = entry.shape, matrix.packing, matrix.stored_dtype
+        assert packing is not None  # only such are in `_matrices`
+        parts = []
+        step = max(1, DEVICE_WEIGHTS // columns)
+        for first in range(0, n_rows, step):
+            data = read_rows(shard, entry, range(first, min(first + step, n_rows)))
+            weights = mx.array(float_values(*decode_block(data, len(data), entry.dtype)))
+            with small_cache(4 * 4 * DEVICE_WEIGHTS):  # CUDA's allocations wait for all that is under way
+                packed, values = fit_rows_on_device(weights, moments, packing, stored)
+            unpacked(values)
+            parts.append(packed)
+        return _joined(parts), stored
+
+
+def _joined(parts: Sequence[Packed]) -> Packed:
+    """Rows one after the other."""
+    arrays = ([getattr(rows, name) for rows in parts] for name in ("codes", "scales", "biases"))
+    return Packed(*map(np.concatenate, arrays))
 
 
 @dataclass(slots=True)
@@ -196,9 +243,19 @@ class _Products:
     def means(self, path: str) -> list[NDArray[np.float64]]:
         """Sums over positions. path: that is fed with x. Raises ConversionError where x was not finite."""
         means = [np.array(each, dtype=np.float64) / self.n_positions for each in self.sums]
-        if not all(np.isfinite(each).all() for each in means):
+        self._check(all(np.isfinite(each).all() for each in means), path)
+        return means
+
+    def on_device(self, path: str) -> list[Any]:
+        """The same as arrays of MLX, float32."""
+        mx = import_mlx()
+        means = [mx.array(each) / self.n_positions for each in self.sums]
+        self._check(all(mx.isfinite(each).all().item() for each in means), path)
+        return means
+
+    def _check(self, is_finite: bool, path: str) -> None:
+        if not is_finite:
             raise ConversionError(
                 f"The calibration text made activations that are NaN or infinite before {path}. The checkpoint is "
                 "damaged, or the text is not of its kind; convert without it."
             )
-        return means

@@ -3,6 +3,8 @@
     layer-00000.safetensors   codes, scales and biases of a layer's matrices, named as in the conversion
     output.safetensors        sums of products of what the output matrix is fed with, float64; it comes last
 
+Where a GPU fits, the output matrix is packed by the pass, too, as if it were the layer after the last.
+
 Each file is written whole and durable, and says of which run it is. Nothing of them stays once a conversion is
 published: what they hold follows from source, text and recipe, but takes the whole pass to find.
 
@@ -33,8 +35,8 @@ __all__ = ["FittedMatrices", "layer_header", "open_fitted", "write_layer", "writ
 class FittedMatrices:
     """Rows of matrices as the pass packed them.
 
-    headers: path of a matrix -> its file. output: path of the output matrix and the moments of its input; None where
-    nothing was calibrated.
+    headers: path of a matrix -> its file. output: path of the output matrix and the moments of its input, where its
+    rows are fitted as they are converted.
     """
 
     headers: Mapping[str, Header] = field(default_factory=dict)
@@ -94,16 +96,19 @@ def open_fitted(folder: Path, n_layers: int, run: Mapping[str, Any]) -> FittedMa
     layers = [layer_header(folder, index, run) for index in range(n_layers)]
     if output is None or None in layers:
         return None
-    arrays = arrays_of(output)
-    moments = factor_moments([arrays[str(place)] for place in range(len(arrays))])
+    fitted_output = layer_header(folder, n_layers, run)
+    moments = None
+    if fitted_output is None:
+        arrays = arrays_of(output)
+        moments = factor_moments([arrays[str(place)] for place in range(len(arrays))])
     headers = {
         name.removesuffix(".scales"): header
-        for header in layers
+        for header in (*layers, fitted_output)
         if header is not None
         for name in header.tensors
         if name.endswith(".scales")
     }
-    return FittedMatrices(headers, (output.metadata["path"], moments))
+    return FittedMatrices(headers, None if moments is None else (output.metadata["path"], moments))
 
 
 _OUTPUT = "output.safetensors"

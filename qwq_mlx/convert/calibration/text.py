@@ -16,14 +16,18 @@ from qwq_mlx.files.checkpoint import Checkpoint
 from qwq_mlx.files.json_object import parse_json_object
 from qwq_mlx.files.reading import read_regular_file
 from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.prompt import encode_text, prompt_ids
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
 from qwq_mlx.quant.error_feedback import MAX_CHANNELS, block_size
 
-__all__ = ["FIT_ROWS", "MIN_IDS", "Calibration", "read_calibration"]
+__all__ = ["DEVICE_WEIGHTS", "FIT_ROWS", "MIN_IDS", "Calibration", "read_calibration"]
 
 FIT_ROWS = 1024
 """Rows of a matrix that are fitted at a time. Part of a result, as far as BLAS adds by it."""
+
+DEVICE_WEIGHTS = 1 << 26
+"""Weights that a GPU fits at a time, in whole rows: about eight times their 0.27 GB are in memory."""
 
 MIN_IDS = 512
 """The fewest ids that a text must have: below, chance decides what looks important."""
@@ -60,7 +64,11 @@ class Calibration:
         layer = 2 * width * (width + config.num_key_value_heads * config.head_dim) + 3 * width * inner
         text = _CHUNK * (3 * inner + 9 * width + 2 * config.num_attention_heads * _CHUNK)
         products = 2 * (3 * width * block_size(width) + inner * block_size(inner))  # float64
-        factors = 12 * min(max(width, inner), MAX_CHANNELS) ** 2 + 6 * n_workers * FIT_ROWS * inner
+        at_work = 6 * n_workers * FIT_ROWS * inner
+        if backend_name() != "cpu":
+            fitted_at_once = min(DEVICE_WEIGHTS, config.vocab_size * width)
+            at_work = 8 * fitted_at_once + config.vocab_size * width // 4  # and the output matrix, packed, twice
+        factors = 12 * min(max(width, inner), MAX_CHANNELS) ** 2 + at_work
         return 4 * (layer + width * inner + 2 * self.n_ids * width + products + max(text, factors))
 
 

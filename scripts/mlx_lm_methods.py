@@ -1,9 +1,11 @@
-"""mlx-lm's own GPTQ, AWQ and DWQ on a checkpoint, in a process of its own: `measure_recipes.py --mlx-lm` starts it.
+"""mlx-lm's own GPTQ, AWQ, DWQ and dynamic_quant on a checkpoint, in a process of its own.
 
-    python scripts/pocket/mlx_lm_methods.py METHOD SOURCE OUTPUT BITS IDS
+    python scripts/mlx_lm_methods.py METHOD SOURCE OUTPUT BITS IDS
 
-METHOD: GPTQ, AWQ or DWQ. IDS: a JSON list of rows of ids, all of one length: the text to calibrate or distil with.
-Every matrix, the embedding too, gets BITS in groups of 64; all else is mlx-lm's default.
+`measure_recipes.py --mlx-lm` and `measure_real.py` start it. METHOD: GPTQ, AWQ, DWQ or DYNAMIC. IDS: a JSON list of
+rows of ids, all of one length: the text to calibrate or distil with. Every matrix, the embedding too, gets BITS in
+groups of 64; DYNAMIC spreads the bytes of that over BITS - 1 and BITS + 1. All else is mlx-lm's default; DWQ takes
+its 512 steps of 4 rows, going over the rows again where they are fewer.
 
 Two things are not as mlx_lm.awq and the others run, because MLX's CPU backend would take hours: the arithmetic is
 float32 instead of bfloat16 (a BLAS multiplies only that), and a packed layer unpacks its weights before it multiplies,
@@ -15,6 +17,7 @@ Does not: measure the result, or change what a method decides.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -25,6 +28,7 @@ import mlx.nn as nn
 
 GROUP = 64
 N_VALID = 4  # rows that DWQ watches its loss on
+N_STEPS, BATCH = 512, 4  # of DWQ
 
 
 def main() -> int:
@@ -70,14 +74,15 @@ def _dwq(model: Any, config: dict[str, Any], rows: list[list[int]], bits: int) -
 
     packed = copy.deepcopy(model)
     _, config = quantize_model(packed, config, group_size=GROUP, bits=bits)
-    data = [(row, 0) for row in rows]
+    learned = [(row, 0) for row in rows[N_VALID:]]
+    learned = list(itertools.islice(itertools.cycle(learned), max(len(learned), N_STEPS * BATCH)))
     dwq_quantize(
         packed,
         lambda batch, place, split: model(batch),
         Adam(learning_rate=1e-6, bias_correction=True),
-        data[N_VALID:],
-        data[:N_VALID],
-        batch_size=4,
+        learned,
+        [(row, 0) for row in rows[:N_VALID]],
+        batch_size=BATCH,
         max_seq_length=1025,
         seed=123,
         dtype=mx.float32,
@@ -85,7 +90,25 @@ def _dwq(model: Any, config: dict[str, Any], rows: list[list[int]], bits: int) -
     return packed, config
 
 
-METHODS = {"GPTQ": _gptq, "AWQ": _awq, "DWQ": _dwq}
+def _dynamic(model: Any, config: dict[str, Any], rows: list[list[int]], bits: int) -> tuple[Any, dict[str, Any]]:
+    from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
+    from mlx_lm.utils import quantize_model
+
+    low, high = bits - 1, bits + 1
+    listed = estimate_sensitivities(model, mx.array(rows), low, GROUP, high, GROUP, batch_size=1)
+    sensitivities = dict(listed)
+    threshold = estimate_threshold(model, sensitivities, bits + 32 / GROUP, low, GROUP, high, GROUP)
+
+    def packing(path: str, module: Any) -> bool | dict[str, int]:
+        if not hasattr(module, "to_quantized"):
+            return False
+        return {"bits": high, "group_size": GROUP} if sensitivities[path] > threshold else True
+
+    packed, config = quantize_model(model, config, group_size=GROUP, bits=low, quant_predicate=packing)
+    return packed, config
+
+
+METHODS = {"GPTQ": _gptq, "AWQ": _awq, "DWQ": _dwq, "DYNAMIC": _dynamic}
 
 if __name__ == "__main__":
     sys.exit(main())
