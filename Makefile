@@ -1,5 +1,6 @@
 # Two commands for a new clone: `make demo` solves a puzzle with a model converted here, `make test` runs every test.
 # `make real` does the same with a real model of 0.5 B parameters.
+# `make clients` installs clients of the server (1.6 GB, in an environment of their own) and lets each ask it.
 # `make format`, `lint`, `types`, `bench` and `docs` are for those who change something (docs/contributing.md).
 # No activated environment is needed; paths are relative, so the folder's name may hold spaces.
 
@@ -12,14 +13,17 @@ COMMA := ,
 EXTRAS_DEMO := $(if $(BACKEND),[$(BACKEND)])
 # math is small and judges the tests' answers. ORACLES=1 brings PyTorch (large) and the other extras, so that no test
 # that needs one is skipped.
-EXTRAS_TEST := [$(if $(BACKEND),$(BACKEND)$(COMMA))dev$(COMMA)math$(if $(ORACLES),$(COMMA)oracles$(COMMA)chat$(COMMA)plot$(COMMA)clients)]
+EXTRAS_TEST := [$(if $(BACKEND),$(BACKEND)$(COMMA))dev$(COMMA)math$(if $(ORACLES),$(COMMA)oracles$(COMMA)chat$(COMMA)plot)]
 TEST_READY := $(VENV)/test-installed$(if $(ORACLES),-oracles)
 
 POCKET := conversions/pocket-4bit
 REAL := conversions/real
 QUESTION := Please add a pair of parentheses to the incorrect equation: 1 + 2 * 3 + 4 * 5 + 6 * 7 + 8 * 9 = 479, to make the equation true.
 
-.PHONY: demo real test check format lint types bench docs clean
+CLIENTS := .venv-clients
+CLIENT_FILES := tests/serve/clients
+
+.PHONY: demo real test clients check format lint types bench docs clean
 
 demo: $(VENV)/demo-installed
 	$(PY) -m qwq_mlx.convert --source qwq_mlx/pocket/checkpoint --output $(POCKET) --recipe pocket-4bit --force
@@ -37,6 +41,18 @@ real: $(VENV)/demo-installed
 
 test: $(TEST_READY)
 	PYTHON=$(PY) sh scripts/check
+
+# Not compiled: most of what it installs is never imported, and compiling took as long as the rest.
+$(CLIENTS)/installed: $(CLIENT_FILES)/requirements.txt $(CLIENT_FILES)/constraints.txt $(CLIENT_FILES)/package-lock.json | $(PY)
+	$(PYTHON) -m venv --clear $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check -q --no-compile \
+	    -c $(CLIENT_FILES)/constraints.txt -r $(CLIENT_FILES)/requirements.txt
+	mkdir $(CLIENTS)/npm && cp $(CLIENT_FILES)/package.json $(CLIENT_FILES)/package-lock.json $(CLIENTS)/npm
+	cd $(CLIENTS)/npm && PATH="$$PWD/../bin:$$PATH" npm ci --ignore-scripts --no-audit --no-fund --silent
+	touch $@
+
+clients: $(TEST_READY) $(CLIENTS)/installed
+	QWQ_MLX_CLIENTS="$$PWD/$(CLIENTS)" OPENBLAS_NUM_THREADS=1 $(PY) -W error -m pytest -q tests/serve/test_real_clients.py
 
 check: test
 
@@ -71,4 +87,4 @@ $(TEST_READY): pyproject.toml constraints.txt | $(PY)
 	touch $@ $(VENV)/demo-installed
 
 clean:
-	rm -rf $(VENV) $(POCKET) $(POCKET).partial build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) $(POCKET) $(POCKET).partial build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -22,7 +22,7 @@ LAYERS = (
     {"default_model"},
     {"generate"},
     {"cli"},
-    {"bench", "chat", "compare", "evaluate", "fit", "replay", "serve", "verify"},
+    {"bench", "chat", "compare", "evaluate", "fit", "replay", "serve", "tune_draft", "verify"},
     {"doctor"},
 )
 # Commands that live in the room of what they run, and what they share with the other commands.

@@ -19,8 +19,7 @@ from qwq_mlx.engine.logits_processors import LogitsProcessor
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.background_verification import BackgroundVerification
 from qwq_mlx.generate.batch import check_width, finish_all, plan_rows, settings_of_each
-from qwq_mlx.generate.budget_forcing import cue_ids
-from qwq_mlx.generate.checkpoint.resume import raised, read_saved, with_room, within
+from qwq_mlx.generate.checkpoint.resume import read_saved, within
 from qwq_mlx.generate.load_plan import plan_load
 from qwq_mlx.generate.receipt import Receipt
 from qwq_mlx.generate.request import PrefillProgress, resolved
@@ -30,7 +29,7 @@ from qwq_mlx.generate.vote import Vote, VoteProgress, Voting
 from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
 from qwq_mlx.model.prompt import Messages, conversation, prompt_ids
 from qwq_mlx.model.template import read_template_file
-from qwq_mlx.options import Inspect, Limits, Sampling, Thinking, from_json
+from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
 from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.trace.trace import Trace
 
@@ -379,22 +378,14 @@ class Reasoner(RequestMaker):
             raise OptionError("A model that several processes hold together resumes no run yet. Load it without group.")
         has_processors = bool(logits_processors)
         state, arrays = read_saved(Path(path), self.model, has_processors=has_processors, answer_now=answer_now)
-        sampling, limits, thinking = from_json(state.settings, where=str(path))
-        limits = raised(limits, state, max_tokens=max_tokens, context=context)
-        n_cue = len(cue_ids(self.model.tokenizer, self.profile, after="..")) if answer_now else 0
-        state = with_room(state, limits, n_cue=n_cue, answer_tokens=thinking.answer_tokens)
-        run = Stream(
-            self.request(
-                state.prompt_ids,
-                question=state.question,
-                system_prompt=state.settings.get("system_prompt"),
-                sampling=sampling,
-                fit=self.fit(limits),
-                thinking=thinking,
-                inspect=inspect or (Inspect() if state.seen is None else state.seen.asked),
-                forked_at=state.settings.get("forked_at", 0),
-                logits_processors=logits_processors,
-            )
+        request, state = self.request_of_state(
+            state,
+            max_tokens=max_tokens,
+            context=context,
+            answer_now=answer_now,
+            inspect=inspect,
+            logits_processors=logits_processors,
         )
+        run = Stream(request)
         run.restore(state, saved_layers(arrays, state.capacities), arrays, answer_now=answer_now)
         return run

@@ -15,6 +15,9 @@ from qwq_mlx.engine.logits_processors import LogitsProcessor
 from qwq_mlx.engine.row import check_ids
 from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
+from qwq_mlx.generate.budget_forcing import cue_ids
+from qwq_mlx.generate.checkpoint.resume import raised, with_room
+from qwq_mlx.generate.checkpoint.state import RunState
 from qwq_mlx.generate.drafting import DraftChoice, make_speculator
 from qwq_mlx.generate.receipt import Receipt, make_receipt
 from qwq_mlx.generate.request import Request
@@ -162,3 +165,35 @@ class RequestMaker:
             thinking=thinking,
             inspect=Inspect(),
         )
+
+    def request_of_state(
+        self,
+        state: RunState,
+        *,
+        max_tokens: int | None = None,
+        context: int | None = None,
+        answer_now: bool = False,
+        inspect: Inspect | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+    ) -> tuple[Request, RunState]:
+        """What a run that is gone on with asks for, and its state with room to go on (`checkpoint.resume.with_room`).
+
+        state: opened (`checkpoint.resume.opened`). The other arguments are those of `Reasoner.resume`.
+        Raises OptionError where there is no room; FitError.
+        """
+        sampling, limits, thinking = from_json(state.settings, where="The saved run")
+        limits = raised(limits, state, max_tokens=max_tokens, context=context)
+        n_cue = len(cue_ids(self.model.tokenizer, self.profile, after="..")) if answer_now else 0
+        state = with_room(state, limits, n_cue=n_cue, answer_tokens=thinking.answer_tokens)
+        request = self.request(
+            state.prompt_ids,
+            question=state.question,
+            system_prompt=state.settings.get("system_prompt"),
+            sampling=sampling,
+            fit=self.fit(limits),
+            thinking=thinking,
+            inspect=inspect or (Inspect() if state.seen is None else state.seen.asked),
+            forked_at=state.settings.get("forked_at", 0),
+            logits_processors=logits_processors,
+        )
+        return request, state

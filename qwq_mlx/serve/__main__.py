@@ -9,6 +9,7 @@ Does not: stay when the model is broken; whatever keeps it running (launchd, sys
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from qwq_mlx.cli.command import Command, load_reasoner, make_parser, run_command
 from qwq_mlx.cli.generate_flags import add_loading, bits
+from qwq_mlx.default_model import user_data_folder
 from qwq_mlx.errors import BackendError, OptionError, QwqError
 from qwq_mlx.options import Limits, Thinking
+from qwq_mlx.serve.history import History
 from qwq_mlx.serve.settings import NO_THINK, REASONING_FIELDS, SERVED_LOOP_ACTIONS, Settings
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", metavar="NAME", help="of the model, as clients see it (default: the folder's)")
     _add_doors(add)
     _add_work(add)
+    _add_runs(add)
     add_loading(add)
     parser.add_argument("--quiet", action="store_true", help="on stderr only warnings and errors")
     return parser
@@ -110,12 +114,6 @@ def _add_work(add: Any) -> None:
         action="store_true",
         help="a request's tokens are the same whatever runs beside it, to the last near-tie (see generate); slower",
     )
-    add(
-        "--runs-folder",
-        metavar="DIR",
-        type=Path,
-        help="where clients of /api/qwq/runs may save runs (default: nowhere)",
-    )
     add("--think-tokens", type=int, metavar="N", help="thinking budget of requests that name none (default: none)")
     add("--on-loop", choices=SERVED_LOOP_ACTIONS, help="as generate's (default: answer)")
     add(
@@ -135,6 +133,30 @@ def _add_work(add: Any) -> None:
         metavar="SECONDS",
         dest="drain_s",
         help=f"for running requests after SIGTERM (default: {_default('drain_s'):g})",
+    )
+
+
+def _add_runs(add: Any) -> None:
+    """What is kept of watched runs."""
+    add(
+        "--runs-folder",
+        metavar="DIR",
+        type=Path,
+        help="where clients of /api/qwq/runs may save runs (default: nowhere)",
+    )
+    add(
+        "--history",
+        metavar="FILE",
+        type=Path,
+        help="where runs of /api/qwq/runs and of the page are kept (default: history.sqlite3 in this user's data "
+        "folder)",
+    )
+    add("--no-history", action="store_true", help="keep runs in memory only")
+    add(
+        "--history-bytes",
+        type=int,
+        metavar="N",
+        help=f"of runs that are kept, the oldest go first (default: {_default('history_bytes'):,})",
     )
 
 
@@ -174,7 +196,8 @@ def _serve(command: Command) -> int:
     def load() -> Reasoner:
         return load_reasoner(command, limits, reproducible=reproducible)
 
-    server = Server(load, settings, log=command.note)
+    history = _history(command, settings.history_bytes)
+    server = Server(load, settings, history=history, log=command.note)
     host, port = server.start()
     command.interruption.run = server
     shown = f"[{host}]" if ":" in host else host
@@ -195,6 +218,23 @@ def _serve(command: Command) -> int:
     if isinstance(server.failure, QwqError):
         raise server.failure
     raise BackendError(f"The model's thread ended by {type(server.failure).__name__}: {server.failure}")
+
+
+def _history(command: Command, max_bytes: int) -> History | None:
+    """Where runs are kept. A second server with the default file keeps none, and says so."""
+    named, is_off = command.options.history, command.options.no_history
+    if is_off and named is not None:
+        raise OptionError("--history and --no-history exclude each other.")
+    if is_off:
+        return None
+    try:
+        path = named or user_data_folder(os.environ) / "history.sqlite3"
+        return History(path, max_bytes=max_bytes)
+    except OptionError as error:
+        if named is not None:
+            raise
+        command.warn(f"warning: runs are kept in memory only. {command.explain(error)}")
+        return None
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from qwq_mlx.serve.jobs import Ask
 from qwq_mlx.serve.metrics import prometheus_text
 from qwq_mlx.serve.responding import JobResponse, Writer
 from qwq_mlx.serve.run_endpoints import RunEndpoints
+from qwq_mlx.serve.runs import Runs
 from qwq_mlx.serve.security import Doors
 from qwq_mlx.serve.settings import Settings
 from qwq_mlx.serve.static import page_routes
@@ -44,7 +45,9 @@ Reader = Callable[..., tuple[Ask, Writer, bool]]
 """Makes of a body what is asked, what writes the answer, and whether it is streamed."""
 
 
-def make_app(worker: Worker, settings: Settings, *, log: Callable[[str], None] = lambda line: None) -> ASGIApp:
+def make_app(
+    worker: Worker, settings: Settings, runs: Runs, *, log: Callable[[str], None] = lambda line: None
+) -> ASGIApp:
     """The whole application, behind its doors.
 
     log: takes a line for each request, without what it says, and the frames of an internal error.
@@ -68,7 +71,7 @@ def make_app(worker: Worker, settings: Settings, *, log: Callable[[str], None] =
         Route("/api/show", server.ollama_show, methods=post),
         Route(ollama.CHAT_PATH, server.ollama_chat, methods=post),
         Route(ollama.GENERATE_PATH, server.ollama_generate, methods=post),
-        *RunEndpoints(worker, settings).routes(),
+        *RunEndpoints(worker, settings, runs).routes(),
         *(Route(f"/api/{name}", server.ollama_not_done, methods=["POST", "DELETE"]) for name in ollama_models.NOT_DONE),
     ]
 
@@ -205,7 +208,9 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
-    status = cast("HTTPException", error).status_code
+    error = cast("HTTPException", error)
+    status = error.status_code
     path, code = request.url.path, {404: "not_found", 405: "method_not_allowed"}.get(status)
     message = {404: f"There is nothing at {path[:200]}.", 405: f"{request.method} is not allowed at {path[:200]}."}
-    return error_response(ApiError(status, message.get(status, f"HTTP status {status}."), code=code), path)
+    told = ApiError(status, message.get(status, f"HTTP status {status}."), code=code)
+    return error_response(told, path, headers=error.headers)

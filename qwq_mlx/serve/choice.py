@@ -6,6 +6,7 @@ Does not: draw tokens (`rows` does), or decide where the answer begins.
 from __future__ import annotations
 
 import dataclasses
+import time
 from bisect import bisect_right
 from typing import Any
 
@@ -13,10 +14,13 @@ from qwq_mlx.generate.request import Request
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.serve.jobs import Delta, Ended, Job, LogprobEntry, Stepped, Usage
 from qwq_mlx.serve.reply import Piece, ReplyText
+from qwq_mlx.serve.run_state import progress_json
 from qwq_mlx.trace.trace import Step, Trace
 
 __all__ = ["Choice"]
 
+_PROGRESS_S = 1.0
+"""Between two states of a run from which it could go on; so much is drawn again after a crash."""
 _CUT = ("length", "context_full", "interrupted")
 
 
@@ -26,6 +30,8 @@ class Choice:
     def __init__(self, job: Job, index: int, stream: Stream) -> None:
         self.job, self.index, self.stream = job, index, stream
         self._n_steps = 0
+        self._n_events = len(stream.run.monitors.events)  # of a run that goes on
+        self._progress_due = time.monotonic()
         profile = stream.request.profile
         stops = () if job.ask.is_raw else job.ask.stop
         self._reply = ReplyText(stops, is_raw=job.ask.is_raw, close_tag=profile.close_tag)
@@ -41,12 +47,22 @@ class Choice:
         if self.job.ask.top_logprobs is not None:
             self._logprobs.add(steps, len(self._reply.text))
         if self.job.ask.shows_steps:
-            self.job.emit(Stepped(choice=self.index, steps=tuple(_step_json(step) for step in steps)))
+            self.job.emit(self._stepped(steps))
         text = "".join(step.text for step in steps)
         self._send(self._reply.feed(text, run.output.answer_char, run.output.thinking_char))
         if self._is_stopped():
             self.stream.stop()
         return True
+
+    def _stepped(self, steps: list[Step]) -> Stepped:
+        values, run, progress = [_step_json(step) for step in steps], self.stream.run, None
+        events, self._n_events = run.monitors.events[self._n_events :], len(run.monitors.events)
+        if events:
+            values[-1]["events"] = [dict(each) for each in events]
+        if time.monotonic() >= self._progress_due:
+            progress = progress_json(run)
+            self._progress_due = time.monotonic() + _PROGRESS_S
+        return Stepped(choice=self.index, steps=tuple(values), progress=progress)
 
     def _is_stopped(self) -> bool:
         """Whether a stop text came; the token under way is then the last, and nobody sees it."""
@@ -86,6 +102,7 @@ class Choice:
                 reasoning_logprobs=tuple(self._logprobs.between(0, start)),
                 logprobs=tuple(self._logprobs.between(start, end)) if start is not None else (),
                 summary=_summary(trace) if self.job.ask.shows_steps else None,
+                progress=progress_json(self.stream.run) if self.job.ask.shows_steps else None,
             )
         )
         return usage

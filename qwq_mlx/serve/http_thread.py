@@ -1,16 +1,22 @@
 """The HTTP side in a thread of its own: listens, serves the application, and ends in order.
 
+A client may take its time only so far. uvicorn closes a connection on which nothing comes, but waits for ever for a
+head that comes byte by byte, and for a reader that takes nothing; so `_Connection` counts the seconds of both.
+
 Does not: handle signals (`__main__` does), or own the model.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import threading
+from collections.abc import Callable
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwq_mlx.errors import BackendError
 from qwq_mlx.serve.settings import Settings
@@ -20,6 +26,63 @@ __all__ = ["HttpThread"]
 _BACKLOG = 128
 _KEEP_ALIVE_S = 30
 _MAX_CONNECTIONS = 1_000  # more get status 503 at once
+_HEAD_S = 60.0  # from the connection, or the end of an answer, to the end of the next request's head
+_STALL_S = 60.0  # of a reader behind whom 64 kB wait
+
+
+class _Deadline:
+    """`start(seconds)` lets the time run, unless it runs already; `stop()` before its end, or `action` is called."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
+        self._loop, self._action = loop, action
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(seconds, self._action)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class _Connection(H11Protocol):
+    """uvicorn's own, closed as it stands where its client is too slow."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head_deadline = _Deadline(self.loop, transport.abort)
+        self._reader_deadline = _Deadline(self.loop, transport.abort)
+        self._time_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._time_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._time_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._reader_deadline.start(_STALL_S)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._reader_deadline.stop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_deadline.stop()
+        self._reader_deadline.stop()
+        super().connection_lost(exc)
+
+    def _time_head(self) -> None:
+        """Let the time run while no request is answered; bytes that come do not set it back."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._head_deadline.stop()
+        else:
+            self._head_deadline.start(_HEAD_S)
 
 
 class HttpThread:
@@ -30,7 +93,7 @@ class HttpThread:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is told, `__main__` and the log line tell
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=_Connection,
             loop="asyncio",
             ws="none",
             lifespan="off",

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwq_mlx.options import Sampling, Thinking
 from qwq_mlx.serve.api_error import ApiError
 
 if TYPE_CHECKING:
+    from qwq_mlx.generate.checkpoint.state import RunState
     from qwq_mlx.generate.request import Request
     from qwq_mlx.generate.stream import Stream
 
-__all__ = ["Ask", "Delta", "Ended", "Event", "Failed", "Job", "LogprobEntry", "Stepped", "Usage"]
+__all__ = ["Ask", "Delta", "Ended", "Event", "Failed", "Job", "LogprobEntry", "Restored", "Stepped", "Usage"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +71,14 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stepped:
-    """Tokens of one choice, as JSON objects (`trace.Step`)."""
+    """Tokens of one choice, as JSON objects (`trace.Step`).
+
+    progress: what else the run needs to go on from here (`run_state.progress_json`); None most of the time.
+    """
 
     choice: int
     steps: tuple[dict[str, Any], ...]
+    progress: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +105,7 @@ class Ended:
     stop_text: the client's text that ended it, None for another end.
     reasoning, content: both parts of the whole, as the finished text splits.
     summary: what the trace says besides, where steps were asked for.
+    progress: as in `Stepped`, at the end.
     """
 
     choice: int
@@ -110,6 +117,7 @@ class Ended:
     reasoning_logprobs: tuple[LogprobEntry, ...] = ()
     logprobs: tuple[LogprobEntry, ...] = ()
     summary: dict[str, Any] | None = None
+    progress: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,15 +130,30 @@ class Failed:
 Event = Delta | Stepped | Ended | Failed
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """A run to go on with, as `resuming` found it.
+
+    state: with room to go on.
+    path: of the file that has its KV cache; None where the cache is worked out again from the ids.
+    answer_now: begin with the answer cue.
+    """
+
+    state: RunState
+    path: Path | None = None
+    answer_now: bool = False
+
+
 class Job:
     """A request under way: its events are read on the loop that made it, and `cancel` ends it from anywhere.
 
     requests: one for each prompt, ready to run; each makes `ask.n` choices, numbered through.
-    source: a job and a number of tokens that this one shares with its first choice; None for one of its own.
+    source: a job and a number of tokens that this one shares with its first choice, or a saved run that it goes on
+      with; None for one of its own.
     streams: of its prompts, once they run; for the model's thread alone.
     """
 
-    def __init__(self, ask: Ask, requests: list[Request], *, source: tuple[Job, int] | None = None) -> None:
+    def __init__(self, ask: Ask, requests: list[Request], *, source: tuple[Job, int] | Restored | None = None) -> None:
         self.ask = ask
         self.requests = requests
         self.source = source

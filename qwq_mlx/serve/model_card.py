@@ -16,6 +16,7 @@ class ModelCard(NamedTuple):
     name: as clients call it.
     weights: in words.
     digest: sha256 of names and sizes of its files.
+    identity: by which it is known whether a run is its own: digest of the manifest where there is one, else `digest`.
     modified_s: when its folder was changed, in seconds since 1970.
     context: positions of one request.
     width: requests side by side.
@@ -27,6 +28,7 @@ class ModelCard(NamedTuple):
     weights_bytes: int
     n_parameters: int
     digest: str
+    identity: str
     modified_s: float
     template: str
     n_layers: int

@@ -12,6 +12,7 @@ import math
 from dataclasses import replace
 
 from qwq_mlx.errors import FitError, OptionError, PromptError
+from qwq_mlx.files.manifest import MANIFEST_NAME
 from qwq_mlx.generate.batch import question_seed
 from qwq_mlx.generate.checkpoint.resume import within
 from qwq_mlx.generate.reasoner import Reasoner
@@ -29,10 +30,10 @@ __all__ = ["Preparer", "model_card"]
 
 
 class Preparer:
-    """Makes requests for one model. context: positions that a request may use, as planned."""
+    """Makes requests for one model, `reasoner`'s. context: positions that a request may use, as planned."""
 
     def __init__(self, reasoner: Reasoner, settings: Settings) -> None:
-        self._reasoner = reasoner
+        self.reasoner = reasoner
         self._settings = settings
         self._fit = reasoner.fit(Limits(context=settings.context, prefill_step=settings.prefill_step))
         self.context = resolved(self._fit.limits.context)
@@ -46,7 +47,7 @@ class Preparer:
                 prompts = [(self._raw_ids(prompt), prompt) for prompt in ask.prompts]
                 return [self._request(ask, ids, str(text), fit, place) for place, (ids, text) in enumerate(prompts)]
             checked = conversation(ask.messages)
-            ids = encode_prompt(self._reasoner.model.tokenizer, checked, context=resolved(fit.limits.context))
+            ids = encode_prompt(self.reasoner.model.tokenizer, checked, context=resolved(fit.limits.context))
             return [self._request(ask, ids, " ".join(message["content"] for message in checked), fit, 0)]
         except PromptError as error:
             is_long = "must hold at least one more" in str(error)
@@ -63,7 +64,7 @@ class Preparer:
     def _raw_ids(self, prompt: str | tuple[int, ...]) -> list[int]:
         if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ApiError(400, "prompt holds a lone surrogate, which is no text, expected UTF-8.", param="prompt")
-        ids = encode_text(self._reasoner.model.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        ids = encode_text(self.reasoner.model.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise ApiError(400, "prompt is empty, expected at least one token.", param="prompt")
         return ids
@@ -80,7 +81,7 @@ class Preparer:
                 code="context_length_exceeded",
             )
         try:
-            return self._reasoner.fit(limits)
+            return self.reasoner.fit(limits)
         except FitError as error:
             raise ApiError(400, str(error), param="num_ctx", code="context_length_exceeded") from error
 
@@ -96,15 +97,15 @@ class Preparer:
                 param="max_tokens" if len(ids) < context else "messages",
                 code="context_length_exceeded",
             )
-        n_ids, biased = self._reasoner.model.tokenizer.n_ids, max(ask.sampling.logit_bias, default=0)
+        n_ids, biased = self.reasoner.model.tokenizer.n_ids, max(ask.sampling.logit_bias, default=0)
         if biased >= n_ids:
             raise ApiError(400, f"logit_bias names id {biased:,}, expected below {n_ids:,}.", param="logit_bias")
-        sampling = self._reasoner.resolved(ask.sampling)
+        sampling = self.reasoner.resolved(ask.sampling)
         if place:
             sampling = replace(sampling, seed=question_seed(resolved(sampling.seed), place))
         stop = ask.stop if ask.is_raw else ()
         limits = within(replace(fit.limits, max_tokens=ask.max_tokens, stop=stop), len(ids))
-        return self._reasoner.request(
+        return self.reasoner.request(
             ids,
             question=text,
             system_prompt=None,
@@ -122,13 +123,16 @@ class Preparer:
 def model_card(reasoner: Reasoner, settings: Settings, context: int) -> ModelCard:
     """What clients may know of this model. context: positions of one request."""
     model, config = reasoner.model, reasoner.model.config
+    manifest = model.folder / MANIFEST_NAME
     files = sorted((path.name, path.stat().st_size) for path in model.folder.iterdir() if path.is_file())
+    digest = hashlib.sha256(repr(files).encode()).hexdigest()
     return ModelCard(
         name=settings.name or model.name,
         weights=model.weights,
         weights_bytes=model.weights_bytes,
         n_parameters=sum(math.prod(shape) for shape in tensor_shapes(config).values()),
-        digest=hashlib.sha256(repr(files).encode()).hexdigest(),
+        digest=digest,
+        identity=hashlib.sha256(manifest.read_bytes()).hexdigest() if model.has_manifest else digest,
         modified_s=model.folder.stat().st_mtime,
         template=model.tokenizer.chat_template or "",
         n_layers=config.num_hidden_layers,

@@ -127,7 +127,11 @@ class PartsResponse:
         self._parts, self._media_type = parts, media_type
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it; returns early where the client is gone."""
+        """Send it; returns early where the client is gone. HEAD gets the headers alone."""
+        if scope["method"] == "HEAD":
+            await _begin(send, self._media_type)
+            await send({"type": "http.response.body", "body": b""})
+            return
         await _until_done_or_gone(self._stream(send), receive)
 
     async def _stream(self, send: Send) -> None:

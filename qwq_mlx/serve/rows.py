@@ -8,15 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-from qwq_mlx.errors import DamagedModelError, FitError, OptionError, QwqError
+from qwq_mlx.engine.kv_cache import saved_layers
+from qwq_mlx.errors import DamagedModelError, FitError, OptionError, QwqError, SourceError
 from qwq_mlx.generate.batch import plan_rows, question_seed
+from qwq_mlx.generate.checkpoint.resume import read_saved
 from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.generate.request import Request, resolved
 from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.choice import Choice
-from qwq_mlx.serve.jobs import Failed, Job, Usage
+from qwq_mlx.serve.jobs import Failed, Job, Restored, Usage
 from qwq_mlx.serve.metrics import Counters
 from qwq_mlx.serve.prefix_cache import PrefixCache
 
@@ -111,10 +113,24 @@ class Rows:
     def _new_stream(self, job: Job, request: Request) -> Stream:
         if job.source is None:
             return Stream(request, before=self.prefixes.take(request))
+        if isinstance(job.source, Restored):
+            return self._restored(request, job.source)
         source, at = job.source
         if not source.streams:
             raise OptionError("The run to fork has not begun.")
         return source.streams[0].fork(at=at, seed=resolved(request.sampling.seed))
+
+    def _restored(self, request: Request, source: Restored) -> Stream:
+        """The stream of a run that goes on, its cache from its file, else to be worked out again from the ids."""
+        model, state = request.model, source.state
+        if source.path is None:
+            stream = Stream(request, before=self.prefixes.take(request))
+            stream.restore(state, [], answer_now=source.answer_now)
+            return stream
+        _, arrays = read_saved(source.path, model, has_processors=False, answer_now=source.answer_now)
+        stream = Stream(request)
+        stream.restore(state, saved_layers(arrays, state.capacities), arrays, answer_now=source.answer_now)
+        return stream
 
     def save(self, job: Job, path: Path) -> None:
         """Write a job's first run where it stands. Raises ApiError where it has not begun; SavingError."""
@@ -197,6 +213,8 @@ def _told(error: Exception) -> ApiError:
         return error
     if isinstance(error, OptionError):
         return ApiError(400, str(error))
+    if isinstance(error, SourceError):  # of a saved run
+        return ApiError(409, str(error), code="not_resumable")
     code = "model_damaged" if isinstance(error, DamagedModelError) else "generation_failed"
     return ApiError(500, f"The request failed: {error}", code=code)
 

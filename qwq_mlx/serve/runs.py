@@ -1,147 +1,190 @@
-"""Runs that outlive the request that started them: watched token by token, asked for their answer, forked, voted on.
+"""Runs that outlive the request that started them: watched token by token, forked, voted on, resumed, kept in a file.
 
-They live in the HTTP loop alone: a task for each takes a job's events, and whoever watches reads what there is.
+They live in the HTTP loop alone: a task for each takes a job's events, and whoever watches reads what there is. With a
+history they outlive the process as well; it is read and written in a thread of its own.
 
-Does not: outlive the process, or hold more than `MAX_RUNS` or `MAX_STEPS` (the oldest that have ended go first).
+Does not: hold more than `MAX_RUNS` or `MAX_STEPS` in memory (the oldest that have ended go first).
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-import time
-from collections.abc import AsyncIterator
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.body import dumped
-from qwq_mlx.serve.jobs import Ask, Ended, Failed, Job, Stepped
+from qwq_mlx.serve.history import History
+from qwq_mlx.serve.jobs import Ask, Ended, Failed, Job, Restored, Stepped
+from qwq_mlx.serve.run import Run
+from qwq_mlx.serve.run_state import SavedRun
 from qwq_mlx.serve.worker import Worker
 
-__all__ = ["MAX_RUNS", "MAX_STEPS", "Run", "Runs"]
+__all__ = ["MAX_RUNS", "MAX_STEPS", "Runs"]
 
 MAX_RUNS = 64
 MAX_STEPS = 100_000
 """Tokens of all runs together that are remembered; with alternatives about 2 kB each."""
 
-
-class Run:
-    """One run: its steps so far, and how it ended.
-
-    parent: the run that it was forked from, and the number of tokens that it shares. group: of a vote, its id.
-    """
-
-    def __init__(self, job: Job, *, question: str, parent: tuple[str, int] | None = None, group: str = "") -> None:
-        self.id = f"run-{secrets.token_hex(8)}"
-        self.job, self.question, self.parent, self.group = job, question, parent, group
-        self.created_s = time.time()
-        self.steps: list[bytes] = []  # each a line of JSON, which is smaller than what it says
-        self.ended: Ended | None = None
-        self.error: ApiError | None = None
-        self.is_stopped = False
-        self.news = asyncio.Condition()
-
-    @property
-    def state(self) -> str:
-        """ "running", "stopped", "failed" or "ended"."""
-        if self.ended is not None:
-            return "ended"
-        if self.error is not None:
-            return "failed"
-        return "stopped" if self.is_stopped else "running"  # a job is also cancelled before it tells that it failed
-
-    @property
-    def seed(self) -> int | None:
-        """What its tokens are drawn with."""
-        return self.job.requests[0].sampling.seed
-
-    async def stop(self) -> None:
-        """End it, unless it is over; whoever watches it is told."""
-        self.is_stopped = True
-        self.job.cancel()
-        async with self.news:
-            self.news.notify_all()
-
-    def to_json(self) -> dict[str, Any]:
-        """Without the steps."""
-        return {
-            "id": self.id,
-            "state": self.state,
-            "created": self.created_s,
-            "question": self.question,
-            "seed": self.seed,
-            "parent": None if self.parent is None else {"id": self.parent[0], "at": self.parent[1]},
-            "group": self.group or None,
-            "prompt_tokens": self.job.n_prompt,
-            "tokens": len(self.steps),
-            "think_tokens": self.job.ask.thinking.think_tokens,
-            "error": None if self.error is None else str(self.error),
-            "summary": None if self.ended is None else self.ended.summary,
-        }
+_T = TypeVar("_T")
 
 
 class Runs:
-    """Starts runs, and finds them by id."""
+    """Starts runs, and finds them by id.
 
-    def __init__(self, worker: Worker, *, heartbeat_s: float) -> None:
-        self._worker, self._heartbeat_s = worker, heartbeat_s
+    history: where they are kept; None keeps none.
+    folder: of files that `save` wrote; None has none.
+    log: takes a line when the history cannot be written, which ends no run.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        *,
+        heartbeat_s: float,
+        history: History | None = None,
+        folder: Path | None = None,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._worker, self._heartbeat_s, self._folder, self._log = worker, heartbeat_s, folder, log
+        self._history = history
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="qwq-mlx-history")
+        self._is_failing = False
         self._runs: dict[str, Run] = {}  # the oldest first
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __iter__(self) -> Any:
         return reversed(list(self._runs.values()))
 
-    def find(self, run_id: str) -> Run:
+    def close(self) -> None:
+        """Write what is still to be written; from then on nothing is kept."""
+        self._disk.shutdown()
+        if self._history is not None:
+            self._history.close()
+
+    async def infos(self, *, limit: int, offset: int = 0, parent: str | None = None) -> list[dict[str, Any]]:
+        """What clients read of the runs, the newest first. parent: of those that were forked from that run alone."""
+        of_memory = [run for run in self if parent is None or (run.info["parent"] or {}).get("id") == parent]
+        if self._history is None:
+            return [run.to_json() for run in of_memory][offset : offset + limit]
+        infos = await self._ask(lambda history: history.infos(limit=limit, offset=offset, parent=parent))
+        unkept = [run.to_json() for run in of_memory if not run.is_kept and not offset]
+        return [*unkept, *(self._runs[info["id"]].to_json() if info["id"] in self._runs else info for info in infos)]
+
+    async def find(self, run_id: str) -> Run:
         """The run of that id. Raises ApiError."""
-        if run_id not in self._runs:
+        if run_id in self._runs:
+            return self._runs[run_id]
+        found = None if self._history is None else await self._ask(lambda history: history.find(run_id))
+        if found is None:
             raise ApiError(404, f"There is no run {run_id[:80]!r}.", code="not_found")
-        return self._runs[run_id]
+        self._evict()
+        return self._runs.setdefault(run_id, Run.of_history(*found))
 
     async def start(self, ask: Ask, *, question: str) -> Run:
         """A new run, in the line. Raises ApiError."""
         self._make_room()
-        return self._follow(Run(await self._worker.prepare(ask), question=question))
+        job = await self._worker.prepare(ask)
+        return await self._follow(Run.of_job(job, card=self._worker.card, question=question))
 
-    def fork(self, run: Run, *, at: int, seed: int | None, group: str = "") -> Run:
+    async def fork(self, run: Run, *, at: int, seed: int | None, group: str = "") -> Run:
         """A run that shares the first `at` tokens of another one and draws the rest by itself. Raises ApiError."""
         if not 0 <= at <= len(run.steps):
             raise ApiError(400, f"at is {at}, expected from 0 to {len(run.steps)}, the tokens there are.", param="at")
         self._make_room()
-        [request] = run.job.requests
         seed = secrets.randbits(32) if seed is None else seed
-        forked = replace(request, sampling=replace(request.sampling, seed=seed))
-        job = Job(run.job.ask, [forked], source=(run.job, at))
-        other = Run(job, question=run.question, parent=(run.id, at), group=group)
+        if run.job is None:
+            job = await self._worker.resume(replace(run.saved(), fork_at=at, seed=seed))
+        else:
+            [request] = run.job.requests
+            forked = replace(request, sampling=replace(request.sampling, seed=seed), forked_at=at)
+            job = Job(run.job.ask, [forked], source=(run.job, at))
+        card, question = self._worker.card, run.info["question"]
+        other = Run.of_job(job, card=card, question=question, parent=(run.id, at), group=group)
         other.steps = run.steps[:at]
-        return self._follow(other)
+        return await self._follow(other)
 
     async def vote(self, run: Run, *, n: int, at: int) -> list[Run]:
         """Samples that share the first `at` tokens of a run, in one group: all, or none. Raises ApiError."""
         group, samples = f"vote-{secrets.token_hex(8)}", list[Run]()
         try:
             for _ in range(n):
-                samples.append(self.fork(run, at=at, seed=None, group=group))
+                samples.append(await self.fork(run, at=at, seed=None, group=group))
         except ApiError:
             for each in samples:
-                await each.stop()
-                self.remove(each)
+                await self.remove(each)
             raise
         return samples
 
-    def remove(self, run: Run) -> None:
-        """Forget a run that is over."""
-        self._runs.pop(run.id, None)
+    async def resume(self, run_id: str, *, max_tokens: int | None, context: int | None, answer_now: bool) -> Run:
+        """Let a run go on that is over before its end, or ask it for its answer. Raises ApiError.
 
-    async def lines(self, run: Run, start: int) -> AsyncIterator[bytes]:
-        """The steps from a place on as lines of JSON, as they come; the run itself is the last line."""
+        From its file where it was saved and has not gone on since, else from what is known of it.
+        """
+        path = self.path_of(run_id)
+        has_file = path is not None and await asyncio.to_thread(path.is_file)
+        run = None
+        try:
+            run = await self.find(run_id)
+        except ApiError:
+            if not has_file:
+                raise
+        if run is not None and run.state == "running":
+            raise ApiError(409, "The run goes on already.", code="is_running")
+        saved = replace(
+            SavedRun(id=run_id) if run is None else run.saved(),
+            path=path if has_file else None,
+            max_tokens=max_tokens,
+            context=context,
+            answer_now=answer_now,
+        )
+        self._make_room()
+        job = await self._worker.resume(saved)
+        if run is None:
+            question = job.requests[0].question
+            run = Run.of_job(job, card=self._worker.card, question=question, run_id=run_id)
+        elif run.state == "running":  # since it was asked
+            raise ApiError(409, "The run goes on already.", code="is_running")
+        assert isinstance(job.source, Restored), "it goes on"
+        run.go_on(job, n_steps=len(job.source.state.steps))
+        return await self._follow(run)
+
+    def path_of(self, run_id: str) -> Path | None:
+        """Where a run is saved; None where none is."""
+        is_id = run_id.removeprefix("run-").isalnum() and run_id.isascii()
+        return self._folder / f"{run_id}.qwq" if self._folder is not None and is_id else None
+
+    async def stop(self, run: Run) -> None:
+        """End a run, unless it is over."""
+        if run.state == "running":
+            await run.stop()
+            await self._keep(run)
+
+    async def remove(self, run: Run) -> None:
+        """End a run and forget it."""
+        await run.stop()
+        run.is_removed = True
+        self._runs.pop(run.id, None)
+        if self._history is not None:
+            await self._ask(lambda history: history.remove(run.id))
+
+    async def lines(self, run: Run, start: int, *, waits: bool = True) -> AsyncIterator[bytes]:
+        """The steps from a place on as lines of JSON, as they come; the run itself is the last line.
+
+        waits: for steps to come; False ends with those there are.
+        """
         place = start
         while True:
             new = run.steps[place:]
             if new:
                 place += len(new)
                 yield b"".join(new)
-            elif run.state != "running":
+            elif run.state != "running" or not waits:
                 yield f"{dumped({'run': run.to_json()})}\n".encode()
                 return
             else:
@@ -155,32 +198,65 @@ class Runs:
                         pass
                 yield b"\n"
 
-    def _make_room(self) -> None:
+    def _evict(self) -> None:
         while len(self._runs) >= MAX_RUNS or sum(len(run.steps) for run in self._runs.values()) > MAX_STEPS:
             oldest = next((run for run in self._runs.values() if run.state != "running"), None)
             if oldest is None:
-                message = f"{len(self._runs)} runs are under way, and no more are remembered. Stop or delete one."
-                raise ApiError(429, message, retry_after_s=10)
-            self.remove(oldest)
+                return
+            del self._runs[oldest.id]
 
-    def _follow(self, run: Run) -> Run:
+    def _make_room(self) -> None:
+        self._evict()
+        if len(self._runs) >= MAX_RUNS:
+            message = f"{len(self._runs)} runs are under way, and no more are remembered. Stop or delete one."
+            raise ApiError(429, message, retry_after_s=10)
+
+    async def _follow(self, run: Run) -> Run:
+        assert run.job is not None, "it has been made for it"
         self._worker.submit(run.job)
         self._runs[run.id] = run
-        task = asyncio.get_running_loop().create_task(self._take(run))
+        task = asyncio.get_running_loop().create_task(self._take(run, run.job))
         self._tasks.add(task)  # the loop alone would let go of it
         task.add_done_callback(self._tasks.discard)
+        await self._keep(run)
         return run
 
-    async def _take(self, run: Run) -> None:
+    async def _take(self, run: Run, job: Job) -> None:
         """Take a job's events until it is over."""
-        while run.state == "running":
-            event = await run.job.next_event(self._heartbeat_s)
+        while run.state == "running" and run.job is job:
+            event = await job.next_event(self._heartbeat_s)
+            if run.job is not job:  # it was stopped meanwhile, and resumed
+                return
             if isinstance(event, Stepped):
-                del run.steps[event.steps[0]["index"] :]
-                run.steps += [f"{dumped(step)}\n".encode() for step in event.steps]
-            elif isinstance(event, Ended):
-                run.ended = event
-            elif isinstance(event, Failed):
-                run.error = event.error
+                n_known = len(run.steps) - event.steps[0]["index"]  # of a run that goes on, which tells all its steps
+                run.steps += [f"{dumped(step)}\n".encode() for step in event.steps[n_known:]]
+                if event.progress is not None:
+                    run.progress = event.progress
+                    await self._keep(run)
+            elif isinstance(event, (Ended, Failed)):
+                await self._keep(run, event)
+                run.end(event)
             async with run.news:
                 run.news.notify_all()
+
+    async def _keep(self, run: Run, event: Ended | Failed | None = None) -> None:
+        """Write a run into the history. event: how it ends, of which nobody is told before it is written."""
+        if self._history is None or run.is_removed:
+            return
+        kept = run.kept(event)
+        start = run.n_kept if event is None else 0  # at the end all steps in one piece
+        lines = run.steps[start:]
+        run.n_kept = len(run.steps)
+        try:
+            await self._ask(lambda history: history.write(kept, start=start, lines=lines))
+        except sqlite3.Error as error:
+            run.n_kept = start
+            if not self._is_failing:
+                self._log(f"warning: history: runs are not kept ({error}). Make room, or give another `history`.")
+            self._is_failing = True
+        else:
+            run.is_kept, self._is_failing = True, False
+
+    async def _ask(self, question: Callable[[History], _T]) -> _T:
+        assert self._history is not None, "there is one where it is asked"
+        return await asyncio.get_running_loop().run_in_executor(self._disk, question, self._history)

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from qwq_mlx.errors import BackendError
 from qwq_mlx.serve.app import make_app
+from qwq_mlx.serve.history import History
 from qwq_mlx.serve.http_thread import HttpThread
+from qwq_mlx.serve.runs import Runs
 from qwq_mlx.serve.settings import Settings
 from qwq_mlx.serve.worker import Worker
 
@@ -25,14 +28,27 @@ class Server:
     """`start()`, then `wait()` until it is over; `stop()` lets running requests finish.
 
     load: gives the model; called in the model's thread, while HTTP answers 503.
+    history: where watched runs are kept, closed at the end; None keeps none.
     log: takes a line for each request; called in the HTTP thread.
     """
 
     def __init__(
-        self, load: Callable[[], Reasoner], settings: Settings, *, log: Callable[[str], None] = lambda line: None
+        self,
+        load: Callable[[], Reasoner],
+        settings: Settings,
+        *,
+        history: History | None = None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.worker = Worker(load, settings, on_end=self.stop)
-        self._http = HttpThread(make_app(self.worker, settings, log=log), settings)
+        self._runs = Runs(
+            self.worker,
+            heartbeat_s=settings.heartbeat_s,
+            history=history,
+            folder=settings.runs_folder,
+            log=log,
+        )
+        self._http = HttpThread(make_app(self.worker, settings, self._runs, log=log), settings)
 
     @property
     def is_ready(self) -> bool:
@@ -52,12 +68,20 @@ class Server:
 
     def start(self) -> tuple[str, int]:
         """Listen, and begin to load. Returns address and port. Raises BackendError where there is no such address."""
-        address = self._http.start()
+        try:
+            address = self._http.start()
+        except BackendError:
+            self._runs.close()
+            raise
         self.worker.start()
         return address
 
     def stop(self) -> None:
-        """Take no more requests; those under way have `drain_s`. Safe to call from a signal handler."""
+        """Take no more requests; those under way have `drain_s`, and a model is loaded no further.
+
+        Safe to call from a signal handler.
+        """
+        self.worker.stop_loading()
         self._http.stop()
 
     def abort(self) -> None:
@@ -66,6 +90,7 @@ class Server:
         The pass under way, or what is left of loading, is waited for, at most 10 s: a thread that returns from MLX
         into an interpreter that is gone aborts the process.
         """
+        self.worker.stop_loading()
         self._http.abort()
         self.worker.close(_PASS_S)
 
@@ -73,5 +98,6 @@ class Server:
         """Whether it is over within so many seconds."""
         if not self._http.join(timeout_s):
             return False
+        self._runs.close()
         self.worker.close()
         return True

@@ -52,6 +52,7 @@ class Settings:
     thinking: budget and loop action of requests that name none.
     heartbeat_s: seconds of silence after which a waiting client gets a sign of life.
     runs_folder: where runs are saved that clients ask to save; None saves none.
+    history_bytes: of watched runs that are kept in a file, compressed; the oldest go first.
     drain_s: seconds that running requests get after SIGTERM.
     """
 
@@ -73,6 +74,7 @@ class Settings:
     heartbeat_s: float = 10.0
     drain_s: float = 30.0
     runs_folder: Path | None = None
+    history_bytes: int = 512 << 20
 
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and self.api_key is None:
@@ -92,6 +94,7 @@ class Settings:
             ("prefixes", 0, 64),
             ("queue", 0, 100_000),
             ("body_bytes", 1, 1 << 30),
+            ("history_bytes", 1, 1 << 50),
         ):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:

@@ -10,18 +10,20 @@ Does not: import MLX before the thread runs, or know HTTP.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from qwq_mlx.errors import DamagedModelError, QwqError
+from qwq_mlx.errors import DamagedModelError
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.jobs import Ask, Failed, Job
 from qwq_mlx.serve.metrics import Counters
 from qwq_mlx.serve.model_card import ModelCard
+from qwq_mlx.serve.run_state import SavedRun
 from qwq_mlx.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,7 +34,12 @@ if TYPE_CHECKING:
 __all__ = ["State", "Worker"]
 
 State = Literal["loading", "ready", "broken", "closed"]
+_T = TypeVar("_T")
 _MAX_FAILED = 3  # steps in a row that end in failures: by then it is not the request
+
+
+class _LoadingEndedError(BaseException):
+    """Raised in the model's thread by `Worker.stop_loading`; no handler of a failed load may take it for one."""
 
 
 class Worker:
@@ -94,6 +101,13 @@ class Worker:
             self._thread.join(timeout_s)
         self._encoder.shutdown(cancel_futures=True)
 
+    def stop_loading(self) -> None:
+        """End the thread where it still loads the model, within the call into MLX under way. From any thread."""
+        if self.state == "loading" and self._thread.ident is not None:
+            # Nothing else reaches a thread that reads files for minutes and asks nobody whether it should go on.
+            thread_id = ctypes.c_ulong(self._thread.ident)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, ctypes.py_object(_LoadingEndedError))
+
     async def prepare(self, ask: Ask) -> Job:
         """The job of what a client asks, ready to be submitted. Raises ApiError where it can never run."""
         preparer = self._ready()
@@ -104,13 +118,26 @@ class Worker:
                 f"{self._settings.width}, the rows that this server decodes side by side.",
                 param="n",
             )
+        return Job(ask, await self._beside(lambda: preparer.requests(ask)))
+
+    async def resume(self, saved: SavedRun) -> Job:
+        """The job that goes on with a run, ready to be submitted. Raises ApiError where it cannot."""
+        from qwq_mlx.serve.resuming import resumed
+
+        reasoner, card, context = self._ready().reasoner, self.card, self._ready().context
+        ask, request, restored = await self._beside(
+            lambda: resumed(reasoner, saved, identity=card.identity, context=context)
+        )
+        return Job(ask, [request], source=restored)
+
+    async def _beside(self, work: Callable[[], _T]) -> _T:
+        """Do what a request takes before it enters the line, in a thread beside the model's."""
         self._refuse_when_full()
         self._n_preparing += 1
         try:
-            requests = await asyncio.get_running_loop().run_in_executor(self._encoder, preparer.requests, ask)
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, work)
         finally:
             self._n_preparing -= 1
-        return Job(ask, requests)
 
     async def n_tokens(self, messages: tuple[dict[str, str], ...]) -> int:
         """Ids of the prompt that messages make. Raises ApiError."""
@@ -173,6 +200,8 @@ class Worker:
                     if rows.n_failed >= _MAX_FAILED:
                         raise
             self.state = "closed"
+        except _LoadingEndedError:
+            self.state = "closed"
         except BaseException as error:  # noqa: BLE001 - told by `failure`, with which the process ends
             self.failure = error
             self.state = "broken"
@@ -218,9 +247,10 @@ class Worker:
             job, path, saved = self._saves.popleft()
             try:
                 rows.save(job, path)
-                saved.set_result(None)
-            except QwqError as error:
+            except Exception as error:  # noqa: BLE001 - whoever waits for the file is told; the run goes on
                 saved.set_exception(error)
+            else:
+                saved.set_result(None)
 
     def _admit(self, rows: Rows) -> None:
         """The first in the line begin as far as there is room; those who left are forgotten."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from qwq_mlx.generate.reasoner import Reasoner
+from qwq_mlx.serve.history import History
 from qwq_mlx.serve.server import Server
 from qwq_mlx.serve.settings import Settings
 
@@ -91,10 +92,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(load: Callable[[], Reasoner], settings: Settings) -> Iterator[Served]:
+def started(load: Callable[[], Reasoner], settings: Settings, *, history: History | None = None) -> Iterator[Served]:
     """A server that has loaded its model, ended behind the block."""
     log: list[str] = []
-    server = Server(load, settings, log=log.append)
+    server = Server(load, settings, history=history, log=log.append)
     served = Served(server, *server.start(), log)
     try:
         until(lambda: server.worker.state != "loading")

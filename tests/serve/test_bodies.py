@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import pytest
@@ -39,6 +40,32 @@ def test_what_is_no_request_is_told_so(tiny_server: Served, body: bytes, status:
     assert got == status and said in raw and headers["content-type"] == "application/json"
 
 
+@pytest.mark.parametrize(
+    ("path", "form"),
+    [
+        ("/v1/chat/completions", "openai"),
+        ("/v1/completions", "openai"),
+        ("/v1/responses", "openai"),
+        ("/v1/messages", "anthropic"),
+        ("/v1/messages/count_tokens", "anthropic"),
+        ("/api/chat", "ollama"),
+        ("/api/generate", "ollama"),
+        ("/api/show", "ollama"),
+        ("/api/qwq/runs", "ollama"),
+    ],
+)
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"a":' * 60 + b"1" + b"}" * 60, b'{"model": 1}', b'{"no_such": 1}'])
+def test_each_interface_says_it_in_its_own_form(tiny_server: Served, path: str, form: str, body: bytes) -> None:
+    status, _, raw = tiny_server.send("POST", path, body)
+    told = json.loads(raw)
+    assert status == 400 and isinstance(told["error"], str if form == "ollama" else dict)
+    if form != "ollama":
+        assert set(told["error"]) == ({"message", "type", "param", "code"} if form == "openai" else {"message", "type"})
+        assert told["error"]["type"] == "invalid_request_error" and told.get("type") == (
+            "error" if form == "anthropic" else None
+        )
+
+
 def test_a_body_beyond_the_limit_is_refused_before_it_is_read(tiny_server: Served) -> None:
     limit = Settings().body_bytes
     with socket.create_connection((tiny_server.host, tiny_server.port), timeout=30) as connection:
@@ -57,7 +84,8 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read(tiny_server: Serve
 def test_head_options_and_other_paths(tiny_server: Served) -> None:
     assert tiny_server.send("HEAD", "/v1/models")[0] == 200
     assert tiny_server.send("OPTIONS", CHAT)[0] == 204
-    assert tiny_server.send("GET", CHAT)[0] == 405
+    status, headers, _ = tiny_server.send("GET", CHAT)
+    assert (status, headers["allow"]) == (405, "POST")
     status, _, raw = tiny_server.send("GET", "/v1/nothing")
     assert status == 404 and b'"code":"not_found"' in raw
 

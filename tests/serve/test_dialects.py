@@ -9,7 +9,7 @@ import pytest
 from serving import QUESTION, Served
 
 from qwq_mlx.generate.reasoner import Reasoner
-from qwq_mlx.options import Limits, Sampling
+from qwq_mlx.options import Limits, Sampling, Thinking
 from qwq_mlx.trace.trace import Trace
 
 pytestmark = pytest.mark.pocket
@@ -145,6 +145,13 @@ def test_anthropic_hides_thinking_that_was_not_enabled(pocket_server: Served, tr
     got = pocket_server.post("/v1/messages", body)
     assert got["content"] == [{"type": "text", "text": trace.conclusion.partition("7")[0]}]
     assert (got["stop_reason"], got["stop_sequence"]) == ("stop_sequence", "7")
+
+
+def test_anthropic_keeps_the_budget(pocket_server: Served, pocket_reasoner: Reasoner) -> None:
+    alone = pocket_reasoner.generate(QUESTION, sampling=Sampling(temperature=0), thinking=Thinking(think_tokens=8))
+    body = {"max_tokens": 300, "messages": MESSAGES, "thinking": {"type": "enabled", "budget_tokens": 8}, **GREEDY}
+    thought, text = pocket_server.post("/v1/messages", body)["content"]
+    assert (thought["thinking"], text["text"]) == (alone.thinking, alone.conclusion)
 
 
 def test_anthropic_counts_the_prompt_of_the_engine(pocket_server: Served, pocket_reasoner: Reasoner) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from serving import QUESTION, Served, until
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.generate.reasoner import Reasoner
-from qwq_mlx.options import Inspect, Sampling
+from qwq_mlx.options import Inspect, Limits, Sampling
 from qwq_mlx.serve import runs
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.jobs import Ask, Failed, Job, Stepped
@@ -90,6 +91,14 @@ def test_a_vote_counts_the_answers_of_samples(pocket_server: Served, run: dict[s
     assert sum(len(group["runs"]) for group in counted["groups"]) == sum(answer is not None for answer in answers)
 
 
+def test_head_of_a_runs_steps_does_not_wait_for_its_end(pocket_server: Served) -> None:
+    run = pocket_server.post(RUNS, {"question": "x", "temperature": 1.5}, status=201)["id"]
+    status, headers, _ = pocket_server.send("HEAD", f"{RUNS}/{run}/steps")
+    assert status == 200 and headers["content-type"] == "application/x-ndjson"
+    assert pocket_server.get(f"{RUNS}/{run}")["state"] == "running"
+    pocket_server.post(f"{RUNS}/{run}/stop", {})
+
+
 def test_a_run_is_asked_for_its_answer_stopped_and_deleted(pocket_server: Served) -> None:
     first = pocket_server.post(RUNS, {"question": LONG, "temperature": 0}, status=201)
     until(lambda: pocket_server.get(f"{RUNS}/{first['id']}")["tokens"] > 3)
@@ -108,19 +117,27 @@ def test_a_run_is_asked_for_its_answer_stopped_and_deleted(pocket_server: Served
 class FakeRequest:
     """What a run reads of its request."""
 
-    prompt_ids: tuple[int, ...]
-    sampling: Sampling
+    prompt_ids: tuple[int, ...] = (1,)
+    question: str = ""
+    sampling: Sampling = field(default_factory=lambda: Sampling(seed=1))
+    limits: Limits = field(default_factory=Limits)
+    inspect: Inspect = field(default_factory=Inspect)
+    forked_at: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    model: Any = field(default_factory=lambda: SimpleNamespace(compute_type="float32"))
 
 
 class FakeWorker:
     """Takes so many jobs and does nothing with them."""
+
+    card = SimpleNamespace(name="fake", identity="0")
 
     def __init__(self, n_taken: int = 100) -> None:
         self.n_taken = n_taken
         self.jobs: list[Job] = []
 
     async def prepare(self, ask: Ask) -> Job:
-        return Job(ask, [FakeRequest((1,), Sampling(seed=1))])  # type: ignore[list-item]
+        return Job(ask, [FakeRequest()])  # type: ignore[list-item]
 
     def submit(self, job: Job) -> None:
         if len(self.jobs) == self.n_taken:
@@ -169,6 +186,7 @@ def test_a_run_that_fails_behind_its_last_step_has_failed() -> None:
     async def scenario() -> None:
         known = runs.Runs(FakeWorker(), heartbeat_s=10)  # type: ignore[arg-type]
         run = await known.start(Ask(), question="a")
+        assert run.job is not None
         run.job.emit(Stepped(choice=0, steps=({"index": 0},)))
         run.job.emit(Failed(error=ApiError(500, "a logit is NaN")))
         run.job.cancel()

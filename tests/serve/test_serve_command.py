@@ -21,6 +21,14 @@ from qwq_mlx.serve.server import Server
 pytestmark = pytest.mark.tiny
 
 
+@pytest.fixture(autouse=True)
+def no_history_of_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the default place is a test's own."""
+    folder = tmp_path_factory.mktemp("data")
+    monkeypatch.setenv("XDG_DATA_HOME", str(folder))
+    return folder / "qwq-mlx" / "history.sqlite3"
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -32,6 +40,9 @@ pytestmark = pytest.mark.tiny
         (["--width", "0"], "--width is 0"),
         (["--drain", "0"], "expected seconds above 0"),
         (["--context", "1"], "--context is 1"),
+        (["--history", "/dev/null/h"], "/dev/null cannot be made"),
+        (["--history", "x", "--no-history"], "exclude each other"),
+        (["--history-bytes", "0"], "--history-bytes is 0"),
     ],
 )
 def test_wrong_flags_are_told_before_anything_is_loaded(

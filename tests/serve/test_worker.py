@@ -16,6 +16,7 @@ from serving import CHAT, Served, started, until, user
 from qwq_mlx.errors import DamagedModelError, GenerationError, LoadError
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.scheduler import Scheduler
+from qwq_mlx.generate.stream import Stream
 from qwq_mlx.serve.jobs import Failed
 from qwq_mlx.serve.server import Server
 from qwq_mlx.serve.settings import Settings
@@ -102,6 +103,28 @@ def test_more_choices_than_rows_are_refused(tiny_server: Served) -> None:
     assert error["param"] == "n" and "at most 2" in error["message"]
 
 
+def test_who_waits_for_a_row_gets_signs_of_life_in_its_own_words(tiny_server: Served) -> None:
+    opened = [tiny_server.open_stream(LONG) for _ in range(2)]
+    until(lambda: tiny_server.server.worker.n_running == 2)
+    ollama = {"model": "tiny", **SHORT, "max_tokens": None}
+    for path, body, sign in (
+        (CHAT, SHORT, b": keepalive"),
+        ("/v1/responses", {"input": "x"}, b"response.in_progress"),
+        ("/v1/messages", SHORT, b"event: ping"),
+        ("/api/chat", ollama, b'"content":""'),
+    ):
+        connection, response = tiny_server.open_stream(body, path)
+        seen = 0
+        while seen < 3:  # the first of two of them are how the stream begins
+            seen += sign in response.readline()
+        response.close()
+        connection.close()
+    for connection, response in opened:
+        response.close()
+        connection.close()
+    until(lambda: tiny_server.is_idle)
+
+
 def test_one_body_begins_with_spaces_where_it_takes_long(tiny_server: Served) -> None:
     opened = [tiny_server.open_stream(LONG) for _ in range(2)]
     until(lambda: tiny_server.server.worker.n_running == 2)
@@ -114,6 +137,24 @@ def test_one_body_begins_with_spaces_where_it_takes_long(tiny_server: Served) ->
         other.close()
     assert json.loads(response.read())["usage"]["completion_tokens"] == 3
     connection.close()
+
+
+def test_a_save_that_fails_without_a_name_is_told_and_the_next_one_is_made(
+    known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A request waited for ever for the file."""
+    write = Stream.save
+
+    def fails_once(self: Stream, path: Path) -> None:
+        monkeypatch.setattr(Stream, "save", write)
+        raise RuntimeError("metal: out of everything")
+
+    monkeypatch.setattr(Stream, "save", fails_once)
+    with started(lambda: load(known_checkpoint), Settings(port=0, runs_folder=tmp_path)) as served:
+        run = served.post("/api/qwq/runs", {"question": "x", "max_tokens": 2}, status=201)["id"]
+        until(lambda: served.get(f"/api/qwq/runs/{run}")["state"] == "ended")
+        assert served.send("POST", f"/api/qwq/runs/{run}/save", {})[0] == 500
+        assert served.post(f"/api/qwq/runs/{run}/save", {}, status=201)["path"] == str(tmp_path / f"{run}.qwq")
 
 
 def test_one_that_fails_fails_alone(tiny_server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +226,25 @@ def test_health_is_503_while_the_model_loads_and_a_failed_load_ends_the_server(k
     may_load.set()
     assert server.wait(30)
     assert isinstance(server.failure, LoadError)
+
+
+def test_a_stop_while_the_model_loads_ends_the_loading() -> None:
+    is_loading = threading.Event()
+
+    def load_for_minutes() -> Reasoner:
+        try:
+            for _ in range(60_000):
+                is_loading.set()
+                time.sleep(0.01)
+        except Exception:  # noqa: BLE001 - as a handler of damaged shards might
+            raise AssertionError("the end of the process is no error of loading") from None
+        raise AssertionError("nobody ended it")
+
+    server = Server(load_for_minutes, Settings(port=0))
+    server.start()
+    assert is_loading.wait(30)
+    server.stop()
+    assert server.wait(30) and server.worker.state == "closed" and server.failure is None
 
 
 def test_a_stop_lets_running_requests_finish(known_checkpoint: Path) -> None:

@@ -27,7 +27,7 @@ from qwq_mlx.files.atomic import fsync_file, fsync_folder
 from qwq_mlx.files.header import Header, place_tensors, read_header
 from qwq_mlx.files.manifest import MANIFEST_NAME
 
-__all__ = ["SCHEMA_VERSION", "model_digest", "read_checkpoint", "write_checkpoint"]
+__all__ = ["SCHEMA_VERSION", "model_digest", "read_checkpoint", "read_state_value", "write_checkpoint"]
 
 SCHEMA_VERSION = 4  # 3: the noise of a draw was tied to a place, not to an id
 _FORMAT = "qwq_mlx run"
@@ -80,15 +80,7 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, mx.array]]:
 
     Raises SourceError: no such file, another format or schema, a digest that does not fit, or no state.
     """
-    header = read_header(path)
-    file_format, schema = (header.metadata.get("format"), header.metadata.get("schema"))
-    if file_format != _FORMAT:
-        raise SourceError(f"{path}: is no saved run of qwq_mlx. Give the file of a saved run.")
-    if schema != str(SCHEMA_VERSION):
-        raise SourceError(
-            f"{path}: is a saved run of schema {schema}, expected {SCHEMA_VERSION}. "
-            "Resume it with the version of qwq_mlx that wrote it."
-        )
+    header = _checked_header(path)
     total = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(header.data_start)
@@ -99,6 +91,33 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, mx.array]]:
     if total.hexdigest() != header.metadata.get("sha256"):
         raise SourceError(f"{path}: the sha256 does not fit, so the file is damaged or edited. It cannot be resumed.")
     return _loaded(path, header)
+
+
+def read_state_value(path: Path) -> Any:
+    """The state of a saved run as JSON values, without its arrays and without MLX; only `read_checkpoint` proves it.
+
+    Raises SourceError: no such file, another format or schema, or no state.
+    """
+    header = _checked_header(path)
+    entry = header.tensors.get(_STATE)
+    if entry is None:
+        raise SourceError(f"{path}: the array {_STATE!r} is missing. The file is edited; it cannot be resumed.")
+    with path.open("rb") as file:
+        file.seek(entry.start)
+        return _state_value(path, file.read(entry.end - entry.start))
+
+
+def _checked_header(path: Path) -> Header:
+    header = read_header(path)
+    file_format, schema = (header.metadata.get("format"), header.metadata.get("schema"))
+    if file_format != _FORMAT:
+        raise SourceError(f"{path}: is no saved run of qwq_mlx. Give the file of a saved run.")
+    if schema != str(SCHEMA_VERSION):
+        raise SourceError(
+            f"{path}: is a saved run of schema {schema}, expected {SCHEMA_VERSION}. "
+            "Resume it with the version of qwq_mlx that wrote it."
+        )
+    return header
 
 
 def _loaded(path: Path, header: Header) -> tuple[Any, dict[str, mx.array]]:
@@ -117,8 +136,12 @@ def _loaded(path: Path, header: Header) -> tuple[Any, dict[str, mx.array]]:
             "The file is edited; it cannot be resumed."
         )
     arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
+    return _state_value(path, _bytes_of(arrays.pop(_STATE))), arrays
+
+
+def _state_value(path: Path, text: bytes) -> Any:
     try:
-        return json.loads(_bytes_of(arrays.pop(_STATE))), arrays
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{path}: the run's state is no JSON ({error}). The file is edited; it cannot be resumed."

@@ -5,6 +5,7 @@ Does not: decide what is an error.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -29,9 +30,9 @@ def error_body(error: ApiError, path: str) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
-def error_response(error: ApiError, path: str) -> Response:
-    """The whole answer, with the headers that belong to its status."""
-    headers = {}
+def error_response(error: ApiError, path: str, *, headers: Mapping[str, str] | None = None) -> Response:
+    """The whole answer, with the headers that belong to its status, beside `headers`."""
+    headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:

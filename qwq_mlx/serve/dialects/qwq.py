@@ -16,7 +16,7 @@ from qwq_mlx.serve.dialects.openai import SAMPLING
 from qwq_mlx.serve.jobs import Ask
 from qwq_mlx.serve.settings import SERVED_LOOP_ACTIONS, Settings
 
-__all__ = ["PATH", "read_fork", "read_run", "read_vote"]
+__all__ = ["PATH", "read_fork", "read_resume", "read_run", "read_vote"]
 
 PATH = "/api/qwq/runs"
 
@@ -63,6 +63,18 @@ def read_fork(body: dict[str, Any]) -> tuple[int, int | None]:
     if at is None:
         raise fields.wrong("at", "the number of tokens that are shared")
     return at, seed
+
+
+def read_resume(body: dict[str, Any]) -> tuple[int | None, int | None, bool]:
+    """max_tokens and context to go on with, None for what the run had, and whether to ask for the answer at once.
+
+    Raises ApiError.
+    """
+    fields = Fields(body)
+    max_tokens, context = fields.whole("max_tokens", 1), fields.whole("context", 1)
+    answer_now = fields.flag("answer_now") or False
+    fields.refuse_others()
+    return max_tokens, context, answer_now
 
 
 def read_vote(body: dict[str, Any]) -> tuple[int, int]:

@@ -1,0 +1,216 @@
+"""Hold a server for hours under a low, steady load, and look at its memory, threads and files each minute.
+
+    python scripts/soak_server.py [--model DIR] [--hours H] [--every SECONDS] [--log FILE]
+
+Starts `python -m qwq_mlx.serve` and sends a small request every so many seconds: the interfaces in turn, runs that are
+watched among them; of every six requests one is left midway, one is refused, and one is a connection that is dropped.
+Temperature is 0, so each question has to get the same answer from every interface. A line of JSON each minute: the
+server's resident memory, threads, files and CPU seconds, and counts.
+
+The exit code is 1 where an answer differed, a request failed, or the server ended, or where threads, files or memory
+grew: the last quarter's median is compared with that of the second quarter, after pools and caches have their size.
+
+Does not: run elsewhere than on Linux (/proc), or load a machine; `load_server.py` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests" / "serve")]
+
+from serving import free_port, until  # noqa: E402 - the paths must be set first
+
+_NAME = "soak"
+_QUESTIONS = ("What is 3 + 4?", "How many r in strawberry.", "What is 12 * 3?")
+_INTERFACES = ("chat", "stream", "ollama", "responses", "messages", "generate", "run")
+_MAX_TOKENS = 32
+_MAX_GROWTH = 1.02  # of resident memory, from the second quarter to the last
+_MINUTE_S = 60.0
+
+
+class Sample(NamedTuple):
+    """What a process holds. cpu_s: user and system since it began."""
+
+    rss_kb: int
+    threads: int
+    files: int
+    cpu_s: float
+
+
+def sample(pid: int) -> Sample:
+    """What a process holds now."""
+    folder = Path("/proc") / str(pid)
+    values = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines() if ":\t" in line)
+    ticks = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]
+    return Sample(
+        rss_kb=int(values["VmRSS"].split()[0]),
+        threads=int(values["Threads"]),
+        files=len(list((folder / "fd").iterdir())),
+        cpu_s=sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"),
+    )
+
+
+def body(interface: str, question: str) -> tuple[str, dict[str, Any]]:
+    """A path and a body that ask this interface for an answer without randomness."""
+    messages = [{"role": "user", "content": question}]
+    common: dict[str, Any] = {"model": _NAME, "temperature": 0}
+    if interface in ("chat", "stream"):
+        stream = {"stream": interface == "stream"}
+        return "/v1/chat/completions", {**common, "messages": messages, "max_tokens": _MAX_TOKENS, **stream}
+    if interface == "responses":
+        return "/v1/responses", {**common, "input": question, "max_output_tokens": _MAX_TOKENS}
+    if interface == "messages":
+        return "/v1/messages", {**common, "messages": messages, "max_tokens": _MAX_TOKENS}
+    if interface == "run":
+        return "/api/qwq/runs", {"question": question, "temperature": 0, "max_tokens": _MAX_TOKENS, "alternatives": 3}
+    options = {"temperature": 0, "num_predict": _MAX_TOKENS}
+    asked = {"model": _NAME, "stream": False, "options": options}
+    if interface == "generate":
+        return "/api/generate", {**asked, "prompt": question}
+    return "/api/chat", {**asked, "messages": messages}
+
+
+def content(interface: str, raw: bytes) -> str:
+    """The answer in what came back."""
+    if interface == "stream":
+        chunks = [json.loads(line[6:]) for line in raw.decode().split("\n\n") if line.startswith("data: {")]
+        return "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
+    value = json.loads(raw)
+    if interface == "chat":
+        return str(value["choices"][0]["message"]["content"])
+    if interface == "responses":
+        return str(value["output"][-1]["content"][0]["text"])
+    if interface == "messages":
+        return "".join(block["text"] for block in value["content"] if block["type"] == "text")
+    if interface == "generate":
+        return str(value["response"])
+    return str(value["message"]["content"])
+
+
+class Load:
+    """One request after another, counted in `counts`; names in CAPITALS are of what must not happen."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._known, self._n_steps = port, dict[str, str](), dict[str, int]()
+        self.counts: dict[str, int] = {}
+
+    def send(self, number: int) -> None:
+        """The request of that number, its outcome counted."""
+        try:
+            outcome = self._send(number)
+        except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
+            print(f"request {number}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            outcome = "FAILED"
+        self.counts[outcome] = self.counts.get(outcome, 0) + 1
+
+    def _send(self, number: int) -> str:
+        interface = _INTERFACES[number % len(_INTERFACES)]
+        question = _QUESTIONS[number // len(_INTERFACES) % len(_QUESTIONS)]
+        path, value = body(interface, question)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
+        try:
+            kind = number % 6
+            if kind == 3:
+                connection.connect()
+                return "dropped"
+            if kind == 4:
+                value["no_such_field"] = 1
+            connection.request("POST", path, json.dumps(value))
+            if kind == 5:
+                time.sleep(0.05 * (number % 7))
+                return "left midway"
+            response = connection.getresponse()
+            raw = response.read()
+            if kind != 4 and interface == "run":
+                run = json.loads(raw)["id"]
+                connection.request("GET", f"{path}/{run}/steps")
+                n_steps = len(connection.getresponse().read().splitlines()) - 1
+                return "right" if n_steps == self._n_steps.setdefault(question, n_steps) else "WRONG"
+        finally:
+            connection.close()
+        if kind == 4:
+            return "refused" if response.status == 400 else "NOT REFUSED"
+        answer = content(interface, raw)
+        return "right" if answer == self._known.setdefault(question, answer) else "WRONG"
+
+
+def growth(samples: list[Sample]) -> list[str]:
+    """What grew from the second quarter to the last, in words."""
+    n = len(samples) // 4
+    if not n:
+        return []
+    grew = []
+    for name, most in (("rss_kb", _MAX_GROWTH), ("threads", 1.0), ("files", 1.0)):
+        early, late = (
+            statistics.median(getattr(each, name) for each in part) for part in (samples[n : 2 * n], samples[-n:])
+        )
+        if late > early * most:
+            grew.append(f"{name} grew from {early:,.0f} to {late:,.0f}")
+    return grew
+
+
+def hold(server: subprocess.Popen[bytes], port: int, *, hours: float, every_s: float, log: TextIO) -> int:
+    """The load, and a line each minute; returns the exit code."""
+    load, samples, number = Load(port), list[Sample](), 0
+    began = shown = time.monotonic()
+    while time.monotonic() - began < hours * 3_600 and server.poll() is None:
+        load.send(number)
+        number += 1
+        if time.monotonic() - shown >= _MINUTE_S:
+            shown = time.monotonic()
+            samples.append(sample(server.pid))
+            line = {"minutes": round((shown - began) / 60, 1), **samples[-1]._asdict(), **load.counts}
+            print(json.dumps(line), file=log, flush=True)
+        time.sleep(max(0.0, began + number * every_s - time.monotonic()))
+    bad = growth(samples) + [f"{n} {what}" for what, n in load.counts.items() if what.isupper()]
+    if server.poll() is not None:
+        bad.append(f"the server ended with {server.returncode}")
+    print(f"{number:,} requests in {(time.monotonic() - began) / 60:.0f} minutes: {load.counts}; {bad or 'all good'}")
+    return 1 if bad else 0
+
+
+def main() -> int:
+    """Start a server and hold it; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", metavar="DIR", help="model folder (default: as the commands)")
+    parser.add_argument("--hours", type=float, default=2.0, metavar="H")
+    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two requests")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="for the lines of JSON (default: stdout)")
+    options = parser.parse_args()
+    port = free_port()
+    command = [sys.executable, "-m", "qwq_mlx.serve", "--port", str(port), "--name", _NAME, "--quiet"]
+    command += ["--model", options.model] if options.model else []
+    server = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        until(lambda: _is_ready(port))
+        log = options.log.open("w") if options.log else sys.stdout
+        return hold(server, port, hours=options.hours, every_s=options.every, log=log)
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def _is_ready(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
