@@ -52,7 +52,7 @@ $(CLIENTS)/installed: $(CLIENT_FILES)/requirements.txt $(CLIENT_FILES)/constrain
 	touch $@
 
 clients: $(TEST_READY) $(CLIENTS)/installed
-	QWQ_MLX_CLIENTS="$$PWD/$(CLIENTS)" OPENBLAS_NUM_THREADS=1 $(PY) -W error -m pytest -q tests/serve/test_real_clients.py
+	QWQ_MLX_CLIENTS="$$PWD/$(CLIENTS)" OPENBLAS_NUM_THREADS=1 $(PY) -W error -m pytest -n 2 -q tests/serve/test_real_clients.py
 
 check: test
 

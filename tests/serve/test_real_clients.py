@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,38 @@ def test_a_client_shows_all_once_and_frees_the_row_that_it_leaves(
     assert worker.counters.failed == 0
 
 
+def _documented() -> list[Any]:
+    """Language and lines of each code that docs/clients.md has for a client, with its heading."""
+    text = (SCRIPTS.parents[2] / "docs" / "clients.md").read_text()
+    sections = text[text.index("\n## Clients\n") :].split("\n### ")[1:]
+    blocks = [(each.partition("\n")[0], re.search(r"```(python|js|sh)\n(.*?)```", each, re.S)) for each in sections]
+    return [pytest.param(block[1], block[2], id=heading) for heading, block in blocks if block is not None]
+
+
+@pytest.mark.parametrize(("language", "lines"), _documented())
+def test_the_documented_lines_of_a_client_print_an_answer(
+    language: str, lines: str, served: Served, tmp_path: Path
+) -> None:
+    program, suffix = {"python": ("python", "py"), "js": ("node", "mjs"), "sh": ("sh", "sh")}[language]
+    environment = {"PATH": f"{FOLDER / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    environment["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    with _beside_packages(
+        lines.replace("http://127.0.0.1:8080", served.url).replace("NAME", "pocket"), suffix
+    ) as script:
+        command = [program, str(script)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr[-2_000:]
+
+
+@contextmanager
+def _beside_packages(lines: str, suffix: str) -> Iterator[Path]:
+    """A file of them in the folder where node looks for packages."""
+    with tempfile.NamedTemporaryFile("w", suffix=f".{suffix}", dir=FOLDER / "npm") as file:
+        file.write(lines)
+        file.flush()
+        yield Path(file.name)
+
+
 def _thinking(who: tuple[str, str], part: str, trace: Trace) -> str:
     """What a client is to show of it. A text without any mark is an answer, which a stream shows twice."""
     if not trace.thinking and part == "stream":
@@ -104,16 +138,13 @@ def _thinking(who: tuple[str, str], part: str, trace: Trace) -> str:
 
 def _asked(client: str, url: str, log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """What a client's script tells; it lives until the last of it was looked at. log: for its stderr."""
-    if client in NODE:
-        script = shutil.copy(SCRIPTS / "ask.mjs", FOLDER / "npm")  # node looks for packages beside the script
-        command = [FOLDER / "bin" / "node", script]
-    else:
-        command = [FOLDER / "bin" / "python", SCRIPTS / "ask.py"]
+    suffix = "mjs" if client in NODE else "py"
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     with (
+        _beside_packages((SCRIPTS / f"ask.{suffix}").read_text(), suffix) as script,
         log.open("w") as stderr,
         subprocess.Popen(
-            [*map(str, command), client, url],
+            [str(FOLDER / "bin" / ("node" if client in NODE else "python")), str(script), client, url],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
