@@ -1,6 +1,7 @@
 # Two commands for a new clone: `make demo` solves a puzzle with a model converted here, `make test` runs every test.
 # `make real` does the same with a real model of 0.5 B parameters.
 # `make clients` installs clients of the server (1.6 GB, in an environment of their own) and lets each ask it.
+# `make browser` tries the server's page in Chromium (Debian: apt install chromium-headless-shell).
 # `make format`, `lint`, `types`, `bench` and `docs` are for those who change something (docs/contributing.md).
 # No activated environment is needed; paths are relative, so the folder's name may hold spaces.
 
@@ -20,10 +21,11 @@ POCKET := conversions/pocket-4bit
 REAL := conversions/real
 QUESTION := Please add a pair of parentheses to the incorrect equation: 1 + 2 * 3 + 4 * 5 + 6 * 7 + 8 * 9 = 479, to make the equation true.
 
+BROWSER ?= chromium-headless-shell
 CLIENTS := .venv-clients
 CLIENT_FILES := tests/serve/clients
 
-.PHONY: demo real test clients check format lint types bench docs clean
+.PHONY: demo real test clients browser check format lint types bench docs clean
 
 demo: $(VENV)/demo-installed
 	$(PY) -m qwq_mlx.convert --source qwq_mlx/pocket/checkpoint --output $(POCKET) --recipe pocket-4bit --force
@@ -53,6 +55,12 @@ $(CLIENTS)/installed: $(CLIENT_FILES)/requirements.txt $(CLIENT_FILES)/constrain
 
 clients: $(TEST_READY) $(CLIENTS)/installed
 	QWQ_MLX_CLIENTS="$$PWD/$(CLIENTS)" OPENBLAS_NUM_THREADS=1 $(PY) -W error -m pytest -n 2 -q tests/serve/test_real_clients.py
+
+# The page in Chromium. Debian's package needs no display; nothing is downloaded by playwright.
+browser: $(TEST_READY)
+	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt playwright
+	QWQ_MLX_BROWSER="$$(command -v $(BROWSER))" OPENBLAS_NUM_THREADS=1 \
+	    $(PY) -W error -m pytest -q tests/serve/test_page_in_chromium.py
 
 check: test
 

@@ -98,8 +98,13 @@ class _Server:
     async def health(self, request: Request) -> Response:
         """Whether requests are answered."""
         state = self._worker.state
-        body = {"status": {"ready": "ok"}.get(state, state), "running": self._worker.n_running}
-        return json_response({**body, "waiting": self._worker.n_waiting}, status=200 if state == "ready" else 503)
+        body = {
+            "status": {"ready": "ok"}.get(state, state),
+            "running": self._worker.n_running,
+            "waiting": self._worker.n_waiting,
+            "memory": self._worker.memory._asdict(),
+        }
+        return json_response(body, status=200 if state == "ready" else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Counts for Prometheus."""

@@ -6,8 +6,9 @@ Does not: keep anything of a request but its numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
-__all__ = ["Counters", "prometheus_text"]
+__all__ = ["Counters", "Memory", "prometheus_text"]
 
 
 @dataclass(slots=True)
@@ -30,6 +31,18 @@ class Counters:
     cached_tokens: int = 0
     output_tokens: int = 0
     reasoning_tokens: int = 0
+
+
+class Memory(NamedTuple):
+    """The device's memory in bytes.
+
+    used: by all arrays. planned: at most, for what runs and the caches that are kept. limit: what the device gives;
+    None where nothing is refused.
+    """
+
+    used: int = 0
+    planned: int = 0
+    limit: int | None = None
 
 
 def prometheus_text(counters: Counters, *, running: int, waiting: int, is_ready: bool) -> str:

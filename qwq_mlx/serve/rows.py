@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
+import mlx.core as mx
+
 from qwq_mlx.engine.kv_cache import saved_layers
 from qwq_mlx.errors import DamagedModelError, FitError, OptionError, QwqError, SourceError
 from qwq_mlx.generate.batch import plan_rows, question_seed
@@ -19,7 +21,7 @@ from qwq_mlx.generate.stream import Stream
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.choice import Choice
 from qwq_mlx.serve.jobs import Failed, Job, Restored, Usage
-from qwq_mlx.serve.metrics import Counters
+from qwq_mlx.serve.metrics import Counters, Memory
 from qwq_mlx.serve.prefix_cache import PrefixCache
 
 __all__ = ["Rows"]
@@ -44,6 +46,7 @@ class Rows:
         self.n_failed = 0
         self.counters = counters
         self._scheduler: Scheduler | None = None
+        self._n_planned = self._busy_bytes = 0  # of so many rows
 
     def __enter__(self) -> Rows:
         self._scheduler = Scheduler(
@@ -67,12 +70,24 @@ class Rows:
         """Rows that are taken, or will be by choices of a job that has begun."""
         return len(self._choices) + len(self._to_fork)
 
+    def memory(self) -> Memory:
+        """What is used now, and what is planned for the rows that are taken, one at least, and the caches that are
+        kept."""
+        if self._n_planned != self.n_busy:
+            requests = self._running()
+            plan = plan_rows(requests, len(requests), limit_bytes=None) if requests else None
+            self._n_planned, self._busy_bytes = self.n_busy, 0 if plan is None else plan.peak_bytes
+        planned = max(self._busy_bytes, self._planned_bytes) + self.prefixes.n_bytes
+        return Memory(used=mx.get_active_memory(), planned=planned, limit=self._reasoner.limit_bytes)
+
+    def _running(self) -> list[Request]:
+        return [choice.stream.request for choice in self._choices] + [each[2].request for each in self._to_fork]
+
     def has_room(self, job: Job) -> bool:
         """Whether all its choices can run now beside what runs already, in rows and in memory."""
         if self.n_busy + job.n_choices > self._width:
             return False
-        running = [choice.stream.request for choice in self._choices] + [each[2].request for each in self._to_fork]
-        return self.fits([*running, *_requests_of(job)])
+        return self.fits([*self._running(), *_requests_of(job)])
 
     def fits(self, requests: list[Request]) -> bool:
         """Whether the memory holds these side by side; the oldest caches that are kept make room for them."""

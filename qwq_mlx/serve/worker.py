@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from qwq_mlx.errors import DamagedModelError
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.jobs import Ask, Failed, Job
-from qwq_mlx.serve.metrics import Counters
+from qwq_mlx.serve.metrics import Counters, Memory
 from qwq_mlx.serve.model_card import ModelCard
 from qwq_mlx.serve.run_state import SavedRun
 from qwq_mlx.serve.settings import Settings
@@ -49,6 +49,7 @@ class Worker:
     on_end: called in the thread when it is over, broken or closed.
     failure: why it is broken.
     counters: of requests since the start.
+    memory: as the last step left it.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Worker:
         self.state: State = "loading"
         self.failure: BaseException | None = None
         self.counters = Counters()
+        self.memory = Memory()
         self._card: ModelCard | None = None
         self._preparer: Preparer | None = None
         self._line: deque[Job] = deque()
@@ -238,6 +240,7 @@ class Worker:
         if rows.n_busy:
             rows.step()
             self._n_running = rows.n_busy
+            self.memory = rows.memory()
         if rows.n_failed >= _MAX_FAILED:
             raise RuntimeError(f"{rows.n_failed} steps in a row failed; the last requests say how.")
         return True

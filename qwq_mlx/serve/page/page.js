@@ -1,26 +1,23 @@
-// A page that watches runs of `/api/qwq/runs`. No library and no build step; model text only ever becomes text nodes.
+// A page that watches runs of `/api/qwq/runs`. No build step; model text becomes text nodes, and in the answer's rendered
+// form what `answer.js` lets through.
 
-const API = "/api/qwq/runs";
+import { render } from "/page/answer.js";
+import { API, Refused, call, steps } from "/page/api.js";
+import { compare } from "/page/compare.js";
+import { Samples } from "/page/samples.js";
+import { TokenView, nameOf } from "/page/tokens.js";
+
 const ALTERNATIVES = 5;
-const SHADES = [0.3, 0.8, 1.5, 2.5]; // nats of entropy from which on a token has the next shade
-const VOTES_MS = 1000;
+const AGAIN_MS = 2000; // between two attempts at a server that is gone, and two looks at its memory
+const RENDER_MS = 1000; // between two drawings of an answer that grows
+const RATE_MS = 5000; // tokens a second are those of so long
+const PAGE = 50;
 
 const at = (id) => document.getElementById(id);
-const view = { id: null, run: null, steps: [], shown: 0, chosen: null, began: 0, watching: null, frame: 0, votes: 0 };
-
-function headers() {
-  const key = sessionStorage.getItem("key");
-  return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
-}
-
-async function call(method, path, body) {
-  const answer = await fetch(path, { method, headers: headers(), body: body && JSON.stringify(body) });
-  if (answer.status === 401) at("key-label").hidden = false;
-  if (answer.status === 204) return null;
-  const value = await answer.json();
-  if (!answer.ok) throw new Error(typeof value.error === "string" ? value.error : value.error.message);
-  return value;
-}
+const tokens = new TokenView(at("thinking"), at("answer"), tell);
+const samples = new Samples(at("samples"), at("groups"), { onOpen: open, onEnd: () => attempt(showRuns) });
+const view = { id: null, run: null, watching: null, arrivals: [], rendered: -Infinity, thought: 0, listed: PAGE };
+const picked = new Set(); // runs to compare
 
 /** Do something, and say what went wrong with it. */
 async function attempt(work) {
@@ -28,150 +25,213 @@ async function attempt(work) {
     at("message").textContent = "";
     return await work();
   } catch (error) {
-    if (error.name !== "AbortError") at("message").textContent = error.message;
+    if (error.name === "AbortError") return undefined;
+    if (error.status === 401) at("key-label").hidden = false;
+    at("message").textContent = error.message;
   }
 }
 
-function listItem(text, action) {
+/** Say something to those who hear the page; not more than is worth it. */
+function announce(text) {
+  at("announcement").textContent = text;
+}
+
+function button(text, action, label) {
+  const element = document.createElement("button");
+  element.type = "button";
+  element.textContent = text;
+  if (label) element.setAttribute("aria-label", label);
+  element.addEventListener("click", action);
+  return element;
+}
+
+// --- the list of runs
+
+async function showRuns() {
+  const { runs, can_save } = await call("GET", `${API}?limit=${view.listed + 1}`);
+  at("save").hidden = !can_save;
+  at("older").hidden = runs.length <= view.listed;
+  at("runs").replaceChildren(...runs.slice(0, view.listed).map(runItem));
+  enableCompare();
+}
+
+function runItem(run) {
   const item = document.createElement("li");
-  const button = document.createElement("button");
-  button.type = "button";
-  button.textContent = text;
-  button.addEventListener("click", action);
-  item.append(button);
+  const answer = run.summary ? (run.summary.answer ?? "no answer") : run.state;
+  const from = run.parent ? ` (from token ${run.parent.at} of ${run.parent.id})` : "";
+  const when = new Date(run.created * 1000).toLocaleString();
+  const name = `${run.question.slice(0, 120)} · ${answer}`;
+  const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: picked.has(run.id) });
+  box.setAttribute("aria-label", `Compare ${name}`);
+  box.addEventListener("change", () => {
+    picked[box.checked ? "add" : "delete"](run.id);
+    enableCompare();
+  });
+  const title = button(name, () => open(run.id));
+  const rest = Object.assign(document.createElement("small"), {
+    textContent: `${run.tokens.toLocaleString()} tokens, seed ${run.seed}, ${when}${from}`,
+  });
+  title.append(document.createElement("br"), rest);
+  item.append(box, title, button("Delete", () => attempt(() => remove(run.id)), `Delete ${name}`));
   return item;
 }
 
-async function showRuns() {
-  const { runs } = await call("GET", API);
-  const line = (run) => {
-    const answer = run.summary?.answer ?? (run.state === "ended" ? "no answer" : run.state);
-    const from = run.parent ? ` (from token ${run.parent.at} of ${run.parent.id})` : "";
-    return `${run.question.slice(0, 120)} · ${answer} · ${run.tokens} tokens, seed ${run.seed}${from}`;
-  };
-  at("runs").replaceChildren(...runs.map((run) => listItem(line(run), () => open(run.id))));
+function enableCompare() {
+  at("compare").disabled = picked.size !== 2;
 }
+
+async function remove(id) {
+  await call("DELETE", `${API}/${id}`);
+  picked.delete(id);
+  if (view.id === id) close();
+  await showRuns();
+  at("runs-title").focus();
+}
+
+// --- one run
 
 /** Watch a run from its first token; the address names it, so a reload comes back to it. */
 function open(id) {
-  view.watching?.abort();
-  clearInterval(view.votes);
-  Object.assign(view, { id, run: null, steps: [], shown: 0, began: performance.now(), chosen: null });
+  close();
+  view.id = id;
   view.watching = new AbortController();
   if (location.hash.slice(1) !== id) history.pushState(null, "", `#${id}`);
-  clear();
-  at("groups").replaceChildren();
-  at("votes").hidden = true;
   at("run").hidden = false;
   attempt(() => watch(id, view.watching.signal));
-}
-
-async function watch(id, signal) {
-  try {
-    view.run = await call("GET", `${API}/${id}`);
-  } catch (error) {
-    at("run").hidden = true;
-    throw new Error(`${error.message} A restarted server has forgotten its runs; start it again.`);
-  }
-  const answer = await fetch(`${API}/${id}/steps`, { headers: headers(), signal });
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) break;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines.filter((each) => each)) take(JSON.parse(line));
-    if (!view.frame) view.frame = requestAnimationFrame(draw);
-  }
-}
-
-function take(value) {
-  if (!value.run) {
-    view.steps.push(value);
-    return;
-  }
-  view.run = value.run;
-  if (view.run.summary) {
-    clear(); // where the answer begins is known only now
-    view.shown = 0;
-  }
+  attempt(() => samples.show(id));
   attempt(showRuns);
 }
 
-function clear() {
-  for (const each of ["thinking", "answer", "marks"]) at(each).replaceChildren();
-  at("token").hidden = true;
-  view.chosen = null;
+function close() {
+  view.watching?.abort();
+  Object.assign(view, { id: null, run: null, arrivals: [], rendered: -Infinity, thought: 0 });
+  tokens.clear();
+  samples.stop();
+  at("marks").replaceChildren();
+  at("rendered").replaceChildren();
+  at("message").textContent = "";
+  for (const each of ["run", "token", "votes", "comparison"]) at(each).hidden = true;
 }
 
-/** Append what came since the last frame. */
-function draw() {
-  view.frame = 0;
-  for (; view.shown < view.steps.length; view.shown++) append(view.steps[view.shown]);
+/** Follow a run to its end; a server that is gone is asked again until it is back. */
+async function watch(id, signal) {
+  let isLost = false;
+  for (;;) {
+    try {
+      show(await call("GET", `${API}/${id}`));
+      if (isLost) await attempt(showRuns);
+      isLost = false;
+      for await (const values of steps(id, { from: tokens.steps.length, signal })) {
+        if (signal.aborted) return;
+        take(values);
+      }
+      if (view.run.state !== "running") return;
+    } catch (error) {
+      if (error.status === 404) throw new Refused(404, `${error.message} A server without a history forgets its runs.`);
+      if (error instanceof Refused && error.status !== 503) throw error;
+      if (error.name === "AbortError") return;
+    }
+    if (signal.aborted) return;
+    if (!isLost) at("message").textContent = "The server is gone. The page looks for it every 2 seconds.";
+    isLost = true;
+    await new Promise((done) => setTimeout(done, AGAIN_MS));
+    if (signal.aborted) return;
+  }
+}
+
+function show(run) {
+  view.run = run;
+  at("run-title").textContent = run.question;
+  at("message").textContent = "";
   tell();
-  if (view.run?.summary) mark(view.run.summary);
 }
 
-function append(step) {
-  const span = view.run?.summary?.conclusion_span;
-  const isAnswer = view.run?.summary ? span && step.index >= span[0] : step.segment === "answer";
-  const parent = at(isAnswer ? "answer" : "thinking");
-  const lines = step.text.split("\n");
-  lines.forEach((line, number) => {
-    if (number || !parent.lastChild) parent.append(document.createElement("div"));
-    if (line || !number) parent.lastChild.append(tokenOf(step, line));
-  });
+function take(values) {
+  const last = values.at(-1);
+  const arrived = last?.run ? values.slice(0, -1) : values;
+  if (arrived.length) {
+    view.arrivals.push([performance.now(), arrived.length]);
+    view.thought += arrived.filter((step) => step.segment === "thinking").length;
+    if (tokens.steps.length === 0) announce("The thinking has begun.");
+    tokens.add(arrived);
+  }
+  if (last?.run) end(last.run);
 }
 
-function tokenOf(step, text) {
-  const token = document.createElement("span");
-  token.textContent = text;
-  token.dataset.index = step.index;
-  const shade = SHADES.filter((nats) => (step.entropy ?? 0) >= nats).length;
-  if (shade) token.classList.add(`u${shade}`);
-  if (step.is_injected) token.classList.add("injected");
-  return token;
+function end(run) {
+  view.run = run;
+  if (run.summary) tokens.split(run.summary.conclusion_span);
+  const answer = run.summary?.answer;
+  announce(answer == null ? `The run is over: ${stateOf(run)}` : `The answer is ${answer}.`);
+  view.rendered = -Infinity;
+  tokens.schedule();
+  attempt(showRuns);
 }
 
+function stateOf(run) {
+  if (run.state === "interrupted") return "interrupted, because the server ended while it ran";
+  return run.summary?.description ?? run.error ?? run.state;
+}
+
+/** After a frame that drew tokens: numbers, buttons, and the answer as people read it. */
 function tell() {
-  const { run, steps } = view;
+  const { run } = view;
   if (!run) return;
-  const seconds = (performance.now() - view.began) / 1000;
-  const rate = run.state === "running" && seconds > 1 ? `, ${(steps.length / seconds).toFixed(1)} tokens a second` : "";
-  const end = run.summary?.description ?? run.error ?? run.state;
-  at("status").textContent = `${steps.length.toLocaleString()} tokens${rate}; ${end}`;
+  const n = tokens.steps.length;
   const isRunning = run.state === "running";
-  at("answer-now").disabled = at("stop").disabled = !isRunning;
-  at("spent").hidden = run.think_tokens === null;
-  if (run.think_tokens) {
-    const thought = steps.filter((step) => step.segment === "thinking").length;
-    at("spent").value = Math.min(1, thought / run.think_tokens);
+  const now = performance.now();
+  while (view.arrivals.length && now - view.arrivals[0][0] > RATE_MS) view.arrivals.shift();
+  const recent = view.arrivals.slice(1).reduce((sum, [, count]) => sum + count, 0);
+  const seconds = view.arrivals.length > 1 ? (view.arrivals.at(-1)[0] - view.arrivals[0][0]) / 1000 : 0;
+  const rate = isRunning && seconds > 0.5 ? `, ${(recent / seconds).toFixed(1)} tokens a second` : "";
+  const state = isRunning && n === 0 ? "waits, or its prompt is read" : stateOf(run);
+  at("status").textContent = `${n.toLocaleString()} tokens${rate}; ${state}`;
+  at("stop").disabled = !isRunning;
+  const wasAsked = run.summary?.injections.length > 0;
+  at("answer-now").disabled = !isRunning && (wasAsked || run.summary?.answer != null || n === 0);
+  tellResume(run, isRunning);
+  at("spent-label").hidden = run.think_tokens === null;
+  if (run.think_tokens !== null) {
+    at("spent").value = run.think_tokens ? Math.min(1, view.thought / run.think_tokens) : 1;
+    at("spent-text").textContent = `${view.thought.toLocaleString()} of ${run.think_tokens.toLocaleString()}`;
   }
+  if (tokens.shown < n) return;
+  if (run.summary) showMarks(run.summary.events);
+  if (run.summary ? view.rendered !== Infinity : now - view.rendered > RENDER_MS) renderAnswer(run, now);
 }
 
-/** Say where loops and other scripts were noticed, and underline the loops. */
-function mark(summary) {
-  const say = (each) => `${each.event} from token ${each.start}${each.evidence ? `: ${each.evidence}` : ""}`;
-  at("marks").textContent = summary.events.map(say).join("; ");
-  const loops = summary.events.filter((each) => each.event === "loop");
-  for (const token of loops.length ? document.querySelectorAll(".text span") : []) {
-    const index = Number(token.dataset.index);
-    if (loops.some((each) => each.start <= index && index < each.end)) token.classList.add("loop");
-  }
+function tellResume(run, isRunning) {
+  const reason = run.summary?.finish_reason;
+  const isCut = reason === "length" || reason === "context_full";
+  at("resume-part").hidden = isRunning || !run.can_resume;
+  at("resume-label").hidden = !isCut;
+  at("resume-what").textContent = reason === "context_full" ? "Positions" : "Tokens in all";
+  if (isCut && !at("resume-limit").value) at("resume-limit").value = 2 * tokens.steps.length;
 }
 
-function choose(token) {
-  if (!token) return;
-  view.chosen?.classList.remove("chosen");
-  view.chosen = token;
-  token.classList.add("chosen");
-  token.scrollIntoView({ block: "nearest" });
+function renderAnswer(run, now) {
+  const { span } = tokens;
+  const isAnswer = (step) => (span === undefined ? step.segment === "answer" : span && step.index >= span[0]);
+  const start = tokens.steps.findIndex(isAnswer);
+  if (start < 0 && span === undefined) return;
+  view.rendered = run.summary ? Infinity : now;
+  const text = start < 0 ? "" : tokens.steps.slice(start).map((step) => step.text).join("");
+  render(at("rendered"), text);
+}
+
+function showMarks(events) {
+  if (at("marks").children.length === events.length) return;
+  const items = events.map((event) => {
+    const item = document.createElement("li");
+    item.append(button(nameOf(event), () => tokens.choose(event.start)));
+    return item;
+  });
+  at("marks").replaceChildren(...items);
 }
 
 function showToken() {
-  if (!view.chosen) return;
-  const step = view.steps[Number(view.chosen.dataset.index)];
+  const step = tokens.steps[tokens.chosen];
+  if (!step) return;
   const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(1)} %`;
   const sure = step.logprob === null ? "put there, not drawn" : percent(step.logprob);
   at("token-title").textContent = `Token ${step.index}: ${JSON.stringify(step.text)}, ${sure}`;
@@ -182,33 +242,100 @@ function showToken() {
   });
   at("alternatives").replaceChildren(...items);
   at("token").hidden = false;
+  at("token-title").focus({ preventScroll: true });
+  at("token").scrollIntoView({ block: "nearest" });
 }
 
-/** The token before or after the chosen one in a part; its first one where none is chosen there. */
-function neighbour(part, offset) {
-  const tokens = [...part.querySelectorAll("span")];
-  const place = tokens.indexOf(view.chosen);
-  return tokens[place < 0 ? 0 : Math.max(0, Math.min(tokens.length - 1, place + offset))];
+function hideToken() {
+  const part = tokens.nodes[tokens.chosen]?.[0]?.closest(".text");
+  at("token").hidden = true;
+  part?.focus({ preventScroll: true });
 }
 
-async function showVotes(id) {
-  const { n, running, groups } = await call("GET", `${API}/${id}/vote`);
-  at("votes").hidden = n === 0;
-  const items = groups.map((group) => {
-    const item = document.createElement("li");
-    item.textContent = `${group.answer}: ${group.runs.length} of ${n}`;
-    return item;
-  });
-  if (running) items.push(Object.assign(document.createElement("li"), { textContent: `${running} under way` }));
-  at("groups").replaceChildren(...items);
-  if (!running) clearInterval(view.votes);
-  await showRuns();
+// --- memory
+
+async function watchMemory() {
+  try {
+    const { memory } = await call("GET", "/health");
+    const gb = (bytes) => `${(bytes / 1e9).toFixed(bytes < 1e9 ? 3 : 1)} GB`;
+    at("memory-label").hidden = !memory.used;
+    at("memory").value = memory.planned ? Math.min(1, memory.used / memory.planned) : 0;
+    const limit = memory.limit === null ? "" : `, limit ${gb(memory.limit)}`;
+    at("memory-text").textContent = `${gb(memory.used)} of ${gb(memory.planned)} planned${limit}`;
+  } catch {
+    at("memory-label").hidden = true; // the server is gone, which whoever watches a run says
+  }
+  setTimeout(watchMemory, AGAIN_MS);
 }
+
+// --- what people do
 
 function numberIn(id) {
   const text = at(id).value;
   return text === "" ? null : Number(text);
 }
+
+async function post(what, body) {
+  return call("POST", `${API}/${view.id}/${what}`, body);
+}
+
+async function resume(body) {
+  const run = await post("resume", body);
+  at("resume-limit").value = "";
+  open(run.id);
+}
+
+function showComparison(first, second) {
+  close();
+  const address = `#compare/${first}/${second}`;
+  if (location.hash !== address) history.pushState(null, "", address);
+  at("comparison").hidden = false;
+  return attempt(async () => {
+    await compare(first, second, { sides: at("sides"), shared: at("shared") });
+    at("comparison-title").focus();
+  });
+}
+
+function follow() {
+  const [what, ...rest] = location.hash.slice(1).split("/");
+  if (what === "compare" && rest.length === 2) showComparison(...rest);
+  else if (what) open(what);
+  else close();
+}
+
+const actions = {
+  "answer-now": () => (view.run?.state === "running" ? post("answer-now", {}) : resume({ answer_now: true })),
+  stop: () => post("stop", {}),
+  resume: () => {
+    const name = view.run?.summary?.finish_reason === "context_full" ? "context" : "max_tokens";
+    return resume(at("resume-label").hidden ? {} : { [name]: numberIn("resume-limit") });
+  },
+  save: async () => announce((at("message").textContent = `Saved: ${(await post("save", {})).path}`)),
+  vote: async () => {
+    await post("vote", { n: numberIn("samples-count") });
+    await samples.show(view.id);
+    await showRuns();
+  },
+  fork: async () => open((await post("fork", { at: tokens.chosen })).id),
+  close: hideToken,
+  compare: () => showComparison(...[...picked].reverse()),
+  "close-comparison": () => {
+    history.pushState(null, "", location.pathname);
+    close();
+    at("runs-title").focus();
+  },
+  older: async () => {
+    view.listed += PAGE;
+    await showRuns();
+  },
+  "as-tokens": (event) => {
+    const isTokens = event.currentTarget.getAttribute("aria-pressed") !== "true";
+    event.currentTarget.setAttribute("aria-pressed", isTokens);
+    at("answer").hidden = !isTokens;
+    at("rendered").hidden = isTokens;
+  },
+};
+for (const [id, action] of Object.entries(actions)) at(id).addEventListener("click", (event) => attempt(() => action(event)));
 
 at("ask").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -221,56 +348,36 @@ at("ask").addEventListener("submit", (event) => {
       temperature: numberIn("temperature"),
       alternatives: ALTERNATIVES,
     };
-    const run = await call("POST", API, body);
-    await showRuns();
-    open(run.id);
+    open((await call("POST", API, body)).id);
+    at("run-title").focus();
   });
 });
 at("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.metaKey || event.ctrlKey)) at("ask").requestSubmit();
 });
-at("answer-now").addEventListener("click", () => attempt(() => call("POST", `${API}/${view.id}/answer-now`, {})));
-at("stop").addEventListener("click", () => attempt(() => call("POST", `${API}/${view.id}/stop`, {})));
-at("vote").addEventListener("click", () =>
-  attempt(async () => {
-    const id = view.id;
-    await call("POST", `${API}/${id}/vote`, { n: 4 });
-    clearInterval(view.votes);
-    view.votes = setInterval(() => attempt(() => showVotes(id)), VOTES_MS);
-    await showVotes(id);
-  }),
-);
-at("fork").addEventListener("click", () =>
-  attempt(async () => {
-    const run = await call("POST", `${API}/${view.id}/fork`, { at: Number(view.chosen.dataset.index) });
-    await showRuns();
-    open(run.id);
-  }),
-);
-at("close").addEventListener("click", () => {
-  at("token").hidden = true;
-  view.chosen?.closest(".text").focus();
-});
 for (const id of ["thinking", "answer"]) {
   at(id).addEventListener("click", (event) => {
     const token = event.target.closest("span");
-    choose(token);
-    if (token) showToken();
+    if (!token) return;
+    tokens.choose(Number(token.dataset.index));
+    showToken();
   });
   at(id).addEventListener("keydown", (event) => {
     const offset = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (offset) choose(neighbour(event.currentTarget, offset));
+    if (offset) tokens.move(event.currentTarget, offset);
     else if (event.key === "Enter") showToken();
-    else if (event.key === "Escape") at("token").hidden = true;
+    else if (event.key === "Escape") hideToken();
     else return;
     event.preventDefault();
   });
 }
-addEventListener("popstate", () => location.hash && open(location.hash.slice(1)));
+at("token").addEventListener("keydown", (event) => event.key === "Escape" && hideToken());
+addEventListener("popstate", follow);
 
 attempt(async () => {
   const { data } = await call("GET", "/v1/models");
   at("model").textContent = `${data[0].id}, ${data[0].max_model_len.toLocaleString()} positions`;
   await showRuns();
-  if (location.hash) open(location.hash.slice(1));
+  if (location.hash) follow();
 });
+watchMemory();
