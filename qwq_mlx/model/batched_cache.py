@@ -140,7 +140,9 @@ def batched(rows: Sequence[Sequence[Any]]) -> Sequence[BatchedLayer]:
     then values, so that half a layer of the rows is held twice.
     """
     batch = rows[0][0].batch
-    if batch is not None and batch.members == [row[0] for row in rows]:
+    first = [row[0] for row in rows]
+    # a row that left and attended alone is among the members still, but the batch does not hold it any more
+    if batch is not None and batch.members == first and all(each.batch is batch for each in first):
         return [layer.batch for layer in rows[0]]
     return [_new_batch(members) for members in zip(*rows, strict=True)]
 

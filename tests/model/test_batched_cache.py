@@ -64,6 +64,8 @@ def test_rows_leave_and_enter_a_batch_in_any_order(module: Any) -> None:
     step(module, [pairs[3], pairs[1], pairs[2]], [6, 7, 8])
     step(module, [pairs[1]], [9])
     step(module, pairs, [1, 2, 3, 4])
+    step(module, [pairs[1]], [5])  # alone, and back among the same ones
+    step(module, pairs, [6, 7, 8, 9])
 
 
 def test_a_row_that_needs_more_room_goes_on_beside_those_that_do_not(module: Any) -> None:
