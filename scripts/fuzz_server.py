@@ -20,15 +20,21 @@ import random
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests"), str(ROOT / "tests" / "serve")]
 
+if TYPE_CHECKING:
+    from serving import Served
+
 from tally import Tally, add_budget  # noqa: E402 - the paths must be set first
 
 _EVERY = 1_000  # inputs between two lines
+_RUN_FOR = 1_000  # inputs that name one run, before the history has forgotten it
 _MESSAGES: list[Any] = [
     {"role": "system", "content": "s"},
     {"role": "user", "content": [{"type": "text", "text": "x"}]},
@@ -92,7 +98,9 @@ SEEDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/api/generate", {"model": "tiny", "prompt": "x", "system": "s", "options": {"num_predict": 1}, "stream": False}),
     ("/api/show", {"model": "tiny", "verbose": True}),
     ("/api/qwq/runs", {"question": "x", "max_tokens": 2, "think_tokens": 1, "alternatives": 2, "on_loop": "stop"}),
-    ("/api/qwq/runs/run-0/fork", {"at": 1, "seed": 2}),
+    ("/api/qwq/runs/{run}/fork", {"at": 1, "seed": 2}),
+    ("/api/qwq/runs/{run}/vote", {"n": 2, "at": 1}),
+    ("/api/qwq/runs/{run}/resume", {"max_tokens": 3, "context": 64, "answer_now": True}),
 )
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 1.5, -0.0, 1e308, 2**31, 2**63, 2**64, -(2**63), 10**30),
@@ -156,6 +164,21 @@ _BYTES = (
     b"\n",
     b"\xf0\x9f",
 )
+_NUMBERS = (
+    b"0",
+    b"1",
+    b"-1",
+    b"5",
+    b"9" * 30,
+    b"",
+    b"x",
+    b"1.5",
+    b"%00",
+    b"%F0",
+    b"1&limit=2",
+    b"' OR 1=1 --",
+    b"\xd9\xa3",
+)
 _HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"Host", b"127.0.0.1"),
     (b"Content-Type", b"application/json"),
@@ -193,13 +216,14 @@ _HEADER_NAMES = (
 )
 
 
-def body(choose: random.Random) -> tuple[str, bytes]:
-    """A path and a body that was good once."""
+def body(choose: random.Random, run: str = "run-0") -> tuple[str, bytes]:
+    """A path and a body that was good once. run: the id of one there is."""
     path, seed = choose.choice(SEEDS)
+    path = path.format(run=run)
     value = json.loads(json.dumps(seed))
     if choose.random() < 0.3:
         value["stream"] = choose.choice((True, False))
-    for _ in range(choose.randint(1, 4)):
+    for _ in range(choose.choice((1, 1, 1, 2, 3, 4))):  # more than one seldom come through to the model
         _mutate(value, choose)
     raw = json.dumps(value).encode()
     if choose.random() < 0.3:
@@ -234,9 +258,10 @@ def _mutate(value: Any, choose: random.Random) -> None:
         value[key] = copy.deepcopy(choose.choice(_VALUES))
 
 
-def head(choose: random.Random) -> bytes:
-    """A request line with headers, and a body that may not be as long as they say."""
+def head(choose: random.Random, run: str = "run-0") -> bytes:
+    """A request line with headers, and a body that may not be as long as they say. run: the id of one there is."""
     path, seed = choose.choice(SEEDS)
+    path = path.format(run=run)
     content = json.dumps(seed).encode()
     headers = [*_HEADERS, (b"Content-Length", b"%d" % len(content))]
     for _ in range(choose.randint(1, 3)):
@@ -251,8 +276,13 @@ def head(choose: random.Random) -> bytes:
         else:
             headers.append(headers[at])
     method = choose.choice((b"POST", b"POST", b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"X", b""))
+    runs, number = b"/api/qwq/runs", choose.choice(_NUMBERS)
     target = choose.choice(
-        (path.encode(), path.encode(), b"/", b"*", b"//", b"/%ff", b"/v1/models/%00", b"http://x/", b"/v1/\xff")
+        (
+            *(path.encode(), path.encode(), b"/", b"*", b"//", b"/%ff", b"/v1/models/%00", b"http://x/", b"/v1/\xff"),
+            *(runs + b"?limit=" + number, runs + b"?offset=" + number, runs + b"?parent=" + number),
+            *(runs + b"/" + number, runs + b"/" + run.encode() + b"/steps?wait=0&from=" + number),
+        )
     )
     lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
     return method + b" " + target + b" HTTP/1.1\r\nConnection: close\r\n" + lines + b"\r\n" + content
@@ -290,35 +320,46 @@ def main() -> int:
     add_budget(parser)
     options = parser.parse_args()
 
+    tally = Tally(options.budget, _EVERY).stop_at_interrupt()
+    with tempfile.TemporaryDirectory() as temporary, _tiny_server(Path(temporary)) as served:
+        for part, n in (("bodies", options.bodies), ("headers", options.headers)):
+            choose, run = random.Random(options.seed), ""
+            tally.begin(part)
+            for number in tally.until("sent", n):
+                if number % _RUN_FOR == 0:
+                    run = served.post("/api/qwq/runs", {"question": "x", "max_tokens": 3}, status=201)["id"]
+                is_body = part == "bodies"
+                raw = request(*body(choose, run)) if is_body else head(choose, run)
+                status = status_of(served.host, served.port, raw, timeout_s=20.0 if is_body else 0.5)
+                tally["sent"] += 1
+                tally[f"status {status}" if is_kept(status) and (status or not is_body) else "NO ANSWER"] += 1
+                if tally["NO ANSWER"]:
+                    print(f"status {status}: {raw[:3_000]!r}", file=sys.stderr)
+                    break
+            tally.end()
+        served.get("/health")
+    return tally.finish()
+
+
+@contextmanager
+def _tiny_server(folder: Path) -> Iterator[Served]:
+    """A server of a random two-layer model, with a history and a folder of saved runs."""
     from checkpoints import write_tiny_checkpoint
     from serving import started
 
     from qwq_mlx.generate.reasoner import load
     from qwq_mlx.pocket import FOLDER
+    from qwq_mlx.serve.history import History
     from qwq_mlx.serve.settings import Settings
 
-    tally = Tally(options.budget, _EVERY).stop_at_interrupt()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = write_tiny_checkpoint(Path(temporary) / "tiny")
-        own = json.loads((FOLDER / "tokenizer_config.json").read_text())
-        path = folder / "tokenizer_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": own["chat_template"]}))
-        with started(lambda: load(folder), Settings(port=0, name="tiny")) as served:
-            for part, n in (("bodies", options.bodies), ("headers", options.headers)):
-                choose = random.Random(options.seed)
-                tally.begin(part)
-                for _ in tally.until("sent", n):
-                    is_body = part == "bodies"
-                    raw = request(*body(choose)) if is_body else head(choose)
-                    status = status_of(served.host, served.port, raw, timeout_s=20.0 if is_body else 0.5)
-                    tally["sent"] += 1
-                    tally[f"status {status}" if is_kept(status) and (status or not is_body) else "NO ANSWER"] += 1
-                    if tally["NO ANSWER"]:
-                        print(f"status {status}: {raw[:3_000]!r}", file=sys.stderr)
-                        break
-                tally.end()
-            served.get("/health")
-    return tally.finish()
+    model = write_tiny_checkpoint(folder / "tiny")
+    own = json.loads((FOLDER / "tokenizer_config.json").read_text())
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": own["chat_template"]}))
+    settings = Settings(port=0, name="tiny", runs_folder=folder)
+    history = History(folder / "history.sqlite3", max_bytes=settings.history_bytes)
+    with started(lambda: load(model), settings, history=history) as served:
+        yield served
 
 
 if __name__ == "__main__":

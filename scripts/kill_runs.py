@@ -60,7 +60,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path, undisturbed = Path(folder) / "run", Path(folder) / "undisturbed"
         began_s = time.monotonic()
-        if _ended(_forked(lambda: _write_ids(options, undisturbed))):
+        if exit_code(forked(lambda: _write_ids(options, undisturbed))):
             sys.exit("the undisturbed run failed")
         n_tokens = len(json.loads(undisturbed.read_text()))
         one_s = (time.monotonic() - began_s) * _EVERY / n_tokens
@@ -68,7 +68,7 @@ def main() -> int:
         for _ in tally.until("kills", options.kills):
             path.unlink(missing_ok=True)
             name = options.signals[tally["kills"] % len(options.signals)]
-            child = _forked(lambda: _run(options, path))
+            child = forked(lambda: _run(options, path))
             n_most, delay_s = draws.randint(1, n_tokens // _EVERY), draws.uniform(0.0, one_s)
             code = _killed(child, path, signal.Signals[f"SIG{name}"], n_most=n_most, delay_s=delay_s)
             if code == 0:
@@ -77,7 +77,7 @@ def main() -> int:
             tally["kills"] += 1
             tally[f"SIG{name} with exit code {code}" if code == _code_of(name) else f"SIG{name} WITH CODE {code}"] += 1
             tally["kills that left a temporary file"] += any(Path(folder).glob(".*.tmp"))
-            tally[_OUTCOMES[_ended(_forked(lambda: _outcome(options, path, undisturbed)))]] += 1
+            tally[_OUTCOMES[exit_code(forked(lambda: _outcome(options, path, undisturbed)))]] += 1
         tally.end()
     return tally.finish()
 
@@ -114,7 +114,7 @@ def _code_of(name: str) -> int:
     return -number if name == "KILL" else 128 + number
 
 
-def _forked(work: Callable[[], int]) -> int:
+def forked(work: Callable[[], int]) -> int:
     """The process that does the work, with all imports done and nothing on stdout; it exits with what work returns."""
     child = os.fork()
     if not child:
@@ -131,7 +131,7 @@ def _forked(work: Callable[[], int]) -> int:
     return child
 
 
-def _ended(child: int, flags: int = 0) -> int | None:
+def exit_code(child: int, flags: int = 0) -> int | None:
     """Its exit code, or minus the signal that ended it; None while it runs."""
     pid, status = os.waitpid(child, flags)
     return os.waitstatus_to_exitcode(status) if pid else None
@@ -144,12 +144,12 @@ def _killed(child: int, path: Path, number: int, *, n_most: int, delay_s: float)
         time.sleep(0.001)
         now = path.stat().st_mtime_ns if path.is_file() else None
         n_seen, last = n_seen + (now != last), now
-        code = _ended(child, os.WNOHANG)
+        code = exit_code(child, os.WNOHANG)
     if code is not None:
         return code
     time.sleep(delay_s)
     os.kill(child, number)
-    return _ended(child)
+    return exit_code(child)
 
 
 if __name__ == "__main__":

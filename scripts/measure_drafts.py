@@ -30,6 +30,7 @@ from replay_drafts import Output, read_outputs, show
 
 from qwq_mlx.bench.loops import sampling, their_ids
 from qwq_mlx.bench.models import in_compute_type, qwq_shaped, random_module
+from qwq_mlx.engine import drawing
 from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.drafters.model import ModelDrafter
 from qwq_mlx.engine.drafters.ngram import NgramDrafter
@@ -38,7 +39,7 @@ from qwq_mlx.engine.drafters.suffix_automaton import Guess
 from qwq_mlx.engine.kv_cache import new_cache
 from qwq_mlx.engine.pass_costs import measure_costs
 from qwq_mlx.engine.row import Row
-from qwq_mlx.engine.sampler import Sampler
+from qwq_mlx.engine.sampler import Sampler, draw_rows
 from qwq_mlx.model.load import default_compute_type
 from qwq_mlx.options import NEUTRAL
 
@@ -48,16 +49,18 @@ _WARM_UP = 8  # tokens that are not timed
 
 
 class Recorded(Sampler):
-    """Draws as ever, and then gives the recorded id in its place."""
+    """A sampler in whose place `recorded_rows` gives the recorded ids."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         super().__init__(sampling().resolve(NEUTRAL), seed=0)
-        self._ids = mx.array(list(ids), mx.uint32)
+        self.ids = list(ids)
 
-    def draw(self, logits: Any, index: int) -> Any:
-        """The recorded id, once the draw is done."""
-        drawn = super().draw(logits, index)
-        return mx.where(drawn < logits.size, self._ids[min(index, self._ids.size - 1)], drawn.astype(mx.uint32))
+
+def recorded_rows(samplers: Sequence[Any], logits: Any, indices: Sequence[int]) -> Any:
+    """Draw as ever, and then give the recorded ids in place of what was drawn."""
+    drawn = draw_rows(samplers, logits, indices)
+    ids = [sampler.ids[min(index, len(sampler.ids) - 1)] for sampler, index in zip(samplers, indices, strict=True)]
+    return mx.where(drawn < logits.shape[-1], mx.array(ids, mx.uint32), drawn)
 
 
 class Modelled(ModelDrafter):
@@ -147,6 +150,7 @@ def _layer(path: str) -> int:
 
 def our_rate(module: Any, output: Output, drafts: Speculator | None) -> float:
     """Tokens a second of one output by our decoder."""
+    drawing.draw_rows = recorded_rows
     decoder = Decoder(module, n_ids=module.args.vocab_size, drafts=drafts)
     row = Row(Recorded(output.ids), cache=new_cache(module), max_tokens=len(output.ids))
     for _ in decoder.prefill(row, output.prompt, chunk=2048):
@@ -157,6 +161,7 @@ def our_rate(module: Any, output: Output, drafts: Speculator | None) -> float:
     while not row.is_full:
         decoder.draw(row)
     seconds = time.perf_counter() - started
+    drawing.draw_rows = draw_rows
     assert row.ids[row.n_prompt :] == output.ids, "the recorded ids were drawn"
     return (len(output.ids) - _WARM_UP) / seconds
 

@@ -22,19 +22,19 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests" / "serve")]
 
-from serving import free_port, until  # noqa: E402 - the paths must be set first
+from interfaces import INTERFACES, RUNS, Question, asked, told  # noqa: E402 - the paths must be set first
+from measure_server import running  # noqa: E402
 
 _NAME = "soak"
-_QUESTIONS = ("What is 3 + 4?", "How many r in strawberry.", "What is 12 * 3?")
-_INTERFACES = ("chat", "stream", "ollama", "responses", "messages", "generate", "run")
-_MAX_TOKENS = 32
+_QUESTIONS = [Question(text, 32) for text in ("What is 3 + 4?", "How many r in strawberry.", "What is 12 * 3?")]
 _MAX_GROWTH = 1.02  # of resident memory, from the second quarter to the last
 _MINUTE_S = 60.0
 
@@ -61,48 +61,11 @@ def sample(pid: int) -> Sample:
     )
 
 
-def body(interface: str, question: str) -> tuple[str, dict[str, Any]]:
-    """A path and a body that ask this interface for an answer without randomness."""
-    messages = [{"role": "user", "content": question}]
-    common: dict[str, Any] = {"model": _NAME, "temperature": 0}
-    if interface in ("chat", "stream"):
-        stream = {"stream": interface == "stream"}
-        return "/v1/chat/completions", {**common, "messages": messages, "max_tokens": _MAX_TOKENS, **stream}
-    if interface == "responses":
-        return "/v1/responses", {**common, "input": question, "max_output_tokens": _MAX_TOKENS}
-    if interface == "messages":
-        return "/v1/messages", {**common, "messages": messages, "max_tokens": _MAX_TOKENS}
-    if interface == "run":
-        return "/api/qwq/runs", {"question": question, "temperature": 0, "max_tokens": _MAX_TOKENS, "alternatives": 3}
-    options = {"temperature": 0, "num_predict": _MAX_TOKENS}
-    asked = {"model": _NAME, "stream": False, "options": options}
-    if interface == "generate":
-        return "/api/generate", {**asked, "prompt": question}
-    return "/api/chat", {**asked, "messages": messages}
-
-
-def content(interface: str, raw: bytes) -> str:
-    """The answer in what came back."""
-    if interface == "stream":
-        chunks = [json.loads(line[6:]) for line in raw.decode().split("\n\n") if line.startswith("data: {")]
-        return "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
-    value = json.loads(raw)
-    if interface == "chat":
-        return str(value["choices"][0]["message"]["content"])
-    if interface == "responses":
-        return str(value["output"][-1]["content"][0]["text"])
-    if interface == "messages":
-        return "".join(block["text"] for block in value["content"] if block["type"] == "text")
-    if interface == "generate":
-        return str(value["response"])
-    return str(value["message"]["content"])
-
-
 class Load:
     """One request after another, counted in `counts`; names in CAPITALS are of what must not happen."""
 
     def __init__(self, port: int) -> None:
-        self._port, self._known, self._n_steps = port, dict[str, str](), dict[str, int]()
+        self._port, self._known = port, dict[tuple[Question, bool], str]()
         self.counts: dict[str, int] = {}
 
     def send(self, number: int) -> None:
@@ -115,9 +78,9 @@ class Load:
         self.counts[outcome] = self.counts.get(outcome, 0) + 1
 
     def _send(self, number: int) -> str:
-        interface = _INTERFACES[number % len(_INTERFACES)]
-        question = _QUESTIONS[number // len(_INTERFACES) % len(_QUESTIONS)]
-        path, value = body(interface, question)
+        interface = INTERFACES[number % len(INTERFACES)]
+        question = _QUESTIONS[number // len(INTERFACES) % len(_QUESTIONS)]
+        path, body = asked(interface, _NAME, question)
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
         try:
             kind = number % 6
@@ -125,8 +88,8 @@ class Load:
                 connection.connect()
                 return "dropped"
             if kind == 4:
-                value["no_such_field"] = 1
-            connection.request("POST", path, json.dumps(value))
+                body["no_such_field"] = 1
+            connection.request("POST", path, json.dumps(body))
             if kind == 5:
                 time.sleep(0.05 * (number % 7))
                 return "left midway"
@@ -134,15 +97,17 @@ class Load:
             raw = response.read()
             if kind != 4 and interface == "run":
                 run = json.loads(raw)["id"]
-                connection.request("GET", f"{path}/{run}/steps")
-                n_steps = len(connection.getresponse().read().splitlines()) - 1
-                return "right" if n_steps == self._n_steps.setdefault(question, n_steps) else "WRONG"
+                connection.request("GET", f"{RUNS}/{run}/steps")
+                raw = connection.getresponse().read()
         finally:
             connection.close()
         if kind == 4:
             return "refused" if response.status == 400 else "NOT REFUSED"
-        answer = content(interface, raw)
-        return "right" if answer == self._known.setdefault(question, answer) else "WRONG"
+        return self._judged(interface, question, raw)
+
+    def _judged(self, interface: str, question: Question, raw: bytes) -> str:
+        answer, is_run = told(interface, raw)[1], interface == "run"  # of a run all its text
+        return "right" if answer == self._known.setdefault((question, is_run), answer) else "WRONG"
 
 
 def growth(samples: list[Sample]) -> list[str]:
@@ -188,28 +153,11 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two requests")
     parser.add_argument("--log", type=Path, metavar="FILE", help="for the lines of JSON (default: stdout)")
     options = parser.parse_args()
-    port = free_port()
-    command = [sys.executable, "-m", "qwq_mlx.serve", "--port", str(port), "--name", _NAME, "--quiet"]
-    command += ["--model", options.model] if options.model else []
-    server = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    try:
-        until(lambda: _is_ready(port))
-        log = options.log.open("w") if options.log else sys.stdout
-        return hold(server, port, hours=options.hours, every_s=options.every, log=log)
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def _is_ready(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
-    finally:
-        connection.close()
+    log = options.log.open("w") if options.log else sys.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["qwq_mlx.serve", "--name", _NAME, "--quiet", "--history", f"{folder}/history.sqlite3"]
+        with running(*command, *(["--model", options.model] if options.model else [])) as (server, port):
+            return hold(server, port, hours=options.hours, every_s=options.every, log=log)
 
 
 if __name__ == "__main__":

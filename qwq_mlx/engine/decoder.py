@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from qwq_mlx.engine.activation_taps import ActivationTaps, look
+from qwq_mlx.engine.activation_taps import ActivationTaps
+from qwq_mlx.engine.drawing import Place, draw_places, ids_of
 from qwq_mlx.engine.kv_cache import grow
 from qwq_mlx.engine.row import Pending, ProcessorStates, Ready, Row, Token, check_ids
 from qwq_mlx.engine.speculative import Draft, Drafts, Verification, n_accepted
@@ -107,7 +108,7 @@ class Decoder:
             row.pending = None
         following = self._undrafted([(row, pending) for row, pending in current if not row.is_at_last])
         for group in self._passes(following):
-            fed = mx.stack([pending.id for _, pending in group]).reshape(-1, 1)
+            fed = ids_of([pending for _, pending in group]).reshape(-1, 1)
             self._launch([row for row, _ in group], fed, [pending.tokens for _, pending in group], n_ahead=1)
         for row, pending in current:
             row.ready.append(self._read(row, pending, row.n_output))
@@ -166,29 +167,28 @@ class Decoder:
         module = self._taps.module({layer for row in rows for layer in row.inspect.hidden_layers})
         flat = mx.array([[token_id] for ids in fed for token_id in ids])
         logits = module(flat, cache=joined([row.cache for row in rows], [len(ids) for ids in fed]))
-        verifications, first = [], 0
-        for row, draft, ids in zip(rows, drafts, fed, strict=True):
+        drawn = self._draw(self._places(rows, drafts), logits[:, -1])
+        verifications = []
+        for row, draft in zip(rows, drafts, strict=True):
+            own, drawn = drawn[: 1 + len(draft.ids)], drawn[1 + len(draft.ids) :]
             if draft.ids:
-                verifications.append(self._draw_all(row, draft, first, logits[first : first + len(ids), -1]))
+                verifications.append(_verification(row, draft, own))
             else:
-                self._draw_pending(row, first, logits[first, -1], self._tokens(row), row.n_output)
-            first += len(ids)
-        self._taps.clear()
+                _give(row, own[0][0])
         self._start(rows, verifications)
         return verifications
 
-    def _draw_all(self, row: Row, draft: Draft, first: int, logits: Any) -> Verification:
-        """Draw at every place of a row and its draft. first: its place in the pass. logits: (1 + drafted, vocab)."""
-        draws: list[Pending] = []
-        states: list[ProcessorStates] = []
-        known = self._tokens(row)
-        for place in range(1 + len(draft.ids)):
-            tokens = known
-            if known is not None and place:
-                tokens = mx.concatenate([known, mx.array(draft.ids[:place], mx.uint32)])
-            draws.append(self._draw(row, first + place, logits[place], tokens, row.n_output + place))
-            states.append(row.states())
-        return Verification(row, draft, draws, states)
+    def _places(self, rows: Sequence[Row], drafts: Sequence[Draft]) -> list[Place]:
+        """Where ids are drawn in a pass over each row's last id and its draft."""
+        places: list[Place] = []
+        for row, draft in zip(rows, drafts, strict=True):
+            known = self._tokens(row)
+            for place in range(1 + len(draft.ids)):
+                tokens = known
+                if known is not None and place:
+                    tokens = mx.concatenate([known, mx.array(draft.ids[:place], mx.uint32)])
+                places.append(Place(row, len(places), tokens, row.n_output + place))
+        return places
 
     def _accept(self, verification: Verification) -> None:
         """Read a checked draft: its row has the ids ready that the model drew, up to the first that is not the draft's.
@@ -229,10 +229,18 @@ class Decoder:
             grow(row.cache, fed.shape[1])
         module = self._taps.module({layer for row in rows for layer in row.inspect.hidden_layers})
         logits = module(fed, cache=joined([row.cache for row in rows], may_batch=self._may_batch))
-        for place, row in enumerate(rows):
-            self._draw_pending(row, place, logits[place, -1], tokens[place], row.n_output + n_ahead)
-        self._taps.clear()
+        places = [Place(row, place, tokens[place], row.n_output + n_ahead) for place, row in enumerate(rows)]
+        for row, (drawn, _) in zip(rows, self._draw(places, logits[:, -1]), strict=True):
+            _give(row, drawn)
         self._start(rows)
+
+    def _draw(self, places: Sequence[Place], logits: Any) -> list[tuple[Pending | Exception, ProcessorStates]]:
+        """Draw at all places of a pass. logits: (places, vocab)."""
+        logits = logits[:, : self.n_ids].astype(mx.float32)
+        are_alike = self._max_rows is None or self._uses_blas
+        drawn = draw_places(places, logits, taps=self._taps, ranks=self.ranks, are_alike=are_alike)
+        self._taps.clear()
+        return drawn
 
     def _start(self, rows: Sequence[Row], verifications: Sequence[Verification] = ()) -> None:
         """Let the device begin with what was built."""
@@ -240,34 +248,11 @@ class Decoder:
         pending += [each for verification in verifications for each in verification.draws]
         mx.async_eval(*(array for each in pending for array in each.arrays()))  # type: ignore[no-untyped-call]
 
-    def _draw_pending(self, row: Row, place: int, logits: Any, tokens: Any, index: int) -> None:
-        """Give a row its step, or the failure of one of its hooks."""
-        try:
-            row.pending = self._draw(row, place, logits, tokens, index)
-        except Exception as error:  # noqa: BLE001 - whatever a hook raises; told when this token would be read
-            row.failure = error
-
-    def _draw(self, row: Row, place: int, logits: Any, tokens: Any, index: int) -> Pending:
-        """One row's step behind its logits, (vocab,). place: in the pass. index: of the output id that it draws."""
-        logits = logits[: self.n_ids].astype(mx.float32)
-        offered, total = row.offered(tokens, logits, index)
-        drawn = row.sampler.draw(offered, index)
-        log_total = mx.logsumexp(logits)
-        # one number shows every logit that is not finite: of -inf the entropy makes 0 * -inf = NaN, the sum -inf
-        is_asked = row.inspect.entropy
-        second = log_total - (mx.exp(logits - log_total) * logits).sum() if is_asked else logits.sum()
-        stats = [logits[drawn] - log_total, second]
-        if self.ranks is not None:
-            drawn, n_stopping = self.ranks.agreed(drawn)
-            stats = [logits[drawn] - log_total, second, n_stopping]
-        after = None if tokens is None else mx.concatenate([tokens, drawn.astype(mx.uint32).reshape(1)])
-        hidden = {layer: self._taps.hidden(layer, place) for layer in row.inspect.hidden_layers}
-        return Pending(drawn, mx.stack(stats), after, look(row.inspect, logits, log_total, hidden, total))
-
     def _read(self, row: Row, pending: Pending, index: int) -> Ready:
         """Wait for a draw of a row; a failure where its logits are not finite. index: of the output id."""
-        logprob, second, *n_stopping = pending.stats.tolist()
-        if self.ranks is not None and any(n_stopping):
+        ids, stats, is_stopping = pending.drawn.read()
+        logprob, second = stats[pending.place]
+        if self.ranks is not None and is_stopping:
             self.ranks.has_agreed_to_stop = True
         if not (math.isfinite(second) and math.isfinite(logprob)):
             return Ready(
@@ -279,4 +264,22 @@ class Decoder:
         seen = None if pending.looking is None else pending.looking.read(row.inspect, index)
         # rounding may put either on the wrong side of 0 where one id has all the probability
         entropy = max(second, 0.0) if row.inspect.entropy else None
-        return Ready(Token(int(pending.id.item()), min(logprob, 0.0), entropy, seen), pending.tokens)
+        return Ready(Token(ids[pending.place], min(logprob, 0.0), entropy, seen), pending.tokens)
+
+
+def _give(row: Row, drawn: Pending | Exception) -> None:
+    """Give a row its step, or the failure of one of its hooks."""
+    if isinstance(drawn, Exception):
+        row.failure = drawn
+    else:
+        row.pending = drawn
+
+
+def _verification(row: Row, draft: Draft, drawn: Sequence[tuple[Pending | Exception, ProcessorStates]]) -> Verification:
+    """A draft with the draws at its places. Raises what a processor raised, for a row with hooks has no drafts."""
+    draws = []
+    for pending, _ in drawn:
+        if isinstance(pending, Exception):
+            raise pending
+        draws.append(pending)
+    return Verification(row, draft, draws, [states for _, states in drawn])

@@ -23,7 +23,7 @@ from qwq_mlx.errors import OptionError
 from qwq_mlx.model.memory.activations import CACHE_STEP
 from qwq_mlx.options import Inspect
 
-__all__ = ["Pending", "Ready", "Row", "Token", "check_ids"]
+__all__ = ["Drawn", "Pending", "ProcessorStates", "Ready", "Row", "Token", "check_ids"]
 
 ProcessorStates = Mapping[int, dict[str, Any]]
 """What the processors with a state knew at a draw, by their place in the list."""
@@ -43,23 +43,50 @@ class Token(NamedTuple):
     seen: Seen | None = None
 
 
+class Drawn:
+    """Ids that were drawn together, and what belongs to each; unread until `read`.
+
+    ids: (n,) uint32. stats: (n, 2) float32, the log-probability, and the entropy or the sum of the logits.
+    n_stopping: () float32, ranks that want to stop, where several hold the model.
+    """
+
+    def __init__(self, ids: Any, stats: Any, n_stopping: Any | None) -> None:
+        self.ids, self.stats, self.n_stopping = ids, stats, n_stopping
+        self._read: tuple[list[int], list[list[float]], bool] | None = None
+
+    def arrays(self) -> list[Any]:
+        """All arrays in it, to be computed with the step."""
+        return [each for each in (self.ids, self.stats, self.n_stopping) if each is not None]
+
+    def read(self) -> tuple[list[int], list[list[float]], bool]:
+        """Wait for them: ids, statistics, and whether a rank wants to stop."""
+        if self._read is None:
+            is_stopping = self.n_stopping is not None and bool(self.n_stopping.item())
+            self._read = self.ids.tolist(), self.stats.tolist(), is_stopping
+        return self._read
+
+
 class Pending(NamedTuple):
     """A step under way.
 
-    id: () uint32. stats: (2,) float32, the log-probability, and the entropy or the sum of the logits; (3,) with
-      the number of ranks that want to stop, where several hold the model.
+    drawn: its id is among these. place: there.
     tokens: (n,) uint32 with the drawn id at its end, None where no processor asks for it.
     """
 
-    id: Any
-    stats: Any
+    drawn: Drawn
+    place: int
     tokens: Any | None
     looking: Looking | None
+
+    @property
+    def id(self) -> Any:
+        """() uint32."""
+        return self.drawn.ids[self.place]
 
     def arrays(self) -> list[Any]:
         """All arrays in it, to be computed with the step."""
         tokens = () if self.tokens is None else (self.tokens,)
-        return [self.id, self.stats, *tokens, *(() if self.looking is None else self.looking.arrays())]
+        return [*self.drawn.arrays(), *tokens, *(() if self.looking is None else self.looking.arrays())]
 
 
 class Ready(NamedTuple):

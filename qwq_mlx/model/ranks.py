@@ -70,11 +70,11 @@ class Ranks:
             self.wants_stop = self.has_agreed_to_stop = False
 
     def agreed(self, drawn: mx.array) -> tuple[mx.array, mx.array]:
-        """Rank 0's id, () uint32, and how many ranks want to stop, () float32; unread."""
+        """Rank 0's ids, (n,) uint32, and how many ranks want to stop, () float32; unread."""
         mine = drawn if self.rank == 0 else mx.zeros_like(drawn)
-        wish = mx.array(self.wants_stop, mx.uint32)
-        both = mx.distributed.all_sum(mx.stack([mine.astype(mx.uint32), wish]), group=self.group)
-        return both[0], both[1].astype(mx.float32)
+        wish = mx.array([self.wants_stop], mx.uint32)
+        both = mx.distributed.all_sum(mx.concatenate([mine.astype(mx.uint32), wish]), group=self.group)
+        return both[:-1], both[-1].astype(mx.float32)
 
     def first(self, value: int) -> int:
         """What rank 0 gives, below 2^32; waits for all."""

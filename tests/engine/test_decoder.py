@@ -15,7 +15,7 @@ from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.kv_cache import grow, layers_of, new_cache
 from qwq_mlx.engine.logits_processors.dry import DryPenalty
 from qwq_mlx.engine.logits_processors.penalties import CountPenalty, RepetitionPenalty
-from qwq_mlx.engine.row import Pending, Row, Token
+from qwq_mlx.engine.row import Drawn, Pending, Row, Token
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.errors import GenerationError, OptionError
 from qwq_mlx.model.load import LoadedModel, load_model
@@ -123,8 +123,8 @@ def test_a_certain_id_has_no_negative_entropy_and_no_probability_above_one(model
     """Rounding gave an entropy of -1.9e-6 on the pocket, whose steps are often certain."""
     one = loop(model, temperature=0.0, max_tokens=1)
     for entropy, logprob in ((-1.9e-6, 1.2e-7), (0.5, -0.1)):
-        stats = mx.array([logprob, entropy])
-        one.row.pending = Pending(mx.array(5, mx.uint32), stats, None, None)
+        drawn = Drawn(mx.array([5], mx.uint32), mx.array([[logprob, entropy]]), None)
+        one.row.pending = Pending(drawn, 0, None, None)
         token = one.next()
         assert token.entropy == pytest.approx(max(entropy, 0.0)) and token.logprob == pytest.approx(min(logprob, 0.0))
         one.row.rewind(0)

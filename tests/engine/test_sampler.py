@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from qwq_mlx.engine.logits_processors.penalties import CountPenalty
-from qwq_mlx.engine.sampler import Sampler, filtered, gumbel
+from qwq_mlx.engine.sampler import Sampler, draw_rows, filtered, gumbel
 from qwq_mlx.errors import OptionError
 from qwq_mlx.options import NEUTRAL, Sampling
 
@@ -207,3 +208,64 @@ def test_temperature_zero_and_tiny_take_the_likeliest(temperature: float) -> Non
 def test_unresolved_samplings_are_refused() -> None:
     with pytest.raises(OptionError, match=r"still has a value of None; call resolve\(\) first"):
         filtered(mx.zeros(4), Sampling(temperature=1.0))
+
+
+MIXED = (
+    {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+    {"temperature": 1.3, "top_p": 0.95, "top_k": 20},
+    {"temperature": 0.0},
+    {"temperature": 0.9, "top_p": 0.7, "min_p": 0.02, "order": "mlx-lm"},
+    {"temperature": 1e-9, "min_p": 0.1},
+    {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+    {"temperature": 1.0},
+)
+
+
+@pytest.mark.parametrize("size", [300, 5_000])
+def test_rows_are_drawn_together_as_alone(size: int) -> None:
+    """Whatever kinds of samplings share a draw, in any order; the draw of one row is one of its own code before."""
+    rng = np.random.default_rng(size)
+    samplers = [Sampler(sampling(**MIXED[n % len(MIXED)]), seed=n, salt=n % 2) for n in range(16)]
+    for _ in range(3):
+        logits = mx.array(rng.normal(size=(16, size)) * 4, mx.float32)
+        indices = rng.integers(0, 1000, 16).tolist()
+        together = draw_rows(samplers, logits, indices)
+        alone = [sampler.draw(row, index) for sampler, row, index in zip(samplers, logits, indices, strict=True)]
+        assert (
+            together.tolist()
+            == mx.stack(alone).tolist()
+            == [
+                as_written_out(sampler, row, index)
+                for sampler, row, index in zip(samplers, logits, indices, strict=True)
+            ]
+        )
+
+
+def as_written_out(sampler: Sampler, logits: mx.array, index: int) -> int:
+    """What the module's text says, one number after another."""
+    if sampler.sampling.is_greedy:
+        return int(np.argmax(np.array(logits)))
+    ids, values = filtered(logits, sampler.sampling)
+    key = mx.random.split(sampler.base_key + mx.array([0, index], mx.uint32), 1)[0]
+    known = list(range(logits.size)) if ids is None else ids.tolist()
+    kept = [(token_id, value) for token_id, value in zip(known, values.tolist(), strict=True) if value > -np.inf]
+    noise = [gumbel(key, mx.array([token_id])).item() for token_id, _ in kept[-40:]]
+    if len(kept) > 40:  # the likeliest stand last, or all are there; those would take too long one by one
+        every = gumbel(key, mx.array([token_id for token_id, _ in kept]))
+        assert every[-40:].tolist() == noise
+        noise = every.tolist()
+    best = max(zip(kept, noise, strict=True), key=lambda pair: np.float32(pair[0][1]) + np.float32(pair[1]))
+    return best[0][0]
+
+
+def test_a_draw_of_32_rows_takes_as_many_operations_as_one_of_8() -> None:
+    """On a GPU each is a launch."""
+    counts = {}
+    for n in (8, 32):
+        samplers = [Sampler(sampling(temperature=0.7, top_p=0.8, top_k=20), seed=each) for each in range(n)]
+        logits = mx.zeros((n, 1_000))
+        mx.eval(draw_rows(samplers, logits, [0] * n))  # what belongs to these rows is on the device now
+        text = io.StringIO()
+        mx.export_to_dot(text, draw_rows(samplers, logits, [1] * n))
+        counts[n] = text.getvalue().count("shape=rectangle")
+    assert counts[8] == counts[32] < 80

@@ -10,7 +10,8 @@ Does not: check that the vocabularies agree (`load_draft` does), or know how lon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,6 +22,7 @@ from qwq_mlx.engine.drafters.suffix_automaton import Guess
 from qwq_mlx.engine.kv_cache import grow, new_cache
 from qwq_mlx.engine.logits_processors import Incremental
 from qwq_mlx.engine.row import Row
+from qwq_mlx.engine.sampler import draw_rows
 from qwq_mlx.model.attention import joined
 
 __all__ = ["ModelDrafter"]
@@ -99,12 +101,11 @@ class ModelDrafter:
             for (row, _), n in zip(drafting, n_fed, strict=True):
                 grow(texts[row].cache, n)
             logits = self._module(fed, cache=joined([texts[row].cache for row, _ in drafting], n_fed))
-            last = -1
-            for (row, _), n in zip(drafting, n_fed, strict=True):
-                last += n
-                drawn, share = self._draw(row, logits[last, -1], ids[row])
-                ids[row].append(drawn)
-                shares[row].append(share)
+            ends = mx.array([end - 1 for end in itertools.accumulate(n_fed)])
+            drawn, probable = self._draw([row for row, _ in drafting], logits[ends, -1], ids)
+            for n_row, (row, _) in enumerate(drafting):
+                ids[row].append(drawn[n_row])
+                shares[row].append(probable[n_row])
             drafting = [(row, n) for row, n in drafting if n > place + 1]
             if not drafting:
                 break
@@ -117,16 +118,25 @@ class ModelDrafter:
         mx.eval([*ids.values(), *shares.values()])
         return {row: self._read(row, texts[row], ids[row], shares[row]) for row, _ in asked}
 
-    def _draw(self, row: Row, logits: Any, drafted: Sequence[Any]) -> tuple[Any, Any]:
-        """The draft's draw behind these drafted ids, and its share in the draft model's distribution; unread."""
-        logits = logits[: self._n_ids].astype(mx.float32)
-        tokens = row.tokens
-        if drafted and row.has_processors:
-            tokens = mx.concatenate([tokens, mx.stack(list(drafted)).astype(mx.uint32)])
-        index = row.n_output + len(drafted)
-        offered, _ = row.offered(tokens, logits, index)
-        drawn = row.sampler.draw(offered, index)
-        return drawn, mx.exp(logits[drawn] - mx.logsumexp(logits))
+    def _draw(self, rows: Sequence[Row], logits: Any, drafted: Mapping[Row, Sequence[Any]]) -> tuple[Any, Any]:
+        """A draw of each row behind what was drafted, and its share in the draft model's distribution; unread.
+
+        logits: (rows, vocab). Returns (rows,) each.
+        """
+        logits = logits[:, : self._n_ids].astype(mx.float32)
+        offered, indices = [], [row.n_output + len(drafted[row]) for row in rows]
+        for place, (row, index) in enumerate(zip(rows, indices, strict=True)):
+            tokens = row.tokens
+            if drafted[row] and row.has_processors:
+                tokens = mx.concatenate([tokens, mx.stack(list(drafted[row])).astype(mx.uint32)])
+            offered.append(row.offered(tokens, logits[place], index)[0] if row.has_processors else None)
+        if any(each is not None for each in offered):
+            stacked = mx.stack([logits[place] if each is None else each for place, each in enumerate(offered)])
+        else:
+            stacked = logits
+        drawn = draw_rows([row.sampler for row in rows], stacked, indices)
+        own = mx.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0]
+        return drawn, mx.exp(own - mx.logsumexp(logits, axis=-1))
 
     def _read(self, row: Row, text: _Text, ids: Sequence[Any], shares: Sequence[Any]) -> list[Guess]:
         guesses = []

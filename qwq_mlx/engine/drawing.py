@@ -1,0 +1,133 @@
+"""The draws of a pass, all places at once: ids, log-probabilities, entropies.
+
+What a place's processors change is worked out for each place; the draws and their statistics are then one set of
+operations over all of them, so that a pass over 32 rows makes about as many launches as a pass over one.
+
+Does not: run the model, or read what was drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from qwq_mlx.engine.activation_taps import ActivationTaps, look
+from qwq_mlx.engine.row import Drawn, Pending, ProcessorStates, Row
+from qwq_mlx.engine.sampler import draw_rows
+from qwq_mlx.model.ranks import Ranks
+
+__all__ = ["Place", "draw_places", "ids_of"]
+
+
+class Place(NamedTuple):
+    """Where an id is drawn.
+
+    row: that it is for. at: its place in the pass. tokens: all ids of the row before it, None where nothing asks.
+    output_index: of the output id that it is.
+    """
+
+    row: Row
+    at: int
+    tokens: Any | None
+    output_index: int
+
+
+class _Offer(NamedTuple):
+    """What a place's processors made of its logits. changed: None where nothing looks at them. total: of the hooks.
+
+    states: what the processors know there.
+    """
+
+    changed: Any | None
+    total: Any | None
+    states: ProcessorStates
+
+
+def draw_places(
+    places: Sequence[Place],
+    logits: Any,
+    *,
+    taps: ActivationTaps,
+    ranks: Ranks | None = None,
+    are_alike: bool = True,
+) -> list[tuple[Pending | Exception, ProcessorStates]]:
+    """Draw at each place, in order; unread. Also what its row's processors then know.
+
+    logits: (places, n_ids) float32. are_alike: rows may be drawn together, whose last bits a GPU may then round
+    otherwise. Whatever a hook raises stands in its place; the others are not held up.
+    """
+    offers = [_offered(place, logits, at) for at, place in enumerate(places)]
+    groups: dict[Any, list[int]] = {}
+    for at, (place, offer) in enumerate(zip(places, offers, strict=True)):
+        if not isinstance(offer, Exception):
+            groups.setdefault(place.row.inspect.entropy if are_alike else at, []).append(at)
+    drawn: dict[int, Pending | Exception] = {at: each for at, each in enumerate(offers) if isinstance(each, Exception)}
+    for group in groups.values():
+        drawn.update(_draw_group(group, places, offers, logits, taps, ranks))
+    return [(drawn[at], {} if isinstance(offer, Exception) else offer.states) for at, offer in enumerate(offers)]
+
+
+def ids_of(pending: Sequence[Pending]) -> Any:
+    """The ids of steps under way, (n,) uint32, unread."""
+    drawn = pending[0].drawn
+    if any(each.drawn is not drawn for each in pending):
+        return mx.stack([each.id for each in pending])
+    places = [each.place for each in pending]
+    return drawn.ids if places == list(range(drawn.ids.size)) else drawn.ids[mx.array(places)]
+
+
+def _offered(place: Place, logits: Any, at: int) -> _Offer | Exception:
+    row = place.row
+    if not row.has_processors:
+        return _Offer(None, None, {})
+    try:
+        changed, total = row.offered(place.tokens, logits[at], place.output_index)
+    except Exception as error:  # noqa: BLE001 - whatever a hook raises; told when this token would be read
+        return error
+    return _Offer(changed, total, row.states())
+
+
+def _draw_group(
+    group: Sequence[int],
+    places: Sequence[Place],
+    offers: Sequence[Any],
+    logits: Any,
+    taps: ActivationTaps,
+    ranks: Ranks | None,
+) -> dict[int, Pending]:
+    """The draws of places whose rows all ask for entropies, or none of them. group: of places, in order."""
+    own = logits if len(group) == len(places) else logits[mx.array(list(group))]
+    changed = [offers[at].changed for at in group]
+    offered = own
+    if any(each is not None for each in changed):
+        offered = mx.stack([own[n] if each is None else each for n, each in enumerate(changed)])
+    drawn = draw_rows([places[at].row.sampler for at in group], offered, [places[at].output_index for at in group])
+    n_stopping = None
+    if ranks is not None:
+        drawn, n_stopping = ranks.agreed(drawn)
+    log_total = mx.logsumexp(own, axis=-1, keepdims=True)
+    # one number shows every logit that is not finite: of -inf the entropy makes 0 * -inf = NaN, the sum -inf
+    if places[group[0]].row.inspect.entropy:
+        second = log_total[:, 0] - (mx.exp(own - log_total) * own).sum(axis=-1)
+    else:
+        second = own.sum(axis=-1)
+    logprob = mx.take_along_axis(own, drawn[:, None], axis=-1) - log_total
+    together = Drawn(drawn, mx.stack([logprob[:, 0], second], axis=-1), n_stopping)
+    return {at: _pending(places[at], offers[at], together, n, own, log_total, taps) for n, at in enumerate(group)}
+
+
+def _pending(
+    place: Place, offer: _Offer, drawn: Drawn, n: int, logits: Any, log_total: Any, taps: ActivationTaps
+) -> Pending:
+    """The draw of one place, the n-th of a group."""
+    inspect = place.row.inspect
+    after = None
+    if place.tokens is not None:
+        after = mx.concatenate([place.tokens, drawn.ids[n : n + 1].astype(mx.uint32)])
+    hidden = {layer: taps.hidden(layer, place.at) for layer in inspect.hidden_layers}
+    seen = None
+    if inspect.top_k or hidden or offer.total is not None:
+        seen = look(inspect, logits[n], log_total[n, 0], hidden, offer.total)
+    return Pending(drawn, n, after, seen)
