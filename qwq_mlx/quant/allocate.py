@@ -1,22 +1,20 @@
 """Bits and group for every matrix, so that a model fits a size: a recipe with explicit overrides, from shapes alone.
 
-What is made small is a sum over all matrices of the harm of their packing: the relative squared error of the weights,
-and more than that below 4 bits (BEYOND), where the loss of a model grows faster: on the pocket model's KL 3 bits
-everywhere cost 6 times and 2 bits 130 times what 4 do, where the errors are 4 and 15 times as large. So nearly all get
-a third bit before any gets a fourth. To first order the loss is a sum of relative errors with a factor for each matrix
-that its size does not enter (the linearity theorem of HIGGS, Malinovskii et al. 2024, arXiv 2411.17525), so that a
-narrow matrix, k_proj or v_proj, earns more bits than a wide one; here a matrix of n weights counts sqrt(n), half-way to
-counting every weight alike. The output matrix counts OUTPUT times besides, for its errors reach the logits undiluted;
-v_proj and down_proj of the layers that a recipe calls "sensitive" count SENSITIVE times, as mlx-lm's mixed recipes and
-llama.cpp's K mixes give these more.
+What is made small is a sum over all matrices of the harm of their packing: the relative squared error of the weights
+times a factor of the matrix (the linearity theorem of HIGGS, Malinovskii et al. 2024, arXiv 2411.17525). The factors
+were measured, one matrix at a time, on two real models of 0.5 and 1.5 billion parameters, which agree on them within a
+third for most kinds (`scripts/measure_sensitivity.py`; docs/benchmarks.md): what a matrix is decides, not how many
+weights it has, so that a narrow matrix, k_proj or v_proj, earns more bits than a wide one. The output matrix counts as
+much as 1.7 times all down_proj together, the layers of the first eighth half as much as the others and less. The sum of
+those harms is the KL of the 0.5B at 3 and at 4 bits within a tenth; at 2 bits a model loses some four times as much
+(BEYOND), so nearly all matrices get a third bit before any gets a fourth.
 
 Every matrix begins at the lowest rung of a ladder of packings; then, again and again, the one is raised whose harm
 falls most for a byte. Groups of 128 are on the ladder beside the recipe's own: a quarter of a bit is better spent on
-more codes. Where two steps are worth the same, the sensitive layers and the later ones go first. Nothing is measured,
-so it costs nothing and works from headers; the activations of a text do not enter, calibrated or not.
+more codes. Where two steps are worth the same, the later layer goes first. Nothing is measured, so it costs nothing and
+works from headers; the activations of a text do not enter, calibrated or not.
 
-Factors and half-way were chosen on the pocket model; docs/benchmarks.md has what they gain there. Not measured on the
-32B.
+Not measured on the 32B.
 
 Does not: look at weights, or know about files beside the codes (`convert.target_size` does).
 """
@@ -25,18 +23,17 @@ from __future__ import annotations
 
 import heapq
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from qwq_mlx.quant.modes import Packing
-from qwq_mlx.quant.recipe import Override, Recipe, is_sensitive_layer, layer_of, recipe_of_text
+from qwq_mlx.quant.recipe import Override, Recipe, layer_of, recipe_of_text
 
 __all__ = [
     "BEYOND",
     "ERRORS",
+    "FACTORS",
     "OUTPUT",
-    "SENSITIVE",
     "allocate",
     "free_matrices",
     "harm_factors",
@@ -55,14 +52,22 @@ ERRORS = {
 }
 """Bits -> group -> relative squared error of normal weights by least squares. Min-max has other errors in nearly the
 same proportions, and only these enter."""
-BEYOND = {2: 9.0, 3: 1.5}
+BEYOND = {2: 4.0}
 """Bits -> how many times what their error says they cost."""
-OUTPUT = 64.0
-"""How many times the harm of the output matrix counts."""
-SENSITIVE = 4.0
-"""How many times the harm of v_proj and down_proj of a sensitive layer counts."""
-
-_KINDS = ("lm_head", "down_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "embed_tokens")
+FACTORS = {
+    "q_proj": 0.25,
+    "k_proj": 0.5,
+    "v_proj": 0.6,
+    "o_proj": 0.9,
+    "gate_proj": 0.7,
+    "up_proj": 1.25,
+    "down_proj": 1.0,
+}
+"""Kind -> how much the relative squared error of such a matrix counts, in the middle of a model."""
+FIRST, LAST = 0.4, 1.3
+"""The same for the first and the last eighth of the layers, times that."""
+OUTPUT, EMBEDDING = 1.7, 0.1
+"""The output matrix and the embedding, times the number of layers."""
 
 
 def ladder(groups: Iterable[int]) -> tuple[Packing, ...]:
@@ -97,13 +102,17 @@ def free_matrices(recipe: Recipe, matrices: Mapping[str, int], *, n_layers: int)
     }
 
 
-def harm_factors(matrices: Mapping[str, int], *, n_layers: int, output: str) -> dict[str, float]:
-    """How much a relative squared error of each matrix counts. matrices, output: as `allocate` takes them."""
+def harm_factors(paths: Iterable[str], *, n_layers: int, output: str) -> dict[str, float]:
+    """How much a relative squared error of each matrix counts. output: path of the matrix that makes the logits."""
     factors = {}
-    for path, n_weights in matrices.items():
-        kind, layer = path.rpartition(".")[2], layer_of(path)
-        is_sensitive = layer is not None and is_sensitive_layer(layer, n_layers) and kind in ("v_proj", "down_proj")
-        factors[path] = (OUTPUT if path == output else SENSITIVE if is_sensitive else 1.0) * math.sqrt(n_weights)
+    for path in paths:
+        layer = layer_of(path)
+        if layer is None:
+            factors[path] = n_layers * (OUTPUT if path == output else EMBEDDING)
+        else:
+            eighth = 8 * layer // n_layers
+            place = FIRST if eighth == 0 else LAST if eighth == 7 else 1.0
+            factors[path] = place * FACTORS.get(path.rpartition(".")[2], 1.0)
     return factors
 
 
@@ -118,13 +127,11 @@ def allocate(
     at = dict.fromkeys(matrices, 0)
     used = sum(rate(rungs[0]) * n for n in matrices.values())
 
-    def step(path: str) -> tuple[float, tuple[bool, int, int], str]:
-        """To the next rung, as a heap sorts it: minus its worth, its rank among equals, path."""
-        kind, layer = path.rpartition(".")[2], layer_of(path)
+    def step(path: str) -> tuple[float, int, str]:
+        """To the next rung, as a heap sorts it: minus its worth, minus its layer, path."""
+        layer = layer_of(path)
         worth = factors[path] * _worth(*rungs[at[path] : at[path] + 2]) / matrices[path]
-        is_in_sensitive = layer is not None and is_sensitive_layer(layer, n_layers)
-        rank = _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
-        return -worth, (not is_in_sensitive, rank, -n_layers if layer is None else -layer), path
+        return -worth, -n_layers if layer is None else -layer, path
 
     steps = [step(path) for path in matrices]
     heapq.heapify(steps)
