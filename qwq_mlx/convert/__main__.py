@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
 from qwq_mlx.cli.generate_flags import CHAT_TEMPLATE, FOLLOW_LINKS
+from qwq_mlx.convert.calibration import BUNDLED
 from qwq_mlx.errors import OptionError
 from qwq_mlx.quant import DEFAULT_RECIPE
 
@@ -104,10 +105,13 @@ def _add_packing(parser: argparse.ArgumentParser) -> None:
     add(
         "--calibrate",
         metavar="TEXT",
+        nargs="?",
+        const=BUNDLED,
         help="a text, or .jsonl of {text} or {messages}: the layers are run on it as they are packed, one in memory, "
         "and each is fitted so that it gives what it gave (at least 512 tokens, 16,384 are used; from the Hub "
         "every shard is fetched twice, or once with --keep-source; takes minutes, of which --quiet shows nothing; "
-        "default: no text, each weight is kept as it can be)",
+        "without TEXT what QwQ-32B-Preview wrote on 13 riddles, which comes with the package; default: no text, each "
+        "weight is kept as it can be)",
     )
 
 

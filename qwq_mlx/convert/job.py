@@ -97,8 +97,8 @@ def convert_checkpoint(
       GGUF the one that keeps its codes where MLX can hold them.
     scale_dtype: of a GGUF's scales and biases, "bfloat16", "float16" or "float32"; None is bfloat16.
     target_bytes: choose the bits of every matrix so that the output is no larger, manifest and report not counted.
-    calibrate: a text that the layers are run on as they are packed, so that their outputs are kept; None fits the
-      weights, as the recipe says.
+    calibrate: a text that the layers are run on as they are packed, so that their outputs are kept; "qwq" is one of
+      QwQ-32B-Preview's that comes with the package. None fits the weights, as the recipe says.
     force: replace an existing conversion, once the new one is complete.
     restart: throw an unfinished conversion of this output away instead of continuing it.
     keep_source: leave fetched shards and their small files in `output`.source.

@@ -440,6 +440,17 @@ def test_products_of_inputs_are_added_up_alike_by_numpy_and_by_mlx(
         np.testing.assert_allclose(found, part.T @ part / len(whole), rtol=1e-3, atol=1e-5)
 
 
+def test_the_text_that_comes_with_the_package_is_free_and_calibrates(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.loads(line) for line in Path(module.__file__).with_name("qwq.jsonl").read_text().splitlines()]
+    assert {line["license"] for line in lines} == {"CC0-1.0"} and len({line["id"] for line in lines}) == len(lines)
+    arguments = ["--source", str(tiny_checkpoint), "--output", str(tmp_path / "out"), "--dry-run"]
+    assert main([*arguments, "--calibrate"]) == 0
+    assert "16,384 tokens of qwq.jsonl" in capsys.readouterr().out
+    assert main([*arguments, "--calibrate", "--quiet", "--no-quality"]) == 0  # what follows is no text
+
+
 def test_a_gpu_fits_all_matrices_in_the_pass(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, by the functions that a GPU would run."""
     source = write_tiny_checkpoint(tmp_path / "source")

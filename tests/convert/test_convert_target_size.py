@@ -52,7 +52,9 @@ def test_the_manifest_has_the_choice_in_full_and_repeats_it(source: Path, tmp_pa
     }
     recorded = recipe_of_mapping(manifest.recipe, where=Path("manifest.json"))
     assert {path: recorded.packing_of(path, n_layers=2) for path in chosen} == chosen
-    assert chosen["lm_head"] == Packing(bits=5, group_size=128) and len({packing.bits for packing in chosen.values()}) > 1
+    assert (
+        chosen["lm_head"] == Packing(bits=5, group_size=128) and len({packing.bits for packing in chosen.values()}) > 1
+    )
     assert recorded.name.startswith("4bit-0.") and recorded.name.endswith("MB") and recorded.fit == "least-squares"
     (tmp_path / "saved.toml").write_text(plans[0].recipe.text)
     convert_checkpoint(source, tmp_path / "again", recipe=tmp_path / "saved.toml")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwq_mlx.convert.calibration import BUNDLED
 from qwq_mlx.errors import OptionError, PromptError, SourceError
 from qwq_mlx.files.checkpoint import Checkpoint
 from qwq_mlx.files.json_object import parse_json_object
@@ -35,6 +36,7 @@ MIN_IDS = 512
 _MAX_IDS = 16_384  # of a longer text the first ones are used: their hidden states stay in memory, 0.34 GB for the 32B
 _CHUNK = 512  # ids that attend to each other
 _MAX_BYTES = 64 << 20
+_BUNDLED_FILE = Path(__file__).with_name("qwq.jsonl")
 _HOW = 'Give a UTF-8 text, or a .jsonl file with {"text": ...} or {"messages": [...]} on every line.'
 
 
@@ -75,10 +77,10 @@ class Calibration:
 def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Config) -> Calibration:
     """Read a text and encode it with the checkpoint's own tokenizer.
 
-    Plain text, or where the name ends in .jsonl an object a line: {"text": ...}, or {"messages": [...]}, which the
-    checkpoint's template renders. Raises OptionError: not readable, not UTF-8, a wrong line, or too short.
+    path: plain text, or where the name ends in .jsonl an object a line: {"text": ...}, or {"messages": [...]}, which
+    the checkpoint's template renders; or BUNDLED. Raises OptionError: not readable, not UTF-8, a wrong line, too short.
     """
-    path = Path(path)
+    path = _BUNDLED_FILE if path == BUNDLED else Path(path)
     data = _read(path)
     try:
         text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
