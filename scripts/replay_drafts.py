@@ -247,6 +247,7 @@ def chunks(module: Any, output: Output, size: int) -> Iterator[tuple[int, Any]]:
 
 def model_drafts(outputs: Sequence[Output], folder: Path, batch_ids: int) -> list[list[Guess]]:
     """What the draft model names at every place of each output, and how probable it finds that."""
+    from qwq_mlx.model.device import small_cache
     from qwq_mlx.model.load import load_model
     from qwq_mlx.tune_draft.examples import Example
     from qwq_mlx.tune_draft.tokens_a_pass import named
@@ -260,13 +261,14 @@ def model_drafts(outputs: Sequence[Output], folder: Path, batch_ids: int) -> lis
     module = load_model(folder).module
     drafts: list[list[Guess]] = [[] for _ in outputs]
     n_done, started = 0, time.perf_counter()
-    for batch in batches(cut(examples, whole + whole % 2), batch_ids):
-        for window, found in zip(batch.windows, named(module, batch), strict=True):
-            pairs = zip(found.ids, found.probabilities, strict=True)
-            drafts[window.example] = [Guess(token_id, share, int(20 * share)) for token_id, share in pairs]
-        n_done += len(batch.targets)
-        rate = n_done / (time.perf_counter() - started)
-        sys.stderr.write(f"\r{n_done:,} ids by the draft model, {rate:.0f} ids/s ")
+    with small_cache(1 << 30):  # batches differ in shape, and on CUDA what is freed would fill the card
+        for batch in batches(cut(examples, whole + whole % 2), batch_ids):
+            for window, found in zip(batch.windows, named(module, batch), strict=True):
+                pairs = zip(found.ids, found.probabilities, strict=True)
+                drafts[window.example] = [Guess(token_id, share, int(20 * share)) for token_id, share in pairs]
+            n_done += len(batch.targets)
+            rate = n_done / (time.perf_counter() - started)
+            sys.stderr.write(f"\r{n_done:,} ids by the draft model, {rate:.0f} ids/s ")
     sys.stderr.write("\n")
     return drafts
 

@@ -22,7 +22,7 @@ from qwq_mlx.files.digest import sha256_file, sha256_json
 from qwq_mlx.files.lock import FolderLock
 from qwq_mlx.files.output_file import check_name, lies_in
 from qwq_mlx.model.architecture import tensor_shapes
-from qwq_mlx.model.device import backend_name, limit_bytes
+from qwq_mlx.model.device import backend_name, limit_bytes, small_cache
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.load import LoadedModel, load_model
 from qwq_mlx.model.tokenizer import load_tokenizer
@@ -41,6 +41,7 @@ DECIDING_LENGTH = 3
 """Drafts a pass at which the tuned drafter must give more tokens a pass than before."""
 
 _SAVE_EVERY_S = 60.0  # of training between two states on the disk; a state of all weights is written in seconds
+_CACHE_BYTES = 1 << 30  # freed memory that MLX keeps; batches differ in shape, and on CUDA it would fill the card
 _PACKING_KEYS = ("quantization", "quantization_config")
 
 
@@ -124,7 +125,8 @@ def tune_draft(
         staging.open(restart=tuning.restart)
         staging.check_disk(_disk_bytes(files, settings))
         try:
-            return _Work(tuning, settings, files, staging, progress, is_stopped).result(training, measured)
+            with small_cache(_CACHE_BYTES):
+                return _Work(tuning, settings, files, staging, progress, is_stopped).result(training, measured)
         except (RuntimeError, MemoryError) as error:
             if not OutOfMemoryError.is_meant_by(error):
                 raise

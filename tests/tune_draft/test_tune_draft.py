@@ -122,8 +122,16 @@ def test_what_is_stopped_is_kept_and_another_tuning_does_not_go_on_with_it(
     draft: Path, recorded: Path, tmp_path: Path
 ) -> None:
     tuning = Tuning(draft=draft, traces=[recorded], output=tmp_path / "tuned")
+    limit_before = mx.set_cache_limit(5 << 30)
+    limits: list[int] = []
+
+    def is_stopped() -> bool:
+        limits.append(mx.set_cache_limit(1 << 30))
+        return True
+
     with pytest.raises(Stopped):
-        tune_draft(tuning, FAST, is_stopped=lambda: True)
+        tune_draft(tuning, FAST, is_stopped=is_stopped)
+    assert limits == [1 << 30] and mx.set_cache_limit(limit_before) == 5 << 30  # of freed memory, meanwhile and after
     assert [path.name for path in (tmp_path / "tuned.partial").glob("step-*")] == ["step-1.safetensors"]
     other = TuneSettings(**{**{name: getattr(FAST, name) for name in FAST.__slots__}, "seed": 5})
     with pytest.raises(ConversionError, match="other `held_out`, `seed`, `traces`"):
