@@ -56,8 +56,7 @@ class Decoder:
         if self.ranks is not None:
             self.ranks.begin()
         self._drafts = drafts
-        # a draft's rows feed several ids, and would leave the batch at each pass
-        self._may_batch = mx.default_device().type != mx.cpu and not reproducible and drafts is None
+        self._may_batch = mx.default_device().type != mx.cpu and not reproducible
 
     def prefill(self, row: Row, ids: Sequence[int], *, chunk: int, n_cached: int = 0) -> Iterator[int]:
         """Feed a row's prompt in chunks; yields how many of its ids are in the cache after each. Exhaust it.
@@ -166,7 +165,9 @@ class Decoder:
             grow(row.cache, len(ids))
         module = self._taps.module({layer for row in rows for layer in row.inspect.hidden_layers})
         flat = mx.array([[token_id] for ids in fed for token_id in ids])
-        logits = module(flat, cache=joined([row.cache for row in rows], [len(ids) for ids in fed]))
+        logits = module(
+            flat, cache=joined([row.cache for row in rows], [len(ids) for ids in fed], may_batch=self._may_batch)
+        )
         drawn = self._draw(self._places(rows, drafts), logits[:, -1])
         verifications = []
         for row, draft in zip(rows, drafts, strict=True):

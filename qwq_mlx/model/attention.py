@@ -57,14 +57,28 @@ def quantized_cache_class() -> type[Any]:
     return WholeQuantizedCache
 
 
+class SeveralEach(NamedTuple):
+    """How the ids of a batch lie where a row feeds several of them.
+
+    n_each: ids of each row. n: of the row with the most. fed: (rows * n,) places in the pass, a row's last id again
+    where it has fewer. picked: which of these are no repetition, None for all.
+    """
+
+    n_each: Sequence[int]
+    n: int
+    fed: mx.array
+    picked: mx.array | None
+
+
 class RowGroup(NamedTuple):
     """Rows of a pass that attend together: one with its cache, or a batch.
 
-    places: of their ids in the pass.
+    places: of their ids in the pass. several: of a batch in which a row feeds several ids.
     """
 
     cache: Any
     places: Sequence[int]
+    several: SeveralEach | None = None
 
 
 class RowCaches:
@@ -89,8 +103,8 @@ def joined(
 ) -> Sequence[Any]:
     """The KV caches of some rows as one for their pass, by layer; that of a single row and id as it is.
 
-    n_fed: ids that each row feeds; None is one each. may_batch: rows that feed one id may attend in a batch, whose bits
-    are not those of a row alone.
+    n_fed: ids that each row feeds; None is one each. may_batch: rows may attend in a batch, whose bits are not those of
+    a row alone.
     """
     n_fed = n_fed or [1] * len(caches)
     if list(n_fed) == [1]:
@@ -108,14 +122,28 @@ def _row_groups(caches: Sequence[Sequence[Any]], n_fed: Sequence[int], *, may_ba
     places = {place: range(start, start + n) for place, (start, n) in enumerate(zip(starts, n_fed, strict=False))}
     rooms: dict[int, list[int]] = {}
     for place, (row, n) in enumerate(zip(caches, n_fed, strict=True)):
-        if may_batch and n == 1 and type(row[0]) is row_cache_class() and row[0].offset < row[0].room:
+        if may_batch and type(row[0]) is row_cache_class() and row[0].offset + n <= row[0].room:
             rooms.setdefault(row[0].room, []).append(place)
     groups = []
-    for together in (each for each in rooms.values() if len(each) > 1):
-        layers = batched([caches[place] for place in together])
-        at = [places.pop(place).start for place in together]
-        groups.append([RowGroup(layer, at) for layer in layers])
+    for room, candidates in rooms.items():
+        most = max(n_fed[place] for place in candidates)
+        together = [place for place in candidates if caches[place][0].offset + most <= room]
+        if len(together) > 1:
+            layers = batched([caches[place] for place in together])
+            own = [places.pop(place) for place in together]
+            several = _several([list(each) for each in own]) if most > 1 else None
+            at = [place for each in own for place in each]
+            groups.append([RowGroup(layer, at, several) for layer in layers])
     return [*groups, *([RowGroup(layer, at) for layer in caches[place]] for place, at in places.items())]
+
+
+def _several(places: Sequence[list[int]]) -> SeveralEach:
+    """places: of each row's ids in the pass."""
+    n_each = [len(each) for each in places]
+    n = max(n_each)
+    fed = [place for each in places for place in [*each, *each[-1:] * (n - len(each))]]
+    picked = [row * n + place for row, n_own in enumerate(n_each) for place in range(n_own)]
+    return SeveralEach(n_each, n, mx.array(fed), None if min(n_each) == n else mx.array(picked))
 
 
 @functools.cache
@@ -154,10 +182,13 @@ def attention_class() -> type[Any]:
 def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, scale: float) -> mx.array:
     """The attention of all rows of a pass behind rotary embedding, (ids, heads, 1, width)."""
     mixed = []
-    for cache, places in rows.groups:
+    for cache, places, several in rows.groups:
+        if several is not None:
+            mixed.append(_batch_of_several(queries, keys, values, rows, cache, several, scale))
+            continue
         query, key, value = (_at(each, places) for each in (queries, keys, values))
         if isinstance(cache, BatchedLayer):
-            key, value, mask = cache.update_and_fetch(key, value, _at(rows.offset, places))
+            key, value, mask = cache.update_and_fetch(key, value, _at(rows.offset, places), [1] * len(places))
             mixed.append(_over_floats(query, key, value, None, scale, mask))
         elif len(places) == 1:
             mixed.append(_row(query, key, value, cache, scale))
@@ -168,11 +199,32 @@ def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, 
             else:
                 row = _row(query, key, value, cache, scale, "causal")
             mixed.append(row.transpose(2, 1, 0, 3))
-    order = [place for _, places in rows.groups for place in places]
+    order = [place for group in rows.groups for place in group.places]
     together = mixed[0] if len(mixed) == 1 else mx.concatenate(mixed)
     if order == sorted(order):
         return together
     return together[mx.array(sorted(range(len(order)), key=order.__getitem__))]
+
+
+def _batch_of_several(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    rows: RowCaches,
+    batch: BatchedLayer,
+    several: SeveralEach,
+    scale: float,
+) -> mx.array:
+    """The attention of a batch in which rows feed several ids, (its ids, heads, 1, width)."""
+
+    def by_row(array: mx.array) -> mx.array:  # (rows, heads, n, width)
+        return array[several.fed].reshape(-1, several.n, array.shape[1], array.shape[3]).transpose(0, 2, 1, 3)
+
+    query, key, value = (by_row(each) for each in (queries, keys, values))
+    key, value, mask = batch.update_and_fetch(key, value, rows.offset[several.fed[:: several.n]], several.n_each)
+    mixed = _over_floats(query, key, value, None, scale, mask)
+    mixed = mixed.transpose(0, 2, 1, 3).reshape(-1, mixed.shape[1], 1, mixed.shape[3])
+    return mixed if several.picked is None else mixed[several.picked]
 
 
 def _at(array: mx.array, places: Sequence[int]) -> mx.array:

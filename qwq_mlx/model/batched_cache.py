@@ -6,7 +6,10 @@ not measured on Metal. Only rows with room for equally many positions share a ba
 
 A row's own cache stays what everybody else sees: who reads its `keys` or `values` takes the row out of its batch.
 
-Does not: batch quantized caches, or rows that feed several ids; those attend one by one.
+Rows may feed several ids, and not equally many: what a row lacks is filled by its last id, whose keys are written
+behind the row's end, where nobody looks before they are written anew.
+
+Does not: batch quantized caches; those attend one by one.
 """
 
 from __future__ import annotations
@@ -50,29 +53,32 @@ class BatchedLayer:
         """A row's keys or values, (1, heads, room, width)."""
         return self.arrays[name][place : place + 1]
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array, ends: mx.array) -> tuple[mx.array, mx.array, Any]:
-        """Append a position to each row; returns keys and values to attend to, and a mask or None.
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array, ends: mx.array, n_each: Sequence[int]
+    ) -> tuple[mx.array, mx.array, Any]:
+        """Append positions to each row; returns keys and values to attend to, and a mask or None.
 
-        keys, values: (rows, heads, 1, width). ends: (rows,) positions that each row holds before it.
+        keys, values: (rows, heads, n, width), of which the first n_each of a row are its own; each has room for n.
+        ends: (rows,) positions that each row holds before them.
         """
-        members = self.members
+        members, n = self.members, keys.shape[2]
         offsets = {member.offset for member in members}
+        is_even = len(offsets) == 1 and n == 1
+        at = ends[:, None] + mx.arange(n)  # (rows, n)
         fetched = []
         for name, new in zip(_NAMES, (keys, values), strict=True):
             array = self.arrays.pop(name)  # nobody else may hold it, or it is copied
-            if len(offsets) == 1:
+            if is_even:
                 [offset] = offsets
                 array[:, :, offset : offset + 1] = new
                 fetched.append(array[:, :, : offset + 1])
             else:
-                places = mx.broadcast_to(ends.reshape(-1, 1, 1, 1), new.shape)
-                array = mx.put_along_axis(array, places, new, axis=2)
+                array = mx.put_along_axis(array, mx.broadcast_to(at[:, None, :, None], new.shape), new, axis=2)
                 fetched.append(array)
             self.arrays[name] = array
-        for member in members:
-            member.offset += 1
-        is_even = len(offsets) == 1
-        mask = None if is_even else (mx.arange(self.room)[None] <= ends[:, None])[:, None, None]
+        for member, n_own in zip(members, n_each, strict=True):
+            member.offset += n_own
+        mask = None if is_even else (mx.arange(self.room) <= at[..., None])[:, None]  # (rows, 1, n, room)
         return fetched[0], fetched[1], mask
 
 

@@ -28,7 +28,7 @@ def test_rows_in_a_batch_are_compared_with_rows_alone(monkeypatch: pytest.Monkey
 _update = BatchedLayer.update_and_fetch
 
 
-def _unmasked(self: BatchedLayer, keys: Any, values: Any, ends: Any) -> tuple[Any, Any, Any]:
+def _unmasked(self: BatchedLayer, keys: Any, values: Any, ends: Any, n_each: Any) -> tuple[Any, Any, Any]:
     """As where rows saw what other rows have room for."""
-    keys, values, _ = _update(self, keys, values, ends)
+    keys, values, _ = _update(self, keys, values, ends, n_each)
     return keys, values, None

@@ -57,6 +57,42 @@ def test_rows_of_one_length_and_of_several_attend_in_a_batch_as_alone(module: An
     assert all(each.caches[0][0].batch is batch for each in pairs), "they stay in one batch"
 
 
+def test_rows_that_feed_several_ids_attend_in_a_batch_as_alone(module: Any) -> None:
+    """As many each, or not, beside rows that feed one, and again after drafts that were cut off."""
+    pairs = [Pair(module, n_ids) for n_ids in (5, 5, 9, 3)]
+    for n_fed, n_cut in (((3, 3, 3, 3), 0), ((1, 4, 2, 1), 1), ((2, 1, 1, 5), 1), ((1, 1, 1, 1), 0), ((4, 1, 3, 2), 0)):
+        rows = [pair.caches[0] for pair in pairs]
+        fed = [[(7 * row + place) % CONFIG.vocab_size for place in range(n)] for row, n in enumerate(n_fed)]
+        for row, ids in zip(rows, fed, strict=True):
+            grow(row, len(ids))
+        flat = mx.array([[each] for ids in fed for each in ids])
+        together = module(flat, cache=joined(rows, n_fed, may_batch=True))
+        first = 0
+        for pair, ids in zip(pairs, fed, strict=True):
+            grow(pair.caches[1], len(ids))
+            alone = module(mx.array([ids]), cache=pair.caches[1])
+            assert mx.abs(together[first : first + len(ids), 0] - alone[0]).max().item() < 1e-4
+            first += len(ids)
+            for cache in pair.caches:
+                assert cache[0].offset == pair.caches[1][0].offset
+                for layer in cache:
+                    layer.trim(min(n_cut, len(ids) - 1))
+        assert all(pair.caches[0][0].batch is pairs[0].caches[0][0].batch is not None for pair in pairs)
+
+
+def test_a_row_without_room_for_the_longest_draft_attends_alone(module: Any) -> None:
+    pairs = [Pair(module, n_ids) for n_ids in (CACHE_STEP - 3, 5, 6)]
+    rows, n_fed = [pair.caches[0] for pair in pairs], (2, 4, 1)
+    flat = mx.array([[place] for place in range(sum(n_fed))])
+    together = module(flat, cache=joined(rows, n_fed, may_batch=True))
+    assert rows[0][0].batch is None and rows[1][0].batch is not None and rows[1][0].batch is rows[2][0].batch
+    first = 0
+    for pair, n in zip(pairs, n_fed, strict=True):
+        alone = module(flat[first : first + n].reshape(1, -1), cache=pair.caches[1])
+        assert mx.abs(together[first : first + n, 0] - alone[0]).max().item() < 1e-4
+        first += n
+
+
 def test_rows_leave_and_enter_a_batch_in_any_order(module: Any) -> None:
     pairs = [Pair(module, n_ids) for n_ids in (3, 4, 5, 6)]
     step(module, pairs[:3], [1, 2, 3])

@@ -53,6 +53,7 @@ class ModelDrafter:
     def __init__(self, module: Any, *, n_ids: int, chunk: int, context: int, kv_bits: int | None = None) -> None:
         self._module = module
         self._n_ids, self._chunk, self._context, self._kv_bits = n_ids, chunk, context, kv_bits
+        self._may_batch = mx.default_device().type != mx.cpu
         self._texts: WeakKeyDictionary[Row, _Text] = WeakKeyDictionary()
         self._trust: dict[int, tuple[float, float]] = {}  # kind -> right ones and all
         self._by_place: dict[int, tuple[float, float]] = {}  # place -> the same, before a draft is made
@@ -100,7 +101,8 @@ class ModelDrafter:
         for place in range(max(n for _, n in asked)):
             for (row, _), n in zip(drafting, n_fed, strict=True):
                 grow(texts[row].cache, n)
-            logits = self._module(fed, cache=joined([texts[row].cache for row, _ in drafting], n_fed))
+            caches = [texts[row].cache for row, _ in drafting]
+            logits = self._module(fed, cache=joined(caches, n_fed, may_batch=self._may_batch))
             ends = mx.array([end - 1 for end in itertools.accumulate(n_fed)])
             drawn, probable = self._draw([row for row, _ in drafting], logits[ends, -1], ids)
             for n_row, (row, _) in enumerate(drafting):
