@@ -90,7 +90,8 @@ class Runs:
         """A new run, in the line. Raises ApiError."""
         self._make_room()
         job = await self._worker.prepare(ask)
-        return await self._follow(Run.of_job(job, card=self._worker.card, question=question))
+        self._worker.submit(job)
+        return await self._follow(Run.of_job(job, card=self._worker.card, question=question), job)
 
     async def fork(self, run: Run, *, at: int, seed: int | None, group: str = "") -> Run:
         """A run that shares the first `at` tokens of another one and draws the rest by itself. Raises ApiError."""
@@ -107,7 +108,8 @@ class Runs:
         card, question = self._worker.card, run.info["question"]
         other = Run.of_job(job, card=card, question=question, parent=(run.id, at), group=group)
         other.steps = run.steps[:at]
-        return await self._follow(other)
+        self._worker.submit(job)
+        return await self._follow(other, job)
 
     async def vote(self, run: Run, *, n: int, at: int) -> list[Run]:
         """Samples that share the first `at` tokens of a run, in one group: all, or none. Raises ApiError."""
@@ -151,8 +153,9 @@ class Runs:
         elif run.state == "running":  # since it was asked
             raise ApiError(409, "The run goes on already.", code="is_running")
         assert isinstance(job.source, Restored), "it goes on"
+        self._worker.submit(job)  # before the run is touched, which stays as it is where the line is full
         run.go_on(job, n_steps=len(job.source.state.steps))
-        return await self._follow(run)
+        return await self._follow(run, job)
 
     def path_of(self, run_id: str) -> Path | None:
         """Where a run is saved; None where none is."""
@@ -211,11 +214,10 @@ class Runs:
             message = f"{len(self._runs)} runs are under way, and no more are remembered. Stop or delete one."
             raise ApiError(429, message, retry_after_s=10)
 
-    async def _follow(self, run: Run) -> Run:
-        assert run.job is not None, "it has been made for it"
-        self._worker.submit(run.job)
+    async def _follow(self, run: Run, job: Job) -> Run:
+        """Take the events of a job that is in the line."""
         self._runs[run.id] = run
-        task = asyncio.get_running_loop().create_task(self._take(run, run.job))
+        task = asyncio.get_running_loop().create_task(self._take(run, job))
         self._tasks.add(task)  # the loop alone would let go of it
         task.add_done_callback(self._tasks.discard)
         await self._keep(run)

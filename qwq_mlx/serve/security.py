@@ -25,7 +25,7 @@ from qwq_mlx.serve.settings import Settings
 __all__ = ["Doors"]
 
 _APP_SCHEMES = ("app", "tauri", "vscode-webview")  # as Ollama: pages of applications that are installed here
-_OPEN_PATHS = ("/", "/health", "/page/page.css", "/page/page.js")  # they say nothing of the model
+_OPEN_PATHS = ("/", "/health")  # they say nothing of the model, and no more do files of the page
 _PREFLIGHT_S = "600"
 
 
@@ -109,7 +109,7 @@ class Doors:
         )
 
     def _check_key(self, headers: Headers, path: str) -> None:
-        if self._key is None or path in _OPEN_PATHS:
+        if self._key is None or path in _OPEN_PATHS or path.startswith("/page/"):
             return
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         candidates = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]

@@ -98,6 +98,8 @@ def test_a_killed_server_leaves_finished_runs_whole_and_others_to_go_on(
 def test_a_run_is_stopped_resumed_cut_and_resumed(tmp_path: Path, trace: Trace) -> None:
     with serving(tmp_path / "h", folder=tmp_path) as served:
         run = served.post(RUNS, {**BODY, "max_tokens": 30}, status=201)["id"]
+        assert served.post(f"{RUNS}/{run}/stop", {})["state"] == "stopped", "most likely before it has begun"
+        served.post(f"{RUNS}/{run}/resume", {}, status=201)
         until(lambda: served.get(f"{RUNS}/{run}")["tokens"] > 3)
         assert served.post(f"{RUNS}/{run}/stop", {})["state"] == "stopped"
         assert "over" in served.post(f"{RUNS}/{run}/answer-now", {}, status=409)["error"]

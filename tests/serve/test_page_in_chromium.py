@@ -14,7 +14,7 @@ from serving import QUESTION, Served, free_port, started
 
 from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.generate.reasoner import load
-from qwq_mlx.serve.history import History
+from qwq_mlx.serve.history import History, KeptRun
 from qwq_mlx.serve.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -206,6 +206,36 @@ def test_a_server_that_ends_names_the_run_and_the_next_one_resumes_it(browser: A
             wait(lambda: page.is_enabled("#stop"), "it does not go on")
             page.click("#stop")
             until_shown(page, "#status", "stopped")
+
+
+def test_a_key_is_asked_for_and_older_runs_are_listed(browser: Any, known_checkpoint: Path, tmp_path: Path) -> None:
+    history = History(tmp_path / "h", max_bytes=1 << 20)
+    for number in range(60):
+        info = {
+            "id": f"run-{number}",
+            "created": number,
+            "state": "ended",
+            "question": f"Question {number}",
+            "seed": 1,
+            "parent": None,
+            "tokens": 0,
+            "summary": None,
+            "error": None,
+        }
+        history.write(KeptRun(info=info, model="", request={"settings": {}}), start=0, lines=[])
+    settings = Settings(port=0, name="tiny", api_key="secret")
+    with (
+        started(lambda: load(known_checkpoint), settings, history=history) as served,
+        opened(browser, served.url, expected=("401",)) as page,
+    ):
+        wait(lambda: page.is_visible("#key"), "no key is asked for")
+        page.fill("#key", "secret")
+        page.press("#key", "Tab")
+        until_shown(page, "#model", "tiny")
+        wait(lambda: page.locator("#runs li").count() == 50, "no runs")
+        page.click("#older")
+        wait(lambda: page.locator("#runs li").count() == 60, "no older runs")
+        assert page.is_hidden("#older") and page.text_content("#message") == ""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -15,20 +15,29 @@ const PAGE = 50;
 
 const at = (id) => document.getElementById(id);
 const tokens = new TokenView(at("thinking"), at("answer"), tell);
-const samples = new Samples(at("samples"), at("groups"), { onOpen: open, onEnd: () => attempt(showRuns) });
+const samples = new Samples(at("samples"), at("groups"), { onOpen: open, onEnd: () => quietly(showRuns) });
 const view = { id: null, run: null, watching: null, arrivals: [], rendered: -Infinity, thought: 0, listed: PAGE };
 const picked = new Set(); // runs to compare
 
-/** Do something, and say what went wrong with it. */
+/** Do what somebody asked for, and say what went wrong with it. */
 async function attempt(work) {
+  at("message").textContent = "";
+  return quietly(work);
+}
+
+/** Do something that nobody asked for, and say what went wrong with it. */
+async function quietly(work) {
   try {
-    at("message").textContent = "";
     return await work();
   } catch (error) {
     if (error.name === "AbortError") return undefined;
     if (error.status === 401) at("key-label").hidden = false;
     at("message").textContent = error.message;
   }
+}
+
+function pause() {
+  return new Promise((done) => setTimeout(done, AGAIN_MS));
 }
 
 /** Say something to those who hear the page; not more than is worth it. */
@@ -97,9 +106,9 @@ function open(id) {
   view.watching = new AbortController();
   if (location.hash.slice(1) !== id) history.pushState(null, "", `#${id}`);
   at("run").hidden = false;
-  attempt(() => watch(id, view.watching.signal));
-  attempt(() => samples.show(id));
-  attempt(showRuns);
+  quietly(() => watch(id, view.watching.signal));
+  quietly(() => samples.show(id));
+  quietly(showRuns);
 }
 
 function close() {
@@ -119,7 +128,7 @@ async function watch(id, signal) {
   for (;;) {
     try {
       show(await call("GET", `${API}/${id}`));
-      if (isLost) await attempt(showRuns);
+      if (isLost) await quietly(showRuns);
       isLost = false;
       for await (const values of steps(id, { from: tokens.steps.length, signal })) {
         if (signal.aborted) return;
@@ -134,7 +143,7 @@ async function watch(id, signal) {
     if (signal.aborted) return;
     if (!isLost) at("message").textContent = "The server is gone. The page looks for it every 2 seconds.";
     isLost = true;
-    await new Promise((done) => setTimeout(done, AGAIN_MS));
+    await pause();
     if (signal.aborted) return;
   }
 }
@@ -165,7 +174,7 @@ function end(run) {
   announce(answer == null ? `The run is over: ${stateOf(run)}` : `The answer is ${answer}.`);
   view.rendered = -Infinity;
   tokens.schedule();
-  attempt(showRuns);
+  quietly(showRuns);
 }
 
 function stateOf(run) {
@@ -290,7 +299,7 @@ function showComparison(first, second) {
   const address = `#compare/${first}/${second}`;
   if (location.hash !== address) history.pushState(null, "", address);
   at("comparison").hidden = false;
-  return attempt(async () => {
+  return quietly(async () => {
     await compare(first, second, { sides: at("sides"), shared: at("shared") });
     at("comparison-title").focus();
   });
@@ -339,7 +348,6 @@ for (const [id, action] of Object.entries(actions)) at(id).addEventListener("cli
 
 at("ask").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (at("key").value) sessionStorage.setItem("key", at("key").value);
   attempt(async () => {
     const body = {
       question: at("question").value,
@@ -374,10 +382,30 @@ for (const id of ["thinking", "answer"]) {
 at("token").addEventListener("keydown", (event) => event.key === "Escape" && hideToken());
 addEventListener("popstate", follow);
 
-attempt(async () => {
-  const { data } = await call("GET", "/v1/models");
-  at("model").textContent = `${data[0].id}, ${data[0].max_model_len.toLocaleString()} positions`;
-  await showRuns();
+/** The model's name, as soon as it is loaded. */
+async function connect() {
+  for (;;) {
+    try {
+      const { data } = await call("GET", "/v1/models");
+      at("model").textContent = `${data[0].id}, ${data[0].max_model_len.toLocaleString()} positions`;
+      return;
+    } catch (error) {
+      if (error instanceof Refused && error.status !== 503) throw error;
+      at("model").textContent = error instanceof Refused ? error.message : "The server is gone.";
+    }
+    await pause();
+  }
+}
+
+async function begin() {
+  quietly(connect);
+  await quietly(showRuns);
   if (location.hash) follow();
+}
+
+at("key").addEventListener("change", () => {
+  sessionStorage.setItem("key", at("key").value);
+  attempt(begin);
 });
+begin();
 watchMemory();
