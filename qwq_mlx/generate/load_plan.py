@@ -1,5 +1,7 @@
 """What is settled before a model's weights are read: which folder, what memory there is, and that the run will fit it.
 
+What is settled will be read, so the system is asked for the shards at the end; in a group each process reads its parts.
+
 Does not: load anything (`reasoner.load` does).
 """
 
@@ -11,6 +13,7 @@ from typing import Any
 
 from qwq_mlx.default_model import ready_model
 from qwq_mlx.errors import OptionError
+from qwq_mlx.files.read_ahead import read_ahead
 from qwq_mlx.generate.drafting import DraftChoice, choose_draft
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
@@ -67,4 +70,6 @@ def plan_load(
         draft=drafts.shape,
         n_ranks=1 if ranks is None else ranks.size,
     )
+    if ranks is None:
+        read_ahead(shard.path for shard in files.checkpoint.shards)
     return LoadPlan(folder=model, limit_bytes=limit, drafts=drafts)
