@@ -229,7 +229,9 @@ def _history(command: Command, max_bytes: int) -> History | None:
         return None
     try:
         path = named or user_data_folder(os.environ) / "history.sqlite3"
-        return History(path, max_bytes=max_bytes)
+        history = History(path, max_bytes=max_bytes)
+        command.note(f"runs of the page are kept in {path}; `no_history` keeps none")
+        return history
     except OptionError as error:
         if named is not None:
             raise

@@ -15,6 +15,7 @@ import os
 import sqlite3
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,19 +81,17 @@ class History:
             raise OptionError(f"history: {path.parent} cannot be made {said}") from error
         except ConversionError as error:
             raise OptionError(f"history: {error} Give another `history`, or `no_history`.") from error
-        try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-            self._open()
-        except (OSError, sqlite3.Error) as error:
-            self._lock.__exit__(None, None, None)
-            raise OptionError(
-                f"history: {path} cannot be used ({error}). Give another `history`, or `no_history`."
-            ) from error
-        except OptionError:
-            self._connection.close()
-            self._lock.__exit__(None, None, None)
-            raise
+        with ExitStack() as undoing:
+            undoing.callback(self._lock.__exit__, None, None, None)
+            try:
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+                self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+                undoing.callback(self._connection.close)
+                self._open()
+            except (OSError, sqlite3.Error) as error:
+                said = f"cannot be used ({error}). Give another `history`, or `no_history`."
+                raise OptionError(f"history: {path} {said}") from error
+            undoing.pop_all()
 
     def _open(self) -> None:
         do = self._connection.execute

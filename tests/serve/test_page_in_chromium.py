@@ -85,6 +85,7 @@ def test_a_token_is_chosen_by_keyboard_alone_and_forked_at(page: Any) -> None:
     page.focus("#thinking")
     for key in ("ArrowRight", "ArrowRight", "Enter"):
         page.keyboard.press(key)
+    assert page.text_content("#announcement") == '" by"'
     assert page.text_content("#token-title").startswith('Token 1: " by"')
     assert page.locator("#alternatives li").count() == 5
     page.keyboard.press("Escape")
@@ -132,6 +133,9 @@ def test_samples_form_a_vote_and_two_are_compared(page: Any) -> None:
 def test_a_run_is_stopped_resumed_asked_saved_and_deleted(page: Any, pocket_server: Served) -> None:
     start(page, LONG)
     wait(lambda: page.locator("#thinking span").count() > 3, "no tokens")
+    page.reload()
+    wait(lambda: page.locator("#thinking span").count() > 3, "no tokens")
+    assert page.is_enabled("#stop")
     page.click("#stop")
     until_shown(page, "#status", "stopped")
     assert page.is_disabled("#stop")

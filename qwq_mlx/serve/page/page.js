@@ -372,8 +372,10 @@ for (const id of ["thinking", "answer"]) {
   });
   at(id).addEventListener("keydown", (event) => {
     const offset = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (offset) tokens.move(event.currentTarget, offset);
-    else if (event.key === "Enter") showToken();
+    if (offset) {
+      tokens.move(event.currentTarget, offset);
+      announce(tokens.chosen === null ? "" : JSON.stringify(tokens.steps[tokens.chosen].text));
+    } else if (event.key === "Enter") showToken();
     else if (event.key === "Escape") hideToken();
     else return;
     event.preventDefault();

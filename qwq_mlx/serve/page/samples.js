@@ -25,6 +25,7 @@ export class Samples {
     this.id = id;
     clearTimeout(this.timer);
     const vote = await call("GET", `${API}/${id}/vote`);
+    if (this.id !== id) return; // another run was opened meanwhile
     this.element.closest("section").hidden = vote.n === 0; // before there is text, which is scrolled
     for (const run of vote.runs) if (!this.cards.has(run)) this.cards.set(run, new Card(this.element, run, () => this.onOpen(run)));
     await Promise.all([...this.cards.values()].map((card) => card.update()));
