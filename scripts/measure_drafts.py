@@ -32,6 +32,7 @@ from qwq_mlx.bench.loops import sampling, their_ids
 from qwq_mlx.bench.models import in_compute_type, qwq_shaped, random_module
 from qwq_mlx.engine import drawing
 from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.draft_length import costs_at
 from qwq_mlx.engine.drafters.model import ModelDrafter
 from qwq_mlx.engine.drafters.ngram import NgramDrafter
 from qwq_mlx.engine.drafters.speculator import Speculator
@@ -115,8 +116,16 @@ def main() -> None:
     drafter = Modelled(
         random_module(small, small_packed, default_compute_type(), seed=1), n_ids=config.vocab_size, named=options.named
     )
-    costs = measure_costs(module, n_ids=config.vocab_size, drafter=drafter, most_rows=16)
-    show({"device": str(mx.device_info().get("device_name") or mx.default_device()), "costs": asdict(costs)})
+    measured = measure_costs(
+        module, n_ids=config.vocab_size, drafter=drafter, most_rows=16, most_context=config.max_position_embeddings
+    )
+    costs = costs_at(measured)
+    show(
+        {
+            "device": str(mx.device_info().get("device_name") or mx.default_device()),
+            "costs": [asdict(each) for each in measured],
+        }
+    )
     outputs = read_outputs(options.traces, options.tokenizer, options.outputs, options.tokens)
     drafters = {
         "ngram": Speculator(ngram=NgramDrafter(), costs=costs),

@@ -203,7 +203,8 @@ class Decoder:
         n = n_accepted(draft.ids, read)
         row.cut_cache(len(row.ids) + n)
         row.ready.extend(read[: n + 1])
-        if self._drafts is not None and draft.ids:
+        row.count_draft(draft.source, len(draft.ids), n)
+        if self._drafts is not None:
             self._drafts.learn(row, draft, n)
 
     def _passes(self, rows: Sequence[_T]) -> list[Sequence[_T]]:

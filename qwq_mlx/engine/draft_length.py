@@ -12,11 +12,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from qwq_mlx.errors import OptionError
 
-__all__ = ["Lengths", "PassCosts", "best_lengths", "expected_right"]
+__all__ = ["Costs", "CostsAt", "Lengths", "PassCosts", "best_lengths", "costs_at", "expected_right"]
+
+
+class Costs(Protocol):
+    """What passes cost at each context length."""
+
+    def at(self, context: int) -> PassCosts:
+        """Where the longest row holds this many ids."""
+        ...
+
+
+_CONTEXT_STEP = 256  # a cache grows by so many positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +58,55 @@ class PassCosts:
             return self.by_rows[n_rows - 1]
         last = self.by_rows[-1] - self.by_rows[-2] if len(self.by_rows) > 1 else self.by_rows[0]
         return self.by_rows[-1] + (n_rows - len(self.by_rows)) * max(last, 0.0)
+
+    def at(self, context: int) -> PassCosts:
+        """These costs, whatever the context: where one length was measured."""
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostsAt:
+    """Costs of passes that were measured with so many ids in the cache."""
+
+    context: int
+    costs: PassCosts
+
+
+class _ByContext:
+    """Costs of several context lengths; between and beyond two of them each pass costs what a straight line says."""
+
+    def __init__(self, points: Sequence[CostsAt]) -> None:
+        self._points = sorted(points, key=lambda point: point.context)
+        self._known: dict[int, PassCosts] = {}
+
+    def at(self, context: int) -> PassCosts:
+        """See `Costs`; contexts are told apart by steps of 256."""
+        step = max(context, self._points[0].context) // _CONTEXT_STEP
+        if step not in self._known:
+            self._known[step] = self._between(max(step * _CONTEXT_STEP, self._points[0].context))
+        return self._known[step]
+
+    def _between(self, context: int) -> PassCosts:
+        high = next((n for n, point in enumerate(self._points) if point.context >= context), len(self._points) - 1)
+        low, end = self._points[max(high - 1, 0)], self._points[max(high, 1)]
+        share = (context - low.context) / (end.context - low.context)
+        n_rows = max(len(low.costs.by_rows), len(end.costs.by_rows))
+
+        def line(before: float, after: float) -> float:
+            return max(before, before + share * (after - before))  # a longer context is never cheaper
+
+        by_rows = [line(low.costs.of(n), end.costs.of(n)) for n in range(1, n_rows + 1)]
+        return PassCosts(by_rows=tuple(by_rows), sync_s=low.costs.sync_s, draft_s=low.costs.draft_s)
+
+
+def costs_at(points: Sequence[CostsAt]) -> Costs:
+    """Costs at any context from those at some, at least one.
+
+    >>> points = [CostsAt(context=n, costs=PassCosts(by_rows=(1.0, 1.0 + n / 1024), sync_s=0.1)) for n in (256, 1280)]
+    >>> costs_at(points).at(768).by_rows, costs_at(points).at(2304).by_rows
+    ((1.0, 1.75), (1.0, 3.25))
+    """
+    return points[0].costs if len(points) == 1 else _ByContext(points)
 
 
 class Lengths(NamedTuple):

@@ -112,6 +112,7 @@ class Row:
 
     may_draft: whether ids may be drafted for it; its owner says.
     n_restarts: how often the ids became others than those before with some more; drafters look at it.
+    drafted, accepted: ids that were guessed for it, and those of them that it drew itself, by source.
     """
 
     def __init__(
@@ -137,6 +138,8 @@ class Row:
         self.ready: deque[Ready] = deque()
         self.may_draft = True
         self.n_restarts = 0
+        self.drafted: dict[str, int] = {}
+        self.accepted: dict[str, int] = {}
         self.failure: Exception | None = None  # why no step can follow
         self._tokens: Any | None = None
 
@@ -223,6 +226,11 @@ class Row:
             assert isinstance(processor, Incremental), "it gave the state"
             processor.restore(state)
         return token
+
+    def count_draft(self, source: str, n_drafted: int, n_accepted: int) -> None:
+        """Enter a draft that was checked."""
+        self.drafted[source] = self.drafted.get(source, 0) + n_drafted
+        self.accepted[source] = self.accepted.get(source, 0) + n_accepted
 
     def force(self, ids: Sequence[int]) -> None:
         """Append ids that were not drawn; the next draw follows them. What was drawn ahead is dropped."""

@@ -21,11 +21,11 @@ import mlx.core as mx
 
 from qwq_mlx import __version__
 from qwq_mlx.default_model import user_cache_folder
-from qwq_mlx.engine.draft_length import PassCosts
+from qwq_mlx.engine.draft_length import Costs, CostsAt, costs_at
 from qwq_mlx.engine.drafters.model import ModelDrafter
 from qwq_mlx.engine.drafters.ngram import NgramDrafter
 from qwq_mlx.engine.drafters.speculator import Speculator
-from qwq_mlx.engine.pass_costs import measure_costs
+from qwq_mlx.engine.pass_costs import LONG_CONTEXT, measure_costs
 from qwq_mlx.errors import LoadError, OptionError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.digest import sha256_json
@@ -49,7 +49,18 @@ __all__ = ["DRAFT_VARIABLE", "DraftChoice", "choose_draft", "make_speculator"]
 DRAFT_VARIABLE = "QWQ_MLX_DRAFT"
 """Names what `draft="auto"` takes: the folder of a draft model, or "ngram" or "off"."""
 
+_SCHEMA = 2
+_BUFFER_SETTINGS = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")  # of MLX: work that is handed over at a time
 _KERNELS = Path(kernels.__file__).with_name("few_row_matmul.cu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """A file of costs. key: all that they depend on."""
+
+    schema: int
+    key: Mapping[str, Any]
+    costs: list[CostsAt]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,11 +169,11 @@ def make_speculator(
             context=draft.config.max_position_embeddings,
             kv_bits=kv_bits,
         )
-    costs: PassCosts | None = None
+    costs: Costs | None = None
     notes: list[str] = []
     if choice.length is None:
         folder = cache_folder or user_cache_folder(os.environ) / "pass-costs"
-        costs = _costs(model, choice, drafter, kv_bits, folder, notes.append)
+        costs = costs_at(_costs(model, choice, drafter, limits, folder, notes.append))
     return Speculator(ngram=NgramDrafter(), model=drafter, costs=costs, length=choice.length, notes=notes)
 
 
@@ -170,28 +181,35 @@ def _costs(
     model: LoadedModel,
     choice: DraftChoice,
     drafter: ModelDrafter | None,
-    kv_bits: int | None,
+    limits: Limits,
     folder: Path,
     note: Callable[[str], None],
-) -> PassCosts:
+) -> list[CostsAt]:
     """What passes cost: measured earlier, or now. note: told of what could not be read or written."""
-    key = _key(model, choice, kv_bits)
+    kv_bits = limits.kv_bits if isinstance(limits.kv_bits, int) else None
+    most_context = limits.context or model.config.max_position_embeddings
+    key = _key(model, choice, kv_bits) | {"is_long": most_context > LONG_CONTEXT}
     path = folder / f"{sha256_json(key)[:32]}.json"
     try:
         value = json.loads(path.read_bytes())
         if isinstance(value, dict) and value.get("key") == key:
-            return from_json_value(value.get("costs"), PassCosts)
+            return from_json_value(value, _Kept).costs
     except FileNotFoundError:
         pass
     except (OSError, ValueError, FieldError, OptionError) as error:
         note(f"{path}: cannot be read ({error}), so passes are measured again")
     most_rows = MIN_BLAS_ROWS - 1 if uses_blas(model.module) else 1 + MAX_DRAFTED
     costs = measure_costs(
-        model.module, n_ids=model.tokenizer.n_ids, kv_bits=kv_bits, drafter=drafter, most_rows=most_rows
+        model.module,
+        n_ids=model.tokenizer.n_ids,
+        kv_bits=kv_bits,
+        drafter=drafter,
+        most_rows=most_rows,
+        most_context=most_context,
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(path, (json.dumps({"schema": 1, "key": key, "costs": asdict(costs)}) + "\n").encode())
+        write_file(path, (json.dumps(asdict(_Kept(schema=_SCHEMA, key=key, costs=costs))) + "\n").encode())
     except OSError as error:
         note(f"{path}: cannot be written ({error}), so passes are measured again next time")
     return costs
@@ -204,10 +222,11 @@ def _key(model: LoadedModel, choice: DraftChoice, kv_bits: int | None) -> dict[s
     if draft is not None:
         shapes["draft"] = _shape_key(draft)
     return {
-        "schema": 1,
+        "schema": _SCHEMA,
         "machine": f"{platform.system()} {platform.machine()} {platform.node()} {os.cpu_count()}",
         "device": str(mx.device_info().get("device_name", "")) or backend_name(),
         "versions": {name: package_version(name) for name in ("mlx", "mlx-lm")} | {"qwq-mlx": __version__},
+        "buffers": {name: os.environ.get(name, "") for name in _BUFFER_SETTINGS},
         "kernels": sha256_json(_KERNELS.read_text(encoding="utf-8")) if few_row_kernels_run() else "",
         "compute_type": model.compute_type,
         "kv_bits": kv_bits,

@@ -8,6 +8,7 @@ Does not: hand out Steps (`stream` does), or decide which runs share a pass.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qwq_mlx.engine.decoder import Decoder
@@ -15,7 +16,7 @@ from qwq_mlx.engine.row import Token
 from qwq_mlx.errors import GenerationError
 from qwq_mlx.generate.request import Request, new_row
 from qwq_mlx.generate.run import Inject, Rewind, Run
-from qwq_mlx.trace.timings import Clock
+from qwq_mlx.trace.timings import Clock, Timings
 
 __all__ = ["Running", "advance"]
 
@@ -35,6 +36,10 @@ class Running:
         self.clock = Clock()
         self.failure: Exception | None = None
         self._decoder = decoder
+
+    def timings(self) -> Timings:
+        """Where the time went so far, and what came of drafts."""
+        return replace(self.clock.timings(), drafted=dict(self.row.drafted), accepted=dict(self.row.accepted))
 
     @property
     def needs_forward(self) -> bool:

@@ -222,7 +222,7 @@ class Stream:
         """Everything so far, frozen. Before the end its finish_reason is "interrupted"."""
         return trace_of(
             self.run,
-            timings=self.running.clock.timings(),
+            timings=self.running.timings(),
             peak_bytes=self._peak_bytes or mx.get_peak_memory(),
             asked=self._asked,
         )

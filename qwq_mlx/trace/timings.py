@@ -6,7 +6,8 @@ Does not: tell the consumer's time between two Steps from the device's; a wall c
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 __all__ = ["Clock", "Timings"]
 
@@ -19,6 +20,8 @@ class Timings:
     prefill_s: seconds until the first id was there.
     n_intervals: intervals between output ids, one fewer than there are ids.
     decode_s: seconds from the first output id to the last.
+    drafted: ids that were guessed, by source: "ngram" or "model"; empty where nothing was drafted.
+    accepted: of them, ids that the model drew itself.
 
     >>> Timings(n_prefilled=100, prefill_s=0.5, n_intervals=40, decode_s=2.0).decode_tok_s
     20.0
@@ -28,6 +31,8 @@ class Timings:
     prefill_s: float
     n_intervals: int
     decode_s: float
+    drafted: Mapping[str, int] = field(default_factory=dict)
+    accepted: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def prefill_tok_s(self) -> float | None:

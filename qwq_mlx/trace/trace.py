@@ -25,8 +25,10 @@ from qwq_mlx.trace.trace_file import read_trace, write_trace
 
 __all__ = ["SCHEMA_VERSION", "Alternative", "Asked", "FinishReason", "Injection", "Step", "Timings", "Trace"]
 
-SCHEMA_VERSION = 3
-_WITHOUT_ASKED = 2  # the schema before `Trace.asked`, else the same
+SCHEMA_VERSION = 4
+# Older schemas, with what they lack of the next one
+_WITHOUT_ASKED, _WITHOUT_DRAFTS = 2, 3
+_DRAFTS: Mapping[str, Any] = {"drafted": {}, "accepted": {}}  # of `Timings`
 
 FinishReason = Literal["stop", "answered", "length", "budget", "loop", "context_full", "interrupted"]
 
@@ -275,8 +277,8 @@ class Trace:
     @classmethod
     def from_json(cls, value: Any, *, where: str) -> Trace:
         """The Trace again. Raises SourceError for another schema, and fields missing, unknown or of a wrong kind."""
-        if isinstance(value, dict) and value.get("schema_version") == _WITHOUT_ASKED and "asked" not in value:
-            value = {**value, "schema_version": SCHEMA_VERSION, "asked": None}
+        if isinstance(value, dict):
+            value = _as_now(value)
         if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
             version = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
             raise SourceError(
@@ -298,7 +300,7 @@ class Trace:
     @classmethod
     def load(cls, path: str | Path) -> Trace:
         """Read what `save` wrote, every byte checked. Raises SourceError naming the file and the fault."""
-        fields, tokens, hidden = read_trace(Path(path), schemas=(_WITHOUT_ASKED, SCHEMA_VERSION))
+        fields, tokens, hidden = read_trace(Path(path), schemas=(_WITHOUT_ASKED, _WITHOUT_DRAFTS, SCHEMA_VERSION))
         names = tokens[0].keys() if tokens else _ALWAYS
         for place, token in enumerate(tokens, start=2):
             if token.keys() != names or not _ALWAYS <= names <= _COLUMNS.keys():
@@ -307,6 +309,16 @@ class Trace:
         text = "".join(map(str, columns["texts"]))
         trace = cls.from_json({**fields, **columns, "text": text}, where=str(path))
         return dataclasses.replace(trace, hidden=hidden)
+
+
+def _as_now(value: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a trace of an older schema, with what it lacks; others as they are."""
+    if value.get("schema_version") == _WITHOUT_ASKED and "asked" not in value:
+        value = {**value, "schema_version": _WITHOUT_DRAFTS, "asked": None}
+    timings = value.get("timings")
+    if value.get("schema_version") == _WITHOUT_DRAFTS and isinstance(timings, dict) and not _DRAFTS.keys() & timings:
+        value = {**value, "schema_version": SCHEMA_VERSION, "timings": {**timings, **_DRAFTS}}
+    return value
 
 
 # One a token: name in its line, and the Trace's field; the first four are always there.

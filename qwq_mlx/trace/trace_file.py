@@ -1,6 +1,6 @@
 """A Trace on disk: JSON lines that anybody can read, one a token, and hidden states beside them in safetensors.
 
-    {"format": "qwq_mlx trace", "schema_version": 3, "n_tokens": 2, ...}   all but the tokens
+    {"format": "qwq_mlx trace", "schema_version": 4, "n_tokens": 2, ...}   all but the tokens
     {"id": 40, "text": "a", "logprob": -0.5, "entropy": 1.25}              one line a token, in order
     {"id": 41, "text": "b", "logprob": -0.1, "entropy": 0.75, "margin": 0.9, "alternatives": [[41, "b", -0.1], ...]}
     {"end": 2, "sha256": "..."}                                            of all bytes before this line
@@ -82,7 +82,7 @@ def read_trace(path: Path, *, schemas: Collection[int]) -> tuple[dict[str, Any],
     version = fields.get("schema_version")
     if type(version) is not int or version not in schemas:
         raise SourceError(
-            f"{path}: schema_version is {version!r}, expected {' or '.join(map(str, schemas))}. "
+            f"{path}: schema_version is {version!r}, expected {_listed(schemas)}. "
             "Read the trace with the version of qwq_mlx that wrote it."
         )
     last = _object(lines[-2], path, len(lines) - 1) if len(lines) > 2 and not lines[-1] else {}
@@ -138,6 +138,11 @@ def _arrays_bytes(hidden: Mapping[int, Any]) -> bytes:
 
 def _line(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+
+
+def _listed(schemas: Collection[int]) -> str:
+    *first, last = map(str, sorted(schemas))
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _literal(name: str) -> str:

@@ -52,7 +52,7 @@ def n_passes(is_right: Sequence[bool], length: int) -> int:
     """Passes that an output takes with drafts of so many ids.
 
     >>> n_passes([True, True, True, False, True], 2)
-    2
+    3
     """
     place = n = 0
     while place < len(is_right):

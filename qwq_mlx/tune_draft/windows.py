@@ -20,6 +20,9 @@ from qwq_mlx.tune_draft.examples import Example
 __all__ = ["Batch", "Window", "batches", "cut", "shuffled"]
 
 
+_FILLED = 32  # windows are filled to a multiple, so that few shapes come up: on CUDA each new one takes a plan
+
+
 class Window(NamedTuple):
     """Some ids of an example in order.
 
@@ -36,7 +39,8 @@ class Window(NamedTuple):
 class Batch(NamedTuple):
     """Windows side by side.
 
-    ids: (windows, longest) int32, behind the end of a window 0. places: (targets,) int32, of the ids before the targets
+    ids: (windows, n) int32, n a multiple of 32 that holds the longest, behind the end of a window 0.
+    places: (targets,) int32, of the ids before the targets
     in the flattened `ids`. targets: (targets,) int32, the ids to be named.
     """
 
@@ -65,7 +69,7 @@ def batches(windows: Iterable[Window], n_ids: int) -> list[Batch]:
     """Windows of about one length together, at most n_ids a batch with what fills the shorter ones; at least one."""
     grouped: list[list[Window]] = []
     for window in sorted(windows, key=lambda each: len(each.ids)):
-        if not grouped or (len(grouped[-1]) + 1) * len(window.ids) > n_ids:
+        if not grouped or (len(grouped[-1]) + 1) * _filled_length(window) > n_ids:
             grouped.append([])
         grouped[-1].append(window)
     return [_side_by_side(each) for each in grouped]
@@ -78,8 +82,12 @@ def shuffled(n_batches: int, *, seed: int, epoch: int) -> list[int]:
     return order
 
 
+def _filled_length(window: Window) -> int:
+    return -(-len(window.ids) // _FILLED) * _FILLED
+
+
 def _side_by_side(windows: Sequence[Window]) -> Batch:
-    ids = np.zeros((len(windows), max(len(each.ids) for each in windows)), np.int32)
+    ids = np.zeros((len(windows), max(map(_filled_length, windows))), np.int32)
     for row, window in enumerate(windows):
         ids[row, : len(window.ids)] = window.ids
     at = np.array([row * ids.shape[1] + place for row, each in enumerate(windows) for place in each.targets], np.int32)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qwq_mlx.engine.draft_length import PassCosts, best_lengths
+from qwq_mlx.engine.draft_length import CostsAt, PassCosts, best_lengths, costs_at
 from qwq_mlx.engine.drafters.model import ModelDrafter
 from qwq_mlx.engine.drafters.ngram import NgramDrafter
 from qwq_mlx.engine.drafters.speculator import Speculator
@@ -161,3 +161,14 @@ def test_what_is_no_speculator_is_refused() -> None:
     ):
         with pytest.raises(OptionError, match=text):
             Speculator(**values)
+
+
+def test_costs_between_and_beyond_two_contexts_lie_on_a_line() -> None:
+    short, long = PassCosts(by_rows=(1.0, 1.2, 1.4), sync_s=0.1), PassCosts(by_rows=(2.0, 3.2), sync_s=0.3, draft_s=0.5)
+    costs = costs_at([CostsAt(context=4_352, costs=long), CostsAt(context=256, costs=short)])
+    assert costs.at(0) == costs.at(256) == short
+    assert costs.at(2_304 + 255).by_rows == pytest.approx((1.5, 2.2, 2.9))  # half way, by steps of 256
+    assert costs.at(8_448).by_rows == pytest.approx((3.0, 5.2, 7.4)) and costs.at(8_448).sync_s == 0.1
+    falling = costs_at([CostsAt(context=256, costs=long), CostsAt(context=512, costs=short)])
+    assert falling.at(5_000).by_rows[:2] == long.by_rows, "noise; a longer context is never cheaper"
+    assert costs_at([CostsAt(context=256, costs=short)]).at(9_999) is short

@@ -10,8 +10,8 @@ import mlx.core as mx
 import pytest
 from checkpoints import write_tiny_checkpoint
 
-from qwq_mlx.engine.draft_length import PassCosts
-from qwq_mlx.engine.pass_costs import measure_costs
+from qwq_mlx.engine.draft_length import CostsAt, PassCosts
+from qwq_mlx.engine.pass_costs import LONG_CONTEXT, measure_costs
 from qwq_mlx.errors import LoadError, OptionError
 from qwq_mlx.generate import drafting
 from qwq_mlx.generate.__main__ import main
@@ -92,12 +92,17 @@ def assert_same(found: Trace, expected: Trace) -> None:
 def test_every_kind_of_run_is_what_it_is_without_drafts(
     plain: Reasoner, drafted: Reasoner, request: pytest.FixtureRequest
 ) -> None:
+    n_drafted = 0
     for name, each in settings(plain).items():
         expected, found = (reasoner.generate("3 + 4 * 5", **each) for reasoner in (plain, drafted))
         assert len(expected.ids) > 5 or name == "stop"
         assert_same(found, expected)
+        assert expected.timings.drafted == {}
+        n_drafted += sum(found.timings.drafted.values())
+        assert all(found.timings.accepted[source] <= n for source, n in found.timings.drafted.items())
     assert drafted.drafts is not None
     counts = drafted.drafts.counts
+    assert n_drafted == sum(counts.drafted.values())
     assert sum(counts.drafted.values()) > 50
     if request.node.callspec.params["drafted"] == "same model":
         # what is behind the end of a run, or an injection, is lost
@@ -251,9 +256,9 @@ def test_costs_are_measured_once_and_kept(folder: Path, tmp_path: Path, monkeypa
     linear = PassCosts(by_rows=(1.0, 2.0, 3.0), sync_s=0.1)
     n_measured = []
 
-    def measured(*arguments: Any, **more: Any) -> PassCosts:
+    def measured(*arguments: Any, **more: Any) -> list[CostsAt]:
         n_measured.append(more["most_rows"])
-        return linear
+        return [CostsAt(context=300, costs=linear)]
 
     monkeypatch.setattr(drafting, "measure_costs", measured)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -267,12 +272,15 @@ def test_costs_are_measured_once_and_kept(folder: Path, tmp_path: Path, monkeypa
     path.write_text(path.read_text().replace("2.0", '"two"'))
     reasoner = load(folder, draft="ngram")
     assert len(n_measured) == 2 and reasoner.drafts is not None
-    assert reasoner.drafts.notes[0].startswith(f"{path}: cannot be read (by_rows")
+    assert reasoner.drafts.notes[0].startswith(f"{path}: cannot be read (costs[0].costs.by_rows")
     load(folder, draft="ngram", limits=Limits(kv_bits=8))
     assert len(list(tmp_path.rglob("*.json"))) == 2
     monkeypatch.setattr(drafting, "few_row_kernels_run", lambda: True)
     load(folder, draft="ngram")
     assert len(list(tmp_path.rglob("*.json"))) == 3
+    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "400")
+    load(folder, draft="ngram")
+    assert len(list(tmp_path.rglob("*.json"))) == 4
 
 
 def test_passes_are_timed_with_the_rows_they_have(folder: Path) -> None:
@@ -288,7 +296,28 @@ def test_passes_are_timed_with_the_rows_they_have(folder: Path) -> None:
             return module(ids, cache=cache)
 
     costs = measure_costs(Counted(), n_ids=300, most_rows=7, clock=lambda: float(n_rows[0]))
-    assert costs == PassCosts(by_rows=(1.0, 2.0, 3.0), sync_s=0.0)
+    assert costs == [CostsAt(context=300, costs=PassCosts(by_rows=(1.0, 2.0, 3.0), sync_s=0.0))]
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_passes_are_timed_with_few_ids_in_the_cache_and_with_many(folder: Path, kv_bits: int | None) -> None:
+    """A clock by which a pass costs 1, and each of its rows what it attends to."""
+    module, clock = load_model(folder).module, [0.0]
+
+    class Counted:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(module, name)
+
+        def __call__(self, ids: Any, cache: Any) -> Any:
+            clock[0] += 1.0 + ids.size * round(mx.max(mx.array(cache[0].offset)).item(), -2) / 10_000
+            return module(ids, cache=cache)
+
+    arguments: dict[str, Any] = {"n_ids": 300, "most_rows": 4, "kv_bits": kv_bits, "clock": lambda: clock[0]}
+    [short, long] = measure_costs(Counted(), most_context=8_192, **arguments)
+    assert (short.context, long.context) == (300, LONG_CONTEXT)
+    for each, per_row in ((short, 0.03), (long, 0.41)):
+        assert each.costs.by_rows == pytest.approx([1 + per_row * n for n in range(1, 5)], abs=1e-6)
+    assert len(measure_costs(Counted(), most_context=LONG_CONTEXT, **arguments)) == 1
 
 
 def test_the_command_says_what_was_drafted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

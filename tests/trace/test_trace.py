@@ -67,7 +67,7 @@ def test_a_saved_trace_is_read_back_equal(trace: Trace, tmp_path: Path) -> None:
     trace.save(path)
     assert Trace.load(path) == trace
     lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    assert lines[0]["schema_version"] == SCHEMA_VERSION == 3 and lines[0]["n_tokens"] == 2
+    assert lines[0]["schema_version"] == SCHEMA_VERSION == 4 and lines[0]["n_tokens"] == 2
     assert lines[1:3] == [
         {"id": 4, "text": "a\u2028", "logprob": -0.1, "entropy": 2.5},
         {"id": 5, "text": "b🧮", "logprob": None, "entropy": None},
@@ -76,10 +76,14 @@ def test_a_saved_trace_is_read_back_equal(trace: Trace, tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["trace.jsonl"]
 
 
-def test_a_trace_from_before_answers_were_asked_for_is_read(trace: Trace, tmp_path: Path) -> None:
-    value = trace.to_json() | {"schema_version": 2}
-    del value["asked"]
-    assert Trace.from_json(value, where="here") == trace
+def test_a_trace_from_before_answers_were_asked_for_and_drafts_counted_is_read(trace: Trace, tmp_path: Path) -> None:
+    for schema in (2, 3):
+        value = trace.to_json() | {"schema_version": schema}
+        for name in ("drafted", "accepted"):
+            del value["timings"][name]
+        if schema == 2:
+            del value["asked"]
+        assert Trace.from_json(value, where="here") == trace
     asked = Asked(cue="a", text="5}", n_tokens=9, answer="5", confidence=0.5)
     dataclasses.replace(trace, asked=asked, answer_kind="asked").save(tmp_path / "trace")
     assert Trace.load(tmp_path / "trace").asked == asked
@@ -134,7 +138,10 @@ def resealed(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lines: lines[0].update(schema_version=1), "schema_version is 1, expected 2 or 3. Read the trace with"),
+        (
+            lambda lines: lines[0].update(schema_version=1),
+            "schema_version is 1, expected 2, 3 or 4. Read the trace with",
+        ),
         (
             lambda lines: lines[0].update(format="other", n_tokens=3),
             "holds 2 tokens, its first line says 3, its last 2",
@@ -225,7 +232,7 @@ def test_the_answer_is_told_with_its_confidence_and_doubts(trace: Trace) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 99}, r"schema_version is 99, expected 3\. Read the trace with the version"),
+        ({"schema_version": 99}, r"schema_version is 99, expected 4\. Read the trace with the version"),
         ({"schema_version": None}, "schema_version is None"),
         ({"ids": ...}, "ids is missing, expected a value"),
         ({"more": 1}, "more is present, expected no such field"),
@@ -256,5 +263,5 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is no trace of qwq_mlx"):
         Trace.load(tmp_path / "other.json")
     (tmp_path / "one.json").write_text('{"schema_version": 1, "ids": []}\n')
-    with pytest.raises(SourceError, match="schema_version is 1, expected 2 or 3"):
+    with pytest.raises(SourceError, match="schema_version is 1, expected 2, 3 or 4"):
         Trace.load(tmp_path / "one.json")

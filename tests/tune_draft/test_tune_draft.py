@@ -215,10 +215,10 @@ def test_windows_have_each_written_id_once_behind_half_a_window(draft: Path) -> 
         for window in windows:
             assert len(window.ids) <= 16 and window.ids == ids[window.start : window.start + len(window.ids)]
             assert window.start == 0 or window.targets[0] >= 8
-        made = batches(windows, 40)
+        made = batches(windows, 96)
         assert sum(len(batch.targets) for batch in made) == len(places)
         for batch in made:
-            assert batch.ids.size <= 40
+            assert batch.ids.size <= 96 and batch.ids.shape[1] == 32
             np.testing.assert_array_equal(batch.ids.reshape(-1)[batch.places + 1], batch.targets)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qwq_mlx.engine.draft_length import Lengths, PassCosts, best_lengths, expected_right
+from qwq_mlx.engine.draft_length import Costs, Lengths, PassCosts, best_lengths, expected_right
 from qwq_mlx.engine.drafters.model import ModelDrafter
 from qwq_mlx.engine.drafters.ngram import NgramDrafter
 from qwq_mlx.engine.drafters.suffix_automaton import Guess
@@ -59,7 +59,7 @@ class Speculator:
         *,
         ngram: NgramDrafter | None = None,
         model: ModelDrafter | None = None,
-        costs: PassCosts | None = None,
+        costs: Costs | None = None,
         length: int | None = None,
         notes: Sequence[str] = (),
     ) -> None:
@@ -70,7 +70,8 @@ class Speculator:
         if length is not None and not 1 <= length <= MAX_DRAFTED:
             raise OptionError(f"length is {length}, expected from 1 to {MAX_DRAFTED} drafted ids.")
         self.counts, self.notes = DraftCounts(), tuple(notes)
-        self._ngram, self._model, self._costs, self._length = ngram, model, costs, length
+        self._ngram, self._model, self._all_costs, self._length = ngram, model, costs, length
+        self._costs = None if costs is None else costs.at(0)  # as long as the rows of the pass are
         self._account_s = 0.0
         self._is_due = False  # ids were read before the pass that is to come
         self._token_s = 0.0  # what a token costs without drafts, in the pass under way
@@ -91,7 +92,7 @@ class Speculator:
 
     def is_due(self, rows: Sequence[Row]) -> bool:
         """See `speculative.Drafts`."""
-        costs = self._costs
+        costs = self._look_up(rows)
         if costs is None:
             return True
         # the automaton has to be right with the id under way too, which nobody has read
@@ -108,6 +109,7 @@ class Speculator:
 
     def draft(self, rows: Sequence[Row], *, most: int | None) -> list[Draft]:
         """See `speculative.Drafts`."""
+        self._look_up(rows)
         rooms = self._rooms(rows, most)
         guesses = [self._ngram_guess(row, room) for row, room in zip(rows, rooms, strict=True)]
         sources = ["ngram"] * len(rows)
@@ -134,6 +136,12 @@ class Speculator:
         drafter.learn(guesses, n_accepted)
         self.counts.add(draft.source, len(draft.ids), n_accepted)
         self._pay_in(n_accepted * self._token_s, self._token_s)
+
+    def _look_up(self, rows: Sequence[Row]) -> PassCosts | None:
+        """What passes of these rows cost."""
+        if self._all_costs is not None:
+            self._costs = self._all_costs.at(max(len(row.ids) for row in rows))
+        return self._costs
 
     def _rooms(self, rows: Sequence[Row], most: int | None) -> list[int]:
         """Ids that may be drafted for each row."""
