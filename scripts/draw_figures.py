@@ -2,9 +2,9 @@
 
     python scripts/draw_figures.py [real | recipes | trace]
 
-real: bits per weight against KL on a real model, from real.json beside it. recipes: bytes against equations solved, off
-the pocket's training grid, from recipes.json. Both files say how the numbers were measured, and docs/benchmarks.md has
-them as tables. trace: one Game of 24 by the bundled pocket model, drawn by `qwq_mlx.plot_trace`. Needs the extra
+real: bits per weight against KL on a real model. recipes: bytes against equations solved, off the pocket's training
+grid. Both from the newest file of that name in benchmarks/, which says how the numbers were measured;
+docs/benchmarks.md has them as tables. trace: one Game of 24 by the bundled pocket model, drawn by `qwq_mlx.plot_trace`. Needs the extra
 "plot".
 
 Does not: measure a recipe.
@@ -17,12 +17,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-FIGURES = Path(__file__).resolve().parent.parent / "docs" / "figures"
-sys.path.insert(0, str(FIGURES.parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "docs" / "figures"
+sys.path.insert(0, str(ROOT))
 
 QUESTION = "Use the numbers 2, 5, 7, 9 with + - * / to get 24."
 COLORS = ("#1f4e79", "#c0392b", "#2e8b57", "#888888", "#b07d2b", "#8e44ad", "#444444")
@@ -47,9 +49,15 @@ def main() -> int:
     return 0
 
 
+def newest(name: str) -> dict[str, Any]:
+    """The results of that name with the latest date."""
+    results: dict[str, Any] = json.loads(max((ROOT / "benchmarks").glob(f"*-{name}.json")).read_text(encoding="utf-8"))
+    return results
+
+
 def draw_real(path: Path) -> None:
     """Bits per weight against KL, one line a method."""
-    data = json.loads((FIGURES / "real.json").read_text(encoding="utf-8"))
+    data = newest("real")
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for series, color, marker in zip(data["series"], COLORS, MARKERS, strict=False):
@@ -66,7 +74,7 @@ def draw_real(path: Path) -> None:
 
 def draw_recipes(path: Path) -> None:
     """Bytes against equations solved, one line a method."""
-    data = json.loads((FIGURES / "recipes.json").read_text(encoding="utf-8"))
+    data = newest("recipes")
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     sizes = data["gb_of_the_32b"]

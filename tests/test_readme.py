@@ -149,8 +149,8 @@ def test_the_recipe_in_docs_is_one() -> None:
 
 
 def test_the_plot_shows_the_numbers_of_the_tables() -> None:
-    """Equations solved in docs/figures/recipes.json against the cells of docs/benchmarks.md."""
-    data = json.loads((REPOSITORY / "docs" / "figures" / "recipes.json").read_text(encoding="utf-8"))
+    """Equations solved in benchmarks/2026-11-26-recipes.json against the cells of docs/benchmarks.md."""
+    data = json.loads((REPOSITORY / "benchmarks" / "2026-11-26-recipes.json").read_text(encoding="utf-8"))
     solved = {each["name"]: each["solved"] for each in data["series"]}
     text = PAGES["docs/benchmarks.md"]
     for row, name in (("that recipe", "our recipes"), ("a target size", "ours, --target-size")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from qwq_mlx.quant.allocate import (
     ERRORS,
     allocate,
     free_matrices,
+    harm_factors,
     ladder,
     rate,
     recipe_of_packings,
@@ -70,6 +72,21 @@ def test_errors_are_those_of_normal_weights(bits: int, group: int) -> None:
     packing = Packing(bits=bits, group_size=group)
     error = fit_block(raw, "BF16", packing, fit="least-squares", scratch=Scratch())[1]
     assert error.error2 / error.weight2 == pytest.approx(ERRORS[bits][group], rel=0.03)
+
+
+@pytest.mark.parametrize("model", ["0.5b", "1.5b"])
+def test_factors_are_those_of_real_models(model: str, repository: Path) -> None:
+    lines = (repository / "benchmarks" / f"2026-11-28-sensitivity-{model}.jsonl").read_text().splitlines()
+    measured = {row["path"]: row["factor"] for row in map(json.loads, lines)}
+    n_layers = 1 + max(int(path.split(".")[2]) for path in measured if ".layers." in path)
+    factors = harm_factors(measured, n_layers=n_layers, output="lm_head")
+    unit = np.mean([measured[path] / factor for path, factor in factors.items() if path.endswith("down_proj")])
+    kinds = {path.rpartition(".")[2] for path in measured} - {"embed_tokens"}
+    for kind in kinds:
+        ratio = [measured[path] / (unit * factors[path]) for path in measured if path.endswith(kind)]
+        assert 0.6 < np.mean(ratio) < 1.5, kind
+    logs = np.log([measured[path] for path in measured]), np.log([factors[path] for path in measured])
+    assert np.corrcoef(*logs)[0, 1] > 0.75
 
 
 @pytest.mark.parametrize("groups", [(64,), (128,), (64, 128), (32, 64, 128)])
