@@ -4,8 +4,8 @@
 
 real: bits per weight against KL on a real model. recipes: bytes against equations solved, off the pocket's training
 grid. Both from the newest file of that name in benchmarks/, which says how the numbers were measured;
-docs/benchmarks.md has them as tables. trace: one Game of 24 by the bundled pocket model, drawn by `qwq_mlx.plot_trace`. Needs the extra
-"plot".
+docs/benchmarks.md has them as tables. trace: one Game of 24 by the bundled pocket model, drawn by
+`qwq_mlx.plot_trace`. Needs the extra "plot".
 
 Does not: measure a recipe.
 """
