@@ -132,53 +132,11 @@ _VALUES: tuple[Any, ...] = (
     *([1] * 50, {"a": {"b": {"c": {"d": {}}}}}),
 )
 _NAMES = (
-    "",
-    "model",
-    "messages",
-    "stream",
-    "n",
-    "content",
-    "role",
-    "type",
-    "x" * 300,
-    "options",
-    "__class__",
-    "\ud800",
-    "n\u0000",
+    *("", "model", "messages", "stream", "n", "content", "role", "type", "options", "__class__"),
+    *("\ud800", "n\u0000", "x" * 300),
 )
-_BYTES = (
-    b"",
-    b"\x00",
-    b"\xff",
-    b'"',
-    b"\\",
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b",",
-    b"\\ud800",
-    b"1e999",
-    b"NaN",
-    b"-",
-    b"\n",
-    b"\xf0\x9f",
-)
-_NUMBERS = (
-    b"0",
-    b"1",
-    b"-1",
-    b"5",
-    b"9" * 30,
-    b"",
-    b"x",
-    b"1.5",
-    b"%00",
-    b"%F0",
-    b"1&limit=2",
-    b"' OR 1=1 --",
-    b"\xd9\xa3",
-)
+_BYTES = [*rb'||"|\|{|}|[|]|,|\ud800|1e999|NaN|-'.split(b"|"), b"\x00", b"\xff", b"\n", b"\xf0\x9f"]
+_NUMBERS = [*b"0|1|-1|5||x|1.5|%00|%F0|1&limit=2|' OR 1=1 --|\xd9\xa3".split(b"|"), b"9" * 30]
 _HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"Host", b"127.0.0.1"),
     (b"Content-Type", b"application/json"),
@@ -203,17 +161,7 @@ _HEADER_VALUES = (
     ),
     *(b"Bearer", b"Basic eA==", b"http://[", b"app://x", b"gzip", b"chunked", b"1, 2", b"\t", b"100-continue", b"\x00"),
 )
-_HEADER_NAMES = (
-    b"Host",
-    b"Origin",
-    b"Content-Length",
-    b"Transfer-Encoding",
-    b"Expect",
-    b"Upgrade",
-    b"X y",
-    b"",
-    b"Connection",
-)
+_HEADER_NAMES = b"Host|Origin|Content-Length|Transfer-Encoding|Expect|Upgrade|X y||Connection".split(b"|")
 
 
 def body(choose: random.Random, run: str = "run-0") -> tuple[str, bytes]:
