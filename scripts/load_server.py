@@ -77,23 +77,15 @@ def state() -> dict[str, int]:
 
 
 def drop_connections(served: Served, n: int, tally: Tally) -> None:
-    """Part 1."""
+    """Part 1. As many are dropped before, until pools of threads and buffers have their size."""
     tally.begin("connections")
-    body = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "temperature": 1.0}
-    before: dict[str, int] = {}
+    for number in range(n):
+        _drop_one(served, number)
+    until(lambda: served.is_idle)
+    before = state()
     for number in tally.until("dropped", n):
-        connection = served.connect()
-        if number % 2:
-            connection.request("POST", "/v1/chat/completions", json.dumps({**body, "stream": number % 4 == 1}))
-            if number % 4 == 1:
-                connection.getresponse().close()
-        else:
-            connection.connect()
-        connection.close()
+        _drop_one(served, number)
         tally["dropped"] += 1
-        if number == min(20, n // 2):  # the pools of threads and buffers have their size by then
-            until(lambda: served.is_idle)
-            before = state()
     until(lambda: served.is_idle)
     time.sleep(1.0)  # the sockets' ends close behind the rows
     after = state()
@@ -101,6 +93,18 @@ def drop_connections(served: Served, n: int, tally: Tally) -> None:
     tally["STAYED BEHIND"] += after["threads"] > before["threads"] or after["files"] > before["files"] + 2
     tally["kB of memory more"] = max(0, after["rss_kb"] - before["rss_kb"])
     tally.end()
+
+
+def _drop_one(served: Served, number: int) -> None:
+    body = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "temperature": 1.0}
+    connection = served.connect()
+    if number % 2:
+        connection.request("POST", "/v1/chat/completions", json.dumps({**body, "stream": number % 4 == 1}))
+        if number % 4 == 1:
+            connection.getresponse().close()
+    else:
+        connection.connect()
+    connection.close()
 
 
 def slow_clients(served: Served, known: list[Case], n: int, tally: Tally) -> None:
@@ -205,9 +209,10 @@ def main() -> int:
     options = parser.parse_args()
     folder, tally = ready_model(options.model), Tally(every=100)
     known = cases(load(folder), n_seeds=4)
-    with started(lambda: load(folder), Settings(port=0, width=_WIDTH, queue=64)) as served:
-        if options.connections:
+    if options.connections:  # without caches that are kept, which are more memory
+        with started(lambda: load(folder), Settings(port=0, width=_WIDTH, queue=64, prefixes=0)) as served:
             drop_connections(served, options.connections, tally)
+    with started(lambda: load(folder), Settings(port=0, width=_WIDTH, queue=64)) as served:
         if options.slow:
             slow_clients(served, known, options.slow, tally)
         if options.requests:
