@@ -19,7 +19,7 @@ from pathlib import Path
 from qwq_mlx.model.memory.plan import Backend
 from qwq_mlx.model.upstream import import_mlx
 
-__all__ = ["available_bytes", "backend_name", "limit_bytes", "small_cache", "wired"]
+__all__ = ["available_bytes", "backend_name", "limit_bytes", "memory_limit", "small_cache", "wired"]
 
 _CACHE_BYTES = 256 << 20  # blocks and layers are of few sizes, so little is enough to use their buffers again
 
@@ -124,3 +124,18 @@ def small_cache(n_bytes: int = _CACHE_BYTES) -> Iterator[None]:
         yield
     finally:
         mx.set_cache_limit(before)
+
+
+@contextmanager
+def memory_limit(n_bytes: int) -> Iterator[None]:
+    """Let MLX wait for work under way where it holds more than n_bytes, and put the caller's limit back.
+
+    Left to itself it allocates all that a graph needs ahead of the device, so a training step would hold the
+    intermediates of every layer at once, whatever they come to.
+    """
+    mx = import_mlx()
+    before = mx.set_memory_limit(n_bytes)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)

@@ -22,7 +22,7 @@ from qwq_mlx.files.digest import sha256_file, sha256_json
 from qwq_mlx.files.lock import FolderLock
 from qwq_mlx.files.output_file import check_name, lies_in
 from qwq_mlx.model.architecture import tensor_shapes
-from qwq_mlx.model.device import backend_name, limit_bytes, small_cache
+from qwq_mlx.model.device import backend_name, limit_bytes, memory_limit, small_cache
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.load import LoadedModel, load_model
 from qwq_mlx.model.tokenizer import load_tokenizer
@@ -125,7 +125,7 @@ def tune_draft(
         staging.open(restart=tuning.restart)
         staging.check_disk(_disk_bytes(files, settings))
         try:
-            with small_cache(_CACHE_BYTES):
+            with small_cache(_CACHE_BYTES), memory_limit(planned):
                 return _Work(tuning, settings, files, staging, progress, is_stopped).result(training, measured)
         except (RuntimeError, MemoryError) as error:
             if not OutOfMemoryError.is_meant_by(error):

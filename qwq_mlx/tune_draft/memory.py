@@ -4,7 +4,7 @@
     training      of each trained weight the number and Adam's two moments, of which one is there twice for a moment,
                   and the gradient in float32, and the gradient once more in the compute type
     activations   what enters each layer, for layers are recomputed in the backward pass; one layer's intermediates and
-                  their gradients; on the CPU the scores of attention
+                  their gradients; the scores of attention, which a gradient may need on any backend
     logits        of `CHUNK` places, their gradient and what the loss makes of both
 
 Does not: know what else the machine does. The factors of one layer come from the peaks of small models.
@@ -24,7 +24,7 @@ from qwq_mlx.tune_draft.tokens_a_pass import CHUNK
 __all__ = ["check_fits", "n_trained", "training_bytes"]
 
 _GATES, _HIDDENS = 12, 32  # of one layer, forward and backward, by its MLP's width and its hidden size
-_SCORES = 4  # of attention on the CPU: scores, mask, weights, their gradient
+_SCORES = 4  # of attention: scores, mask, weights, their gradient
 _LOGITS = 5
 
 
@@ -47,9 +47,7 @@ def training_bytes(config: Qwen2Config, settings: TuneSettings, backend: Backend
     return {
         "weights": n_weights * float_bytes * (2 if settings.all_weights else 1),
         "training": n_trained(config, settings) * (20 + float_bytes),
-        "activations": (config.num_hidden_layers + 1) * n_ids * config.hidden_size * float_bytes
-        + layer
-        + (scores if backend == "cpu" else 0),
+        "activations": (config.num_hidden_layers + 1) * n_ids * config.hidden_size * float_bytes + layer + scores,
         "logits": _LOGITS * min(CHUNK, n_ids) * config.vocab_size * 4,
     }
 

@@ -123,15 +123,18 @@ def test_what_is_stopped_is_kept_and_another_tuning_does_not_go_on_with_it(
 ) -> None:
     tuning = Tuning(draft=draft, traces=[recorded], output=tmp_path / "tuned")
     limit_before = mx.set_cache_limit(5 << 30)
+    memory_before = mx.set_memory_limit(6 << 30)
     limits: list[int] = []
 
     def is_stopped() -> bool:
-        limits.append(mx.set_cache_limit(1 << 30))
+        limits.extend((mx.set_cache_limit(1 << 30), mx.set_memory_limit(7 << 30)))
         return True
 
     with pytest.raises(Stopped):
         tune_draft(tuning, FAST, is_stopped=is_stopped)
-    assert limits == [1 << 30] and mx.set_cache_limit(limit_before) == 5 << 30  # of freed memory, meanwhile and after
+    planned = check_fits(open_model_folder(draft).config, FAST, limit_bytes=1 << 40, backend="cpu")
+    assert limits == [1 << 30, planned], "of freed memory, and of all that MLX holds"
+    assert (mx.set_cache_limit(limit_before), mx.set_memory_limit(memory_before)) == (5 << 30, 6 << 30)
     assert [path.name for path in (tmp_path / "tuned.partial").glob("step-*")] == ["step-1.safetensors"]
     other = TuneSettings(**{**{name: getattr(FAST, name) for name in FAST.__slots__}, "seed": 5})
     with pytest.raises(ConversionError, match="other `held_out`, `seed`, `traces`"):
