@@ -1,4 +1,4 @@
-"""Two processes that hold the pocket together over MLX's ring on this machine: the ids of one process, and failures."""
+"""Processes that hold a model together over MLX's ring on this machine: the ids of one process, and failures."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.cli.hosts import Launch, local_ranks, without_flags
 from qwq_mlx.default_model import pocket_checkpoint
@@ -100,10 +101,11 @@ def _with_stdout(path: Path, work: Callable[[], int]) -> int:
             os.close(before)
 
 
-def test_two_processes_write_what_one_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    together = tmp_path / "together"
-    arguments = ["--model", str(POCKET), "--temp", "0.8", "--seed", "3", "--max-tokens", "16", "-p", QUESTION]
-    launch = Launch([*arguments, "--no-save"], 2, text="", silent_s=100)  # the machine may be busy with other tests
+def test_four_processes_write_what_one_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, together = tmp_path / "model", tmp_path / "together"
+    write_tiny_checkpoint(model, hidden_size=256, intermediate_size=512, n_heads=8, n_kv_heads=4)
+    arguments = ["--model", str(model), "--temp", "0.8", "--seed", "3", "--max-tokens", "16", "-p", QUESTION]
+    launch = Launch([*arguments, "--no-save"], 4, text="", silent_s=100)  # the machine may be busy with other tests
     assert _with_stdout(together, launch.work) == 0
     assert main([*arguments, "--no-save"]) == 0
     assert together.read_text() == capsys.readouterr().out != ""
