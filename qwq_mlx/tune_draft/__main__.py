@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         nargs="+",
         required=True,
-        help="what the model wrote: results of generate --input, saved traces, or JSON lines with prompt and response",
+        help="what the model wrote: results of generate --input, saved traces, a server's history, or JSON lines with "
+        "prompt and response",
     )
     add("--output", metavar="DIR", required=True, help="folder of the tuned drafter, floats in bfloat16")
     add(

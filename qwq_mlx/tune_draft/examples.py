@@ -1,9 +1,10 @@
 """Saved traces become examples: the ids of a prompt, and the ids that the target wrote behind it.
 
-Three kinds of files are read, told apart by their first line:
+Four kinds of files are read, told apart by how they begin:
 
     what `Trace.save` writes        one trace
     what `--input` and `--output`   many traces, one a line
+    a server's history              its runs, also while it goes on
     recorded outputs                JSON lines with "prompt" and "response", perhaps "system"; other fields are ignored
 
 Traces hold ids, and whether those mean the same to the drafter is checked by their texts, before a weight is read. The
@@ -14,9 +15,12 @@ Does not: cut examples to a length (`windows` does).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
+import sqlite3
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +38,8 @@ from qwq_mlx.trace.trace import Trace
 __all__ = ["Example", "Split", "read_examples", "split_by_problem"]
 
 _ADVICE = "Give traces that were saved, or JSON lines with prompt and response."
+_SQLITE = b"SQLite format 3\0"
+_HISTORY_SCHEMA = 1
 _MAX_BYTES = 4 << 30
 _ANY_LENGTH = 1 << 62
 
@@ -54,6 +60,16 @@ class Example:
     is_written: tuple[bool, ...]
 
 
+class _Written(NamedTuple):
+    """What a model wrote with ids: texts are what each let out, is_written whether it was drawn."""
+
+    question: str
+    prompt_ids: Sequence[int]
+    ids: Sequence[int]
+    texts: Sequence[str]
+    is_written: Sequence[bool]
+
+
 class Split(NamedTuple):
     """What is trained on, and what is measured on."""
 
@@ -71,9 +87,9 @@ def read_examples(paths: Sequence[str | Path], tokenizer: LoadedTokenizer, *, fo
     examples: list[Example] = []
     for path in map(Path, paths):
         for where, found in _outputs(path):
-            if isinstance(found, Trace):
+            if isinstance(found, _Written):
                 _check_ids(found, pieces, where, folder)
-                examples.append(_of_trace(found))
+                examples.append(_of_written(found))
             else:
                 examples.append(_of_recorded(found, tokenizer, where))
     examples = [each for each in examples if any(each.is_written)]
@@ -112,17 +128,20 @@ def _digest(problem: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed} {problem}".encode()).digest()
 
 
-def _outputs(path: Path) -> Iterator[tuple[str, Trace | dict[str, Any]]]:
+def _outputs(path: Path) -> Iterator[tuple[str, _Written | dict[str, Any]]]:
     """The outputs of a file with what messages call them."""
+    if _begins_as_sqlite(path):
+        yield from _history(path)
+        return
     raw = read_regular_file(path, limit_bytes=_MAX_BYTES, expected="traces", advice=_ADVICE)
     lines = raw.split(b"\n")
     first = parse_json_object(lines[0], what=f"{path}: line 1", advice=_ADVICE)
     if "format" in first or ("schema_version" in first and "trace" not in first):
-        yield str(path), Trace.load(path)
+        yield str(path), _of_trace(Trace.load(path))
     elif "index" in first and "run" in first:
         for place, (_, trace) in enumerate(read_traces(path), start=1):
             if trace is not None:
-                yield f"{path}: line {place:,}", trace
+                yield f"{path}: line {place:,}", _of_trace(trace)
     else:
         for place, line in enumerate(lines, start=1):
             if line.strip():
@@ -130,12 +149,52 @@ def _outputs(path: Path) -> Iterator[tuple[str, Trace | dict[str, Any]]]:
                 yield where, parse_json_object(line, what=where, advice=_ADVICE)
 
 
-def _of_trace(trace: Trace) -> Example:
+def _begins_as_sqlite(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_SQLITE)) == _SQLITE
+
+
+def _history(path: Path) -> Iterator[tuple[str, _Written]]:
+    """The runs that a server kept (`serve.history` says how). Raises SourceError."""
+    try:
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        with contextlib.closing(connection):
+            (schema,) = connection.execute("PRAGMA user_version").fetchone()
+            if schema != _HISTORY_SCHEMA:
+                raise SourceError(f"{path}: has schema {schema}, expected {_HISTORY_SCHEMA}, a history of `serve`.")
+            for run_id, raw in connection.execute("SELECT id, request FROM runs ORDER BY created, id").fetchall():
+                lines: list[bytes] = []
+                steps = connection.execute("SELECT start, lines FROM steps WHERE run = ? ORDER BY start", (run_id,))
+                for start, packed in steps:
+                    lines[start:] = zlib.decompress(packed).splitlines()
+                yield f"{path}: {run_id}", _of_run(json.loads(raw), [json.loads(line) for line in lines])
+    except (OSError, sqlite3.Error, zlib.error, ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{path}: is no history of `serve`, or is damaged ({error}). {_ADVICE}") from error
+
+
+def _of_run(request: dict[str, Any], steps: Sequence[dict[str, Any]]) -> _Written:
+    return _Written(
+        str(request.get("question", "")),
+        request.get("prompt_ids", ()),
+        [step["id"] for step in steps],
+        [step["text"] for step in steps],
+        [not step["is_injected"] for step in steps],
+    )
+
+
+def _of_trace(trace: Trace) -> _Written:
+    is_written = [each is not None for each in trace.logprobs]
+    return _Written(trace.question, trace.prompt_ids, trace.ids, trace.texts, is_written)
+
+
+def _of_written(written: _Written) -> Example:
     return Example(
-        problem=trace.question.strip(),
-        prompt_ids=trace.prompt_ids,
-        ids=trace.ids,
-        is_written=tuple(each is not None for each in trace.logprobs),
+        problem=written.question.strip(),
+        prompt_ids=tuple(written.prompt_ids),
+        ids=tuple(written.ids),
+        is_written=tuple(written.is_written),
     )
 
 
@@ -155,19 +214,19 @@ def _of_recorded(row: dict[str, Any], tokenizer: LoadedTokenizer, where: str) ->
     )
 
 
-def _check_ids(trace: Trace, pieces: Pieces, where: str, folder: Path) -> None:
+def _check_ids(written: _Written, pieces: Pieces, where: str, folder: Path) -> None:
     """Refuse a drafter to which the ids of a trace are another text. The text ends before a stop id or text."""
-    if max((*trace.prompt_ids, *trace.ids), default=0) < pieces.n_ids:
-        text = decode(pieces, trace.ids)
-        if text.startswith(trace.text.rstrip("\ufffd")):
+    if max((*written.prompt_ids, *written.ids), default=0) < pieces.n_ids:
+        text, expected = decode(pieces, written.ids), "".join(written.texts).rstrip("\ufffd")
+        if text.startswith(expected):
             return
-        end = next(place for place in range(len(trace.text)) if text[place : place + 1] != trace.text[place])
-        ends = itertools.accumulate(map(len, trace.texts))
-        at = next(place for place, written in enumerate(ends) if written > end)
-        token_id, written = trace.ids[at], trace.texts[at]
-        found = f"id {token_id:,} wrote {written!r}, in the drafter it is {pieces[token_id].decode(errors='replace')!r}"
+        end = next(place for place in range(len(expected)) if text[place : place + 1] != expected[place])
+        ends = itertools.accumulate(map(len, written.texts))
+        at = next(place for place, n_written in enumerate(ends) if n_written > end)
+        token_id, wrote = written.ids[at], written.texts[at]
+        found = f"id {token_id:,} wrote {wrote!r}, in the drafter it is {pieces[token_id].decode(errors='replace')!r}"
     else:
-        largest = max(*trace.prompt_ids, *trace.ids)
+        largest = max(*written.prompt_ids, *written.ids)
         found = f"id {largest:,} is beyond the drafter's {pieces.n_ids:,} ids"
     raise OptionError(
         f"draft is {json.dumps(str(folder))}, whose vocabulary is another than that of the traces ({where}: {found}). "

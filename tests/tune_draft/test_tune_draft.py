@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -23,6 +24,7 @@ from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import load_model
 from qwq_mlx.model.tokenizer import load_tokenizer
 from qwq_mlx.options import Limits, Sampling
+from qwq_mlx.serve.history import History, KeptRun
 from qwq_mlx.trace.trace import Trace
 from qwq_mlx.tune_draft import job
 from qwq_mlx.tune_draft.__main__ import main
@@ -244,10 +246,19 @@ def test_traces_of_all_kinds_are_the_same_example(draft: Path, trace: Trace, tmp
     trace.save(tmp_path / "trace.jsonl")
     line = result_line({"index": 0, "run": {}, "id": 0}, trace)
     (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
-    [one], [other] = (
-        read_examples([tmp_path / name], tokenizer, folder=draft) for name in ("trace.jsonl", "results.jsonl")
-    )
-    assert one == other
+    with contextlib.closing(History(tmp_path / "history", max_bytes=1 << 20)) as history:
+        info = {"id": "run-1", "created": 0.0, "state": "stopped", "parent": None}
+        request = {"question": trace.question, "prompt_ids": trace.prompt_ids}
+        kept = KeptRun(info=info, model="a", request=request)
+        steps = [
+            json.dumps({"id": token_id, "text": text, "is_injected": False}).encode() + b"\n"
+            for token_id, text in zip(trace.ids, trace.texts, strict=True)
+        ]
+        history.write(kept, start=0, lines=steps[:40])
+        history.write(kept, start=30, lines=steps[30:])
+        names = ("trace.jsonl", "results.jsonl", "history")
+        [one], [other], [kept_one] = (read_examples([tmp_path / name], tokenizer, folder=draft) for name in names)
+    assert one == other == kept_one
     assert (one.prompt_ids, one.ids, one.problem) == (trace.prompt_ids, trace.ids, "Question")
     row = {"prompt": "Question", "response": "the answer"}
     (tmp_path / "recorded.jsonl").write_text(json.dumps(row), encoding="utf-8")
@@ -280,6 +291,9 @@ def refusals(draft: Path, recorded: Path, trace: Trace, folder: Path) -> Iterato
     yield {"traces": [folder / "none"]}, SourceError, "no such file"
     yield {"traces": [other]}, SourceError, "expected prompt and response"
     yield {"traces": [empty]}, SourceError, "no output holds a token"
+    damaged = folder / "damaged"
+    damaged.write_bytes(b"SQLite format 3\0" + bytes(4000))
+    yield {"traces": [damaged]}, SourceError, "no history of `serve`, or is damaged"
     yield {"traces": [one]}, OptionError, "1 problem, expected at least 2"
     yield {"held_out": [recorded]}, OptionError, "nothing is left to train on"
     yield {"output": folder / "no" / "folder"}, OptionError, "Make it first"
