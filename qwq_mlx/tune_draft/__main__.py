@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         exit_codes="0 done, 1 failed or not better, 2 wrong usage, 3 disk full, 4 the loss is not a number, 5 out of "
         "memory, 129 terminal closed, 130 interrupted (Ctrl-C), 143 terminated",
     )
-    add, default = parser.add_argument, TuneSettings()
+    add = parser.add_argument
     add("--draft", metavar="DIR", required=True, help="draft model: a Qwen2 checkpoint or a conversion of one")
     add(
         "--traces",
@@ -66,6 +66,16 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         help="traces to measure on, whose problems are not trained on (default: a part of the problems of --traces)",
     )
+    _add_settings(add)
+    add("--keep", action="store_true", help="keep the tuned drafter even if it got no better")
+    add("--restart", action="store_true", help="discard an unfinished tuning instead of continuing it")
+    add_output(parser, json="print the result as one line of JSON")
+    return parser
+
+
+def _add_settings(add: Callable[..., object]) -> None:
+    """The fields of `TuneSettings`."""
+    default = TuneSettings()
     add(
         "--held-out-share",
         type=float,
@@ -97,10 +107,6 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens that are read at once; longer traces are cut, with overlap (default: %(default)s)",
     )
     add("--seed", type=int, metavar="N", default=default.seed, help="of all that is random (default: %(default)s)")
-    add("--keep", action="store_true", help="keep the tuned drafter even if it got no better")
-    add("--restart", action="store_true", help="discard an unfinished tuning instead of continuing it")
-    add_output(parser, json="print the result as one line of JSON")
-    return parser
 
 
 def _tune(command: Command) -> int:
