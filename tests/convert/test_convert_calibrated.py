@@ -466,3 +466,14 @@ def test_a_gpu_fits_all_matrices_in_the_pass(tmp_path: Path, text: Path, monkeyp
         assert by_device[name].shape == by_numpy[name].shape
         assert (by_device[name] == by_numpy[name]).mean() > 0.8, name  # two codes of 4 bits a byte
     verify_conversion(tmp_path / "device", source=source, full=True, n_tensors=99)
+
+
+def test_a_gpu_leaves_an_output_matrix_whose_shard_was_dropped_to_the_packing_pass(
+    server: HubServer, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed(server, write_tiny_checkpoint(tmp_path / "source", n_layers=4, n_shards=4, tie=True))
+    monkeypatch.setattr(fit_layers, "backend_name", lambda: "cuda")
+    done = convert_checkpoint("a/b", tmp_path / "out", calibrate=text, quality=False)
+    plain = convert_checkpoint("a/b", tmp_path / "plain", quality=False)
+    ours, other = (weights(each.output)["model.embed_tokens.weight"] for each in (done, plain))
+    assert ours.shape == other.shape and not np.array_equal(ours, other)

@@ -6,7 +6,7 @@ shards pass by twice: this pass first, then the packing one, each with two shard
 The text passes the embedding, the layers in their order and the final norm, so a shard is needed from the first of
 these parts that lies in it to the last. In checkpoints as they are published the parts lie in this order and a layer
 reaches from one shard into the next at most, so two shards are enough. A shard of the output matrix alone is not
-fetched here: only its input counts.
+fetched here, for only its input counts; where a GPU would fit it and it is not there, it is fitted as it is converted.
 
 Does not: fit, or remember how far the text came (`fit_layers` does both).
 """
@@ -63,7 +63,9 @@ def fit_by_passing(plan: Plan, folder: Path, progress: Show) -> FittedMatrices:
     report = SharedProgress(progress, plan.source_bytes, phase="calibrate")
     with plan.origin.shards(order.shards, keep=False, progress=report.fetched) as shards, small_cache():
         passing = PassingShards(order, shards)
-        fitted = fit_layers(plan, folder, _show(plan, report), before=passing.before, state=state)
+        fitted = fit_layers(
+            plan, folder, _show(plan, report), before=passing.before, is_there=passing.holds, state=state
+        )
         passing.after()
     return fitted
 
@@ -148,6 +150,10 @@ class PassingShards:
         for name in self.order.needed[part]:
             self.shards.wait(name)
             self._held.add(name)
+
+    def holds(self, shard: str) -> bool:
+        """Whether a shard is there now, by its name."""
+        return shard in self._held
 
     def after(self) -> None:
         """Drop the rest."""

@@ -72,17 +72,18 @@ def fit_layers(
     progress: Callable[[str], None],
     *,
     before: Callable[[str], None] = lambda part: None,
+    is_there: Callable[[str], bool] = lambda shard: True,
     state: PassState | None = None,
 ) -> FittedMatrices:
     """Pack every layer's matrices by the plan's text, into the folder.
 
     progress: called with the name of each layer's first matrix. before: called with the beginning of the names of the
-    tensors that are read next ("model.layers.0."); when it returns they have to be there. state: what `saved_pass`
-    found, to go on from.
+    tensors that are read next ("model.layers.0."); when it returns they have to be there. is_there: whether a shard,
+    by its name, can still be read behind the last layer. state: what `saved_pass` found, to go on from.
     Raises SourceError; ConversionError for activations that are not finite; OSError where a file cannot be written.
     """
     run = run_mapping(plan)
-    _Pass(plan, folder, run, progress).run(before, state)
+    _Pass(plan, folder, run, progress).run(before, is_there, state)
     fitted = open_fitted(folder, plan.config.num_hidden_layers, run)
     assert fitted is not None  # it was just written
     pass_state_path(folder).unlink(missing_ok=True)
@@ -106,7 +107,7 @@ class _Pass:
         self._stream = LayerStream(files)
         self._keeper = PassStateWriter(pass_state_path(folder), run)
 
-    def run(self, before: Callable[[str], None], state: PassState | None) -> None:
+    def run(self, before: Callable[[str], None], is_there: Callable[[str], bool], state: PassState | None) -> None:
         mx, stream = import_mlx(), self._stream
         if state is None:
             before("model.embed_tokens.")
@@ -124,10 +125,14 @@ class _Pass:
         head, products = stream.head(), _Products()
         for each in hidden:
             products.add(head.norm(each))
-        if backend_name() != "cpu" and (matrix := self._matrices.get(head.path)) is not None:
+        matrix = self._matrices.get(head.path)
+        if backend_name() != "cpu" and matrix is not None and is_there(self._shard_name(matrix)):
             packed = self._fit_on_device(matrix, factor_on_device(products.on_device(head.path)), lambda rows: None)
             write_layer(self._folder, self._plan.config.num_hidden_layers, self._run, {head.path: packed})
         write_output(self._folder, head.path, self._run, products.means(head.path))
+
+    def _shard_name(self, matrix: PlannedTensor) -> str:
+        return self._plan.checkpoint.tensors[matrix.source.name][0].path.name
 
     def _fit_layer(self, index: int, hidden: list[Any]) -> None:
         """Fit and write a layer's matrices, and move the hidden states past it as it is packed."""

@@ -3,7 +3,8 @@
     layer-00000.safetensors   codes, scales and biases of a layer's matrices, named as in the conversion
     output.safetensors        sums of products of what the output matrix is fed with, float64; it comes last
 
-Where a GPU fits, the output matrix is packed by the pass, too, as if it were the layer after the last.
+Where a GPU fits and the shard is there, the output matrix is packed by the pass, too, as if it were the layer after the
+last.
 
 Each file is written whole and durable, and says of which run it is. Nothing of them stays once a conversion is
 published: what they hold follows from source, text and recipe, but takes the whole pass to find.
