@@ -19,6 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from qwq_mlx.convert.calibration.text import Calibration
 from qwq_mlx.convert.journal import FinishedTensor
 from qwq_mlx.convert.plan import BLOCK_BYTES, TEMPLATE_NAME, Plan
 from qwq_mlx.convert.progress import ConvertProgress
@@ -34,6 +35,7 @@ from qwq_mlx.files.manifest import (
     record_file,
     write_manifest,
 )
+from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.process_memory import peak_memory_bytes
 from qwq_mlx.model.upstream import package_version
 from qwq_mlx.quality.report import REPORT_NAME, ReportFacts, report_page
@@ -55,10 +57,15 @@ def describe(plan: Plan) -> dict[str, Any]:
         },
         "layout": {shard.name: hashlib.sha256(shard.head).hexdigest() for shard in plan.shards},
         "recipe": plan.recipe.text,
-        "calibration": None if plan.calibration is None else plan.calibration.as_mapping(),
+        "calibration": None if plan.calibration is None else _calibration(plan.calibration),
         "block_bytes": BLOCK_BYTES,
         "versions": _versions(),
     }
+
+
+def _calibration(text: Calibration) -> dict[str, Any]:
+    """A GPU and the CPU round the text's activations otherwise, and fit by other sums."""
+    return {**text.as_mapping(), "backend": backend_name()}
 
 
 def write_small_files(plan: Plan, folder: Path) -> None:

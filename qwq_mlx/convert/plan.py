@@ -19,6 +19,7 @@ from qwq_mlx.convert.source import Origin
 from qwq_mlx.files.checkpoint import Checkpoint
 from qwq_mlx.files.header import DTYPE_BYTES, TensorEntry, place_tensors
 from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.device import backend_name
 from qwq_mlx.quant.error_feedback import block_size
 from qwq_mlx.quant.gguf_blocks import packing_that_holds
 from qwq_mlx.quant.packing import Packing
@@ -273,10 +274,14 @@ def _stored_dtype(entry: TensorEntry, packing: Packing | None, scale_dtype: str 
     return scale_dtype
 
 
-def _calibration_bytes(tensors: Iterable[PlannedTensor], config: Qwen2Config, calibration: Calibration) -> int:
-    """Packed layers, the hidden states, and the moments of the output's input."""
-    layers = (each for each in tensors if each.packing is not None and layer_of(each.source.name) is not None)
-    packed = sum(output.entry.end - output.entry.start for each in layers for output in each.outputs)
+def _calibration_bytes(tensors: Sequence[PlannedTensor], config: Qwen2Config, calibration: Calibration) -> int:
+    """Packed layers and, by a GPU, the packed output matrix; the hidden states, the moments of the output's input."""
+    output = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    names = {each.source.name for each in tensors if layer_of(each.source.name) is not None}
+    if backend_name() != "cpu":
+        names.add(output)
+    matrices = (each for each in tensors if each.packing is not None and each.source.name in names)
+    packed = sum(made.entry.end - made.entry.start for each in matrices for made in each.outputs)
     width = config.hidden_size
     return packed + 4 * calibration.n_ids * width + 8 * width * block_size(width)
 

@@ -15,7 +15,8 @@ import pytest
 from checkpoints import write_tiny_checkpoint
 from hub_server import HubServer, Repository
 
-from qwq_mlx.convert import ConvertProgress, convert_checkpoint
+from qwq_mlx.convert import ConvertProgress, convert_checkpoint, finalize
+from qwq_mlx.convert import plan as planning
 from qwq_mlx.convert.__main__ import main
 from qwq_mlx.convert.calibration import fit_layers
 from qwq_mlx.convert.calibration import text as module
@@ -174,6 +175,10 @@ def test_a_resumed_run_reads_what_the_first_one_collected_and_another_text_is_re
         convert_checkpoint(tiny_checkpoint, output, calibrate=other)
     with pytest.raises(ConversionError, match=r"calibration: was \{.*, is nothing"):
         convert_checkpoint(tiny_checkpoint, output)
+    with monkeypatch.context() as patch:
+        patch.setattr(finalize, "backend_name", lambda: "cuda")
+        with pytest.raises(ConversionError, match=r"calibration\.backend: was 'cpu', is 'cuda'"):
+            convert_checkpoint(tiny_checkpoint, output, calibrate=text)
     monkeypatch.setattr(fit_layers._Pass, "run", lambda *_: pytest.fail("run again"))
     conversion = convert_checkpoint(tiny_checkpoint, output, calibrate=text)
     assert conversion.resumed_bytes > 0
@@ -466,6 +471,12 @@ def test_a_gpu_fits_all_matrices_in_the_pass(tmp_path: Path, text: Path, monkeyp
         assert by_device[name].shape == by_numpy[name].shape
         assert (by_device[name] == by_numpy[name]).mean() > 0.8, name  # two codes of 4 bits a byte
     verify_conversion(tmp_path / "device", source=source, full=True, n_tensors=99)
+    plans: list[planning.Plan] = []
+    for backend in ("cpu", "cuda"):
+        monkeypatch.setattr(planning, "backend_name", lambda backend=backend: backend)
+        convert_checkpoint(source, tmp_path / "none", calibrate=text, dry_run=True, on_plan=plans.append)
+    more = sum(array.nbytes for name, array in by_device.items() if name.startswith("lm_head."))
+    assert plans[1].calibration_bytes - plans[0].calibration_bytes == more
 
 
 def test_a_gpu_leaves_an_output_matrix_whose_shard_was_dropped_to_the_packing_pass(

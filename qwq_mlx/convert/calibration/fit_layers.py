@@ -52,7 +52,7 @@ def run_mapping(plan: Plan) -> dict[str, Any]:
         **plan.calibration.as_mapping(),
         "recipe": plan.recipe.text,
         "type": default_compute_type(),
-        "device": str(mx.default_device()),
+        "backend": backend_name(),
         "mlx": mx.__version__,
         "numpy": np.__version__,
     }
