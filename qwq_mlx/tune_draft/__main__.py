@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
+from qwq_mlx.errors import OptionError
 from qwq_mlx.tune_draft.settings import TuneSettings
 
 if TYPE_CHECKING:
@@ -25,13 +26,13 @@ _SETTINGS = ("all_weights", "rank", "learning_rate", "epochs", "batch_tokens", "
 
 
 class _Stop:
-    """What a signal stops: the training, behind the step under way."""
+    """What a signal stops: measuring and training, behind the batch under way."""
 
     def __init__(self) -> None:
         self.is_set = False
 
     def stop(self) -> None:
-        """End behind the step under way."""
+        """End behind the batch under way."""
         self.is_set = True
 
 
@@ -80,11 +81,10 @@ def _add_settings(add: Callable[..., object]) -> None:
         "--held-out-share",
         type=float,
         metavar="SHARE",
-        default=default.held_out_share,
-        help="of the problems of --traces that are measured on instead (default: %(default)s)",
+        help=f"of the problems of --traces that are measured on instead (default: {default.held_out_share})",
     )
     add("--all-weights", action="store_true", help="train every weight, with 22 bytes of memory each on a GPU")
-    add("--rank", type=int, metavar="N", default=default.rank, help="rank of the LoRA layers (default: %(default)s)")
+    add("--rank", type=int, metavar="N", help=f"rank of the LoRA layers (default: {default.rank})")
     add(
         "--learning-rate",
         type=float,
@@ -110,7 +110,7 @@ def _add_settings(add: Callable[..., object]) -> None:
 
 
 def _tune(command: Command) -> int:
-    settings = TuneSettings(**{name: getattr(command.options, name) for name in _SETTINGS})
+    settings = _settings(command.options)
     from qwq_mlx.progress import ProgressBar
     from qwq_mlx.tune_draft.job import NotBetterError, Stopped, Tuning, tune_draft
 
@@ -143,6 +143,18 @@ def _tune(command: Command) -> int:
             return command.interruption.exit_code
     _show(result, is_json=options.json, is_kept=True)
     return 0
+
+
+def _settings(options: argparse.Namespace) -> TuneSettings:
+    """Raises OptionError for a value that cannot be honoured, or would not be used."""
+    if options.all_weights and options.rank is not None:
+        raise OptionError(f"rank is {options.rank}, but with `all_weights` there are no LoRA layers. Leave one out.")
+    if options.held_out is not None and options.held_out_share is not None:
+        raise OptionError(
+            f"held_out_share is {options.held_out_share}, but `held_out` says what is measured on. Leave one out."
+        )
+    asked = {name: getattr(options, name) for name in _SETTINGS}
+    return TuneSettings(**{name: value for name, value in asked.items() if value is not None})
 
 
 def _show_progress(progress: Progress, bar: ProgressBar) -> None:

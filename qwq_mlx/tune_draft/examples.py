@@ -104,7 +104,7 @@ def split_by_problem(
     """Hold out whole problems.
 
     held_out: examples to measure on; those of the same problems are not trained on. None takes a share of the
-    problems (at least one), chosen by their texts and the seed, whatever their order.
+    problems (at least one, and not all), chosen by their texts and the seed, whatever their order.
     Raises OptionError where nothing would be left to train or to measure on.
     """
     if held_out is None:
@@ -114,7 +114,7 @@ def split_by_problem(
                 f"traces hold {len(problems)} problem, expected at least 2: one is held out to measure on. Give traces "
                 "of more problems, or others as `held_out`."
             )
-        measured = set(problems[: max(1, round(share * len(problems)))])
+        measured = set(problems[: min(max(1, round(share * len(problems))), len(problems) - 1)])
         held_out = [each for each in examples if each.problem in measured]
     else:
         measured = {each.problem for each in held_out}
@@ -136,9 +136,10 @@ def _outputs(path: Path) -> Iterator[tuple[str, _Written | dict[str, Any]]]:
     raw = read_regular_file(path, limit_bytes=_MAX_BYTES, expected="traces", advice=_ADVICE)
     lines = raw.split(b"\n")
     first = parse_json_object(lines[0], what=f"{path}: line 1", advice=_ADVICE)
-    if "format" in first or ("schema_version" in first and "trace" not in first):
+    is_recorded = "response" in first  # whatever other fields it has
+    if not is_recorded and ("format" in first or ("schema_version" in first and "trace" not in first)):
         yield str(path), _of_trace(Trace.load(path))
-    elif "index" in first and "run" in first:
+    elif not is_recorded and "index" in first and "run" in first:
         for place, (_, trace) in enumerate(read_traces(path), start=1):
             if trace is not None:
                 yield f"{path}: line {place:,}", _of_trace(trace)

@@ -98,7 +98,7 @@ def tune_draft(
 ) -> dict[str, Any]:
     """Tune a drafter; returns tokens a pass on the held-out outputs, before and after, as JSON values.
 
-    progress, note: told how far it is, and what is planned. is_stopped: asked behind every step.
+    progress, note: told how far it is, and what is planned. is_stopped: asked behind every batch.
     Raises OptionError, SourceError, LoadError, FitError or ConversionError before a weight is read; NotBetterError
     where nothing is published; Stopped, OutOfMemoryError, NotFiniteError.
     """
@@ -218,30 +218,38 @@ class _Work:
 
         On return nothing of the drafter is held any more.
         """
-        model = load_model(self._files.path)
-        before = self._staging.once(lambda: self._measured("measuring before", model, measured))
-        started = time.perf_counter()
-        weights = self._train(model, training)
-        seconds = time.perf_counter() - started
-        self._staging.write_model(weights, self._small_files())
-        return before, seconds
-
-    def _measured(self, what: str, model: LoadedModel, measured: Sequence[Batch]) -> dict[str, Any]:
-        n_total = sum(len(batch.targets) for batch in measured)
-        told = tokens_a_pass(
-            model.module, measured, lambda n: self._progress(Progress(what=what, n_done=n, n_total=n_total))
-        )
-        by_length = {str(length): round(value, 4) for length, value in told.by_length.items()}
-        return {"tokens": told.n_tokens, "named": round(told.named, 4), "by_length": by_length}
-
-    def _train(self, model: LoadedModel, training: Sequence[Batch]) -> dict[str, Any]:
-        """Take the steps that are left; returns the tuned tensors."""
         order = [
             training[place]
             for epoch in range(self._settings.epochs)
             for place in shuffled(len(training), seed=self._settings.seed, epoch=epoch)
         ]
-        trainer = Trainer(model, self._settings, n_steps=len(order))
+        before, trainer = self._trainer(measured, len(order))
+        started = time.perf_counter()
+        weights = self._train(trainer, order)
+        seconds = time.perf_counter() - started
+        self._staging.write_model(weights, self._small_files())
+        return before, seconds
+
+    def _trainer(self, measured: Sequence[Batch], n_steps: int) -> tuple[dict[str, Any], Trainer]:
+        """Measure the drafter, and begin. Packed weights are let go, for the trainer has floats."""
+        model = load_model(self._files.path)
+        before = self._staging.once(lambda: self._measured("measuring before", model, measured))
+        return before, Trainer(model, self._settings, n_steps=n_steps)
+
+    def _measured(self, what: str, model: LoadedModel, measured: Sequence[Batch]) -> dict[str, Any]:
+        n_total = sum(len(batch.targets) for batch in measured)
+
+        def show(n_done: int) -> None:
+            self._progress(Progress(what=what, n_done=n_done, n_total=n_total))
+            if self._is_stopped():
+                raise Stopped
+
+        told = tokens_a_pass(model.module, measured, show)
+        by_length = {str(length): round(value, 4) for length, value in told.by_length.items()}
+        return {"tokens": told.n_tokens, "named": round(told.named, 4), "by_length": by_length}
+
+    def _train(self, trainer: Trainer, order: Sequence[Batch]) -> dict[str, Any]:
+        """Take the steps that are left of these batches in order; returns the tuned tensors."""
         if (last := self._staging.last_step()) is not None:
             trainer.load_state(last[1], last[0])
         n_total = sum(len(batch.targets) for batch in order)

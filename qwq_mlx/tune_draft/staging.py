@@ -22,7 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwq_mlx.errors import ConversionError, DiskFullError, system_said
+from qwq_mlx.errors import ConversionError, DiskFullError, SourceError, system_said
 from qwq_mlx.files.atomic import fsync_file, fsync_folder, publish, write_file
 from qwq_mlx.files.json_object import read_json_object
 
@@ -77,7 +77,8 @@ class Staging:
             self._write(_DESCRIPTION, self._description)
 
     def check_disk(self, needed_bytes: int) -> None:
-        """Raises DiskFullError where the disk has less room."""
+        """Raises DiskFullError where the disk has less room, beside what the folder holds of it already."""
+        needed_bytes -= sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
         free = shutil.disk_usage(self.folder).free
         if free < needed_bytes * _MARGIN:
             raise DiskFullError(
@@ -103,12 +104,17 @@ class Staging:
                 other.unlink()
 
     def last_step(self) -> tuple[int, dict[str, Any]] | None:
-        """The last step that was kept, and what `save_step` got there."""
-        steps = [int(path.stem.removeprefix("step-")) for path in self.folder.glob(_STEP.format("[0-9]*"))]
-        if not steps:
+        """The last step that was kept, and what `save_step` got there. Raises SourceError where it is damaged."""
+        names = (path.stem.removeprefix("step-") for path in self.folder.glob(_STEP.format("*")))
+        last = max((int(name) for name in names if name.isdecimal()), default=None)
+        if last is None:
             return None
-        arrays: Any = mx.load(str(self.folder / _STEP.format(max(steps))), format="safetensors")
-        return max(steps), arrays
+        path = self.folder / _STEP.format(last)
+        try:
+            arrays: Any = mx.load(str(path), format="safetensors")
+        except RuntimeError as error:  # MLX's word for every fault of a file
+            raise SourceError(f"{path}: cannot be read ({error}). Pass `restart=True` to begin anew.") from error
+        return last, arrays
 
     def write_model(self, weights: Mapping[str, Any], small_files: Mapping[str, bytes]) -> None:
         """Make the folder of the tuned drafter anew."""

@@ -58,17 +58,18 @@ class Trainer:
         """Learn a batch; returns the loss before, in nats a token. Raises NotFiniteError."""
         arrays = mx.array(batch.ids), mx.array(batch.places), mx.array(batch.targets)
         loss, gradient = mx.value_and_grad(self._loss)(self._trained, *arrays)
-        gradient, _ = optim.clip_grad_norm(gradient, _LARGEST_GRADIENT)
+        gradient, norm = optim.clip_grad_norm(gradient, _LARGEST_GRADIENT)
         self._optimizer.learning_rate = mx.array(self._settings.highest_rate * self._share_of_rate())
         self._trained = self._optimizer.apply_gradients(gradient, self._trained)
         del gradient
-        mx.eval(loss, self._trained, self._optimizer.state)
+        mx.eval(loss, norm, self._trained, self._optimizer.state)
         self.n_taken += 1
-        value = float(loss.item())
-        if not math.isfinite(value):
+        value, size = float(loss.item()), float(norm.item())
+        if not (math.isfinite(value) and math.isfinite(size)):
             raise NotFiniteError(
-                f"Step {self.n_taken:,} of training: the loss is {value}. Take a smaller `learning_rate`; if it is so "
-                "at the first step, check the drafter's weights (python -m qwq_mlx.verify FOLDER)."
+                f"Step {self.n_taken:,} of training: the loss is {value}, the gradient's norm {size}. Take a smaller "
+                "`learning_rate`; if it is so at the first step, check the drafter's weights (python -m qwq_mlx.verify "
+                "FOLDER)."
             )
         return value
 

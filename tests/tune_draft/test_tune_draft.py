@@ -6,8 +6,10 @@ import contextlib
 import gc
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +18,16 @@ import pytest
 from checkpoints import write_tiny_checkpoint
 from mlx.utils import tree_flatten
 
-from qwq_mlx.errors import ConversionError, FitError, LoadError, OptionError, QwqError, SourceError
+from qwq_mlx.errors import (
+    ConversionError,
+    DiskFullError,
+    FitError,
+    LoadError,
+    NotFiniteError,
+    OptionError,
+    QwqError,
+    SourceError,
+)
 from qwq_mlx.generate.drafting import choose_draft
 from qwq_mlx.generate.question_file.results import result_line
 from qwq_mlx.generate.reasoner import load
@@ -121,26 +132,55 @@ def cut_after(method: Callable[..., Any], n_calls: int) -> Callable[..., Any]:
 
 
 def test_what_is_stopped_is_kept_and_another_tuning_does_not_go_on_with_it(
-    draft: Path, recorded: Path, tmp_path: Path
+    draft: Path, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tuning = Tuning(draft=draft, traces=[recorded], output=tmp_path / "tuned")
     limit_before = mx.set_cache_limit(5 << 30)
     memory_before = mx.set_memory_limit(6 << 30)
     limits: list[int] = []
+    steps: list[Progress] = []
 
     def is_stopped() -> bool:
         limits.extend((mx.set_cache_limit(1 << 30), mx.set_memory_limit(7 << 30)))
-        return True
+        return bool(steps)
+
+    def show(progress: Progress) -> None:
+        if progress.what == "training" and progress.n_done:
+            steps.append(progress)
 
     with pytest.raises(Stopped):
-        tune_draft(tuning, FAST, is_stopped=is_stopped)
+        tune_draft(tuning, FAST, is_stopped=lambda: True)
+    assert [path.name for path in (tmp_path / "tuned.partial").iterdir()] == ["tuning.json"]  # not yet measured
+    with pytest.raises(Stopped):
+        tune_draft(tuning, FAST, progress=show, is_stopped=is_stopped)
     planned = check_fits(open_model_folder(draft).config, FAST, limit_bytes=1 << 40, backend="cpu")
-    assert limits == [1 << 30, planned], "of freed memory, and of all that MLX holds"
+    assert len(steps) == 1 and limits[:2] == [1 << 30, planned], "of freed memory, and of all that MLX holds"
     assert (mx.set_cache_limit(limit_before), mx.set_memory_limit(memory_before)) == (5 << 30, 6 << 30)
     assert [path.name for path in (tmp_path / "tuned.partial").glob("step-*")] == ["step-1.safetensors"]
     other = TuneSettings(**{**{name: getattr(FAST, name) for name in FAST.__slots__}, "seed": 5})
     with pytest.raises(ConversionError, match="other `held_out`, `seed`, `traces`"):
         tune_draft(tuning, other)
+    step = tmp_path / "tuned.partial" / "step-1.safetensors"
+    staging = Staging(tmp_path / "tuned", {})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    n_held = step.stat().st_size  # of what is needed
+    staging.check_disk(n_held + 900_000)
+    with pytest.raises(DiskFullError, match="Make room"):
+        staging.check_disk(n_held + 1_000_000)
+    monkeypatch.undo()
+    step.write_bytes(step.read_bytes()[:100])
+    with pytest.raises(SourceError, match=r"step-1\.safetensors: cannot be read .* Pass `restart=True` to begin anew"):
+        tune_draft(tuning, FAST)
+
+
+def test_options_that_would_not_be_used_are_refused(
+    draft: Path, recorded: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--draft", str(draft), "--traces", str(recorded), "--output", "none"]
+    assert main([*arguments, "--all-weights", "--rank", "4"]) == 2
+    assert main([*arguments, "--held-out", str(recorded), "--held-out-share", "0.2"]) == 2
+    shown = capfd.readouterr().err
+    assert "with --all-weights there are no LoRA layers" in shown and "--held-out says what is measured on" in shown
 
 
 def test_a_drafter_that_got_no_better_is_not_kept(
@@ -192,6 +232,15 @@ def test_the_loss_is_that_of_written_ids_behind_their_whole_text(draft: Path, re
     assert abs(loss - expected) < 1e-4
     told = tokens_a_pass(model.module, [batch])
     assert told.named == (at.argmax(axis=1) == np.array(example.ids)).mean()
+
+
+def test_a_step_that_spoils_the_weights_is_refused_at_once(draft: Path, recorded: Path) -> None:
+    model = load_model(draft)
+    [batch] = batches(cut(read_examples([recorded], model.tokenizer, folder=draft)[:1], 256), 256)
+    trainer = Trainer(model, FAST, n_steps=1)
+    trainer._loss = lambda trained, *_: mx.sqrt(0.0 * tree_flatten(trained)[0][1].sum())  # type: ignore[method-assign]
+    with pytest.raises(NotFiniteError, match=r"Step 1 of training: the loss is 0\.0, the gradient's norm nan"):
+        trainer.step(batch)
 
 
 def test_bfloat16_learns_as_float32_does(draft: Path, recorded: Path) -> None:
@@ -260,7 +309,7 @@ def test_traces_of_all_kinds_are_the_same_example(draft: Path, trace: Trace, tmp
         [one], [other], [kept_one] = (read_examples([tmp_path / name], tokenizer, folder=draft) for name in names)
     assert one == other == kept_one
     assert (one.prompt_ids, one.ids, one.problem) == (trace.prompt_ids, trace.ids, "Question")
-    row = {"prompt": "Question", "response": "the answer"}
+    row = {"prompt": "Question", "response": "the answer", "format": "chat", "index": 0, "run": 1}
     (tmp_path / "recorded.jsonl").write_text(json.dumps(row), encoding="utf-8")
     [third] = read_examples([tmp_path / "recorded.jsonl"], tokenizer, folder=draft)
     assert third.prompt_ids == trace.prompt_ids
@@ -278,6 +327,8 @@ def test_problems_are_held_out_whole_whatever_the_order() -> None:
         each.ids for each in split.held_out
     )
     assert not {each.problem for each in split.training} & {each.problem for each in split.held_out}
+    few = split_by_problem([example(1), example(2), example(12)], None, share=0.9, seed=4)
+    assert len(few.training) in (1, 2) and len(few.training) + len(few.held_out) == 3
     others = split_by_problem(examples, [example(3)], share=0.3, seed=4)
     assert len(others.training) == 36 and len(others.held_out) == 1
 
