@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qwq_mlx.default_model import Choice
     from qwq_mlx.generate.question_file.runner import BatchProgress, QuestionFile
     from qwq_mlx.generate.reasoner import Reasoner
+    from qwq_mlx.model.load import LoadProgress
     from qwq_mlx.options import Limits
 
 __all__ = [
@@ -166,9 +167,10 @@ def load_reasoner(
     warns_of_template: bool = True,
     reproducible: bool = False,
     group: Any | None = None,
+    progress: LoadProgress | None = None,
 ) -> Reasoner:
     """The model of --model, or the default one, which a line says. choice: where it was chosen already.
-    group: of the processes that hold it together.
+    group: of the processes that hold it together. progress: as `qwq_mlx.load` takes it.
 
     Raises what `qwq_mlx.load` raises.
     """
@@ -190,6 +192,7 @@ def load_reasoner(
         draft=options.draft,
         draft_length=options.draft_length,
         group=group,
+        progress=progress,
     )
     for line in () if reasoner.drafts is None else reasoner.drafts.notes:
         command.warn(line)

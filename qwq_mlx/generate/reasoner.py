@@ -26,7 +26,7 @@ from qwq_mlx.generate.request import PrefillProgress, resolved
 from qwq_mlx.generate.request_maker import RequestMaker
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.generate.vote import Vote, VoteProgress, Voting
-from qwq_mlx.model.load import ComputeType, LoadedModel, load_model
+from qwq_mlx.model.load import ComputeType, LoadedModel, LoadProgress, load_model
 from qwq_mlx.model.prompt import Messages, conversation, prompt_ids
 from qwq_mlx.model.template import read_template_file
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
@@ -49,6 +49,7 @@ def load(
     draft: str | Path | None = None,
     draft_length: int | None = None,
     group: Any | None = None,
+    progress: LoadProgress | None = None,
 ) -> Reasoner:
     """Check a model folder (a checkpoint or a conversion), load its weights, and return what answers questions.
 
@@ -66,6 +67,7 @@ def load(
     draft_length: ids to guess, whatever they cost; None as many as are measured to pay, often none.
     group: from `mx.distributed.init`: its processes hold the model together; each runs the same program. Not beside
       `draft` yet. A group of one process is as none.
+    progress: called while the weights are read, with the layers that are in memory and their number.
     Raises LoadError, SourceError or BackendError; OptionError for options that do not go together; FitError with the
     arithmetic.
 
@@ -93,6 +95,7 @@ def load(
         follow_links=follow_links,
         reproducible=reproducible,
         group=group,
+        progress=progress,
     )
     reasoner = Reasoner(model, limit_bytes=plan.limit_bytes, verify=verify)
     reasoner.use_drafts(plan.drafts, limits=asked)

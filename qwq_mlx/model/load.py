@@ -12,7 +12,7 @@ Does not: download, convert, run code of the folder, or open any file but JSON, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -34,6 +34,7 @@ from qwq_mlx.model.weight_values import check_finite, zero_warnings
 
 __all__ = [
     "ComputeType",
+    "LoadProgress",
     "LoadedModel",
     "build_module",
     "default_compute_type",
@@ -44,6 +45,8 @@ __all__ = [
 ]
 
 ComputeType = Literal["float32", "bfloat16"]
+LoadProgress = Callable[[int, int], None]
+"""Called with the layers whose weights are in memory, and their number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +96,7 @@ def load_model(
     follow_links: bool = False,
     reproducible: bool = False,
     group: Any | None = None,
+    progress: LoadProgress | None = None,
 ) -> LoadedModel:
     """Check a folder and load its weights.
 
@@ -102,6 +106,7 @@ def load_model(
     follow_links: read shards that links out of the folder lead to.
     reproducible: see `LoadedModel`.
     group: from `mx.distributed.init`: this process reads its part of the weights alone. None, or a group of one: all.
+    progress: called while the weights are read.
     Raises OptionError; LoadError or SourceError naming file, found and expected; BackendError where MLX cannot run.
     """
     if compute_type not in (None, *get_args(ComputeType)):
@@ -114,7 +119,8 @@ def load_model(
         tokenizer = replace(tokenizer, chat_template=chat_template)
     stop_ids = _stop_ids(files.path, config, defaults, tokenizer)
     chosen = compute_type or default_compute_type()
-    module = _load_weights(files, chosen, group if group is not None and group.size() > 1 else None)
+    group = group if group is not None and group.size() > 1 else None
+    module = _load_weights(files, chosen, group, progress or (lambda n_done, n_layers: None))
     return LoadedModel(
         folder=files.path,
         module=module,
@@ -193,7 +199,7 @@ def packing_arguments(packing: Packing) -> dict[str, Any]:
     return {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
 
 
-def _load_weights(files: ModelFolder, compute_type: ComputeType, group: Any | None) -> Any:
+def _load_weights(files: ModelFolder, compute_type: ComputeType, group: Any | None, progress: LoadProgress) -> Any:
     """Map the checked tensors into the module and read them, one layer at a time; of a group the rank's parts."""
     mx = import_mlx()
     if group is not None:
@@ -212,9 +218,11 @@ def _load_weights(files: ModelFolder, compute_type: ComputeType, group: Any | No
     weights.clear()  # from here on only the module holds them, so each layer's source bytes go when it is cast
     module.eval()
     try:
-        for layer in module.layers:
+        for n_done, layer in enumerate(module.layers):
+            progress(n_done, len(module.layers))
             mx.eval(layer.parameters())
         mx.eval(module.parameters())
+        progress(len(module.layers), len(module.layers))
     except (RuntimeError, MemoryError) as error:
         _check_shards_are_whole(files)
         if not OutOfMemoryError.is_meant_by(error):

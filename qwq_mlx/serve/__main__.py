@@ -21,6 +21,7 @@ from qwq_mlx.cli.generate_flags import add_loading, bits
 from qwq_mlx.default_model import user_data_folder
 from qwq_mlx.errors import BackendError, OptionError, QwqError
 from qwq_mlx.options import Limits, Thinking
+from qwq_mlx.progress import ProgressBar
 from qwq_mlx.serve.history import History
 from qwq_mlx.serve.settings import NO_THINK, REASONING_FIELDS, SERVED_LOOP_ACTIONS, Settings
 
@@ -194,7 +195,13 @@ def _serve(command: Command) -> int:
     reproducible = command.options.reproducible
 
     def load() -> Reasoner:
-        return load_reasoner(command, limits, reproducible=reproducible)
+        with ProgressBar(unit="layer", is_shown=not command.is_quiet) as bar:
+            return load_reasoner(
+                command,
+                limits,
+                reproducible=reproducible,
+                progress=lambda n_done, n_layers: bar.show("loading", n_done, n_layers),
+            )
 
     history = _history(command, settings.history_bytes)
     server = Server(load, settings, history=history, log=command.note)

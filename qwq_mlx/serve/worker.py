@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,11 +36,12 @@ __all__ = ["State", "Worker"]
 
 State = Literal["loading", "ready", "broken", "closed"]
 _T = TypeVar("_T")
+_BEHIND_S, _GONE_S = 0.1, 5.0
 _MAX_FAILED = 3  # steps in a row that end in failures: by then it is not the request
 
 
 class _LoadingEndedError(BaseException):
-    """Raised in the model's thread by `Worker.stop_loading`; no handler of a failed load may take it for one."""
+    """The model is not wanted any more; no handler of a failed load may take it for one."""
 
 
 class Worker:
@@ -69,6 +71,8 @@ class Worker:
         self._refused: tuple[Job | None, int] = (None, 0)  # the first in line, beside so many rows
         self._wakes = threading.Condition()
         self._is_closing = False
+        self._is_over = threading.Event()
+        self._ends_loading = False
         self._thread = threading.Thread(target=self._run, name="qwq-mlx-model", daemon=True)
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="qwq-mlx-encode")
 
@@ -99,14 +103,17 @@ class Worker:
         with self._wakes:
             self._is_closing = True
             self._wakes.notify()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
+        # not by `Thread.join` at once: a signal that interrupts it lets Python 3.11 take the thread for ended
+        if self._thread.ident is not None and self._is_over.wait(timeout_s):
+            self._thread.join()
+            _wait_until_gone(self._thread)
         self._encoder.shutdown(cancel_futures=True)
 
     def stop_loading(self) -> None:
         """End the thread where it still loads the model, within the call into MLX under way. From any thread."""
-        if self.state == "loading" and self._thread.ident is not None:
-            # Nothing else reaches a thread that reads files for minutes and asks nobody whether it should go on.
+        if self.state == "loading" and self._thread.ident is not None and not self._ends_loading:
+            self._ends_loading = True  # once: a second one could hit the end of the thread
+            # Nothing else reaches a thread that imports and reads for minutes and asks nobody whether to go on.
             thread_id = ctypes.c_ulong(self._thread.ident)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, ctypes.py_object(_LoadingEndedError))
 
@@ -210,6 +217,7 @@ class Worker:
         finally:
             self._end_all(rows)
             self._on_end()
+            self._is_over.set()
 
     def _open(self) -> Rows:
         from qwq_mlx.serve.prepare import Preparer, model_card
@@ -283,3 +291,14 @@ class Worker:
                 self._line.popleft().emit(Failed(error=error))
             while self._saves:
                 self._saves.popleft()[2].set_exception(error)
+
+
+def _wait_until_gone(thread: threading.Thread) -> None:
+    """Wait for what a thread does behind its Python code: MLX's thread-local caches ask for the interpreter's lock when
+    they are destroyed, and end the process with SIGABRT where the interpreter is gone by then."""
+    if not Path("/proc/self/task").is_dir():  # macOS does not tell
+        time.sleep(_BEHIND_S)
+        return
+    end = time.monotonic() + _GONE_S
+    while Path(f"/proc/self/task/{thread.native_id}").exists() and time.monotonic() < end:
+        time.sleep(0.005)

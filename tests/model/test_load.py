@@ -324,3 +324,9 @@ def test_a_shard_cut_while_it_is_loaded_is_a_named_error(
     monkeypatch.setattr(nn.Module, "load_weights", cut)
     with pytest.raises(LoadError, match=r"safetensors: has [\d,]+ bytes, had [\d,]+ when its header was read"):
         load_model(folder)
+
+
+def test_loading_tells_how_many_layers_are_in_memory(tiny_checkpoint: Path) -> None:
+    told: list[tuple[int, int]] = []
+    load_model(tiny_checkpoint, progress=lambda n_done, n_layers: told.append((n_done, n_layers)))
+    assert told == [(0, 2), (1, 2), (2, 2)]
