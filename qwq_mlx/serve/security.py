@@ -100,13 +100,22 @@ class Doors:
         if not origins:
             return ""
         origin = origins[0]
-        if len(origins) == 1 and (origin in self._settings.allowed_origins or _is_of_this_machine(origin)):
+        is_named = origin in self._settings.allowed_origins or _is_of_this_machine(origin)
+        if len(origins) == 1 and (is_named or self._is_own_page(origin, headers["host"])):
             return origin
         raise ApiError(
             403,
             f"Pages of {origin[:80]!r} may not use this server. Start it with --allow-origin for them.",
             code="origin_not_allowed",
         )
+
+    def _is_own_page(self, origin: str, host: str) -> bool:
+        """Whether an Origin is the page of this server, at the address or name by which the request reached it.
+
+        Anybody in the network can point a name under .local at this machine, so there a key has to be asked for.
+        """
+        is_same = origin.lower() in (f"http://{host}".lower(), f"https://{host}".lower())  # https: of a proxy
+        return is_same and (self._key is not None or not (_host_name(host) or "").endswith(".local"))
 
     def _check_key(self, headers: Headers, path: str) -> None:
         if self._key is None or path in _OPEN_PATHS or path.startswith("/page/"):

@@ -95,6 +95,26 @@ def test_pages_of_others_stay_outside_and_those_of_this_machine_may_read(origin:
     assert headers.get("access-control-allow-origin") == (origin if is_in else None)
 
 
+@pytest.mark.parametrize(
+    ("host", "origin", "api_key", "is_in"),
+    [
+        ("192.168.1.5:8080", "http://192.168.1.5:8080", None, True),
+        ("[fd00::1]:8080", "http://[fd00::1]:8080", None, True),
+        ("my.example", "https://my.example", None, True),
+        ("mac.local:8080", "http://mac.local:8080", "secret", True),
+        ("evil.local:8080", "http://evil.local:8080", None, False),
+        ("192.168.1.5:8080", "http://192.168.1.5:3000", None, False),
+        ("192.168.1.5:8080", "http://192.168.1.6:8080", "secret", False),
+    ],
+)
+def test_the_servers_own_page_may_ask_at_any_of_its_addresses(
+    host: str, origin: str, api_key: str | None, is_in: bool
+) -> None:
+    settings = Settings(allowed_hosts=("my.example",), api_key=api_key)
+    sent = (("host", host), ("origin", origin), ("x-api-key", api_key or ""))
+    assert (ask(*sent, settings=settings, method="POST")[0] == 200) is is_in
+
+
 def test_a_preflight_needs_no_key_and_says_what_is_allowed() -> None:
     asked = (
         LOCAL,
