@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import ConversionError, OptionError, system_said
+from qwq_mlx.errors import ConversionError, OptionError, SourceError, system_said
 from qwq_mlx.files.lock import FolderLock
 
 __all__ = ["MAX_RUNS", "History", "KeptRun"]
@@ -148,22 +148,16 @@ class History:
             n_runs, n_bytes = n_runs - 1, n_bytes - size
 
     def find(self, run_id: str) -> tuple[KeptRun, list[bytes]] | None:
-        """A run and the lines of its steps; None where it is not kept."""
+        """A run and the lines of its steps; None where it is not kept. Raises SourceError where it is damaged."""
         do = self._connection.execute
         row = do("SELECT state, model, info, request, progress FROM runs WHERE id = ?", (run_id,)).fetchone()
         if row is None:
             return None
-        state, model, info, request, progress = row
-        lines: list[bytes] = []
-        for start, packed in do("SELECT start, lines FROM steps WHERE run = ? ORDER BY start", (run_id,)):
-            lines[start:] = zlib.decompress(packed).splitlines(keepends=True)
-        kept = KeptRun(
-            info={**json.loads(info), "state": state},
-            model=model,
-            request=json.loads(request),
-            progress=None if progress is None else json.loads(progress),
-        )
-        return kept, lines
+        pieces = do("SELECT start, lines FROM steps WHERE run = ? ORDER BY start", (run_id,)).fetchall()
+        try:
+            return _kept_run(*row), _joined(pieces)
+        except (ValueError, TypeError, zlib.error) as error:
+            raise SourceError(f"The history's entry of {run_id} is damaged ({error}). Delete it.") from error
 
     def infos(self, *, limit: int, offset: int = 0, parent: str | None = None) -> list[dict[str, Any]]:
         """What clients read of the runs, the newest first. parent: of those that were forked from that run alone."""
@@ -172,14 +166,40 @@ class History:
             f"SELECT state, info FROM runs {where} ORDER BY created DESC, id LIMIT ? OFFSET ?",
             (*(() if parent is None else (parent,)), limit, offset),
         )
-        return [{**json.loads(info), "state": state} for state, info in rows]
+        infos = []
+        for state, info in rows:
+            try:
+                infos.append({**json.loads(info), "state": state})
+            except (ValueError, TypeError):  # a damaged entry, of which `find` tells, hides no other
+                continue
+        return infos
 
-    def remove(self, run_id: str) -> None:
-        """Delete a run, also from the write-ahead log."""
-        self._connection.execute("DELETE FROM runs WHERE id = ?", (run_id,))
+    def remove(self, run_id: str) -> bool:
+        """Delete a run, also from the write-ahead log. Returns whether it was there."""
+        n_deleted = self._connection.execute("DELETE FROM runs WHERE id = ?", (run_id,)).rowcount
         self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return n_deleted > 0
 
     def close(self) -> None:
         """Give the file back."""
         self._connection.close()
         self._lock.__exit__(None, None, None)
+
+
+def _kept_run(state: str, model: str, info: str, request: str, progress: str | None) -> KeptRun:
+    return KeptRun(
+        info={**json.loads(info), "state": state},
+        model=model,
+        request={**json.loads(request)},
+        progress=None if progress is None else {**json.loads(progress)},
+    )
+
+
+def _joined(pieces: Sequence[tuple[int, bytes]]) -> list[bytes]:
+    """The lines of all pieces; a piece replaces what others say from its start on."""
+    lines: list[bytes] = []
+    for start, packed in pieces:
+        if start > len(lines):
+            raise ValueError(f"the steps from {len(lines)} to {start} are missing")
+        lines[start:] = zlib.decompress(packed).splitlines(keepends=True)
+    return lines

@@ -78,11 +78,12 @@ def _state(saved: SavedRun) -> tuple[RunState, Path | None]:
             return state, saved.path
     if saved.request is None:
         raise SourceError(f"{saved.id}: there is no such run.")
-    if saved.progress is None and saved.request["settings"].get("forked_at"):
+    state = read_run_state(saved.request, saved.progress, saved.lines, where=saved.id)
+    if saved.progress is None and state.settings.get("forked_at"):
         raise SourceError(
             f"{saved.id}: the fork had not begun, so there is nothing to resume. Fork the other run again."
         )
-    return read_run_state(saved.request, saved.progress, saved.lines, where=saved.id), None
+    return state, None
 
 
 def _forked(state: RunState, saved: SavedRun, *, at: int) -> RunState:

@@ -34,6 +34,7 @@ class Run:
     n_kept: steps that the history has.
     is_kept: the history has it at all.
     is_removed: nobody wants it any more.
+    writing: held while it is written into the history.
     """
 
     def __init__(self, info: Mapping[str, Any], request: Mapping[str, Any], *, model: str) -> None:
@@ -48,6 +49,7 @@ class Run:
         self.error: str | None = None
         self.is_stopped = self.is_interrupted = False
         self.news = asyncio.Condition()
+        self.writing = asyncio.Lock()
 
     @classmethod
     def of_job(
@@ -84,15 +86,16 @@ class Run:
 
     @classmethod
     def of_history(cls, kept: KeptRun, lines: list[bytes]) -> Run:
-        """One that was kept."""
+        """One that was kept, and that no job writes. Raises KeyError and TypeError for what `kept` never wrote."""
         run = cls(kept.info, kept.request, model=kept.model)
         state = kept.info["state"]
         run.progress, run.steps = kept.progress, lines
         run.summary, run.error = kept.info["summary"], kept.info["error"]
-        run.is_stopped, run.is_interrupted = state == "stopped", state == "interrupted"
+        run.is_stopped = state == "stopped"
+        run.is_interrupted = state in ("running", "interrupted")  # running: its end could not be written
         if state != "ended":
             run.cut()
-        run.n_kept, run.is_kept = len(run.steps), True
+        run.is_kept = True
         return run
 
     @property
@@ -134,13 +137,14 @@ class Run:
     def cut(self) -> None:
         """Leave out the steps behind the state from which it can go on; they will be drawn again."""
         n_steps = 0 if self.progress is None else self.progress["n_steps"]
+        if len(self.steps) < n_steps:
+            raise ValueError(f"there are {len(self.steps)} steps, expected {n_steps}")
         del self.steps[n_steps:]
-        self.n_kept = min(self.n_kept, n_steps)
 
     def go_on(self, job: Job, *, n_steps: int) -> None:
         """Run again, by a job that begins behind so many steps."""
         del self.steps[n_steps:]
-        self.n_kept = min(self.n_kept, n_steps)
+        self.n_kept = 0  # all of it is written again, because the history may have made room meanwhile
         self.job, self.summary, self.error = job, None, None
         self.is_stopped = self.is_interrupted = False
         self.request = request_json(job.requests[0])

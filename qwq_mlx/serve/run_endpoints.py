@@ -71,7 +71,7 @@ class RunEndpoints:
         return json_response((await self._run(request)).to_json())
 
     async def _delete(self, request: Request) -> Response:
-        await self._runs.remove(await self._run(request))
+        await self._runs.remove(request.path_params["id"])
         return Response(status_code=204)
 
     async def _steps(self, request: Request) -> PartsResponse:

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwq_mlx.errors import SourceError
+
 if TYPE_CHECKING:
     from qwq_mlx.generate.checkpoint.state import RunState
     from qwq_mlx.generate.request import Request
@@ -93,10 +95,18 @@ def read_run_state(
     progress: None where the run had not begun. lines: of its steps, at least as many as the progress has.
     Raises SourceError naming `where` and the field that is wrong.
     """
+    try:
+        value = _state_json(request, progress or _NOT_BEGUN, lines)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SourceError(f"{where}: what is known of the run is damaged ({error!r}). Delete it.") from error
     from qwq_mlx.generate.checkpoint.state import read_state  # with MLX, which is loaded by now
+
+    return read_state(json.loads(json.dumps(value)), path=Path(where))
+
+
+def _state_json(request: Mapping[str, Any], progress: Mapping[str, Any], lines: Sequence[bytes]) -> dict[str, Any]:
     from qwq_mlx.reasoning.loops import LoopScores
 
-    progress = progress or _NOT_BEGUN
     steps = [json.loads(line) for line in lines[: progress["n_steps"]]]
     rows = [
         (
@@ -106,7 +116,7 @@ def read_run_state(
         )
         for step in steps
     ]
-    value = {
+    return {
         **{name: each for name, each in progress.items() if name != "n_steps"},
         **{name: request[name] for name in ("question", "prompt_ids", "settings", "compute_type")},
         "model_sha256": "",
@@ -115,4 +125,3 @@ def read_run_state(
         "n_shown": 0,
         "seen": {"asked": request["inspect"], "rows": rows},
     }
-    return read_state(json.loads(json.dumps(value)), path=Path(where))

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import sqlite3
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.body import dumped
 from qwq_mlx.serve.history import History
+from qwq_mlx.serve.history_thread import HistoryThread
 from qwq_mlx.serve.jobs import Ask, Ended, Failed, Job, Restored, Stepped
 from qwq_mlx.serve.run import Run
 from qwq_mlx.serve.run_state import SavedRun
@@ -31,7 +30,8 @@ MAX_RUNS = 64
 MAX_STEPS = 100_000
 """Tokens of all runs together that are remembered; with alternatives about 2 kB each."""
 
-_T = TypeVar("_T")
+_LINES_AT_ONCE = 500  # about 1 MB, which is all that waits in memory for a reader who takes nothing
+_MAX_ID_CHARS = 64  # a file's name has at most 255
 
 
 class Runs:
@@ -51,10 +51,8 @@ class Runs:
         folder: Path | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._worker, self._heartbeat_s, self._folder, self._log = worker, heartbeat_s, folder, log
-        self._history = history
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="qwq-mlx-history")
-        self._is_failing = False
+        self._worker, self._heartbeat_s, self._folder = worker, heartbeat_s, folder
+        self._history = None if history is None else HistoryThread(history, log=log)
         self._runs: dict[str, Run] = {}  # the oldest first
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -63,7 +61,6 @@ class Runs:
 
     def close(self) -> None:
         """Write what is still to be written; from then on nothing is kept."""
-        self._disk.shutdown()
         if self._history is not None:
             self._history.close()
 
@@ -72,7 +69,7 @@ class Runs:
         of_memory = [run for run in self if parent is None or (run.info["parent"] or {}).get("id") == parent]
         if self._history is None:
             return [run.to_json() for run in of_memory][offset : offset + limit]
-        infos = await self._ask(lambda history: history.infos(limit=limit, offset=offset, parent=parent))
+        infos = await self._history.infos(limit=limit, offset=offset, parent=parent)
         unkept = [run.to_json() for run in of_memory if not run.is_kept and not offset]
         return [*unkept, *(self._runs[info["id"]].to_json() if info["id"] in self._runs else info for info in infos)]
 
@@ -80,11 +77,11 @@ class Runs:
         """The run of that id. Raises ApiError."""
         if run_id in self._runs:
             return self._runs[run_id]
-        found = None if self._history is None else await self._ask(lambda history: history.find(run_id))
-        if found is None:
-            raise ApiError(404, f"There is no run {run_id[:80]!r}.", code="not_found")
+        run = None if self._history is None else await self._history.find(run_id)
+        if run is None:
+            raise _missing(run_id)
         self._evict()
-        return self._runs.setdefault(run_id, Run.of_history(*found))
+        return self._runs.setdefault(run_id, run)
 
     async def start(self, ask: Ask, *, question: str) -> Run:
         """A new run, in the line. Raises ApiError."""
@@ -119,7 +116,7 @@ class Runs:
                 samples.append(await self.fork(run, at=at, seed=None, group=group))
         except ApiError:
             for each in samples:
-                await self.remove(each)
+                await self.remove(each.id)
             raise
         return samples
 
@@ -147,11 +144,13 @@ class Runs:
         )
         self._make_room()
         job = await self._worker.resume(saved)
+        if run is not None and run.is_removed:  # since it was asked, as what follows
+            raise _missing(run_id)
+        if self._runs.get(run_id, run) is not run or (run is not None and run.state == "running"):
+            raise ApiError(409, "The run goes on already.", code="is_running")
         if run is None:
             question = job.requests[0].question
             run = Run.of_job(job, card=self._worker.card, question=question, run_id=run_id)
-        elif run.state == "running":  # since it was asked
-            raise ApiError(409, "The run goes on already.", code="is_running")
         assert isinstance(job.source, Restored), "it goes on"
         self._worker.submit(job)  # before the run is touched, which stays as it is where the line is full
         run.go_on(job, n_steps=len(job.source.state.steps))
@@ -159,7 +158,7 @@ class Runs:
 
     def path_of(self, run_id: str) -> Path | None:
         """Where a run is saved; None where none is."""
-        is_id = run_id.removeprefix("run-").isalnum() and run_id.isascii()
+        is_id = run_id.removeprefix("run-").isalnum() and run_id.isascii() and len(run_id) <= _MAX_ID_CHARS
         return self._folder / f"{run_id}.qwq" if self._folder is not None and is_id else None
 
     async def stop(self, run: Run) -> None:
@@ -168,13 +167,21 @@ class Runs:
             await run.stop()
             await self._keep(run)
 
-    async def remove(self, run: Run) -> None:
-        """End a run and forget it."""
-        await run.stop()
-        run.is_removed = True
-        self._runs.pop(run.id, None)
-        if self._history is not None:
-            await self._ask(lambda history: history.remove(run.id))
+    async def remove(self, run_id: str) -> None:
+        """End a run and forget it, also one that cannot be read. Raises ApiError, with which it is still there."""
+        run, is_kept = self._runs.get(run_id), False
+        if run is not None:
+            run.is_removed = True
+            await run.stop()
+        try:
+            if self._history is not None:
+                is_kept = await self._history.remove(run_id)
+        except ApiError:
+            if run is not None:
+                run.is_removed = False
+            raise
+        if self._runs.pop(run_id, None) is None and not is_kept:
+            raise _missing(run_id)
 
     async def lines(self, run: Run, start: int, *, waits: bool = True) -> AsyncIterator[bytes]:
         """The steps from a place on as lines of JSON, as they come; the run itself is the last line.
@@ -183,7 +190,7 @@ class Runs:
         """
         place = start
         while True:
-            new = run.steps[place:]
+            new = run.steps[place : place + _LINES_AT_ONCE]
             if new:
                 place += len(new)
                 yield b"".join(new)
@@ -237,28 +244,16 @@ class Runs:
                     await self._keep(run)
             elif isinstance(event, (Ended, Failed)):
                 await self._keep(run, event)
+                if run.job is not job:  # and meanwhile here
+                    return
                 run.end(event)
             async with run.news:
                 run.news.notify_all()
 
     async def _keep(self, run: Run, event: Ended | Failed | None = None) -> None:
-        """Write a run into the history. event: how it ends, of which nobody is told before it is written."""
-        if self._history is None or run.is_removed:
-            return
-        kept = run.kept(event)
-        start = run.n_kept if event is None else 0  # at the end all steps in one piece
-        lines = run.steps[start:]
-        run.n_kept = len(run.steps)
-        try:
-            await self._ask(lambda history: history.write(kept, start=start, lines=lines))
-        except sqlite3.Error as error:
-            run.n_kept = start
-            if not self._is_failing:
-                self._log(f"warning: history: runs are not kept ({error}). Make room, or give another `history`.")
-            self._is_failing = True
-        else:
-            run.is_kept, self._is_failing = True, False
+        if self._history is not None:
+            await self._history.keep(run, event)
 
-    async def _ask(self, question: Callable[[History], _T]) -> _T:
-        assert self._history is not None, "there is one where it is asked"
-        return await asyncio.get_running_loop().run_in_executor(self._disk, question, self._history)
+
+def _missing(run_id: str) -> ApiError:
+    return ApiError(404, f"There is no run {run_id[:80]!r}.", code="not_found")

@@ -8,6 +8,7 @@ import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from serving import QUESTION, Served, started, until
 
 from qwq_mlx.default_model import pocket_checkpoint, user_data_folder
-from qwq_mlx.errors import OptionError
+from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.options import Limits, Sampling
 from qwq_mlx.serve import history as module
@@ -202,6 +203,69 @@ def test_a_file_that_is_no_history_is_refused(history: History, tmp_path: Path) 
     for _ in range(2):  # the lock is given back
         with pytest.raises(OptionError, match="schema 7, expected 1"):
             History(tmp_path / "other", max_bytes=1)
+
+
+def damage(history: History, sql: str) -> None:
+    history._connection.execute(sql)
+
+
+def test_a_damaged_entry_is_told_hides_no_other_and_can_be_deleted(history: History) -> None:
+    for run_id in "abcd":
+        history.write(kept(run_id, "ended"), start=0, lines=[b"0\n"])
+        history.write(kept(run_id, "ended"), start=1, lines=[b"1\n"])
+    damage(history, "UPDATE runs SET info = '[' WHERE id = 'a'")
+    damage(history, "UPDATE steps SET lines = x'00' WHERE run = 'b'")
+    damage(history, "DELETE FROM steps WHERE run = 'c' AND start = 0")
+    assert ids(history) == ["b", "c", "d"]
+    for run_id in "abc":
+        with pytest.raises(SourceError, match=f"entry of {run_id} is damaged"):
+            history.find(run_id)
+        assert history.remove(run_id) and not history.remove(run_id)
+    assert history.find("d") == (kept("d", "ended"), [b"0\n", b"1\n"])
+
+
+def test_a_server_tells_what_is_damaged_and_a_run_whose_end_was_never_written(
+    known_checkpoint: Path, tmp_path: Path
+) -> None:
+    history = History(tmp_path / "h", max_bytes=1 << 20)
+    with started(lambda: load(known_checkpoint), Settings(port=0), history=history) as served:
+        for run_id in ("run-1", "run-2", "run-3", "run-4"):
+            history.write(replace(kept(run_id, "running"), model=served.server.worker.card.identity), start=0, lines=[])
+        damage(history, "UPDATE runs SET info = '{}' WHERE id = 'run-2'")
+        damage(history, "UPDATE runs SET request = '{}' WHERE id = 'run-3'")
+        damage(history, """UPDATE runs SET progress = '{"n_steps": 3}' WHERE id = 'run-4'""")
+        for run_id in ("run-2", "run-4"):
+            status, _, raw = served.send("GET", f"{RUNS}/{run_id}")
+            assert status == 500 and b"is damaged" in raw
+        assert "is damaged" in served.post(f"{RUNS}/run-3/resume", {}, status=409)["error"]
+        assert served.get(f"{RUNS}/run-1")["state"] == "interrupted"
+        assert steps(served, "run-1")[1]["can_resume"], "nobody waits for a job that is not there"
+        for run_id in ("run-2", "run-3"):
+            assert [served.send("DELETE", f"{RUNS}/{run_id}")[0] for _ in range(2)] == [204, 404]
+        assert [(each["id"], each["state"]) for each in served.get(RUNS)["runs"]] == [
+            ("run-1", "interrupted"),
+            ("run-4", "interrupted"),
+        ]
+        damage(history, "DROP TABLE steps")
+        damage(history, "DROP TABLE runs")
+        for method, path in (("GET", RUNS), ("GET", f"{RUNS}/run-9"), ("DELETE", f"{RUNS}/run-1")):
+            status, _, raw = served.send(method, path)
+            assert status == 500 and b"The history failed" in raw
+        assert not any("internal error" in line for line in served.log)
+
+
+def test_a_run_that_goes_on_after_the_history_made_room_is_written_whole(
+    known_checkpoint: Path, tmp_path: Path
+) -> None:
+    history = History(tmp_path / "h", max_bytes=1 << 20)
+    with started(lambda: load(known_checkpoint), Settings(port=0), history=history) as served:
+        run = served.post(RUNS, {"question": "x", "max_tokens": 4}, status=201)["id"]
+        before, _ = steps(served, run)
+        history.remove(run)  # as `_make_room` does
+        served.post(f"{RUNS}/{run}/resume", {"max_tokens": 400}, status=201)
+        found = history.find(run)
+        assert found is not None and [json.loads(line) for line in found[1][: len(before)]] == before
+        served.send("DELETE", f"{RUNS}/{run}")
 
 
 def test_a_disk_that_takes_no_more_costs_a_warning(known_checkpoint: Path, tmp_path: Path) -> None:

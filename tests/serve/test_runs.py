@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,9 @@ from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.options import Inspect, Limits, Sampling
 from qwq_mlx.serve import runs
 from qwq_mlx.serve.api_error import ApiError
-from qwq_mlx.serve.jobs import Ask, Failed, Job, Stepped
+from qwq_mlx.serve.jobs import Ask, Failed, Job, Restored, Stepped
+from qwq_mlx.serve.run import Run
+from qwq_mlx.serve.run_state import SavedRun
 from qwq_mlx.serve.settings import Settings
 from qwq_mlx.trace.trace import Trace
 
@@ -139,6 +142,10 @@ class FakeWorker:
     async def prepare(self, ask: Ask) -> Job:
         return Job(ask, [FakeRequest()])  # type: ignore[list-item]
 
+    async def resume(self, saved: SavedRun) -> Job:
+        await asyncio.sleep(0)  # so that others come between
+        return Job(Ask(), [FakeRequest()], source=Restored(state=SimpleNamespace(steps=())))  # type: ignore
+
     def submit(self, job: Job) -> None:
         if len(self.jobs) == self.n_taken:
             raise ApiError(429, "the line is full")
@@ -176,6 +183,41 @@ def test_a_vote_that_the_line_cannot_take_leaves_nothing_behind() -> None:
             await known.vote(run, n=4, at=0)
         assert list(known) == [run] and [job.is_cancelled for job in worker.jobs] == [False, True, True]
         await run.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_run_that_two_resume_at_once_goes_on_once_and_one_that_is_deleted_meanwhile_does_not(tmp_path: Path) -> None:
+    (tmp_path / "run-1.qwq").touch()
+
+    async def scenario() -> None:
+        worker = FakeWorker()
+        known = runs.Runs(worker, heartbeat_s=10, folder=tmp_path)  # type: ignore[arg-type]
+
+        def resume(run_id: str) -> Coroutine[Any, Any, Run]:
+            return known.resume(run_id, max_tokens=None, context=None, answer_now=False)
+
+        run, error = await asyncio.gather(resume("run-1"), resume("run-1"), return_exceptions=True)
+        assert isinstance(run, Run) and "goes on already" in str(error) and len(worker.jobs) == 1
+        await run.stop()
+        (tmp_path / "run-1.qwq").unlink()
+        error, _ = await asyncio.gather(resume("run-1"), known.remove("run-1"), return_exceptions=True)
+        assert "There is no run" in str(error) and len(worker.jobs) == 1 and not list(known)
+        with pytest.raises(ApiError, match="There is no run"):
+            await resume("1" * 300)  # longer than a file's name
+
+    asyncio.run(scenario())
+
+
+def test_a_long_run_is_read_in_pieces() -> None:
+    async def scenario() -> None:
+        known = runs.Runs(FakeWorker(), heartbeat_s=10)  # type: ignore[arg-type]
+        run = await known.start(Ask(), question="a")
+        run.steps = [b"%d\n" % index for index in range(1_200)]
+        await run.stop()
+        parts = [part async for part in known.lines(run, 100)]
+        assert [part.count(b"\n") for part in parts] == [500, 500, 100, 1]
+        assert b"".join(parts[:3]) == b"".join(run.steps[100:])
 
     asyncio.run(scenario())
 
