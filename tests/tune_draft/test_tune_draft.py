@@ -18,6 +18,7 @@ import pytest
 from checkpoints import write_tiny_checkpoint
 from mlx.utils import tree_flatten
 
+from qwq_mlx.convert import convert_checkpoint
 from qwq_mlx.errors import (
     ConversionError,
     DiskFullError,
@@ -202,9 +203,10 @@ def test_a_drafter_that_got_no_better_is_not_kept(
     assert "exists already" in capfd.readouterr().err
 
 
-def test_lora_layers_add_what_they_learnt_to_the_weights(draft: Path, recorded: Path) -> None:
-    """The fused tensors give the logits of the layers apart."""
-    model = load_model(draft)
+def test_lora_layers_add_what_they_learnt_to_the_weights(draft: Path, recorded: Path, tmp_path: Path) -> None:
+    """Of a conversion, whose codes become floats: the fused tensors give the logits of the layers apart."""
+    convert_checkpoint(draft, tmp_path / "packed", recipe="4bit-min-max")
+    model = load_model(tmp_path / "packed")
     examples = read_examples([recorded], model.tokenizer, folder=draft)
     trainer = Trainer(model, TuneSettings(rank=2, learning_rate=0.05), n_steps=3)
     [batch] = batches(cut(examples[:3], 128), 1024)
@@ -216,7 +218,7 @@ def test_lora_layers_add_what_they_learnt_to_the_weights(draft: Path, recorded: 
     fused.load_weights([(name, array.astype(mx.float32)) for name, array in weights.items()], strict=True)
     assert {name for name, _ in tree_flatten(fused.parameters())} == set(weights)
     assert np.abs(np.array(fused(mx.array(batch.ids)) - apart)).max() < 0.05  # bfloat16 has 8 bits
-    other = load_model(draft).module(mx.array(batch.ids))
+    other = model.module(mx.array(batch.ids))
     assert np.abs(np.array(other - apart)).max() > 0.5
 
 
