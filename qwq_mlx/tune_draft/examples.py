@@ -169,18 +169,24 @@ def _history(path: Path) -> Iterator[tuple[str, _Written]]:
                 lines: list[bytes] = []
                 steps = connection.execute("SELECT start, lines FROM steps WHERE run = ? ORDER BY start", (run_id,))
                 for start, packed in steps:
+                    if not 0 <= start <= len(lines):
+                        raise ValueError(f"{run_id}: tokens {len(lines):,} to {start:,} are missing")
                     lines[start:] = zlib.decompress(packed).splitlines()
                 yield f"{path}: {run_id}", _of_run(json.loads(raw), [json.loads(line) for line in lines])
-    except (OSError, sqlite3.Error, zlib.error, ValueError, KeyError, TypeError) as error:
+    except (OSError, sqlite3.Error, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{path}: is no history of `serve`, or is damaged ({error}). {_ADVICE}") from error
 
 
 def _of_run(request: dict[str, Any], steps: Sequence[dict[str, Any]]) -> _Written:
+    """Raises TypeError, KeyError, AttributeError or ValueError for what no server wrote."""
+    prompt, ids = [int(each) for each in request.get("prompt_ids", ())], [int(step["id"]) for step in steps]
+    if any(each < 0 for each in (*prompt, *ids)):
+        raise ValueError("an id is below 0")
     return _Written(
         str(request.get("question", "")),
-        request.get("prompt_ids", ()),
-        [step["id"] for step in steps],
-        [step["text"] for step in steps],
+        prompt,
+        ids,
+        [str(step["text"]) for step in steps],
         [not step["is_injected"] for step in steps],
     )
 

@@ -7,6 +7,8 @@ import gc
 import itertools
 import json
 import shutil
+import sqlite3
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -347,6 +349,16 @@ def refusals(draft: Path, recorded: Path, trace: Trace, folder: Path) -> Iterato
     damaged = folder / "damaged"
     damaged.write_bytes(b"SQLite format 3\0" + bytes(4000))
     yield {"traces": [damaged]}, SourceError, "no history of `serve`, or is damaged"
+    for number, (start, token_id) in enumerate(((0, "x"), (0, -1), (3, 1))):
+        edited = folder / f"edited-{number}"
+        line = json.dumps({"id": token_id, "text": "a", "is_injected": False}).encode()
+        with contextlib.closing(sqlite3.connect(edited)) as connection:
+            connection.executescript("CREATE TABLE runs (id, created, request); PRAGMA user_version = 1")
+            connection.execute("CREATE TABLE steps (run, start, lines)")
+            connection.execute("INSERT INTO runs VALUES ('r', 0, '{}')")
+            connection.execute("INSERT INTO steps VALUES ('r', ?, ?)", (start, zlib.compress(line)))
+            connection.commit()
+        yield {"traces": [edited]}, SourceError, "is damaged"
     yield {"traces": [one]}, OptionError, "1 problem, expected at least 2"
     yield {"held_out": [recorded]}, OptionError, "nothing is left to train on"
     yield {"output": folder / "no" / "folder"}, OptionError, "Make it first"
