@@ -68,6 +68,7 @@ def plan_load(
         backend=backend_name(),
         compute_type=compute_type,
         draft=drafts.shape,
+        drafts_from_texts=drafts.uses_texts,
         n_ranks=1 if ranks is None else ranks.size,
     )
     if ranks is None:

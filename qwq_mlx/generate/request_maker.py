@@ -57,14 +57,14 @@ class RequestMaker:
         self.profile = profile or find_profile((QWQ_32B if tagged else QWQ_32B_PREVIEW).profile)
         self._check_model = check_model
         self.drafts: Speculator | None = None
-        self._draft_shape: ModelShape | None = None
+        self._draft_choice = DraftChoice()
 
     def use_drafts(self, choice: DraftChoice, *, limits: Limits) -> None:
         """Draft for all runs from here on; loads the draft model, and measures what passes cost where nobody has.
 
         choice: checked. limits: of the runs to come.
         """
-        self._draft_shape = choice.shape
+        self._draft_choice = choice
         self.drafts = make_speculator(self.model, choice, limits=self.fit(limits).limits)
 
     def request(
@@ -140,7 +140,8 @@ class RequestMaker:
             limit_bytes=self.limit_bytes,
             backend=backend_name(),
             compute_type=model.compute_type,
-            draft=self._draft_shape,
+            draft=self._draft_choice.shape,
+            drafts_from_texts=self._draft_choice.uses_texts,
             n_ranks=1 if self._ranks is None else self._ranks.size,
         )
 

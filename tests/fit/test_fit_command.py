@@ -108,7 +108,7 @@ def test_every_flag_reaches_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert code == 0
     assert found["workload"] == {
         **{"context": 4096, "kv_bits": 8, "n_sequences": 1, "prefill_step": 128, "compute_type": "float32"},
-        **{"draft": str(draft), "n_draft": 7, "n_ranks": 1},
+        **{"draft": str(draft), "drafts_from_texts": False, "n_draft": 7, "n_ranks": 1},
     }
     assert found["reserve_bytes"] == 2_000_000_000
     assert found["speculative_bytes"] > 0 == found["batch_bytes"]

@@ -131,6 +131,17 @@ def test_what_others_add_is_never_less_than_nothing_and_grows() -> None:
             assert drafts[0] < drafts[1]
 
 
+def test_drafts_from_texts_have_their_logits_in_the_plan_where_prefill_does_not_cover_them() -> None:
+    row = 8 * 4 * QWQ.config.vocab_size  # two copies of logits, and six that the sampler makes
+    for n_sequences, step, more in ((1, 2048, 0), (8, 2048, 8 * 15 * row)):
+        asked = Workload(n_sequences=n_sequences, prefill_step=step, n_draft=15, context=1024)
+        plain, drafted = (plan_memory(QWQ, replace(asked, drafts_from_texts=each)) for each in (False, True))
+        assert drafted.peak_bytes - plain.peak_bytes == drafted.speculative_bytes == more
+        assert ("15 ids guessed from the texts so far" in drafted.arithmetic()) == bool(more)
+    short = Workload(prefill_step=1, n_draft=15, drafts_from_texts=True)
+    assert plan_memory(QWQ, short).speculative_bytes == 15 * row
+
+
 def test_what_binds_and_the_arithmetic_name_the_batch_and_the_draft_model() -> None:
     lines = plan_memory(QWQ, Workload(n_sequences=3)).arithmetic().splitlines()
     assert lines[6].startswith("batch") and lines[6].endswith("bytes  3 sequences side by side")

@@ -23,7 +23,7 @@ from qwq_mlx.model.memory.activations import CACHE_STEP, logits_bytes, n_positio
 from qwq_mlx.model.memory.sizes import bytes_of_float, bytes_of_pass, kv_bytes_per_token, weights_bytes
 from qwq_mlx.model.memory.workload import Backend, ModelShape, Workload
 
-__all__ = ["MAX_DRAFTED", "batch_bytes", "speculative_bytes"]
+__all__ = ["MAX_DRAFTED", "batch_bytes", "drafted_bytes", "speculative_bytes"]
 
 MAX_DRAFTED = 15
 """Ids that this package drafts for a row at a time, at most."""
@@ -52,8 +52,7 @@ def speculative_bytes(
     """
     draft_bytes = weights_bytes(draft.config, draft.packed, bytes_of_float(workload, backend))
     if workload.n_sequences > 1:
-        drafted = workload.n_sequences * workload.n_draft * (logits_bytes(config) + sampler_bytes(config))
-        both = batch_bytes(config, workload, context, backend) + drafted
+        both = batch_bytes(config, workload, context, backend) + drafted_bytes(config, workload)
         return draft_bytes + both + workload.n_sequences * _cache_bytes(draft.config, workload, context, backend)
     draft_bytes += sum(_cache_bytes(each, workload, context, backend) for each in (config, draft.config))
     rows = (1 + workload.n_draft) * _row_bytes(config, workload, backend)
@@ -62,6 +61,11 @@ def speculative_bytes(
         _growing(draft.config, workload, workload.prefill_step, context, backend),
         _growing(config, workload, 1 + workload.n_draft, context, backend) + rows,
     )
+
+
+def drafted_bytes(config: Qwen2Config, workload: Workload) -> int:
+    """Logits of all drafted ids, and what drawing makes of them: all are drawn at once."""
+    return workload.n_sequences * workload.n_draft * (logits_bytes(config) + sampler_bytes(config))
 
 
 def _growing(config: Qwen2Config, workload: Workload, n_ids: int, context: int, backend: Backend) -> int:

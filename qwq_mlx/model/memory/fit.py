@@ -40,12 +40,13 @@ def fitted(
     backend: Backend,
     compute_type: str | None = None,
     draft: ModelShape | None = None,
+    drafts_from_texts: bool = False,
     n_ranks: int = 1,
 ) -> Fitted:
     """The limits that this machine can keep. limit_bytes: what the device gives; None forces whatever is asked.
 
-    compute_type: None picks by backend. draft: a draft model that is loaded beside it. n_ranks: processes
-      that hold the model together.
+    compute_type: None picks by backend. draft: a draft model that is loaded beside it. drafts_from_texts:
+      whether ids are guessed without one. n_ranks: processes that hold the model together.
 
     Raises FitError where nothing, or not the context asked for, fits; OptionError for a context beyond the model's.
     """
@@ -59,6 +60,7 @@ def fitted(
             prefill_step=limits.prefill_step,
             compute_type=compute_type,
             draft=draft,
+            drafts_from_texts=drafts_from_texts,
             n_draft=MAX_DRAFTED,
             n_ranks=n_ranks,
         )

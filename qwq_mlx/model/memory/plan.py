@@ -25,7 +25,7 @@ from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.memory.activations import logits_bytes, n_positions, sampler_bytes
-from qwq_mlx.model.memory.batch_and_draft import batch_bytes, speculative_bytes
+from qwq_mlx.model.memory.batch_and_draft import batch_bytes, drafted_bytes, speculative_bytes
 from qwq_mlx.model.memory.sizes import bytes_of_float, bytes_of_pass, kv_bytes_per_token, load_bytes, weights_bytes
 from qwq_mlx.model.memory.workload import BACKENDS, KV_GROUP, Backend, ModelShape, Workload
 from qwq_mlx.model.tensor_parallel import check_ranks
@@ -65,7 +65,7 @@ class MemoryPlan:
     logits_bytes: beside a decode step.
     sampler_bytes: beside a decode step.
     batch_bytes: what other sequences hold beside this one.
-    speculative_bytes: what mlx-lm holds more with a draft model.
+    speculative_bytes: what drafts hold more; of a draft model, what mlx-lm holds.
     load_bytes: held beside the weights while they are read.
     reserve_bytes: left free below the limit.
     limit_bytes: what the device gives; None if not asked.
@@ -132,19 +132,23 @@ class MemoryPlan:
             (
                 "speculative",
                 self.speculative_bytes,
-                f"{self.workload.n_draft:,} ids guessed by a draft model, as in mlx-lm",
+                f"{self.workload.n_draft:,} ids guessed {_guessed_by(self.workload)}",
             ),
             ("peak", self.peak_bytes, ""),
             ("reserve", self.reserve_bytes, ""),
         ]
         if self.limit_bytes is not None:
             rows.append(("limit", self.limit_bytes, f"{'fits' if self.fits else 'does not fit'}, {self.backend}"))
-        unused = {"batch": self.workload.n_sequences == 1, "speculative": self.workload.draft is None}
+        unused = {"batch": self.workload.n_sequences == 1, "speculative": self.speculative_bytes == 0}
         return "\n".join(
             f"{name:<11}{size / 1e9:>8.2f} GB {size:>18,} bytes  {note}".rstrip()
             for name, size, note in rows
             if not unused.get(name)
         )
+
+
+def _guessed_by(workload: Workload) -> str:
+    return "from the texts so far" if workload.draft is None else "by a draft model, as in mlx-lm"
 
 
 def shape_of_facts(facts: ModelFacts, *, bits: int = 4, group_size: int = 64, context: int = 32_768) -> ModelShape:
@@ -239,6 +243,10 @@ def _plan(
     speculative = 0
     if workload.draft is not None:
         speculative = speculative_bytes(config, workload.draft, workload, context, backend) - alone - batch
+    elif workload.drafts_from_texts:
+        more = drafted_bytes(config, workload)
+        one = max(prefill, decode + logits + sampler + more) - (alone - kv_bytes)  # not while its prompt is read
+        speculative = one if workload.n_sequences == 1 else more
     return MemoryPlan(
         backend=backend,
         workload=workload,

@@ -41,7 +41,8 @@ class Workload:
     prefill_step: prompt ids per pass.
     compute_type: "float32" or "bfloat16"; None picks by backend.
     draft: a smaller model that guesses n_draft ids at a time, which the model then checks in one pass.
-    n_draft: ids that it guesses at a time.
+    drafts_from_texts: whether n_draft ids at a time are guessed from the texts so far, without such a model.
+    n_draft: ids that are guessed at a time.
     n_ranks: processes that hold the model together (tensor parallel); the plan is that of one of them.
     With one sequence a draft model is planned as mlx-lm decodes with one, which is what this package does at most.
     """
@@ -52,6 +53,7 @@ class Workload:
     prefill_step: int = 2048
     compute_type: str | None = None
     draft: ModelShape | None = None
+    drafts_from_texts: bool = False
     n_draft: int = 3
     n_ranks: int = 1
 
