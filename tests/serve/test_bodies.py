@@ -112,5 +112,17 @@ def test_a_fault_is_logged_with_its_place_and_without_its_text(
     assert "in failing" in fault and question not in fault
 
 
+def test_a_stream_never_cuts_a_character(tiny_server: Served) -> None:
+    """Random ids write halves of characters all the time; a half that was sent would be another character."""
+    n_beyond_ascii = 0
+    for seed in range(4):
+        body = {"prompt": "数🙂", "seed": seed, "temperature": 2, "max_tokens": 40}
+        [choice] = tiny_server.post("/v1/completions", body)["choices"]
+        texts = [chunk["choices"][0]["text"] for chunk in tiny_server.chunks("/v1/completions", body)]
+        assert "".join(texts) == choice["text"] and len(texts) > 10
+        n_beyond_ascii += sum(not character.isascii() and character != "\ufffd" for character in choice["text"])
+    assert n_beyond_ascii
+
+
 def test_numbers_that_json_has_not_become_null() -> None:
     assert dumped({"a": [1.5, float("inf"), (float("nan"), "\ud800")]}) == r'{"a":[1.5,null,[null,"\ud800"]]}'
