@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +33,8 @@ pytestmark = [
 ]
 
 SCRIPTS = Path(__file__).with_name("clients")
-LEFT = 1.5  # the temperature by which the scripts mark what they leave
+LEFT = 0.01  # the temperature by which the scripts mark what they leave
+N_BEFORE = 5  # tokens of it that are written before the client leaves
 PYTHON = (
     *("openai_chat", "openai_responses", "anthropic", "ollama", "litellm", "langchain_openai", "langchain_ollama"),
     *("pydantic_ai", "llm", "inspect_ai", "lm_eval"),
@@ -50,16 +50,17 @@ OWN_PROMPT = ("litellm", "ollama"), f"### User:\n{QUESTION}\n\n"  # written in p
 
 @pytest.fixture(scope="module")
 def served(pocket_reasoner: Reasoner) -> Iterator[Served]:
-    """A server whose steps take 0.2 s while an answer is under way that is to be left."""
+    """A server that holds an answer that is to be left until its client has left it."""
     step = Rows.step
 
-    def slow_step(rows: Rows) -> None:
-        if any(choice.stream.request.sampling.temperature == LEFT for choice in rows._choices):
-            time.sleep(0.2)
+    def held_step(rows: Rows) -> None:
+        for choice in rows._choices:
+            if choice.stream.request.sampling.temperature == LEFT and len(choice.stream.run.steps) >= N_BEFORE:
+                until(lambda job=choice.job: job.is_cancelled)
         step(rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rows, "step", slow_step)
+        patch.setattr(Rows, "step", held_step)
         with started(lambda: pocket_reasoner, Settings(port=0, name="pocket")) as served:
             yield served
 
@@ -93,7 +94,7 @@ def test_a_client_shows_all_once_and_frees_the_row_that_it_leaves(
             until(lambda: worker.n_running > 0)
     until(lambda: served.is_idle)
     assert n_parts >= (1 if client == "lm_eval" else 2)
-    assert worker.counters.left > left_before, "the answer came to its end before the client left"
+    assert worker.counters.left > left_before, "the server did not notice that the client left"
     assert worker.counters.failed == 0
 
 

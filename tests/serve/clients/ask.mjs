@@ -9,7 +9,7 @@ import OpenAI from "openai";
 const MODEL = "pocket";
 const QUESTION = "What is 3 + 4?";
 const MESSAGES = [{ role: "user", content: QUESTION }];
-const LEFT = 1.5;
+const LEFT = 0.01;
 
 const tell = (part, told = {}) => console.log(JSON.stringify([part, told]));
 
@@ -48,7 +48,7 @@ async function anthropic_js(url) {
   const asked = { model: MODEL, max_tokens: 300, messages: MESSAGES, thinking };
   tell("whole", told(await client.messages.create({ ...asked, temperature: 0 })));
   tell("stream", told(await client.messages.stream({ ...asked, temperature: 0 }).finalMessage()));
-  for await (const event of client.messages.stream(asked)) break;
+  for await (const event of client.messages.stream({ ...asked, temperature: LEFT })) break;
 }
 
 async function ollama_js(url) {
