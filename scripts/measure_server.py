@@ -2,11 +2,12 @@
 
     python scripts/measure_server.py [--model DIR] [--clients 1 4 8 16] [--tokens N] [--words N] [--peer]
 
-For each number of clients: tokens a second of all together, the median time to the first text (all begin at once), and
-the longest gap between two texts of a stream while another client's long prompt is fed. The server runs in a process of
-its own, as its peer does, so that the clients take no time of its interpreter.
+For each number of clients: tokens a second of all together, tokens a second of the server's CPU time, the median time
+to the first text (all begin at once), and the longest gap between two texts of a stream while a long prompt of another
+client is fed. The server runs in a process of its own, as its peer does, so that the clients take no time of its
+interpreter.
 
-Does not: measure a busy machine truly (run it alone), or the network.
+Does not: measure a busy machine truly (run it alone; of the CPU time a busy one says more), or the network.
 """
 
 from __future__ import annotations
@@ -33,17 +34,25 @@ from serving import free_port, until  # noqa: E402 - the paths must be set first
 from qwq_mlx.default_model import ready_model  # noqa: E402
 
 _NAME = "measured"
+_START_S = 180.0  # a busy machine takes its time
 
 
 class Rates(NamedTuple):
-    """Tokens a second of all clients together; seconds to the first text, the median; the longest gap in a stream."""
+    """Tokens of all clients together, by second and CPU second; seconds to the first text (median); the longest gap."""
 
     tok_s: float
+    tok_cpu_s: float
     first_s: float
     gap_s: float
 
 
-def rates(port: int, model: str, n_clients: int, *, n_tokens: int, n_words: int) -> Rates:
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process since it began, user and system."""
+    ticks = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def rates(pid: int, port: int, model: str, n_clients: int, *, n_tokens: int, n_words: int) -> Rates:
     """For so many clients; beside them one long prompt is fed once all write."""
     times: list[list[float]] = [[] for _ in range(n_clients)]
     n_written = [0] * n_clients
@@ -52,7 +61,7 @@ def rates(port: int, model: str, n_clients: int, *, n_tokens: int, n_words: int)
         question = f"Write {n_tokens + number} words."
         n_written[number] = _stream(port, model, question, n_tokens, times[number])
 
-    began = time.monotonic()
+    began, began_cpu = time.monotonic(), cpu_seconds(pid)
     threads = [threading.Thread(target=client, args=(number,)) for number in range(n_clients)]
     for each in threads:
         each.start()
@@ -64,7 +73,8 @@ def rates(port: int, model: str, n_clients: int, *, n_tokens: int, n_words: int)
     end = max(each[-1] for each in times)
     firsts = sorted(each[0] - began for each in times)
     gap = max(late - early for each in times for early, late in itertools.pairwise(each))
-    return Rates(sum(n_written) / (end - began), firsts[len(firsts) // 2], gap)
+    n = sum(n_written)
+    return Rates(n / (end - began), n / (cpu_seconds(pid) - began_cpu), firsts[len(firsts) // 2], gap)
 
 
 def _stream(port: int, model: str, question: str, max_tokens: int, times: list[float]) -> int:
@@ -101,7 +111,7 @@ def running(*command: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
         [sys.executable, "-m", *command, "--port", str(port)], env=environment, stderr=subprocess.DEVNULL
     )
     try:
-        until(lambda: _answers(port))
+        until(lambda: _answers(port), within_s=_START_S)
         yield process, port
     finally:
         process.terminate()
@@ -124,8 +134,8 @@ def _show(name: str, measure: Callable[[int], Rates], clients: list[int]) -> Non
     for n in clients:
         got = measure(n)
         print(
-            f"{name}, {n} clients: {got.tok_s:,.1f} tok/s together, first text after {got.first_s:.2f} s (median), "
-            f"longest gap {got.gap_s:.2f} s",
+            f"{name}, {n} clients: {got.tok_s:,.1f} tok/s together, {got.tok_cpu_s:,.1f} a CPU second, "
+            f"first text after {got.first_s:.2f} s (median), longest gap {got.gap_s:.2f} s",
             flush=True,
         )
 
@@ -143,11 +153,11 @@ def main() -> int:
     sizes = {"n_tokens": options.tokens, "n_words": options.words}
     own = ["qwq_mlx.serve", "--model", folder, "--name", _NAME, "--quiet", "--no-history", "--prefixes", "0"]
     width = max(options.clients) + 1  # so that the long prompt waits for no row
-    with running(*own, "--width", str(width)) as (_, port):
-        _show("qwq_mlx.serve", lambda n: rates(port, _NAME, n, **sizes), options.clients)
+    with running(*own, "--width", str(width)) as (server, port):
+        _show("qwq_mlx.serve", lambda n: rates(server.pid, port, _NAME, n, **sizes), options.clients)
     if options.peer:
-        with running("mlx_lm", "server", "--model", folder) as (_, port):
-            _show("mlx_lm.server", lambda n: rates(port, folder, n, **sizes), options.clients)
+        with running("mlx_lm", "server", "--model", folder) as (server, port):
+            _show("mlx_lm.server", lambda n: rates(server.pid, port, folder, n, **sizes), options.clients)
     return 0
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests" / "serve")]
 
 from interfaces import INTERFACES, RUNS, Question, asked, told  # noqa: E402 - the paths must be set first
-from measure_server import running  # noqa: E402
+from measure_server import cpu_seconds, running  # noqa: E402
 
 _NAME = "soak"
 _QUESTIONS = [Question(text, 32) for text in ("What is 3 + 4?", "How many r in strawberry.", "What is 12 * 3?")]
@@ -52,12 +51,11 @@ def sample(pid: int) -> Sample:
     """What a process holds now."""
     folder = Path("/proc") / str(pid)
     values = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines() if ":\t" in line)
-    ticks = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]
     return Sample(
         rss_kb=int(values["VmRSS"].split()[0]),
         threads=int(values["Threads"]),
         files=len(list((folder / "fd").iterdir())),
-        cpu_s=sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"),
+        cpu_s=cpu_seconds(pid),
     )
 
 

@@ -76,9 +76,9 @@ class Served:
         return worker.n_waiting == 0 and worker.n_running == 0  # in the order in which a job goes through them
 
 
-def until(is_so: Callable[[], bool]) -> None:
+def until(is_so: Callable[[], bool], *, within_s: float = 30.0) -> None:
     """Wait for what must come; half a minute is for a busy machine."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + within_s
     while not is_so():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.005)
