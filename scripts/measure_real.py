@@ -99,10 +99,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration-traces", type=int, default=17, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="a calibration text in their place")
     parser.add_argument("--sums", type=Path, metavar="FILE", help="write every trace's sums there, as JSON lines")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="where converted forms stay, and are found again")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="where converted forms of this SOURCE stay, and are found again"
+    )
     parser.add_argument("--convert-only", action="store_true", help="with --keep: measure nothing")
     parser.add_argument("--work", type=Path, help="where converted forms go (default: the system's folder)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.convert_only and options.keep is None:
+        parser.error("--convert-only needs --keep, or nothing is left of what it converts")
+    return options
 
 
 def write_calibration(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

@@ -79,6 +79,10 @@ def main() -> None:
     folder = options.tokenizer or options.draft
     if folder is None:
         parser.error("give --tokenizer or --draft")
+    if options.draft is None and (options.save is not None or options.target is not None):
+        parser.error("--save and --target need --draft")
+    if options.drafts is not None and options.draft is not None:
+        parser.error("--drafts takes the place of --draft; leave one of them out, and give --tokenizer")
     outputs = read_outputs(options.traces, folder, options.limit, options.max_ids)
     show({"outputs": len(outputs), "tokens": sum(len(each.ids) for each in outputs)})
     if options.target is not None:
