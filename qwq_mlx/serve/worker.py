@@ -256,6 +256,8 @@ class Worker:
     def _save_what_is_asked(self, rows: Rows) -> None:
         while self._saves:
             job, path, saved = self._saves.popleft()
+            if not saved.set_running_or_notify_cancel():  # nobody waits for it any more
+                continue
             try:
                 rows.save(job, path)
             except Exception as error:  # noqa: BLE001 - whoever waits for the file is told; the run goes on
@@ -264,20 +266,21 @@ class Worker:
                 saved.set_result(None)
 
     def _admit(self, rows: Rows) -> None:
-        """The first in the line begin as far as there is room; those who left are forgotten."""
+        """The first in the line begin as far as there is room; those who left are forgotten, wherever they stand."""
+        with self._wakes:
+            if any(job.is_cancelled for job in self._line):
+                self._line = deque(job for job in self._line if not job.is_cancelled)
         while self._line:
             job = self._line[0]
-            if not job.is_cancelled:
-                if self._refused == (job, rows.n_busy):
-                    return
-                if not rows.has_room(job) and rows.n_busy:
-                    self._refused = (job, rows.n_busy)
-                    return
+            if self._refused == (job, rows.n_busy):
+                return
+            if not rows.has_room(job) and rows.n_busy:
+                self._refused = (job, rows.n_busy)
+                return
             with self._wakes:  # so that no count misses it
                 self._n_running = rows.n_busy + job.n_choices
                 self._line.popleft()
-            if not job.is_cancelled:
-                rows.start(job)
+            rows.start(job)
             self._n_running = rows.n_busy
 
     def _end_all(self, rows: Rows | None) -> None:
@@ -290,7 +293,9 @@ class Worker:
             while self._line:
                 self._line.popleft().emit(Failed(error=error))
             while self._saves:
-                self._saves.popleft()[2].set_exception(error)
+                saved = self._saves.popleft()[2]
+                if saved.set_running_or_notify_cancel():
+                    saved.set_exception(error)
 
 
 def _wait_until_gone(thread: threading.Thread) -> None:

@@ -77,6 +77,23 @@ def test_the_line_is_bounded_and_tells_the_place(tiny_server: Served) -> None:
     assert tiny_server.post(CHAT, SHORT)["usage"]["completion_tokens"] == 3
 
 
+def test_those_who_left_the_line_take_no_memory_behind_one_who_waits(tiny_server: Served) -> None:
+    worker = tiny_server.server.worker
+    opened = [tiny_server.open_stream(LONG) for _ in range(2)]
+    until(lambda: worker.n_running == 2)
+    opened.append(tiny_server.open_stream(LONG))  # waits, and so do those behind it
+    for _ in range(5):
+        connection, response = tiny_server.open_stream(SHORT)
+        response.close()
+        connection.close()
+        until(lambda: worker.n_waiting == 1)
+    until(lambda: len(worker._line) == 1)
+    for connection, response in opened:
+        response.close()
+        connection.close()
+    until(lambda: tiny_server.is_idle)
+
+
 def test_metrics_count_what_ended_and_who_left(tiny_server: Served) -> None:
     def counts() -> dict[str, float]:
         _, headers, raw = tiny_server.send("GET", "/metrics")
