@@ -9,14 +9,14 @@ import { TokenView, nameOf } from "/page/tokens.js";
 
 const ALTERNATIVES = 5;
 const AGAIN_MS = 2000; // between two attempts at a server that is gone, and two looks at its memory
-const RENDER_MS = 1000; // between two drawings of an answer that grows
+const RENDER_MS = 1000; // between two drawings of an answer that grows, at least
 const RATE_MS = 5000; // tokens a second are those of so long
 const PAGE = 50;
 
 const at = (id) => document.getElementById(id);
 const tokens = new TokenView(at("thinking"), at("answer"), tell);
 const samples = new Samples(at("samples"), at("groups"), { onOpen: open, onEnd: () => quietly(showRuns) });
-const view = { id: null, run: null, watching: null, arrivals: [], rendered: -Infinity, thought: 0, listed: PAGE };
+const view = { id: null, run: null, watching: null, arrivals: [], rendered: -Infinity, rest: RENDER_MS, thought: 0, listed: PAGE };
 const picked = new Set(); // runs to compare
 
 /** Do what somebody asked for, and say what went wrong with it. */
@@ -60,7 +60,10 @@ async function showRuns() {
   const { runs, can_save } = await call("GET", `${API}?limit=${view.listed + 1}`);
   at("save").hidden = !can_save;
   at("older").hidden = runs.length <= view.listed;
+  const focused = document.activeElement?.closest("#runs [data-control]")?.dataset.control;
   at("runs").replaceChildren(...runs.slice(0, view.listed).map(runItem));
+  const again = [...at("runs").querySelectorAll("[data-control]")].find((each) => each.dataset.control === focused);
+  again?.focus({ preventScroll: true });
   enableCompare();
 }
 
@@ -76,12 +79,16 @@ function runItem(run) {
     picked[box.checked ? "add" : "delete"](run.id);
     enableCompare();
   });
-  const title = button(name, () => open(run.id));
+  const title = button(name, () => {
+    open(run.id);
+    at("run-title").focus();
+  });
   const rest = Object.assign(document.createElement("small"), {
     textContent: `${run.tokens.toLocaleString()} tokens, seed ${run.seed}, ${when}${from}`,
   });
   title.append(document.createElement("br"), rest);
   item.append(box, title, button("Delete", () => attempt(() => remove(run.id)), `Delete ${name}`));
+  [...item.children].forEach((each, place) => (each.dataset.control = `${run.id}/${place}`)); // to keep the focus
   return item;
 }
 
@@ -118,7 +125,7 @@ function close() {
   samples.stop();
   at("marks").replaceChildren();
   at("rendered").replaceChildren();
-  at("message").textContent = "";
+  at("message").textContent = at("resume-limit").value = "";
   for (const each of ["run", "token", "votes", "comparison"]) at(each).hidden = true;
 }
 
@@ -206,7 +213,7 @@ function tell() {
   }
   if (tokens.shown < n) return;
   if (run.summary) showMarks(run.summary.events);
-  if (run.summary ? view.rendered !== Infinity : now - view.rendered > RENDER_MS) renderAnswer(run, now);
+  if (run.summary ? view.rendered !== Infinity : now - view.rendered > view.rest) renderAnswer(run, now);
 }
 
 function tellResume(run, isRunning) {
@@ -215,7 +222,8 @@ function tellResume(run, isRunning) {
   at("resume-part").hidden = isRunning || !run.can_resume;
   at("resume-label").hidden = !isCut;
   at("resume-what").textContent = reason === "context_full" ? "Positions" : "Tokens in all";
-  if (isCut && !at("resume-limit").value) at("resume-limit").value = 2 * tokens.steps.length;
+  const n = run.tokens + (reason === "context_full" ? run.prompt_tokens : 0);
+  if (isCut && !at("resume-limit").value) at("resume-limit").value = 2 * n;
 }
 
 function renderAnswer(run, now) {
@@ -225,7 +233,9 @@ function renderAnswer(run, now) {
   if (start < 0 && span === undefined) return;
   view.rendered = run.summary ? Infinity : now;
   const text = start < 0 ? "" : tokens.steps.slice(start).map((step) => step.text).join("");
+  const began = performance.now();
   render(at("rendered"), text);
+  view.rest = Math.max(RENDER_MS, 20 * (performance.now() - began)); // thousands of formulas are drawn less often
 }
 
 function showMarks(events) {
@@ -289,9 +299,7 @@ async function post(what, body) {
 }
 
 async function resume(body) {
-  const run = await post("resume", body);
-  at("resume-limit").value = "";
-  open(run.id);
+  open((await post("resume", body)).id);
 }
 
 function showComparison(first, second) {
