@@ -114,6 +114,10 @@ def test_samples_form_a_vote_and_two_are_compared(page: Any) -> None:
     until_shown(page, "#spent-text", " of 20")
     first, second = (each.text_content() for each in page.locator("#samples article .sample").all())
     assert first and second
+    parent = run_id(page)
+    page.locator("#samples article button").first.click()
+    wait(lambda: run_id(page) != parent, "the sample is not opened")
+    until_shown(page, "#thinking", first[:20])
     for place in (0, 1):
         page.locator("#runs input").nth(place).check()
     page.click("#compare")
