@@ -62,6 +62,11 @@ class _Kept:
     key: Mapping[str, Any]
     costs: list[CostsAt]
 
+    def __post_init__(self) -> None:
+        contexts = [each.context for each in self.costs]
+        if not contexts or contexts != sorted(set(contexts)):
+            raise OptionError(f"costs are those at contexts {contexts}, expected at least one, rising")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftChoice:

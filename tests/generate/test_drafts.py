@@ -269,7 +269,11 @@ def test_costs_are_measured_once_and_kept(folder: Path, tmp_path: Path, monkeypa
     reasoner.generate("x", sampling=Sampling(temperature=0), limits=Limits(max_tokens=60))
     assert reasoner.drafts.counts.drafted == {}
     [path] = tmp_path.rglob("*.json")
-    path.write_text(path.read_text().replace("2.0", '"two"'))
+    kept = path.read_text()
+    path.write_text(json.dumps({**json.loads(kept), "costs": []}))
+    assert load(folder, draft="ngram").drafts is not None and n_measured == [7, 7]
+    n_measured.pop()
+    path.write_text(kept.replace("2.0", '"two"'))
     reasoner = load(folder, draft="ngram")
     assert len(n_measured) == 2 and reasoner.drafts is not None
     assert reasoner.drafts.notes[0].startswith(f"{path}: cannot be read (costs[0].costs.by_rows")
