@@ -16,13 +16,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from qwq_mlx.errors import ConversionError, DiskFullError, SourceError, system_said
+from qwq_mlx.errors import ConversionError, DiskFullError, OutOfMemoryError, SourceError, system_said
 from qwq_mlx.files.atomic import fsync_file, fsync_folder, publish, write_file
 from qwq_mlx.files.json_object import read_json_object
 
@@ -31,6 +32,7 @@ __all__ = ["Staging"]
 _DESCRIPTION, _BEFORE, _RESULT, _MODEL = "tuning.json", "before.json", "result.json", "model"
 _STEP = "step-{}.safetensors"
 _MAX_BYTES = 16 << 20
+_FULL_BYTES = 1 << 20  # with less room than this a disk counts as full
 _MARGIN = 1.05  # file systems need a little more than the bytes
 
 
@@ -122,7 +124,8 @@ class Staging:
             shutil.rmtree(self.model)
         self.model.mkdir()
         for name, data in small_files.items():
-            write_file(self.model / name, data)
+            with _written(self.model / name):
+                write_file(self.model / name, data)
         self._save(self.model / "model.safetensors", weights)
 
     def publish(self, result: Mapping[str, Any]) -> None:
@@ -145,20 +148,36 @@ class Staging:
         return read_json_object(path, limit_bytes=_MAX_BYTES, advice="Pass `restart=True` to begin anew.")
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
-        write_file(self.folder / name, (json.dumps(value, ensure_ascii=False) + "\n").encode())
+        path = self.folder / name
+        with _written(path):
+            write_file(path, (json.dumps(value, ensure_ascii=False) + "\n").encode())
 
     def _save(self, path: Path, arrays: Mapping[str, Any]) -> None:
         """As safetensors. Raises ConversionError where the disk does not take it."""
         temporary = path.with_name("unfinished.safetensors")
         try:
-            mx.save_safetensors(str(temporary), dict(arrays), metadata={"format": "mlx"})
-            fd = os.open(temporary, os.O_RDWR)
-            fsync_file(fd)
-            os.close(fd)
-            temporary.replace(path)
-            fsync_folder(path.parent)
-        except OSError as error:
-            kind = DiskFullError if DiskFullError.is_meant_by(error) else ConversionError
-            raise kind(f"{path}: cannot be written {system_said(error, 'Run the same command again.')}") from error
-        except RuntimeError as error:  # MLX's word for every fault of a file
-            raise ConversionError(f"{path}: cannot be written ({error}). Make room and run it again.") from error
+            with _written(path):
+                mx.save_safetensors(str(temporary), dict(arrays), metadata={"format": "mlx"})
+                fd = os.open(temporary, os.O_RDWR)
+                fsync_file(fd)
+                os.close(fd)
+                temporary.replace(path)
+                fsync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)  # what is there of it would fill the disk
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Raises DiskFullError or ConversionError where the block cannot write the file."""
+    advice = "Make room, or see to the folder, and run the same command again."
+    try:
+        yield
+    except OSError as error:
+        kind = DiskFullError if DiskFullError.is_meant_by(error) else ConversionError
+        raise kind(f"{path}: cannot be written {system_said(error, advice)}") from error
+    except RuntimeError as error:  # MLX's word for every fault of a file, and of the arrays that are computed now
+        if OutOfMemoryError.is_meant_by(error):
+            raise
+        kind = DiskFullError if shutil.disk_usage(path.parent).free < _FULL_BYTES else ConversionError
+        raise kind(f"{path}: cannot be written ({error}). {advice}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import itertools
 import json
@@ -174,6 +175,31 @@ def test_what_is_stopped_is_kept_and_another_tuning_does_not_go_on_with_it(
     step.write_bytes(step.read_bytes()[:100])
     with pytest.raises(SourceError, match=r"step-1\.safetensors: cannot be read .* Pass `restart=True` to begin anew"):
         tune_draft(tuning, FAST)
+
+
+def test_a_disk_that_takes_no_more_is_named_and_keeps_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = Staging(tmp_path / "tuned", {})
+    staging.open(restart=False)
+
+    def refuse(path: str, *_: Any, **__: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[write] Unable to write")
+
+    monkeypatch.setattr(mx, "save_safetensors", refuse)
+    for free, kind in ((0, DiskFullError), (1 << 30, ConversionError)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with pytest.raises(kind, match=r"step-1\.safetensors: cannot be written .* Make room"):
+            staging.save_step(1, {"a": mx.zeros(2)})
+    assert [path.name for path in staging.folder.iterdir()] == ["tuning.json"]
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qwq_mlx.tune_draft.staging.write_file", full)
+    with pytest.raises(DiskFullError, match=r"before\.json: cannot be written"):
+        staging.once(dict)
 
 
 def test_options_that_would_not_be_used_are_refused(
