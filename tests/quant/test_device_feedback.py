@@ -58,3 +58,15 @@ def test_factors_are_those_of_float64(channels: int, is_cuda: bool, monkeypatch:
 def test_inputs_that_never_came_count_alike() -> None:
     ((products, upper),) = factor_on_device([mx.zeros((64, 64))]).blocks
     assert np.array_equal(np.array(products), np.eye(64)) and np.array_equal(np.array(upper), np.eye(64))
+
+
+def test_what_float32_cannot_factor_is_factored_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(matrix: mx.array) -> None:
+        raise np.linalg.LinAlgError
+
+    monkeypatch.setattr(device_feedback, "_cholesky", refuse)
+    h = PRODUCTS[:64, :64]
+    ((products, upper),) = factor_on_device([mx.array(h.astype(np.float32))]).blocks
+    (expected,) = factor_moments([h.copy()]).blocks
+    assert np.allclose(np.array(upper), expected.upper, atol=1e-5 * np.abs(expected.upper).max())
+    assert np.allclose(np.array(products), expected.products, rtol=1e-5)
