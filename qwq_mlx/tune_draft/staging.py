@@ -72,7 +72,7 @@ class Staging:
                     "command, or pass `restart=True` to begin anew."
                 )
             if restart:
-                shutil.rmtree(self.folder)
+                self._remove()
         if not self.folder.exists():
             self.folder.mkdir()
         if not self.is_ours:
@@ -136,8 +136,17 @@ class Staging:
 
     def discard(self) -> None:
         """Remove the folder."""
-        shutil.rmtree(self.folder)
+        self._remove()
         fsync_folder(self.output.parent)
+
+    def _remove(self) -> None:
+        """What says whose the folder is goes last, for a kill meanwhile would leave what no command goes on with."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.suffix == ".safetensors":
+                path.unlink()
+        shutil.rmtree(self.folder)
 
     def _differences(self, path: Path) -> str:
         begun = self._read(path)

@@ -202,6 +202,28 @@ def test_a_disk_that_takes_no_more_is_named_and_keeps_no_half_file(
         staging.once(dict)
 
 
+def test_a_kill_while_a_tuning_is_removed_leaves_one_that_can_begin_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = Staging(tmp_path / "tuned", {"seed": 1})
+    staging.open(restart=False)
+    staging.save_step(1, {"a": mx.zeros(2)})
+    staging.write_model({"b": mx.zeros(2)}, {"config.json": b"{}"})
+    remove = shutil.rmtree
+
+    def killed(path: Path) -> None:
+        if path == staging.folder:
+            raise Killed
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(Killed):
+        staging.discard()
+    assert [path.name for path in staging.folder.iterdir()] == ["tuning.json"]
+    staging.open(restart=False)
+    assert staging.last_step() is None
+
+
 def test_options_that_would_not_be_used_are_refused(
     draft: Path, recorded: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
