@@ -50,3 +50,8 @@ export async function whole(id) {
   for await (const values of steps(id, { wait: 0 })) for (const value of values) all.push(value);
   return { run: all.pop().run, steps: all };
 }
+
+/** What became of a run, in a word or its answer. */
+export function outcome(run) {
+  return run.summary ? (run.summary.answer ?? "no answer") : run.state;
+}

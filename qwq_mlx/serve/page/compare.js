@@ -1,6 +1,7 @@
 // Two runs from their first differing token.
 
-import { whole } from "/page/api.js";
+import { outcome, whole } from "/page/api.js";
+import { chanceOf, percent } from "/page/tokens.js";
 
 const BEFORE = 60; // shared tokens that are shown
 
@@ -21,8 +22,7 @@ export async function compare(first, second, { sides, shared }) {
 function side(run, steps, at, other) {
   const article = document.createElement("article");
   const head = document.createElement("h3");
-  const answer = run.summary ? (run.summary.answer ?? "no answer") : run.state;
-  head.textContent = `Seed ${run.seed}: ${answer}, ${run.tokens.toLocaleString()} tokens`;
+  head.textContent = `Seed ${run.seed}: ${outcome(run)}, ${run.tokens.toLocaleString()} tokens`;
   const question = document.createElement("p");
   question.className = "hint";
   question.textContent = run.question;
@@ -50,10 +50,8 @@ function side(run, steps, at, other) {
 function chances(step, other) {
   const line = document.createElement("p");
   if (!step) return line;
-  const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(1)} %`;
-  const chance = step.logprob === null ? "put there, not drawn" : percent(step.logprob);
   const rival = other && step.alternatives.find((each) => each.id === other.id);
   const rest = rival && rival.id !== step.id ? `; ${JSON.stringify(rival.text)} had ${percent(rival.logprob)}` : "";
-  line.textContent = `${JSON.stringify(step.text)}: ${chance}${rest}`;
+  line.textContent = `${JSON.stringify(step.text)}: ${chanceOf(step)}${rest}`;
   return line;
 }

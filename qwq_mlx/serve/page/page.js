@@ -4,8 +4,9 @@
 import { render } from "/page/answer.js";
 import { API, Refused, call, steps } from "/page/api.js";
 import { compare } from "/page/compare.js";
+import { RunList } from "/page/list.js";
 import { Samples } from "/page/samples.js";
-import { TokenView, nameOf } from "/page/tokens.js";
+import { TokenView, chanceOf, nameOf, percent } from "/page/tokens.js";
 
 const ALTERNATIVES = 5;
 const AGAIN_MS = 2000; // between two attempts at a server that is gone, and two looks at its memory
@@ -17,7 +18,14 @@ const at = (id) => document.getElementById(id);
 const tokens = new TokenView(at("thinking"), at("answer"), tell);
 const samples = new Samples(at("samples"), at("groups"), { onOpen: open, onEnd: () => quietly(showRuns) });
 const view = { id: null, run: null, watching: null, arrivals: [], rendered: -Infinity, rest: RENDER_MS, thought: 0, listed: PAGE };
-const picked = new Set(); // runs to compare
+const list = new RunList(at("runs"), {
+  onOpen: (id) => {
+    open(id);
+    at("run-title").focus();
+  },
+  onDelete: (id) => attempt(() => remove(id)),
+  onPick: (n) => (at("compare").disabled = n !== 2),
+});
 
 /** Do what somebody asked for, and say what went wrong with it. */
 async function attempt(work) {
@@ -45,60 +53,17 @@ function announce(text) {
   at("announcement").textContent = text;
 }
 
-function button(text, action, label) {
-  const element = document.createElement("button");
-  element.type = "button";
-  element.textContent = text;
-  if (label) element.setAttribute("aria-label", label);
-  element.addEventListener("click", action);
-  return element;
-}
-
 // --- the list of runs
 
 async function showRuns() {
   const { runs, can_save } = await call("GET", `${API}?limit=${view.listed + 1}`);
   at("save").hidden = !can_save;
   at("older").hidden = runs.length <= view.listed;
-  const focused = document.activeElement?.closest("#runs [data-control]")?.dataset.control;
-  at("runs").replaceChildren(...runs.slice(0, view.listed).map(runItem));
-  const again = [...at("runs").querySelectorAll("[data-control]")].find((each) => each.dataset.control === focused);
-  again?.focus({ preventScroll: true });
-  enableCompare();
-}
-
-function runItem(run) {
-  const item = document.createElement("li");
-  const answer = run.summary ? (run.summary.answer ?? "no answer") : run.state;
-  const from = run.parent ? ` (from token ${run.parent.at} of ${run.parent.id})` : "";
-  const when = new Date(run.created * 1000).toLocaleString();
-  const name = `${run.question.slice(0, 120)} · ${answer}`;
-  const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: picked.has(run.id) });
-  box.setAttribute("aria-label", `Compare ${name}`);
-  box.addEventListener("change", () => {
-    picked[box.checked ? "add" : "delete"](run.id);
-    enableCompare();
-  });
-  const title = button(name, () => {
-    open(run.id);
-    at("run-title").focus();
-  });
-  const rest = Object.assign(document.createElement("small"), {
-    textContent: `${run.tokens.toLocaleString()} tokens, seed ${run.seed}, ${when}${from}`,
-  });
-  title.append(document.createElement("br"), rest);
-  item.append(box, title, button("Delete", () => attempt(() => remove(run.id)), `Delete ${name}`));
-  [...item.children].forEach((each, place) => (each.dataset.control = `${run.id}/${place}`)); // to keep the focus
-  return item;
-}
-
-function enableCompare() {
-  at("compare").disabled = picked.size !== 2;
+  list.show(runs.slice(0, view.listed));
 }
 
 async function remove(id) {
   await call("DELETE", `${API}/${id}`);
-  picked.delete(id);
   if (view.id === id) close();
   await showRuns();
   at("runs-title").focus();
@@ -242,7 +207,9 @@ function showMarks(events) {
   if (at("marks").children.length === events.length) return;
   const items = events.map((event) => {
     const item = document.createElement("li");
-    item.append(button(nameOf(event), () => tokens.choose(event.start)));
+    const mark = Object.assign(document.createElement("button"), { type: "button", textContent: nameOf(event) });
+    mark.addEventListener("click", () => tokens.choose(event.start));
+    item.append(mark);
     return item;
   });
   at("marks").replaceChildren(...items);
@@ -251,9 +218,7 @@ function showMarks(events) {
 function showToken() {
   const step = tokens.steps[tokens.chosen];
   if (!step) return;
-  const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(1)} %`;
-  const sure = step.logprob === null ? "put there, not drawn" : percent(step.logprob);
-  at("token-title").textContent = `Token ${step.index}: ${JSON.stringify(step.text)}, ${sure}`;
+  at("token-title").textContent = `Token ${step.index}: ${JSON.stringify(step.text)}, ${chanceOf(step)}`;
   const items = step.alternatives.map((each) => {
     const item = document.createElement("li");
     item.textContent = `${JSON.stringify(each.text)} ${percent(each.logprob)}`;
@@ -335,7 +300,7 @@ const actions = {
   },
   fork: async () => open((await post("fork", { at: tokens.chosen })).id),
   close: hideToken,
-  compare: () => showComparison(...[...picked].reverse()),
+  compare: () => showComparison(...[...list.picked].reverse()),
   "close-comparison": () => {
     history.pushState(null, "", location.pathname);
     close();

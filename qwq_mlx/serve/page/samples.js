@@ -1,6 +1,6 @@
 // The samples of a vote side by side, and how their answers count so far.
 
-import { API, call, steps } from "/page/api.js";
+import { API, call, outcome, steps } from "/page/api.js";
 
 const POLL_MS = 500;
 
@@ -81,8 +81,7 @@ class Card {
 
   tell(run) {
     this.isOver = run.state !== "running";
-    const answer = run.summary ? (run.summary.answer ?? "no answer") : run.state;
-    this.head.textContent = `seed ${run.seed}: ${answer}, ${run.tokens.toLocaleString()} tokens`;
+    this.head.textContent = `seed ${run.seed}: ${outcome(run)}, ${run.tokens.toLocaleString()} tokens`;
     this.text.setAttribute("aria-label", `Sample of seed ${run.seed}`);
   }
 }

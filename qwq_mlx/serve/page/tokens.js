@@ -125,6 +125,15 @@ export function nameOf(event) {
   return `other script from token ${event.start}: ${scripts}`;
 }
 
+/** How probable a token was. */
+export function chanceOf(step) {
+  return step.logprob === null ? "put there, not drawn" : percent(step.logprob);
+}
+
+export function percent(logprob) {
+  return `${(100 * Math.exp(logprob)).toFixed(1)} %`;
+}
+
 function tokenOf(step, text) {
   const token = document.createElement("span");
   token.textContent = text;
