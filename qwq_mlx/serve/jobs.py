@@ -6,9 +6,10 @@ Does not: know HTTP, a dialect, or MLX.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwq_mlx.options import Sampling, Thinking
 from qwq_mlx.serve.api_error import ApiError
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from qwq_mlx.generate.request import Request
     from qwq_mlx.generate.stream import Stream
 
-__all__ = ["Ask", "Delta", "Ended", "Event", "Failed", "Job", "LogprobEntry", "Restored", "Stepped", "Usage"]
+__all__ = ["Ask", "Delta", "Ended", "Event", "Failed", "Job", "LogprobEntry", "Restored", "Stepped", "Usage", "in_time"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +195,18 @@ class Job:
         """The next event; None after so many seconds without one."""
         if not self._events.empty():
             return self._events.get_nowait()
-        try:
-            return await asyncio.wait_for(self._events.get(), timeout_s)
-        except asyncio.TimeoutError:
-            return None
+        return await in_time(self._events.get(), timeout_s)
+
+
+async def in_time(work: Coroutine[Any, Any, _T], timeout_s: float) -> _T | None:
+    """What it comes to within so many seconds, else None, and then it is cancelled.
+
+    `asyncio.wait_for` of Python before 3.12 swallows a cancellation that comes in the moment in which the work is done:
+    whoever left then would be served to the end.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=timeout_s)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()

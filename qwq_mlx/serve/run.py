@@ -34,6 +34,7 @@ class Run:
     n_kept: steps that the history has.
     is_kept: the history has it at all.
     is_removed: nobody wants it any more.
+    news: set, and replaced, whenever there are new steps or it is over.
     writing: held while it is written into the history.
     """
 
@@ -48,7 +49,7 @@ class Run:
         self.summary: dict[str, Any] | None = None
         self.error: str | None = None
         self.is_stopped = self.is_interrupted = False
-        self.news = asyncio.Condition()
+        self.news = asyncio.Event()
         self.writing = asyncio.Lock()
 
     @classmethod
@@ -126,13 +127,17 @@ class Run:
         else:
             self.error = str(event.error)
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """End it, unless it is over; whoever watches it is told."""
         self.is_stopped = True
         if self.job is not None:
             self.job.cancel()
-        async with self.news:
-            self.news.notify_all()
+        self.tell()
+
+    def tell(self) -> None:
+        """Wake those who wait for `news`."""
+        self.news.set()
+        self.news = asyncio.Event()
 
     def cut(self) -> None:
         """Leave out the steps behind the state from which it can go on; they will be drawn again."""

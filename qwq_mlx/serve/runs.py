@@ -19,7 +19,7 @@ from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.body import dumped
 from qwq_mlx.serve.history import History
 from qwq_mlx.serve.history_thread import HistoryThread
-from qwq_mlx.serve.jobs import Ask, Ended, Failed, Job, Restored, Stepped
+from qwq_mlx.serve.jobs import Ask, Ended, Failed, Job, Restored, Stepped, in_time
 from qwq_mlx.serve.run import Run
 from qwq_mlx.serve.run_state import SavedRun
 from qwq_mlx.serve.worker import Worker
@@ -164,7 +164,7 @@ class Runs:
     async def stop(self, run: Run) -> None:
         """End a run, unless it is over."""
         if run.state == "running":
-            await run.stop()
+            run.stop()
             await self._keep(run)
 
     async def remove(self, run_id: str) -> None:
@@ -172,7 +172,7 @@ class Runs:
         run, is_kept = self._runs.get(run_id), False
         if run is not None:
             run.is_removed = True
-            await run.stop()
+            run.stop()
         try:
             if self._history is not None:
                 is_kept = await self._history.remove(run_id)
@@ -197,15 +197,7 @@ class Runs:
             elif run.state != "running" or not waits:
                 yield f"{dumped({'run': run.to_json()})}\n".encode()
                 return
-            else:
-                async with run.news:
-                    if len(run.steps) > place or run.state != "running":
-                        continue
-                    try:
-                        await asyncio.wait_for(run.news.wait(), self._heartbeat_s)
-                        continue
-                    except asyncio.TimeoutError:
-                        pass
+            elif await in_time(run.news.wait(), self._heartbeat_s) is None:
                 yield b"\n"
 
     def _evict(self) -> None:
@@ -247,8 +239,7 @@ class Runs:
                 if run.job is not job:  # and meanwhile here
                     return
                 run.end(event)
-            async with run.news:
-                run.news.notify_all()
+            run.tell()
 
     async def _keep(self, run: Run, event: Ended | Failed | None = None) -> None:
         if self._history is not None:

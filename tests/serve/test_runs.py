@@ -160,16 +160,16 @@ def test_the_oldest_runs_that_have_ended_are_forgotten(monkeypatch: pytest.Monke
         first, second, third = [await known.start(Ask(), question=name) for name in "abc"]
         with pytest.raises(ApiError, match="3 runs are under way"):
             await known.start(Ask(), question="d")
-        await second.stop()
+        second.stop()
         fourth = await known.start(Ask(), question="d")
         assert list(known) == [fourth, third, first]
         first.steps = [b""] * (runs.MAX_STEPS + 1)
-        await first.stop()
-        await third.stop()
+        first.stop()
+        third.stop()
         fifth = await known.start(Ask(), question="e")
         assert list(known) == [fifth, fourth, third], "without the first there are few steps"
-        await fourth.stop()
-        await fifth.stop()
+        fourth.stop()
+        fifth.stop()
 
     asyncio.run(scenario())
 
@@ -182,7 +182,7 @@ def test_a_vote_that_the_line_cannot_take_leaves_nothing_behind() -> None:
         with pytest.raises(ApiError, match="the line is full"):
             await known.vote(run, n=4, at=0)
         assert list(known) == [run] and [job.is_cancelled for job in worker.jobs] == [False, True, True]
-        await run.stop()
+        run.stop()
 
     asyncio.run(scenario())
 
@@ -199,7 +199,7 @@ def test_a_run_that_two_resume_at_once_goes_on_once_and_one_that_is_deleted_mean
 
         run, error = await asyncio.gather(resume("run-1"), resume("run-1"), return_exceptions=True)
         assert isinstance(run, Run) and "goes on already" in str(error) and len(worker.jobs) == 1
-        await run.stop()
+        run.stop()
         (tmp_path / "run-1.qwq").unlink()
         error, _ = await asyncio.gather(resume("run-1"), known.remove("run-1"), return_exceptions=True)
         assert "There is no run" in str(error) and len(worker.jobs) == 1 and not list(known)
@@ -209,12 +209,39 @@ def test_a_run_that_two_resume_at_once_goes_on_once_and_one_that_is_deleted_mean
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("n_ticks", range(5))
+def test_who_leaves_in_the_moment_of_an_event_has_left(n_ticks: int) -> None:
+    """Without a clock: the cancellation comes so many turns of the loop behind the event."""
+
+    async def scenario() -> None:
+        known = runs.Runs(FakeWorker(), heartbeat_s=10)  # type: ignore[arg-type]
+        run = await known.start(Ask(), question="a")
+        job = Job(Ask(), [FakeRequest()])  # type: ignore[list-item]
+        lines = known.lines(run, 0)
+        for waits, happens in (
+            (job.next_event(10), lambda: job._events.put_nowait(Stepped(choice=0, steps=()))),
+            (lines.__anext__(), run.tell),
+        ):
+            waiter = asyncio.ensure_future(waits)
+            for _ in range(3):
+                await asyncio.sleep(0)
+            happens()
+            for _ in range(n_ticks):
+                await asyncio.sleep(0)
+            if waiter.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await waiter
+        run.stop()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
 def test_a_long_run_is_read_in_pieces() -> None:
     async def scenario() -> None:
         known = runs.Runs(FakeWorker(), heartbeat_s=10)  # type: ignore[arg-type]
         run = await known.start(Ask(), question="a")
         run.steps = [b"%d\n" % index for index in range(1_200)]
-        await run.stop()
+        run.stop()
         parts = [part async for part in known.lines(run, 100)]
         assert [part.count(b"\n") for part in parts] == [500, 500, 100, 1]
         assert b"".join(parts[:3]) == b"".join(run.steps[100:])
