@@ -72,6 +72,7 @@ class History:
 
     def __init__(self, path: Path, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
+        path = Path(os.path.realpath(path))  # one lock for one file, by whatever link
         self._lock = FolderLock(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -192,6 +192,9 @@ def test_what_is_deleted_is_in_no_file_and_the_file_is_the_users_alone(history: 
 def test_a_file_that_is_no_history_is_refused(history: History, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="is writing it"):
         History(tmp_path / "data" / "h.sqlite3", max_bytes=1)
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "h.sqlite3")
+    with pytest.raises(OptionError, match="is writing it"):
+        History(tmp_path / "link", max_bytes=1)
     (tmp_path / "text").write_text("not a database, but long enough to be taken for a header of one" * 20)
     with pytest.raises(OptionError, match="cannot be used"):
         History(tmp_path / "text", max_bytes=1)

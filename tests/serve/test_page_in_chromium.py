@@ -164,11 +164,11 @@ def test_a_run_is_stopped_resumed_asked_saved_and_deleted(page: Any, pocket_serv
     page.click("#resume")
     until_shown(page, "#status", ENDED)
     # the list is drawn anew when a run ends, and whoever is in it stays there
-    page.locator("#runs input").nth(1).focus()
+    page.locator("#runs input").first.focus()
     page.evaluate("document.querySelector('#runs').firstChild.dataset.old = 1")
     page.locator("#older").evaluate("() => window.dispatchEvent(new PopStateEvent('popstate'))")
     wait(lambda: page.locator("#runs [data-old]").count() == 0, "not drawn anew")
-    assert page.evaluate("document.activeElement.matches('#runs li:nth-child(2) input')")
+    assert page.evaluate("document.activeElement.matches('#runs li:first-child input')")
 
 
 def test_what_people_and_models_write_is_never_html(browser: Any, pocket_server: Served) -> None:

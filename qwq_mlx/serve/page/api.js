@@ -18,17 +18,20 @@ function headers() {
 export async function call(method, path, body) {
   const answer = await fetch(path, { method, headers: headers(), body: body && JSON.stringify(body) });
   if (answer.status === 204) return null;
-  const value = await answer.json();
-  if (!answer.ok && path !== "/health") {
-    throw new Refused(answer.status, typeof value.error === "string" ? value.error : value.error.message);
-  }
-  return value;
+  if (!answer.ok && path !== "/health") throw await refused(answer);
+  return answer.json();
+}
+
+/** The error of an answer in any of the server's forms, or of a proxy, which has none of them. */
+async function refused(answer) {
+  const { error } = await answer.json().catch(() => ({}));
+  return new Refused(answer.status, error?.message ?? error ?? `The server answers with status ${answer.status}.`);
 }
 
 /** The steps of a run from a place on, a list for each piece that arrives; the last value is {run}. */
 export async function* steps(id, { from = 0, wait = 1, signal } = {}) {
   const answer = await fetch(`${API}/${id}/steps?from=${from}&wait=${wait}`, { headers: headers(), signal });
-  if (!answer.ok) throw new Refused(answer.status, (await answer.json()).error);
+  if (!answer.ok) throw await refused(answer);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
