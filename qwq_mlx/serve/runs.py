@@ -39,7 +39,7 @@ class Runs:
 
     history: where they are kept; None keeps none.
     folder: of files that `save` wrote; None has none.
-    log: takes a line when the history cannot be written, which ends no run.
+    log: takes a line when the history cannot be written, which ends no run, and one of an internal error, which does.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Runs:
         folder: Path | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._worker, self._heartbeat_s, self._folder = worker, heartbeat_s, folder
+        self._worker, self._heartbeat_s, self._folder, self._log = worker, heartbeat_s, folder, log
         self._history = None if history is None else HistoryThread(history, log=log)
         self._runs: dict[str, Run] = {}  # the oldest first
         self._tasks: set[asyncio.Task[None]] = set()
@@ -218,9 +218,19 @@ class Runs:
         self._runs[run.id] = run
         task = asyncio.get_running_loop().create_task(self._take(run, job))
         self._tasks.add(task)  # the loop alone would let go of it
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda task: self._taken(run, job, task))
         await self._keep(run)
         return run
+
+    def _taken(self, run: Run, job: Job, task: asyncio.Task[None]) -> None:
+        """Nobody takes the job's events any more; where that is for an error, whoever watches the run is told."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and run.job is job:
+            job.cancel()
+            run.error = f"Internal error: {type(error).__name__}."
+            self._log(f"{run.id}: internal error: {type(error).__name__}")
+            run.tell()
 
     async def _take(self, run: Run, job: Job) -> None:
         """Take a job's events until it is over."""

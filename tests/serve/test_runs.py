@@ -265,6 +265,25 @@ def test_a_run_that_fails_behind_its_last_step_has_failed() -> None:
     asyncio.run(scenario())
 
 
+def test_a_run_whose_events_cannot_be_taken_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        log: list[str] = []
+        known = runs.Runs(FakeWorker(), heartbeat_s=10, log=log.append)  # type: ignore[arg-type]
+        run = await known.start(Ask(), question="a")
+
+        async def fail(run: Run, event: Any = None) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(known, "_keep", fail)
+        assert run.job is not None
+        run.job.emit(Failed(error=ApiError(500, "a logit is NaN")))
+        last = [json.loads(line) async for line in known.lines(run, 0)][-1]["run"]
+        assert (last["state"], last["error"]) == ("failed", "Internal error: MemoryError.") and run.job.is_cancelled
+        assert log == [f"{run.id}: internal error: MemoryError"]
+
+    asyncio.run(scenario())
+
+
 def test_a_saved_run_goes_on_as_if_it_had_never_stopped(
     pocket_server: Served, trace: Trace, pocket_reasoner: Reasoner
 ) -> None:
