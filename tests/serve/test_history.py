@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sqlite3
 import stat
@@ -18,6 +19,7 @@ from serving import QUESTION, Served, started, until
 from qwq_mlx.default_model import pocket_checkpoint, user_data_folder
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.generate.reasoner import Reasoner, load
+from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.options import Limits, Sampling
 from qwq_mlx.serve import history as module
 from qwq_mlx.serve.history import History, KeptRun
@@ -96,13 +98,25 @@ def test_a_killed_server_leaves_finished_runs_whole_and_others_to_go_on(
         assert run["parent"] == {"id": ended, "at": 5}
 
 
-def test_a_run_is_stopped_resumed_cut_and_resumed(tmp_path: Path, trace: Trace) -> None:
+def test_a_run_is_stopped_resumed_cut_and_resumed(
+    tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, n_left = Scheduler.step, [0.0]
+
+    def held(self: Scheduler) -> Any:
+        until(lambda: n_left[0] > 0)
+        n_left[0] -= 1
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", held)
     with serving(tmp_path / "h", folder=tmp_path) as served:
         run = served.post(RUNS, {**BODY, "max_tokens": 30}, status=201)["id"]
-        assert served.post(f"{RUNS}/{run}/stop", {})["state"] == "stopped", "most likely before it has begun"
+        assert served.post(f"{RUNS}/{run}/stop", {})["state"] == "stopped", "before it has begun"
+        n_left[0] = 10  # so that it is not over before it is stopped again
         served.post(f"{RUNS}/{run}/resume", {}, status=201)
         until(lambda: served.get(f"{RUNS}/{run}")["tokens"] > 3)
         assert served.post(f"{RUNS}/{run}/stop", {})["state"] == "stopped"
+        n_left[0] = math.inf
         assert "over" in served.post(f"{RUNS}/{run}/answer-now", {}, status=409)["error"]
         served.post(f"{RUNS}/{run}/resume", {}, status=201)
         assert "goes on already" in served.post(f"{RUNS}/{run}/resume", {}, status=409)["error"]
