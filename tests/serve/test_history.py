@@ -116,10 +116,10 @@ def test_a_run_is_stopped_resumed_cut_and_resumed(
         served.post(f"{RUNS}/{run}/resume", {}, status=201)
         until(lambda: served.get(f"{RUNS}/{run}")["tokens"] > 3)
         assert served.post(f"{RUNS}/{run}/stop", {})["state"] == "stopped"
-        n_left[0] = math.inf
         assert "over" in served.post(f"{RUNS}/{run}/answer-now", {}, status=409)["error"]
         served.post(f"{RUNS}/{run}/resume", {}, status=201)
         assert "goes on already" in served.post(f"{RUNS}/{run}/resume", {}, status=409)["error"]
+        n_left[0] = math.inf
         got, ended = steps(served, run)
         assert [step["id"] for step in got] == list(trace.ids[:30]) and ended["can_resume"]
         assert "max_tokens is 30" in served.post(f"{RUNS}/{run}/resume", {}, status=400)["error"]
