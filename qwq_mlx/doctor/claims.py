@@ -71,6 +71,11 @@ CLAIMS = (
         reason="takes minutes to hours: python -m qwq_mlx.convert --calibrate TEXT plans it and shows what it took",
     ),
     Claim(
+        files=("qwq_mlx/files/read_ahead.py",),
+        text="macOS reads shards ahead when it is advised to",
+        reason="shows only where nothing of the model is in the file cache: after a restart of the Mac",
+    ),
+    Claim(
         files=("docs/benchmarks.md",),
         text="decode speed beside mlx-lm's",
         reason="takes minutes: python -m qwq_mlx.bench measures it",
