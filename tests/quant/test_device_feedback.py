@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwq_mlx.quant import device_feedback
-from qwq_mlx.quant.device_feedback import factor_on_device, fit_rows_on_device
+from qwq_mlx.quant import device_moments
+from qwq_mlx.quant.device_feedback import fit_rows_on_device
+from qwq_mlx.quant.device_moments import factor_on_device
 from qwq_mlx.quant.error_feedback import factor_moments, fit_rows
 from qwq_mlx.quant.packing import Packed, Packing, unpack_codes
 from qwq_mlx.quant.rounding_error import unpack
@@ -46,8 +47,8 @@ def test_the_device_finds_what_numpy_finds(bits: int, group: int, dtype: str) ->
 
 @pytest.mark.parametrize(("channels", "is_cuda"), [(64, False), (256, False), (128, True)])
 def test_factors_are_those_of_float64(channels: int, is_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_feedback.mx.cuda, "is_available", lambda: is_cuda)  # products in three parts
-    monkeypatch.setattr(device_feedback, "_FACTORED", 48)  # several panels, and one that is not full
+    monkeypatch.setattr(device_moments.mx.cuda, "is_available", lambda: is_cuda)  # products in three parts
+    monkeypatch.setattr(device_moments, "_FACTORED", 48)  # several panels, and one that is not full
     h = PRODUCTS[:channels, :channels]
     (expected,) = factor_moments([h.copy()]).blocks
     ((products, upper),) = factor_on_device([mx.array(h.astype(np.float32))]).blocks
@@ -64,7 +65,7 @@ def test_what_float32_cannot_factor_is_factored_in_float64(monkeypatch: pytest.M
     def refuse(matrix: mx.array) -> None:
         raise np.linalg.LinAlgError
 
-    monkeypatch.setattr(device_feedback, "_cholesky", refuse)
+    monkeypatch.setattr(device_moments, "_cholesky", refuse)
     h = PRODUCTS[:64, :64]
     ((products, upper),) = factor_on_device([mx.array(h.astype(np.float32))]).blocks
     (expected,) = factor_moments([h.copy()]).blocks

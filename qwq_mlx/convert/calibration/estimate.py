@@ -17,7 +17,8 @@ from qwq_mlx.convert.plan import Plan
 from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.upstream import import_mlx
 from qwq_mlx.quality.estimate import best_time, estimate_s
-from qwq_mlx.quant.device_feedback import factor_on_device, fit_rows_on_device
+from qwq_mlx.quant.device_feedback import fit_rows_on_device
+from qwq_mlx.quant.device_moments import factor_on_device
 from qwq_mlx.quant.error_feedback import block_size, factor_moments, fit_rows
 from qwq_mlx.quant.packing import Packing
 from qwq_mlx.quant.recipe import layer_of

@@ -35,7 +35,8 @@ from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.layers import Layer, LayerStream
 from qwq_mlx.model.load import default_compute_type
 from qwq_mlx.model.upstream import import_mlx
-from qwq_mlx.quant.device_feedback import DeviceMoments, factor_on_device, fit_rows_on_device
+from qwq_mlx.quant.device_feedback import fit_rows_on_device
+from qwq_mlx.quant.device_moments import DeviceMoments, factor_on_device
 from qwq_mlx.quant.error_feedback import InputMoments, block_size, factor_moments, fit_rows
 from qwq_mlx.quant.gguf_blocks import decode_block
 from qwq_mlx.quant.packing import Packed, float_values
