@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwq_mlx.cli.signals import Interruption, silence
@@ -31,6 +32,7 @@ __all__ = [
     "add_output",
     "answer_file",
     "end_verification",
+    "how_to_go_on",
     "load_reasoner",
     "make_parser",
     "note_drafts",
@@ -157,6 +159,18 @@ def run_command(
             if line := interrupted(options):
                 command.warn(line)
             return interruption.exit_code or 130
+
+
+def how_to_go_on(options: argparse.Namespace) -> str:
+    """What a command says that was interrupted and keeps unfinished work in OUTPUT.partial."""
+    output = Path(options.output).absolute()
+    partial = output.with_name(f"{output.name}.partial")
+    if not partial.exists():
+        return "interrupted: nothing was kept."
+    return (
+        f"interrupted: what is finished is kept in {partial}. "
+        "Run the same command again to go on from there, or add --restart to begin anew."
+    )
 
 
 def load_reasoner(

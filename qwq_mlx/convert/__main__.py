@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
+from qwq_mlx.cli.command import Command, add_output, how_to_go_on, make_parser, run_command
 from qwq_mlx.cli.generate_flags import CHAT_TEMPLATE, FOLLOW_LINKS
 from qwq_mlx.convert.calibration import BUNDLED
 from qwq_mlx.errors import OptionError
@@ -39,7 +39,7 @@ _PHASES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_parser(), arguments, _convert, interrupted=_how_to_go_on)
+    return run_command(_parser(), arguments, _convert, interrupted=how_to_go_on)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -220,17 +220,6 @@ def _show_progress(progress: ConvertProgress, bar: ProgressBar) -> None:
         progress.total_bytes,
         n_before=progress.resumed_bytes,
         note=f"{fetched}{progress.what}",
-    )
-
-
-def _how_to_go_on(options: argparse.Namespace) -> str:
-    output = Path(options.output).absolute()
-    partial = output.with_name(f"{output.name}.partial")
-    if not partial.exists():
-        return "interrupted: nothing was kept."
-    return (
-        f"interrupted: what is finished is kept in {partial}. "
-        "Run the same command again to go on from there, or add --restart to begin anew."
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwq_mlx.cli.command import Command, add_output, make_parser, run_command
+from qwq_mlx.cli.command import Command, add_output, how_to_go_on, make_parser, run_command
 from qwq_mlx.errors import OptionError
 from qwq_mlx.tune_draft.settings import TuneSettings
 
@@ -38,7 +38,7 @@ class _Stop:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_parser(), arguments, _tune, interrupted=_how_to_go_on)
+    return run_command(_parser(), arguments, _tune, interrupted=how_to_go_on)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,7 +139,7 @@ def _tune(command: Command) -> int:
             raise
         except Stopped:
             bar.clear()
-            command.warn(_how_to_go_on(options))
+            command.warn(how_to_go_on(options))
             return command.interruption.exit_code
     _show(result, is_json=options.json, is_kept=True)
     return 0
@@ -173,17 +173,6 @@ def _show(result: dict[str, Any], *, is_json: bool, is_kept: bool) -> None:
         print(f"{name:<34}{100 * each['named']:>6.1f} %{figures}")
     if is_kept:
         print(f"{result['output']}: the tuned drafter, for --draft")
-
-
-def _how_to_go_on(options: argparse.Namespace) -> str:
-    output = Path(options.output).absolute()
-    partial = output.with_name(f"{output.name}.partial")
-    if not partial.exists():
-        return "interrupted: nothing was kept."
-    return (
-        f"interrupted: what is finished is kept in {partial}. "
-        "Run the same command again to go on from there, or add --restart to begin anew."
-    )
 
 
 if __name__ == "__main__":
