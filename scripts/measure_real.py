@@ -66,6 +66,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         work = Path(temporary)
         text = options.calibrate or write_calibration(work / "calibration.jsonl", calibrating)
+        if options.keep is not None:
+            options.keep.mkdir(parents=True, exist_ok=True)
         folders = [form_folder(form, options.source, options.keep or work, text) for form in options.forms]
         if options.convert_only:
             return 0
@@ -142,10 +144,11 @@ def by_mlx_lm(form: str, source: Path, output: Path, calibration: Path) -> None:
     texts = read_calibration(calibration, open_checkpoint(source), open_model_folder(source).config).texts
     ids = [token_id for text in texts for token_id in text]
     rows = [ids[first : first + ROW] for first in range(0, len(ids) - ROW + 1, ROW)]
-    path = output.with_suffix(".json")
+    path, partial = output.with_suffix(".json"), output.with_suffix(".partial")
     path.write_text(json.dumps(rows), encoding="utf-8")
-    command = [sys.executable, str(HERE / "mlx_lm_methods.py"), method, *map(str, (source, output, bits, path))]
+    command = [sys.executable, str(HERE / "mlx_lm_methods.py"), method, *map(str, (source, partial, bits, path))]
     subprocess.run(command, check=True)
+    partial.rename(output)  # whole, or it would be found again as a form
 
 
 def convert(form: str, source: Path, output: Path, calibration: Path) -> None:
