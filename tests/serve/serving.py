@@ -5,12 +5,16 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from qwq_mlx.generate.reasoner import Reasoner
+from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.serve.history import History
 from qwq_mlx.serve.server import Server
 from qwq_mlx.serve.settings import Settings
@@ -82,6 +86,26 @@ def until(is_so: Callable[[], bool], *, within_s: float = 30.0) -> None:
     while not is_so():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.005)
+
+
+@contextmanager
+def held_steps() -> Iterator[Callable[[int], None]]:
+    """Within the block servers make no more steps than they are allowed to, so that nothing is over too early.
+
+    Yields what allows so many more.
+    """
+    step, allowed = Scheduler.step, threading.Semaphore(0)
+
+    def held(self: Scheduler) -> Any:
+        assert allowed.acquire(timeout=30), "no step was allowed"
+        return step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scheduler, "step", held)
+        try:
+            yield allowed.release
+        finally:
+            allowed.release(100_000)
 
 
 def free_port() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sqlite3
 import stat
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import QUESTION, Served, started, until
+from serving import QUESTION, Served, held_steps, started, until
 
 from qwq_mlx.default_model import pocket_checkpoint, user_data_folder
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.generate.reasoner import Reasoner, load
-from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.options import Limits, Sampling
 from qwq_mlx.serve import history as module
 from qwq_mlx.serve.history import History, KeptRun
@@ -71,10 +69,13 @@ def test_a_killed_server_leaves_finished_runs_whole_and_others_to_go_on(
     with serving(path) as served:
         ended = served.post(RUNS, {"question": QUESTION, "temperature": 0}, status=201)["id"]
         whole = steps(served, ended)
-        going = served.post(RUNS, BODY, status=201)["id"]
-        until(lambda: served.get(f"{RUNS}/{going}")["tokens"] > 8)
-        left = copied(path, "killed")
-        served.send("DELETE", f"{RUNS}/{going}")
+        with held_steps() as allow:
+            going = served.post(RUNS, BODY, status=201)["id"]
+            allow(12)  # one for the prompt
+            until(lambda: served.get(f"{RUNS}/{going}")["tokens"] == 11)
+            served.get(RUNS)  # is answered behind what is still to be written: no file changes while it is copied
+            left = copied(path, "killed")
+            served.send("DELETE", f"{RUNS}/{going}")
     with serving(left) as served:
         assert [(each["id"], each["state"]) for each in served.get(RUNS)["runs"]] == [
             (going, "interrupted"),
@@ -98,28 +99,18 @@ def test_a_killed_server_leaves_finished_runs_whole_and_others_to_go_on(
         assert run["parent"] == {"id": ended, "at": 5}
 
 
-def test_a_run_is_stopped_resumed_cut_and_resumed(
-    tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step, n_left = Scheduler.step, [0.0]
-
-    def held(self: Scheduler) -> Any:
-        until(lambda: n_left[0] > 0)
-        n_left[0] -= 1
-        return step(self)
-
-    monkeypatch.setattr(Scheduler, "step", held)
+def test_a_run_is_stopped_resumed_cut_and_resumed(tmp_path: Path, trace: Trace) -> None:
     with serving(tmp_path / "h", folder=tmp_path) as served:
-        run = served.post(RUNS, {**BODY, "max_tokens": 30}, status=201)["id"]
-        assert served.post(f"{RUNS}/{run}/stop", {})["state"] == "stopped", "before it has begun"
-        n_left[0] = 10  # so that it is not over before it is stopped again
-        served.post(f"{RUNS}/{run}/resume", {}, status=201)
-        until(lambda: served.get(f"{RUNS}/{run}")["tokens"] > 3)
-        assert served.post(f"{RUNS}/{run}/stop", {})["state"] == "stopped"
-        assert "over" in served.post(f"{RUNS}/{run}/answer-now", {}, status=409)["error"]
-        served.post(f"{RUNS}/{run}/resume", {}, status=201)
-        assert "goes on already" in served.post(f"{RUNS}/{run}/resume", {}, status=409)["error"]
-        n_left[0] = math.inf
+        with held_steps() as allow:
+            run = served.post(RUNS, {**BODY, "max_tokens": 30}, status=201)["id"]
+            assert served.post(f"{RUNS}/{run}/stop", {})["state"] == "stopped", "before it has begun"
+            allow(10)
+            served.post(f"{RUNS}/{run}/resume", {}, status=201)
+            until(lambda: served.get(f"{RUNS}/{run}")["tokens"] > 3)
+            assert served.post(f"{RUNS}/{run}/stop", {})["state"] == "stopped"
+            assert "over" in served.post(f"{RUNS}/{run}/answer-now", {}, status=409)["error"]
+            served.post(f"{RUNS}/{run}/resume", {}, status=201)
+            assert "goes on already" in served.post(f"{RUNS}/{run}/resume", {}, status=409)["error"]
         got, ended = steps(served, run)
         assert [step["id"] for step in got] == list(trace.ids[:30]) and ended["can_resume"]
         assert "max_tokens is 30" in served.post(f"{RUNS}/{run}/resume", {}, status=400)["error"]
@@ -279,8 +270,9 @@ def test_a_run_that_goes_on_after_the_history_made_room_is_written_whole(
         run = served.post(RUNS, {"question": "x", "max_tokens": 4}, status=201)["id"]
         before, _ = steps(served, run)
         history.remove(run)  # as `_make_room` does
-        served.post(f"{RUNS}/{run}/resume", {"max_tokens": 400}, status=201)
-        found = history.find(run)
+        with held_steps():  # so that no other thread writes while this one reads
+            served.post(f"{RUNS}/{run}/resume", {"max_tokens": 400}, status=201)
+            found = history.find(run)
         assert found is not None and [json.loads(line) for line in found[1][: len(before)]] == before
         served.send("DELETE", f"{RUNS}/{run}")
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from serving import QUESTION, Served, until
+from serving import QUESTION, Served, held_steps, until
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.generate.reasoner import Reasoner
@@ -95,21 +95,26 @@ def test_a_vote_counts_the_answers_of_samples(pocket_server: Served, run: dict[s
 
 
 def test_head_of_a_runs_steps_does_not_wait_for_its_end(pocket_server: Served) -> None:
-    run = pocket_server.post(RUNS, {"question": "x", "temperature": 1.5}, status=201)["id"]
-    status, headers, _ = pocket_server.send("HEAD", f"{RUNS}/{run}/steps")
-    assert status == 200 and headers["content-type"] == "application/x-ndjson"
-    assert pocket_server.get(f"{RUNS}/{run}")["state"] == "running"
-    pocket_server.post(f"{RUNS}/{run}/stop", {})
+    with held_steps():
+        run = pocket_server.post(RUNS, {"question": "x", "temperature": 1.5}, status=201)["id"]
+        status, headers, _ = pocket_server.send("HEAD", f"{RUNS}/{run}/steps")
+        assert status == 200 and headers["content-type"] == "application/x-ndjson"
+        assert pocket_server.get(f"{RUNS}/{run}")["state"] == "running"
+        pocket_server.post(f"{RUNS}/{run}/stop", {})
 
 
 def test_a_run_is_asked_for_its_answer_stopped_and_deleted(pocket_server: Served) -> None:
-    first = pocket_server.post(RUNS, {"question": LONG, "temperature": 0}, status=201)
-    until(lambda: pocket_server.get(f"{RUNS}/{first['id']}")["tokens"] > 3)
-    pocket_server.post(f"{RUNS}/{first['id']}/answer-now", {})
+    with held_steps() as allow:
+        first = pocket_server.post(RUNS, {"question": LONG, "temperature": 0}, status=201)
+        allow(8)
+        until(lambda: pocket_server.get(f"{RUNS}/{first['id']}")["tokens"] > 3)
+        pocket_server.post(f"{RUNS}/{first['id']}/answer-now", {})
     _, ended = steps(pocket_server, first["id"])
     assert ended["summary"]["injections"][0]["reason"] == "answered"
-    second = pocket_server.post(RUNS, {"messages": [{"role": "user", "content": LONG}], "temperature": 0}, status=201)
-    assert pocket_server.post(f"{RUNS}/{second['id']}/stop", {})["state"] == "stopped"
+    with held_steps():
+        body = {"messages": [{"role": "user", "content": LONG}], "temperature": 0}
+        second = pocket_server.post(RUNS, body, status=201)
+        assert pocket_server.post(f"{RUNS}/{second['id']}/stop", {})["state"] == "stopped"
     assert steps(pocket_server, second["id"])[1]["state"] == "stopped"
     until(lambda: pocket_server.is_idle)
     assert pocket_server.send("DELETE", f"{RUNS}/{second['id']}")[0] == 204

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from serving import until
+from serving import held_steps, until
 
 from qwq_mlx.serve import __main__ as command
 from qwq_mlx.serve.server import Server
@@ -97,9 +97,11 @@ def test_a_signal_lets_a_request_finish_and_ends_with_0(
         connection = http.client.HTTPConnection(*server.address, timeout=30)  # type: ignore[attr-defined]
         body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 40, "stream": True}
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Authorization": "Bearer secret"})
-        response = connection.getresponse()
-        until(lambda: server.worker.n_running == 1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        with held_steps():
+            response = connection.getresponse()
+            until(lambda: server.worker.n_running == 1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: server._http._server.should_exit)
         answers.append(response.read())
         connection.close()
 
@@ -115,11 +117,13 @@ def test_a_second_signal_ends_at_once(known_checkpoint: Path, monkeypatch: pytes
         connection = http.client.HTTPConnection(*server.address, timeout=30)  # type: ignore[attr-defined]
         body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
         connection.request("POST", "/v1/chat/completions", json.dumps(body))
-        response = connection.getresponse()
-        until(lambda: server.worker.n_running == 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        until(lambda: server._http._server.should_exit)
-        os.kill(os.getpid(), signal.SIGTERM)
+        with held_steps():
+            response = connection.getresponse()
+            until(lambda: server.worker.n_running == 1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: server._http._server.should_exit)
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: server._http._server.force_exit)
         until(lambda: server.wait(1))
         response.close()
         connection.close()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from serving import CHAT, Served, started, until, user
+from serving import CHAT, Served, held_steps, started, until, user
 
 from qwq_mlx.errors import DamagedModelError, GenerationError, LoadError
 from qwq_mlx.generate.reasoner import Reasoner, load
@@ -273,9 +273,10 @@ def test_a_stop_while_the_model_loads_ends_the_loading() -> None:
 
 def test_a_stop_lets_running_requests_finish(known_checkpoint: Path) -> None:
     with started(lambda: load(known_checkpoint), Settings(port=0, drain_s=30)) as served:
-        connection, response = served.open_stream(user("x", max_tokens=60, seed=1))
-        until(lambda: served.server.worker.n_running == 1)
-        served.server.stop()
+        with held_steps():
+            connection, response = served.open_stream(user("x", max_tokens=60, seed=1))
+            until(lambda: served.server.worker.n_running == 1)
+            served.server.stop()
         assert served.server.wait(30)
         assert response.read().endswith(b"data: [DONE]\n\n")
         connection.close()
