@@ -133,7 +133,7 @@ def _add_work(add: Any) -> None:
         type=float,
         metavar="SECONDS",
         dest="drain_s",
-        help=f"for running requests after SIGTERM (default: {_default('drain_s'):g})",
+        help=f"for requests and runs under way after SIGTERM (default: {_default('drain_s'):g})",
     )
 
 
@@ -204,13 +204,11 @@ def _serve(command: Command) -> int:
             )
 
     history = _history(command, settings.history_bytes)
-    server = Server(load, settings, history=history, log=command.note)
+    server = Server(load, settings, history=history, log=command.note, warn=command.warn)
     host, port = server.start()
     command.interruption.run = server
     shown = f"[{host}]" if ":" in host else host
-    command.note(
-        f"http://{shown}:{port} loads the model; Ctrl-C ends, and running requests have {settings.drain_s:g} s"
-    )
+    command.note(f"http://{shown}:{port} loads the model; Ctrl-C ends, and what runs has {settings.drain_s:g} s")
     is_told = False
     try:
         while not server.wait(_LOOK_S):

@@ -25,11 +25,11 @@ _T = TypeVar("_T")
 class HistoryThread:
     """A history that is closed by `close`.
 
-    log: takes a line when it cannot be written, which ends no run.
+    warn: takes a line when it cannot be written, which ends no run.
     """
 
-    def __init__(self, history: History, *, log: Callable[[str], None]) -> None:
-        self._history, self._log = history, log
+    def __init__(self, history: History, *, warn: Callable[[str], None]) -> None:
+        self._history, self._warn = history, warn
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="qwq-mlx-history")
         self._is_failing = False
 
@@ -73,7 +73,7 @@ class HistoryThread:
             await self._in_thread(lambda history: history.write(kept, start=start, lines=lines))
         except sqlite3.Error as error:
             if not self._is_failing:
-                self._log(f"warning: history: runs are not kept ({error}). Make room, or give another `history`.")
+                self._warn(f"warning: history: runs are not kept ({error}). Make room, or give another `history`.")
             self._is_failing = True
         else:
             run.n_kept = n_steps

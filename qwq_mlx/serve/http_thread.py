@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -86,10 +88,21 @@ class _Connection(H11Protocol):
 
 
 class HttpThread:
-    """`start()` listens at once; `stop()` takes no more requests and lets those under way finish; `join()` waits."""
+    """`start()` listens at once; `stop()` takes no more requests and lets those under way finish; `join()` waits.
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._settings = settings
+    drain: awaited in the loop behind the last request, for what no request holds; called with what says whether its
+    time is over.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        *,
+        drain: Callable[[Callable[[], bool]], Awaitable[None]] | None = None,
+    ) -> None:
+        self._settings, self._drain = settings, drain
+        self._ends_at = math.inf
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is told, `__main__` and the log line tell
         config = uvicorn.Config(
             app,
@@ -129,6 +142,7 @@ class HttpThread:
 
     def stop(self) -> None:
         """Take no more requests; those under way have `drain_s` seconds. Safe to call from a signal handler."""
+        self._ends_at = min(self._ends_at, time.monotonic() + self._settings.drain_s)
         self._server.should_exit = True
 
     def abort(self) -> None:
@@ -141,5 +155,10 @@ class HttpThread:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
         assert self._socket is not None, "`start` made it"
-        self._server.run(sockets=[self._socket])
+        await self._server.serve(sockets=[self._socket])
+        if self._drain is not None:
+            await self._drain(lambda: self._server.force_exit or time.monotonic() >= self._ends_at)

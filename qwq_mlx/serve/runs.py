@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qwq_mlx.errors import SavingError
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.body import dumped
 from qwq_mlx.serve.history import History
@@ -31,6 +32,7 @@ MAX_STEPS = 100_000
 """Tokens of all runs together that are remembered; with alternatives about 2 kB each."""
 
 _LINES_AT_ONCE = 500  # about 1 MB, which is all that waits in memory for a reader who takes nothing
+_LOOK_S = 0.05  # between two looks at whether the last run is over
 _MAX_ID_CHARS = 64  # a file's name has at most 255
 
 
@@ -39,7 +41,8 @@ class Runs:
 
     history: where they are kept; None keeps none.
     folder: of files that `save` wrote; None has none.
-    log: takes a line when the history cannot be written, which ends no run, and one of an internal error, which does.
+    warn: takes a line when the history cannot be written, which ends no run, of an internal error, which does, and of
+      what becomes at the end of a run that the history does not keep.
     """
 
     def __init__(
@@ -49,15 +52,38 @@ class Runs:
         heartbeat_s: float,
         history: History | None = None,
         folder: Path | None = None,
-        log: Callable[[str], None] = lambda line: None,
+        warn: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._worker, self._heartbeat_s, self._folder, self._log = worker, heartbeat_s, folder, log
-        self._history = None if history is None else HistoryThread(history, log=log)
+        self._worker, self._heartbeat_s, self._folder, self._warn = worker, heartbeat_s, folder, warn
+        self._history = None if history is None else HistoryThread(history, warn=warn)
         self._runs: dict[str, Run] = {}  # the oldest first
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __iter__(self) -> Any:
         return reversed(list(self._runs.values()))
+
+    async def drain(self, is_over: Callable[[], bool]) -> None:
+        """Let runs go on until they end or their time is over. What the history does not keep then is saved in the
+        folder, or told to be lost."""
+        while running := [run for run in self if run.state == "running"]:
+            if is_over():
+                for run in reversed(running):
+                    if not run.is_kept:
+                        self._warn(await self._left_behind(run))
+                return
+            await asyncio.sleep(_LOOK_S)
+
+    async def _left_behind(self, run: Run) -> str:
+        """What becomes of a run that goes on when the process ends, and that only its memory has."""
+        path, reason = self.path_of(run.id), "no `runs_folder`"
+        if path is not None and run.job is not None:
+            try:
+                await self._worker.save(run.job, path)
+            except (ApiError, SavingError) as error:
+                reason = str(error)
+            else:
+                return f"{run.id} is saved after {len(run.steps)} tokens; `generate --resume {path}` goes on with it"
+        return f"warning: {run.id} is lost after {len(run.steps)} tokens: it is in no history, and {reason}"
 
     def close(self) -> None:
         """Write what is still to be written; from then on nothing is kept."""
@@ -229,7 +255,7 @@ class Runs:
         if error is not None and run.job is job:
             job.cancel()
             run.error = f"Internal error: {type(error).__name__}."
-            self._log(f"{run.id}: internal error: {type(error).__name__}")
+            self._warn(f"{run.id}: internal error: {type(error).__name__}")
             run.tell()
 
     async def _take(self, run: Run, job: Job) -> None:

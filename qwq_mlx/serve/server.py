@@ -30,6 +30,7 @@ class Server:
     load: gives the model; called in the model's thread, while HTTP answers 503.
     history: where watched runs are kept, closed at the end; None keeps none.
     log: takes a line for each request; called in the HTTP thread.
+    warn: takes a line of what is lost, or cannot be kept; called there, too.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Server:
         *,
         history: History | None = None,
         log: Callable[[str], None] = lambda line: None,
+        warn: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.worker = Worker(load, settings, on_end=self.stop)
         self._runs = Runs(
@@ -46,9 +48,10 @@ class Server:
             heartbeat_s=settings.heartbeat_s,
             history=history,
             folder=settings.runs_folder,
-            log=log,
+            warn=warn,
         )
-        self._http = HttpThread(make_app(self.worker, settings, self._runs, log=log), settings)
+        app = make_app(self.worker, settings, self._runs, log=log)
+        self._http = HttpThread(app, settings, drain=self._runs.drain)
 
     @property
     def is_ready(self) -> bool:
@@ -77,7 +80,7 @@ class Server:
         return address
 
     def stop(self) -> None:
-        """Take no more requests; those under way have `drain_s`, and a model is loaded no further.
+        """Take no more requests; those and the runs under way have `drain_s`, and a model is loaded no further.
 
         Safe to call from a signal handler.
         """

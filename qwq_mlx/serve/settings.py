@@ -53,7 +53,7 @@ class Settings:
     heartbeat_s: seconds of silence after which a waiting client gets a sign of life.
     runs_folder: where runs are saved that clients ask to save; None saves none.
     history_bytes: of watched runs that are kept in a file, compressed; the oldest go first.
-    drain_s: seconds that running requests get after SIGTERM.
+    drain_s: seconds that requests and runs under way get after SIGTERM.
     """
 
     host: str = "127.0.0.1"

@@ -119,7 +119,7 @@ def free_port() -> int:
 def started(load: Callable[[], Reasoner], settings: Settings, *, history: History | None = None) -> Iterator[Served]:
     """A server that has loaded its model, ended behind the block."""
     log: list[str] = []
-    server = Server(load, settings, history=history, log=log.append)
+    server = Server(load, settings, history=history, log=log.append, warn=log.append)
     served = Served(server, *server.start(), log)
     try:
         until(lambda: server.worker.state != "loading")

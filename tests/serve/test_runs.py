@@ -276,7 +276,7 @@ def test_a_run_that_fails_behind_its_last_step_has_failed() -> None:
 def test_a_run_whose_events_cannot_be_taken_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         log: list[str] = []
-        known = runs.Runs(FakeWorker(), heartbeat_s=10, log=log.append)  # type: ignore[arg-type]
+        known = runs.Runs(FakeWorker(), heartbeat_s=10, warn=log.append)  # type: ignore[arg-type]
         run = await known.start(Ask(), question="a")
 
         async def fail(run: Run, event: Any = None) -> None:

@@ -17,6 +17,8 @@ from qwq_mlx.errors import DamagedModelError, GenerationError, LoadError
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
+from qwq_mlx.options import Limits, Sampling
+from qwq_mlx.serve.history import History
 from qwq_mlx.serve.jobs import Failed
 from qwq_mlx.serve.server import Server
 from qwq_mlx.serve.settings import Settings
@@ -24,6 +26,7 @@ from qwq_mlx.serve.worker import Worker
 
 pytestmark = pytest.mark.tiny
 
+RUNS = "/api/qwq/runs"
 LONG = user("x", temperature=1, seed=1)
 SHORT = user("x", max_tokens=3)
 
@@ -293,6 +296,40 @@ def test_what_is_not_finished_within_the_drain_is_cut(known_checkpoint: Path) ->
         with pytest.raises(http.client.IncompleteRead):
             response.read()
         connection.close()
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_stop_lets_runs_that_nobody_reads_finish(known_checkpoint: Path, tmp_path: Path, is_kept: bool) -> None:
+    history = History(tmp_path / "h", max_bytes=1 << 20) if is_kept else None
+    with started(lambda: load(known_checkpoint), Settings(port=0), history=history) as served:
+        with held_steps():
+            served.post(RUNS, {"question": "x", "max_tokens": 8}, status=201)
+            served.server.stop()
+        assert served.server.wait(30)
+    [run] = served.server._runs
+    assert (run.state, len(run.steps), run.is_kept) == ("ended", 8, is_kept)
+
+
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_runs_that_are_not_over_within_the_drain_are_saved_or_told_to_be_lost(
+    known_checkpoint: Path, tmp_path: Path, has_folder: bool
+) -> None:
+    settings = Settings(port=0, width=1, drain_s=0.1, runs_folder=tmp_path if has_folder else None)
+    with started(lambda: load(known_checkpoint), settings) as served:
+        body = {"question": "x", "temperature": 1, "seed": 1, "max_tokens": 100}
+        first, second = (served.post(RUNS, body, status=201)["id"] for _ in range(2))
+        until(lambda: served.get(f"{RUNS}/{first}")["tokens"] > 3)
+        served.server.stop()
+    told = {run: [line for line in served.log if f"{run} is " in line] for run in (first, second)}
+    assert "lost after 0 tokens" in told[second][0] and ("has not begun" in told[second][0]) is has_folder
+    if not has_folder:
+        assert "is lost after" in told[first][0] and "`runs_folder`" in told[first][0]
+        return
+    path = tmp_path / f"{first}.qwq"
+    assert [each.name for each in tmp_path.iterdir()] == [path.name] and str(path) in told[first][0]
+    reasoner = load(known_checkpoint)
+    whole = reasoner.generate("x", sampling=Sampling(temperature=1, seed=1), limits=Limits(max_tokens=100))
+    assert tuple(step.id for step in reasoner.resume(path)) == whole.ids
 
 
 def test_an_abort_ends_the_models_thread_in_the_midst_of_a_request(known_checkpoint: Path) -> None:
