@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         SourceError,
         TemplateLimitError,
     )
+    from qwq_mlx.generate.following import follow
     from qwq_mlx.generate.reasoner import Reasoner, load
     from qwq_mlx.generate.vote import Vote
     from qwq_mlx.generate.vote_plot import plot_vote
@@ -74,6 +75,7 @@ __all__ = [
     "Trace",
     "Vote",
     "convert_checkpoint",
+    "follow",
     "load",
     "plan_memory",
     "plot_trace",
@@ -94,6 +96,7 @@ _HOMES = {
     "Trace": "trace.trace",
     "Vote": "generate.vote",
     "convert_checkpoint": "convert.job",
+    "follow": "generate.following",
     "load": "generate.reasoner",
     "plan_memory": "model.memory.plan",
     "plot_trace": "trace.plot",

@@ -20,6 +20,7 @@ from qwq_mlx.chat.folding import folded
 from qwq_mlx.chat.reader import ReadLine, editing_reader, has_editing, plain_reader, read_message
 from qwq_mlx.cli.command import Command, end_verification, load_reasoner, make_parser, run_command
 from qwq_mlx.cli.generate_flags import add_loading, bits
+from qwq_mlx.cli.on_hosts import or_on_hosts
 from qwq_mlx.cli.terminal import show
 from qwq_mlx.errors import DamagedModelError, GenerationError, PromptError, QwqError
 from qwq_mlx.files.output_file import check_output_file
@@ -35,7 +36,7 @@ _ENDED = (129, 143)  # the terminal was closed, or the process was asked to end
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_parser(), arguments, _chat, interrupted=lambda options: "")
+    return run_command(_parser(), arguments, or_on_hosts(_chat), interrupted=lambda options: "")
 
 
 def _parser() -> argparse.ArgumentParser:

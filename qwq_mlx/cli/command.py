@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from qwq_mlx.cli.rank import joined_group
 from qwq_mlx.cli.signals import Interruption, silence
 from qwq_mlx.cli.streams import check_working_folder, open_standard_streams
 from qwq_mlx.errors import DiskFullError, OptionError, OutOfMemoryError, QwqError, SavingError
@@ -180,11 +181,10 @@ def load_reasoner(
     choice: Choice | None = None,
     warns_of_template: bool = True,
     reproducible: bool = False,
-    group: Any | None = None,
     progress: LoadProgress | None = None,
 ) -> Reasoner:
     """The model of --model, or the default one, which a line says. choice: where it was chosen already.
-    group: of the processes that hold it together. progress: as `qwq_mlx.load` takes it.
+    progress: as `qwq_mlx.load` takes it.
 
     Raises what `qwq_mlx.load` raises.
     """
@@ -205,7 +205,7 @@ def load_reasoner(
         reproducible=reproducible,
         draft=options.draft,
         draft_length=options.draft_length,
-        group=group,
+        group=joined_group(),
         progress=progress,
     )
     for line in () if reasoner.drafts is None else reasoner.drafts.notes:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+from qwq_mlx.cli.hosts import BACKENDS
 from qwq_mlx.errors import OptionError
 from qwq_mlx.options import LOOP_ACTIONS, MAX_SAMPLES, Limits, Sampling, Thinking
 
@@ -137,6 +138,20 @@ def add_loading(add: Callable[..., Any]) -> None:
         help="with --draft: guess N tokens whatever a pass costs (default: as many as are measured to pay here, "
         "often none)",
     )
+    add_hosts(add)
+
+
+def add_hosts(add: Callable[..., Any]) -> None:
+    """Flags of several processes, here or on other machines, that hold the model together."""
+    add(
+        "--hosts",
+        metavar="localhost,HOST",
+        help="machines that hold the model together (tensor parallel): this one first, the others as ssh calls them; "
+        "HOST*N for N processes there (docs/machines.md)",
+    )
+    add("--hostfile", metavar="FILE", help="the same from a file that mlx.distributed_config wrote")
+    add("--hosts-backend", choices=BACKENDS, help="what they speak through (default: the hostfile's, or ring)")
+    add("--hosts-port", type=int, metavar="N", help="first of the ports that they listen at (default: free ones)")
 
 
 def bits(text: str) -> int | str:

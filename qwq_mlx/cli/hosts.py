@@ -1,73 +1,185 @@
-"""`generate --hosts localhost*2`: several processes hold the model together; this one starts, watches and ends them.
+"""`--hosts localhost,b.local` and `--hostfile FILE`: where the processes run that hold a model together.
 
-Each is the same command in a session of its own, with MLX's variables for its ring backend. Collectives have no
-deadline: when a process dies, stops or hangs, the others wait for it or end without a name. So each writes a byte every
-half second into a pipe, and who is silent is named here within seconds, and all are ended.
+The first is this machine, which has the terminal, the files and the port; the others are reached by ssh. Before
+anything starts, each is asked (`host_report`): does it answer, has it the same versions and the same model, is it
+another machine than the rest, are its ports free. A hostfile is what `mlx.distributed_config` writes, with addresses
+and Thunderbolt devices that it set up; without one the processes speak over whatever network ssh uses.
 
-Does not: start processes on other machines, or talk to them.
+Does not: set up networks, or start processes (`launch` does).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import selectors
-import signal
+import shlex
 import socket
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import OptionError, RankError
+from qwq_mlx.cli.rank import RankSetup
+from qwq_mlx.errors import OptionError
+from qwq_mlx.files.json_object import read_json_object
 
-__all__ = ["Launch", "joined_group", "local_ranks", "without_flags"]
+__all__ = ["BACKENDS", "Hosts", "RankHost", "parse_hosts", "read_hostfile", "ssh_command", "without_flags"]
 
-_RANK_PIPE = "QWQ_MLX_RANK_PIPE"  # names the open file into which a process of `Launch` writes that it is alive
-_LOCAL = ("localhost", "127.0.0.1")
-_BEAT_S = 0.5
-_START_S = 30.0  # until a process says something first: it imports, beside all others
-_SILENT_S = 9.0  # a busy machine lets a process wait for seconds
-_LAST_S = 10.0  # for the other processes to end behind the first that is done
+BACKENDS = ("ring", "jaccl", "jaccl-ring", "nccl")
+_SSH_VARIABLE = "QWQ_MLX_SSH"
+_SSH_OPTIONS = ("BatchMode=yes", "ConnectTimeout=5", "AddressFamily=inet", "ServerAliveInterval=3")
 _MOST = 64
+_MAX_BYTES = 1 << 20
 
 
-def local_ranks(hosts: str) -> int:
-    """The number of processes that --hosts asks for on this machine.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankHost:
+    """Where one rank runs.
 
-    Raises OptionError for anything but localhost, a host twice, or a number below 2.
-
-    >>> local_ranks("localhost*2"), local_ranks("localhost*1,127.0.0.1*1")
-    (2, 2)
+    name: as the user wrote it. ssh: how ssh calls it; None is this machine. ips: by which the others reach it.
+    rdma: its Thunderbolt devices, by rank. python: its interpreter; None is this one's.
     """
-    names, total = set(), 0
-    for each in hosts.split(","):
+
+    name: str
+    ssh: str | None = None
+    ips: tuple[str, ...] = ()
+    rdma: tuple[Any, ...] = ()
+    python: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hosts:
+    """Where all ranks run.
+
+    backend: of MLX. environment: further variables of each. ports: of each rank, one for each of its addresses; none
+    before they were found.
+    """
+
+    ranks: tuple[RankHost, ...]
+    backend: str = "ring"
+    environment: dict[str, str] = field(default_factory=dict)
+    ports: tuple[tuple[int, ...], ...] = ()
+
+    def setup(self, rank: int, *, signs: int, snapshots: str) -> RankSetup:
+        """What a rank has to know."""
+        pairs = zip(self.ranks, self.ports, strict=True)
+        addresses = [[f"{ip}:{port}" for ip, port in zip(host.ips, ports, strict=True)] for host, ports in pairs]
+        environment = dict(self.environment)
+        if self.backend == "nccl":  # a rank sees one device, the next of its machine
+            own = self.ranks[rank]
+            before = sum(host.ssh == own.ssh for host in self.ranks[:rank])
+            environment["CUDA_VISIBLE_DEVICES"] = str(before)
+        return RankSetup(
+            rank=rank,
+            addresses=addresses,
+            backend=self.backend,
+            rdma=[list(host.rdma) for host in self.ranks],
+            environment=environment,
+            signs=signs,
+            snapshots=snapshots,
+        )
+
+
+def ssh_command() -> list[str]:
+    """ssh with its options, which never asks anybody. $QWQ_MLX_SSH names another command, with its own options."""
+    command = shlex.split(os.environ.get(_SSH_VARIABLE, "ssh"))
+    return [*command, *(part for option in _SSH_OPTIONS for part in ("-o", option))]
+
+
+def parse_hosts(text: str, *, backend: str | None = None) -> Hosts:
+    """The processes that --hosts asks for: hosts with commas between them, each with *N for N processes there.
+
+    backend: of MLX; None is ring. Raises OptionError for a first host that is not this machine, a host twice, a number
+    that is none, or fewer than 2 processes.
+
+    >>> [host.name for host in parse_hosts("localhost*2").ranks]
+    ['localhost', 'localhost']
+    >>> [host.ssh for host in parse_hosts("localhost,ben@b.local").ranks]
+    [None, 'ben@b.local']
+    """
+    ranks: list[RankHost] = []
+    seen: dict[str | None, str] = {}
+    for each in text.split(","):
         name, star, number = each.strip().partition("*")
-        if name not in _LOCAL:
-            raise OptionError(
-                f"`hosts` names {name!r}, but processes are started on this machine alone so far (localhost*2). On "
-                "other machines start a program of your own with mlx.launch (docs/machines.md)."
-            )
-        if name in names:
-            raise OptionError(f"`hosts` names {name} twice. Write {name}*2 for two processes there.")
+        if not name or name.startswith("-") or any(character.isspace() for character in name):
+            raise OptionError(f"`hosts` has {each!r}, expected names with commas between them: localhost,b.local.")
         if star and number not in map(str, range(1, _MOST + 1)):
             raise OptionError(f"`hosts` has {each.strip()!r}, expected a number from 1 to {_MOST} behind the star.")
-        names.add(name)
-        total += int(number) if star else 1
-    if not 2 <= total <= _MOST:
-        raise OptionError(f"`hosts` asks for {total} process{'es' * (total != 1)}, expected 2 to {_MOST}: localhost*2.")
-    return total
+        ssh = None if is_local(name) else name
+        if ssh in seen:
+            other = "" if seen[ssh] == name else f", as {seen[ssh]}"
+            raise OptionError(f"`hosts` names {name} twice{other}. Write {name}*2 for two processes there.")
+        seen[ssh] = name
+        ips = ("127.0.0.1",) if ssh is None else ()
+        ranks += [RankHost(name=name, ssh=ssh, ips=ips)] * (int(number) if star else 1)
+    return _checked(Hosts(ranks=tuple(ranks), backend=backend or "ring"), where="`hosts`")
 
 
-def without_flags(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
+def read_hostfile(path: Path, *, backend: str | None = None) -> Hosts:
+    """The processes of a file that mlx.distributed_config wrote. backend: None takes the file's.
+
+    Raises SourceError where it cannot be read, OptionError for what it holds.
+    """
+    advice = "Give a file that mlx.distributed_config wrote (docs/machines.md)."
+    value = read_json_object(path, limit_bytes=_MAX_BYTES, advice=advice)
+    try:
+        ranks = tuple(
+            RankHost(
+                name=str(each["ssh"]),
+                ssh=None if is_local(str(each["ssh"])) else str(each["ssh"]),
+                ips=tuple(map(str, each["ips"])),
+                rdma=tuple(each.get("rdma", ())),
+            )
+            for each in value["hosts"]
+        )
+        environment = dict(str(each).split("=", 1) for each in value.get("envs", ()))
+        chosen = backend or value.get("backend") or "ring"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise OptionError(f"{path}: is no hostfile ({error!r}). {advice}") from error
+    if any(not host.ips or host.name.startswith("-") for host in ranks):
+        raise OptionError(f"{path}: a host has no IP address, or no name. {advice}")
+    if chosen.startswith("jaccl") and any(len(host.rdma) != len(ranks) for host in ranks):
+        raise OptionError(f"{path}: `rdma` does not name a device for each of {len(ranks)} hosts. {advice}")
+    return _checked(Hosts(ranks=ranks, backend=chosen, environment=environment), where=str(path))
+
+
+def _checked(hosts: Hosts, *, where: str) -> Hosts:
+    n_ranks = len(hosts.ranks)
+    if not 2 <= n_ranks <= _MOST:
+        raise OptionError(
+            f"{where} asks for {n_ranks} process{'es' * (n_ranks != 1)}, expected 2 to {_MOST}: localhost,b.local, or "
+            "localhost*2."
+        )
+    if hosts.ranks[0].ssh is not None:
+        raise OptionError(
+            f"{where} begins with {hosts.ranks[0].name}, expected this machine: it has the terminal, the files and the "
+            "port. Run the command there, or put localhost first."
+        )
+    if hosts.backend not in BACKENDS:
+        raise OptionError(f"{where} asks for the backend {hosts.backend!r}, expected {', '.join(BACKENDS)}.")
+    if hosts.backend.startswith("jaccl") and not hosts.ranks[0].rdma:
+        raise OptionError(f"The backend {hosts.backend} needs `hostfile`, made by mlx.distributed_config.")
+    return hosts
+
+
+def is_local(name: str) -> bool:
+    """Whether a host is this machine: localhost, its own name, or an address of it."""
+    if "@" in name:
+        return False
+    own = socket.gethostname().lower()
+    if name.lower() in ("localhost", own, own.partition(".")[0], f"{own.partition('.')[0]}.local"):
+        return True
+    try:
+        address = socket.inet_pton(socket.AF_INET, name) and name
+        with socket.socket() as bound:
+            bound.bind((address, 0))
+    except OSError:
+        return False
+    return True
+
+
+def without_flags(arguments: list[str], flags: set[str]) -> list[str]:
     """A command's arguments without some flags that take a value.
 
-    >>> without_flags(["--hosts", "localhost*2", "--temp", "0", "--model=m"], {"--hosts", "--model"})
+    >>> without_flags(["--hosts", "localhost*2", "--temp", "0", "--hostfile=m"], {"--hosts", "--hostfile"})
     ['--temp', '0']
     """
     rest, is_value = [], False
@@ -77,155 +189,3 @@ def without_flags(arguments: Sequence[str], flags: Collection[str]) -> list[str]
         elif each.partition("=")[0] not in flags:
             rest.append(each)
     return rest
-
-
-def joined_group() -> Any | None:
-    """The group of processes that this one was started in by `Launch`; None where it was not.
-
-    Begins to say that this process is alive.
-    """
-    pipe = os.environ.get(_RANK_PIPE)
-    if pipe is None:
-        return None
-    import mlx.core as mx
-
-    threading.Thread(target=_beat, args=(int(pipe),), daemon=True, name="alive").start()
-    return mx.distributed.init(strict=True, backend="ring")
-
-
-def _beat(pipe: int) -> None:
-    try:
-        while True:
-            os.write(pipe, b".")
-            time.sleep(_BEAT_S)
-    except OSError:  # whoever started and watched this process is gone, so nobody would end it
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Launch:
-    """Runs one command as several processes; `work` returns the exit code of the first.
-
-    arguments: of `python -m qwq_mlx.generate`, without --hosts. text: what each reads from stdin. silent_s: seconds
-    without a sign of life after which a process has failed.
-    """
-
-    def __init__(self, arguments: Sequence[str], n_ranks: int, *, text: str, silent_s: float = _SILENT_S) -> None:
-        self._silent_s = silent_s
-        self._arguments, self._n_ranks, self._text = list(arguments), n_ranks, text
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._until: list[float] = []  # when each has failed if it says nothing before
-        self._is_stopped = False
-
-    def stop(self) -> None:
-        """Ask the first process to end after the token under way; it agrees with the others."""
-        self._is_stopped = True
-        if self._processes:
-            self._processes[0].send_signal(signal.SIGINT)
-
-    def work(self) -> int:
-        """Start all, wait for the first, and end what is left. Raises RankError naming the process that failed."""
-        with tempfile.TemporaryDirectory(prefix="qwq-mlx-ranks-") as folder, selectors.DefaultSelector() as pipes:
-            try:
-                self._start(Path(folder), pipes)
-                return self._watch(Path(folder), pipes)
-            finally:
-                self._end()
-                for key in list(pipes.get_map().values()):
-                    os.close(key.fd)
-
-    def _start(self, folder: Path, pipes: selectors.BaseSelector) -> None:
-        hostfile = folder / "hosts.json"
-        hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(self._n_ranks)]))
-        text = folder / "stdin"
-        text.write_text(self._text, encoding="utf-8")
-        for rank in range(self._n_ranks):
-            heard, said = os.pipe()
-            environment = {**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile), _RANK_PIPE: str(said)}
-            with text.open("rb") as stdin, (folder / f"stderr-{rank}").open("wb") as stderr:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "qwq_mlx.generate", *self._arguments],
-                    stdin=stdin,
-                    stdout=None if rank == 0 else subprocess.DEVNULL,
-                    stderr=None if rank == 0 else stderr,
-                    env=environment,
-                    pass_fds=[said],
-                    start_new_session=True,  # Ctrl-C comes to this process alone, which asks the first to stop
-                )
-            os.close(said)
-            self._processes.append(process)
-            self._until.append(time.monotonic() + max(_START_S, self._silent_s))
-            pipes.register(heard, selectors.EVENT_READ, rank)
-
-    def _watch(self, folder: Path, pipes: selectors.BaseSelector) -> int:
-        while True:
-            for key, _ in pipes.select(timeout=_BEAT_S):
-                if os.read(key.fd, 4096):
-                    self._until[key.data] = time.monotonic() + self._silent_s
-                else:
-                    pipes.unregister(key.fd)
-                    os.close(key.fd)
-            codes = [process.poll() for process in self._processes]
-            if self._is_stopped and codes[0] == -signal.SIGINT:  # stopped before it could say so
-                return 128 + signal.SIGINT
-            for rank, code in enumerate(codes):
-                if code is not None and code < 0:  # before the first one's own error, which is that it lost this one
-                    raise self._failed(folder, rank, _ended(code))
-            if codes[0] is not None:
-                return codes[0] or self._last(folder)
-            for rank, code in enumerate(codes):
-                if code:
-                    raise self._failed(folder, rank, _ended(code))
-                if code is None and time.monotonic() > self._until[rank]:
-                    stopped = self._stopped()
-                    silent = rank if stopped is None else stopped
-                    raise self._failed(folder, silent, "gave no sign of life in time (stopped, or it hangs)")
-
-    def _stopped(self) -> int | None:
-        """The first process that the system holds stopped; others that wait for it may be silent, too."""
-        for rank, process in enumerate(self._processes):
-            command = ["ps", "-o", "state=", "-p", str(process.pid)]
-            try:
-                state = subprocess.run(command, check=False, capture_output=True, text=True).stdout
-            except OSError:  # a small system has no ps; then the first that is silent is named
-                return None
-            if state.strip().startswith("T"):
-                return rank
-        return None
-
-    def _last(self, folder: Path) -> int:
-        """The first is done: the others end by themselves."""
-        until = time.monotonic() + _LAST_S
-        for rank, process in enumerate(self._processes):
-            try:
-                code = process.wait(timeout=max(0.1, until - time.monotonic()))
-            except subprocess.TimeoutExpired as error:
-                raise self._failed(folder, rank, f"did not end within {_LAST_S:.0f} s behind the first") from error
-            if code:
-                raise self._failed(folder, rank, _ended(code))
-        return 0
-
-    def _failed(self, folder: Path, rank: int, what: str) -> RankError:
-        path = folder / f"stderr-{rank}"
-        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.exists() else []
-        said = f" It said: {lines[-1][:300]}" if lines else ""
-        who = f"process {rank} of {self._n_ranks} (localhost, pid {self._processes[rank].pid})"
-        return RankError(f"{who} {what}; all were ended.{said}")
-
-    def _end(self) -> None:
-        for process in self._processes:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _ended(code: int) -> str:
-    return f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-
-
-def _free_ports(n: int) -> Iterator[int]:
-    """Ports that were free a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        yield from [each.getsockname()[1] for each in sockets]

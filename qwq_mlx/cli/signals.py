@@ -40,6 +40,14 @@ class Answerable(Stoppable, Protocol):
         """End the thinking and ask for the answer."""
 
 
+@runtime_checkable
+class Forwarding(Stoppable, Protocol):
+    """Another process that does the work, and gets every signal itself."""
+
+    def forward(self, number: int) -> None:
+        """Hand a signal on."""
+
+
 def silence(*descriptors: int) -> None:
     """From now on what is written to these open files goes nowhere, without an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -79,8 +87,11 @@ class Interruption:
     def _on_signal(self, number: int, _: object) -> None:
         if number == _HANGUP:
             silence(*self._shown)
-            if self.exit_code:
-                return
+        if isinstance(self.run, Forwarding):
+            self.run.forward(number)
+            return
+        if number == _HANGUP and self.exit_code:
+            return
         is_second = self.exit_code != 0
         self.exit_code = 128 + number
         if is_second or self.run is None:

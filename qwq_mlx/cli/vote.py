@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from qwq_mlx.cli.command import Command, end_verification, load_reasoner, note_drafts
 from qwq_mlx.cli.generate_flags import RunOptions
-from qwq_mlx.cli.hosts import joined_group
 from qwq_mlx.default_model import choose_model
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ def answer_by_vote(command: Command, prompt: str, asked: RunOptions) -> int:
         asked.limits,
         choice=choose_model(options.model),
         reproducible=options.reproducible,
-        group=joined_group(),
     )
     from qwq_mlx.cli.terminal import settings_line
     from qwq_mlx.generate.vote import Voting

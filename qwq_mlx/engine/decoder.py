@@ -19,17 +19,14 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from qwq_mlx.engine.activation_taps import ActivationTaps
 from qwq_mlx.engine.drawing import Place, draw_places, ids_of
-from qwq_mlx.engine.kv_cache import grow
+from qwq_mlx.engine.model_runner import ModelRunner
 from qwq_mlx.engine.row import Pending, ProcessorStates, Ready, Row, Token, check_ids
 from qwq_mlx.engine.speculative import Draft, Drafts, Verification, n_accepted
 from qwq_mlx.errors import NotFiniteError, OptionError
-from qwq_mlx.model.attention import joined
 from qwq_mlx.model.blas import uses_blas
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.products import most_rows_alike
-from qwq_mlx.model.ranks import ranks_of
 
 __all__ = ["Decoder"]
 
@@ -44,19 +41,16 @@ class Decoder:
     n_ids: ids the tokenizer has; rows of the embedding beyond are never drawn.
     reproducible: rows share a pass only as far as the backend computes each as it does alone.
     drafts: guesses ids that a pass then checks; None feeds one id of a row in a pass.
+    is_stopped: somebody stopped another of the processes that hold the model, which is to stop all.
     """
 
     def __init__(self, module: Any, *, n_ids: int, reproducible: bool = False, drafts: Drafts | None = None) -> None:
         self.n_ids = n_ids
-        self._module = module
         self._uses_blas = uses_blas(module)
         self._max_rows = most_rows_alike(module) if reproducible else None
-        self._taps = ActivationTaps(module)
-        self.ranks = ranks_of(module)
-        if self.ranks is not None:
-            self.ranks.begin()
+        self._runner = ModelRunner(module, reproducible=reproducible)
         self._drafts = drafts
-        self._may_batch = mx.default_device().type != mx.cpu and not reproducible
+        self.is_stopped = False
 
     def prefill(self, row: Row, ids: Sequence[int], *, chunk: int, n_cached: int = 0) -> Iterator[int]:
         """Feed a row's prompt in chunks; yields how many of its ids are in the cache after each. Exhaust it.
@@ -70,11 +64,7 @@ class Decoder:
         n_done = n_cached
         while n_done < last:
             n_now = min(chunk, last - n_done)
-            grow(row.cache, n_now)
-            # without the output matrix: only the last id's logits are asked for
-            self._module.model(mx.array([list(ids[n_done : n_done + n_now])]), cache=row.cache)
-            for layer in row.cache:
-                mx.eval(layer.state)  # one by one: the device's queue would hold the intermediates of many layers
+            self._runner.prefill(row.cache, ids[n_done : n_done + n_now])
             mx.clear_cache()
             n_done += n_now
             yield n_done
@@ -107,12 +97,13 @@ class Decoder:
             row.pending = None
         following = self._undrafted([(row, pending) for row, pending in current if not row.is_at_last])
         for group in self._passes(following):
-            fed = ids_of([pending for _, pending in group]).reshape(-1, 1)
+            fed: mx.array = ids_of([pending for _, pending in group]).reshape(-1, 1)
             self._launch([row for row, _ in group], fed, [pending.tokens for _, pending in group], n_ahead=1)
         for row, pending in current:
             row.ready.append(self._read(row, pending, row.n_output))
         for verification in verifications:
             self._accept(verification)
+        self.is_stopped = self.is_stopped or self._runner.take_stop()
         tokens = [row.take() if row.ready else None for row in rows]
         if any(row.n_output % _CLEAR_EVERY == 0 for row in rows):
             mx.clear_cache()
@@ -128,15 +119,14 @@ class Decoder:
             self._feed_forced(row)
         single = [row for row in missing if len(row.unfed) == 1]
         for row in (row for row in missing if len(row.unfed) != 1):
-            self._launch([row], mx.array([row.unfed]), [self._tokens(row)], n_ahead=0)
+            self._launch([row], [row.unfed], [self._tokens(row)], n_ahead=0)
         verifications: list[Verification] = []
         for group in self._passes(single):
             drafts = self._drafted(group)
             if any(draft.ids for draft in drafts):
                 verifications += self._verify(group, drafts)
             else:
-                fed = mx.array([row.unfed for row in group])
-                self._launch(group, fed, [self._tokens(row) for row in group], n_ahead=0)
+                self._launch(group, [row.unfed for row in group], [self._tokens(row) for row in group], n_ahead=0)
         return verifications
 
     def _undrafted(self, following: list[tuple[Row, Pending]]) -> list[tuple[Row, Pending]]:
@@ -161,14 +151,13 @@ class Decoder:
     def _verify(self, rows: Sequence[Row], drafts: Sequence[Draft]) -> list[Verification]:
         """Start one pass over the last id of each row and its draft, and the draws at every place."""
         fed = [[*row.unfed, *draft.ids] for row, draft in zip(rows, drafts, strict=True)]
-        for row, ids in zip(rows, fed, strict=True):
-            grow(row.cache, len(ids))
-        module = self._taps.module({layer for row in rows for layer in row.inspect.hidden_layers})
-        flat = mx.array([[token_id] for ids in fed for token_id in ids])
-        logits = module(
-            flat, cache=joined([row.cache for row in rows], [len(ids) for ids in fed], may_batch=self._may_batch)
+        logits = self._runner.logits(
+            [row.cache for row in rows],
+            [[token_id] for ids in fed for token_id in ids],
+            [len(ids) for ids in fed],
+            hidden_layers=_hidden_layers(rows),
         )
-        drawn = self._draw(self._places(rows, drafts), logits[:, -1])
+        drawn = self._draw(self._places(rows, drafts), logits)
         verifications = []
         for row, draft in zip(rows, drafts, strict=True):
             own, drawn = drawn[: 1 + len(draft.ids)], drawn[1 + len(draft.ids) :]
@@ -218,21 +207,21 @@ class Decoder:
             return
         while len(row.unfed) > MIN_BLAS_ROWS - 1:
             now, row.unfed = row.unfed[: MIN_BLAS_ROWS - 1], row.unfed[MIN_BLAS_ROWS - 1 :]
-            grow(row.cache, len(now))
-            self._module.model(mx.array([now]), cache=row.cache)
+            self._runner.prefill(row.cache, now)
 
-    def _launch(self, rows: Sequence[Row], fed: Any, tokens: Sequence[Any], *, n_ahead: int) -> None:
+    def _launch(
+        self, rows: Sequence[Row], fed: Sequence[Sequence[int]] | mx.array, tokens: Sequence[Any], *, n_ahead: int
+    ) -> None:
         """Build and start one step of each row, with one pass over the weights.
 
-        fed: (rows, n) ids, perhaps unread. tokens: of each row, all ids up to the fed ones. n_ahead: how many of them
-        the row has not read yet.
+        fed: (rows, n) ids; an array may be unread. tokens: of each row, all ids up to the fed ones. n_ahead: how many
+        of them the row has not read yet.
         """
-        for row in rows:
-            grow(row.cache, fed.shape[1])
-        module = self._taps.module({layer for row in rows for layer in row.inspect.hidden_layers})
-        logits = module(fed, cache=joined([row.cache for row in rows], may_batch=self._may_batch))
+        n_each = [fed.shape[1] if isinstance(fed, mx.array) else len(fed[0])] * len(rows)
+        caches = [row.cache for row in rows]
+        logits = self._runner.logits(caches, fed, n_each, hidden_layers=_hidden_layers(rows))
         places = [Place(row, place, tokens[place], row.n_output + n_ahead) for place, row in enumerate(rows)]
-        for row, (drawn, _) in zip(rows, self._draw(places, logits[:, -1]), strict=True):
+        for row, (drawn, _) in zip(rows, self._draw(places, logits), strict=True):
             _give(row, drawn)
         self._start(rows)
 
@@ -240,8 +229,8 @@ class Decoder:
         """Draw at all places of a pass. logits: (places, vocab)."""
         logits = logits[:, : self.n_ids].astype(mx.float32)
         are_alike = self._max_rows is None or self._uses_blas
-        drawn = draw_places(places, logits, taps=self._taps, ranks=self.ranks, are_alike=are_alike)
-        self._taps.clear()
+        drawn = draw_places(places, logits, taps=self._runner.taps, are_alike=are_alike)
+        self._runner.taps.clear()
         return drawn
 
     def _start(self, rows: Sequence[Row], verifications: Sequence[Verification] = ()) -> None:
@@ -252,10 +241,9 @@ class Decoder:
 
     def _read(self, row: Row, pending: Pending, index: int) -> Ready:
         """Wait for a draw of a row; a failure where its logits are not finite. index: of the output id."""
-        ids, stats, is_stopping = pending.drawn.read()
+        with self._runner.waiting():
+            ids, stats = pending.drawn.read()
         logprob, second = stats[pending.place]
-        if self.ranks is not None and is_stopping:
-            self.ranks.has_agreed_to_stop = True
         if not (math.isfinite(second) and math.isfinite(logprob)):
             return Ready(
                 NotFiniteError(
@@ -267,6 +255,10 @@ class Decoder:
         # rounding may put either on the wrong side of 0 where one id has all the probability
         entropy = max(second, 0.0) if row.inspect.entropy else None
         return Ready(Token(ids[pending.place], min(logprob, 0.0), entropy, seen), pending.tokens)
+
+
+def _hidden_layers(rows: Sequence[Row]) -> set[int]:
+    return {layer for row in rows for layer in row.inspect.hidden_layers}
 
 
 def _give(row: Row, drawn: Pending | Exception) -> None:

@@ -16,7 +16,6 @@ import mlx.core as mx
 from qwq_mlx.engine.activation_taps import ActivationTaps, look
 from qwq_mlx.engine.row import Drawn, Pending, ProcessorStates, Row
 from qwq_mlx.engine.sampler import draw_rows
-from qwq_mlx.model.ranks import Ranks
 
 __all__ = ["Place", "draw_places", "ids_of"]
 
@@ -50,7 +49,6 @@ def draw_places(
     logits: Any,
     *,
     taps: ActivationTaps,
-    ranks: Ranks | None = None,
     are_alike: bool = True,
 ) -> list[tuple[Pending | Exception, ProcessorStates]]:
     """Draw at each place, in order; unread. Also what its row's processors then know.
@@ -65,7 +63,7 @@ def draw_places(
             groups.setdefault(place.row.inspect.entropy if are_alike else at, []).append(at)
     drawn: dict[int, Pending | Exception] = {at: each for at, each in enumerate(offers) if isinstance(each, Exception)}
     for group in groups.values():
-        drawn.update(_draw_group(group, places, offers, logits, taps, ranks))
+        drawn.update(_draw_group(group, places, offers, logits, taps))
     return [(drawn[at], {} if isinstance(offer, Exception) else offer.states) for at, offer in enumerate(offers)]
 
 
@@ -95,7 +93,6 @@ def _draw_group(
     offers: Sequence[Any],
     logits: Any,
     taps: ActivationTaps,
-    ranks: Ranks | None,
 ) -> dict[int, Pending]:
     """The draws of places whose rows all ask for entropies, or none of them. group: of places, in order."""
     own = logits if len(group) == len(places) else logits[mx.array(list(group))]
@@ -104,9 +101,6 @@ def _draw_group(
     if any(each is not None for each in changed):
         offered = mx.stack([own[n] if each is None else each for n, each in enumerate(changed)])
     drawn = draw_rows([places[at].row.sampler for at in group], offered, [places[at].output_index for at in group])
-    n_stopping = None
-    if ranks is not None:
-        drawn, n_stopping = ranks.agreed(drawn)
     log_total = mx.logsumexp(own, axis=-1, keepdims=True)
     # one number shows every logit that is not finite: of -inf the entropy makes 0 * -inf = NaN, the sum -inf
     if places[group[0]].row.inspect.entropy:
@@ -114,7 +108,7 @@ def _draw_group(
     else:
         second = own.sum(axis=-1)
     logprob = mx.take_along_axis(own, drawn[:, None], axis=-1) - log_total
-    together = Drawn(drawn, mx.stack([logprob[:, 0], second], axis=-1), n_stopping)
+    together = Drawn(drawn, mx.stack([logprob[:, 0], second], axis=-1))
     return {at: _pending(places[at], offers[at], together, n, own, log_total, taps) for n, at in enumerate(group)}
 
 

@@ -3,6 +3,8 @@
 A quantized layer holds keys and values as (codes, scales, biases); everywhere else in the package a layer is a `Layer`,
 so that who saves, forks or resumes need not know which kind it is.
 
+Where several processes hold the model, a cache has a mirror: the others do with their parts what is done here.
+
 Does not: decide how many bits are worth it (the caller does; scripts/measure_kv_bits.py says what they cost).
 """
 
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from qwq_mlx.engine.ranks.leader import leader_of, mirror_of
 from qwq_mlx.model.attention import quantized_cache_class
 from qwq_mlx.model.batched_cache import row_cache_class
 from qwq_mlx.model.memory.activations import n_positions
@@ -22,6 +25,8 @@ from qwq_mlx.model.memory.plan import KV_GROUP
 __all__ = [
     "Layer",
     "borrowed",
+    "copied_cache",
+    "empty_cache",
     "filled_cache",
     "grow",
     "layer_arrays",
@@ -43,6 +48,14 @@ class Layer(NamedTuple):
 
 def new_cache(module: Any, kv_bits: int | None = None) -> list[Any]:
     """An empty KV cache for every layer. kv_bits: 8 or 4 quantize it in groups of 64; None keeps the compute type."""
+    cache, leader = empty_cache(module, kv_bits), leader_of(module)
+    if leader is not None:
+        leader.tell("new", {"key": leader.mirror(cache).key, "kv_bits": kv_bits})
+    return cache
+
+
+def empty_cache(module: Any, kv_bits: int | None = None) -> list[Any]:
+    """`new_cache` of this process alone."""
     if kv_bits is None:
         return [row_cache_class()() for _ in module.layers]
     return [quantized_cache_class()(group_size=KV_GROUP, bits=kv_bits) for _ in module.layers]
@@ -68,6 +81,8 @@ def grow(cache: Sequence[Any], n_ids: int) -> None:
 
 def take_out_of_batch(cache: Sequence[Any]) -> None:
     """Let a row's cache hold its own positions, as copies; in a batch it would keep those of all rows in memory."""
+    if cache and (mirror := mirror_of(cache)) is not None:
+        mirror.leader.tell("leave", {"key": mirror.key})
     for each in cache:
         if isinstance(each, row_cache_class()):
             each.leave()
@@ -87,8 +102,8 @@ def layers_of(cache: Sequence[Any], n_ids: int) -> list[Layer]:
 
 
 def filled_cache(module: Any, layers: Sequence[Layer], kv_bits: int | None = None) -> list[Any]:
-    """A KV cache that holds what `layers_of` gave, with the capacity it had."""
-    cache = new_cache(module, kv_bits)
+    """A KV cache that holds what `layers_of` gave, with the capacity it had; of this process alone."""
+    cache = empty_cache(module, kv_bits)
     for each, layer in zip(cache, layers, strict=True):
         for name in ("keys", "values"):
             parts = [name] if kv_bits is None else list(_named(name, _PARTS))
@@ -98,6 +113,16 @@ def filled_cache(module: Any, layers: Sequence[Layer], kv_bits: int | None = Non
     return cache
 
 
+def copied_cache(module: Any, cache: Sequence[Any], n_ids: int, kv_bits: int | None = None) -> list[Any]:
+    """A KV cache of its own that holds the first n_ids positions of another one, as far as that has them."""
+    copied, mirror = filled_cache(module, layers_of(cache, n_ids), kv_bits), mirror_of(cache)
+    if mirror is not None:
+        leader, n_copied = mirror.leader, copied[0].offset
+        key = leader.mirror(copied).key
+        leader.tell("copy", {"source": mirror.key, "n_ids": n_copied, "key": key, "kv_bits": kv_bits})
+    return copied
+
+
 @contextmanager
 def borrowed(cache: Sequence[Any], n_ids: int) -> Iterator[None]:
     """Within it the cache holds its first n_ids positions, and may be fed others; afterwards all that it held before.
@@ -105,8 +130,11 @@ def borrowed(cache: Sequence[Any], n_ids: int) -> Iterator[None]:
     Only the positions behind n_ids are copied. A cache that grew meanwhile has its room from before again, because who
     attends over the whole room (a quantized cache) rounds otherwise in a larger one.
     """
-    before = layers_of(cache, cache[0].offset)
-    offset, capacity = cache[0].offset, before[0].capacity
+    offset, mirror = cache[0].offset, mirror_of(cache)
+    if mirror is not None:
+        mirror.leader.tell("borrow", {"row": [mirror.key, offset], "n_ids": n_ids})
+    before = layers_of(cache, offset)
+    capacity = before[0].capacity
     tails = [
         {name: _padded(array[..., n_ids:, :], offset - n_ids + 1) for name, array in layer.arrays.items()}
         for layer in before
@@ -118,6 +146,8 @@ def borrowed(cache: Sequence[Any], n_ids: int) -> Iterator[None]:
     try:
         yield
     finally:
+        if mirror is not None:
+            mirror.leader.tell("give_back")
         for each, tail in zip(cache, tails, strict=True):
             for name in ("keys", "values"):
                 array_or_parts = getattr(each, name)

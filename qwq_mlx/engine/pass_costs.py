@@ -21,6 +21,7 @@ from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.draft_length import CostsAt, PassCosts
 from qwq_mlx.engine.drafters.model import ModelDrafter
 from qwq_mlx.engine.kv_cache import Layer, filled_cache, layers_of, new_cache
+from qwq_mlx.engine.ranks.leader import leader_of
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.engine.speculative import Draft
@@ -110,6 +111,11 @@ class _Timer:
 
     def lengthen(self, context: int) -> None:
         """Let the row hold so many ids: what it holds again and again, for the time does not depend on the values."""
+        if leader_of(self._module) is not None:  # every process has a part of the cache; so they are fed
+            self.row.cache = new_cache(self._module, self._kv_bits)
+            for _ in self._decoder.prefill(self.row, self._prompt(context), chunk=512):
+                pass
+            return
         layers = []
         for layer in layers_of(self.row.cache, _CONTEXT - 1):
             arrays = {name: _repeated(array, context - 1) for name, array in layer.arrays.items()}

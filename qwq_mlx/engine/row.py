@@ -47,22 +47,20 @@ class Drawn:
     """Ids that were drawn together, and what belongs to each; unread until `read`.
 
     ids: (n,) uint32. stats: (n, 2) float32, the log-probability, and the entropy or the sum of the logits.
-    n_stopping: () float32, ranks that want to stop, where several hold the model.
     """
 
-    def __init__(self, ids: Any, stats: Any, n_stopping: Any | None) -> None:
-        self.ids, self.stats, self.n_stopping = ids, stats, n_stopping
-        self._read: tuple[list[int], list[list[float]], bool] | None = None
+    def __init__(self, ids: Any, stats: Any) -> None:
+        self.ids, self.stats = ids, stats
+        self._read: tuple[list[int], list[list[float]]] | None = None
 
     def arrays(self) -> list[Any]:
         """All arrays in it, to be computed with the step."""
-        return [each for each in (self.ids, self.stats, self.n_stopping) if each is not None]
+        return [self.ids, self.stats]
 
-    def read(self) -> tuple[list[int], list[list[float]], bool]:
-        """Wait for them: ids, statistics, and whether a rank wants to stop."""
+    def read(self) -> tuple[list[int], list[list[float]]]:
+        """Wait for them: ids and statistics."""
         if self._read is None:
-            is_stopping = self.n_stopping is not None and bool(self.n_stopping.item())
-            self._read = self.ids.tolist(), self.stats.tolist(), is_stopping
+            self._read = self.ids.tolist(), self.stats.tolist()
         return self._read
 
 

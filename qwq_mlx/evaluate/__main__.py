@@ -30,6 +30,7 @@ from qwq_mlx.cli.command import (
     run_command,
 )
 from qwq_mlx.cli.generate_flags import add_limits, add_loading, add_sampling, checked_options
+from qwq_mlx.cli.on_hosts import or_on_hosts
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.output_file import lies_in
 from qwq_mlx.options import MAX_SAMPLES
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         _parser(),
         arguments,
-        _evaluate,
+        or_on_hosts(_evaluate),
         interrupted=lambda options: f"interrupted: what is in {options.output} is whole; run it again to go on",
     )
 

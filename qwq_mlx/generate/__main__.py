@@ -31,7 +31,8 @@ from qwq_mlx.cli.generate_flags import (
     add_sampling,
     run_options,
 )
-from qwq_mlx.cli.hosts import Launch, joined_group, local_ranks, without_flags
+from qwq_mlx.cli.on_hosts import or_on_hosts
+from qwq_mlx.cli.rank import snapshot_path
 from qwq_mlx.cli.signals import silence
 from qwq_mlx.cli.streams import read_stdin
 from qwq_mlx.cli.terminal import prefill_progress, settings_line, show, summary_line
@@ -52,7 +53,7 @@ _EXIT_CODES = (
     "0 done, 1 failed, 2 wrong usage, 3 the disk is full, 4 the model's logits were NaN or "
     "infinite, 5 memory ran out while loading or in mid-run, 6 one of several processes (--hosts) failed, 129 "
     "terminal closed, 130 interrupted (Ctrl-C), 143 terminated. After 4 and above, what there was of the run is in "
-    "the file of --save; without it, after 5 and above, in one of its own (not with --hosts)"
+    "the file of --save; without it, after 5 and above, in one of its own"
 )
 
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         _parser(),
         arguments,
-        _work,
+        or_on_hosts(_work),
         interrupted=lambda options: "interrupted: at once, what was not shown is lost",
         asks=None,
     )
@@ -70,42 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _work(command: Command) -> int:
     options = command.options
     asked = run_options(vars(options))
-    if options.hosts is not None:
-        return _on_hosts(command)
     if options.input is not None or options.output is not None:
         return _batch(command, asked)
     if options.samples is not None:
         return answer_by_vote(command, _prompt(options), asked)
     return _generate(command, None if options.resume is not None else _prompt(options), asked)
-
-
-def _on_hosts(command: Command) -> int:
-    """Several processes that hold the model together; this one starts and watches them."""
-    from qwq_mlx.default_model import ready_model
-    from qwq_mlx.model.folder import open_model_folder
-    from qwq_mlx.model.prompt import conversation
-    from qwq_mlx.model.tensor_parallel import check_ranks
-
-    options = command.options
-    n_ranks = local_ranks(options.hosts)
-    for name in ("input", "output", "save", "resume", "receipt", "draft"):
-        if getattr(options, name) is not None and (name, options.draft) != ("draft", "off"):
-            raise OptionError(f"`hosts` and `{name}` do not go together yet. Leave one of them out.")
-    text = _prompt(options)
-    conversation(text, system_prompt=options.system_prompt)  # wrong text is told before a process starts
-    folder = ready_model(choose_model(options.model), command.note)
-    files = open_model_folder(folder, follow_links=options.follow_links)
-    check_ranks(files.config, files.packed, n_ranks)
-    arguments = without_flags(command.arguments, {"--hosts", "--model", "--prompt", "-p"})
-    command.note(f"{n_ranks} processes hold the model together")
-    launch = Launch([*arguments, "--model", str(folder), "--prompt", "-", "--no-save"], n_ranks, text=text)
-    command.interruption.run = launch
-    try:
-        code = launch.work()
-    finally:
-        command.interruption.run = None
-    # the first process is ended by Ctrl-C whatever this one got
-    return command.interruption.exit_code or code if code == 130 else code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,7 +113,6 @@ def _parser() -> argparse.ArgumentParser:
         help="where the text gives no sure answer, ask the model for it behind the text, which stays as it is",
     )
     add_loading(add)
-    add("--hosts", metavar="localhost*N", help="N processes on this machine hold the model together (tensor parallel)")
     add(
         "--receipt", metavar="FILE", help="write a receipt of the run; python -m qwq_mlx.replay repeats and compares it"
     )
@@ -268,9 +237,10 @@ def _answer(command: Command, prompt: str | None, asked: RunOptions, choice: Cho
     if prompt is not None:
         conversation(prompt, system_prompt=options.system_prompt)  # wrong text is told before a model is loaded
     reasoner = load_reasoner(  # a saved run has its prompt
-        command, asked.limits, choice=choice, warns_of_template=prompt is not None, group=joined_group()
+        command, asked.limits, choice=choice, warns_of_template=prompt is not None
     )
     from qwq_mlx.generate.checkpoint.autosave import keep_unasked, way_on
+    from qwq_mlx.generate.checkpoint.snapshot import kept_steps
 
     bar = ProgressBar(unit="tokens", is_shown=command.shows_progress)
     run = _start(reasoner, options, prompt, asked, bar)
@@ -280,7 +250,8 @@ def _answer(command: Command, prompt: str | None, asked: RunOptions, choice: Cho
     command.note(settings_line(run))
     try:
         with bar:
-            show(autosave.steps(run) if autosave is not None else run, sys.stdout, is_silent=options.json)
+            steps = autosave.steps(run) if autosave is not None else run
+            show(kept_steps(run, steps, snapshot_path()), sys.stdout, is_silent=options.json)
         if options.ask_answer:
             run.ask_answer()
         trace = run.trace()
@@ -349,6 +320,8 @@ def _failed(error: GenerationError, run: Stream, autosave: Autosave | None, comm
     sys.stdout.flush()
     if autosave is not None and not isinstance(error, DamagedModelError) and autosave.save(run):
         command.warn(f"saved: go on with --resume {command.options.save}")
+        if (snapshot := snapshot_path()) is not None:
+            snapshot.unlink(missing_ok=True)  # what it holds is saved now, and more
     if autosave is None and isinstance(error, OutOfMemoryError) and not command.options.no_save and run.trace().ids:
         keep_unasked(run, command.warn)
     return command.fail(command.explain(error), error.exit_code)

@@ -1,8 +1,10 @@
-"""What is settled before a model's weights are read: which folder, what memory there is, and that the run will fit it.
+"""What is settled before a model's weights are read: which folder, what memory there is, and that the run will fit it;
+and then they are read.
 
-What is settled will be read, so the system is asked for the shards at the end; in a group each process reads its parts.
+What is settled will be read, so the system is asked for the shards at the end; in a group each process reads its parts,
+and what is settled holds for all of them.
 
-Does not: load anything (`reasoner.load` does).
+Does not: make a reasoner of it (`reasoner.load` does).
 """
 
 from __future__ import annotations
@@ -12,32 +14,37 @@ from pathlib import Path
 from typing import Any
 
 from qwq_mlx.default_model import ready_model
-from qwq_mlx.errors import OptionError
+from qwq_mlx.engine.ranks.leader import Leader
 from qwq_mlx.files.read_ahead import read_ahead
 from qwq_mlx.generate.drafting import DraftChoice, choose_draft
+from qwq_mlx.generate.following import begin_loading, lead, smallest_limit, wait_until_loaded
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
+from qwq_mlx.model.load import ComputeType, LoadedModel, LoadProgress, load_model
 from qwq_mlx.model.memory.fit import fitted
-from qwq_mlx.model.ranks import Ranks
+from qwq_mlx.model.template import read_template_file
+from qwq_mlx.model.tensor_parallel import check_ranks
 from qwq_mlx.options import Limits
 
-__all__ = ["LoadPlan", "plan_load"]
+__all__ = ["LoadPlan", "load_planned", "plan_load"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
-    """folder: of the model. limit_bytes: what the device gives, None where nothing is refused. drafts: who drafts."""
+    """folder: of the model. limit_bytes: what the device gives, None where nothing is refused. drafts: who drafts.
+    leader: of the processes that are to hold the model together; None for this one alone."""
 
     folder: Path
     limit_bytes: int | None
     drafts: DraftChoice
+    leader: Leader | None
 
 
 def plan_load(
     folder: str | Path | None,
     limits: Limits,
     *,
-    compute_type: str | None,
+    compute_type: ComputeType | None,
     force: bool,
     follow_links: bool,
     reproducible: bool,
@@ -50,16 +57,12 @@ def plan_load(
     Raises what `reasoner.load` raises before it reads a weight.
     """
     model = ready_model(folder)
-    ranks = None if group is None else Ranks(group)
-    if ranks is not None and draft not in (None, "off"):
-        raise OptionError(
-            "draft and group do not go together yet: each process would draft as many ids as its own measurements "
-            "say. Leave one of them out."
-        )
+    leader = None if group is None or group.size() == 1 else lead(group)
     limit = None if force else limit_bytes()
-    if ranks is not None and limit is not None:
-        limit = ranks.smallest(limit)
     files = open_model_folder(model, follow_links=follow_links)
+    if leader is not None:
+        check_ranks(files.config, files.packed, leader.size)
+        limit = smallest_limit(leader, files.path, limit, follow_links=follow_links)
     drafts = choose_draft(draft, draft_length, files, reproducible=reproducible, follow_links=follow_links)
     fitted(
         files,
@@ -69,8 +72,42 @@ def plan_load(
         compute_type=compute_type,
         draft=drafts.shape,
         drafts_from_texts=drafts.uses_texts,
-        n_ranks=1 if ranks is None else ranks.size,
+        n_ranks=1 if leader is None else leader.size,
     )
-    if ranks is None:
+    if leader is None:
         read_ahead(shard.path for shard in files.checkpoint.shards)
-    return LoadPlan(folder=model, limit_bytes=limit, drafts=drafts)
+    return LoadPlan(folder=model, limit_bytes=limit, drafts=drafts, leader=leader)
+
+
+def load_planned(
+    plan: LoadPlan,
+    *,
+    compute_type: ComputeType | None,
+    chat_template: str | Path | None,
+    follow_links: bool,
+    reproducible: bool,
+    verify: bool,
+    progress: LoadProgress | None,
+) -> LoadedModel:
+    """Read the weights, and let the other processes read their parts; the arguments are those of `reasoner.load`.
+
+    Raises what that raises.
+    """
+    template, leader = None if chat_template is None else read_template_file(Path(chat_template)), plan.leader
+    if leader is not None:
+        begin_loading(
+            leader, compute_type=compute_type, follow_links=follow_links, reproducible=reproducible, verify=verify
+        )
+    model = load_model(
+        plan.folder,
+        compute_type=compute_type,
+        chat_template=template,
+        follow_links=follow_links,
+        reproducible=reproducible,
+        group=None if leader is None else leader.group,
+        progress=progress,
+    )
+    if leader is not None:
+        wait_until_loaded(leader)
+        model.module.leader = leader
+    return model

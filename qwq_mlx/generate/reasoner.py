@@ -16,19 +16,19 @@ from typing import Any
 
 from qwq_mlx.engine.kv_cache import saved_layers
 from qwq_mlx.engine.logits_processors import LogitsProcessor
+from qwq_mlx.engine.ranks.whole_cache import cache_of_whole
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.background_verification import BackgroundVerification
 from qwq_mlx.generate.batch import check_width, finish_all, plan_rows, settings_of_each
 from qwq_mlx.generate.checkpoint.resume import read_saved, within
-from qwq_mlx.generate.load_plan import plan_load
+from qwq_mlx.generate.load_plan import load_planned, plan_load
 from qwq_mlx.generate.receipt import Receipt
 from qwq_mlx.generate.request import PrefillProgress, resolved
 from qwq_mlx.generate.request_maker import RequestMaker
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.generate.vote import Vote, VoteProgress, Voting
-from qwq_mlx.model.load import ComputeType, LoadedModel, LoadProgress, load_model
+from qwq_mlx.model.load import ComputeType, LoadedModel, LoadProgress
 from qwq_mlx.model.prompt import Messages, conversation, prompt_ids
-from qwq_mlx.model.template import read_template_file
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
 from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.trace.trace import Trace
@@ -65,18 +65,17 @@ def load(
     draft: who guesses ids that a pass then checks, which changes no id: "ngram", the texts so far; the folder of a
       small model of the same tokenizer; "auto", that of $QWQ_MLX_DRAFT or else "ngram". None: nobody.
     draft_length: ids to guess, whatever they cost; None as many as are measured to pay, often none.
-    group: from `mx.distributed.init`: its processes hold the model together; each runs the same program. Not beside
-      `draft` yet. A group of one process is as none.
+    group: from `mx.distributed.init`: its processes hold the model together. Rank 0 calls this, the others `follow`.
+      A group of one process is as none.
     progress: called while the weights are read, with the layers that are in memory and their number.
     Raises LoadError, SourceError or BackendError; OptionError for options that do not go together; FitError with the
-    arithmetic.
+    arithmetic; RankError where another process of the group is gone.
 
     >>> reasoner = qwq_mlx.load(FOLDER, limits=qwq_mlx.Limits(context=2048))
     >>> reasoner.generate("What is 3 + 4?", sampling=qwq_mlx.Sampling(temperature=0)).answer
     '7'
     """
     asked = limits or Limits()
-    group = None if group is None or group.size() == 1 else group
     plan = plan_load(
         folder,
         asked,
@@ -88,13 +87,13 @@ def load(
         draft_length=draft_length,
         group=group,
     )
-    model = load_model(
-        plan.folder,
+    model = load_planned(
+        plan,
         compute_type=compute_type,
-        chat_template=None if chat_template is None else read_template_file(Path(chat_template)),
+        chat_template=chat_template,
         follow_links=follow_links,
         reproducible=reproducible,
-        group=group,
+        verify=verify,
         progress=progress,
     )
     reasoner = Reasoner(model, limit_bytes=plan.limit_bytes, verify=verify)
@@ -367,7 +366,7 @@ class Reasoner(RequestMaker):
         logits_processors: the caller's own, which no file can hold and which have to be given again.
         Raises SourceError for a file that is damaged, of another model or compute type, or of a run that has ended;
         OptionError for max_tokens or a context below what there is, for answer_now where the answer has begun or has no
-        room, logits processors that are missing, or a model that several processes hold together; FitError.
+        room, or logits processors that are missing; FitError.
 
         >>> greedy, question = qwq_mlx.Sampling(temperature=0), "What is 3 + 4?"
         >>> run = reasoner.stream(question, sampling=greedy)
@@ -377,8 +376,6 @@ class Reasoner(RequestMaker):
         >>> (*first, *rest) == reasoner.generate(question, sampling=greedy).ids
         True
         """
-        if self._ranks is not None:
-            raise OptionError("A model that several processes hold together resumes no run yet. Load it without group.")
         has_processors = bool(logits_processors)
         state, arrays = read_saved(Path(path), self.model, has_processors=has_processors, answer_now=answer_now)
         request, state = self.request_of_state(
@@ -390,5 +387,6 @@ class Reasoner(RequestMaker):
             logits_processors=logits_processors,
         )
         run = Stream(request)
-        run.restore(state, saved_layers(arrays, state.capacities), arrays, answer_now=answer_now)
+        cache = cache_of_whole(self.model, saved_layers(arrays, state.capacities), request.plan.workload.kv_bits)
+        run.restore(state, cache, arrays, answer_now=answer_now)
         return run

@@ -12,6 +12,7 @@ from dataclasses import replace
 from qwq_mlx.engine.detokenizer import Pieces, decode
 from qwq_mlx.engine.drafters.speculator import Speculator
 from qwq_mlx.engine.logits_processors import LogitsProcessor
+from qwq_mlx.engine.ranks.leader import leader_of
 from qwq_mlx.engine.row import check_ids
 from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
@@ -25,7 +26,6 @@ from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.model.memory.fit import Fitted, fitted
 from qwq_mlx.model.memory.plan import ModelShape
-from qwq_mlx.model.ranks import ranks_of
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking, from_json
 from qwq_mlx.reasoning.profile import Profile, find_profile
 from qwq_mlx.trace.trace import Trace
@@ -50,7 +50,6 @@ class RequestMaker:
         check_model: Callable[[], None] | None,
     ) -> None:
         self.model = model
-        self._ranks = ranks_of(model.module)
         self.limit_bytes = limit_bytes
         self.pieces = Pieces(model.tokenizer)
         tagged = "<think>" in model.tokenizer.added
@@ -123,8 +122,7 @@ class RequestMaker:
         )
         if filled.seed is not None:
             return filled
-        seed = secrets.randbits(32)
-        return replace(filled, seed=seed if self._ranks is None else self._ranks.first(seed))
+        return replace(filled, seed=secrets.randbits(32))
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, control tokens included."""
@@ -132,7 +130,7 @@ class RequestMaker:
 
     def fit(self, limits: Limits) -> Fitted:
         """These limits as this machine can keep them, and the memory plan. Raises FitError or OptionError."""
-        model = self.model
+        model, leader = self.model, leader_of(self.model.module)
         shape = ModelShape(config=model.config, packed=model.packed)
         return fitted(
             shape,
@@ -142,7 +140,7 @@ class RequestMaker:
             compute_type=model.compute_type,
             draft=self._draft_choice.shape,
             drafts_from_texts=self._draft_choice.uses_texts,
-            n_ranks=1 if self._ranks is None else self._ranks.size,
+            n_ranks=1 if leader is None else leader.size,
         )
 
     def receipt(self, trace: Trace) -> Receipt:

@@ -113,7 +113,7 @@ def advance(decoder: Decoder, running: Sequence[Running]) -> None:
         each.schedule()
     drawing = [each for each in running if each.needs_forward]
     drawn = iter(decoder.step([each.row for each in drawing]) if drawing else ())
-    if decoder.ranks is not None and decoder.ranks.has_agreed_to_stop:
+    if decoder.is_stopped:
         for each in running:
             each.run.is_stopped = True
     for each in running:

@@ -65,6 +65,11 @@ class Scheduler:
         self._wired.__exit__(kind, error, trace)
 
     @property
+    def is_stopped(self) -> bool:
+        """Whether another of the processes that hold the model was stopped, and all runs with it."""
+        return self._decoder.is_stopped
+
+    @property
     def streams(self) -> list[Stream]:
         """The runs that have not ended."""
         return [*self._active, *(stream for stream, _ in self._waiting)]

@@ -6,7 +6,7 @@ Does not: load models or make prompts (`reasoner` does), or print.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from qwq_mlx.engine.decoder import Decoder
-from qwq_mlx.engine.kv_cache import Layer, filled_cache, layer_arrays, take_out_of_batch
+from qwq_mlx.engine.kv_cache import copied_cache, layer_arrays, take_out_of_batch
+from qwq_mlx.engine.ranks.whole_cache import whole_layers
 from qwq_mlx.errors import GenerationError, OptionError, SavingError
 from qwq_mlx.files.output_file import lies_in
 from qwq_mlx.generate.asked_answer import ask
@@ -70,21 +71,11 @@ class Stream:
         return next(self._iterator)
 
     def stop(self) -> None:
-        """End after the token under way, with finish_reason "interrupted". Safe to call from a signal handler.
-
-        Where several processes hold the model, they all end after the next token that they draw.
-        """
-        ranks = self._decoder.ranks
-        if ranks is None:
-            self.run.is_stopped = True
-        elif self.run.finish is None:  # else the next run would be stopped
-            ranks.wants_stop = True
+        """End after the token under way, with finish_reason "interrupted". Safe to call from a signal handler."""
+        self.run.is_stopped = True
 
     def answer_now(self) -> None:
-        """End the thinking at the next end of a sentence and ask for the answer. Safe to call from a signal handler.
-
-        Where several processes hold the model, call it on each after the same Step: they do not tell each other.
-        """
+        """End the thinking at the next end of a sentence and ask for the answer. Safe to call from a signal handler."""
         self.run.budget.ask("answered")
 
     @property
@@ -148,10 +139,6 @@ class Stream:
         Raises SavingError where the disk does not take it; the run can go on all the same.
         """
         request, row = self.request, self.running.row
-        if self._decoder.ranks is not None:
-            raise OptionError(
-                "A run of a model that several processes hold together cannot be saved yet. Keep its trace and receipt."
-            )
         if lies_in(Path(path), request.model.folder):
             raise SavingError(
                 f"{path}: lies in the model's folder, where no run is saved. Give a place outside of it.",
@@ -159,7 +146,8 @@ class Stream:
             )
         self.running.apply(self.run.go_back())
         has_cache = bool(row.ids and row.cache and self.run.steps) and not self._has_failed
-        layers = row.cached(len(request.prompt_ids) + len(self.run.steps) - 1) if has_cache else []
+        n_ids = len(request.prompt_ids) + len(self.run.steps) - 1
+        layers = whole_layers(request.model, row.cache, n_ids) if has_cache else []
         self._model_sha256 = self._model_sha256 or model_digest(request.model.folder)
         seen, arrays = inspected_steps(request.inspect, self.run.steps, request.model.config.hidden_size)
         state = replace(
@@ -173,14 +161,14 @@ class Stream:
     def restore(
         self,
         state: RunState,
-        layers: Sequence[Layer],
+        cache: list[Any] | None,
         arrays: Mapping[str, mx.array] | None = None,
         *,
         answer_now: bool = False,
     ) -> None:
         """Take over a saved run of the same request before the first Step.
 
-        layers: its cache, none where it was left out.
+        cache: of its ids, None where there is none.
         arrays: of the file, with the hidden states that were seen.
         answer_now: begin with the answer cue.
         Raises OptionError where the answer has begun.
@@ -194,9 +182,8 @@ class Stream:
                 )
             self.run.budget.ask_at_once()
         self.running.apply(None)
-        if layers:
-            module, kv_bits = self.request.model.module, self.request.plan.workload.kv_bits
-            self.running.restore(filled_cache(module, layers, kv_bits))
+        if cache is not None:
+            self.running.restore(cache)
             if answer_now:  # what the cache holds beyond these ids is taken off
                 self.running.row.rewind(len(self.run.steps))
 
@@ -213,8 +200,11 @@ class Stream:
         other = Stream(request)
         row = self.running.row
         has_cache = bool(row.ids and row.cache) and not self._has_failed  # else the fork feeds all there is itself
-        layers = row.cached(len(request.prompt_ids) + at - 1) if has_cache else []
-        other.restore(self.run.dump().until(at, texts=[step.text for step in steps]), layers)
+        cache = None
+        if has_cache:
+            module, kv_bits = request.model.module, request.plan.workload.kv_bits
+            cache = copied_cache(module, row.cache, len(request.prompt_ids) + at - 1, kv_bits)
+        other.restore(self.run.dump().until(at, texts=[step.text for step in steps]), cache)
         other.run.output.steps = steps[:at]  # with what was seen of them
         return other
 

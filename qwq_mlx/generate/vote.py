@@ -24,7 +24,6 @@ from qwq_mlx.generate.batch import plan_rows, question_seed
 from qwq_mlx.generate.request import resolved
 from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
-from qwq_mlx.model.ranks import ranks_of
 from qwq_mlx.options import MAX_SAMPLES
 from qwq_mlx.reasoning.answer import compare, normalise
 from qwq_mlx.trace.trace import Trace
@@ -164,20 +163,11 @@ class Voting:
         self._width, self._planned_bytes = plan.workload.n_sequences, plan.peak_bytes + held
         self._samples: list[Stream] = []
         self._ended: dict[int, Trace] = {}
-        self._ranks = ranks_of(request.model.module)
-        self._is_stopped = False
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether it is to end; where several processes hold the model, only once all know."""
-        return self._is_stopped if self._ranks is None else self._ranks.has_agreed_to_stop
+        self.is_stopped = False
 
     def stop(self) -> None:
         """End after the tokens under way. Safe to call from a signal handler."""
-        if self._ranks is not None:
-            self._ranks.wants_stop = True
-            return
-        self._is_stopped = True
+        self.is_stopped = True
         for stream in list(self._samples) or [self._source]:  # before the first sample there is the prefill
             stream.stop()
 
@@ -192,7 +182,7 @@ class Voting:
             drafts=self._source.request.drafts,
         ) as scheduler:
             self._prefill()
-            while not stopped and not self.is_stopped and len(self._ended) < self.n:
+            while not stopped and not (self.is_stopped or scheduler.is_stopped) and len(self._ended) < self.n:
                 while scheduler.has_room and len(self._samples) < self.n:
                     scheduler.add(self._new_sample())
                 ended = scheduler.step()

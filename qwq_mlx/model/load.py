@@ -211,7 +211,9 @@ def _load_weights(files: ModelFolder, compute_type: ComputeType, group: Any | No
             weights.update(_map_shard(shard, files.checkpoint.tensors, compute_type))
     else:
         module.shard(group)
-        module.ranks = Ranks(group)
+        module.ranks = Ranks(
+            group, n_layers=files.config.num_hidden_layers, n_kv_heads=files.config.num_key_value_heads
+        )
         for name, (shard, entry) in files.checkpoint.tensors.items():
             weights[name] = read_part(shard, entry, name, group.rank(), group.size(), compute_type)
     module.load_weights(list(weights.items()), strict=True)

@@ -1,16 +1,12 @@
-"""One of several processes that hold a model together: it reads its part of the weights, and agrees with the others.
+"""One of several processes that hold a model together: what it has of the model, and how it reads that.
 
-Every rank runs the same program on the same question. Rank 0 draws; its ids, and whether any rank is asked to stop,
-reach all in the same step.
-
-Does not: say how tensors are split (`tensor_parallel` does), or start and watch processes (`generate --hosts` does).
+Does not: say how tensors are split (`tensor_parallel` does), or what the processes do together (`engine.ranks` does).
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from qwq_mlx.files.header import Header, TensorEntry
@@ -47,44 +43,22 @@ def read_part(shard: Header, entry: TensorEntry, name: str, rank: int, n_ranks: 
 
 
 class Ranks:
-    """The processes that hold a model together, as one of them sees them.
+    """The processes that hold a model together, and what one of them has of it.
 
-    group: from `mx.distributed.init`.
-    wants_stop: set it, also in a signal handler, to end what runs on every rank.
-    has_agreed_to_stop: some rank wanted it; known to all in the same step.
+    group: from `mx.distributed.init`. layers: of the model's n_layers, those that this rank has. kv_heads: of the
+    model's, those in this rank's KV caches. sends: what it computes goes to another rank, so that it has to be computed
+    also where nobody here reads it.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, *, n_layers: int, n_kv_heads: int) -> None:
         self.group = group
         self.rank: int = group.rank()
         self.size: int = group.size()
-        self.wants_stop = False
-        self.has_agreed_to_stop = False
-
-    def begin(self) -> None:
-        """Let what begins now run, where an earlier run was stopped; a wish that no rank has heard yet is kept.
-
-        All ranks know of the same stops, so after it they still agree.
-        """
-        if self.has_agreed_to_stop:
-            self.wants_stop = self.has_agreed_to_stop = False
-
-    def agreed(self, drawn: mx.array) -> tuple[mx.array, mx.array]:
-        """Rank 0's ids, (n,) uint32, and how many ranks want to stop, () float32; unread."""
-        mine = drawn if self.rank == 0 else mx.zeros_like(drawn)
-        wish = mx.array([self.wants_stop], mx.uint32)
-        both = mx.distributed.all_sum(mx.concatenate([mine.astype(mx.uint32), wish]), group=self.group)
-        return both[:-1], both[-1].astype(mx.float32)
-
-    def first(self, value: int) -> int:
-        """What rank 0 gives, below 2^32; waits for all."""
-        mine = mx.array([value if self.rank == 0 else 0], mx.uint32)
-        return cast(int, mx.distributed.all_sum(mine, group=self.group).item())
-
-    def smallest(self, value: int) -> int:
-        """The smallest of what the ranks give; waits for all."""
-        low = mx.array([value >> 20], mx.int32)  # MiB: MLX sums integers of 32 bits over ranks
-        return cast(int, mx.distributed.all_min(low, group=self.group).item()) << 20
+        self.n_layers = n_layers
+        self.sends = False
+        self.layers = range(n_layers)
+        n_own = n_kv_heads // self.size
+        self.kv_heads = range(self.rank * n_own, (self.rank + 1) * n_own)
 
 
 def ranks_of(module: Any) -> Ranks | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwq_mlx.cli.command import Command, load_reasoner, make_parser, run_command
 from qwq_mlx.cli.generate_flags import add_loading, bits
+from qwq_mlx.cli.on_hosts import or_on_hosts
 from qwq_mlx.default_model import user_data_folder
 from qwq_mlx.errors import BackendError, OptionError, QwqError
 from qwq_mlx.options import Limits, Thinking
@@ -33,7 +34,7 @@ _LOOK_S = 0.5  # between two looks at whether a signal came
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_parser(), arguments, _serve, interrupted=lambda options: "ended at once")
+    return run_command(_parser(), arguments, or_on_hosts(_serve), interrupted=lambda options: "ended at once")
 
 
 def _parser() -> argparse.ArgumentParser:

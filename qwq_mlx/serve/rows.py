@@ -11,6 +11,7 @@ from types import TracebackType
 import mlx.core as mx
 
 from qwq_mlx.engine.kv_cache import saved_layers
+from qwq_mlx.engine.ranks.whole_cache import cache_of_whole
 from qwq_mlx.errors import DamagedModelError, FitError, OptionError, QwqError, SourceError
 from qwq_mlx.generate.batch import plan_rows, question_seed
 from qwq_mlx.generate.checkpoint.resume import read_saved
@@ -140,11 +141,12 @@ class Rows:
         model, state = request.model, source.state
         if source.path is None:
             stream = Stream(request, before=self.prefixes.take(request))
-            stream.restore(state, [], answer_now=source.answer_now)
+            stream.restore(state, None, answer_now=source.answer_now)
             return stream
         _, arrays = read_saved(source.path, model, has_processors=False, answer_now=source.answer_now)
         stream = Stream(request)
-        stream.restore(state, saved_layers(arrays, state.capacities), arrays, answer_now=source.answer_now)
+        layers, kv_bits = saved_layers(arrays, state.capacities), request.plan.workload.kv_bits
+        stream.restore(state, cache_of_whole(model, layers, kv_bits), arrays, answer_now=source.answer_now)
         return stream
 
     def save(self, job: Job, path: Path) -> None:

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from qwq_mlx.errors import DamagedModelError
+from qwq_mlx.errors import DamagedModelError, RankError
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.jobs import Ask, Failed, Job
 from qwq_mlx.serve.metrics import Counters, Memory
@@ -202,7 +202,7 @@ class Worker:
                     with rows:
                         while self._work(rows):
                             pass
-                except DamagedModelError:
+                except (DamagedModelError, RankError):
                     raise
                 except Exception as error:  # the batch is given up, and the next one is fresh
                     rows.fail_all(error)

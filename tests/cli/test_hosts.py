@@ -1,24 +1,29 @@
-"""Processes that hold a model together over MLX's ring on this machine: the ids of one process, and failures."""
+"""--hosts: what is wrong is told before anything starts, who fails is named, and nothing is left."""
 
 from __future__ import annotations
 
+import json
 import os
-import selectors
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from checkpoints import write_tiny_checkpoint
 
-from qwq_mlx.cli.hosts import Launch, local_ranks, without_flags
+from qwq_mlx.cli.host_check import checked_hosts
+from qwq_mlx.cli.hosts import Hosts, parse_hosts, read_hostfile, without_flags
+from qwq_mlx.cli.launch import Launch
+from qwq_mlx.cli.watch import FIRST_STUCK_S, SILENT_S, START_S, STUCK_S, Watch
 from qwq_mlx.default_model import pocket_checkpoint
-from qwq_mlx.errors import OptionError, RankError
+from qwq_mlx.errors import LoadError, OptionError, RankError
 from qwq_mlx.generate.__main__ import main
+from qwq_mlx.generate.checkpoint.file import read_state_value
 
 QUESTION = "What is 3 + 4?"
 POCKET = pocket_checkpoint()
@@ -27,70 +32,147 @@ POCKET = pocket_checkpoint()
 @pytest.mark.parametrize(
     ("hosts", "message"),
     [
-        ("a.local,b.local", "on this machine alone so far"),
+        ("a.local,b.local", r"begins with a\.local, expected this machine"),
         ("localhost,localhost", "twice"),
+        ("localhost,127.0.0.1", "twice, as localhost"),
+        ("localhost,b.local,b.local", "names b.local twice"),
         ("localhost", "asks for 1 process, expected 2 to 64"),
+        ("localhost,", "expected names with commas between them"),
+        ("localhost,-oProxyCommand=x", "expected names with commas between them"),
         ("localhost*0", "expected a number from 1 to 64"),
         ("localhost*" + "9" * 5000, "expected a number from 1 to 64"),
         ("localhost*two", "expected a number from 1 to 64"),
-        ("localhost*60,127.0.0.1*5", "asks for 65 processes"),
+        ("localhost*60,b*5", "asks for 65 processes"),
     ],
 )
 def test_hosts_that_cannot_be_are_named(hosts: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        local_ranks(hosts)
+        parse_hosts(hosts)
 
 
-def test_the_processes_get_the_other_arguments() -> None:
-    given = ["-p", "--hosts", "--temp", "0", "--hosts=localhost*2", "--prompt", "x", "--json"]
-    assert without_flags(given, {"--hosts", "-p", "--prompt"}) == ["--temp", "0", "--json"]
+def test_a_hostfile_of_mlx_gives_addresses_devices_and_variables(tmp_path: Path) -> None:
+    path = tmp_path / "hosts.json"
+    value: dict[str, Any] = {
+        "backend": "jaccl",
+        "envs": ["MLX_METAL_FAST_SYNCH=1"],
+        "hosts": [
+            {"ssh": "localhost", "ips": ["10.0.0.1"], "rdma": [None, "rdma_en2"]},
+            {"ssh": "b.local", "ips": ["10.0.0.2"], "rdma": ["rdma_en2", None]},
+        ],
+    }
+    path.write_text(json.dumps(value))
+    hosts = read_hostfile(path)
+    assert [host.ssh for host in hosts.ranks] == [None, "b.local"]
+    setup = Hosts(**{**_fields(hosts), "ports": ((7000,), (7001,))}).setup(1, signs=1, snapshots="")
+    assert (setup.backend, setup.addresses) == ("jaccl", [["10.0.0.1:7000"], ["10.0.0.2:7001"]])
+    assert (setup.rdma[1], setup.environment) == (["rdma_en2", None], {"MLX_METAL_FAST_SYNCH": "1"})
+    for damage, message in (
+        ({"hosts": [{"ssh": "localhost"}, {"ssh": "b"}]}, "is no hostfile"),
+        ({"hosts": value["hosts"][:1], "backend": "ring"}, "asks for 1 process"),
+        ({"backend": "carrier pigeon"}, "asks for the backend 'carrier pigeon'"),
+        ({"hosts": [{**each, "rdma": []} for each in value["hosts"]]}, "does not name a device for each of 2 hosts"),
+    ):
+        path.write_text(json.dumps({**value, **damage}))
+        with pytest.raises(OptionError, match=message):
+            read_hostfile(path)
+
+
+def _fields(hosts: Hosts) -> dict[str, Any]:
+    return {"ranks": hosts.ranks, "backend": hosts.backend, "environment": hosts.environment}
+
+
+def test_rank_0_gets_the_other_arguments() -> None:
+    asked = ["-p", "--hosts", "--temp", "0", "--hosts=localhost*2", "--prompt", "x", "--json"]
+    assert without_flags(asked, {"--hosts", "-p", "--prompt"}) == ["--temp", "0", "--json"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["--hosts", "localhost*3"], "4 attention heads are no multiple of 3. Possible: 2."),
-        (["--hosts", "localhost*2", "--save", "x"], "--hosts and --save do not go together yet"),
-        (["--hosts", "localhost*2", "--draft", "ngram"], "--hosts and --draft do not go together yet"),
+        (["--hosts", "localhost*3"], 2, "4 attention heads are no multiple of 3. Possible: 2."),
+        (["--hosts", "localhost*2", "--hostfile", "x"], 2, "--hosts and --hostfile exclude each other"),
+        (["--hosts-port", "7000"], 2, "--hosts-port needs --hosts or --hostfile"),
+        (["--hosts", "localhost*2", "--hosts-backend", "jaccl"], 2, "needs --hostfile"),
+        (["--hostfile", "no-such-file"], 1, "no-such-file"),
     ],
 )
-def test_what_cannot_be_held_together_is_refused_before_a_process_starts(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+def test_what_cannot_be_is_refused_before_a_process_starts(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
 ) -> None:
-    assert main(["--model", str(POCKET), "-p", "hi", *arguments]) == 2
+    assert main(["--model", str(POCKET), "-p", "hi", *arguments]) == code
     assert message in capsys.readouterr().err
 
 
-def test_a_prompt_that_is_no_text_is_refused_before_a_process_starts(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--model", str(POCKET), "--hosts", "localhost*2", "-p", "\udcff"]) == 1
-    assert "Give the prompt as UTF-8" in capsys.readouterr().err
+_SSH = """#!/bin/sh
+# ssh's stand-in: the last two arguments are a host and a command, which runs here as another machine
+for word; do host=$command; command=$word; done
+case $host in
+  asleep) echo "ssh: connect to host asleep port 22: Operation timed out" >&2; exit 255;;
+  bare) command="$(echo "$command" | sed s/import/no/)";;
+  twin) ;;
+  quiet) unset SSH_CONNECTION;;
+  *) export QWQ_MLX_MACHINE=$host;;
+esac
+[ $host = quiet ] && export QWQ_MLX_MACHINE=q || export SSH_CONNECTION="127.0.0.1 50000 127.0.0.1 22"
+[ $host = old ] && command="$(echo "$command" | sed 's/-m qwq_mlx.cli.host_report/old_report.py/')"
+cd "$(dirname "$0")" && exec sh -c "$command"
+"""
 
 
-def _launch(*arguments: str) -> Launch:
-    return Launch(
-        ["--model", str(POCKET), "--temp", "0", "--prompt", "-", "--no-save", *arguments],
-        2,
-        text=QUESTION,
-        silent_s=100,
+@pytest.fixture
+def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A command in ssh's place that runs here what it is told, in other folders and with other names."""
+    path = tmp_path / "ssh"
+    path.write_text(_SSH)
+    path.chmod(0o755)
+    (tmp_path / "old_report.py").write_text(
+        "import json, sys\nfrom qwq_mlx.cli.host_report import report\n"
+        "found = report(json.loads(sys.stdin.readline()))\n"
+        "found['versions']['mlx'] = '0.1'\nfound['models'][0]['identity'] = 'other'\nprint(json.dumps(found))\n"
     )
+    monkeypatch.setenv("QWQ_MLX_SSH", str(path))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    return path
 
 
-def _after_it_writes(launch: Launch, do: Callable[[Launch], None], output: Path) -> threading.Thread:
-    """Do something as soon as there is output."""
+@pytest.mark.parametrize(
+    ("host", "messages"),
+    [
+        ("asleep", ["asleep: does not answer `ssh asleep` without a password: ssh: connect", "timed out"]),
+        ("bare", ["bare: has no python with qwq_mlx"]),
+        ("old", ["old: has other versions", "mlx 0.1, here", "holds another model than"]),
+        ("twin", ["twin: is the same machine as localhost. Name it once, as localhost*2."]),
+        ("quiet", ["quiet: its sshd does not say which addresses it uses"]),
+    ],
+)
+def test_every_fault_of_another_machine_is_named_before_a_process_starts(
+    ssh: Path, host: str, messages: list[str]
+) -> None:
+    with pytest.raises(LoadError) as caught:
+        checked_hosts(parse_hosts(f"localhost,{host}"), [POCKET], port=None)
+    for message in [*messages, "Nothing was started."]:
+        assert message in str(caught.value)
 
-    def wait() -> None:
-        until = time.monotonic() + 100
-        while time.monotonic() < until and output.stat().st_size < 8:
-            time.sleep(0.02)
-        do(launch)
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
+def test_a_missing_folder_and_a_taken_port_are_named(
+    ssh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("", 0)) as taken, pytest.raises(LoadError) as caught:
+        port = taken.getsockname()[1]
+        checked_hosts(parse_hosts("localhost*2"), [POCKET], port=port)
+    assert f"localhost: port {port} is taken. Give another --hosts-port" in str(caught.value)
+    model = Path(os.path.relpath(POCKET))
+    monkeypatch.setattr("qwq_mlx.cli.host_check.possible_folders", lambda folder: ["/nowhere/model", "~/nowhere"])
+    with pytest.raises(LoadError, match=r"b\.local: has no folder /nowhere/model or ~/nowhere"):
+        checked_hosts(parse_hosts("localhost,b.local"), [model], port=None)
+
+
+def _hosts(text: str = "localhost*2") -> Hosts:
+    return checked_hosts(parse_hosts(text), [POCKET], port=None)
 
 
 def _with_stdout(path: Path, work: Callable[[], int]) -> int:
-    """Call with this process's stdout, which the first process inherits, in a file."""
+    """Call with this process's stdout, which rank 0 inherits, in a file."""
     before = os.dup(1)
     with path.open("wb") as file:
         os.dup2(file.fileno(), 1)
@@ -101,64 +183,186 @@ def _with_stdout(path: Path, work: Callable[[], int]) -> int:
             os.close(before)
 
 
-def test_four_processes_write_what_one_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, together = tmp_path / "model", tmp_path / "together"
-    write_tiny_checkpoint(model, hidden_size=256, intermediate_size=512, n_heads=8, n_kv_heads=4)
-    arguments = ["--model", str(model), "--temp", "0.8", "--seed", "3", "--max-tokens", "16", "-p", QUESTION]
-    launch = Launch([*arguments, "--no-save"], 4, text="", silent_s=100)  # the machine may be busy with other tests
-    assert _with_stdout(together, launch.work) == 0
-    assert main([*arguments, "--no-save"]) == 0
-    assert together.read_text() == capsys.readouterr().out != ""
+def test_a_process_that_is_killed_on_another_machine_is_named_the_run_kept_and_nothing_left(
+    ssh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Over ssh's stand-in; what was written is then the beginning of what one process writes."""
+    monkeypatch.chdir(tmp_path)
+    launches: list[Launch] = []
+    pids: list[int | None] = []
 
+    class Watched(Launch):
+        def work(self) -> int:
+            launches.append(self)
+            return super().work()
 
-def test_a_process_that_is_killed_is_named_and_nothing_is_left(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    output.touch()
-    launch = _launch("--max-tokens", "3000", "--on-loop", "off")
-    thread = _after_it_writes(launch, lambda each: os.kill(each._processes[1].pid, signal.SIGKILL), output)
-    with pytest.raises(RankError, match=r"process 1 of 2 .* was ended by signal 9") as caught:
-        _with_stdout(output, launch.work)
+    def kill() -> None:
+        until = time.monotonic() + 200
+        while time.monotonic() < until and not (launches and launches[0].snapshots.exists()):
+            time.sleep(0.05)
+        pids.extend(launches[0]._watch.pid(rank) for rank in range(2))
+        assert pids[1] is not None
+        os.kill(pids[1], signal.SIGKILL)
+
+    monkeypatch.setattr("qwq_mlx.cli.on_hosts.Launch", Watched)
+    thread = threading.Thread(target=kill)
+    thread.start()
+    arguments = ["--model", str(POCKET), "-p", "Count.", "--temp", "0", "--on-loop", "off", "--max-tokens", "3000"]
+    code = main([*arguments, "--hosts", "localhost,b.local", "--save", "kept.qwq", "--quiet"])
     thread.join()
-    assert caught.value.exit_code == 6
-    assert all(process.poll() is not None for process in launch._processes)
+    written = capfd.readouterr()
+    assert code == 6 and "error: process 1 of 2 (b.local, pid " in written.err
+    assert "saved: " in written.err and "go on with --resume kept.qwq" in written.err
+    assert all(process.poll() is not None for process in launches[0].processes)
+    for pid in pids:
+        assert pid is not None
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    saved = len(read_state_value(Path("kept.qwq"))["steps"])
+    assert saved >= 1
+    assert main(["--model", str(POCKET), "--resume", "kept.qwq", "--max-tokens", str(saved + 3), "--quiet"]) == 0
+    again = capfd.readouterr().out
+    assert main([*arguments[:-1], str(saved + 3), "--quiet", "--no-save"]) == 0
+    alone = capfd.readouterr().out
+    assert again and alone.endswith(again) and alone.startswith(alone.removesuffix(again)[:1])
 
 
 class _Ended:
     """A process as `Launch` sees it, that has ended."""
 
+    stdin = None
+
     def __init__(self, code: int) -> None:
-        self.pid, self.code = 0, code
+        self.pid, self.returncode = 0, code
 
     def poll(self) -> int:
-        return self.code
+        return self.returncode
 
 
 @pytest.mark.parametrize(
-    ("codes", "named"), [((1, -9), r"process 1 of 2 .* was ended by signal 9"), ((-9, 1), "process 0 of 2")]
+    ("codes", "named"),
+    [
+        ((1, -9), r"process 1 of 2 .* was ended by signal 9"),
+        ((-11, -9), r"process 1 of 2 .* was ended by signal 9"),
+        ((-9, 6), "process 0 of 2"),
+        ((6, 1), "process 0 of 2 .* exit code 6"),
+    ],
 )
-def test_the_killed_process_is_named_also_where_its_loss_ended_the_other(
-    tmp_path: Path, codes: tuple[int, int], named: str
-) -> None:
-    launch = _launch()
-    launch._processes = [_Ended(code) for code in codes]  # type: ignore[misc]
-    with selectors.DefaultSelector() as pipes, pytest.raises(RankError, match=named):
-        launch._watch(tmp_path, pipes)
+def test_the_killed_process_is_named_also_where_its_loss_ended_the_other(codes: tuple[int, int], named: str) -> None:
+    launch = Launch("m", [], _hosts())
+    launch.processes = [_Ended(code) for code in codes]  # type: ignore[misc]
+    with pytest.raises(RankError, match=named):
+        launch._settled(_NO_PIPES)
+    launch.close()
 
 
-def test_a_first_process_that_ctrl_c_ends_before_it_could_listen_was_interrupted(tmp_path: Path) -> None:
-    launch = _launch()
+class _NoPipes:
+    def select(self, timeout: float) -> list[Any]:
+        return []
+
+
+_NO_PIPES: Any = _NoPipes()
+
+
+def test_a_first_process_that_ctrl_c_ends_before_it_could_listen_was_interrupted() -> None:
+    launch = Launch("m", [], _hosts())
     launch.stop()
-    launch._processes = [_Ended(-signal.SIGINT), _Ended(-signal.SIGINT)]  # type: ignore[misc]
-    with selectors.DefaultSelector() as pipes:
-        assert launch._watch(tmp_path, pipes) == 130
+    launch.processes = [_Ended(-signal.SIGINT), _Ended(-signal.SIGINT)]  # type: ignore[misc]
+    assert launch._settled(_NO_PIPES) == 130
+    launch.close()
 
 
-def test_processes_end_with_the_one_that_started_them() -> None:
-    """Nobody else would end them: they are in sessions of their own."""
+@pytest.mark.parametrize("wanted", ["whoever reads its signs", "whoever speaks to it"])
+def test_a_follower_ends_with_the_one_that_started_it(wanted: str) -> None:
+    """Nobody else would end it: it is in a session of its own, perhaps on another machine."""
     heard, said = os.pipe()
-    code = "import os, time; from qwq_mlx.cli.hosts import _beat; _beat(int(os.environ['PIPE']))"
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PIPE": str(said)}, pass_fds=[said])
+    code = (
+        "import os, threading; from qwq_mlx.cli import rank; from qwq_mlx.cli.follow import __main__ as follow\n"
+        "threading.Thread(target=follow._end_when_unwanted, args=(0,)).start()\n"
+        "rank._write_signs(1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=said)
     os.close(said)
-    assert os.read(heard, 1) == b"."
-    os.close(heard)
-    assert process.wait(timeout=20) == -signal.SIGKILL
+    assert json.loads(os.read(heard, 4096))["pid"] == process.pid
+    assert process.stdin is not None
+    if wanted == "whoever speaks to it":
+        process.stdin.close()
+    else:
+        os.close(heard)
+    assert process.wait(timeout=30) == -signal.SIGKILL
+    process.stdin.close()
+    if wanted == "whoever speaks to it":
+        os.close(heard)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _sign(**values: Any) -> dict[str, Any]:
+    return {"done": 0, "waiting_s": 0.0, "silent_s": {}, "faults": 0, **values}
+
+
+def _watch() -> tuple[Watch, _Clock]:
+    clock = _Clock()
+    return Watch(["a", "b"], clock=clock), clock
+
+
+def test_who_says_nothing_is_named_in_time() -> None:
+    watch, clock = _watch()
+    clock.now = START_S - 1
+    assert watch.failure() is None
+    watch.hear(0, _sign())
+    watch.hear(1, _sign())
+    clock.now += SILENT_S - 0.1
+    assert watch.failure() is None
+    watch.hear(0, _sign())
+    clock.now += 0.2
+    assert (watch.failure() or (None,))[0] == 1
+    other, clock = _watch()
+    clock.now = START_S + 0.1
+    assert other.failure() is not None
+
+
+def test_a_lost_link_is_named_only_where_both_ends_are_alive() -> None:
+    watch, clock = _watch()
+    watch.hear(0, _sign(silent_s={"1": SILENT_S + 0.5}))
+    watch.hear(1, _sign())
+    failure = watch.failure()
+    assert failure is not None and "and a have not heard each other" in failure[1] and failure[0] == 1
+    clock.now = 5.0  # the other is silent here, too: it may be stopped
+    watch.hear(0, _sign(silent_s={"1": SILENT_S + 5}))
+    assert watch.failure() is None
+
+
+def test_a_hang_and_a_machine_that_swaps_are_told_apart() -> None:
+    for faults, words in ((0, "it hangs"), (50_000, "it swaps")):
+        watch, clock = _watch()
+        for rank in range(2):
+            watch.hear(rank, _sign(waiting_s=1.0))
+            watch.hear(rank, _sign(done=7))
+        clock.now = STUCK_S + 1
+        watch.hear(0, _sign(done=7, waiting_s=STUCK_S + 1))
+        watch.hear(1, _sign(done=7, faults=faults))
+        failure = watch.failure()
+        assert failure is not None and failure[0] == 1 and words in failure[1]
+
+
+def test_slow_work_is_no_hang() -> None:
+    watch, clock = _watch()
+    for rank in range(2):
+        watch.hear(rank, _sign())
+    clock.now = FIRST_STUCK_S - 1  # kernels are compiled before the first pass
+    for rank in range(2):
+        watch.hear(rank, _sign(waiting_s=FIRST_STUCK_S - 1))
+    assert watch.failure() is None
+    for rank in range(2):
+        watch.hear(rank, _sign(done=1))
+    clock.now += 9 * (FIRST_STUCK_S - 1)  # a pass took that long once
+    for rank in range(2):
+        watch.hear(rank, _sign(done=1, waiting_s=9 * (FIRST_STUCK_S - 1)))
+    assert watch.failure() is None

@@ -123,7 +123,7 @@ def test_a_certain_id_has_no_negative_entropy_and_no_probability_above_one(model
     """Rounding gave an entropy of -1.9e-6 on the pocket, whose steps are often certain."""
     one = loop(model, temperature=0.0, max_tokens=1)
     for entropy, logprob in ((-1.9e-6, 1.2e-7), (0.5, -0.1)):
-        drawn = Drawn(mx.array([5], mx.uint32), mx.array([[logprob, entropy]]), None)
+        drawn = Drawn(mx.array([5], mx.uint32), mx.array([[logprob, entropy]]))
         one.row.pending = Pending(drawn, 0, None, None)
         token = one.next()
         assert token.entropy == pytest.approx(max(entropy, 0.0)) and token.logprob == pytest.approx(min(logprob, 0.0))

@@ -183,7 +183,7 @@ def test_a_drafter_that_cannot_be_is_refused_before_a_weight_is_read(
     def unread(*arguments: Any, **more: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("qwq_mlx.generate.reasoner.load_model", unread)
+    monkeypatch.setattr("qwq_mlx.generate.load_plan.load_model", unread)
     monkeypatch.setattr("qwq_mlx.generate.drafting.load_model", unread)
     other = write_tiny_checkpoint(tmp_path / "other", n_layers=1, **HEADS)
     path = other / "tokenizer.json"

@@ -14,7 +14,7 @@ from qwq_mlx.errors import OptionError
 from qwq_mlx.files.checkpoint import open_checkpoint
 from qwq_mlx.generate.reasoner import load
 from qwq_mlx.model.memory.plan import Workload, plan_memory, shape_of_facts
-from qwq_mlx.model.ranks import Ranks, read_part
+from qwq_mlx.model.ranks import read_part
 from qwq_mlx.model.tensor_parallel import check_ranks, possible_ranks, split_axis
 from qwq_mlx.options import Limits, Sampling
 
@@ -74,16 +74,6 @@ def _counted(read: list[int], fd: int, n: int, at: int) -> bytes:
     data: bytes = _pread(fd, n, at)
     read.append(len(data))
     return data
-
-
-def test_a_run_behind_a_stopped_one_is_not_stopped() -> None:
-    ranks = Ranks(mx.distributed.init())
-    ranks.wants_stop = True
-    ranks.begin()
-    assert ranks.wants_stop  # no rank has heard it yet
-    ranks.has_agreed_to_stop = True
-    ranks.begin()
-    assert not ranks.wants_stop and not ranks.has_agreed_to_stop
 
 
 def test_a_group_of_one_process_is_as_none(tmp_path: Path) -> None:

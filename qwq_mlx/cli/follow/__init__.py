@@ -1,0 +1,1 @@
+"""What `--hosts` starts for each rank but the first."""

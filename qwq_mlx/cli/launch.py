@@ -1,0 +1,261 @@
+"""Starts the processes that hold a model together, watches them, and ends them all; rank 0 is the user's own command.
+
+Rank 0 runs here, with this terminal, these files and this port, so every command works as in one process; the others
+only follow it (`follow`). Each rank is in a session of its own, and signals that come here go on to rank 0.
+
+Does not: decide where ranks run (`hosts` does), or what a failure looks like (`watch` does).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwq_mlx.cli.hosts import Hosts, ssh_command
+from qwq_mlx.cli.rank import BEAT_S, RANK_VARIABLE, RankSetup
+from qwq_mlx.cli.watch import SILENT_S, Watch
+from qwq_mlx.errors import RankError
+
+__all__ = ["Launch"]
+
+_LAST_S = 10.0  # for the other processes to end behind rank 0
+_SETTLE_S = 2.0  # for a failure to show itself in every process that it ends
+# MLX's ring sometimes ends in one of these where the process at its other end is gone.
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
+_LOST = 255  # what ssh exits with where the connection broke, or its process was ended by a signal
+
+
+class Launch:
+    """Runs one command as several processes; `work` returns the exit code of rank 0.
+
+    module: of the command, as qwq_mlx.generate. arguments: without --hosts. silent_s: as `Watch` takes it.
+    snapshots: the file in which rank 0 keeps its run; it is there until `close`.
+    """
+
+    def __init__(self, module: str, arguments: Sequence[str], hosts: Hosts, *, silent_s: float = SILENT_S) -> None:
+        self._command = [sys.executable, "-m", module, *arguments]
+        self._hosts = hosts
+        self._watch = Watch([host.name for host in hosts.ranks], silent_s=silent_s)
+        self._folder = tempfile.TemporaryDirectory(prefix="qwq-mlx-ranks-")
+        self.snapshots = Path(self._folder.name) / "run.json"
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._unread: dict[int, bytes] = {}
+        self._signals: list[int] = []
+
+    def forward(self, number: int) -> None:
+        """Hand a signal on to rank 0. Safe to call from a signal handler."""
+        self._signals.append(number)
+        if self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                self.processes[0].send_signal(number)
+
+    def stop(self) -> None:
+        """Ask rank 0 to end after the token under way."""
+        self.forward(signal.SIGINT)
+
+    def close(self) -> None:
+        """Forget what was kept of the run."""
+        self._folder.cleanup()
+
+    def work(self) -> int:
+        """Start all, wait for rank 0, and end what is left. Raises RankError naming the process that failed."""
+        with selectors.DefaultSelector() as pipes:
+            try:
+                self._start(pipes)
+                return self._wait(pipes)
+            finally:
+                self._end()
+                for key in list(pipes.get_map().values()):
+                    os.close(key.fd)
+
+    def _start(self, pipes: selectors.BaseSelector) -> None:
+        for rank in range(len(self._hosts.ranks)):
+            heard, said = os.pipe()
+            try:
+                self.processes.append(self._leader(said) if rank == 0 else self._follower(rank, said))
+            finally:
+                os.close(said)
+            pipes.register(heard, selectors.EVENT_READ, rank)
+        for number in self._signals:  # that came before rank 0 was there
+            self.forward(number)
+
+    def _setup(self, rank: int, signs: int = 1) -> RankSetup:
+        return self._hosts.setup(rank, signs=signs, snapshots=str(self.snapshots) if rank == 0 else "")
+
+    def _leader(self, said: int) -> subprocess.Popen[bytes]:
+        setup = self._setup(0, signs=said)
+        environment = {**os.environ, **setup.environment, RANK_VARIABLE: setup.to_json()}
+        return subprocess.Popen(self._command, env=environment, pass_fds=[said], start_new_session=True)
+
+    def _follower(self, rank: int, said: int) -> subprocess.Popen[bytes]:
+        host, setup = self._hosts.ranks[rank], self._setup(rank)
+        command = [host.python or sys.executable, "-m", "qwq_mlx.cli.follow"]
+        if host.ssh is not None:
+            command = [*ssh_command(), host.ssh, f"exec {shlex.join(command)}"]
+        with self._errors(rank).open("wb") as errors:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=said,
+                stderr=errors,
+                bufsize=0,
+                start_new_session=True,
+                env={**os.environ, **setup.environment},
+            )
+        assert process.stdin is not None, "it was asked for"
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(setup.to_json().encode() + b"\n")
+        os.set_blocking(process.stdin.fileno(), False)
+        return process
+
+    def _wait(self, pipes: selectors.BaseSelector) -> int:
+        told = 0.0
+        while True:
+            for key, _ in pipes.select(timeout=BEAT_S / 2):
+                self._hear(pipes, key)
+            if time.monotonic() - told > BEAT_S:
+                self._tell_followers()
+                told = time.monotonic()
+            codes = [process.poll() for process in self.processes]
+            if any(code is not None for code in codes):
+                return self._settled(pipes)
+            failure = self._watch.failure()
+            if failure is not None:
+                raise self._failed(*self._stopped_or(failure))
+
+    def _hear(self, pipes: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
+        data = os.read(key.fd, 1 << 16)
+        if not data:
+            pipes.unregister(key.fd)
+            os.close(key.fd)
+            return
+        *lines, self._unread[key.data] = (self._unread.get(key.data, b"") + data).split(b"\n")
+        for line in lines:
+            with contextlib.suppress(ValueError):  # a login script at the other end may print something
+                sign = json.loads(line)
+                if isinstance(sign, dict):
+                    self._watch.hear(key.data, sign)
+
+    def _tell_followers(self) -> None:
+        for process in self.processes[1:]:
+            with contextlib.suppress(OSError):  # it has ended, or its pipe is full
+                assert process.stdin is not None, "it was asked for"
+                os.write(process.stdin.fileno(), b"\n")
+
+    def _settled(self, pipes: selectors.BaseSelector) -> int:
+        """Some process has ended: whose fault it is, or the exit code of rank 0."""
+        until = time.monotonic() + _SETTLE_S
+        while time.monotonic() < until and self.processes[0].poll() is None:
+            for key, _ in pipes.select(timeout=BEAT_S / 2):
+                self._hear(pipes, key)
+        codes = [process.poll() for process in self.processes]
+        if codes[0] == -signal.SIGINT and self._signals:  # stopped before it could say so
+            return 128 + signal.SIGINT
+        is_dead = [code is not None and (code < 0 or self._is_lost(rank, code)) for rank, code in enumerate(codes)]
+        if codes[0] is None or codes[0] == RankError.exit_code or any(is_dead):
+            raise self._failed(*self._culprit())
+        return codes[0] or self._last()
+
+    def _is_lost(self, rank: int, code: int) -> bool:
+        return code == _LOST and self._hosts.ranks[rank].ssh is not None
+
+    def _culprit(self) -> tuple[int, str]:
+        """Who has ended, or stopped, before it could be the others' fault."""
+        codes = [process.poll() for process in self.processes]
+
+        def weight(rank: int) -> int:
+            code = codes[rank]
+            if code is None:
+                return 4 if self._is_stopped(rank) else 0
+            if code < 0:
+                return 2 if -code in _CRASHES else 5
+            return 3 if self._is_lost(rank, code) else 1 if code else 0
+
+        rank = max(range(len(codes)), key=weight)
+        code = codes[rank]
+        return rank, "is stopped" if code is None else _ended(code, is_remote=self._hosts.ranks[rank].ssh is not None)
+
+    def _stopped_or(self, failure: tuple[int, str]) -> tuple[int, str]:
+        """The first process that the system holds stopped; others that wait for it may be silent, too."""
+        stopped = next((rank for rank in range(len(self.processes)) if self._is_stopped(rank)), None)
+        return failure if stopped is None else (stopped, failure[1] if stopped == failure[0] else "is stopped")
+
+    def _is_stopped(self, rank: int) -> bool:
+        process = self.processes[rank]
+        if process.poll() is not None:
+            return False
+        try:
+            state = subprocess.run(
+                ["ps", "-o", "state=", "-p", str(process.pid)], check=False, capture_output=True, text=True
+            ).stdout
+        except OSError:  # a small system has no ps
+            return False
+        return state.strip().startswith("T")
+
+    def _last(self) -> int:
+        """Rank 0 is done: the others end by themselves."""
+        until = time.monotonic() + _LAST_S
+        for rank, process in enumerate(self.processes):
+            try:
+                code = process.wait(timeout=max(0.1, until - time.monotonic()))
+            except subprocess.TimeoutExpired as error:
+                raise self._failed(rank, f"did not end within {_LAST_S:.0f} s behind the first") from error
+            if code:
+                raise self._failed(rank, _ended(code, is_remote=self._hosts.ranks[rank].ssh is not None))
+        return 0
+
+    def _errors(self, rank: int) -> Path:
+        return Path(self._folder.name) / f"stderr-{rank}"
+
+    def _failed(self, rank: int, what: str) -> RankError:
+        path, pid = self._errors(rank), self._watch.pid(rank) or self.processes[rank].pid
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.exists() else []
+        said = f" It said: {lines[-1][:300]}" if lines else ""
+        who = f"process {rank} of {len(self.processes)} ({self._hosts.ranks[rank].name}, pid {pid})"
+        return RankError(f"{who} {what}; all were ended.{said}")
+
+    def _end(self) -> None:
+        remote = [
+            (host.ssh, self._watch.pid(rank))
+            for rank, host in enumerate(self._hosts.ranks[: len(self.processes)])
+            if host.ssh is not None and self.processes[rank].poll() != 0
+        ]
+        killers = [_killed_there(ssh, pid) for ssh, pid in remote if ssh is not None and pid is not None]
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    process.stdin.close()
+        for killer in killers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                killer.wait(timeout=_LAST_S)
+            killer.kill()
+            killer.wait()
+
+
+def _killed_there(ssh: str, pid: int) -> subprocess.Popen[bytes]:
+    """End a process of another machine, which an end of ssh alone does not where it is stopped."""
+    script = f"ps -p {pid} -o args= | grep -q qwq_mlx && kill -KILL {pid}"
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    return subprocess.Popen([*ssh_command(), ssh, script], start_new_session=True, **quiet)
+
+
+def _ended(code: int, *, is_remote: bool) -> str:
+    if code < 0:
+        return f"was ended by signal {-code} ({signal.Signals(-code).name})"
+    if is_remote and code == _LOST:
+        return "was ended by a signal, or the connection to its machine broke"
+    return f"ended with exit code {code}"

@@ -1,0 +1,118 @@
+"""A process that `--hosts` started: it joins MLX's group of all of them, and writes signs of life.
+
+A sign says more than that the process is there: what it has finished, how long it waits for others, whom it has not
+heard over the network, and how often memory was read from disk. Who is not read any more has nobody who would end it,
+and ends itself.
+
+Does not: judge signs (`watch` does), or start processes (`launch` does).
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import resource
+import signal
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["BEAT_S", "RANK_VARIABLE", "RankSetup", "join", "joined_group", "snapshot_path"]
+
+RANK_VARIABLE = "QWQ_MLX_RANK"  # tells rank 0, which has its user's arguments, what it is
+BEAT_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSetup:
+    """What a process has to know of the group.
+
+    rank: its own. addresses: "IP:port" of each rank, one or more of them. backend: MLX's, as its hostfiles name it.
+    rdma: devices of a jaccl hostfile, by rank. environment: further variables.
+    signs: open file that takes the signs of life. snapshots: file in which rank 0 keeps its run; "" for none.
+    """
+
+    rank: int
+    addresses: list[list[str]]
+    backend: str = "ring"
+    rdma: list[list[Any]] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    signs: int = 1
+    snapshots: str = ""
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+
+def snapshot_path() -> Path | None:
+    """Where this process is to keep its run while it goes on; None where nobody would read it."""
+    value = os.environ.get(RANK_VARIABLE)
+    path = "" if value is None else json.loads(value)["snapshots"]
+    return Path(path) if path else None
+
+
+@functools.cache
+def joined_group() -> Any | None:
+    """The group of processes that `--hosts` started this one in, as rank 0; None where it did not."""
+    value = os.environ.get(RANK_VARIABLE)
+    return None if value is None else join(RankSetup(**json.loads(value)))
+
+
+def join(setup: RankSetup) -> Any:
+    """Write signs of life from now on, and wait for all others. Raises what MLX raises where one cannot be reached."""
+    os.environ.update(setup.environment | _environment(setup))
+    threading.Thread(target=_write_signs, args=(setup.signs,), daemon=True, name="signs of life").start()
+    import mlx.core as mx
+
+    return mx.distributed.init(strict=True, backend=setup.backend.removesuffix("-ring"))
+
+
+def _environment(setup: RankSetup) -> dict[str, str]:
+    """The variables that MLX's backends read, as mlx.launch sets them."""
+    variables = {"MLX_RANK": str(setup.rank)}
+    if setup.backend == "ring":
+        variables["MLX_HOSTFILE"] = _written(setup.addresses)
+    elif setup.backend == "nccl":
+        host, _, port = setup.addresses[0][0].rpartition(":")
+        variables |= {"NCCL_HOST_IP": host, "NCCL_PORT": port, "MLX_WORLD_SIZE": str(len(setup.addresses))}
+    else:
+        variables |= {"MLX_JACCL_COORDINATOR": setup.addresses[0][0], "MLX_IBV_DEVICES": _written(setup.rdma)}
+        if setup.backend == "jaccl-ring":
+            variables["MLX_JACCL_RING"] = "1"
+    return variables
+
+
+def _written(value: Any) -> str:
+    """The name of a file with a value as JSON, which MLX reads once."""
+    with tempfile.NamedTemporaryFile("w", prefix="qwq-mlx-", suffix=".json", delete=False) as file:
+        json.dump(value, file)
+    atexit.register(lambda: Path(file.name).unlink(missing_ok=True))
+    return file.name
+
+
+def _write_signs(descriptor: int) -> None:
+    try:
+        while True:
+            os.write(descriptor, (json.dumps(_sign()) + "\n").encode())
+            time.sleep(BEAT_S)
+    except OSError:  # whoever started and watched this process is gone
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _sign() -> dict[str, Any]:
+    from qwq_mlx.engine.ranks.activity import activity
+    from qwq_mlx.engine.ranks.link import open_links
+
+    return {
+        "pid": os.getpid(),
+        "done": activity.n_done,
+        "waiting_s": activity.waiting_s,
+        "silent_s": {str(link.peer): link.silent_s for link in list(open_links)},
+        "faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
+    }

@@ -1,0 +1,100 @@
+"""Signs of life of several processes that hold a model together: who has failed, and how.
+
+Collectives have no deadline, so whoever waits in one for a process that is gone waits for ever. There are three ways to
+fail, and each is named: a process says nothing (it is dead or stopped, or its machine is gone); two processes do not
+hear each other though both are heard here (their link is lost); all are heard and nobody finishes anything.
+
+Does not: read signs or end anything (`launch` does).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["START_S", "Watch"]
+
+START_S = 60.0
+"""Until a process says something first: it imports, beside all others, perhaps over ssh."""
+SILENT_S = 9.0
+"""A busy machine lets a process wait for seconds."""
+STUCK_S = 30.0
+"""In which somebody has to finish something; ten times the longest wait so far where that is more."""
+FIRST_STUCK_S = 300.0
+"""The same before anything was waited for: kernels are compiled, and weights are read from a slow disk."""
+_FRESH_S = 3.0
+_MANY_FAULTS = 1_000
+
+
+class Watch:
+    """names: of each process, for messages. silent_s: after which one has failed. clock: seconds."""
+
+    def __init__(
+        self, names: Sequence[str], *, silent_s: float = SILENT_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._names, self._silent_s, self._clock = list(names), silent_s, clock
+        self._started = self._moved = clock()
+        self._heard: list[float | None] = [None] * len(names)
+        self._last: list[Mapping[str, Any]] = [{} for _ in names]
+        self._faults: list[int] = [0] * len(names)  # when somebody finished something last
+        self._slowest_s = 0.0
+
+    def hear(self, rank: int, sign: Mapping[str, Any]) -> None:
+        """Take a sign of life."""
+        before, now = self._last[rank], self._clock()
+        self._heard[rank], self._last[rank] = now, sign
+        if sign.get("done", 0) != before.get("done", 0):
+            self._slowest_s = max(self._slowest_s, before.get("waiting_s", 0.0))
+            self._moved = now
+            self._faults = [each.get("faults", 0) for each in self._last]
+
+    def pid(self, rank: int) -> int | None:
+        """Of a process, as it says itself."""
+        return self._last[rank].get("pid")
+
+    def failure(self) -> tuple[int, str] | None:
+        """The process that has failed, and what is wrong with it; None while all is well."""
+        return self._silent() or self._lost_link() or self._stuck()
+
+    def _age(self, rank: int) -> float:
+        heard = self._heard[rank]
+        return self._clock() - (self._started if heard is None else heard)
+
+    def _silent(self) -> tuple[int, str] | None:
+        ages = [
+            (self._age(rank) - (START_S if heard is None else self._silent_s), rank)
+            for rank, heard in enumerate(self._heard)
+        ]
+        late, rank = max(ages)
+        if late <= 0:
+            return None
+        limit = START_S if self._heard[rank] is None else self._silent_s
+        return rank, f"gave no sign of life for {limit:.0f} s (it is stopped, or its machine or network is gone)"
+
+    def _lost_link(self) -> tuple[int, str] | None:
+        for rank, sign in enumerate(self._last):
+            for peer, silent_s in sign.get("silent_s", {}).items():
+                other = int(peer)
+                if silent_s > self._silent_s and max(self._age(rank), self._age(other)) < _FRESH_S:
+                    culprit = max(rank, other)
+                    return culprit, (
+                        f"and {self._names[min(rank, other)]} have not heard each other for {silent_s:.0f} s, though "
+                        "both are alive: the network between them is lost"
+                    )
+        return None
+
+    def _stuck(self) -> tuple[int, str] | None:
+        waiting_s = max(each.get("waiting_s", 0.0) for each in self._last)
+        limit = max(STUCK_S, 10 * self._slowest_s) if self._slowest_s else FIRST_STUCK_S
+        if min(waiting_s, self._clock() - self._moved) < limit:
+            return None
+        faults = [each.get("faults", 0) - before for each, before in zip(self._last, self._faults, strict=True)]
+        most = max(range(len(faults)), key=faults.__getitem__)
+        if faults[most] > _MANY_FAULTS:
+            return most, (
+                f"finished nothing for {limit:.0f} s and read {faults[most]:,} pages of its memory from disk "
+                "meanwhile: it swaps. Give it less (fewer bits, a smaller context), or end what else runs there"
+            )
+        behind = min(range(1, len(self._last)), key=lambda rank: self._last[rank].get("done", 0))
+        return behind, f"and the others wait for each other for {limit:.0f} s and finish nothing: it hangs"

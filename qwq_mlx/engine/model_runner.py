@@ -1,0 +1,116 @@
+"""Feeds ids of rows to one model, each row with its KV cache (nano-vllm's model runner): prompts, and passes of a step.
+
+Where several processes hold the model, this is rank 0, and what it does the others are told to do with their parts.
+
+Does not: draw, or know rows (`decoder` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from qwq_mlx.engine.activation_taps import ActivationTaps
+from qwq_mlx.engine.kv_cache import grow
+from qwq_mlx.engine.ranks.activity import activity
+from qwq_mlx.engine.ranks.leader import leader_of, mirror_of
+from qwq_mlx.model.attention import joined
+from qwq_mlx.model.ranks import ranks_of
+
+__all__ = ["ModelRunner", "feed_prompt", "may_batch", "run_pass"]
+
+
+class ModelRunner:
+    """module: mlx_lm's Qwen2. reproducible: rows never attend in a batch.
+
+    taps: of the hidden states of the last pass.
+    """
+
+    def __init__(self, module: Any, *, reproducible: bool = False) -> None:
+        self._module = module
+        self._leader = leader_of(module)
+        self._may_batch = may_batch(reproducible=reproducible)
+        self.taps = ActivationTaps(module)
+
+    def prefill(self, cache: Sequence[Any], ids: Sequence[int]) -> None:
+        """Feed ids behind what the cache holds, without the output matrix; waits for it."""
+        if self._leader is not None:
+            self._leader.tell("prefill", {"row": _row(cache), "ids": list(ids)})
+        feed_prompt(self._module, cache, ids)
+
+    def logits(
+        self,
+        caches: Sequence[Sequence[Any]],
+        fed: Sequence[Sequence[int]] | mx.array,
+        n_each: Sequence[int],
+        *,
+        hidden_layers: Collection[int] = (),
+    ) -> mx.array:
+        """The logits behind each id, or behind the last of a single row's ids; unread, (ids, vocab).
+
+        fed: (ids, 1), the rows' ids one after another, or (1, n) of a single row; an array may be unread. n_each: ids
+        of each row.
+        """
+        is_read = not isinstance(fed, mx.array)
+        ids = fed if isinstance(fed, mx.array) else mx.array([list(each) for each in fed])
+        if self._leader is not None:
+            rows = [[*_row(cache), n] for cache, n in zip(caches, n_each, strict=True)]
+            self._leader.tell("pass", {"rows": rows, "shape": list(ids.shape), "ids": fed if is_read else None})
+            if not is_read:
+                ids = mx.distributed.all_sum(ids.astype(mx.uint32), group=self._leader.group)
+        module = self.taps.module(hidden_layers)
+        logits: mx.array = run_pass(module, ids, caches, n_each, may_batch=self._may_batch)[:, -1]
+        if self._leader is not None:  # each pass on its own, so that all ranks meet in the same order
+            mx.async_eval(logits)  # type: ignore[no-untyped-call]
+        return logits
+
+    def take_stop(self) -> bool:
+        """Whether another process was asked to stop since the last call."""
+        return self._leader is not None and self._leader.take_stop()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within it a pass is waited for, perhaps for other processes, too."""
+        if self._leader is None:
+            yield
+            return
+        with activity.waiting():
+            yield
+
+
+def may_batch(*, reproducible: bool) -> bool:
+    """Whether rows may attend in a batch here."""
+    return mx.default_device().type != mx.cpu and not reproducible
+
+
+def feed_prompt(module: Any, cache: Sequence[Any], ids: Sequence[int]) -> None:
+    """Feed ids to one cache; waits for it."""
+    grow(cache, len(ids))
+    # without the output matrix: only the last id's logits are asked for
+    result, ranks = module.model(mx.array([list(ids)]), cache=cache), ranks_of(module)
+    with activity.waiting():
+        if ranks is not None and ranks.sends:
+            mx.eval(result)
+        for layer in cache:
+            mx.eval(layer.state)  # one by one: the device's queue would hold the intermediates of many layers
+            activity.step()
+
+
+def run_pass(
+    module: Any, ids: mx.array, caches: Sequence[Sequence[Any]], n_each: Sequence[int], *, may_batch: bool
+) -> Any:
+    """One pass of a module over ids (rows, n) or (ids, 1); unread."""
+    for cache, n in zip(caches, n_each, strict=True):
+        grow(cache, n)
+    n_fed = None if ids.shape[1] > 1 else n_each
+    return module(ids, cache=joined(caches, n_fed, may_batch=may_batch))
+
+
+def _row(cache: Sequence[Any]) -> list[int]:
+    """How the other ranks find their part of a cache, and how many positions of it count."""
+    mirror = mirror_of(cache)
+    assert mirror is not None, "new_cache gives every cache of a shared model a mirror"
+    return [mirror.key, int(cache[0].offset)]

@@ -1,0 +1,47 @@
+"""Whether this process makes progress, for whoever watches it from outside: a beating thread alone does not tell, for
+it goes on while the process waits for ever inside a collective.
+
+Does not: judge how long is too long (`cli.watch` does).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["Activity", "activity"]
+
+
+class Activity:
+    """n_done: passes, prefilled chunks and loaded layers that are finished."""
+
+    def __init__(self) -> None:
+        self.n_done = 0
+        self._since: float | None = None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within it this process waits for the device, and so perhaps for other processes; it counts when it ends."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+        self.n_done += 1
+
+    def step(self) -> None:
+        """Count something that is finished within a long wait."""
+        self.n_done += 1
+        if self._since is not None:
+            self._since = time.monotonic()
+
+    @property
+    def waiting_s(self) -> float:
+        """Seconds of the wait under way; 0 without one."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+
+activity = Activity()
+"""That of this process: it holds a part of one model at a time."""

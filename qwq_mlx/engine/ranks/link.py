@@ -1,0 +1,203 @@
+"""The connections between rank 0 and each other rank: JSON messages over TCP, and an empty one every half second.
+
+They run over the same network as MLX's own connections, which say nothing when a cable is pulled: a peer whose beats
+stay away is lost, whatever its last message was. Messages go ahead of the arrays, so that the next pass is known to all
+before the last one is done.
+
+Does not: encrypt, as MLX's ring does not either; who connects has to know a number that rank 0 sent through MLX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import queue
+import secrets
+import socket
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from qwq_mlx.errors import RankError
+
+__all__ = ["Link", "connect_all", "open_links"]
+
+_BEAT_S = 0.5
+_CONNECT_S = 30.0
+_MAX_BYTES = 1 << 30
+_LENGTH = struct.Struct(">I")
+_HELLO = struct.Struct(">16sI")  # the number that both know, and the rank
+
+
+open_links: weakref.WeakSet[Link] = weakref.WeakSet()
+"""Of this process."""
+
+
+class Link:
+    """One connection. peer: the rank at its other end. is_asked_to_stop: there, by a Ctrl-C."""
+
+    def __init__(self, connection: socket.socket, peer: int) -> None:
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.peer = peer
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._heard = time.monotonic()
+        self.is_closed = False
+        self.is_asked_to_stop = False
+        for work in (self._read, self._beat):
+            threading.Thread(target=work, daemon=True, name=f"link-{peer}-{work.__name__}").start()
+        open_links.add(self)
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the peer was last heard."""
+        return time.monotonic() - self._heard
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Raises RankError where the peer has gone."""
+        self._write(json.dumps(message, separators=(",", ":")).encode())
+
+    def receive(self) -> dict[str, Any]:
+        """The next message; waits for it. Raises RankError where the peer has gone."""
+        message = self._messages.get()
+        if message is None:
+            self._messages.put(None)
+            raise self._gone()
+        return dict(message)
+
+    def close(self) -> None:
+        """End the connection; the peer's `receive` then raises."""
+        self.is_closed = True
+        open_links.discard(self)
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+    def _gone(self) -> RankError:
+        return RankError(f"Process {self.peer} is gone: it has closed its connection.")
+
+    def _write(self, data: bytes) -> None:
+        try:
+            with self._sending:
+                self._connection.sendall(_LENGTH.pack(len(data)) + data)
+        except OSError as error:
+            raise self._gone() from error
+
+    def _beat(self) -> None:
+        with contextlib.suppress(RankError):
+            while not self.is_closed:
+                self._write(b"")
+                time.sleep(_BEAT_S)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                [n_bytes] = _LENGTH.unpack(_exactly(self._connection, _LENGTH.size))
+                if n_bytes > _MAX_BYTES:
+                    raise ValueError(f"a message of {n_bytes:,} bytes")
+                data = _exactly(self._connection, n_bytes)
+                self._heard = time.monotonic()
+                message = json.loads(data) if data else {}
+                if message.get("stop"):
+                    self.is_asked_to_stop = True
+                elif message:
+                    self._messages.put(message)
+        except (OSError, ValueError):  # it has gone, or is not what it should be
+            self.is_closed = True
+            self._messages.put(None)
+
+
+def _exactly(connection: socket.socket, n_bytes: int) -> bytes:
+    data = bytearray()
+    while len(data) < n_bytes:
+        part = connection.recv(min(n_bytes - len(data), 1 << 20))
+        if not part:
+            raise OSError("the connection was closed")
+        data += part
+    return bytes(data)
+
+
+def connect_all(group: Any) -> list[Link]:
+    """The links of this rank: to all others for rank 0, else to rank 0 alone. Every rank of the group calls it.
+
+    Raises RankError where somebody does not come within 30 s.
+    """
+    if group.rank() == 0:
+        return _accepted(group)
+    port, token = _shared(group, [0] * 5)
+    last: OSError | None = None
+    until = time.monotonic() + _CONNECT_S
+    addresses = leader_addresses(os.environ)
+    while time.monotonic() < until:
+        for address in addresses:
+            try:
+                connection = socket.create_connection((address, port), timeout=5)
+                connection.sendall(_HELLO.pack(token, group.rank()))
+                if connection.recv(1) == b"\x01":
+                    return [Link(connection, 0)]
+                connection.close()
+            except OSError as error:
+                last = error
+        time.sleep(0.2)
+    raise RankError(
+        f"Process {group.rank()} cannot reach process 0 at port {port} of {', '.join(addresses)} ({last}). Let its "
+        "firewall accept connections to Python."
+    )
+
+
+def _accepted(group: Any) -> list[Link]:
+    token = secrets.token_bytes(16)
+    links: dict[int, Link] = {}
+    with socket.create_server(("", 0), backlog=group.size()) as server:
+        _shared(group, [server.getsockname()[1], *struct.unpack(">4I", token)])
+        until = time.monotonic() + _CONNECT_S
+        while len(links) < group.size() - 1:
+            server.settimeout(max(0.1, until - time.monotonic()))
+            try:
+                connection, _ = server.accept()
+                connection.settimeout(5)
+                known, rank = _HELLO.unpack(_exactly(connection, _HELLO.size))
+            except OSError as error:
+                if time.monotonic() < until:
+                    continue
+                missing = [rank for rank in range(1, group.size()) if rank not in links]
+                raise RankError(
+                    f"Process {missing[0]} of {group.size()} did not connect to process 0 within {_CONNECT_S:.0f} s. "
+                    "Let this machine's firewall accept connections to Python."
+                ) from error
+            if hmac.compare_digest(known, token) and rank not in links and 0 < rank < group.size():
+                connection.sendall(b"\x01")
+                links[rank] = Link(connection, rank)
+            else:
+                connection.close()
+    return [links[rank] for rank in sorted(links)]
+
+
+def _shared(group: Any, numbers: Sequence[int]) -> tuple[int, bytes]:
+    """Port and token of rank 0."""
+    mine = mx.array(list(numbers), mx.uint32)
+    port, *words = cast("list[int]", mx.distributed.all_sum(mine, group=group).tolist())
+    return port, struct.pack(">4I", *words)
+
+
+def leader_addresses(environment: Any) -> list[str]:
+    """Where rank 0 may be reached, from what MLX's launchers put into the environment; this machine comes last."""
+    addresses: list[str] = []
+    hostfile = environment.get("MLX_HOSTFILE")
+    if hostfile and Path(hostfile).is_file():
+        with contextlib.suppress(ValueError, IndexError, TypeError):
+            addresses += [each.rpartition(":")[0] for each in json.loads(Path(hostfile).read_text())[0]]
+    for name in ("MLX_JACCL_COORDINATOR", "NCCL_HOST_IP"):
+        if value := environment.get(name):
+            addresses.append(value.partition(":")[0])
+    return list(dict.fromkeys([*addresses, "127.0.0.1"]))

@@ -1,0 +1,43 @@
+"""Whether two machines have the same model and the same versions, in an instant and without MLX.
+
+Does not: prove bytes (`background_verification` does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from qwq_mlx import __version__
+from qwq_mlx.files.manifest import MANIFEST_NAME
+
+__all__ = ["model_identity", "possible_folders", "versions"]
+
+
+def model_identity(folder: Path) -> str:
+    """The digest of a conversion's manifest, which has those of all bytes; else of names and sizes of all files."""
+    manifest = folder / MANIFEST_NAME
+    if manifest.is_file():
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()
+    files = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def possible_folders(folder: Path) -> list[str]:
+    """Where another machine may have a folder: at the same path, or at the same place below its user's home."""
+    path, home = folder.resolve(), Path.home()
+    below = [f"~/{path.relative_to(home)}"] if path.is_relative_to(home) else []
+    return [str(path), *below]
+
+
+def versions() -> dict[str, str]:
+    """Of what has to be the same on all machines; "" for what is not installed."""
+    return {"qwq_mlx": __version__, **{name: _version(name) for name in ("mlx", "mlx-lm")}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,188 @@
+"""The processes of a group before they compute: rank 0 leads (`load`), the others `follow` and load what it names.
+
+Nothing here waits inside a collective, so what is wrong on one machine (no folder, another model, too little memory) is
+told by rank 0 with that machine's name, before a weight is read.
+
+Does not: start processes (`--hosts` and mlx.launch do).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import platform
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwq_mlx.engine.ranks.activity import activity
+from qwq_mlx.engine.ranks.follower import Follower
+from qwq_mlx.engine.ranks.leader import Leader
+from qwq_mlx.engine.ranks.link import Link, connect_all
+from qwq_mlx.errors import LoadError, OptionError, QwqError, RankError
+from qwq_mlx.files.background_verification import BackgroundVerification
+from qwq_mlx.files.model_identity import model_identity, possible_folders, versions
+from qwq_mlx.model.device import limit_bytes
+from qwq_mlx.model.folder import open_model_folder
+from qwq_mlx.model.load import ComputeType, load_model
+
+__all__ = [
+    "begin_loading",
+    "follow",
+    "lead",
+    "smallest_limit",
+    "wait_until_loaded",
+]
+
+_leaders: list[Leader] = []  # MLX has one group of all processes, and so there is one leader
+
+
+def lead(group: Any) -> Leader:
+    """The leader of a group, in its rank 0; made once. Raises OptionError in any other rank, and RankError."""
+    if group.rank() != 0:
+        raise OptionError(f"group is that of process {group.rank()}; rank 0 alone loads. Call qwq_mlx.follow(group).")
+    if not _leaders:
+        _leaders.append(Leader(group, connect_all(group)))
+        atexit.register(_end, _leaders[0])
+    return _leaders[0]
+
+
+def _end(leader: Leader) -> None:
+    with contextlib.suppress(RankError):  # they have ended
+        leader.close()
+
+
+def smallest_limit(leader: Leader, folder: Path, own_bytes: int | None, *, follow_links: bool) -> int | None:
+    """Ask all ranks whether they have the model; the least memory that any of them gives, None where own_bytes is.
+
+    Raises LoadError naming the machine that lacks the model, or has another one or other versions.
+    """
+    asked = {
+        "folders": possible_folders(folder),
+        "identity": model_identity(folder),
+        "versions": versions(),
+        "follow_links": follow_links,
+    }
+    replies = leader.ask("plan", asked)
+    for link, reply in zip(leader.links, replies, strict=True):
+        _check(link, reply)
+    return None if own_bytes is None else min(own_bytes, *(int(reply["limit_bytes"]) for reply in replies))
+
+
+def begin_loading(
+    leader: Leader, *, compute_type: ComputeType | None, follow_links: bool, reproducible: bool, verify: bool
+) -> None:
+    """Let all ranks load their parts while this one loads its own; the settings are those of `load`."""
+    settings = {
+        "compute_type": compute_type,
+        "follow_links": follow_links,
+        "reproducible": reproducible,
+        "verify": verify,
+    }
+    leader.tell("load", settings)
+
+
+def wait_until_loaded(leader: Leader) -> None:
+    """Raises LoadError naming the machine that could not."""
+    with activity.waiting():
+        for link in leader.links:
+            _check(link, link.receive())
+
+
+def _check(link: Link, reply: Mapping[str, Any]) -> None:
+    if "error" in reply:
+        raise LoadError(f"Process {link.peer} ({reply.get('host')}): {reply['error']}")
+
+
+def follow(group: Any, *, folder: str | Path | None = None) -> None:
+    """Hold a part of the model that rank 0 loads, and compute with it, until rank 0 ends. For ranks other than 0.
+
+    group: from `mx.distributed.init`.
+    folder: of the model on this machine; None looks where rank 0 has it, and there below this user's home.
+    A Ctrl-C here reaches rank 0 and ends what runs after the token under way. Raises OptionError in rank 0, RankError
+    where rank 0 is gone, and what `load` raises.
+
+    >>> import mlx.core as mx
+    >>> group = mx.distributed.init()  # of one process here, which is rank 0
+    >>> if group.rank() > 0:
+    ...     qwq_mlx.follow(group)
+    """
+    if group.rank() == 0:
+        raise OptionError("group is that of rank 0, which leads the others. Call qwq_mlx.load(folder, group=group).")
+    [link] = connect_all(group)
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda *_: link.send({"stop": True})) if is_main else None
+    try:
+        _follow(link, group, None if folder is None else Path(folder))
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+
+
+def _follow(link: Link, group: Any, folder: Path | None) -> None:
+    follower: Follower | None = None
+    planned: Path | None = None
+    while True:
+        message = link.receive()
+        task = message["task"]
+        if task == "end":
+            return
+        if task == "plan":
+            follower = None  # of the model before
+            reply, planned = _planned(message, folder)
+            link.send(reply)
+        elif task == "load":
+            follower = _told(link, group, planned, message)
+        elif follower is not None:
+            follower.do(message)
+
+
+def _planned(message: Mapping[str, Any], folder: Path | None) -> tuple[dict[str, Any], Path | None]:
+    """What rank 0 is told of this machine, and where it has the model."""
+    host, own = platform.node(), versions()
+    if own != message["versions"]:
+        differing = [f"{name} {own.get(name)}, rank 0 {value}" for name, value in message["versions"].items()]
+        return {"host": host, "error": f"has other versions: {'; '.join(differing)}. Install the same."}, None
+    places = [str(folder)] if folder is not None else message["folders"]
+    found = next((path for each in places if (path := Path(each).expanduser()).is_dir()), None)
+    if found is None:
+        return {"host": host, "error": f"there is no model folder {' or '.join(places)}. Copy it there."}, None
+    try:
+        files = open_model_folder(found, follow_links=message["follow_links"])
+    except QwqError as error:
+        return {"host": host, "error": str(error)}, None
+    if model_identity(files.path) != message["identity"]:
+        return {"host": host, "error": f"{found} holds another model than rank 0 has. Copy that one there."}, None
+    return {"host": host, "limit_bytes": limit_bytes()}, found
+
+
+def _loaded(group: Any, folder: Path | None, message: Mapping[str, Any]) -> Follower:
+    assert folder is not None, "rank 0 loads what all have"
+    with activity.waiting():
+        model = load_model(
+            folder,
+            compute_type=message["compute_type"],
+            follow_links=message["follow_links"],
+            reproducible=message["reproducible"],
+            group=group,
+            progress=lambda n_done, n_layers: activity.step(),
+        )
+    check_model: Callable[[], None] | None = None
+    if message["verify"] and model.has_manifest:
+        verification = BackgroundVerification(model.folder)
+        verification.start()
+        check_model = verification.check
+    return Follower(model.module, group, reproducible=message["reproducible"], check_model=check_model)
+
+
+def _told(link: Link, group: Any, folder: Path | None, message: Mapping[str, Any]) -> Follower:
+    """A loaded part; rank 0 is told how it went."""
+    try:
+        follower = _loaded(group, folder, message)
+    except (QwqError, RuntimeError, MemoryError) as error:
+        link.send({"host": platform.node(), "error": str(error)})
+        raise
+    link.send({"host": platform.node()})
+    return follower
