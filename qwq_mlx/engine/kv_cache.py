@@ -19,15 +19,16 @@ import mlx.core as mx
 from qwq_mlx.engine.ranks.leader import leader_of, mirror_of
 from qwq_mlx.model.attention import quantized_cache_class
 from qwq_mlx.model.batched_cache import row_cache_class
-from qwq_mlx.model.memory.activations import n_positions
 from qwq_mlx.model.memory.plan import KV_GROUP
+from qwq_mlx.model.shared_prefix import MIN_SHARED, padded
 
 __all__ = [
     "Layer",
     "borrowed",
-    "copied_cache",
     "empty_cache",
     "filled_cache",
+    "fork_cache",
+    "forked_cache",
     "grow",
     "layer_arrays",
     "layers_of",
@@ -36,6 +37,7 @@ __all__ = [
     "take_out_of_batch",
 ]
 
+_NAMES = ("keys", "values")
 _PARTS = ("codes", "scales", "biases")
 
 
@@ -68,15 +70,9 @@ def grow(cache: Sequence[Any], n_ids: int) -> None:
     with it: twice the cache, every 256 ids. Here only one layer is held twice. An empty cache is left to its first use.
     """
     for each in cache:
-        needed = each.offset + n_ids
-        if each.room == 0 or needed <= each.room:
+        if each.room == 0 or each.offset + n_ids <= each.room:
             return  # all layers are of one length
-        for name in ("keys", "values"):
-            array_or_parts = getattr(each, name)
-            parts = [array_or_parts] if isinstance(array_or_parts, mx.array) else list(array_or_parts)
-            grown = [_padded(part[..., : each.offset, :], n_positions(needed)) for part in parts]
-            setattr(each, name, grown[0] if isinstance(array_or_parts, mx.array) else tuple(grown))
-            mx.eval(grown)
+        each.make_room(n_ids)
 
 
 def take_out_of_batch(cache: Sequence[Any]) -> None:
@@ -89,15 +85,15 @@ def take_out_of_batch(cache: Sequence[Any]) -> None:
 
 
 def layers_of(cache: Sequence[Any], n_ids: int) -> list[Layer]:
-    """What each layer holds for the first n_ids at most; views, not copies."""
+    """What each layer holds for the first n_ids at most; views, not copies, but for a row that shares its prefix."""
     n_ids = min(n_ids, cache[0].offset)
     layers = []
     for each in cache:
         arrays = {}
-        for name, array_or_parts in (("keys", each.keys), ("values", each.values)):
-            parts = {name: array_or_parts} if isinstance(array_or_parts, mx.array) else _named(name, array_or_parts)
+        for name in _NAMES:
+            parts = _named(name, each.whole(name))
             arrays.update({part: array[..., :n_ids, :] for part, array in parts.items()})
-        layers.append(Layer(arrays, next(iter(parts.values())).shape[2]))
+        layers.append(Layer(arrays, each.room))
     return layers
 
 
@@ -105,22 +101,33 @@ def filled_cache(module: Any, layers: Sequence[Layer], kv_bits: int | None = Non
     """A KV cache that holds what `layers_of` gave, with the capacity it had; of this process alone."""
     cache = empty_cache(module, kv_bits)
     for each, layer in zip(cache, layers, strict=True):
-        for name in ("keys", "values"):
+        for name in _NAMES:
             parts = [name] if kv_bits is None else list(_named(name, _PARTS))
-            padded = tuple(_padded(layer.arrays[part], layer.capacity) for part in parts)
-            setattr(each, name, padded[0] if kv_bits is None else padded)
+            each.set_own(name, [padded(layer.arrays[part], layer.capacity) for part in parts])
         each.offset = layer.arrays[parts[0]].shape[2]
     return cache
 
 
-def copied_cache(module: Any, cache: Sequence[Any], n_ids: int, kv_bits: int | None = None) -> list[Any]:
-    """A KV cache of its own that holds the first n_ids positions of another one, as far as that has them."""
-    copied, mirror = filled_cache(module, layers_of(cache, n_ids), kv_bits), mirror_of(cache)
+def forked_cache(module: Any, cache: Sequence[Any], n_ids: int, kv_bits: int | None = None) -> list[Any]:
+    """A KV cache that begins as another one does, with n_ids positions at most, which are not copied if they are many;
+    of this process alone."""
+    n_ids = min(n_ids, cache[0].offset)
+    if n_ids < MIN_SHARED:
+        return filled_cache(module, layers_of(cache, n_ids), kv_bits)
+    forked = empty_cache(module, kv_bits)
+    for each, source in zip(forked, cache, strict=True):
+        each.prefix, each.offset = source.share(n_ids), n_ids
+    return forked
+
+
+def fork_cache(module: Any, cache: Sequence[Any], n_ids: int, kv_bits: int | None = None) -> list[Any]:
+    """`forked_cache` in every process that holds the model."""
+    forked, mirror = forked_cache(module, cache, n_ids, kv_bits), mirror_of(cache)
     if mirror is not None:
-        leader, n_copied = mirror.leader, copied[0].offset
-        key = leader.mirror(copied).key
-        leader.tell("copy", {"source": mirror.key, "n_ids": n_copied, "key": key, "kv_bits": kv_bits})
-    return copied
+        leader, n_held = mirror.leader, forked[0].offset
+        key = leader.mirror(forked).key
+        leader.tell("fork", {"source": mirror.key, "n_ids": n_held, "key": key, "kv_bits": kv_bits})
+    return forked
 
 
 @contextmanager
@@ -130,16 +137,15 @@ def borrowed(cache: Sequence[Any], n_ids: int) -> Iterator[None]:
     Only the positions behind n_ids are copied. A cache that grew meanwhile has its room from before again, because who
     attends over the whole room (a quantized cache) rounds otherwise in a larger one.
     """
-    offset, mirror = cache[0].offset, mirror_of(cache)
+    prefixes, offset, mirror = [each.prefix for each in cache], cache[0].offset, mirror_of(cache)
     if mirror is not None:
         mirror.leader.tell("borrow", {"row": [mirror.key, offset], "n_ids": n_ids})
-    before = layers_of(cache, offset)
-    capacity = before[0].capacity
-    tails = [
-        {name: _padded(array[..., n_ids:, :], offset - n_ids + 1) for name, array in layer.arrays.items()}
-        for layer in before
+    own_room, start = cache[0].room - cache[0].n_shared, max(0, n_ids - cache[0].n_shared)
+    n_own = offset - cache[0].n_shared
+    tails = [  # one position of padding makes each a copy
+        {name: [padded(part[..., start:n_own, :], n_own - start + 1) for part in each.own(name)] for name in _NAMES}
+        for each in cache
     ]
-    del before  # views would keep every layer's arrays twice
     mx.eval(tails)
     for each in cache:
         each.trim(offset - n_ids)
@@ -148,24 +154,21 @@ def borrowed(cache: Sequence[Any], n_ids: int) -> Iterator[None]:
     finally:
         if mirror is not None:
             mirror.leader.tell("give_back")
-        for each, tail in zip(cache, tails, strict=True):
-            for name in ("keys", "values"):
-                array_or_parts = getattr(each, name)
-                is_plain = isinstance(array_or_parts, mx.array)
-                parts = {name: array_or_parts} if is_plain else _named(name, array_or_parts)
-                restored = [_restored(array, tail[part], n_ids, capacity) for part, array in parts.items()]
-                setattr(each, name, restored[0] if is_plain else tuple(restored))
-                mx.eval(restored)
-            each.offset = offset
+        for each, tail, prefix in zip(cache, tails, prefixes, strict=True):
+            for name in _NAMES:
+                both = zip(each.own(name), tail[name], strict=False)  # it had none, but may have got some meanwhile
+                each.set_own(name, [_restored(part, before, start, own_room) for part, before in both])
+            each.prefix, each.offset = prefix, offset
 
 
-def _restored(array: mx.array, tail: mx.array, n_ids: int, capacity: int) -> mx.array:
-    """An array with its tail, which ends in one position of padding, from n_ids on, and the room from before."""
+def _restored(array: mx.array, tail: mx.array, start: int, room: int) -> mx.array:
+    """An array with its tail, which ends in one position of padding, from `start` on, and the room from before."""
     n_tail = tail.shape[2] - 1
-    if array.shape[2] != capacity:
-        array = _padded(array[..., : min(array.shape[2], n_ids), :], capacity)
+    if array.shape[2] != room:
+        array = padded(array[..., :start, :], room)
     if n_tail:
-        array[..., n_ids : n_ids + n_tail, :] = tail[..., :n_tail, :]
+        array[..., start : start + n_tail, :] = tail[..., :n_tail, :]
+    mx.eval(array)
     return array
 
 
@@ -187,8 +190,7 @@ def saved_layers(arrays: Mapping[str, mx.array], capacities: Sequence[int]) -> l
 
 
 def _named(name: str, parts: Sequence[Any]) -> dict[str, Any]:
+    """The parts of keys or values by their names; one alone has that of both."""
+    if len(parts) == 1:
+        return {name: parts[0]}
     return {f"{name}.{kind}": part for kind, part in zip(_PARTS, parts, strict=True)}
-
-
-def _padded(array: mx.array, capacity: int) -> mx.array:
-    return mx.pad(array, [(0, 0), (0, 0), (0, capacity - array.shape[2]), (0, 0)])

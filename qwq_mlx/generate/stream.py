@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from qwq_mlx.engine.decoder import Decoder
-from qwq_mlx.engine.kv_cache import copied_cache, layer_arrays, take_out_of_batch
+from qwq_mlx.engine.kv_cache import fork_cache, layer_arrays, take_out_of_batch
 from qwq_mlx.engine.ranks.whole_cache import whole_layers
 from qwq_mlx.errors import GenerationError, OptionError, SavingError
 from qwq_mlx.files.output_file import lies_in
@@ -191,7 +191,8 @@ class Stream:
         """Another run with the first `at` output tokens of this one and draws of its own from there; no prefill.
 
         at: 0 shares the prompt alone, so the ids are those of a run with that seed.
-        This run is not touched. Raises OptionError for a token that is not there yet.
+        What both have in common is in memory once, from 256 positions on. This run is not touched. Raises OptionError
+        for a token that is not there yet.
         """
         steps = self.run.steps
         if not 0 <= at <= len(steps):
@@ -203,7 +204,7 @@ class Stream:
         cache = None
         if has_cache:
             module, kv_bits = request.model.module, request.plan.workload.kv_bits
-            cache = copied_cache(module, row.cache, len(request.prompt_ids) + at - 1, kv_bits)
+            cache = fork_cache(module, row.cache, len(request.prompt_ids) + at - 1, kv_bits)
         other.restore(self.run.dump().until(at, texts=[step.text for step in steps]), cache)
         other.run.output.steps = steps[:at]  # with what was seen of them
         return other

@@ -27,6 +27,7 @@ import mlx.core as mx
 
 from qwq_mlx.model.batched_cache import BatchedLayer, batched, row_cache_class
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
+from qwq_mlx.model.shared_prefix import SharesPrefix, attend_behind
 from qwq_mlx.model.upstream import import_mlx_lm
 
 __all__ = ["RowCaches", "attention_class", "joined", "quantized_cache_class"]
@@ -36,16 +37,19 @@ __all__ = ["RowCaches", "attention_class", "joined", "quantized_cache_class"]
 def quantized_cache_class() -> type[Any]:
     """mlx_lm's QuantizedKVCache(group_size, bits), whose attention reads all of its room.
 
-    keys and values stay tuples of codes, scales and biases, (1, heads, room, width) each, of whose positions the first
-    `offset` are filled.
+    keys and values stay codes, scales and biases, (1, heads, room, width) each, of whose positions the first `offset`
+    are filled; behind a shared prefix they are its own (`shared_prefix`).
     """
     home = import_mlx_lm("mlx_lm.models.cache")
 
-    class WholeQuantizedCache(home.QuantizedKVCache):  # type: ignore[misc, name-defined]
-        @property
-        def room(self) -> int:
-            """Positions that it has room for; 0 before its first use."""
-            return 0 if self.keys is None else int(self.keys[0].shape[2])
+    class WholeQuantizedCache(SharesPrefix, home.QuantizedKVCache):  # type: ignore[misc, name-defined]
+        def update_and_fetch(self, keys: mx.array, values: mx.array) -> None:
+            """Append positions; attention reads `whole`."""
+            if self.prefix is None:
+                super().update_and_fetch(keys, values)
+                return
+            packing: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
+            self.append(mx.quantize(keys, **packing), mx.quantize(values, **packing))
 
         def make_mask(self, n_ids: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
             """(n_ids, room after them), true where an id of the next n_ids may look."""
@@ -107,7 +111,7 @@ def joined(
     a row alone.
     """
     n_fed = n_fed or [1] * len(caches)
-    if list(n_fed) == [1]:
+    if list(n_fed) == [1] and not (may_batch and _is_behind_prefix(caches[0])):
         return caches[0]
     offset = mx.array([row[0].offset + place for row, n in zip(caches, n_fed, strict=True) for place in range(n)])
     # On CUDA attention of several ids at once makes a plan for each new length of the cache, about 1 ms a layer.
@@ -120,21 +124,26 @@ def _row_groups(caches: Sequence[Sequence[Any]], n_fed: Sequence[int], *, may_ba
     """The groups of a pass, each by layer."""
     starts = itertools.accumulate(n_fed, initial=0)
     places = {place: range(start, start + n) for place, (start, n) in enumerate(zip(starts, n_fed, strict=False))}
-    rooms: dict[int, list[int]] = {}
+    rooms: dict[tuple[int, int], list[int]] = {}
     for place, (row, n) in enumerate(zip(caches, n_fed, strict=True)):
         if may_batch and type(row[0]) is row_cache_class() and row[0].offset + n <= row[0].room:
-            rooms.setdefault(row[0].room, []).append(place)
+            rooms.setdefault((row[0].room, id(row[0].prefix)), []).append(place)
     groups = []
-    for room, candidates in rooms.items():
+    for (room, _), candidates in rooms.items():
         most = max(n_fed[place] for place in candidates)
         together = [place for place in candidates if caches[place][0].offset + most <= room]
-        if len(together) > 1:
+        if len(together) > 1 or (together and _is_behind_prefix(caches[together[0]])):
             layers = batched([caches[place] for place in together])
             own = [places.pop(place) for place in together]
             several = _several([list(each) for each in own]) if most > 1 else None
             at = [place for each in own for place in each]
             groups.append([RowGroup(layer, at, several) for layer in layers])
     return [*groups, *([RowGroup(layer, at) for layer in caches[place]] for place, at in places.items())]
+
+
+def _is_behind_prefix(row: Sequence[Any]) -> bool:
+    """Whether a batch of this row alone is worth it: else what it shares is copied in each pass."""
+    return type(row[0]) is row_cache_class() and row[0].prefix is not None
 
 
 def _several(places: Sequence[list[int]]) -> SeveralEach:
@@ -189,7 +198,7 @@ def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, 
         query, key, value = (_at(each, places) for each in (queries, keys, values))
         if isinstance(cache, BatchedLayer):
             key, value, mask = cache.update_and_fetch(key, value, _at(rows.offset, places), [1] * len(places))
-            mixed.append(_over_floats(query, key, value, None, scale, mask))
+            mixed.append(_over_batch(query, key, value, cache, scale, mask))
         elif len(places) == 1:
             mixed.append(_row(query, key, value, cache, scale))
         else:
@@ -222,7 +231,7 @@ def _batch_of_several(
 
     query, key, value = (by_row(each) for each in (queries, keys, values))
     key, value, mask = batch.update_and_fetch(key, value, rows.offset[several.fed[:: several.n]], several.n_each)
-    mixed = _over_floats(query, key, value, None, scale, mask)
+    mixed = _over_batch(query, key, value, batch, scale, mask)
     mixed = mixed.transpose(0, 2, 1, 3).reshape(-1, mixed.shape[1], 1, mixed.shape[3])
     return mixed if several.picked is None else mixed[several.picked]
 
@@ -248,22 +257,31 @@ def _row(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale:
 def _one_by_one(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float) -> mx.array:
     """The same with the bits that passes of one id give."""
     before, n_ids = cache.offset, queries.shape[2]
-    keys, values = cache.update_and_fetch(keys, values)
+    fetched = cache.update_and_fetch(keys, values)
     mixed = []
     for place in range(n_ids):
         query, n_seen = queries[:, :, place : place + 1], before + place + 1
         if isinstance(cache, quantized_cache_class()):
-            mask = mx.arange(cache.keys[0].shape[2]) < n_seen
+            mask = mx.arange(cache.room) < n_seen
             mixed.append(_attend(query * scale, cache, mask[None]))
         else:
-            seen = keys[..., :n_seen, :], values[..., :n_seen, :]
-            mixed.append(_over_floats(query, *seen, cache, scale, None))
+            keys, values = (each[..., :n_seen, :] for each in fetched)
+            mixed.append(_over_floats(query, keys, values, cache, scale, None))
     return mx.concatenate(mixed, axis=2)
 
 
 def _over_floats(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any) -> mx.array:
     mixed: mx.array = _base().scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
     return mixed
+
+
+def _over_batch(
+    queries: mx.array, keys: mx.array, values: mx.array, batch: BatchedLayer, scale: float, mask: Any
+) -> mx.array:
+    """keys, values: of a batch, behind what its rows share."""
+    if batch.prefix is None:
+        return _over_floats(queries, keys, values, None, scale, mask)
+    return attend_behind(batch.prefix, queries, keys, values, scale, mask)
 
 
 @functools.cache
@@ -273,15 +291,15 @@ def _base() -> Any:
 
 def _attend(queries: mx.array, cache: Any, mask: mx.array) -> mx.array:
     """(1, heads, n_ids, width) of scaled queries against all of a cache's room; mask: (n_ids, room)."""
-    n_kv_heads, room = cache.keys[0].shape[1:3]
+    codes, scales, biases = cache.whole("keys")
+    n_kv_heads, room = codes.shape[1:3]
     packing: dict[str, Any] = {"group_size": cache.group_size, "bits": cache.bits}
     # (1, key heads, rows, width): the query heads of a key head, one after another
     rows = queries.reshape(queries.shape[0], n_kv_heads, -1, queries.shape[-1])
-    codes, scales, biases = cache.keys
     scores = mx.quantized_matmul(rows, codes, scales, biases, transpose=True, **packing)
     scores = scores.reshape(*queries.shape[:3], room)
     scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
     weights = mx.softmax(scores, axis=-1, precise=True).reshape(*rows.shape[:3], room)
-    codes, scales, biases = cache.values
+    codes, scales, biases = cache.whole("values")
     mixed = mx.quantized_matmul(weights, codes, scales, biases, transpose=False, **packing)
     return mixed.reshape(queries.shape)

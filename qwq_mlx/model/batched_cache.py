@@ -6,6 +6,9 @@ not measured on Metal. Only rows with room for equally many positions share a ba
 
 A row's own cache stays what everybody else sees: who reads its `keys` or `values` takes the row out of its batch.
 
+Rows that share their beginning (`shared_prefix`) have only what is behind it in the batch, and share a batch only with
+each other.
+
 Rows may feed several ids, and not equally many: what a row lacks is filled by its last id, whose keys are written
 behind the row's end, where nobody looks before they are written anew.
 
@@ -21,6 +24,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from qwq_mlx.model.shared_prefix import SharesPrefix
 from qwq_mlx.model.upstream import import_mlx_lm
 
 __all__ = ["BatchedLayer", "batched", "row_cache_class"]
@@ -29,14 +33,16 @@ _NAMES = ("keys", "values")
 
 
 class BatchedLayer:
-    """One layer's keys and values of some rows.
+    """One layer's keys and values of some rows, behind what they share.
 
+    prefix: what they share, None for nothing.
     arrays: (rows, heads, room, width) each.
     """
 
     def __init__(self, members: Sequence[Any]) -> None:
         # weak, for a member refers to its batch: a cycle would keep the arrays until Python looks for cycles
         self._members = [weakref.ref(each) for each in members]
+        self.prefix = members[0].prefix
         self.arrays: dict[str, mx.array] = {}
 
     @property
@@ -45,8 +51,8 @@ class BatchedLayer:
         return [each() for each in self._members]
 
     @property
-    def room(self) -> int:
-        """Positions that each row has room for."""
+    def own_room(self) -> int:
+        """Positions that each row has room for behind what they share."""
         return int(self.arrays["keys"].shape[2])
 
     def row(self, name: str, place: int) -> mx.array:
@@ -56,15 +62,16 @@ class BatchedLayer:
     def update_and_fetch(
         self, keys: mx.array, values: mx.array, ends: mx.array, n_each: Sequence[int]
     ) -> tuple[mx.array, mx.array, Any]:
-        """Append positions to each row; returns keys and values to attend to, and a mask or None.
+        """Append positions to each row; returns keys and values behind what they share, and a mask or None.
 
         keys, values: (rows, heads, n, width), of which the first n_each of a row are its own; each has room for n.
         ends: (rows,) positions that each row holds before them.
         """
         members, n = self.members, keys.shape[2]
-        offsets = {member.offset for member in members}
+        n_shared = 0 if self.prefix is None else self.prefix.n
+        offsets = {member.offset - n_shared for member in members}
         is_even = len(offsets) == 1 and n == 1
-        at = ends[:, None] + mx.arange(n)  # (rows, n)
+        at = ends[:, None] + mx.arange(-n_shared, n - n_shared)  # (rows, n)
         fetched = []
         for name, new in zip(_NAMES, (keys, values), strict=True):
             array = self.arrays.pop(name)  # nobody else may hold it, or it is copied
@@ -78,26 +85,31 @@ class BatchedLayer:
             self.arrays[name] = array
         for member, n_own in zip(members, n_each, strict=True):
             member.offset += n_own
-        mask = None if is_even else (mx.arange(self.room) <= at[..., None])[:, None]  # (rows, 1, n, room)
+        mask = None if is_even else (mx.arange(self.own_room) <= at[..., None])[:, None]  # (rows, 1, n, room)
         return fetched[0], fetched[1], mask
 
 
 @functools.cache
 def row_cache_class() -> type[Any]:
-    """mlx_lm's KVCache, whose keys and values may be a row of a `BatchedLayer`."""
+    """mlx_lm's KVCache, whose keys and values may be a row of a `BatchedLayer`, and begin with a `SharedLayer`."""
 
-    class RowCache(import_mlx_lm("mlx_lm.models.cache").KVCache):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batch: BatchedLayer | None = None
-            self.place = 0
-            super().__init__()
+    class RowCache(SharesPrefix, import_mlx_lm("mlx_lm.models.cache").KVCache):  # type: ignore[misc]
+        batch: BatchedLayer | None = None
+        place = 0
 
         @property
         def room(self) -> int:
             """Positions that it has room for; 0 before its first use."""
             if self.batch is not None:
-                return self.batch.room
-            return 0 if self._keys is None else int(self._keys.shape[2])
+                return self.n_shared + self.batch.own_room
+            return super().room
+
+        def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+            """Append positions; returns keys and values to attend to."""
+            if self.prefix is None:
+                return super().update_and_fetch(keys, values)  # type: ignore[no-any-return]
+            self.append([keys], [values])
+            return self.seen("keys"), self.seen("values")
 
         @property
         def keys(self) -> Any:
@@ -126,10 +138,7 @@ def row_cache_class() -> type[Any]:
 
         def part(self, name: str) -> mx.array:
             """Keys or values, wherever they are."""
-            if self.batch is not None:
-                return self.batch.row(name, self.place)
-            array: mx.array = self._keys if name == "keys" else self._values
-            return array
+            return self.own(name)[0] if self.batch is None else self.batch.row(name, self.place)
 
         def enter(self, batch: BatchedLayer, place: int) -> None:
             """From now on the batch holds this row."""

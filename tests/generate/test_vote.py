@@ -65,6 +65,35 @@ def test_a_vote_from_the_middle_of_a_run_shares_its_beginning_and_leaves_it_alon
 
 
 @pytest.mark.tiny
+def test_a_long_beginning_is_in_memory_once_and_the_ids_are_those_of_runs_alone(
+    known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a prompt, and of a trace whose own run goes on; forks that copy are the slow twin."""
+    reasoner = load(known_checkpoint)
+    limits = replace(LIMITS, prefill_step=64)
+    question = "3 + 4 * 5 is what? " * 14
+    alone = [reasoner.generate(question, sampling=seeded(index), limits=limits, ask_answer=True) for index in range(3)]
+    vote = reasoner.vote(question, n=3, sampling=SAMPLING, limits=limits, stop_early=False)
+    assert [trace.ids for trace in vote.traces] == [trace.ids for trace in alone]
+    assert [trace.asked for trace in vote.traces] == [trace.asked for trace in alone]
+
+    run = reasoner.stream(question, sampling=SAMPLING, limits=limits)
+    first = [next(run) for _ in range(20)]
+    n_prompt = len(run.request.prompt_ids)
+    forks = [run.fork(at=12, seed=seed) for seed in (5, 6)]
+    layers = [fork.running.row.cache[0] for fork in forks]
+    assert layers[0].prefix is layers[1].prefix is not None and layers[0].n_shared == n_prompt + 11
+    monkeypatch.setattr(stream, "MIN_SHARED", 10_000)
+    copies = [run.fork(at=12, seed=seed) for seed in (5, 6)]
+    assert all(copy.running.row.cache[0].prefix is None for copy in copies)
+    for fork, copy in zip(forks, copies, strict=True):
+        assert [step.id for step in fork] == [step.id for step in copy]
+        assert fork.trace().ids[:12] == tuple(step.id for step in first[:12])
+    whole = [step.id for step in (*first, *run)]
+    assert whole == list(reasoner.generate(question, sampling=SAMPLING, limits=limits).ids)
+
+
+@pytest.mark.tiny
 def test_the_picture_of_a_vote_has_a_line_for_each_answer(
     reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwq_mlx.engine.kv_cache import borrowed, empty_cache, filled_cache, layers_of, take_out_of_batch
+from qwq_mlx.engine.kv_cache import borrowed, empty_cache, filled_cache, forked_cache, take_out_of_batch
 from qwq_mlx.engine.model_runner import feed_prompt, may_batch, run_pass
 from qwq_mlx.engine.ranks.activity import activity
 from qwq_mlx.engine.ranks.cache_parts import received_layers, send_parts
@@ -51,7 +51,7 @@ class Follower:
             "new": self._new,
             "prefill": self._prefill,
             "pass": self._pass,
-            "copy": self._copy,
+            "fork": self._fork,
             "borrow": self._borrow,
             "give_back": self._give_back,
             "leave": self._leave,
@@ -98,9 +98,9 @@ class Follower:
         if self._n_passes % _CLEAR_EVERY == 0:
             mx.clear_cache()
 
-    def _copy(self, message: Mapping[str, Any]) -> None:
-        layers = layers_of(self._caches[message["source"]], message["n_ids"])
-        self._caches[message["key"]] = filled_cache(self._module, layers, message["kv_bits"])
+    def _fork(self, message: Mapping[str, Any]) -> None:
+        source = self._caches[message["source"]]
+        self._caches[message["key"]] = forked_cache(self._module, source, message["n_ids"], message["kv_bits"])
 
     def _borrow(self, message: Mapping[str, Any]) -> None:
         key, offset = message["row"]
