@@ -2,6 +2,7 @@
 
     python scripts/measure_batch_memory.py                  # a random model of QwQ's proportions, small
     python scripts/measure_batch_memory.py --model FOLDER   # a conversion or checkpoint
+    python scripts/measure_batch_memory.py --shared --drafts --kv-bits 0 8 --heads 2   # one prompt for all, held once
 
 Rows are prefilled one after another and decoded together to the end of the context. A draft model of half the layers
 goes through mlx_lm's speculative_generate_step; random models never agree, which is when a cache is rewound most.
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measure_memory import model_of
 
 from qwq_mlx.engine.decoder import Decoder
-from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.kv_cache import forked_cache, new_cache
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.model.device import backend_name
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--samples", type=int, nargs="*", default=[2, 4, 8], metavar="K", help="rows (default: 2 4 8)")
     add("--kv-bits", type=int, nargs="+", default=[0], help="of the rows' cache, 0 for the compute type (default: 0)")
     add("--drafts", type=int, nargs="*", default=[2, 5], metavar="N", help="ids guessed at a time (default: 2 5)")
+    add("--shared", action="store_true", help="rows that have all but the last id of their prompt in common")
     add("--contexts", type=int, nargs="+", default=[700, 1800], metavar="N", help="positions (default: 700 1800)")
     add("--prefill-steps", type=int, nargs="+", default=[64, 512], metavar="N", help="(default: 64 512)")
     add("--tokens", type=int, default=40, help="output of each sequence (default: %(default)s)")
@@ -87,7 +89,8 @@ def _rows(module: Any, shape: ModelShape, options: argparse.Namespace) -> Iterat
             asked = Workload(context=n_prompt + options.tokens, prefill_step=step, compute_type=options.compute_type)
             for n_sequences in options.samples:
                 for kv_bits in options.kv_bits:
-                    workload = replace(asked, n_sequences=n_sequences, kv_bits=kv_bits or None)
+                    n_shared = n_prompt - 1 if options.shared else 0
+                    workload = replace(asked, n_sequences=n_sequences, kv_bits=kv_bits or None, n_shared=n_shared)
                     plan = plan_memory(shape, workload, backend=backend_name())
                     held = _held(None, _together, module, shape, workload, options.tokens)
                     yield _row({"samples": n_sequences, "kv_bits": kv_bits}, plan, held)
@@ -135,11 +138,24 @@ def _together(module: Any, shape: ModelShape, workload: Workload, n_tokens: int)
         Row(Sampler(_SAMPLING, seed=seed), cache=new_cache(module, workload.kv_bits), max_tokens=n_tokens)
         for seed in range(workload.n_sequences)
     ]
-    for row in rows:
+    if workload.n_shared:
+        rows = _forks(module, rows, decoder, workload, n_tokens)
+    for row in rows if not workload.n_shared else ():
         for _ in decoder.prefill(row, _prompt((workload.context or 0) - n_tokens), chunk=workload.prefill_step):
             pass
     for _ in range(n_tokens):
         decoder.step(rows)
+
+
+def _forks(module: Any, rows: list[Row], decoder: Decoder, workload: Workload, n_tokens: int) -> list[Row]:
+    """The rows behind one prompt, which is read once."""
+    prompt, first = _prompt((workload.context or 0) - n_tokens), Row(rows[0].sampler, cache=rows[0].cache)
+    for _ in decoder.prefill(first, prompt, chunk=workload.prefill_step):
+        pass
+    for row in rows:
+        row.cache = forked_cache(module, first.cache, workload.n_shared, workload.kv_bits)
+        row.start(prompt)
+    return rows
 
 
 def _speculative(module: Any, draft: Any, workload: Workload, n_tokens: int) -> None:

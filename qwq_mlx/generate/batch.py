@@ -20,11 +20,21 @@ from qwq_mlx.generate.stream import Stream
 from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, Workload, plan_memory
+from qwq_mlx.model.shared_prefix import MIN_SHARED
 from qwq_mlx.options import Limits, Sampling, Thinking
 from qwq_mlx.progress import ProgressBar
 from qwq_mlx.trace.trace import Trace
 
-__all__ = ["MAX_WIDTH", "check_width", "finish_all", "plan_rows", "plan_width", "question_seed", "settings_of_each"]
+__all__ = [
+    "MAX_WIDTH",
+    "check_width",
+    "finish_all",
+    "plan_rows",
+    "plan_width",
+    "question_seed",
+    "settings_of_each",
+    "shared_bytes",
+]
 
 T = TypeVar("T")
 
@@ -69,10 +79,13 @@ def check_width(width: int | None) -> None:
         raise OptionError(f"width is {width!r}, expected a whole number from 1 to 1,000.")
 
 
-def plan_rows(requests: Sequence[Request], width: int | None, *, limit_bytes: int | None) -> MemoryPlan:
+def plan_rows(
+    requests: Sequence[Request], width: int | None, *, limit_bytes: int | None, n_shared: int = 0
+) -> MemoryPlan:
     """The plan of as many of these side by side as fit, at most `width`, or `MAX_WIDTH` where that is None.
 
-    requests: at least one. limit_bytes: what the device gives; None refuses nothing.
+    requests: at least one. limit_bytes: what the device gives; None refuses nothing. n_shared: leading positions that
+      all of them have in common (`Stream.fork`).
     Raises OptionError for a width below 1; FitError naming the largest where the width that was asked for does not fit.
     """
     workloads = [request.plan.workload for request in requests]
@@ -81,8 +94,20 @@ def plan_rows(requests: Sequence[Request], width: int | None, *, limit_bytes: in
         context=max(min(request.context, len(request.prompt_ids) + request.max_tokens) for request in requests),
         kv_bits=workloads[0].kv_bits if len({each.kv_bits for each in workloads}) == 1 else None,
         prefill_step=max(each.prefill_step for each in workloads),
+        n_shared=n_shared if n_shared >= MIN_SHARED else 0,
     )
     return _widest(requests[0].model, workload, len(requests), width, limit_bytes)
+
+
+def shared_bytes(request: Request, *, n_rows: int, n_shared: int) -> int:
+    """What rows of such a request hold less than `plan_rows` says of them, as they have positions in common.
+
+    A pass copies one layer of these positions for each row.
+    """
+    if n_shared < MIN_SHARED:
+        return 0
+    n_copies = n_rows - 1 - n_rows / request.model.config.num_hidden_layers
+    return max(0, int(n_copies * n_shared * request.plan.kv_bytes_per_token))
 
 
 def plan_width(

@@ -303,8 +303,8 @@ class Reasoner(RequestMaker):
         question: a text or messages; or a run (`stream`), whose settings hold and whose first `at` output tokens all
           samples share.
         at: output tokens of that run; None takes all there are, 0 its prompt alone.
-        width: samples side by side; None takes as many as the memory plan allows, at most 8. Each holds a copy of the
-          shared cache.
+        width: samples side by side; None takes as many as the memory plan allows, at most 8. What they share is held
+          once, from 256 positions on.
         ask_answer: ask a sample whose text gives no sure answer (`Stream.ask_answer`).
         stop_early: end as soon as the samples under way or to come cannot overtake or equal the first answer.
         confidence: end also where the first answer is more frequent than the second with this probability, 0.95 say

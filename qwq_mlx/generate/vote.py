@@ -1,7 +1,7 @@
 """Several samples of one question, and the answer that most of them agree on (self-consistency).
 
-The prompt is prefilled once and its KV cache copied for each sample, which the memory plan counts as a sequence of its
-own; one copy in memory that all samples read is not yet there. The samples share each pass over the weights
+The prompt is prefilled once. Its KV cache is in memory once, too, and each sample holds what it writes itself
+(`model.shared_prefix`; prompts below 256 positions are copied). The samples share each pass over the weights
 (`scheduler`). Sample i is drawn with seed `question_seed(seed, i)`, so its ids are those of one run with that seed.
 
 Sources: Wang et al. 2022, "Self-Consistency Improves Chain of Thought Reasoning in Language Models" (arXiv
@@ -24,6 +24,8 @@ from qwq_mlx.generate.batch import plan_rows, question_seed
 from qwq_mlx.generate.request import resolved
 from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
+from qwq_mlx.model.memory.activations import n_positions
+from qwq_mlx.model.shared_prefix import MIN_SHARED
 from qwq_mlx.options import MAX_SAMPLES
 from qwq_mlx.reasoning.answer import compare, normalise
 from qwq_mlx.trace.trace import Trace
@@ -157,9 +159,13 @@ class Voting:
         self._source, self._at = run, at
         self._asks, self._stops_early, self._confidence = ask_answer, stop_early, confidence
         request = run.request
-        held = request.plan.kv_bytes_per_token * (len(request.prompt_ids) + n_steps)  # the cache that is copied from
+        n_shared = len(request.prompt_ids) + at - 1
+        held = n_positions(len(request.prompt_ids) + n_steps)  # by the run itself
+        if n_shared >= MIN_SHARED:
+            held -= n_positions(n_shared)
+        held *= request.plan.kv_bytes_per_token
         limit = None if limit_bytes is None else limit_bytes - held
-        plan = plan_rows([request] * n, width, limit_bytes=limit)
+        plan = plan_rows([request] * n, width, limit_bytes=limit, n_shared=n_shared)
         self._width, self._planned_bytes = plan.workload.n_sequences, plan.peak_bytes + held
         self._samples: list[Stream] = []
         self._ended: dict[int, Trace] = {}

@@ -157,6 +157,8 @@ class SharesPrefix:
         mx.eval(shared.arrays)
         if self.offset - n < CACHE_STEP:
             own_room, before = self.room - n, self.n_shared
+            if n == self.offset and n_positions(n + 1) == self.room:
+                own_room = 0  # it gets the same room again when it goes on
             for name in _NAMES:
                 behind = [padded(part[..., n - before : self.offset - before, :], own_room) for part in self.own(name)]
                 mx.eval(behind)

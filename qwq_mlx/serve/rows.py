@@ -13,7 +13,7 @@ import mlx.core as mx
 from qwq_mlx.engine.kv_cache import saved_layers
 from qwq_mlx.engine.ranks.whole_cache import cache_of_whole
 from qwq_mlx.errors import DamagedModelError, FitError, OptionError, QwqError, SourceError
-from qwq_mlx.generate.batch import plan_rows, question_seed
+from qwq_mlx.generate.batch import plan_rows, question_seed, shared_bytes
 from qwq_mlx.generate.checkpoint.resume import read_saved
 from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.generate.request import Request, resolved
@@ -77,7 +77,8 @@ class Rows:
         if self._n_planned != self.n_busy:
             requests = self._running()
             plan = plan_rows(requests, len(requests), limit_bytes=None) if requests else None
-            self._n_planned, self._busy_bytes = self.n_busy, 0 if plan is None else plan.peak_bytes
+            self._n_planned = self.n_busy
+            self._busy_bytes = 0 if plan is None else plan.peak_bytes - self._shared_bytes(requests)
         planned = max(self._busy_bytes, self._planned_bytes) + self.prefixes.n_bytes
         return Memory(used=mx.get_active_memory(), planned=planned, limit=self._reasoner.limit_bytes)
 
@@ -100,11 +101,31 @@ class Rows:
 
     def _fits(self, requests: list[Request]) -> bool:
         limit = self._reasoner.limit_bytes
-        left = None if limit is None else limit - self.prefixes.n_bytes
+        left = None if limit is None else limit - self.prefixes.n_bytes + self._shared_bytes(requests)
         try:
             return plan_rows(requests, len(requests), limit_bytes=left).fits
         except FitError:
             return False
+
+    def _shared_bytes(self, requests: list[Request]) -> int:
+        """What these hold less than planned: choices of one prompt, and rows that began as forks of one run.
+
+        requests: one that is there several times is of several choices.
+        """
+        total = 0
+        for request in {id(each): each for each in requests}.values():
+            n_rows = sum(each is request for each in requests)
+            total += shared_bytes(request, n_rows=n_rows, n_shared=len(request.prompt_ids) - 1)
+        forks: dict[int, list[Choice]] = {}
+        for choice in self._choices:
+            cache = choice.stream.running.row.cache
+            if cache and cache[0].prefix is not None:
+                forks.setdefault(id(cache[0].prefix), []).append(choice)
+        for rows in forks.values():
+            stream = rows[0].stream
+            n_shared = stream.running.row.cache[0].n_shared
+            total += shared_bytes(stream.request, n_rows=len(rows), n_shared=n_shared)
+        return total
 
     def start(self, job: Job) -> None:
         """Let a job begin: its prompts are fed with the next steps, and its further choices share them.

@@ -13,9 +13,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from qwq_mlx.engine import kv_cache
 from qwq_mlx.errors import BatchError, FitError, OptionError, PromptError
 from qwq_mlx.generate import __main__ as generate
-from qwq_mlx.generate import stream
+from qwq_mlx.generate import batch, stream, vote
 from qwq_mlx.generate.batch import question_seed
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.vote import Voting, posterior
@@ -83,7 +84,7 @@ def test_a_long_beginning_is_in_memory_once_and_the_ids_are_those_of_runs_alone(
     forks = [run.fork(at=12, seed=seed) for seed in (5, 6)]
     layers = [fork.running.row.cache[0] for fork in forks]
     assert layers[0].prefix is layers[1].prefix is not None and layers[0].n_shared == n_prompt + 11
-    monkeypatch.setattr(stream, "MIN_SHARED", 10_000)
+    monkeypatch.setattr(kv_cache, "MIN_SHARED", 10_000)
     copies = [run.fork(at=12, seed=seed) for seed in (5, 6)]
     assert all(copy.running.row.cache[0].prefix is None for copy in copies)
     for fork, copy in zip(forks, copies, strict=True):
@@ -91,6 +92,25 @@ def test_a_long_beginning_is_in_memory_once_and_the_ids_are_those_of_runs_alone(
         assert fork.trace().ids[:12] == tuple(step.id for step in first[:12])
     whole = [step.id for step in (*first, *run)]
     assert whole == list(reasoner.generate(question, sampling=SAMPLING, limits=limits).ids)
+
+
+@pytest.mark.tiny
+def test_more_samples_fit_behind_a_prompt_that_is_held_once(
+    known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan is that of the run's cache and of what each sample writes."""
+    reasoner = load(known_checkpoint)
+    run = reasoner.stream("3 + 4 * 5 is what? " * 14, limits=LIMITS)
+    shared = Voting(run, 8, width=8)._planned_bytes
+    reserve = run.request.plan.reserve_bytes
+    Voting(run, 8, width=8, limit_bytes=shared + reserve)
+    monkeypatch.setattr(vote, "MIN_SHARED", 10_000)
+    monkeypatch.setattr(batch, "MIN_SHARED", 10_000)
+    n_shared, copies = len(run.request.prompt_ids) - 1, Voting(run, 8, width=8)._planned_bytes
+    copied = 8 * n_shared * run.request.plan.kv_bytes_per_token // reasoner.model.config.num_hidden_layers
+    assert copies - shared + copied >= 7 * n_shared * run.request.plan.kv_bytes_per_token
+    with pytest.raises(FitError, match=r"The largest `width` that fits is [1-7];"):
+        Voting(run, 8, width=8, limit_bytes=shared + reserve)
 
 
 @pytest.mark.tiny

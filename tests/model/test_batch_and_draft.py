@@ -12,9 +12,10 @@ import pytest
 
 from qwq_mlx.bench.models import qwq_shaped, random_module
 from qwq_mlx.engine.decoder import Decoder
-from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.kv_cache import forked_cache, new_cache
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
+from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B_PREVIEW
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.memory.plan import ModelShape, Workload, plan_memory, shape_of_facts
@@ -78,6 +79,47 @@ def test_rows_side_by_side_hold_what_was_planned(
             decoder.step(rows)
 
     assert 0.98 < ratio(workload, run, random_module(wide, {}, "float32", seed=1), wide) < 1.04
+
+
+@pytest.mark.tiny
+@pytest.mark.parametrize(
+    ("n_sequences", "context", "step", "kv_bits"), [(3, 540, 64, None), (9, 540, 64, None), (7, 1200, 32, 8)]
+)
+def test_rows_behind_one_prompt_hold_what_was_planned(
+    n_sequences: int, context: int, step: int, kv_bits: int | None
+) -> None:
+    wide = replace(SMALL, hidden_size=128, intermediate_size=192, max_position_embeddings=2048)
+    n_prompt = context - N_TOKENS
+    workload = Workload(
+        context=context, prefill_step=step, n_sequences=n_sequences, kv_bits=kv_bits, n_shared=n_prompt - 1
+    )
+
+    def run(module: Any) -> None:
+        decoder, sampling = Decoder(module, n_ids=wide.vocab_size), Sampling(temperature=1.0).resolve(NEUTRAL)
+        first = Row(Sampler(sampling, seed=0), cache=new_cache(module, kv_bits))
+        for _ in decoder.prefill(first, [7] * n_prompt, chunk=step):
+            pass
+        rows = []
+        for seed in range(n_sequences):
+            cache = forked_cache(module, first.cache, n_prompt - 1, kv_bits)
+            rows.append(Row(Sampler(sampling, seed=seed), cache=cache, max_tokens=N_TOKENS))
+            rows[-1].start([7] * n_prompt)
+        for _ in range(N_TOKENS):
+            decoder.step(rows)
+
+    assert 0.98 < ratio(workload, run, random_module(wide, {}, "float32", seed=1), wide) < 1.15
+
+
+def test_a_shared_prompt_makes_room_for_more_rows() -> None:
+    """32 samples behind 8,000 positions of QwQ beside 32 prompts of their own."""
+    asked = Workload(context=9000, n_sequences=32)
+    for backend in ("cpu", "metal", "cuda"):
+        own, shared = (plan_memory(QWQ, replace(asked, n_shared=n), backend=backend) for n in (0, 8000))
+        saved = own.peak_bytes - shared.peak_bytes
+        assert 0.9 * 31 * 8000 * own.kv_bytes_per_token < saved < 32 * 8000 * own.kv_bytes_per_token
+    assert "32 sequences side by side, 8,000 positions of them shared" in shared.arithmetic()
+    with pytest.raises(OptionError, match="n_shared is 9000, expected a whole number from 0 to below the context"):
+        replace(asked, n_shared=9000)
 
 
 @pytest.mark.tiny

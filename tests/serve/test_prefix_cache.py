@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from serving import CHAT, Served, held_steps, until, user
 
+from qwq_mlx.generate.batch import plan_rows
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.model.memory.activations import n_positions
@@ -108,3 +111,23 @@ def test_a_request_that_needs_the_memory_gets_it(tiny: Reasoner, monkeypatch: py
     for limit, fits, n_kept in ((alone + kept, True, 3), (alone + kept - 1, True, 2), (alone - 1, False, 0)):
         monkeypatch.setattr(tiny, "limit_bytes", limit)
         assert (rows.fits([request]), len(rows.prefixes)) == (fits, n_kept)
+
+
+def test_rows_behind_one_long_prompt_are_admitted_by_what_they_hold_together(
+    tiny: Reasoner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Choices of one request before they begin, and forks that run; requests that only look alike are not."""
+    rows = Rows(tiny, width=8, n_prefixes=0, planned_bytes=0, counters=Counters())
+    run = tiny.stream("What is 3 + 4? " * 20, limits=Limits(max_tokens=8, prefill_step=64))
+    next(run)
+    request, n_shared = run.request, len(run.request.prompt_ids) - 1
+    plan = plan_rows([request] * 5, 5, limit_bytes=None)
+    monkeypatch.setattr(tiny, "limit_bytes", plan.peak_bytes + plan.reserve_bytes - 1)
+    assert rows.fits([request] * 5) and not rows.fits([replace(request) for _ in range(5)])
+
+    streams = [run, *(run.fork(at=0, seed=seed) for seed in range(3))]
+    rows._choices = [SimpleNamespace(stream=stream) for stream in streams]  # type: ignore[misc]
+    assert rows.fits([*(stream.request for stream in streams), replace(request)])
+    saved = rows._shared_bytes([stream.request for stream in streams])
+    copied = 4 * n_shared * plan.kv_bytes_per_token // tiny.model.config.num_hidden_layers
+    assert n_shared >= 256 and saved == 3 * n_shared * plan.kv_bytes_per_token - copied

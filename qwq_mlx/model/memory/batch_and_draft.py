@@ -4,6 +4,10 @@ Rows: each has its own cache, a newcomer is prefilled alone, and a decode step i
 logits of every row and what drawing makes of them. On a GPU rows attend in batches; when those change, one layer's keys
 of all rows are held twice, then its values.
 
+Rows that begin alike (the samples of a vote) hold their beginning once, which is read before any of them begins. On the
+CPU, and with a quantized cache, a pass copies one layer of them for each row, for MLX is done with no row of a layer
+before it begins the last.
+
 A draft model is planned as mlx-lm uses one, read from its source and compared with its peaks
 (scripts/measure_batch_memory.py; docs/benchmarks.md has the numbers). It adds its weights and its cache. Both models
 are prefilled one after the other, and a step that checks n_draft ids has n_draft + 1 rows of logits, besides those of
@@ -13,7 +17,7 @@ layer before the next, so there it is one layer's old cache; a GPU may have queu
 On a GPU MLX queues the passes of many layers, whose intermediates are held meanwhile, so there more may be held than is
 planned. That is no need: with mx.set_memory_limit at the plan MLX waits for its queue where the limit is reached.
 
-Does not: count a prefix that rows could share (each has a copy).
+Does not: find out what rows could share (who asks says it).
 """
 
 from __future__ import annotations
@@ -33,14 +37,21 @@ _CHECKS_BEFORE = 1  # of a draft, whose log-probabilities are still held in a st
 
 def batch_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
     """Caches and passes of workload.n_sequences that each fill the context."""
-    n_sequences = workload.n_sequences
-    prefill = bytes_of_pass(config, workload, min(workload.prefill_step, context), context, backend)
+    n_sequences, n_shared = workload.n_sequences, workload.n_shared
     step = bytes_of_pass(config, workload, n_sequences, context, backend)
-    logits = n_sequences * (logits_bytes(config) + sampler_bytes(config))
-    caches = n_sequences * _cache_bytes(config, workload, context, backend)
+    step += n_sequences * (logits_bytes(config) + sampler_bytes(config))
     is_batched = backend != "cpu" and workload.kv_bits is None
-    regrouped = caches // (2 * config.num_hidden_layers) if is_batched else 0
-    return caches + max(prefill, step + logits, regrouped)
+    if n_shared and not is_batched:
+        step += n_sequences * context * _bytes_per_position(config, workload, backend) // config.num_hidden_layers
+    elif n_shared:  # scores, before the softmax and behind it
+        scores = config.num_attention_heads * n_sequences * context * bytes_of_float(workload, backend)
+        step = max(step, 3 * scores)
+    shared = _cache_bytes(config, workload, n_shared, backend)
+    own = n_sequences * max(0, n_positions(context) - n_shared) * _bytes_per_position(config, workload, backend)
+    regrouped = own // (2 * config.num_hidden_layers) if is_batched else 0
+    n_read = n_shared or context
+    prefill = bytes_of_pass(config, workload, min(workload.prefill_step, n_read), n_read, backend)
+    return shared + max(own + max(step, regrouped), prefill if n_shared else own + prefill)
 
 
 def speculative_bytes(
@@ -81,10 +92,11 @@ def _growing(config: Qwen2Config, workload: Workload, n_ids: int, context: int, 
 
 
 def _cache_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
-    per_token = kv_bytes_per_token(
-        config, workload.kv_bits, bytes_of_float(workload, backend), n_ranks=workload.n_ranks
-    )
-    return n_positions(context) * per_token
+    return n_positions(context) * _bytes_per_position(config, workload, backend)
+
+
+def _bytes_per_position(config: Qwen2Config, workload: Workload, backend: Backend) -> int:
+    return kv_bytes_per_token(config, workload.kv_bits, bytes_of_float(workload, backend), n_ranks=workload.n_ranks)
 
 
 def _row_bytes(config: Qwen2Config, workload: Workload, backend: Backend) -> int:

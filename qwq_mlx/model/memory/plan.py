@@ -128,7 +128,7 @@ class MemoryPlan:
             ("decode", self.decode_bytes, "not at the same time as prefill"),
             ("logits", self.logits_bytes, "beside decode"),
             ("sampler", self.sampler_bytes, "beside decode"),
-            ("batch", self.batch_bytes, f"{self.workload.n_sequences:,} sequences side by side"),
+            ("batch", self.batch_bytes, _side_by_side(self.workload)),
             (
                 "speculative",
                 self.speculative_bytes,
@@ -145,6 +145,11 @@ class MemoryPlan:
             for name, size, note in rows
             if not unused.get(name)
         )
+
+
+def _side_by_side(workload: Workload) -> str:
+    shared = f", {workload.n_shared:,} positions of them shared" if workload.n_shared else ""
+    return f"{workload.n_sequences:,} sequences side by side{shared}"
 
 
 def _guessed_by(workload: Workload) -> str:
@@ -239,7 +244,9 @@ def _plan(
     decode = bytes_of_pass(config, workload, 1, context, backend)
     logits, sampler = logits_bytes(config), sampler_bytes(config)
     alone = kv_bytes + max(prefill, decode + logits + sampler)
-    batch = batch_bytes(config, workload, context, backend) - alone if workload.n_sequences > 1 else 0
+    batch = 0
+    if workload.n_sequences > 1:  # few rows that share a long prompt hold less than one is planned with
+        batch = max(0, batch_bytes(config, workload, context, backend) - alone)
     speculative = 0
     if workload.draft is not None:
         speculative = speculative_bytes(config, workload.draft, workload, context, backend) - alone - batch

@@ -38,6 +38,7 @@ class Workload:
     context: positions, prompt and output together; None is the model's whole context.
     kv_bits: 8 and 4 quantize the cache in groups of 64; None keeps it in the compute type.
     n_sequences: decoded side by side, each with its own cache.
+    n_shared: leading positions that all of them have in common, held once; 0 for none.
     prefill_step: prompt ids per pass.
     compute_type: "float32" or "bfloat16"; None picks by backend.
     draft: a smaller model that guesses n_draft ids at a time, which the model then checks in one pass.
@@ -50,6 +51,7 @@ class Workload:
     context: int | None = None
     kv_bits: int | None = None
     n_sequences: int = 1
+    n_shared: int = 0
     prefill_step: int = 2048
     compute_type: str | None = None
     draft: ModelShape | None = None
@@ -69,6 +71,8 @@ class Workload:
                 continue
             if type(value) is not int or not 1 <= value <= high:
                 raise OptionError(f"{name} is {value!r}, expected a whole number from 1 to {high:,}.")
+        if type(self.n_shared) is not int or not 0 <= self.n_shared < (self.context or 2**31):
+            raise OptionError(f"n_shared is {self.n_shared!r}, expected a whole number from 0 to below the context.")
         if self.kv_bits not in (None, 4, 8):
             raise OptionError(f"kv_bits is {self.kv_bits!r}, expected None, 8 or 4.")
         if self.compute_type not in (None, *FLOAT_BYTES):
