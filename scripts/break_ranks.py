@@ -4,10 +4,11 @@
     sudo python scripts/break_ranks.py --network [--delay-ms 5] [--loss 0.01] [--points 20]
 
 For each rank and each of SIGKILL and SIGSTOP: --points runs, of which every second is hit while it starts, loads or
-feeds its prompt, and the others while they decode. With --network (Linux) the processes are in two network namespaces, joined by a line that delays
-packets and loses some; there the line is also cut at --points moments, and one run that nobody hits must write what one
-process writes. Prints one JSON line: named wrongly or not at all, the longest time until the command ended, runs that
-could be saved, and processes that were left. Exits 1 if there is any of the first or the last.
+feeds its prompt, and the others while they decode. With --network (Linux) the processes are in two network namespaces,
+joined by a line that delays packets and loses some; there the line is also cut at --points moments, and one run that
+nobody hits must write what one process writes. Prints one JSON line: named wrongly or not at all, the longest time until
+the command ended, runs that could be saved, and processes that were left. Exits 1 if there is any of the first or the
+last.
 """
 
 from __future__ import annotations
@@ -72,11 +73,11 @@ def main() -> int:
     parser.add_argument("--line", help=argparse.SUPPRESS)  # within a namespace: the file that cuts the line
     options = parser.parse_args()
     if options.network and options.line is None:
-        with tempfile.TemporaryDirectory() as folder, _network(Path(folder), options) as line:
+        with tempfile.TemporaryDirectory() as folder, _network(Path(folder), options) as switch:
             ssh = Path(folder) / "ssh"
             ssh.write_text(_SSH.format(*_ADDRESSES, _SPACES[1]))
             ssh.chmod(0o755)
-            again = [sys.executable, *sys.argv, "--line", str(line)]
+            again = [sys.executable, *sys.argv, "--line", str(switch)]
             environment = {**os.environ, "QWQ_MLX_SSH": str(ssh)}
             return subprocess.run(["ip", "netns", "exec", _SPACES[0], *again], env=environment, check=False).returncode
     rng, totals = random.Random(options.seed), Totals()

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from qwq_mlx.errors import RankError
 __all__ = ["Launch"]
 
 _LAST_S = 10.0  # for the other processes to end behind rank 0
+_MANY_SIGNALS, _DEAF_S = 3, 2.0
 _SETTLE_S = 2.0  # for a failure to show itself in every process that it ends
 # MLX's ring sometimes ends in one of these where the process at its other end is gone.
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
@@ -56,6 +57,8 @@ class Launch:
     def forward(self, number: int) -> None:
         """Hand a signal on to rank 0. Safe to call from a signal handler."""
         self._signals.append(number)
+        if len(self._signals) >= _MANY_SIGNALS and self._watch.sign(0).get("waiting_s", 0.0) > _DEAF_S:
+            raise KeyboardInterrupt  # it waits inside MLX, where no signal reaches it
         if self.processes:
             with contextlib.suppress(ProcessLookupError):
                 self.processes[0].send_signal(number)
@@ -63,6 +66,10 @@ class Launch:
     def stop(self) -> None:
         """Ask rank 0 to end after the token under way."""
         self.forward(signal.SIGINT)
+
+    def sign(self, rank: int) -> Mapping[str, Any]:
+        """The last sign of life of a process, as `cli.rank` writes it."""
+        return self._watch.sign(rank)
 
     def close(self) -> None:
         """Forget what was kept of the run."""

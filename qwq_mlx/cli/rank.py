@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -115,4 +116,5 @@ def _sign() -> dict[str, Any]:
         "waiting_s": activity.waiting_s,
         "silent_s": {str(link.peer): link.silent_s for link in list(open_links)},
         "faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
+        "peak_bytes": sys.modules["mlx.core"].get_peak_memory() if "mlx.core" in sys.modules else 0,
     }

@@ -49,6 +49,10 @@ class Watch:
             self._moved = now
             self._faults = [each.get("faults", 0) for each in self._last]
 
+    def sign(self, rank: int) -> Mapping[str, Any]:
+        """The last that was heard of a process."""
+        return self._last[rank]
+
     def pid(self, rank: int) -> int | None:
         """Of a process, as it says itself."""
         return self._last[rank].get("pid")
