@@ -6,9 +6,9 @@
 For each rank and each of SIGKILL and SIGSTOP: --points runs, of which every second is hit while it starts, loads or
 feeds its prompt, and the others while they decode. With --network (Linux) the processes are in two network namespaces,
 joined by a line that delays packets and loses some; there the line is also cut at --points moments, and one run that
-nobody hits must write what one process writes. Prints one JSON line: named wrongly or not at all, the longest time until
-the command ended, runs that could be saved, and processes that were left. Exits 1 if there is any of the first or the
-last.
+nobody hits must write what one process writes. Prints one JSON line: named wrongly or not at all, the longest time
+until the command ended, runs that could be saved, and processes that were left. Exits 1 if there is any of the first or
+the last.
 """
 
 from __future__ import annotations
