@@ -60,8 +60,11 @@ class Launch:
         if len(self._signals) >= _MANY_SIGNALS and self._watch.sign(0).get("waiting_s", 0.0) > _DEAF_S:
             raise KeyboardInterrupt  # it waits inside MLX, where no signal reaches it
         if self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                self.processes[0].send_signal(number)
+            self._send(number)
+
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.processes[0].send_signal(number)
 
     def stop(self) -> None:
         """Ask rank 0 to end after the token under way."""
@@ -94,8 +97,8 @@ class Launch:
             finally:
                 os.close(said)
             pipes.register(heard, selectors.EVENT_READ, rank)
-        for number in self._signals:  # that came before rank 0 was there
-            self.forward(number)
+            if rank == 0 and self._signals:  # it came before rank 0 was there
+                self._send(self._signals[0])
 
     def _setup(self, rank: int, signs: int = 1) -> RankSetup:
         return self._hosts.setup(rank, signs=signs, snapshots=str(self.snapshots) if rank == 0 else "")
@@ -162,13 +165,14 @@ class Launch:
 
     def _settled(self, pipes: selectors.BaseSelector) -> int:
         """Some process has ended: whose fault it is, or the exit code of rank 0."""
-        until = time.monotonic() + _SETTLE_S
-        while time.monotonic() < until and self.processes[0].poll() is None:
+        started, codes = time.monotonic(), [process.poll() for process in self.processes]
+        # where the others ended as they were told to, rank 0 is on its way out
+        while codes[0] is None and time.monotonic() < started + (_SETTLE_S if any(codes) else _LAST_S):
             for key, _ in pipes.select(timeout=BEAT_S / 2):
                 self._hear(pipes, key)
-        codes = [process.poll() for process in self.processes]
-        if codes[0] == -signal.SIGINT and self._signals:  # stopped before it could say so
-            return 128 + signal.SIGINT
+            codes = [process.poll() for process in self.processes]
+        if codes[0] is not None and -codes[0] in self._signals:  # ended before it could say so
+            return 128 - codes[0]
         is_dead = [code is not None and (code < 0 or self._is_lost(rank, code)) for rank, code in enumerate(codes)]
         if codes[0] is None or codes[0] == RankError.exit_code or any(is_dead):
             raise self._failed(*self._culprit())
@@ -191,7 +195,9 @@ class Launch:
 
         rank = max(range(len(codes)), key=weight)
         code = codes[rank]
-        return rank, "is stopped" if code is None else _ended(code, is_remote=self._hosts.ranks[rank].ssh is not None)
+        if code is not None:
+            return rank, _ended(code, is_remote=self._hosts.ranks[rank].ssh is not None)
+        return rank, "is stopped" if weight(rank) else f"did not end within {_LAST_S:.0f} s behind the others"
 
     def _stopped_or(self, failure: tuple[int, str]) -> tuple[int, str]:
         """The first process that the system holds stopped; others that wait for it may be silent, too."""

@@ -272,6 +272,45 @@ def test_a_first_process_that_ctrl_c_ends_before_it_could_listen_was_interrupted
     launch.close()
 
 
+def test_a_signal_that_comes_before_the_first_process_reaches_it_once() -> None:
+    class Waiting(Launch):
+        def _follower(self, rank: int, said: int) -> subprocess.Popen[bytes]:
+            return subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=said, start_new_session=True)
+
+    launch = Waiting("m", [], _hosts())
+    launch._command = ["sleep", "60"]
+    launch.forward(signal.SIGTERM)
+    assert launch.work() == 128 + signal.SIGTERM
+    assert launch._signals == [signal.SIGTERM]
+    launch.close()
+
+
+class _Ending(_Ended):
+    """Ends when it is looked at for the n-th time."""
+
+    def __init__(self, code: int, n: int) -> None:
+        super().__init__(code)
+        self._n = n
+
+    def poll(self) -> Any:
+        self._n -= 1
+        return None if self._n > 0 else self.returncode
+
+
+def test_a_first_process_that_ends_long_behind_the_others_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others end as soon as they are told to; freeing a large model takes seconds."""
+    now = _Clock()
+    monkeypatch.setattr("qwq_mlx.cli.launch.time.monotonic", lambda: now.tick(1.0))
+    launch = Launch("m", [], _hosts())
+    launch._last = lambda: 0  # type: ignore[method-assign]
+    launch.processes = [_Ending(0, 4), _Ended(0)]  # type: ignore[list-item]
+    assert launch._settled(_NO_PIPES) == 0
+    launch.processes = [_Ending(0, 100), _Ended(0)]  # type: ignore[list-item]
+    with pytest.raises(RankError, match=r"process 0 of 2 .* did not end within 10 s behind the others"):
+        launch._settled(_NO_PIPES)
+    launch.close()
+
+
 @pytest.mark.parametrize("wanted", ["whoever reads its signs", "whoever speaks to it"])
 def test_a_follower_ends_with_the_one_that_started_it(wanted: str) -> None:
     """Nobody else would end it: it is in a session of its own, perhaps on another machine."""
@@ -300,6 +339,11 @@ class _Clock:
         self.now = 0.0
 
     def __call__(self) -> float:
+        return self.now
+
+    def tick(self, seconds: float) -> float:
+        """The time, later each time."""
+        self.now += seconds
         return self.now
 
 
