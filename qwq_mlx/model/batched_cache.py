@@ -136,6 +136,12 @@ def row_cache_class() -> type[Any]:
                 self._keys, self._values = (mx.contiguous(batch.row(name, self.place)) for name in _NAMES)
                 mx.eval(self._keys, self._values)  # a view would keep the whole batch
 
+        def trim(self, n: int) -> int:
+            """Forget the last n positions; a row that goes back before what it shares leaves its batch."""
+            if self.offset - n < self.n_shared:
+                self.leave()
+            return super().trim(n)
+
         def part(self, name: str) -> mx.array:
             """Keys or values, wherever they are."""
             return self.own(name)[0] if self.batch is None else self.batch.row(name, self.place)

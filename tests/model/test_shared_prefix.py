@@ -168,3 +168,20 @@ def test_rows_behind_one_prefix_attend_in_a_batch_as_alone(module: Any, n_each: 
             if place < 3:
                 batch = twins.shared[0].batch
                 assert batch is not None and isinstance(batch.prefix, SharedLayer)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2])
+def test_rows_of_a_batch_that_go_back_before_what_they_share_attend_as_alone(module: Any, n_rows: int) -> None:
+    """A loop may begin before the place where a run was forked."""
+    source = Twins.filled(module, 260, None)
+    rows = [source.fork(260) for _ in range(n_rows)]
+    for n_back in (0, 9, 300):
+        for twins in rows:
+            twins.trim(min(n_back, twins.alone[0].offset - 2))
+            grow(twins.shared, 1)
+            grow(twins.alone, 1)
+        fed = mx.array([[3 + place] for place in range(n_rows)])
+        together = module(fed, cache=joined([twins.shared for twins in rows], may_batch=True))
+        for place, twins in enumerate(rows):
+            alone = module(fed[place : place + 1], cache=joined([twins.alone]))
+            assert mx.abs(together[place] - alone[0]).max().item() < 1e-4
