@@ -20,7 +20,7 @@ from qwq_mlx.engine.kv_cache import Layer, layers_of
 from qwq_mlx.engine.logits_processors import Incremental, LogitsProcessor
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.errors import OptionError
-from qwq_mlx.model.memory.activations import CACHE_STEP
+from qwq_mlx.model.memory.activations import n_positions
 from qwq_mlx.options import Inspect
 
 __all__ = ["Drawn", "Pending", "ProcessorStates", "Ready", "Row", "Token", "check_ids"]
@@ -166,8 +166,7 @@ class Row:
         cache = self.cache[0]
         if self.hooks or not self.may_draft or cache.room == 0 or self.failure is not None:
             return 0
-        room = cache.room - cache.offset
-        most: int = room - 1 if room else CACHE_STEP - 1
+        most: int = (cache.room - cache.offset or n_positions(cache.offset + 1) - cache.offset) - 1
         return most if self.max_tokens is None else max(0, min(most, self.max_tokens - self.n_output - 1))
 
     @property

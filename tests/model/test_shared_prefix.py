@@ -13,6 +13,7 @@ from configs import SMALL
 
 from qwq_mlx.bench.models import random_module
 from qwq_mlx.engine.kv_cache import borrowed, filled_cache, grow, layers_of, new_cache
+from qwq_mlx.engine.row import Row
 from qwq_mlx.model.attention import joined
 from qwq_mlx.model.shared_prefix import SharedLayer
 
@@ -118,6 +119,15 @@ def test_any_order_of_feeding_cutting_and_forking_gives_the_bits_of_a_cache_alon
         twins.check()
     for twins in all_twins:
         twins.check()
+
+
+@pytest.mark.parametrize("n_ids", [250, 256])
+def test_as_many_ids_are_drafted_for_a_fork_as_for_a_row_alone(module: Any, n_ids: int) -> None:
+    """More would give it a larger room, in which attention over a quantized cache rounds otherwise."""
+    source = Twins.filled(module, n_ids, 8)
+    sampler: Any = None
+    forked, alone = (Row(sampler, cache=each) for each in (source.fork(n_ids).shared, source.alone))
+    assert forked.most_drafts == alone.most_drafts == {250: 5, 256: 255}[n_ids]
 
 
 def test_what_is_shared_is_in_memory_once(module: Any) -> None:
