@@ -22,7 +22,7 @@ from qwq_mlx.cli.command import Command, end_verification, load_reasoner, make_p
 from qwq_mlx.cli.generate_flags import add_loading, bits
 from qwq_mlx.cli.on_hosts import or_on_hosts
 from qwq_mlx.cli.terminal import show
-from qwq_mlx.errors import DamagedModelError, GenerationError, PromptError, QwqError
+from qwq_mlx.errors import DamagedModelError, GenerationError, PromptError, QwqError, RankError
 from qwq_mlx.files.output_file import check_output_file
 from qwq_mlx.options import Limits, Sampling, Thinking
 
@@ -140,8 +140,8 @@ class _Chat:
             line = parse_line(text)
             action = getattr(self, f"_do_{line.command.removeprefix('/')}") if line.command else self._do_ask
             action(line.text)
-        except DamagedModelError:
-            raise  # every further answer would be wrong, too
+        except (DamagedModelError, RankError):
+            raise  # every further answer would be wrong, or fail, too
         except QwqError as error:
             self._note(f"error: {self._command.explain(error)}")
 

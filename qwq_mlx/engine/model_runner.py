@@ -8,7 +8,7 @@ Does not: draw, or know rows (`decoder` does).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -37,9 +37,10 @@ class ModelRunner:
 
     def prefill(self, cache: Sequence[Any], ids: Sequence[int]) -> None:
         """Feed ids behind what the cache holds, without the output matrix; waits for it."""
-        if self._leader is not None:
-            self._leader.tell("prefill", {"row": _row(cache), "ids": list(ids)})
-        feed_prompt(self._module, cache, ids)
+        with self._in_step():
+            if self._leader is not None:
+                self._leader.tell("prefill", {"row": _row(cache), "ids": list(ids)})
+            feed_prompt(self._module, cache, ids)
 
     def logits(
         self,
@@ -56,15 +57,16 @@ class ModelRunner:
         """
         is_read = not isinstance(fed, mx.array)
         ids = fed if isinstance(fed, mx.array) else mx.array([list(each) for each in fed])
-        if self._leader is not None:
-            rows = [[*_row(cache), n] for cache, n in zip(caches, n_each, strict=True)]
-            self._leader.tell("pass", {"rows": rows, "shape": list(ids.shape), "ids": fed if is_read else None})
-            if not is_read:
-                ids = mx.distributed.all_sum(ids.astype(mx.uint32), group=self._leader.group)
         module = self.taps.module(hidden_layers)
-        logits: mx.array = run_pass(module, ids, caches, n_each, may_batch=self._may_batch)[:, -1]
-        if self._leader is not None:  # each pass on its own, so that all ranks meet in the same order
-            mx.async_eval(logits)  # type: ignore[no-untyped-call]
+        with self._in_step():
+            if self._leader is not None:
+                rows = [[*_row(cache), n] for cache, n in zip(caches, n_each, strict=True)]
+                self._leader.tell("pass", {"rows": rows, "shape": list(ids.shape), "ids": fed if is_read else None})
+                if not is_read:
+                    ids = mx.distributed.all_sum(ids.astype(mx.uint32), group=self._leader.group)
+            logits: mx.array = run_pass(module, ids, caches, n_each, may_batch=self._may_batch)[:, -1]
+            if self._leader is not None:  # each pass on its own, so that all ranks meet in the same order
+                mx.async_eval(logits)  # type: ignore[no-untyped-call]
         return logits
 
     def take_stop(self) -> bool:
@@ -77,8 +79,15 @@ class ModelRunner:
         if self._leader is None:
             yield
             return
-        with activity.waiting():
-            yield
+        try:
+            with activity.waiting():
+                yield
+        except (RuntimeError, MemoryError) as error:
+            self._leader.fail(error)
+            raise
+
+    def _in_step(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._leader is None else self._leader.in_step()
 
 
 def may_batch(*, reproducible: bool) -> bool:

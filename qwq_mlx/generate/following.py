@@ -9,7 +9,6 @@ Does not: start processes (`--hosts` and mlx.launch do).
 from __future__ import annotations
 
 import atexit
-import contextlib
 import platform
 import signal
 import threading
@@ -21,7 +20,7 @@ from qwq_mlx.engine.ranks.activity import activity
 from qwq_mlx.engine.ranks.follower import Follower
 from qwq_mlx.engine.ranks.leader import Leader
 from qwq_mlx.engine.ranks.link import Link, connect_all
-from qwq_mlx.errors import LoadError, OptionError, QwqError, RankError
+from qwq_mlx.errors import LoadError, OptionError, QwqError
 from qwq_mlx.files.background_verification import BackgroundVerification
 from qwq_mlx.files.model_identity import model_identity, possible_folders, versions
 from qwq_mlx.model.device import limit_bytes
@@ -36,22 +35,19 @@ __all__ = [
     "wait_until_loaded",
 ]
 
-_leaders: list[Leader] = []  # MLX has one group of all processes, and so there is one leader
+_leaders: list[Leader] = []  # the last one: MLX has one group of all processes, which hold one model
 
 
 def lead(group: Any) -> Leader:
-    """The leader of a group, in its rank 0; made once. Raises OptionError in any other rank, and RankError."""
+    """The leader of a group for the next model, in its rank 0. Raises OptionError in any other rank, and RankError."""
     if group.rank() != 0:
         raise OptionError(f"group is that of process {group.rank()}; rank 0 alone loads. Call qwq_mlx.follow(group).")
-    if not _leaders:
+    if _leaders:
+        _leaders[:] = [_leaders[0].successor()]
+    else:
         _leaders.append(Leader(group, connect_all(group)))
-        atexit.register(_end, _leaders[0])
+        atexit.register(_leaders[0].close)
     return _leaders[0]
-
-
-def _end(leader: Leader) -> None:
-    with contextlib.suppress(RankError):  # they have ended
-        leader.close()
 
 
 def smallest_limit(leader: Leader, folder: Path, own_bytes: int | None, *, follow_links: bool) -> int | None:

@@ -100,9 +100,7 @@ def row_cache_class() -> type[Any]:
         @property
         def room(self) -> int:
             """Positions that it has room for; 0 before its first use."""
-            if self.batch is not None:
-                return self.n_shared + self.batch.own_room
-            return super().room
+            return super().room if self.batch is None else self.n_shared + self.batch.own_room
 
         def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
             """Append positions; returns keys and values to attend to."""

@@ -29,8 +29,9 @@ def whole_layers(model: LoadedModel, cache: Sequence[Any], n_ids: int) -> list[L
         (name, (1, n_heads, *array.shape[2:]), str(array.dtype).removeprefix("mlx.core."))
         for name, array in own[0].arrays.items()
     ]
-    mirror.leader.tell("gather", {"row": [mirror.key, offset], "n_ids": n_kept, "arrays": forms})
-    return gathered_layers(model.module, cache, n_kept, forms)
+    with mirror.leader.in_step():
+        mirror.leader.tell("gather", {"row": [mirror.key, offset], "n_ids": n_kept, "arrays": forms})
+        return gathered_layers(model.module, cache, n_kept, forms)
 
 
 def cache_of_whole(model: LoadedModel, layers: Sequence[Layer], kv_bits: int | None) -> list[Any] | None:
@@ -45,7 +46,8 @@ def cache_of_whole(model: LoadedModel, layers: Sequence[Layer], kv_bits: int | N
         for name, array in layers[0].arrays.items()
     ]
     key, capacity = leader.next_key(), layers[0].capacity
-    leader.tell("scatter", {"key": key, "capacity": capacity, "kv_bits": kv_bits, "arrays": forms})
-    cache = filled_cache(model.module, scattered_layers(model.module, layers, forms), kv_bits)
+    with leader.in_step():
+        leader.tell("scatter", {"key": key, "capacity": capacity, "kv_bits": kv_bits, "arrays": forms})
+        cache = filled_cache(model.module, scattered_layers(model.module, layers, forms), kv_bits)
     leader.mirror(cache, key)
     return cache
