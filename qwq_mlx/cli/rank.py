@@ -114,6 +114,7 @@ def _sign() -> dict[str, Any]:
         "pid": os.getpid(),
         "done": activity.n_done,
         "waiting_s": activity.waiting_s,
+        "is_loading": activity.is_loading,
         "silent_s": {str(link.peer): link.silent_s for link in list(open_links)},
         "faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
         "peak_bytes": sys.modules["mlx.core"].get_peak_memory() if "mlx.core" in sys.modules else 0,

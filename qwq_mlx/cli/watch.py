@@ -22,7 +22,7 @@ SILENT_S = 9.0
 STUCK_S = 30.0
 """In which somebody has to finish something; ten times the longest wait so far where that is more."""
 FIRST_STUCK_S = 300.0
-"""The same before anything was waited for: kernels are compiled, and weights are read from a slow disk."""
+"""The same before a pass was waited for: weights are read from a slow disk, and kernels are compiled."""
 _FRESH_S = 3.0
 _MANY_FAULTS = 1_000
 
@@ -45,7 +45,8 @@ class Watch:
         before, now = self._last[rank], self._clock()
         self._heard[rank], self._last[rank] = now, sign
         if sign.get("done", 0) != before.get("done", 0):
-            self._slowest_s = max(self._slowest_s, before.get("waiting_s", 0.0))
+            if not before.get("is_loading"):
+                self._slowest_s = max(self._slowest_s, before.get("waiting_s", 0.0))
             self._moved = now
             self._faults = [each.get("faults", 0) for each in self._last]
 

@@ -82,7 +82,7 @@ def begin_loading(
 
 def wait_until_loaded(leader: Leader) -> None:
     """Raises LoadError naming the machine that could not."""
-    with activity.waiting():
+    with activity.loading():
         for link in leader.links:
             _check(link, link.receive())
 
@@ -156,7 +156,7 @@ def _planned(message: Mapping[str, Any], folder: Path | None) -> tuple[dict[str,
 
 def _loaded(group: Any, folder: Path | None, message: Mapping[str, Any]) -> Follower:
     assert folder is not None, "rank 0 loads what all have"
-    with activity.waiting():
+    with activity.loading():
         model = load_model(
             folder,
             compute_type=message["compute_type"],

@@ -396,6 +396,23 @@ def test_a_hang_and_a_machine_that_swaps_are_told_apart() -> None:
         assert failure is not None and failure[0] == 1 and words in failure[1]
 
 
+def test_the_first_pass_has_long_also_behind_a_load_of_many_short_waits() -> None:
+    """CUDA compiles kernels in it for a minute or two."""
+    watch, clock = _watch()
+    for n_layers in range(1, 4):
+        clock.now += 1.0
+        for rank in range(2):
+            watch.hear(rank, _sign(done=n_layers, waiting_s=0.4, is_loading=True))
+    for waiting_s in (0.0, FIRST_STUCK_S - 1):
+        clock.now += waiting_s
+        for rank in range(2):
+            watch.hear(rank, _sign(done=4, waiting_s=waiting_s))
+    assert watch.failure() is None
+    for rank in range(2):
+        watch.hear(rank, _sign(done=5))
+    assert watch._slowest_s == FIRST_STUCK_S - 1
+
+
 def test_slow_work_is_no_hang() -> None:
     watch, clock = _watch()
     for rank in range(2):

@@ -14,10 +14,11 @@ __all__ = ["Activity", "activity"]
 
 
 class Activity:
-    """n_done: passes, prefilled chunks and loaded layers that are finished."""
+    """n_done: passes, prefilled chunks and loaded layers that are finished. is_loading: nothing is computed yet."""
 
     def __init__(self) -> None:
         self.n_done = 0
+        self.is_loading = False
         self._since: float | None = None
 
     @contextmanager
@@ -29,6 +30,16 @@ class Activity:
         finally:
             self._since = None
         self.n_done += 1
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """The same for weights, whose waits say nothing about those for passes."""
+        self.is_loading = True
+        try:
+            with self.waiting():
+                yield
+        finally:
+            self.is_loading = False
 
     def step(self) -> None:
         """Count something that is finished within a long wait."""
