@@ -9,7 +9,6 @@ Does not: judge signs (`watch` does), or start processes (`launch` does).
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import os
@@ -22,6 +21,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from qwq_mlx.engine.ranks import LEADER_VARIABLE
 
 __all__ = ["BEAT_S", "RANK_VARIABLE", "RankSetup", "join", "joined_group", "snapshot_path"]
 
@@ -67,34 +68,34 @@ def joined_group() -> Any | None:
 
 def join(setup: RankSetup) -> Any:
     """Write signs of life from now on, and wait for all others. Raises what MLX raises where one cannot be reached."""
-    os.environ.update(setup.environment | _environment(setup))
-    threading.Thread(target=_write_signs, args=(setup.signs,), daemon=True, name="signs of life").start()
-    import mlx.core as mx
+    with tempfile.TemporaryDirectory(prefix="qwq-mlx-rank-") as folder:
+        os.environ.update(setup.environment | _environment(setup, Path(folder)))
+        threading.Thread(target=_write_signs, args=(setup.signs,), daemon=True, name="signs of life").start()
+        import mlx.core as mx
 
-    return mx.distributed.init(strict=True, backend=setup.backend.removesuffix("-ring"))
+        return mx.distributed.init(strict=True, backend=setup.backend.removesuffix("-ring"))
 
 
-def _environment(setup: RankSetup) -> dict[str, str]:
-    """The variables that MLX's backends read, as mlx.launch sets them."""
-    variables = {"MLX_RANK": str(setup.rank)}
+def _environment(setup: RankSetup, folder: Path) -> dict[str, str]:
+    """The variables that MLX's backends read, as mlx.launch sets them; files that they name are read once."""
+    first = [each.rpartition(":")[0] for each in setup.addresses[0]]
+    variables = {"MLX_RANK": str(setup.rank), LEADER_VARIABLE: ",".join(first)}
     if setup.backend == "ring":
-        variables["MLX_HOSTFILE"] = _written(setup.addresses)
+        variables["MLX_HOSTFILE"] = _written(folder / "hosts.json", setup.addresses)
     elif setup.backend == "nccl":
         host, _, port = setup.addresses[0][0].rpartition(":")
         variables |= {"NCCL_HOST_IP": host, "NCCL_PORT": port, "MLX_WORLD_SIZE": str(len(setup.addresses))}
     else:
-        variables |= {"MLX_JACCL_COORDINATOR": setup.addresses[0][0], "MLX_IBV_DEVICES": _written(setup.rdma)}
+        devices = _written(folder / "devices.json", setup.rdma)
+        variables |= {"MLX_JACCL_COORDINATOR": setup.addresses[0][0], "MLX_IBV_DEVICES": devices}
         if setup.backend == "jaccl-ring":
             variables["MLX_JACCL_RING"] = "1"
     return variables
 
 
-def _written(value: Any) -> str:
-    """The name of a file with a value as JSON, which MLX reads once."""
-    with tempfile.NamedTemporaryFile("w", prefix="qwq-mlx-", suffix=".json", delete=False) as file:
-        json.dump(value, file)
-    atexit.register(lambda: Path(file.name).unlink(missing_ok=True))
-    return file.name
+def _written(path: Path, value: Any) -> str:
+    path.write_text(json.dumps(value))
+    return str(path)
 
 
 def _write_signs(descriptor: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,12 @@ from checkpoints import write_tiny_checkpoint
 from qwq_mlx.cli.host_check import checked_hosts
 from qwq_mlx.cli.hosts import parse_hosts
 from qwq_mlx.cli.launch import Launch
+from qwq_mlx.engine.ranks.leader import Leader
+from qwq_mlx.engine.ranks.link import Link
+from qwq_mlx.errors import RankError
+from qwq_mlx.files.model_identity import model_identity, versions
 from qwq_mlx.generate.checkpoint.file import read_checkpoint
+from qwq_mlx.generate.following import _planned
 
 
 def _cache_of(path: Path) -> dict[str, Any]:
@@ -43,3 +50,59 @@ def test_two_and_four_processes_do_what_one_does_and_go_on_with_each_other_s_run
         for name, array in _cache_of(tmp_path / "saved.qwq").items():
             assert np.allclose(_cache_of(tmp_path / f"{n}.qwq")[name], array, atol=1e-4), name  # all heads, in order
         assert rank_program.go_on(alone, tmp_path / f"{n}.qwq") == rest
+
+
+def test_a_machine_says_what_it_lacks_before_a_weight_is_read(tmp_path: Path) -> None:
+    model = write_tiny_checkpoint(tmp_path / "model")
+    asked = {
+        "folders": [str(tmp_path / "gone"), str(model)],
+        "identity": model_identity(model),
+        "versions": versions(),
+        "follow_links": False,
+    }
+    reply, folder = _planned(asked, None)
+    assert folder == model and reply["limit_bytes"] > 0
+    other = write_tiny_checkpoint(tmp_path / "other", n_layers=1)
+    for change, words in (
+        ({"versions": {**versions(), "mlx": "0.1"}}, "other versions: .*mlx"),
+        ({"folders": [str(tmp_path / "gone")]}, "there is no model folder .*gone"),
+        ({"folders": [str(other)]}, "holds another model than rank 0"),
+        ({"folders": [str(tmp_path)]}, "config.json"),
+    ):
+        reply, folder = _planned({**asked, **change}, None)
+        assert folder is None and re.search(words, reply["error"]), reply
+        assert "limit_bytes" not in reply
+    assert _planned(asked, other)[1] is None  # the caller's own folder counts alone
+
+
+def test_a_link_carries_messages_and_says_when_the_other_end_is_silent_or_gone() -> None:
+    ends = socket.socketpair(socket.AF_UNIX)
+    first, second = (_Quiet(each) for each in ends)
+    links = [Link(first, 1), Link(second, 0)]  # type: ignore[arg-type]
+    links[0].send({"task": "pass", "ids": [[7]]})
+    assert links[1].receive() == {"task": "pass", "ids": [[7]]}
+    links[1].send({"stop": True})
+    links[1].send({"host": "b"})
+    assert links[0].receive() == {"host": "b"} and links[0].is_asked_to_stop
+    leader = Leader(None, links[:1])
+    assert leader.take_stop() and not leader.take_stop()
+    links[1].close()
+    with pytest.raises(RankError, match="Process 1 is gone"):
+        links[0].receive()
+    with pytest.raises(RankError, match="Process 1 is gone"):
+        for _ in range(100):
+            leader.tell("end")
+    links[0].close()
+
+
+class _Quiet:
+    """A socket of this machine, which knows no delays to turn off."""
+
+    def __init__(self, inner: socket.socket) -> None:
+        self._inner = inner
+
+    def setsockopt(self, *_: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)

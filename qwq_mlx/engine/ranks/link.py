@@ -20,15 +20,16 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 
+from qwq_mlx.engine.ranks import LEADER_VARIABLE
 from qwq_mlx.errors import RankError
 
-__all__ = ["Link", "connect_all", "open_links"]
+__all__ = ["Link", "connect_all", "leader_addresses", "open_links"]
 
 _BEAT_S = 0.5
 _CONNECT_S = 30.0
@@ -190,11 +191,15 @@ def _shared(group: Any, numbers: Sequence[int]) -> tuple[int, bytes]:
     return port, struct.pack(">4I", *words)
 
 
-def leader_addresses(environment: Any) -> list[str]:
-    """Where rank 0 may be reached, from what MLX's launchers put into the environment; this machine comes last."""
-    addresses: list[str] = []
+def leader_addresses(environment: Mapping[str, str]) -> list[str]:
+    """Where rank 0 may be reached, from what launchers put into the environment; this machine comes last.
+
+    >>> leader_addresses({"NCCL_HOST_IP": "10.0.0.1"})
+    ['10.0.0.1', '127.0.0.1']
+    """
+    addresses = [each for each in environment.get(LEADER_VARIABLE, "").split(",") if each]
     hostfile = environment.get("MLX_HOSTFILE")
-    if hostfile and Path(hostfile).is_file():
+    if hostfile and Path(hostfile).is_file():  # of mlx.launch
         with contextlib.suppress(ValueError, IndexError, TypeError):
             addresses += [each.rpartition(":")[0] for each in json.loads(Path(hostfile).read_text())[0]]
     for name in ("MLX_JACCL_COORDINATOR", "NCCL_HOST_IP"):
