@@ -18,6 +18,8 @@ import signal
 import sys
 from typing import Any, Protocol, runtime_checkable
 
+from qwq_mlx.engine.ranks.activity import activity
+
 __all__ = ["QUESTION", "Interruption", "silence"]
 
 _HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
@@ -105,6 +107,7 @@ class Interruption:
         """Ask until there is an answer; a signal meanwhile is the second."""
         if not isinstance(run, Answerable):
             return False
+        activity.pause()  # whoever thinks about the answer is no process that hangs
         error, stdin = sys.stderr.fileno(), sys.stdin.fileno()
         while True:
             try:

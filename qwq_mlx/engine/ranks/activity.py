@@ -47,6 +47,10 @@ class Activity:
         if self._since is not None:
             self._since = time.monotonic()
 
+    def pause(self) -> None:
+        """Somebody is asked in a signal handler, perhaps within a wait, and may take long."""
+        self._since = None
+
     @property
     def waiting_s(self) -> float:
         """Seconds of the wait under way; 0 without one."""
