@@ -115,6 +115,7 @@ def follow(group: Any, *, folder: str | Path | None = None) -> None:
     finally:
         if is_main:
             signal.signal(signal.SIGINT, before)
+        link.close()
 
 
 def _follow(link: Link, group: Any, folder: Path | None) -> None:

@@ -19,7 +19,6 @@ import socket
 import struct
 import threading
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -38,8 +37,8 @@ _LENGTH = struct.Struct(">I")
 _HELLO = struct.Struct(">16sI")  # the number that both know, and the rank
 
 
-open_links: weakref.WeakSet[Link] = weakref.WeakSet()
-"""Of this process."""
+open_links: set[Link] = set()
+"""Of this process; copied in one go, as another thread looks at it."""
 
 
 class Link:
@@ -109,11 +108,13 @@ class Link:
                 data = _exactly(self._connection, n_bytes)
                 self._heard = time.monotonic()
                 message = json.loads(data) if data else {}
+                if not isinstance(message, dict):
+                    raise ValueError(f"a message that is a {type(message).__name__}")
                 if message.get("stop"):
                     self.is_asked_to_stop = True
                 elif message:
                     self._messages.put(message)
-        except (OSError, ValueError):  # it has gone, or is not what it should be
+        except (OSError, ValueError, RecursionError):  # it has gone, or is not what it should be
             self.is_closed = True
             self._messages.put(None)
 
