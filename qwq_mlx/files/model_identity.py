@@ -14,14 +14,25 @@ from qwq_mlx.files.manifest import MANIFEST_NAME
 
 __all__ = ["model_identity", "possible_folders", "versions"]
 
+_END_BYTES = 64 << 10
+
 
 def model_identity(folder: Path) -> str:
-    """The digest of a conversion's manifest, which has those of all bytes; else of names and sizes of all files."""
+    """The digest of a conversion's manifest, which has those of all bytes; else of names, sizes and last bytes of all
+    files. Models that were trained from one have the same sizes; what a desktop leaves behind (.DS_Store) is no part.
+    """
     manifest = folder / MANIFEST_NAME
     if manifest.is_file():
         return hashlib.sha256(manifest.read_bytes()).hexdigest()
-    files = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
-    return hashlib.sha256(repr(files).encode()).hexdigest()
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return hashlib.sha256(repr([(path.name, path.stat().st_size, _end(path)) for path in paths]).encode()).hexdigest()
+
+
+def _end(path: Path) -> bytes:
+    """The last bytes of a file; all of a small one."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _END_BYTES))
+        return file.read()
 
 
 def possible_folders(folder: Path) -> list[str]:
