@@ -65,13 +65,9 @@ def _asked(ssh: str | None, question: dict[str, Any]) -> dict[str, Any]:
     """What a machine says, or {"error": why it says nothing}."""
     if ssh is None:
         return report(question)
-    home = Path.home()
-    interpreters = [sys.executable]
-    if Path(sys.executable).is_relative_to(home):
-        interpreters.append(f"~/{Path(sys.executable).relative_to(home)}")
-    choice = " ".join(each if each.startswith("~") else shlex.quote(each) for each in [*interpreters, "python3"])
+    interpreters = _interpreters(Path(sys.executable), Path.home())
     script = (
-        f'for p in {choice}; do "$p" -c "import qwq_mlx" 2>/dev/null && exec "$p" -m qwq_mlx.cli.host_report; done; '
+        f'for p in {" ".join(interpreters)}; do "$p" -c "import qwq_mlx" 2>/dev/null && exec "$p" -m qwq_mlx.cli.host_report; done; '
         f"exit {_NO_PACKAGE}"
     )
     try:
@@ -90,7 +86,7 @@ def _asked(ssh: str | None, question: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"ssh cannot be run ({error.strerror}); install OpenSSH's client"}
     last = done.stderr.strip().splitlines()[-1:] or [""]
     if done.returncode == _NO_PACKAGE:
-        return {"error": f"has no python with qwq_mlx ({', '.join([*interpreters, 'python3'])}). Install it there"}
+        return {"error": f"has no python with qwq_mlx ({', '.join(interpreters)}). Install it there"}
     if done.returncode:
         return {
             "error": f"does not answer `ssh {ssh}` without a password: {last[0] or f'exit code {done.returncode}'}. "
@@ -101,6 +97,14 @@ def _asked(ssh: str | None, question: dict[str, Any]) -> dict[str, Any]:
     except (ValueError, IndexError):
         return {"error": f"answers with {done.stdout[:80]!r}, expected JSON. Is another qwq_mlx installed there?"}
     return answer if isinstance(answer, dict) else {"error": "answers with something else than a report"}
+
+
+def _interpreters(executable: Path, home: Path) -> list[str]:
+    """Where another machine may have this one's Python, as words of a shell; a tilde is that machine's home."""
+    words = [shlex.quote(str(executable))]
+    if executable.is_relative_to(home):
+        words.append(f"~/{shlex.quote(str(executable.relative_to(home)))}")
+    return [*words, "python3"]
 
 
 def _faults(hosts: Hosts, groups: _Ranks, replies: _Replies, folders: Sequence[Path]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from qwq_mlx.cli.host_check import checked_hosts
+from qwq_mlx.cli.host_check import _interpreters, checked_hosts
 from qwq_mlx.cli.hosts import Hosts, parse_hosts, read_hostfile, without_flags
 from qwq_mlx.cli.launch import Launch
 from qwq_mlx.cli.watch import FIRST_STUCK_S, SILENT_S, START_S, STUCK_S, Watch
@@ -152,6 +152,13 @@ def test_every_fault_of_another_machine_is_named_before_a_process_starts(
         checked_hosts(parse_hosts(f"localhost,{host}"), [POCKET], port=None)
     for message in [*messages, "Nothing was started."]:
         assert message in str(caught.value)
+
+
+def test_an_interpreter_in_a_folder_with_a_space_is_one_word_of_the_other_machine_s_shell() -> None:
+    choice = " ".join(_interpreters(Path("/home/me/my $work/python"), Path("/home/me")))
+    script = f'for p in {choice}; do echo "$p"; done'
+    done = subprocess.run(["sh", "-c", script], env={"HOME": "/Users/ben"}, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["/home/me/my $work/python", "/Users/ben/my $work/python", "python3"]
 
 
 def test_a_missing_folder_and_a_taken_port_are_named(
