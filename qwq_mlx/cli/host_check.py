@@ -67,7 +67,8 @@ def _asked(ssh: str | None, question: dict[str, Any]) -> dict[str, Any]:
         return report(question)
     interpreters = _interpreters(Path(sys.executable), Path.home())
     script = (
-        f'for p in {" ".join(interpreters)}; do "$p" -c "import qwq_mlx" 2>/dev/null && exec "$p" -m qwq_mlx.cli.host_report; done; '
+        f"for p in {' '.join(interpreters)}; do "
+        'if "$p" -c "import qwq_mlx" 2>/dev/null; then exec "$p" -m qwq_mlx.cli.host_report; fi; done; '
         f"exit {_NO_PACKAGE}"
     )
     try:
