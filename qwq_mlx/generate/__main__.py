@@ -251,7 +251,8 @@ def _answer(command: Command, prompt: str | None, asked: RunOptions, choice: Cho
     try:
         with bar:
             steps = autosave.steps(run) if autosave is not None else run
-            show(kept_steps(run, steps, snapshot_path()), sys.stdout, is_silent=options.json)
+            kept = kept_steps(run, steps, snapshot_path(), warn=command.warn)
+            show(kept, sys.stdout, is_silent=options.json)
         if options.ask_answer:
             run.ask_answer()
         trace = run.trace()
@@ -270,6 +271,7 @@ def _answer(command: Command, prompt: str | None, asked: RunOptions, choice: Cho
         command.warn(way_on(trace, options.save))
     elif autosave is None and _is_kept_unasked(trace, command):
         keep_unasked(run, command.warn)
+    _forget_snapshot()
     if options.receipt is not None:
         reasoner.receipt(trace).save(options.receipt)
     if not command.is_quiet or trace.finish_reason not in ("stop", "answered") or trace.asked is not None:
@@ -320,11 +322,16 @@ def _failed(error: GenerationError, run: Stream, autosave: Autosave | None, comm
     sys.stdout.flush()
     if autosave is not None and not isinstance(error, DamagedModelError) and autosave.save(run):
         command.warn(f"saved: go on with --resume {command.options.save}")
-        if (snapshot := snapshot_path()) is not None:
-            snapshot.unlink(missing_ok=True)  # what it holds is saved now, and more
+        _forget_snapshot()
     if autosave is None and isinstance(error, OutOfMemoryError) and not command.options.no_save and run.trace().ids:
         keep_unasked(run, command.warn)
     return command.fail(command.explain(error), error.exit_code)
+
+
+def _forget_snapshot() -> None:
+    """What it holds is saved or shown now, and more; whoever ends all is not to save it in that one's place."""
+    if (snapshot := snapshot_path()) is not None:
+        snapshot.unlink(missing_ok=True)
 
 
 def _unshown(error: OSError, run: Stream, autosave: Autosave | None, command: Command) -> int:
@@ -335,6 +342,7 @@ def _unshown(error: OSError, run: Stream, autosave: Autosave | None, command: Co
     exit_code = command.interruption.exit_code
     if autosave is not None and autosave.save(run):
         command.warn(f"saved: go on with --resume {autosave.path}")
+        _forget_snapshot()
     # Ctrl-C also ends the reader of a pipe (| tee), often before the run has come to its end.
     if autosave is None and exit_code and _is_kept_unasked(run.trace(), command):
         keep_unasked(run, command.warn)

@@ -24,6 +24,7 @@ from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.errors import LoadError, OptionError, RankError
 from qwq_mlx.generate.__main__ import main
 from qwq_mlx.generate.checkpoint.file import read_state_value
+from qwq_mlx.generate.stream import Stream
 
 QUESTION = "What is 3 + 4?"
 POCKET = pocket_checkpoint()
@@ -232,6 +233,21 @@ def test_a_process_that_is_killed_on_another_machine_is_named_the_run_kept_and_n
     assert main([*arguments[:-1], str(saved + 3), "--quiet", "--no-save"]) == 0
     alone = capfd.readouterr().out
     assert again and alone.endswith(again) and alone.startswith(alone.removesuffix(again)[:1])
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_run_that_is_over_leaves_nothing_to_save_and_one_that_cannot_be_kept_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_full: bool
+) -> None:
+    """Else a process that fails at the end lets an older state take the place of what --save wrote."""
+    kept, saved = tmp_path / ("gone" if is_full else "") / "run.json", tmp_path / "saved.qwq"
+    was_there: list[bool] = []
+    save = Stream.save
+    monkeypatch.setattr("qwq_mlx.generate.__main__.snapshot_path", lambda: kept)
+    monkeypatch.setattr(Stream, "save", lambda *of: (was_there.append(kept.exists()), save(*of)))
+    assert main(["--model", str(POCKET), "-p", "Count.", "--max-tokens", "2", "--save", str(saved), "--quiet"]) == 0
+    assert was_there == [not is_full] and not kept.exists() and saved.exists()
+    assert ("run.json: cannot be written (No such file" in capsys.readouterr().err) is is_full
 
 
 class _Ended:

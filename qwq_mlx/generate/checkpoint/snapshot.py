@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from qwq_mlx.generate.checkpoint.file import model_digest, write_checkpoint
@@ -24,14 +24,21 @@ _EVERY_S = 1.0
 _SHARE = 50  # of the time at most a 50th goes into snapshots, however long the run
 
 
-def kept_steps(run: Stream, steps: Iterable[Step], path: Path | None) -> Iterator[Step]:
-    """The steps; meanwhile the file holds the run, at most a second older than it is. path: None keeps nothing."""
+def kept_steps(run: Stream, steps: Iterable[Step], path: Path | None, *, warn: Callable[[str], None]) -> Iterator[Step]:
+    """The steps; meanwhile the file holds the run, at most a second older than it is. path: None keeps nothing.
+
+    warn: takes a line where the file cannot be written, which ends no run.
+    """
     due = 0.0
     for step in steps:
         yield step
         now = time.monotonic()
         if path is not None and now >= due:
-            _write(run, path)
+            try:
+                _write(run, path)
+            except OSError as error:
+                warn(f"warning: {path}: cannot be written ({error.strerror}), so the run is lost if a process fails.")
+                path = None
             due = now + max(_EVERY_S, _SHARE * (time.monotonic() - now))
 
 
