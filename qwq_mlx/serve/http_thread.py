@@ -90,8 +90,8 @@ class _Connection(H11Protocol):
 class HttpThread:
     """`start()` listens at once; `stop()` takes no more requests and lets those under way finish; `join()` waits.
 
-    drain: awaited in the loop behind the last request, for what no request holds; called with what says whether its
-    time is over.
+    drain: awaited in the loop behind the last request, for what no request holds; called with what says how many
+      seconds are left, -inf behind an `abort`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class HttpThread:
         app: ASGIApp,
         settings: Settings,
         *,
-        drain: Callable[[Callable[[], bool]], Awaitable[None]] | None = None,
+        drain: Callable[[Callable[[], float]], Awaitable[None]] | None = None,
     ) -> None:
         self._settings, self._drain = settings, drain
         self._ends_at = math.inf
@@ -161,4 +161,7 @@ class HttpThread:
         assert self._socket is not None, "`start` made it"
         await self._server.serve(sockets=[self._socket])
         if self._drain is not None:
-            await self._drain(lambda: self._server.force_exit or time.monotonic() >= self._ends_at)
+            await self._drain(self._left_s)
+
+    def _left_s(self) -> float:
+        return -math.inf if self._server.force_exit else self._ends_at - time.monotonic()

@@ -9,13 +9,14 @@ Does not: hold more than `MAX_RUNS` or `MAX_STEPS` in memory (the oldest that ha
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.errors import SavingError
+from qwq_mlx.errors import QwqError
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.body import dumped
 from qwq_mlx.serve.history import History
@@ -62,27 +63,37 @@ class Runs:
     def __iter__(self) -> Any:
         return reversed(list(self._runs.values()))
 
-    async def drain(self, is_over: Callable[[], bool]) -> None:
+    async def drain(self, left_s: Callable[[], float]) -> None:
         """Let runs go on until they end or their time is over. What the history does not keep then is saved in the
-        folder, or told to be lost."""
+        folder, or told to be lost.
+
+        left_s: seconds that are left; -inf ends at once, also while the model's thread is to save.
+        """
         while running := [run for run in self if run.state == "running"]:
-            if is_over():
+            if left_s() <= 0:
                 for run in reversed(running):
                     if not run.is_kept:
-                        self._warn(await self._left_behind(run))
+                        self._warn(await self._left_behind(run, left_s))
                 return
             await asyncio.sleep(_LOOK_S)
 
-    async def _left_behind(self, run: Run) -> str:
+    async def _left_behind(self, run: Run, left_s: Callable[[], float]) -> str:
         """What becomes of a run that goes on when the process ends, and that only its memory has."""
         path, reason = self.path_of(run.id), "no `runs_folder`"
         if path is not None and run.job is not None:
+            saving = asyncio.ensure_future(self._worker.save(run.job, path))
+            while not saving.done() and left_s() > -math.inf:
+                await asyncio.wait([saving], timeout=_LOOK_S)
             try:
-                await self._worker.save(run.job, path)
-            except (ApiError, SavingError) as error:
+                if saving.done():
+                    saving.result()
+                    return (
+                        f"{run.id} is saved after {len(run.steps)} tokens; `generate --resume {path}` goes on with it"
+                    )
+                saving.cancel()
+                reason = "the end came before it was saved"
+            except (ApiError, QwqError, RuntimeError, MemoryError) as error:
                 reason = str(error)
-            else:
-                return f"{run.id} is saved after {len(run.steps)} tokens; `generate --resume {path}` goes on with it"
         return f"warning: {run.id} is lost after {len(run.steps)} tokens: it is in no history, and {reason}"
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -288,6 +289,29 @@ def test_a_run_whose_events_cannot_be_taken_has_failed(monkeypatch: pytest.Monke
         last = [json.loads(line) async for line in known.lines(run, 0)][-1]["run"]
         assert (last["state"], last["error"]) == ("failed", "Internal error: MemoryError.") and run.job.is_cancelled
         assert log == [f"{run.id}: internal error: MemoryError"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("error", [None, MemoryError("no room for it")])
+def test_an_end_at_once_waits_for_no_save_and_a_save_that_fails_is_told(
+    tmp_path: Path, error: BaseException | None
+) -> None:
+    """The model's thread may hang, and the HTTP thread would wait for it for ever."""
+    left = iter([0.0, 0.0, 0.0, 0.0])
+
+    async def scenario() -> None:
+        class Saving(FakeWorker):
+            async def save(self, job: Job, path: Path) -> None:
+                if error is not None:
+                    raise error
+                await asyncio.Event().wait()
+
+        log: list[str] = []
+        known = runs.Runs(Saving(), heartbeat_s=10, folder=tmp_path, warn=log.append)  # type: ignore[arg-type]
+        await known.start(Ask(), question="a")
+        await asyncio.wait_for(known.drain(lambda: next(left, -math.inf)), 20)
+        assert ("no room for it" if error else "the end came before it was saved") in log[0]
 
     asyncio.run(scenario())
 
