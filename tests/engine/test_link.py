@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from qwq_mlx.engine.ranks.link import Link, open_links
+from qwq_mlx.engine.ranks import link as links
+from qwq_mlx.engine.ranks.link import Link, connect_all, open_links
 
 
 @pytest.mark.parametrize(
@@ -24,3 +28,29 @@ def test_a_peer_that_sends_something_else_than_a_message_is_gone(sent: bytes | N
         assert link._messages.get(timeout=20) is None
         link.close()
         assert link.is_closed and link not in open_links
+
+
+def test_who_knows_nothing_or_gave_up_waiting_is_not_taken_for_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that comes again is."""
+    taken: list[socket.socket] = []
+
+    def connect(port: int, token: bytes) -> None:
+        for rank, known, is_patient in ((1, bytes(16), False), (7, token, False), (1, token, False), (1, token, True)):
+            peer = socket.create_connection(("127.0.0.1", port))
+            peer.sendall(struct.pack(">16sI", known, rank))
+            if not is_patient:
+                peer.close()
+                continue
+            assert peer.recv(1) == b"\x01"
+            peer.sendall(b"\x01" + struct.pack(">I", 12) + b'{"host":"b"}')
+            taken.append(peer)
+
+    def shared(group: Any, numbers: list[int]) -> None:
+        arguments = numbers[0], struct.pack(">4I", *numbers[1:])
+        threading.Thread(target=connect, args=arguments, daemon=True).start()
+
+    monkeypatch.setattr(links, "_shared", shared)
+    [link] = connect_all(SimpleNamespace(rank=lambda: 0, size=lambda: 2))
+    assert link._messages.get(timeout=20) == {"host": "b"}
+    link.close()
+    taken[0].close()

@@ -19,7 +19,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,9 @@ __all__ = ["Link", "connect_all", "leader_addresses", "open_links"]
 
 _BEAT_S = 0.5
 _CONNECT_S = 30.0
+_HELLO_S = 5.0  # for whoever connects to say what it has to know; the next one waits meanwhile
+_ANSWER_S = 15.0
+_KNOWN = b"\x01"
 _MAX_BYTES = 1 << 30
 _LENGTH = struct.Struct(">I")
 _HELLO = struct.Struct(">16sI")  # the number that both know, and the rank
@@ -144,12 +147,18 @@ def connect_all(group: Any) -> list[Link]:
         for address in addresses:
             try:
                 connection = socket.create_connection((address, port), timeout=5)
-                connection.sendall(_HELLO.pack(token, group.rank()))
-                if connection.recv(1) == b"\x01":
-                    return [Link(connection, 0)]
-                connection.close()
             except OSError as error:
                 last = error
+                continue
+            try:
+                connection.settimeout(_ANSWER_S)
+                connection.sendall(_HELLO.pack(token, group.rank()))
+                if connection.recv(1) == _KNOWN:
+                    connection.sendall(_KNOWN)
+                    return [Link(connection, 0)]
+            except OSError as error:
+                last = error
+            connection.close()
         time.sleep(0.2)
     raise RankError(
         f"Process {group.rank()} cannot reach process 0 at port {port} of {', '.join(addresses)} ({last}). Let its "
@@ -158,31 +167,42 @@ def connect_all(group: Any) -> list[Link]:
 
 
 def _accepted(group: Any) -> list[Link]:
-    token = secrets.token_bytes(16)
+    token, missing = secrets.token_bytes(16), set(range(1, group.size()))
     links: dict[int, Link] = {}
     with socket.create_server(("", 0), backlog=group.size()) as server:
         _shared(group, [server.getsockname()[1], *struct.unpack(">4I", token)])
         until = time.monotonic() + _CONNECT_S
-        while len(links) < group.size() - 1:
-            server.settimeout(max(0.1, until - time.monotonic()))
-            try:
-                connection, _ = server.accept()
-                connection.settimeout(5)
-                known, rank = _HELLO.unpack(_exactly(connection, _HELLO.size))
-            except OSError as error:
-                if time.monotonic() < until:
-                    continue
-                missing = [rank for rank in range(1, group.size()) if rank not in links]
+        while missing:
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                for link in links.values():
+                    link.close()
                 raise RankError(
-                    f"Process {missing[0]} of {group.size()} did not connect to process 0 within {_CONNECT_S:.0f} s. "
+                    f"Process {min(missing)} of {group.size()} did not connect to process 0 within {_CONNECT_S:.0f} s. "
                     "Let this machine's firewall accept connections to Python."
-                ) from error
-            if hmac.compare_digest(known, token) and rank not in links and 0 < rank < group.size():
-                connection.sendall(b"\x01")
-                links[rank] = Link(connection, rank)
-            else:
-                connection.close()
+                )
+            server.settimeout(left_s)
+            with contextlib.suppress(OSError):
+                connection, _ = server.accept()
+                rank = _rank_of(connection, token, missing)
+                if rank is not None:
+                    links[rank] = Link(connection, rank)
+                    missing.remove(rank)
     return [links[rank] for rank in sorted(links)]
+
+
+def _rank_of(connection: socket.socket, token: bytes, missing: Collection[int]) -> int | None:
+    """Which of the missing processes has connected; None for anybody else, who is not listened to, and for one that has
+    given up waiting and comes again."""
+    connection.settimeout(_HELLO_S)
+    with contextlib.suppress(OSError):
+        known, rank = _HELLO.unpack(_exactly(connection, _HELLO.size))
+        if hmac.compare_digest(known, token) and rank in missing:
+            connection.sendall(_KNOWN)
+            if _exactly(connection, 1) == _KNOWN:
+                return int(rank)
+    connection.close()
+    return None
 
 
 def _shared(group: Any, numbers: Sequence[int]) -> tuple[int, bytes]:
