@@ -71,11 +71,10 @@ def _work_on_hosts(command: Command) -> int:
 def _checked_models(command: Command, n_ranks: int) -> list[Path]:
     """The folders of the command's models, converted where that is due.
 
-    Raises OptionError where heads do not divide.
+    Raises OptionError for more processes than layers.
     """
     from qwq_mlx.default_model import choose_model, ready_model
     from qwq_mlx.model.folder import open_model_folder
-    from qwq_mlx.model.tensor_parallel import check_ranks
 
     named = command.options.model
     folders = []
@@ -83,7 +82,11 @@ def _checked_models(command: Command, n_ranks: int) -> list[Path]:
         files = open_model_folder(
             ready_model(choose_model(name), command.note), follow_links=command.options.follow_links
         )
-        check_ranks(files.config, files.packed, n_ranks)
+        if n_ranks > files.config.num_hidden_layers:
+            raise OptionError(
+                f"`hosts` has {n_ranks} processes, expected at most {files.config.num_hidden_layers}, the layers of "
+                f"{files.path}."
+            )
         folders.append(files.path)
     return folders
 

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--recipe", metavar="NAME", help="plan QwQ-32B-Preview converted by this recipe")
     add("--ram", type=float, metavar="GIB", help="memory of the Mac to plan for, in GiB (default: this machine)")
-    add("--hosts", metavar="NAME=GIB,...", help="plan for Macs that hold the model together, for example a=16,b=24")
+    _add_hosts(add)
     add("--context", type=int, metavar="N", help="context length in tokens, prompt included (default: the model's own)")
     add("--kv-bits", type=int, metavar="B", help="bits of a quantized KV cache, 8 or 4 (default: off)")
     add(
@@ -93,8 +93,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_hosts(add: Any) -> None:
+    """Several Macs."""
+    add(
+        "--hosts",
+        metavar="NAME=GIB,...",
+        help="plan for Macs that hold the model together, for example a=16,b=24, or b=24@120 where its memory is read "
+        "at 120 GB/s",
+    )
+    add("--link", metavar="L", help="of these Macs, as --measure-link prints it: which split is faster is told by it")
+    add(
+        "--measure-link",
+        action="store_true",
+        help="run by mlx.launch on each of the Macs: sum for 5 s, and print what --link takes",
+    )
+
+
 def _fit(command: Command) -> int:
-    print(_report(command.options))
+    text = _measured_link() if command.options.measure_link else _report(command.options)
+    if text:
+        print(text)
     return 0
 
 
@@ -150,19 +168,34 @@ def _report(options: argparse.Namespace) -> str:
 
 
 def _of_hosts(options: argparse.Namespace, workload: Workload, reserve_bytes: int) -> str:
-    from qwq_mlx.fit.hosts import parse_hosts, plan_hosts, report_of_hosts
+    from qwq_mlx.fit.hosts import as_json, parse_hosts, plan_hosts, report_of_hosts
+    from qwq_mlx.fit.speed import parse_link
 
     for name in ("ram", "draft"):
         if getattr(options, name) is not None:
             raise OptionError(f"`hosts` and `{name}` do not go together. Leave one of them out.")
     hosts = parse_hosts(options.hosts)
+    link = None if options.link is None else parse_link(options.link)
     model, name = _model(options)
     if not options.json:
-        return report_of_hosts(model, name, workload, hosts, reserve_bytes=reserve_bytes)
-    plans = plan_hosts(model, workload, hosts, reserve_bytes=reserve_bytes)
+        return report_of_hosts(model, name, workload, hosts, link, reserve_bytes=reserve_bytes)
+    plan = plan_hosts(model, workload, hosts, link, reserve_bytes=reserve_bytes)
     return json.dumps(
-        {"model": name, "hosts": {host.name: _as_json(plan, None) for host, plan in zip(hosts, plans, strict=True)}}
+        {"model": name, "splits": as_json(plan, hosts), "obstacles": plan.obstacles, "alone_token_s": plan.alone}
     )
+
+
+def _measured_link() -> str:
+    """What a link is, measured by all ranks that run this."""
+    from qwq_mlx.fit.speed import link_text
+    from qwq_mlx.model.link import measure_link
+    from qwq_mlx.model.upstream import import_mlx
+
+    group = import_mlx().distributed.init()
+    if group.size() < 2:
+        raise OptionError("`measure_link` needs several processes: mlx.launch --hosts a,b python -m qwq_mlx.fit ...")
+    link = measure_link(group)
+    return f"--link {link_text(link)}" if group.rank() == 0 else ""
 
 
 def _model(options: argparse.Namespace) -> tuple[ModelFolder | ModelShape, str]:

@@ -13,6 +13,7 @@ import platform
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from qwq_mlx.files.model_identity import model_identity, possible_folders, versi
 from qwq_mlx.model.device import limit_bytes
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, load_model
+from qwq_mlx.model.split import Split
 
 __all__ = [
     "begin_loading",
     "follow",
     "lead",
-    "smallest_limit",
+    "limits_of_ranks",
     "wait_until_loaded",
 ]
 
@@ -50,8 +52,8 @@ def lead(group: Any) -> Leader:
     return _leaders[0]
 
 
-def smallest_limit(leader: Leader, folder: Path, own_bytes: int | None, *, follow_links: bool) -> int | None:
-    """Ask all ranks whether they have the model; the least memory that any of them gives, None where own_bytes is.
+def limits_of_ranks(leader: Leader, folder: Path, own_bytes: int | None, *, follow_links: bool) -> list[int | None]:
+    """Ask all ranks whether they have the model, and how much memory each gives: None for all where own_bytes is.
 
     Raises LoadError naming the machine that lacks the model, or has another one or other versions.
     """
@@ -64,14 +66,23 @@ def smallest_limit(leader: Leader, folder: Path, own_bytes: int | None, *, follo
     replies = leader.ask("plan", asked)
     for link, reply in zip(leader.links, replies, strict=True):
         _check(link, reply)
-    return None if own_bytes is None else min(own_bytes, *(int(reply["limit_bytes"]) for reply in replies))
+    if own_bytes is None:
+        return [None] * leader.size
+    return [own_bytes, *(int(reply["limit_bytes"]) for reply in replies)]
 
 
 def begin_loading(
-    leader: Leader, *, compute_type: ComputeType | None, follow_links: bool, reproducible: bool, verify: bool
+    leader: Leader,
+    split: Split,
+    *,
+    compute_type: ComputeType | None,
+    follow_links: bool,
+    reproducible: bool,
+    verify: bool,
 ) -> None:
     """Let all ranks load their parts while this one loads its own; the settings are those of `load`."""
     settings = {
+        "split": asdict(split),
         "compute_type": compute_type,
         "follow_links": follow_links,
         "reproducible": reproducible,
@@ -164,6 +175,7 @@ def _loaded(group: Any, folder: Path | None, message: Mapping[str, Any]) -> Foll
             follow_links=message["follow_links"],
             reproducible=message["reproducible"],
             group=group,
+            split=Split(**message["split"]),
             progress=lambda n_done, n_layers: activity.step(),
         )
     check_model: Callable[[], None] | None = None

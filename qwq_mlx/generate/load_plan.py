@@ -17,13 +17,15 @@ from qwq_mlx.default_model import ready_model
 from qwq_mlx.engine.ranks.leader import Leader
 from qwq_mlx.files.read_ahead import read_ahead
 from qwq_mlx.generate.drafting import DraftChoice, choose_draft
-from qwq_mlx.generate.following import begin_loading, lead, smallest_limit, wait_until_loaded
+from qwq_mlx.generate.following import begin_loading, lead, limits_of_ranks, wait_until_loaded
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, LoadedModel, LoadProgress, load_model
 from qwq_mlx.model.memory.fit import fitted
+from qwq_mlx.model.memory.plan import Workload
+from qwq_mlx.model.memory.splits import binding_rank, choose_split, plan_ranks
+from qwq_mlx.model.split import Split
 from qwq_mlx.model.template import read_template_file
-from qwq_mlx.model.tensor_parallel import check_ranks
 from qwq_mlx.options import Limits
 
 __all__ = ["LoadPlan", "load_planned", "plan_load"]
@@ -32,12 +34,16 @@ __all__ = ["LoadPlan", "load_planned", "plan_load"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
     """folder: of the model. limit_bytes: what the device gives, None where nothing is refused. drafts: who drafts.
-    leader: of the processes that are to hold the model together; None for this one alone."""
+    leader: of the processes that are to hold the model together; None for this one alone. split: who of them holds
+    what. rank: the one whose limit that is.
+    """
 
     folder: Path
     limit_bytes: int | None
     drafts: DraftChoice
     leader: Leader | None
+    split: Split | None
+    rank: int
 
 
 def plan_load(
@@ -60,9 +66,18 @@ def plan_load(
     leader = None if group is None or group.size() == 1 else lead(group)
     limit = None if force else limit_bytes()
     files = open_model_folder(model, follow_links=follow_links)
+    split, rank = None, 0
     if leader is not None:
-        check_ranks(files.config, files.packed, leader.size)
-        limit = smallest_limit(leader, files.path, limit, follow_links=follow_links)
+        workload = Workload(
+            context=limits.context,
+            kv_bits=None if limits.kv_bits == "auto" else limits.kv_bits,
+            prefill_step=limits.prefill_step,
+            compute_type=compute_type,
+        )
+        of_ranks = limits_of_ranks(leader, files.path, limit, follow_links=follow_links)
+        split = choose_split(files, workload, of_ranks, backend=backend_name())
+        rank = binding_rank(plan_ranks(files, workload, split, of_ranks, backend=backend_name()))
+        limit = of_ranks[rank]
     drafts = choose_draft(draft, draft_length, files, reproducible=reproducible, follow_links=follow_links)
     fitted(
         files,
@@ -72,11 +87,12 @@ def plan_load(
         compute_type=compute_type,
         draft=drafts.shape,
         drafts_from_texts=drafts.uses_texts,
-        n_ranks=1 if leader is None else leader.size,
+        split=split,
+        rank=rank,
     )
     if leader is None:
         read_ahead(shard.path for shard in files.checkpoint.shards)
-    return LoadPlan(folder=model, limit_bytes=limit, drafts=drafts, leader=leader)
+    return LoadPlan(folder=model, limit_bytes=limit, drafts=drafts, leader=leader, split=split, rank=rank)
 
 
 def load_planned(
@@ -95,8 +111,14 @@ def load_planned(
     """
     template, leader = None if chat_template is None else read_template_file(Path(chat_template)), plan.leader
     if leader is not None:
+        assert plan.split is not None, "they hold it together"
         begin_loading(
-            leader, compute_type=compute_type, follow_links=follow_links, reproducible=reproducible, verify=verify
+            leader,
+            plan.split,
+            compute_type=compute_type,
+            follow_links=follow_links,
+            reproducible=reproducible,
+            verify=verify,
         )
     model = load_model(
         plan.folder,
@@ -105,9 +127,11 @@ def load_planned(
         follow_links=follow_links,
         reproducible=reproducible,
         group=None if leader is None else leader.group,
+        split=plan.split,
         progress=progress,
     )
     if leader is not None:
         wait_until_loaded(leader)
         model.module.leader = leader
+        model.module.ranks.binding = plan.rank
     return model

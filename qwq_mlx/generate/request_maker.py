@@ -12,7 +12,6 @@ from dataclasses import replace
 from qwq_mlx.engine.detokenizer import Pieces, decode
 from qwq_mlx.engine.drafters.speculator import Speculator
 from qwq_mlx.engine.logits_processors import LogitsProcessor
-from qwq_mlx.engine.ranks.leader import leader_of
 from qwq_mlx.engine.row import check_ids
 from qwq_mlx.errors import OptionError
 from qwq_mlx.facts import QWQ_32B, QWQ_32B_PREVIEW
@@ -26,6 +25,7 @@ from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.model.memory.fit import Fitted, fitted
 from qwq_mlx.model.memory.plan import ModelShape
+from qwq_mlx.model.ranks import ranks_of
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking, from_json
 from qwq_mlx.reasoning.profile import Profile, find_profile
 from qwq_mlx.trace.trace import Trace
@@ -89,6 +89,13 @@ class RequestMaker:
         if not all(callable(processor) for processor in logits_processors):
             raise OptionError(f"logits_processors is {logits_processors!r}, expected functions (tokens, logits).")
         inspect.check(n_ids=n_ids, n_layers=n_layers, detects_loops=thinking.on_loop != "off")
+        ranks = ranks_of(self.model.module)
+        missing = [] if ranks is None else [n for n in inspect.hidden_layers if max(0, n - 1) not in ranks.layers]
+        if missing:
+            raise OptionError(
+                f"hidden_layers has {missing[0]}, which another process of the pipeline computes; this one has layers "
+                f"{ranks.layers.start} and on. Ask for layers from {ranks.layers.start + 1}."  # type: ignore[union-attr]
+            )
         return Request(
             model=self.model,
             pieces=self.pieces,
@@ -130,7 +137,7 @@ class RequestMaker:
 
     def fit(self, limits: Limits) -> Fitted:
         """These limits as this machine can keep them, and the memory plan. Raises FitError or OptionError."""
-        model, leader = self.model, leader_of(self.model.module)
+        model, ranks = self.model, ranks_of(self.model.module)
         shape = ModelShape(config=model.config, packed=model.packed)
         return fitted(
             shape,
@@ -140,7 +147,8 @@ class RequestMaker:
             compute_type=model.compute_type,
             draft=self._draft_choice.shape,
             drafts_from_texts=self._draft_choice.uses_texts,
-            n_ranks=1 if leader is None else leader.size,
+            split=None if ranks is None else ranks.split,
+            rank=0 if ranks is None else ranks.binding,
         )
 
     def receipt(self, trace: Trace) -> Receipt:

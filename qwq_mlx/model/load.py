@@ -12,7 +12,8 @@ Does not: download, convert, run code of the folder, or open any file but JSON, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -26,8 +27,8 @@ from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.generation_config import GenerationDefaults, read_generation_defaults
 from qwq_mlx.model.kernels.layers import use_few_row_kernels
 from qwq_mlx.model.layout import Packing
-from qwq_mlx.model.ranks import Ranks, read_part
-from qwq_mlx.model.tensor_parallel import check_ranks
+from qwq_mlx.model.ranks import load_part
+from qwq_mlx.model.split import Split, check_split, tensor_split
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
 from qwq_mlx.model.weight_values import check_finite, zero_warnings
@@ -96,6 +97,7 @@ def load_model(
     follow_links: bool = False,
     reproducible: bool = False,
     group: Any | None = None,
+    split: Split | None = None,
     progress: LoadProgress | None = None,
 ) -> LoadedModel:
     """Check a folder and load its weights.
@@ -106,6 +108,7 @@ def load_model(
     follow_links: read shards that links out of the folder lead to.
     reproducible: see `LoadedModel`.
     group: from `mx.distributed.init`: this process reads its part of the weights alone. None, or a group of one: all.
+    split: who of the group holds what; None gives each an even part of every layer.
     progress: called while the weights are read.
     Raises OptionError; LoadError or SourceError naming file, found and expected; BackendError where MLX cannot run.
     """
@@ -120,7 +123,11 @@ def load_model(
     stop_ids = _stop_ids(files.path, config, defaults, tokenizer)
     chosen = compute_type or default_compute_type()
     group = group if group is not None and group.size() > 1 else None
-    module = _load_weights(files, chosen, group, progress or (lambda n_done, n_layers: None))
+    progress = progress or (lambda n_done, n_layers: None)
+    if group is None:
+        module = _load_weights(files, chosen, progress)
+    else:
+        module = _load_part(files, chosen, group, split or tensor_split(config, group.size()), progress)
     return LoadedModel(
         folder=files.path,
         module=module,
@@ -199,32 +206,41 @@ def packing_arguments(packing: Packing) -> dict[str, Any]:
     return {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
 
 
-def _load_weights(files: ModelFolder, compute_type: ComputeType, group: Any | None, progress: LoadProgress) -> Any:
-    """Map the checked tensors into the module and read them, one layer at a time; of a group the rank's parts."""
+def _load_weights(files: ModelFolder, compute_type: ComputeType, progress: LoadProgress) -> Any:
+    """Map the checked tensors into a module and read them, one layer at a time."""
     mx = import_mlx()
-    if group is not None:
-        check_ranks(files.config, files.packed, group.size())
     module = build_module(files.config, files.packed)
     weights: dict[str, Any] = {}
-    if group is None:
-        for shard in files.checkpoint.shards:
-            weights.update(_map_shard(shard, files.checkpoint.tensors, compute_type))
-    else:
-        module.shard(group)
-        module.ranks = Ranks(
-            group, n_layers=files.config.num_hidden_layers, n_kv_heads=files.config.num_key_value_heads
-        )
-        for name, (shard, entry) in files.checkpoint.tensors.items():
-            weights[name] = read_part(shard, entry, name, group.rank(), group.size(), compute_type)
+    for shard in files.checkpoint.shards:
+        weights.update(_map_shard(shard, files.checkpoint.tensors, compute_type))
     module.load_weights(list(weights.items()), strict=True)
     weights.clear()  # from here on only the module holds them, so each layer's source bytes go when it is cast
-    module.eval()
-    try:
+    with _telling_of_memory(files):
         for n_done, layer in enumerate(module.layers):
             progress(n_done, len(module.layers))
             mx.eval(layer.parameters())
         mx.eval(module.parameters())
         progress(len(module.layers), len(module.layers))
+    return _ready(module)
+
+
+def _load_part(files: ModelFolder, compute_type: ComputeType, group: Any, split: Split, progress: LoadProgress) -> Any:
+    """A module of this rank's part, its weights read."""
+    if split.n_ranks != group.size():
+        raise OptionError(f"split is for {split.n_ranks} processes, expected {group.size()}, which the group has.")
+    check_split(split, files.config, files.packed)
+    module = build_module(files.config, files.packed)
+    n_layers = split.n_layers[group.rank()]
+    with _telling_of_memory(files):
+        load_part(module, files, split, group, compute_type, lambda share: progress(int(share * n_layers), n_layers))
+    return _ready(module)
+
+
+@contextmanager
+def _telling_of_memory(files: ModelFolder) -> Iterator[None]:
+    """Around reading: a shard that was changed meanwhile and memory that ran out are told as such."""
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         _check_shards_are_whole(files)
         if not OutOfMemoryError.is_meant_by(error):
@@ -233,6 +249,11 @@ def _load_weights(files: ModelFolder, compute_type: ComputeType, group: Any | No
             f"{files.path}: memory ran out while the weights were read ({type(error).__name__}: {error}). "
             "End what else takes memory, or take a model of fewer bits."
         ) from error
+
+
+def _ready(module: Any) -> Any:
+    """A module whose weights are in memory, with the products of this machine."""
+    module.eval()
     use_blas_for_rows(module)
     use_few_row_kernels(module)
     return module

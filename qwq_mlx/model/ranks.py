@@ -1,31 +1,72 @@
 """One of several processes that hold a model together: what it has of the model, and how it reads that.
 
-Does not: say how tensors are split (`tensor_parallel` does), or what the processes do together (`engine.ranks` does).
+Only the bytes of a rank's part are read, a tensor at a time and the largest first, so that what stands in memory twice
+for a moment does so while there is room.
+
+Does not: say who holds what (`split` does), or what the processes do together (`engine.ranks` does).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from qwq_mlx.files.header import Header, TensorEntry
 from qwq_mlx.files.rows import read_rows
+from qwq_mlx.model.architecture import Qwen2Config
+from qwq_mlx.model.folder import ModelFolder
+from qwq_mlx.model.pipeline import make_stage
+from qwq_mlx.model.split import Split
 from qwq_mlx.model.tensor_bytes import array_of
-from qwq_mlx.model.tensor_parallel import split_axis
 
-__all__ = ["Ranks", "ranks_of", "read_part"]
+__all__ = ["Ranks", "load_part", "ranks_of", "read_part"]
 
 _BLOCK_BYTES = 64 << 20  # of a tensor split by columns, that are read at a time
 
 
-def read_part(shard: Header, entry: TensorEntry, name: str, rank: int, n_ranks: int, compute_type: str) -> Any:
-    """A rank's part of a tensor, evaluated: floats in the compute type, codes as they are.
+def load_part(
+    module: Any,
+    files: ModelFolder,
+    split: Split,
+    group: Any,
+    compute_type: str,
+    progress: Callable[[float], None],
+) -> None:
+    """Make of a whole module, whose weights are placeholders, the part of one rank, and read its weights.
 
-    Of a tensor split by rows, and of a whole one, only its bytes are read; of one split by columns a block of rows at a
-    time, so that beside the part 64 MiB are held. Raises SourceError.
+    progress: called with the share of bytes that is read. Raises SourceError.
     """
-    axis, shape = split_axis(name), entry.shape
+    rank, config = group.rank(), files.config
+    if split.kind == "tensor":
+        module.shard(group)
+    else:
+        make_stage(module, split, group)
+    for parent, name in ((module.model, "embed_tokens"), (module.model, "norm"), (module, "lm_head")):
+        path = f"model.{name}" if parent is module.model else name
+        if name in parent and not split.holds(f"{path}.weight", rank, config):
+            parent.pop(name)
+    weights: dict[str, Any] = {}
+    wanted = [name for name in files.checkpoint.tensors if split.holds(name, rank, config)]
+    sizes = {name: entry.end - entry.start for name, (_, entry) in files.checkpoint.tensors.items()}
+    n_read, n_all = 0, sum(sizes[name] for name in wanted)
+    for name in sorted(wanted, key=sizes.__getitem__, reverse=True):
+        shard, entry = files.checkpoint.tensors[name]
+        weights[name] = read_part(shard, entry, split.axis_of(name), rank, split.n_ranks, compute_type)
+        n_read += sizes[name]
+        progress(n_read / n_all)
+    module.load_weights(list(weights.items()), strict=True)
+    module.ranks = Ranks(group, split, config)
+
+
+def read_part(shard: Header, entry: TensorEntry, axis: int | None, rank: int, n_ranks: int, compute_type: str) -> Any:
+    """A rank's part of a tensor along an axis, evaluated: floats in the compute type, codes as they are.
+
+    Of a tensor split by rows (axis 0), and of a whole one (None), only its bytes are read; of one split by columns (1)
+    a block of rows at a time, so that beside the part 64 MiB are held. Raises SourceError.
+    """
+    shape = entry.shape
     if axis is None:
         return array_of(read_rows(shard, entry), entry.dtype, shape, compute_type)
     size = shape[axis] // n_ranks
@@ -45,20 +86,23 @@ def read_part(shard: Header, entry: TensorEntry, name: str, rank: int, n_ranks: 
 class Ranks:
     """The processes that hold a model together, and what one of them has of it.
 
-    group: from `mx.distributed.init`. layers: of the model's n_layers, those that this rank has. kv_heads: of the
-    model's, those in this rank's KV caches. sends: what it computes goes to another rank, so that it has to be computed
-    also where nobody here reads it.
+    group: from `mx.distributed.init`.
+    split: who holds what.
+    n_layers: of the model. layers: of them, those that this rank has.
+    kv_heads: of the model's, those in this rank's KV caches.
+    sends: what it computes goes to another rank, so that it has to be computed also where nobody here reads it.
+    binding: the rank whose memory limits what all can do; rank 0 is told so.
     """
 
-    def __init__(self, group: Any, *, n_layers: int, n_kv_heads: int) -> None:
-        self.group = group
+    def __init__(self, group: Any, split: Split, config: Qwen2Config) -> None:
+        self.group, self.split = group, split
         self.rank: int = group.rank()
         self.size: int = group.size()
-        self.n_layers = n_layers
-        self.sends = False
-        self.layers = range(n_layers)
-        n_own = n_kv_heads // self.size
-        self.kv_heads = range(self.rank * n_own, (self.rank + 1) * n_own)
+        self.n_layers = config.num_hidden_layers
+        self.layers = split.layers_of(self.rank)
+        self.kv_heads = split.kv_heads_of(self.rank, config)
+        self.sends = split.kind == "pipeline" and self.rank > 0
+        self.binding = 0
 
 
 def ranks_of(module: Any) -> Ranks | None:

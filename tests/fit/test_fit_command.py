@@ -8,13 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.facts import QWQ_32B_PREVIEW
 from qwq_mlx.fit import __main__ as command
+from qwq_mlx.fit.speed import link_text, parse_link
+from qwq_mlx.model.link import Link, measure_link
 from qwq_mlx.model.memory.advice import MACS_GIB, cheapest_change, table_of_macs
 from qwq_mlx.model.memory.plan import RESERVE_BYTES, Workload, metal_limit_bytes, plan_memory, shape_of_facts
+from qwq_mlx.model.memory.splits import plan_ranks
+from qwq_mlx.model.split import Split
 
 QWQ = shape_of_facts(QWQ_32B_PREVIEW)
 GIB = 1 << 30
@@ -108,7 +113,7 @@ def test_every_flag_reaches_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert code == 0
     assert found["workload"] == {
         **{"context": 4096, "kv_bits": 8, "n_sequences": 1, "prefill_step": 128, "compute_type": "float32"},
-        **{"draft": str(draft), "drafts_from_texts": False, "n_draft": 7, "n_ranks": 1},
+        **{"draft": str(draft), "drafts_from_texts": False, "n_draft": 7, "split": None, "rank": 0},
     }
     assert found["reserve_bytes"] == 2_000_000_000
     assert found["speculative_bytes"] > 0 == found["batch_bytes"]
@@ -191,14 +196,61 @@ def test_with_ram_given_mlx_is_not_imported() -> None:
 
 
 def test_two_small_macs_hold_what_neither_can(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--hosts", "a=16,b=24", "--context", "4096", "--json"]) == 0
-    plans = json.loads(capsys.readouterr().out)["hosts"]
-    assert plans["b"]["fits"] and not plan_memory(QWQ, limit_bytes=metal_limit_bytes(24 * GIB)).fits
-    assert plans["a"]["weights_bytes"] == plans["b"]["weights_bytes"]
-    assert plans["a"]["kv_bytes"] * 2 == plan_memory(QWQ, Workload(context=4096)).kv_bytes
-    assert command.main(["--hosts", "a=16,b=24,c=64,d=64"]) == 0
-    text = capsys.readouterr().out
-    assert "held by 4 Macs together" in text and "a binds" in text and "c, d would do alone" in text
+    assert command.main(["--hosts", "a=16,b=24", "--context", "8192", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    tensor, pipeline = answer["splits"]
+    halves, stages = tensor["hosts"], pipeline["hosts"]
+    assert not plan_memory(QWQ, limit_bytes=metal_limit_bytes(24 * GIB)).fits and answer["alone_token_s"] == {}
+    output_bytes = 152_064 * 5_120 // 2 + 152_064 * 5_120 // 64 * 4
+    assert halves["a"]["weights_bytes"] == halves["b"]["weights_bytes"] + output_bytes, "the first one draws"
+    assert halves["a"]["kv_bytes"] * 2 == plan_memory(QWQ, Workload(context=8192)).kv_bytes
+    assert not halves["a"]["fits"], "half of it is too much for the smaller one"
+    assert stages["a"]["fits"] and stages["b"]["fits"]
+    n_layers = pipeline["split"]["n_layers"]
+    assert sum(n_layers) == 64 and n_layers[0] < n_layers[1]
+    whole = plan_memory(QWQ).weights_bytes
+    assert stages["a"]["weights_bytes"] + stages["b"]["weights_bytes"] == whole
+    shares = [stages[name]["peak_bytes"] / (stages[name]["limit_bytes"] - 500_000_000) for name in "ab"]
+    assert abs(shares[0] - shares[1]) < 0.05, "each is as full as the other"
+
+
+def test_the_split_reaches_the_longest_context_that_any_reaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--hosts", "a=16,b=24", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["splits"][1]
+    limits = [metal_limit_bytes(gib * GIB) for gib in (16, 24)]
+    best = max(
+        min(each.largest_context for each in plan_ranks(QWQ, Workload(), Split("pipeline", (n, 64 - n)), limits))
+        for n in range(20, 32)
+    )
+    assert min(each["largest_context"] for each in found["hosts"].values()) == best
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("a=16,b=24", "none of these fits at 32,768 positions; a pipeline does with --context 30464"),
+        ("a=16,b=24,c=16", "tensor parallel is not possible: its 40 attention heads are no multiple of 3"),
+        ("a=24,b=24 --context 8192", "where a sum of 10 kB takes less than 691 us; --measure-link"),
+        ("a=24,b=24 --context 8192 --link 60us,4GB/s", "tensor parallel is the fastest"),
+        ("a=24,b=24 --context 8192 --link 800us,4GB/s", "a pipeline is the fastest"),
+        ("a=64,b=24 --context 8192 --link 2000us,4GB/s", "a alone is the fastest at this context"),
+        ("a=64@400,b=24 --context 8192 --link 60us,4GB/s", "a alone is the fastest at this context"),
+        ("a=8,b=8", "none of these fits, whatever the context"),
+    ],
+)
+def test_which_way_is_faster_is_told_by_the_link(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--hosts", *arguments.split()]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_a_link_is_measured_and_read_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    link = measure_link(mx.distributed.init(), seconds=0.02)
+    assert 0 < link.latency_s < link.seconds(100_000_000)
+    again = parse_link(link_text(Link(latency_s=52.3e-6, bytes_per_s=3.1e9)))
+    assert again == Link(latency_s=52e-6, bytes_per_s=3.1e9) and again.seconds(10_240) == again.latency_s
+    assert again.seconds(10_240 + int(again.bytes_per_s)) == pytest.approx(again.latency_s + 1)
+    assert command.main(["--measure-link"]) == 2
+    assert "--measure-link needs several processes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -207,11 +259,12 @@ def test_two_small_macs_hold_what_neither_can(capsys: pytest.CaptureFixture[str]
         ("a=16,b", "expected NAME=GIB"),
         ("a=16,a=24", "names a twice"),
         ("a=16,b=0", "expected NAME=GIB"),
-        ("a=16,b=16,c=16", "40 attention heads are no multiple of 3. Possible: 2, 4, 8."),
+        ("a=16,b=16@x", "expected NAME=GIB or NAME=GIB@GB/s"),
+        ("a=16,b=16 --link 5ms", "expected MICROSECONDSus,RATEGB/s"),
     ],
 )
 def test_macs_that_cannot_hold_it_together_are_named(
     hosts: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main(["--hosts", hosts]) == 2
+    assert command.main(["--hosts", *hosts.split()]) == 2
     assert message in capsys.readouterr().err

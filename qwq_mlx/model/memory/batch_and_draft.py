@@ -22,9 +22,17 @@ Does not: find out what rows could share (who asks says it).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.memory.activations import CACHE_STEP, logits_bytes, n_positions, sampler_bytes
-from qwq_mlx.model.memory.sizes import bytes_of_float, bytes_of_pass, kv_bytes_per_token, weights_bytes
+from qwq_mlx.model.memory.sizes import (
+    bytes_of_float,
+    bytes_of_pass,
+    cache_layers,
+    planned_kv_bytes_per_token,
+    weights_bytes,
+)
 from qwq_mlx.model.memory.workload import Backend, ModelShape, Workload
 
 __all__ = ["MAX_DRAFTED", "batch_bytes", "drafted_bytes", "speculative_bytes"]
@@ -39,16 +47,22 @@ def batch_bytes(config: Qwen2Config, workload: Workload, context: int, backend: 
     """Caches and passes of workload.n_sequences that each fill the context."""
     n_sequences, n_shared = workload.n_sequences, workload.n_shared
     step = bytes_of_pass(config, workload, n_sequences, context, backend)
-    step += n_sequences * (logits_bytes(config) + sampler_bytes(config))
+    if workload.rank == 0:
+        step += n_sequences * (logits_bytes(config) + sampler_bytes(config))
     is_batched = backend != "cpu" and workload.kv_bits is None
     if n_shared and not is_batched:
-        step += n_sequences * context * _bytes_per_position(config, workload, backend) // config.num_hidden_layers
+        step += (
+            n_sequences
+            * context
+            * planned_kv_bytes_per_token(config, workload, backend)
+            // cache_layers(config, workload)
+        )
     elif n_shared:  # scores, before the softmax and behind it
         scores = config.num_attention_heads * n_sequences * context * bytes_of_float(workload, backend)
         step = max(step, 3 * scores)
     shared = _cache_bytes(config, workload, n_shared, backend)
-    own = n_sequences * max(0, n_positions(context) - n_shared) * _bytes_per_position(config, workload, backend)
-    regrouped = own // (2 * config.num_hidden_layers) if is_batched else 0
+    own = n_sequences * max(0, n_positions(context) - n_shared) * planned_kv_bytes_per_token(config, workload, backend)
+    regrouped = own // (2 * cache_layers(config, workload)) if is_batched else 0
     n_read = n_shared or context
     prefill = bytes_of_pass(config, workload, min(workload.prefill_step, n_read), n_read, backend)
     return shared + max(own + max(step, regrouped), prefill if n_shared else own + prefill)
@@ -62,14 +76,16 @@ def speculative_bytes(
     Of several sequences each has a cache in both models, and drafts in the pass that they share.
     """
     draft_bytes = weights_bytes(draft.config, draft.packed, bytes_of_float(workload, backend))
+    whole = replace(workload, split=None, rank=0)  # a draft model is not split
     if workload.n_sequences > 1:
         both = batch_bytes(config, workload, context, backend) + drafted_bytes(config, workload)
-        return draft_bytes + both + workload.n_sequences * _cache_bytes(draft.config, workload, context, backend)
-    draft_bytes += sum(_cache_bytes(each, workload, context, backend) for each in (config, draft.config))
+        return draft_bytes + both + workload.n_sequences * _cache_bytes(draft.config, whole, context, backend)
+    draft_bytes += _cache_bytes(config, workload, context, backend)
+    draft_bytes += _cache_bytes(draft.config, whole, context, backend)
     rows = (1 + workload.n_draft) * _row_bytes(config, workload, backend)
     return draft_bytes + max(
         _growing(config, workload, workload.prefill_step, context, backend),
-        _growing(draft.config, workload, workload.prefill_step, context, backend),
+        _growing(draft.config, whole, workload.prefill_step, context, backend),
         _growing(config, workload, 1 + workload.n_draft, context, backend) + rows,
     )
 
@@ -84,19 +100,15 @@ def _growing(config: Qwen2Config, workload: Workload, n_ids: int, context: int, 
     n_ids = min(n_ids, context)
     n_before = n_positions(context) - CACHE_STEP
     n_grown = min(context, n_before + n_ids)
-    old = n_before * kv_bytes_per_token(config, workload.kv_bits, bytes_of_float(workload, backend))
+    old = n_before * planned_kv_bytes_per_token(config, workload, backend)
     if backend == "cpu":
-        old //= config.num_hidden_layers
+        old //= cache_layers(config, workload)
     last, grown = (bytes_of_pass(config, workload, n_ids, n, backend) for n in (context, n_grown))
     return max(last, grown + old)
 
 
 def _cache_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
-    return n_positions(context) * _bytes_per_position(config, workload, backend)
-
-
-def _bytes_per_position(config: Qwen2Config, workload: Workload, backend: Backend) -> int:
-    return kv_bytes_per_token(config, workload.kv_bits, bytes_of_float(workload, backend), n_ranks=workload.n_ranks)
+    return n_positions(context) * planned_kv_bytes_per_token(config, workload, backend)
 
 
 def _row_bytes(config: Qwen2Config, workload: Workload, backend: Backend) -> int:

@@ -18,6 +18,7 @@ from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.memory.advice import SMALL_STEP, cheapest_change
 from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
 from qwq_mlx.model.memory.plan import Backend, MemoryPlan, ModelShape, Workload, can_quantize, plan_memory
+from qwq_mlx.model.split import Split
 from qwq_mlx.options import Limits
 
 __all__ = ["Fitted", "fitted"]
@@ -41,12 +42,14 @@ def fitted(
     compute_type: str | None = None,
     draft: ModelShape | None = None,
     drafts_from_texts: bool = False,
-    n_ranks: int = 1,
+    split: Split | None = None,
+    rank: int = 0,
 ) -> Fitted:
     """The limits that this machine can keep. limit_bytes: what the device gives; None forces whatever is asked.
 
     compute_type: None picks by backend. draft: a draft model that is loaded beside it. drafts_from_texts:
-      whether ids are guessed without one. n_ranks: processes that hold the model together.
+      whether ids are guessed without one. split: who holds what, of processes that hold the model together. rank: the
+      one of them whose memory binds (`splits.binding_rank`).
 
     Raises FitError where nothing, or not the context asked for, fits; OptionError for a context beyond the model's.
     """
@@ -62,7 +65,8 @@ def fitted(
             draft=draft,
             drafts_from_texts=drafts_from_texts,
             n_draft=MAX_DRAFTED,
-            n_ranks=n_ranks,
+            split=split,
+            rank=rank,
         )
         return plan_memory(model, workload, limit_bytes=limit_bytes, backend=backend)
 

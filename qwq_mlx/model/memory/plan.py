@@ -26,9 +26,15 @@ from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.memory.activations import logits_bytes, n_positions, sampler_bytes
 from qwq_mlx.model.memory.batch_and_draft import batch_bytes, drafted_bytes, speculative_bytes
-from qwq_mlx.model.memory.sizes import bytes_of_float, bytes_of_pass, kv_bytes_per_token, load_bytes, weights_bytes
+from qwq_mlx.model.memory.sizes import (
+    bytes_of_float,
+    bytes_of_pass,
+    load_bytes,
+    planned_kv_bytes_per_token,
+    weights_bytes,
+)
 from qwq_mlx.model.memory.workload import BACKENDS, KV_GROUP, Backend, ModelShape, Workload
-from qwq_mlx.model.tensor_parallel import check_ranks
+from qwq_mlx.model.split import check_split
 from qwq_mlx.quant.recipe import Recipe
 
 __all__ = [
@@ -221,7 +227,8 @@ def plan_memory(
     context = model_context if workload.context is None else workload.context
     if context > model_context:
         raise OptionError(f"context is {context:,}, expected at most {model_context:,}, which is what the model has.")
-    check_ranks(files.config, files.packed, workload.n_ranks)
+    if workload.split is not None:
+        check_split(workload.split, files.config, files.packed)
     _check_bits(files.config, workload, backend, whose="")
     if workload.draft is not None:
         _check_bits(workload.draft.config, workload, backend, whose="the draft model's ")
@@ -238,19 +245,20 @@ def _plan(
     reserve_bytes: int,
 ) -> MemoryPlan:
     config, float_bytes = model.config, bytes_of_float(workload, backend)
-    per_token = kv_bytes_per_token(config, workload.kv_bits, float_bytes, n_ranks=workload.n_ranks)
+    per_token = planned_kv_bytes_per_token(config, workload, backend)
     kv_bytes = n_positions(context) * per_token
     prefill = bytes_of_pass(config, workload, min(workload.prefill_step, context), context, backend)
     decode = bytes_of_pass(config, workload, 1, context, backend)
-    logits, sampler = logits_bytes(config), sampler_bytes(config)
+    draws = workload.rank == 0
+    logits, sampler = (logits_bytes(config), sampler_bytes(config)) if draws else (0, 0)
     alone = kv_bytes + max(prefill, decode + logits + sampler)
     batch = 0
     if workload.n_sequences > 1:  # few rows that share a long prompt hold less than one is planned with
         batch = max(0, batch_bytes(config, workload, context, backend) - alone)
     speculative = 0
-    if workload.draft is not None:
+    if workload.draft is not None and draws:
         speculative = speculative_bytes(config, workload.draft, workload, context, backend) - alone - batch
-    elif workload.drafts_from_texts:
+    elif workload.drafts_from_texts and draws:
         more = drafted_bytes(config, workload)
         one = max(prefill, decode + logits + sampler + more) - (alone - kv_bytes)  # not while its prompt is read
         speculative = one if workload.n_sequences == 1 else more
@@ -258,7 +266,7 @@ def _plan(
         backend=backend,
         workload=workload,
         context=context,
-        weights_bytes=weights_bytes(config, model.packed, float_bytes, n_ranks=workload.n_ranks),
+        weights_bytes=weights_bytes(config, model.packed, float_bytes, split=workload.split, rank=workload.rank),
         kv_bytes=kv_bytes,
         kv_bytes_per_token=per_token,
         prefill_bytes=prefill,
@@ -267,7 +275,7 @@ def _plan(
         sampler_bytes=sampler,
         batch_bytes=batch,
         speculative_bytes=speculative,
-        load_bytes=load_bytes(model, float_bytes),
+        load_bytes=load_bytes(model, workload, backend),
         reserve_bytes=reserve_bytes,
         limit_bytes=limit_bytes,
         largest_context=context,

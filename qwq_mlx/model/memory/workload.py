@@ -12,6 +12,7 @@ from typing import Literal
 from qwq_mlx.errors import OptionError
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.layout import Packing
+from qwq_mlx.model.split import Split
 
 __all__ = ["BACKENDS", "FLOAT_BYTES", "KV_GROUP", "Backend", "ModelShape", "Workload"]
 
@@ -44,7 +45,8 @@ class Workload:
     draft: a smaller model that guesses n_draft ids at a time, which the model then checks in one pass.
     drafts_from_texts: whether n_draft ids at a time are guessed from the texts so far, without such a model.
     n_draft: ids that are guessed at a time.
-    n_ranks: processes that hold the model together (tensor parallel); the plan is that of one of them.
+    split: who holds what, of processes that hold the model together; None is one process.
+    rank: the one of them that is planned.
     With one sequence a draft model is planned as mlx-lm decodes with one, which is what this package does at most.
     """
 
@@ -57,7 +59,8 @@ class Workload:
     draft: ModelShape | None = None
     drafts_from_texts: bool = False
     n_draft: int = 3
-    n_ranks: int = 1
+    split: Split | None = None
+    rank: int = 0
 
     def __post_init__(self) -> None:
         for name, value, high in (
@@ -65,7 +68,6 @@ class Workload:
             ("n_sequences", self.n_sequences, 100_000),
             ("prefill_step", self.prefill_step, 2**31 - 1),
             ("n_draft", self.n_draft, 1_000),
-            ("n_ranks", self.n_ranks, 64),
         ):
             if name == "context" and value is None:
                 continue
@@ -73,6 +75,9 @@ class Workload:
                 raise OptionError(f"{name} is {value!r}, expected a whole number from 1 to {high:,}.")
         if type(self.n_shared) is not int or not 0 <= self.n_shared < (self.context or 2**31):
             raise OptionError(f"n_shared is {self.n_shared!r}, expected a whole number from 0 to below the context.")
+        n_ranks = 1 if self.split is None else self.split.n_ranks
+        if type(self.rank) is not int or not 0 <= self.rank < n_ranks:
+            raise OptionError(f"rank is {self.rank!r}, expected a whole number below {n_ranks}.")
         if self.kv_bits not in (None, 4, 8):
             raise OptionError(f"kv_bits is {self.kv_bits!r}, expected None, 8 or 4.")
         if self.compute_type not in (None, *FLOAT_BYTES):

@@ -15,7 +15,7 @@ from qwq_mlx.files.checkpoint import open_checkpoint
 from qwq_mlx.generate.reasoner import load
 from qwq_mlx.model.memory.plan import Workload, plan_memory, shape_of_facts
 from qwq_mlx.model.ranks import read_part
-from qwq_mlx.model.tensor_parallel import check_ranks, possible_ranks, split_axis
+from qwq_mlx.model.split import Split, check_split, possible_ranks, split_axis, tensor_split
 from qwq_mlx.options import Limits, Sampling
 
 QWQ = shape_of_facts(facts.QWQ_32B_PREVIEW)
@@ -23,8 +23,9 @@ QWQ = shape_of_facts(facts.QWQ_32B_PREVIEW)
 
 def test_the_32b_is_held_by_2_4_or_8_processes_as_its_key_heads_say() -> None:
     assert possible_ranks(QWQ.config, QWQ.packed) == [1, 2, 4, 8]
-    with pytest.raises(OptionError, match=r"40 attention heads are no multiple of 3\. Possible: 2, 4, 8\."):
-        check_ranks(QWQ.config, QWQ.packed, 3)
+    with pytest.raises(OptionError, match=r"40 attention heads are no multiple of 3\. Possible: 2, 4, 8\. A pipeline"):
+        check_split(tensor_split(QWQ.config, 3), QWQ.config, QWQ.packed)
+    check_split(Split("pipeline", (22, 21, 21)), QWQ.config, QWQ.packed)
 
 
 def test_columns_are_split_between_groups_only() -> None:
@@ -39,19 +40,20 @@ def test_the_parts_of_all_ranks_are_the_tensor(n_ranks: int) -> None:
     checkpoint = open_checkpoint(pocket_checkpoint())
     whole = {name: array for shard in checkpoint.shards for name, array in mx.load(str(shard.path)).items()}
     for name, (shard, entry) in checkpoint.tensors.items():
-        parts = [read_part(shard, entry, name, rank, n_ranks, "float32") for rank in range(n_ranks)]
         axis = split_axis(name)
+        parts = [read_part(shard, entry, axis, rank, n_ranks, "float32") for rank in range(n_ranks)]
         found = parts[0] if axis is None else mx.concatenate(parts, axis=axis)
         assert np.array_equal(np.asarray(found), np.asarray(whole[name].astype(mx.float32))), name
 
 
 def test_a_process_of_two_plans_half_of_layers_and_cache_beside_whole_embeddings() -> None:
-    one, two = (plan_memory(QWQ, Workload(n_ranks=n, context=4096), backend="metal") for n in (1, 2))
+    splits = (None, tensor_split(QWQ.config, 2))
+    one, two = (plan_memory(QWQ, Workload(split=split, context=4096), backend="metal") for split in splits)
     embeddings = 2 * (152_064 * 5_120 // 2 + 152_064 * 5_120 // 64 * 4)
     assert two.kv_bytes * 2 == one.kv_bytes
     assert abs((two.weights_bytes - embeddings) * 2 - (one.weights_bytes - embeddings)) < 2_000_000  # norms are whole
-    with pytest.raises(OptionError, match="5 processes cannot hold this model together"):
-        plan_memory(QWQ, Workload(n_ranks=5), backend="metal")
+    with pytest.raises(OptionError, match="5 processes cannot hold this model tensor parallel"):
+        plan_memory(QWQ, Workload(split=tensor_split(QWQ.config, 5)), backend="metal")
 
 
 def test_what_is_read_of_a_split_matrix_is_the_rank_s_own_bytes(
@@ -63,7 +65,7 @@ def test_what_is_read_of_a_split_matrix_is_the_rank_s_own_bytes(
     name = "model.layers.0.mlp.gate_proj.weight"
     shard, entry = checkpoint.tensors[name]
     read.clear()
-    read_part(shard, entry, name, 1, 2, "bfloat16")
+    read_part(shard, entry, split_axis(name), 1, 2, "bfloat16")
     assert sum(read) * 2 == entry.end - entry.start
 
 
