@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import resource
 import signal
 import sys
 import tempfile
@@ -108,6 +107,8 @@ def _write_signs(descriptor: int) -> None:
 
 
 def _sign() -> dict[str, Any]:
+    import resource  # Windows has none; there no rank is started
+
     from qwq_mlx.engine.ranks.activity import activity
     from qwq_mlx.engine.ranks.link import open_links
 

@@ -51,12 +51,8 @@ def batch_bytes(config: Qwen2Config, workload: Workload, context: int, backend: 
         step += n_sequences * (logits_bytes(config) + sampler_bytes(config))
     is_batched = backend != "cpu" and workload.kv_bits is None
     if n_shared and not is_batched:
-        step += (
-            n_sequences
-            * context
-            * planned_kv_bytes_per_token(config, workload, backend)
-            // cache_layers(config, workload)
-        )
+        layer_bytes = planned_kv_bytes_per_token(config, workload, backend) // cache_layers(config, workload)
+        step += n_sequences * context * layer_bytes
     elif n_shared:  # scores, before the softmax and behind it
         scores = config.num_attention_heads * n_sequences * context * bytes_of_float(workload, backend)
         step = max(step, 3 * scores)
