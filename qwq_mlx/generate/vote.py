@@ -24,7 +24,7 @@ from qwq_mlx.generate.batch import plan_rows, question_seed
 from qwq_mlx.generate.request import resolved
 from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
-from qwq_mlx.model.memory.activations import n_positions
+from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
 from qwq_mlx.model.shared_prefix import MIN_SHARED
 from qwq_mlx.options import MAX_SAMPLES
 from qwq_mlx.reasoning.answer import compare, normalise
@@ -161,7 +161,7 @@ class Voting:
         request = run.request
         n_shared = len(request.prompt_ids) + at - 1
         held = n_positions(len(request.prompt_ids) + n_steps)  # by the run itself
-        if n_shared >= MIN_SHARED:
+        if n_shared >= MIN_SHARED and n_steps - at < CACHE_STEP - 1:  # else the samples share a copy (`shared_prefix`)
             held -= n_positions(n_shared)
         held *= request.plan.kv_bytes_per_token
         limit = None if limit_bytes is None else limit_bytes - held

@@ -12,7 +12,7 @@ Does not: find out what rows have in common (a fork knows), or share less than w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -42,9 +42,11 @@ class SharedLayer:
         return int(self.arrays["keys"][0].shape[2])
 
     def first(self, n: int) -> SharedLayer:
-        """Its first n positions: itself, or views."""
+        """Its first n positions: itself, or views, or copies where a view would keep more than it shows."""
         if n == self.n:
             return self
+        if 2 * n < self.n:
+            return first_positions(self.arrays, n)
         return SharedLayer({name: tuple(part[..., :n, :] for part in parts) for name, parts in self.arrays.items()})
 
 
@@ -143,8 +145,8 @@ class SharesPrefix:
     def share(self, n: int) -> SharedLayer:
         """Its first n positions for other rows; n: at most offset. As long as somebody has them, the same ones again.
 
-        Where few positions lie behind them, this cache refers to them as well from now on, so that going on does not
-        copy them; else a copy is made where this cache is written to again, while others refer to its arrays.
+        Where few positions lie behind them, this cache refers to them as well from now on, so that they are in memory
+        once; else they are twice, and this cache attends without putting two parts together in each pass.
         """
         lent = None if self._lent is None else self._lent()
         if lent is not None and lent.n == n:
@@ -153,8 +155,7 @@ class SharesPrefix:
             shared = self.prefix.first(n)
             self._lent = weakref.ref(shared)
             return shared
-        shared = SharedLayer({name: tuple(part[..., :n, :] for part in self.whole(name)) for name in _NAMES})
-        mx.eval(shared.arrays)
+        shared = first_positions({name: self.whole(name) for name in _NAMES}, n)
         if self.offset - n < CACHE_STEP:
             own_room, before = self.room - n, self.n_shared
             if n == self.offset and n_positions(n + 1) == self.room:
@@ -166,6 +167,17 @@ class SharesPrefix:
             self.prefix = shared
         self._lent = weakref.ref(shared)
         return shared
+
+
+def first_positions(arrays: Mapping[str, Sequence[mx.array]], n: int) -> SharedLayer:
+    """The first n positions of keys and values as arrays of their own.
+
+    A view would keep all the others in memory for as long as any row has it, also when whoever wrote them has gone on,
+    in a copy, or is gone.
+    """
+    own = {name: tuple(mx.contiguous(part[..., :n, :]) for part in parts) for name, parts in arrays.items()}
+    mx.eval(own)
+    return SharedLayer(own)
 
 
 def padded(array: mx.array, room: int) -> mx.array:

@@ -114,6 +114,21 @@ def test_more_samples_fit_behind_a_prompt_that_is_held_once(
 
 
 @pytest.mark.tiny
+def test_samples_from_far_back_in_a_run_are_planned_beside_all_of_it(
+    known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share a copy of its beginning, for the run itself keeps its own."""
+    run = load(known_checkpoint).stream("3 + 4 * 5 is what? " * 14, limits=LIMITS)
+    for _ in range(5):
+        next(run)
+    near = Voting(run, 2, at=0, width=2)._planned_bytes
+    monkeypatch.setattr(vote, "CACHE_STEP", 3)
+    n_shared = len(run.request.prompt_ids) - 1
+    copied = Voting(run, 2, at=0, width=2)._planned_bytes - near
+    assert copied == -(-n_shared // 256) * 256 * run.request.plan.kv_bytes_per_token
+
+
+@pytest.mark.tiny
 def test_the_picture_of_a_vote_has_a_line_for_each_answer(
     reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -145,6 +145,28 @@ def test_what_is_shared_is_in_memory_once(module: Any) -> None:
     assert source[0].prefix is forks[0][0].prefix, "and the source holds them no second time"
 
 
+@pytest.mark.parametrize("is_behind_prefix", [False, True])
+def test_a_fork_from_far_back_keeps_no_more_than_it_shares(module: Any, is_behind_prefix: bool) -> None:
+    """The source goes on, or is gone: what it wrote behind the fork point is its own."""
+    gc.collect()
+    source = new_cache(module)
+    mx.eval(module(mx.array([[7] * 1500]), cache=source))
+    if is_behind_prefix:
+        source = fork_of(module, source, 1500)
+    per_position = sum(layer.whole(name)[0].nbytes // layer.room for layer in source for name in ("keys", "values"))
+    fork = fork_of(module, source, 300)
+    if is_behind_prefix:
+        del source
+        gc.collect()
+    else:
+        mx.eval(module(mx.array([[1]]), cache=source))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    del fork
+    mx.clear_cache()
+    assert before - mx.get_active_memory() <= 400 * per_position, "300, and not 1,500"
+
+
 def test_a_cache_that_is_let_go_takes_the_shared_arrays_with_it(module: Any) -> None:
     gc.collect()
     mx.clear_cache()
