@@ -11,20 +11,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import socket
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.files.model_identity import model_identity, versions
+from qwq_mlx.files.model_identity import machine_name, model_identity, versions
 
-__all__ = ["MACHINE_VARIABLE", "report"]
-
-MACHINE_VARIABLE = "QWQ_MLX_MACHINE"
-"""Tells containers apart that take themselves for one machine."""
+__all__ = ["report"]
 
 
 def report(asked: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +33,7 @@ def report(asked: dict[str, Any]) -> dict[str, Any]:
     connection = os.environ.get("SSH_CONNECTION", "").split()
     return {
         "versions": versions(),
-        "machine": os.environ.get(MACHINE_VARIABLE) or f"{platform.node()} {uuid.getnode():x}",
+        "machine": machine_name(),
         "models": models,
         "ports": ports,
         "taken": taken,

@@ -6,13 +6,19 @@ Does not: prove bytes (`background_verification` does).
 from __future__ import annotations
 
 import hashlib
+import os
+import platform
+import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from qwq_mlx import __version__
 from qwq_mlx.files.manifest import MANIFEST_NAME
 
-__all__ = ["model_identity", "possible_folders", "versions"]
+__all__ = ["MACHINE_VARIABLE", "machine_name", "model_identity", "possible_folders", "versions"]
+
+MACHINE_VARIABLE = "QWQ_MLX_MACHINE"
+"""Tells containers apart that take themselves for one machine."""
 
 _END_BYTES = 64 << 10
 
@@ -40,6 +46,11 @@ def possible_folders(folder: Path) -> list[str]:
     path, home = folder.resolve(), Path.home()
     below = [f"~/{path.relative_to(home)}"] if path.is_relative_to(home) else []
     return [str(path), *below]
+
+
+def machine_name() -> str:
+    """The same in all processes of this machine, and in no other machine."""
+    return os.environ.get(MACHINE_VARIABLE) or f"{platform.node()} {uuid.getnode():x}"
 
 
 def versions() -> dict[str, str]:

@@ -23,8 +23,8 @@ from qwq_mlx.engine.ranks.leader import Leader
 from qwq_mlx.engine.ranks.link import Link, connect_all
 from qwq_mlx.errors import LoadError, OptionError, QwqError
 from qwq_mlx.files.background_verification import BackgroundVerification
-from qwq_mlx.files.model_identity import model_identity, possible_folders, versions
-from qwq_mlx.model.device import limit_bytes
+from qwq_mlx.files.model_identity import machine_name, model_identity, possible_folders, versions
+from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, load_model
 from qwq_mlx.model.split import Split
@@ -55,6 +55,7 @@ def lead(group: Any) -> Leader:
 def limits_of_ranks(leader: Leader, folder: Path, own_bytes: int | None, *, follow_links: bool) -> list[int | None]:
     """Ask all ranks whether they have the model, and how much memory each gives: None for all where own_bytes is.
 
+    Ranks of one machine have its memory together, except on CUDA, where each has a device.
     Raises LoadError naming the machine that lacks the model, or has another one or other versions.
     """
     asked = {
@@ -68,7 +69,11 @@ def limits_of_ranks(leader: Leader, folder: Path, own_bytes: int | None, *, foll
         _check(link, reply)
     if own_bytes is None:
         return [None] * leader.size
-    return [own_bytes, *(int(reply["limit_bytes"]) for reply in replies)]
+    limits = [own_bytes, *(int(reply["limit_bytes"]) for reply in replies)]
+    if backend_name() == "cuda":
+        return [*limits]
+    machines = [machine_name(), *(reply["machine"] for reply in replies)]
+    return [limit // machines.count(machine) for limit, machine in zip(limits, machines, strict=True)]
 
 
 def begin_loading(
@@ -163,7 +168,7 @@ def _planned(message: Mapping[str, Any], folder: Path | None) -> tuple[dict[str,
         return {"host": host, "error": str(error)}, None
     if model_identity(files.path) != message["identity"]:
         return {"host": host, "error": f"{found} holds another model than rank 0 has. Copy that one there."}, None
-    return {"host": host, "limit_bytes": limit_bytes()}, found
+    return {"host": host, "machine": machine_name(), "limit_bytes": limit_bytes()}, found
 
 
 def _loaded(group: Any, folder: Path | None, message: Mapping[str, Any]) -> Follower:

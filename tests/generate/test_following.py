@@ -19,9 +19,9 @@ from qwq_mlx.cli.launch import Launch
 from qwq_mlx.engine.ranks.leader import Leader
 from qwq_mlx.engine.ranks.link import Link
 from qwq_mlx.errors import RankError
-from qwq_mlx.files.model_identity import model_identity, versions
+from qwq_mlx.files.model_identity import machine_name, model_identity, versions
 from qwq_mlx.generate.checkpoint.file import read_checkpoint
-from qwq_mlx.generate.following import _planned
+from qwq_mlx.generate.following import _planned, limits_of_ranks
 
 
 def _cache_of(path: Path) -> dict[str, Any]:
@@ -126,3 +126,22 @@ class _Quiet:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+
+def test_ranks_of_one_machine_have_its_memory_together(tmp_path: Path) -> None:
+    model = write_tiny_checkpoint(tmp_path / "model", n_layers=1)
+
+    class Answering:
+        def __init__(self, machine: str) -> None:
+            self.peer, self._machine = 1, machine
+
+        def send(self, message: dict[str, Any]) -> None:
+            self._reply, _ = _planned(message, None)
+
+        def receive(self) -> dict[str, Any]:
+            return {**self._reply, "machine": self._machine, "limit_bytes": 30}
+
+    links: list[Any] = [Answering(machine) for machine in (machine_name(), "another", machine_name())]
+    limits = limits_of_ranks(Leader(None, links), model, 33, follow_links=False)
+    assert limits == [11, 10, 30, 10]
+    assert limits_of_ranks(Leader(None, links), model, None, follow_links=False) == [None] * 4
