@@ -45,6 +45,8 @@ _NUMPY_BITS = (2, 4, 8)  # whole codes in a byte; others are unpacked by MLX
 _QUERIES = 512  # that attend at a time: their scores stay small whatever the length
 _BLOCK_BYTES = 4 << 20  # of unpacked rows at a time: they stay in the processor's cache until they are multiplied
 
+_SMALL_BYTES = 1 << 20  # a matrix that is multiplied sooner than it is shared out to threads
+
 Floats = npt.NDArray[np.float32]
 
 
@@ -152,6 +154,10 @@ def blas_quantized_matmul(x: Any, weight: Any, scales: Any, biases: Any, *, grou
 
 def _by_blocks(multiply: Callable[[slice], None], n_out: int, n_in: int, *, is_threaded: bool = True) -> None:
     """Call for each block of the rows of a matrix. is_threaded: side by side; MLX is to be used by one thread alone."""
+    if 4 * n_out * n_in <= _SMALL_BYTES:
+        with one_blas_thread():
+            multiply(slice(0, n_out))
+        return
     n_block = max(1, min(_BLOCK_BYTES // (4 * n_in), -(-n_out // _n_processors())))
     blocks = [slice(first, min(first + n_block, n_out)) for first in range(0, n_out, n_block)]
     with one_blas_thread():
