@@ -20,6 +20,7 @@ SUBJECTS = {
     "prefill": "prefill:bench_prefill",
     "rows": "rows:bench_rows",
     "samples": "samples:bench_samples",
+    "stall": "stall:bench_stall",
     "load": "folders:bench_load",
     "first-token": "folders:bench_first_token",
     "convert": "folders:bench_convert",
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     for flag, dest, text in (
         ("--contexts", "contexts", "positions in the cache before a decode run"),
         ("--rows", "rows", "rows per pass"),
+        ("--chunks", "chunks", "ids of a newcomer's prompt between two passes of others"),
     ):
         values = getattr(default, dest)
         shown = " ".join(str(value) for value in values)
@@ -91,6 +93,7 @@ def _bench(command: Command) -> int:
         contexts=tuple(parsed.contexts),
         n_prompt=parsed.n_prompt,
         rows=tuple(parsed.rows),
+        chunks=tuple(parsed.chunks),
     )
     from qwq_mlx.model.upstream import import_mlx
 

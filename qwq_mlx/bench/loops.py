@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwq_mlx.engine.decoder import Decoder
-from qwq_mlx.engine.kv_cache import filled_cache, new_cache
+from qwq_mlx.engine.kv_cache import forked_cache, new_cache
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
@@ -21,11 +21,13 @@ __all__ = [
     "our_ids",
     "our_passes",
     "our_samples",
+    "our_waits",
     "prompt_of",
     "sampling",
     "their_ids",
     "their_passes",
     "their_sampler",
+    "their_waits",
 ]
 
 
@@ -91,11 +93,10 @@ def our_passes(
 def our_samples(module: Any, prompt: Sequence[int], n_ids: int, n_tokens: int, n_rows: int) -> list[list[int]]:
     """n_tokens of each of some rows behind one prompt, which is fed once. Raises what a row fails with."""
     decoder, first = _our_row(module, prompt, n_ids, n_tokens)
-    layers = first.cached(len(prompt) - 1)
     rows = [first]
     for seed in range(1, n_rows):
         sampler = Sampler(first.sampler.sampling, seed=seed)
-        row = Row(sampler, cache=filled_cache(module, layers), max_tokens=n_tokens)
+        row = Row(sampler, cache=forked_cache(module, first.cache, len(prompt) - 1), max_tokens=n_tokens)
         row.start(prompt)
         rows.append(row)
     for _ in range(n_tokens):
@@ -122,6 +123,49 @@ def their_passes(module: Any, prompt: Sequence[int], n_passes: int, n_rows: int)
         start = now
     generator.close()
     return seconds[:n_passes]
+
+
+def our_waits(
+    module: Any, newcomer: Sequence[int], n_ids: int, chunk: int, *, n_rows: int, n_alone: int
+) -> tuple[list[float], list[float]]:
+    """Seconds between two tokens of n_rows rows: in n_alone passes, and while a newcomer's prompt is fed in chunks."""
+    n_tokens = 3 + n_alone + len(newcomer)
+    started = [_our_row(module, prompt_of(16, n_ids), n_ids, n_tokens, seed=seed) for seed in range(n_rows)]
+    decoder, rows = started[0][0], [row for _, row in started]
+    alone, fed = [], list[float]()
+    for _ in range(2):
+        _step(decoder, rows)  # the first fills the pipeline
+    latest = time.perf_counter()
+    for _ in range(n_alone):
+        _step(decoder, rows)
+        latest, before = time.perf_counter(), latest
+        alone.append(latest - before)
+    if newcomer:
+        entering = Row(rows[0].sampler, cache=new_cache(module), max_tokens=1)
+        for _ in decoder.prefill(entering, newcomer, chunk=chunk):
+            _step(decoder, rows)
+            latest, before = time.perf_counter(), latest
+            fed.append(latest - before)
+    return alone, fed
+
+
+def their_waits(module: Any, newcomer: Sequence[int], chunk: int, *, n_rows: int) -> list[float]:
+    """The seconds between two tokens of n_rows rows of mlx-lm's BatchGenerator while it feeds a newcomer's prompt."""
+    generator = import_mlx_lm("mlx_lm.generate").BatchGenerator(
+        module, sampler=their_sampler(), prefill_step_size=chunk
+    )
+    n_tokens = 4 + len(newcomer)
+    generator.insert([prompt_of(16, module.args.vocab_size)] * n_rows, [n_tokens] * n_rows)
+    for _ in range(3):
+        generator.next_generated()
+    [entering] = generator.insert([list(newcomer)], [2])
+    seconds, latest, has_entered = [], time.perf_counter(), False
+    while not has_entered:
+        has_entered = any(response.uid == entering for response in generator.next_generated())
+        latest, before = time.perf_counter(), latest
+        seconds.append(latest - before)
+    generator.close()
+    return seconds
 
 
 def their_sampler() -> Any:

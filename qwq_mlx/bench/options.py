@@ -23,6 +23,7 @@ class BenchOptions:
     contexts: positions in the cache before a decode run.
     n_prompt: tokens of a prefill run.
     rows: numbers of rows in a pass.
+    chunks: ids of a newcomer's prompt between two passes of others.
     """
 
     n_tokens: int = 64
@@ -31,6 +32,7 @@ class BenchOptions:
     contexts: tuple[int, ...] = (0,)
     n_prompt: int = 512
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    chunks: tuple[int, ...] = (64, 256)
 
     def __post_init__(self) -> None:
         for name, values, low, high in (
@@ -40,6 +42,7 @@ class BenchOptions:
             ("contexts", self.contexts, 0, 1_000_000),
             ("n_prompt", (self.n_prompt,), 2, 1_000_000),
             ("rows", self.rows, 1, 1024),
+            ("chunks", self.chunks, 1, 1_000_000),
         ):
             for value in values:
                 if type(value) is not int or not low <= value <= high:

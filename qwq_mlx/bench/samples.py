@@ -1,6 +1,6 @@
 """Samples: tokens per second of n samples of one prompt, its prefill among them, beside mlx-lm's batch and single runs.
 
-Ours feeds the prompt once and copies its cache; mlx-lm's BatchGenerator feeds it for every row. What single runs of
+Ours feeds the prompt once; mlx-lm's BatchGenerator feeds it for every row. What single runs of
 mlx-lm reach does not depend on how many there are, so one is timed.
 
 Does not: end a sample early, as a vote does.

@@ -164,6 +164,16 @@ def test_samples_of_one_prefill_draw_what_runs_of_their_seeds_draw(tiny_checkpoi
     assert loops.our_samples(model.module, prompt, n_ids, 9, n_rows=3) == alone
 
 
+@pytest.mark.tiny
+def test_a_newcomer_is_fed_in_chunks_between_the_passes_of_others(tiny_checkpoint: Path) -> None:
+    """20 ids, the last of them with its first pass: 19 in chunks of 8 are three, each with a token of the others."""
+    model = load_model(tiny_checkpoint)
+    newcomer = loops.prompt_of(20, model.tokenizer.n_ids)
+    alone, fed = loops.our_waits(model.module, newcomer, model.tokenizer.n_ids, 8, n_rows=2, n_alone=4)
+    assert (len(alone), len(fed)) == (4, 3) and min(alone + fed) > 0
+    assert len(loops.their_waits(model.module, newcomer, 8, n_rows=2)) >= 3
+
+
 def row(unit: str = "tok/s", **changes: Any) -> Row:
     runs = {"qwq_mlx": Runs((3.0, 1.0, 2.0)), "mlx-lm, same arrays": Runs((1.0, 1.0, 1.0))}
     return Row(**{"subject": "decode", "model": "m", "setting": "ids", "unit": unit, "runs": runs, **changes})
@@ -202,7 +212,7 @@ def test_the_command_prints_a_table_and_one_json_line_and_appends_it(
 ) -> None:
     """Every subject once, on a tiny model; the context that it does not have is left out with a word."""
     given = ["--model", str(known_checkpoint), "--source", str(known_checkpoint), "--layers", "0", "--repeats", "1"]
-    sizes = ["--tokens", "3", "--rows", "3", "--prompt-tokens", "20", "--contexts", "0", "300000"]
+    sizes = ["--tokens", "3", "--rows", "3", "--prompt-tokens", "20", "--chunks", "8", "--contexts", "0", "300000"]
     results = tmp_path / "results"
     code = command.main([*command.SUBJECTS, *given, *sizes, "--output", str(results)])
     out, err = capsys.readouterr()
@@ -218,6 +228,7 @@ def test_the_command_prints_a_table_and_one_json_line_and_appends_it(
         ("prefill", "20 tokens", both),
         ("rows", "3 rows", both[1:]),
         ("samples", "3 samples of 3 tokens behind 64", ["mlx-lm, one by one", *both[1:]]),
+        ("stall", "4 rows, a prompt of 20 ids in chunks of 8", ["mlx-lm, same arrays", "no newcomer", "qwq_mlx"]),
         ("load", "weights and tokenizer", of_disk),
         ("first-token", "load, prompt, one token", of_disk),
         ("convert", "4 bits, min/max", ["mlx_lm.convert", "qwq_mlx"]),
