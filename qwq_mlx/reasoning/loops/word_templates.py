@@ -11,12 +11,13 @@ Does not: know grammar. A name is a capitalised word inside a sentence, or one t
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Iterator
 
 __all__ = ["TemplateReader"]
 
 _WORD = re.compile(r"[A-Za-z]{1,32}(?:'[a-z]{1,8})?|\d{1,24}(?:\.\d{1,24})?|```|\n|[^\W_]|[^\sA-Za-z\d]")
-_OPEN = re.compile(r"[A-Za-z0-9'.`]*\Z")
+_OPEN = string.ascii_letters + string.digits + "'.`"  # what may go on at the end of a text
 _REACH = 50  # no word above reads further than this, so what begins earlier is decided
 _SENTENCE_ENDS = frozenset('.?!:;\n*"-([{$')
 _BULLETS = frozenset("-*•#>")
@@ -59,8 +60,7 @@ class TemplateReader:
         """Take the next piece."""
         text = self._open + text
         tail = text[-_REACH:]
-        unfinished = _OPEN.search(tail)
-        end = len(text) - len(tail) + (unfinished.start() if unfinished else len(tail))
+        end = len(text) - len(tail) + len(tail.rstrip(_OPEN))
         at = 0
         for word_match in _WORD.finditer(text):
             if word_match.end() > end and word_match.start() > len(text) - _REACH:
