@@ -21,6 +21,7 @@ from qwq_mlx.generate.following import begin_loading, lead, limits_of_ranks, wai
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, LoadedModel, LoadProgress, load_model
+from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
 from qwq_mlx.model.memory.fit import fitted
 from qwq_mlx.model.memory.plan import Workload
 from qwq_mlx.model.memory.splits import binding_rank, choose_split, plan_ranks
@@ -66,6 +67,7 @@ def plan_load(
     leader = None if group is None or group.size() == 1 else lead(group)
     limit = None if force else limit_bytes()
     files = open_model_folder(model, follow_links=follow_links)
+    drafts = choose_draft(draft, draft_length, files, reproducible=reproducible, follow_links=follow_links)
     split, rank = None, 0
     if leader is not None:
         workload = Workload(
@@ -73,12 +75,14 @@ def plan_load(
             kv_bits=None if limits.kv_bits == "auto" else limits.kv_bits,
             prefill_step=limits.prefill_step,
             compute_type=compute_type,
+            draft=drafts.shape,
+            drafts_from_texts=drafts.uses_texts,
+            n_draft=MAX_DRAFTED,
         )
         of_ranks = limits_of_ranks(leader, files.path, limit, follow_links=follow_links)
         split = choose_split(files, workload, of_ranks, backend=backend_name())
         rank = binding_rank(plan_ranks(files, workload, split, of_ranks, backend=backend_name()))
         limit = of_ranks[rank]
-    drafts = choose_draft(draft, draft_length, files, reproducible=reproducible, follow_links=follow_links)
     fitted(
         files,
         limits,

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,18 @@ from checkpoints import write_tiny_checkpoint
 from qwq_mlx.cli.host_check import checked_hosts
 from qwq_mlx.cli.hosts import parse_hosts
 from qwq_mlx.cli.launch import Launch
+from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.engine.ranks.leader import Leader
 from qwq_mlx.engine.ranks.link import Link
-from qwq_mlx.errors import RankError
+from qwq_mlx.errors import FitError, RankError
 from qwq_mlx.files.model_identity import machine_name, model_identity, versions
+from qwq_mlx.generate import load_plan
 from qwq_mlx.generate.checkpoint.file import read_checkpoint
 from qwq_mlx.generate.following import _planned, limits_of_ranks
+from qwq_mlx.model.device import backend_name
+from qwq_mlx.model.memory.plan import RESERVE_BYTES, Workload, plan_memory
+from qwq_mlx.model.split import Split
+from qwq_mlx.options import Limits
 
 
 def _cache_of(path: Path) -> dict[str, Any]:
@@ -145,3 +152,35 @@ def test_ranks_of_one_machine_have_its_memory_together(tmp_path: Path) -> None:
     limits = limits_of_ranks(Leader(None, links), model, 33, follow_links=False)
     assert limits == [11, 10, 30, 10]
     assert limits_of_ranks(Leader(None, links), model, None, follow_links=False) == [None] * 4
+
+
+def test_a_draft_model_is_planned_in_process_0_though_another_one_has_less_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, split = pocket_checkpoint(), Split("tensor", (8, 8))
+    limits = [  # rank 1 has the least room, but not by as much as a draft model takes in rank 0
+        plan_memory(model, Workload(context=64, split=split, rank=rank), backend=backend_name()).peak_bytes
+        + RESERVE_BYTES
+        + (2 - rank) * 10_000
+        for rank in range(2)
+    ]
+    monkeypatch.setattr(load_plan, "lead", lambda group: group)
+    monkeypatch.setattr(load_plan, "limits_of_ranks", lambda *_, **__: limits)
+
+    def planned(draft: str | None) -> load_plan.LoadPlan:
+        return load_plan.plan_load(
+            model,
+            Limits(context=64),
+            compute_type=None,
+            force=False,
+            follow_links=False,
+            reproducible=False,
+            draft=draft,
+            draft_length=None,
+            group=SimpleNamespace(size=lambda: 2),
+        )
+
+    plan = planned(None)
+    assert (plan.split, plan.rank) == (split, 1)
+    with pytest.raises(FitError):
+        planned(str(model))
