@@ -137,6 +137,8 @@ def _report(options: argparse.Namespace) -> str:
     reserve_bytes = int(options.reserve * 1e9)
     if options.hosts is not None:
         return _of_hosts(options, workload, reserve_bytes)
+    if options.link is not None:
+        raise OptionError("`link` needs `hosts`: it is the link between these Macs.")
     backend: Backend = "metal"
     if options.ram is not None:
         limit_bytes = metal_limit_bytes(int(options.ram * _GIB))

@@ -14,6 +14,7 @@ from qwq_mlx.fit.speed import breakeven_s, link_text, token_s
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.link import Link
 from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, Workload, metal_limit_bytes, plan_memory
+from qwq_mlx.model.memory.sizes import bytes_of_float, embedding_bytes
 from qwq_mlx.model.memory.splits import binding_rank, pipeline_split, plan_ranks
 from qwq_mlx.model.split import Split, tensor_obstacle, tensor_split
 
@@ -58,6 +59,8 @@ def parse_hosts(text: str) -> list[Host]:
         if any(each.name == name for each in hosts):
             raise OptionError(f"`hosts` names {name} twice. Give each Mac once.")
         hosts.append(Host(name, gib, rate_gb * 1e9))
+    if len(hosts) < 2:
+        raise OptionError(f"`hosts` names one Mac, expected several. Plan one by --ram {hosts[0].ram_gib:g}.")
     return hosts
 
 
@@ -114,13 +117,20 @@ def plan_hosts(
         splits.append(pipeline_split(model, workload, limits, reserve_bytes=reserve_bytes))
     except (OptionError, FitError) as error:
         obstacles.append(f"a pipeline is not possible: {error}")
+    unread = embedding_bytes(config, model.packed, bytes_of_float(workload, "metal"))
     ways = []
     for split in splits:
         plans = plan_ranks(model, workload, split, limits, reserve_bytes=reserve_bytes)
-        ways.append(Way(split, plans, token_s(split, plans, rates, config, link)))
+        read = [
+            plan.weights_bytes - unread * split.holds("model.embed_tokens.weight", rank, config)
+            for rank, plan in enumerate(plans)
+        ]
+        ways.append(Way(split, plans, token_s(split, read, rates, config, link)))
     whole = [plan_memory(model, workload, limit_bytes=limit, reserve_bytes=reserve_bytes) for limit in limits]
     alone = {
-        host.name: plan.weights_bytes / host.bytes_per_s for host, plan in zip(hosts, whole, strict=True) if plan.fits
+        host.name: (plan.weights_bytes - unread) / host.bytes_per_s
+        for host, plan in zip(hosts, whole, strict=True)
+        if plan.fits
     }
     return HostsPlan(ways, obstacles, alone)
 
@@ -170,18 +180,20 @@ def _advice(plan: HostsPlan, model: ModelFolder | ModelShape, hosts: Sequence[Ho
     said = ", ".join(f"{what} {seconds * 1e3:.0f} ms" for what, seconds in times.items())
     rates = ", ".join(f"{host.name} {host.bytes_per_s / 1e9:g}" for host in hosts)
     by = "a link that takes no time" if link is None else f"the link {link_text(link)}"
-    lines = [f"a token takes at least: {said} (memory read at {rates} GB/s, {by})"]
-    best = plan.best
+    lines = [f"a token takes at least: {said} (memory read at {rates} GB/s, {by})"] if times else []
+    best, fastest = plan.best, min(plan.alone, key=plan.alone.__getitem__, default=None)
     if best is None or not best.fits:
-        return [*lines, _what_would_fit(plan)]
+        alone = [] if fastest is None else [f"{fastest} alone holds the model at this context"]
+        return [*lines, _what_would_fit(plan), *alone]
     kinds = {way.split.kind: way.token_s for way in plan.ways if way.fits}
     if link is None and len(kinds) == 2:
         most = breakeven_s(kinds["tensor"], kinds["pipeline"], model.config, len(hosts))
         lines.append(
             "tensor parallel is faster than a pipeline where a sum of 10 kB takes less than "
-            f"{max(0.0, most) * 1e6:.0f} us; --measure-link measures that, --link takes it"
+            f"{most * 1e6:.0f} us; --measure-link measures that, --link takes it"
+            if most > 0
+            else "a pipeline is faster than tensor parallel, whatever the link: the slowest Mac holds little of it"
         )
-    fastest = min(plan.alone, key=plan.alone.__getitem__, default=None)
     if fastest is not None and plan.alone[fastest] <= best.token_s:
         lines.append(f"{fastest} alone is the fastest at this context")
     elif link is not None:

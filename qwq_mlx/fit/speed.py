@@ -1,7 +1,8 @@
 """How long a token takes on several Macs: the weights that each reads, and what they wait for one another.
 
-Decoding reads every weight once a token, so memory is what it waits for. In a tensor split all Macs read at the same
-time and sum twice a layer; in a pipeline they read one after another and send once between two of them.
+Decoding reads every weight once a token, but of the embedding a row alone, so memory is what it waits for. In a tensor
+split all Macs read at the same time and sum twice a layer; in a pipeline they read one after another and send once
+between two of them.
 
 Does not: count arithmetic, or what a long context reads of the cache; so it compares splits, and predicts no rate.
 """
@@ -14,7 +15,6 @@ from collections.abc import Sequence
 from qwq_mlx.errors import OptionError
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.link import Link
-from qwq_mlx.model.memory.plan import MemoryPlan
 from qwq_mlx.model.split import Split
 
 __all__ = ["breakeven_s", "link_text", "parse_link", "token_s"]
@@ -44,10 +44,11 @@ def link_text(link: Link) -> str:
 
 
 def token_s(
-    split: Split, plans: Sequence[MemoryPlan], bytes_per_s: Sequence[float], config: Qwen2Config, link: Link | None
+    split: Split, read_bytes: Sequence[int], bytes_per_s: Sequence[float], config: Qwen2Config, link: Link | None
 ) -> float:
-    """Seconds of a token. bytes_per_s: of each Mac's memory. link: None is one that takes no time."""
-    reading = [plan.weights_bytes / rate for plan, rate in zip(plans, bytes_per_s, strict=True)]
+    """Seconds of a token. read_bytes: by each Mac for a token, of its memory, which gives bytes_per_s. link: None is
+    one that takes no time."""
+    reading = [n_bytes / rate for n_bytes, rate in zip(read_bytes, bytes_per_s, strict=True)]
     message = 0.0 if link is None else link.seconds(config.hidden_size * _FLOAT_BYTES)
     if split.kind == "tensor":
         return max(reading) + _SUMS_A_LAYER * config.num_hidden_layers * message

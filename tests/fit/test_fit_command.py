@@ -112,8 +112,9 @@ def test_every_flag_reaches_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     found = json.loads(out)
     assert code == 0
     assert found["workload"] == {
-        **{"context": 4096, "kv_bits": 8, "n_sequences": 1, "prefill_step": 128, "compute_type": "float32"},
-        **{"draft": str(draft), "drafts_from_texts": False, "n_draft": 7, "split": None, "rank": 0},
+        **{"context": 4096, "kv_bits": 8, "n_sequences": 1, "n_shared": 0, "prefill_step": 128},
+        **{"compute_type": "float32", "draft": str(draft), "drafts_from_texts": False, "n_draft": 7},
+        **{"split": None, "rank": 0},
     }
     assert found["reserve_bytes"] == 2_000_000_000
     assert found["speculative_bytes"] > 0 == found["batch_bytes"]
@@ -149,6 +150,7 @@ def test_a_folder_is_planned_from_its_headers_on_this_machine(
     [
         (["--ram", "-1"], 2, "--ram is -1.0, expected a number from 0 to 1,000,000"),
         (["--reserve", "nan"], 2, "--reserve is nan, expected a number from 0 to 1,000,000"),
+        (["--ram", "32", "--link", "60us,4GB/s"], 2, "--link needs --hosts"),
         (["--ram", "32", "--kv-bits", "5"], 2, "--kv-bits is 5, expected None, 8 or 4"),
         (["--ram", "32", "--context", "40000"], 2, "--context is 40,000, expected at most 32,768"),
         (["--ram", "32", "--model", "/nowhere"], 1, "/nowhere: there is no such folder"),
@@ -236,6 +238,9 @@ def test_the_split_reaches_the_longest_context_that_any_reaches(capsys: pytest.C
         ("a=64,b=24 --context 8192 --link 2000us,4GB/s", "a alone is the fastest at this context"),
         ("a=64@400,b=24 --context 8192 --link 60us,4GB/s", "a alone is the fastest at this context"),
         ("a=8,b=8", "none of these fits, whatever the context"),
+        ("a=1,b=64 --context 8192", "b alone holds the model at this context"),
+        ("a=24@400,b=20@30 --context 8192", "a pipeline is faster than tensor parallel, whatever the link"),
+        ("a=24,b=24 --context 8192", "tensor parallel 92 ms, pipeline 180 ms"),  # 9.65 and 18.43 less 0.44 GB
     ],
 )
 def test_which_way_is_faster_is_told_by_the_link(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,6 +266,7 @@ def test_a_link_is_measured_and_read_as_it_is_printed(capsys: pytest.CaptureFixt
         ("a=16,b=0", "expected NAME=GIB"),
         ("a=16,b=16@x", "expected NAME=GIB or NAME=GIB@GB/s"),
         ("a=16,b=16 --link 5ms", "expected MICROSECONDSus,RATEGB/s"),
+        ("a=16", "names one Mac, expected several. Plan one by --ram 16"),
     ],
 )
 def test_macs_that_cannot_hold_it_together_are_named(

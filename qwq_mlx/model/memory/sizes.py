@@ -20,6 +20,7 @@ __all__ = [
     "bytes_of_float",
     "bytes_of_pass",
     "cache_layers",
+    "embedding_bytes",
     "kv_bytes_per_token",
     "layer_weights_bytes",
     "load_bytes",
@@ -56,6 +57,12 @@ def weights_bytes(
         for name, shape in tensor_shapes(config).items()
         if split is None or split.holds(name, rank, config)
     )
+
+
+def embedding_bytes(config: Qwen2Config, packed: Mapping[str, Packing], float_bytes: int) -> int:
+    """The part of the weights of which a token reads a row alone; 0 where the embedding is the output matrix, too."""
+    shape, packing = (config.vocab_size, config.hidden_size), packed.get("model.embed_tokens")
+    return 0 if config.tie_word_embeddings else _tensor_bytes(shape, packing, float_bytes)
 
 
 def layer_weights_bytes(config: Qwen2Config, packed: Mapping[str, Packing], float_bytes: int) -> list[int]:
