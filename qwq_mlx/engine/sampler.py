@@ -217,12 +217,19 @@ def _top_p(ids: Any | None, values: Any, kind: _Kind, by_row: _Values) -> tuple[
     """Keep the smallest set of the likeliest that holds top_p; summed from the unlikely end, as transformers does."""
     if not kind.has_top_p:
         return ids, values
-    order = mx.argsort(values, axis=-1)
-    values = _taken(values, order)
+    if ids is None:  # else `_top_k` has sorted them
+        ids = mx.argsort(values, axis=-1)
+        values = _taken(values, ids)
     below = mx.cumsum(mx.softmax(values, axis=-1), axis=-1)
-    is_last = mx.arange(values.shape[-1]) == values.shape[-1] - 1
-    values = mx.where((below <= by_row.below_top_p) & ~is_last, -mx.inf, values)
-    return (order if ids is None else _taken(ids, order)), values
+    return ids, mx.where((below <= by_row.below_top_p) & _all_but_the_last(values.shape[-1]), -mx.inf, values)
+
+
+@functools.lru_cache(maxsize=16)
+def _all_but_the_last(size: int) -> Any:
+    """(size,) bool; made once, for it costs as much as any other operation of a step."""
+    mask = mx.arange(size) < size - 1
+    mx.eval(mask)
+    return mask
 
 
 def _min_p(values: Any, kind: _Kind, by_row: _Values) -> Any:
