@@ -59,6 +59,9 @@ def _work_on_hosts(command: Command) -> int:
     command.interruption.run = launch
     try:
         return launch.work()
+    except KeyboardInterrupt:  # rank 0 waited inside MLX, where it hears no signal
+        _keep_run(command, launch.snapshots)
+        raise
     except RankError as error:
         code = command.fail(str(error), error.exit_code)
         _keep_run(command, launch.snapshots)

@@ -90,7 +90,7 @@ def test_rank_0_gets_the_other_arguments() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--hosts", "localhost*3"], 2, "4 attention heads are no multiple of 3. Possible: 2."),
+        (["--hosts", "localhost*9"], 2, "--hosts has 9 processes, expected at most 8, the layers of"),
         (["--hosts", "localhost*2", "--hostfile", "x"], 2, "--hosts and --hostfile exclude each other"),
         (["--hosts-port", "7000"], 2, "--hosts-port needs --hosts or --hostfile"),
         (["--hosts", "localhost*2", "--hosts-backend", "jaccl"], 2, "needs --hostfile"),
@@ -248,6 +248,22 @@ def test_a_run_that_is_over_leaves_nothing_to_save_and_one_that_cannot_be_kept_g
     assert main(["--model", str(POCKET), "-p", "Count.", "--max-tokens", "2", "--save", str(saved), "--quiet"]) == 0
     assert was_there == [not is_full] and not kept.exists() and saved.exists()
     assert ("run.json: cannot be written (No such file" in capsys.readouterr().err) is is_full
+
+
+def test_a_run_that_a_last_ctrl_c_ended_is_kept_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 waited inside MLX, and what it had written is all there is."""
+
+    def work(launch: Launch) -> int:
+        launch.snapshots.write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Launch, "work", work)
+    monkeypatch.setattr("qwq_mlx.generate.checkpoint.snapshot.save_snapshot", lambda snapshot, path: 7)
+    arguments = ["--model", str(POCKET), "-p", "Count.", "--hosts", "localhost*2", "--quiet"]
+    assert main([*arguments, "--save", str(tmp_path / "kept.qwq")]) == 130
+    assert "saved: 7 tokens; go on with --resume" in capsys.readouterr().err
 
 
 class _Ended:
