@@ -40,6 +40,7 @@ from qwq_mlx.model.load import LoadedModel, load_model
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
 from qwq_mlx.model.memory.plan import ModelShape
+from qwq_mlx.model.ranks import ranks_of
 from qwq_mlx.model.tokenizer import load_tokenizer
 from qwq_mlx.model.upstream import package_version
 from qwq_mlx.options import Limits
@@ -222,7 +223,7 @@ def _costs(
 
 def _key(model: LoadedModel, choice: DraftChoice, kv_bits: int | None) -> dict[str, Any]:
     """All that the costs depend on: machine, versions, kernels, shapes and types."""
-    draft = choice.shape
+    draft, ranks = choice.shape, ranks_of(model.module)
     shapes = {"model": _shape_key(ModelShape(config=model.config, packed=model.packed))}
     if draft is not None:
         shapes["draft"] = _shape_key(draft)
@@ -235,6 +236,7 @@ def _key(model: LoadedModel, choice: DraftChoice, kv_bits: int | None) -> dict[s
         "kernels": sha256_json(_KERNELS.read_text(encoding="utf-8")) if few_row_kernels_run() else "",
         "compute_type": model.compute_type,
         "kv_bits": kv_bits,
+        **({} if ranks is None else {"split": [ranks.split.kind, *ranks.split.n_layers]}),
         **shapes,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -15,10 +16,11 @@ from qwq_mlx.engine.pass_costs import LONG_CONTEXT, measure_costs
 from qwq_mlx.errors import LoadError, OptionError
 from qwq_mlx.generate import drafting
 from qwq_mlx.generate.__main__ import main
-from qwq_mlx.generate.drafting import choose_draft
+from qwq_mlx.generate.drafting import DraftChoice, choose_draft
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import load_model
+from qwq_mlx.model.split import Split
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
 from qwq_mlx.trace.trace import Trace
 
@@ -285,6 +287,11 @@ def test_costs_are_measured_once_and_kept(folder: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "400")
     load(folder, draft="ngram")
     assert len(list(tmp_path.rglob("*.json"))) == 4
+    n_measured.clear()
+    reasoner.model.module.ranks = SimpleNamespace(split=Split("pipeline", (1, 1)))  # two processes take another time
+    for _ in range(2):
+        drafting.make_speculator(reasoner.model, DraftChoice(uses_texts=True), limits=Limits())
+    assert n_measured == [7]
 
 
 def test_passes_are_timed_with_the_rows_they_have(folder: Path) -> None:
