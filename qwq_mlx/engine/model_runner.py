@@ -101,11 +101,11 @@ def feed_prompt(module: Any, cache: Sequence[Any], ids: Sequence[int]) -> None:
     # without the output matrix: only the last id's logits are asked for
     result, ranks = module.model(mx.array([list(ids)]), cache=cache), ranks_of(module)
     with activity.waiting():
-        if ranks is not None and ranks.sends:
-            mx.eval(result)
         for layer in cache:
             mx.eval(layer.state)  # one by one: the device's queue would hold the intermediates of many layers
             activity.step()
+        if ranks is not None and ranks.sends:
+            mx.eval(result)
 
 
 def run_pass(

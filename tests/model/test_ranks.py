@@ -14,6 +14,7 @@ from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.model_runner import feed_prompt
 from qwq_mlx.errors import OptionError
 from qwq_mlx.model import ranks
 from qwq_mlx.model.attention import joined
@@ -93,6 +94,20 @@ def test_the_stages_of_a_pipeline_give_the_bits_of_one_process(
             run = stage if place == n - 1 else stage.model
             found = run(ids, cache=joined(caches[place], n_fed))
         assert np.array_equal(np.array(found), np.array(expected)) and found.shape == (sum(n_fed), 1, 320)
+
+
+def test_a_stage_reads_a_prompt_layer_by_layer_and_sends_it_then(
+    messages: list[mx.array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluated first, what it sends would put all layers and their intermediates into the device's queue."""
+    folder = write_tiny_checkpoint(tmp_path / "m", n_layers=3)
+    stage = load_model(folder, group=group(1, 2), split=Split("pipeline", (1, 2))).module
+    cache, evaluated, evaluate = new_cache(stage), list[Any](), mx.eval
+    monkeypatch.setattr(mx, "eval", lambda *arrays: (evaluated.append(arrays[0]), evaluate(*arrays)))
+    feed_prompt(stage, cache, IDS)
+    sent = messages.pop()
+    assert evaluated[-1] is sent and all(each is not sent for each in evaluated[:-1])
+    assert len(evaluated) == 3, "two layers and what is sent"
 
 
 def test_a_rank_has_what_it_needs_and_nothing_else() -> None:
