@@ -20,6 +20,7 @@ from qwq_mlx.generate.stream import Stream
 from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, Workload, plan_memory
+from qwq_mlx.model.memory.sizes import cache_layers
 from qwq_mlx.model.shared_prefix import MIN_SHARED
 from qwq_mlx.options import Limits, Sampling, Thinking
 from qwq_mlx.progress import ProgressBar
@@ -106,7 +107,7 @@ def shared_bytes(request: Request, *, n_rows: int, n_shared: int) -> int:
     """
     if n_shared < MIN_SHARED:
         return 0
-    n_copies = n_rows - 1 - n_rows / request.model.config.num_hidden_layers
+    n_copies = n_rows - 1 - n_rows / cache_layers(request.model.config, request.plan.workload)
     return max(0, int(n_copies * n_shared * request.plan.kv_bytes_per_token))
 
 

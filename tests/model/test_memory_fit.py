@@ -17,6 +17,7 @@ from qwq_mlx.generate import reasoner as rooms
 from qwq_mlx.generate.reasoner import load
 from qwq_mlx.model.memory.fit import fitted
 from qwq_mlx.model.memory.plan import Workload, metal_limit_bytes, plan_memory, shape_of_facts
+from qwq_mlx.model.split import tensor_split
 from qwq_mlx.options import Limits
 
 QWQ = shape_of_facts(QWQ_32B_PREVIEW)
@@ -39,6 +40,18 @@ def test_a_context_left_open_is_capped_to_the_largest_that_fits() -> None:
     assert fit.limits.context == fit.plan.context == largest < 32_768
     assert fit.plan.fits
     assert f"capped to {largest:,} of 32,768 positions" in fit.note
+
+
+def test_the_process_whose_memory_binds_is_named() -> None:
+    with pytest.raises(FitError, match="does not fit the memory of process 1, which holds 1/2 of each layer"):
+        fitted(
+            QWQ,
+            Limits(context=32_768),
+            limit_bytes=8 << 30,
+            backend="metal",
+            split=tensor_split(QWQ.config, 2),
+            rank=1,
+        )
 
 
 def test_a_context_that_was_asked_for_is_refused_with_the_arithmetic() -> None:

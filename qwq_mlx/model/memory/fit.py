@@ -76,8 +76,11 @@ def fitted(
         return Fitted(limits=replace(limits, context=plan.context), plan=plan, note=note)
     if limits.context is not None or plan.largest_context < 2:
         change = cheapest_change(model, plan)
+        machine = (
+            "this machine" if rank == 0 or split is None else f"process {rank}, which holds {split.describe(rank)}"
+        )
         raise FitError(
-            f"A context of {plan.context:,} does not fit the memory of this machine:\n{plan.arithmetic()}\n"
+            f"A context of {plan.context:,} does not fit the memory of {machine}:\n{plan.arithmetic()}\n"
             f"The largest context that fits is {plan.largest_context:,}. The cheapest change: "
             f"{change.text if change else 'none; take a model of fewer bits or a machine with more memory'}. "
             "`force=True` tries it all the same."
