@@ -95,7 +95,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(rooms, "load_model", read)
+    monkeypatch.setattr("qwq_mlx.generate.load_plan.load_model", read)
 
 
 @pytest.mark.tiny
