@@ -27,6 +27,7 @@ _Replies = dict[str | None, dict[str, Any]]
 
 _ANSWER_S = 40.0  # of a machine that wakes up
 _NO_PACKAGE = 97
+_NOT_REACHED = 255  # of ssh itself
 
 
 def checked_hosts(hosts: Hosts, folders: Sequence[Path], *, port: int | None) -> Hosts:
@@ -88,11 +89,13 @@ def _asked(ssh: str | None, question: dict[str, Any]) -> dict[str, Any]:
     last = done.stderr.strip().splitlines()[-1:] or [""]
     if done.returncode == _NO_PACKAGE:
         return {"error": f"has no python with qwq_mlx ({', '.join(interpreters)}). Install it there"}
-    if done.returncode:
+    if done.returncode == _NOT_REACHED:
         return {
             "error": f"does not answer `ssh {ssh}` without a password: {last[0] or f'exit code {done.returncode}'}. "
             "Try that, and docs/machines.md"
         }
+    if done.returncode:
+        return {"error": f"cannot say what it has: {last[0] or f'exit code {done.returncode}'}"}
     try:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):

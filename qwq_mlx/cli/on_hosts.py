@@ -15,6 +15,7 @@ from qwq_mlx.cli.command import Command
 from qwq_mlx.cli.host_check import checked_hosts
 from qwq_mlx.cli.hosts import parse_hosts, read_hostfile, without_flags
 from qwq_mlx.cli.launch import Launch
+from qwq_mlx.cli.rank import joined_group
 from qwq_mlx.errors import OptionError, QwqError, RankError
 
 __all__ = ["or_on_hosts"]
@@ -24,7 +25,14 @@ _FLAGS = {"--hosts", "--hostfile", "--hosts-backend", "--hosts-port"}
 
 def or_on_hosts(work: Callable[[Command], int]) -> Callable[[Command], int]:
     """The work of a command, or where --hosts is given several processes that do it together."""
-    return lambda command: _work_on_hosts(command) if _is_for_hosts(command.options) else work(command)
+
+    def either(command: Command) -> int:
+        if _is_for_hosts(command.options):
+            return _work_on_hosts(command)
+        joined_group()  # as rank 0 before anything is read, for which the others wait no longer than half a minute
+        return work(command)
+
+    return either
 
 
 def _is_for_hosts(options: Any) -> bool:

@@ -109,6 +109,7 @@ _SSH = """#!/bin/sh
 for word; do host=$command; command=$word; done
 case $host in
   asleep) echo "ssh: connect to host asleep port 22: Operation timed out" >&2; exit 255;;
+  denied) echo "PermissionError: config.json" >&2; exit 1;;
   bare) command="$(echo "$command" | sed s/import/no/)";;
   twin) ;;
   quiet) unset SSH_CONNECTION;;
@@ -141,6 +142,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("asleep", ["asleep: does not answer `ssh asleep` without a password: ssh: connect", "timed out"]),
         ("bare", ["bare: has no python with qwq_mlx"]),
+        ("denied", ["denied: cannot say what it has: PermissionError"]),
         ("old", ["old: has other versions", "mlx 0.1, here", "holds another model than"]),
         ("twin", ["twin: is the same machine as localhost. Name it once, as localhost*2."]),
         ("quiet", ["quiet: its sshd does not say which addresses it uses"]),
@@ -248,6 +250,15 @@ def test_a_run_that_is_over_leaves_nothing_to_save_and_one_that_cannot_be_kept_g
     assert main(["--model", str(POCKET), "-p", "Count.", "--max-tokens", "2", "--save", str(saved), "--quiet"]) == 0
     assert was_there == [not is_full] and not kept.exists() and saved.exists()
     assert ("run.json: cannot be written (No such file" in capsys.readouterr().err) is is_full
+
+
+def test_rank_0_joins_the_others_before_it_reads_what_may_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They give up connecting long before somebody has typed a question into a pipe."""
+    order: list[str] = []
+    monkeypatch.setattr("qwq_mlx.cli.on_hosts.joined_group", lambda: order.append("joined"))
+    monkeypatch.setattr("qwq_mlx.generate.__main__.read_stdin", lambda stdin: order.append("read") or " ")
+    assert main(["--model", str(POCKET), "-p", "-"]) == 2
+    assert order == ["joined", "read"]
 
 
 def test_a_run_that_a_last_ctrl_c_ended_is_kept_too(
