@@ -9,7 +9,7 @@ Does not: make a reasoner of it (`reasoner.load` does).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,35 +68,43 @@ def plan_load(
     limit = None if force else limit_bytes()
     files = open_model_folder(model, follow_links=follow_links)
     drafts = choose_draft(draft, draft_length, files, reproducible=reproducible, follow_links=follow_links)
-    split, rank = None, 0
+    of_ranks: list[int | None] = [limit]
+    split = None
     if leader is not None:
-        workload = Workload(
-            context=limits.context,
-            kv_bits=None if limits.kv_bits == "auto" else limits.kv_bits,
-            prefill_step=limits.prefill_step,
+        of_ranks = limits_of_ranks(leader, files.path, limit, follow_links=follow_links)
+        split = choose_split(files, _workload(limits, drafts, compute_type), of_ranks, backend=backend_name())
+    rank, fitting = 0, limits
+    for _ in range(1 if split is None else 2):  # with a cache that is quantized to fit, another process may bind
+        if split is not None:
+            workload = _workload(replace(fitting, context=limits.context), drafts, compute_type)
+            rank = binding_rank(plan_ranks(files, workload, split, of_ranks, backend=backend_name()))
+        fitting = fitted(
+            files,
+            limits,
+            limit_bytes=of_ranks[rank],
+            backend=backend_name(),
             compute_type=compute_type,
             draft=drafts.shape,
             drafts_from_texts=drafts.uses_texts,
-            n_draft=MAX_DRAFTED,
-        )
-        of_ranks = limits_of_ranks(leader, files.path, limit, follow_links=follow_links)
-        split = choose_split(files, workload, of_ranks, backend=backend_name())
-        rank = binding_rank(plan_ranks(files, workload, split, of_ranks, backend=backend_name()))
-        limit = of_ranks[rank]
-    fitted(
-        files,
-        limits,
-        limit_bytes=limit,
-        backend=backend_name(),
+            split=split,
+            rank=rank,
+        ).limits
+    if leader is None:
+        read_ahead(shard.path for shard in files.checkpoint.shards)
+    return LoadPlan(folder=model, limit_bytes=of_ranks[rank], drafts=drafts, leader=leader, split=split, rank=rank)
+
+
+def _workload(limits: Limits, drafts: DraftChoice, compute_type: ComputeType | None) -> Workload:
+    """What is planned to find out who holds what; kv_bits "auto" begins with a plain cache."""
+    return Workload(
+        context=limits.context,
+        kv_bits=None if limits.kv_bits == "auto" else limits.kv_bits,
+        prefill_step=limits.prefill_step,
         compute_type=compute_type,
         draft=drafts.shape,
         drafts_from_texts=drafts.uses_texts,
-        split=split,
-        rank=rank,
+        n_draft=MAX_DRAFTED,
     )
-    if leader is None:
-        read_ahead(shard.path for shard in files.checkpoint.shards)
-    return LoadPlan(folder=model, limit_bytes=limit, drafts=drafts, leader=leader, split=split, rank=rank)
 
 
 def load_planned(

@@ -21,12 +21,13 @@ from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.engine.ranks.leader import Leader
 from qwq_mlx.engine.ranks.link import Link
 from qwq_mlx.errors import FitError, RankError
+from qwq_mlx.facts import QWQ_32B_PREVIEW
 from qwq_mlx.files.model_identity import machine_name, model_identity, versions
 from qwq_mlx.generate import load_plan
 from qwq_mlx.generate.checkpoint.file import read_checkpoint
 from qwq_mlx.generate.following import _planned, limits_of_ranks
 from qwq_mlx.model.device import backend_name
-from qwq_mlx.model.memory.plan import RESERVE_BYTES, Workload, plan_memory
+from qwq_mlx.model.memory.plan import RESERVE_BYTES, Workload, metal_limit_bytes, plan_memory, shape_of_facts
 from qwq_mlx.model.split import Split
 from qwq_mlx.options import Limits
 
@@ -164,23 +165,37 @@ def test_a_draft_model_is_planned_in_process_0_though_another_one_has_less_room(
         + (2 - rank) * 10_000
         for rank in range(2)
     ]
-    monkeypatch.setattr(load_plan, "lead", lambda group: group)
-    monkeypatch.setattr(load_plan, "limits_of_ranks", lambda *_, **__: limits)
-
-    def planned(draft: str | None) -> load_plan.LoadPlan:
-        return load_plan.plan_load(
-            model,
-            Limits(context=64),
-            compute_type=None,
-            force=False,
-            follow_links=False,
-            reproducible=False,
-            draft=draft,
-            draft_length=None,
-            group=SimpleNamespace(size=lambda: 2),
-        )
-
-    plan = planned(None)
+    plan = _planned_by_two(monkeypatch, model, Limits(context=64), limits)
     assert (plan.split, plan.rank) == (split, 1)
     with pytest.raises(FitError):
-        planned(str(model))
+        _planned_by_two(monkeypatch, model, Limits(context=64), limits, draft=str(model))
+
+
+def test_the_process_that_binds_with_a_cache_that_is_quantized_to_fit_decides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A plain cache binds a Mac of 24 GiB, which has most layers; a quantized one that of 8 GiB, by its buffers."""
+    shape, limits = shape_of_facts(QWQ_32B_PREVIEW), [metal_limit_bytes(gib << 30) for gib in (8, 24)]
+    files = SimpleNamespace(config=shape.config, packed=shape.packed, path=Path("qwq"))
+    monkeypatch.setattr(load_plan, "open_model_folder", lambda *_, **__: files)
+    monkeypatch.setattr(load_plan, "backend_name", lambda: "metal")
+    plan = _planned_by_two(monkeypatch, pocket_checkpoint(), Limits(kv_bits="auto", prefill_step=512), limits)
+    assert (plan.split, plan.rank, plan.limit_bytes) == (Split("pipeline", (14, 50)), 0, limits[0])
+
+
+def _planned_by_two(
+    monkeypatch: pytest.MonkeyPatch, model: Path, limits: Limits, of_ranks: list[int], draft: str | None = None
+) -> load_plan.LoadPlan:
+    monkeypatch.setattr(load_plan, "lead", lambda group: group)
+    monkeypatch.setattr(load_plan, "limits_of_ranks", lambda *_, **__: of_ranks)
+    return load_plan.plan_load(
+        model,
+        limits,
+        compute_type=None,
+        force=False,
+        follow_links=False,
+        reproducible=False,
+        draft=draft,
+        draft_length=None,
+        group=SimpleNamespace(size=lambda: 2),
+    )
