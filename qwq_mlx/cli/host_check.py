@@ -27,6 +27,7 @@ _Replies = dict[str | None, dict[str, Any]]
 
 _ANSWER_S = 40.0  # of a machine that wakes up
 _NO_PACKAGE = 97
+_KEYS = {"versions", "machine", "models", "ports", "taken", "there", "here", "python"}  # of a report
 _NOT_REACHED = 255  # of ssh itself
 
 
@@ -100,7 +101,9 @@ def _asked(ssh: str | None, question: dict[str, Any]) -> dict[str, Any]:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
         return {"error": f"answers with {done.stdout[:80]!r}, expected JSON. Is another qwq_mlx installed there?"}
-    return answer if isinstance(answer, dict) else {"error": "answers with something else than a report"}
+    if not isinstance(answer, dict) or not answer.keys() >= _KEYS:
+        return {"error": f"answers with {done.stdout[:80]!r}, expected a report. Is another qwq_mlx installed there?"}
+    return answer
 
 
 def _interpreters(executable: Path, home: Path) -> list[str]:

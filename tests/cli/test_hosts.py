@@ -109,6 +109,7 @@ _SSH = """#!/bin/sh
 for word; do host=$command; command=$word; done
 case $host in
   asleep) echo "ssh: connect to host asleep port 22: Operation timed out" >&2; exit 255;;
+  other) echo "{}"; exit;;
   denied) echo "PermissionError: config.json" >&2; exit 1;;
   bare) command="$(echo "$command" | sed s/import/no/)";;
   twin) ;;
@@ -142,6 +143,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("asleep", ["asleep: does not answer `ssh asleep` without a password: ssh: connect", "timed out"]),
         ("bare", ["bare: has no python with qwq_mlx"]),
+        ("other", ["other: answers with '{}", "Is another qwq_mlx installed there?"]),
         ("denied", ["denied: cannot say what it has: PermissionError"]),
         ("old", ["old: has other versions", "mlx 0.1, here", "holds another model than"]),
         ("twin", ["twin: is the same machine as localhost. Name it once, as localhost*2."]),
