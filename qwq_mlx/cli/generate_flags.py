@@ -146,7 +146,7 @@ def add_hosts(add: Callable[..., Any]) -> None:
     add(
         "--hosts",
         metavar="localhost,HOST",
-        help="machines that hold the model together (tensor parallel): this one first, the others as ssh calls them; "
+        help="machines that hold the model together: this one first, the others as ssh calls them; "
         "HOST*N for N processes there (docs/machines.md)",
     )
     add("--hostfile", metavar="FILE", help="the same from a file that mlx.distributed_config wrote")

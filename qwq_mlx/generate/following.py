@@ -80,7 +80,7 @@ def begin_loading(
     leader: Leader,
     split: Split,
     *,
-    compute_type: ComputeType | None,
+    compute_type: ComputeType,
     follow_links: bool,
     reproducible: bool,
     verify: bool,

@@ -20,7 +20,7 @@ from qwq_mlx.generate.drafting import DraftChoice, choose_draft
 from qwq_mlx.generate.following import begin_loading, lead, limits_of_ranks, wait_until_loaded
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
-from qwq_mlx.model.load import ComputeType, LoadedModel, LoadProgress, load_model
+from qwq_mlx.model.load import ComputeType, LoadedModel, LoadProgress, default_compute_type, load_model
 from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
 from qwq_mlx.model.memory.fit import fitted
 from qwq_mlx.model.memory.plan import Workload
@@ -127,7 +127,7 @@ def load_planned(
         begin_loading(
             leader,
             plan.split,
-            compute_type=compute_type,
+            compute_type=compute_type or default_compute_type(),  # of all: they add up what they compute
             follow_links=follow_links,
             reproducible=reproducible,
             verify=verify,

@@ -27,6 +27,7 @@ from qwq_mlx.generate import load_plan
 from qwq_mlx.generate.checkpoint.file import read_checkpoint
 from qwq_mlx.generate.following import _planned, limits_of_ranks
 from qwq_mlx.model.device import backend_name
+from qwq_mlx.model.load import default_compute_type
 from qwq_mlx.model.memory.plan import RESERVE_BYTES, Workload, metal_limit_bytes, plan_memory, shape_of_facts
 from qwq_mlx.model.split import Split
 from qwq_mlx.options import Limits
@@ -181,6 +182,31 @@ def test_the_process_that_binds_with_a_cache_that_is_quantized_to_fit_decides(
     monkeypatch.setattr(load_plan, "backend_name", lambda: "metal")
     plan = _planned_by_two(monkeypatch, pocket_checkpoint(), Limits(kv_bits="auto", prefill_step=512), limits)
     assert (plan.split, plan.rank, plan.limit_bytes) == (Split("pipeline", (14, 50)), 0, limits[0])
+
+
+def test_all_compute_in_the_type_of_process_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Mac and a Linux machine without a GPU would each take their own, and sum or send bytes of two types."""
+    settings: list[Any] = []
+
+    def began(*_: Any, **more: Any) -> None:
+        settings.append(more["compute_type"])
+        raise RankError("far enough")
+
+    model = pocket_checkpoint()
+    plan = _planned_by_two(monkeypatch, model, Limits(context=64), [1 << 40, 1 << 40])
+    monkeypatch.setattr(load_plan, "begin_loading", began)
+    for asked in (None, "bfloat16"):
+        with pytest.raises(RankError, match="far enough"):
+            load_plan.load_planned(
+                plan,
+                compute_type=asked,  # type: ignore[arg-type]
+                chat_template=None,
+                follow_links=False,
+                reproducible=False,
+                verify=False,
+                progress=None,
+            )
+    assert settings == [default_compute_type(), "bfloat16"]
 
 
 def _planned_by_two(

@@ -1,7 +1,7 @@
 """A whole KV cache from the parts that ranks have, for a saved run, and the parts of a whole one, to go on with it.
 
 Each rank puts its heads, or its layers, into zeros of the whole size, and the sum over ranks is the whole: exact, and
-the same for any split. One array at a time is held whole.
+the same for any split. Rank 0 holds all layers whole while the file is written or read, every other rank one array.
 
 Does not: write files (`generate.checkpoint` does).
 """

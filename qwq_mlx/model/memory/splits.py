@@ -86,7 +86,7 @@ def pipeline_split(
     """
     n_ranks, n_layers = len(limits), model.config.num_hidden_layers
     if n_ranks > n_layers:
-        raise OptionError(f"{n_ranks} processes cannot each have a layer of a model that has {n_layers}.")
+        raise OptionError(f"{n_ranks} processes cannot each have a layer of a model that has {n_layers}. Start fewer.")
     known = [limit for limit in limits if limit is not None]
     if len(known) < n_ranks:
         alike = 4 * weights_bytes(model.config, model.packed, bytes_of_float(workload, backend))
