@@ -26,13 +26,17 @@ _FLAGS = {"--hosts", "--hostfile", "--hosts-backend", "--hosts-port"}
 def or_on_hosts(work: Callable[[Command], int]) -> Callable[[Command], int]:
     """The work of a command, or where --hosts is given several processes that do it together."""
 
-    def either(command: Command) -> int:
+    def on_hosts_or_here(command: Command) -> int:
         if _is_for_hosts(command.options):
             return _work_on_hosts(command)
-        joined_group()  # as rank 0 before anything is read, for which the others wait no longer than half a minute
+        group = joined_group()
+        if group is not None:  # this is rank 0, which is watched from here on, whatever it does before it loads
+            from qwq_mlx.generate.following import lead
+
+            lead(group)
         return work(command)
 
-    return either
+    return on_hosts_or_here
 
 
 def _is_for_hosts(options: Any) -> bool:

@@ -115,6 +115,7 @@ def _sign() -> dict[str, Any]:
     return {
         "pid": os.getpid(),
         "done": activity.n_done,
+        "passes": activity.n_passes,
         "waiting_s": activity.waiting_s,
         "is_loading": activity.is_loading,
         "silent_s": {str(link.peer): link.silent_s for link in list(open_links)},

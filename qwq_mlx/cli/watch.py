@@ -22,7 +22,8 @@ SILENT_S = 9.0
 STUCK_S = 30.0
 """In which somebody has to finish something; ten times the longest wait so far where that is more."""
 FIRST_STUCK_S = 300.0
-"""The same before a pass was waited for: weights are read from a slow disk, and kernels are compiled."""
+"""The same while weights are read, and in the first passes, for which CUDA compiles kernels for a minute or two."""
+_FIRST_PASSES = 4
 _FRESH_S = 3.0
 _MANY_FAULTS = 1_000
 
@@ -39,13 +40,18 @@ class Watch:
         self._last: list[Mapping[str, Any]] = [{} for _ in names]
         self._faults: list[int] = [0] * len(names)  # when somebody finished something last
         self._slowest_s = 0.0
+        self._first_heard: dict[int, float] = {}
+        self._joined: set[int] = set()
 
     def hear(self, rank: int, sign: Mapping[str, Any]) -> None:
         """Take a sign of life."""
         before, now = self._last[rank], self._clock()
         self._heard[rank], self._last[rank] = now, sign
+        self._first_heard.setdefault(rank, now)
+        if sign.get("silent_s"):
+            self._joined.add(rank)
         if sign.get("done", 0) != before.get("done", 0):
-            if not before.get("is_loading"):
+            if before.get("passes", 0) >= _FIRST_PASSES and not before.get("is_loading"):
                 self._slowest_s = max(self._slowest_s, before.get("waiting_s", 0.0))
             self._moved = now
             self._faults = [each.get("faults", 0) for each in self._last]
@@ -60,7 +66,7 @@ class Watch:
 
     def failure(self) -> tuple[int, str] | None:
         """The process that has failed, and what is wrong with it; None while all is well."""
-        return self._silent() or self._lost_link() or self._stuck()
+        return self._silent() or self._unjoined() or self._lost_link() or self._stuck()
 
     def _age(self, rank: int) -> float:
         heard = self._heard[rank]
@@ -77,6 +83,19 @@ class Watch:
         limit = START_S if self._heard[rank] is None else self._silent_s
         return rank, f"gave no sign of life for {limit:.0f} s (it is stopped, or its machine or network is gone)"
 
+    def _unjoined(self) -> tuple[int, str] | None:
+        late = [
+            rank
+            for rank, first in self._first_heard.items()
+            if rank not in self._joined and self._clock() - first > START_S
+        ]
+        if not late:
+            return None
+        return max(late), (
+            f"and the others have not found each other for {START_S:.0f} s, though all are alive: the network between "
+            "them is lost, or a firewall refuses connections to Python"
+        )
+
     def _lost_link(self) -> tuple[int, str] | None:
         for rank, sign in enumerate(self._last):
             for peer, silent_s in sign.get("silent_s", {}).items():
@@ -91,7 +110,8 @@ class Watch:
 
     def _stuck(self) -> tuple[int, str] | None:
         waiting_s = max(each.get("waiting_s", 0.0) for each in self._last)
-        limit = max(STUCK_S, 10 * self._slowest_s) if self._slowest_s else FIRST_STUCK_S
+        is_warm = self._last[0].get("passes", 0) >= _FIRST_PASSES
+        limit = max(STUCK_S, 10 * self._slowest_s) if is_warm else FIRST_STUCK_S
         if min(waiting_s, self._clock() - self._moved) < limit:
             return None
         faults = [each.get("faults", 0) - before for each, before in zip(self._last, self._faults, strict=True)]

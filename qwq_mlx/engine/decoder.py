@@ -237,7 +237,7 @@ class Decoder:
         """Let the device begin with what was built."""
         pending = [row.pending for row in rows if row.pending is not None]
         pending += [each for verification in verifications for each in verification.draws]
-        mx.async_eval(*(array for each in pending for array in each.arrays()))  # type: ignore[no-untyped-call]
+        self._runner.start([array for each in pending for array in each.arrays()])
 
     def _read(self, row: Row, pending: Pending, index: int) -> Ready:
         """Wait for a draw of a row; a failure where its logits are not finite. index: of the output id."""

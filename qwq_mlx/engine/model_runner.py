@@ -66,8 +66,13 @@ class ModelRunner:
                     ids = mx.distributed.all_sum(ids.astype(mx.uint32), group=self._leader.group)
             logits: mx.array = run_pass(module, ids, caches, n_each, may_batch=self._may_batch)[:, -1]
             if self._leader is not None:  # each pass on its own, so that all ranks meet in the same order
-                mx.async_eval(logits)  # type: ignore[no-untyped-call]
+                self.start([logits])
         return logits
+
+    def start(self, arrays: Sequence[mx.array]) -> None:
+        """Let the device begin with what was built."""
+        with nullcontext() if self._leader is None else activity.starting():
+            mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
 
     def take_stop(self) -> bool:
         """Whether another process was asked to stop since the last call."""

@@ -400,7 +400,7 @@ class _Clock:
 
 
 def _sign(**values: Any) -> dict[str, Any]:
-    return {"done": 0, "waiting_s": 0.0, "silent_s": {}, "faults": 0, **values}
+    return {"done": 0, "passes": 9, "waiting_s": 0.0, "silent_s": {"0": 0.0}, "faults": 0, **values}
 
 
 def _watch() -> tuple[Watch, _Clock]:
@@ -422,6 +422,17 @@ def test_who_says_nothing_is_named_in_time() -> None:
     other, clock = _watch()
     clock.now = START_S + 0.1
     assert other.failure() is not None
+
+
+def test_processes_that_never_find_each_other_are_named() -> None:
+    watch, clock = _watch()
+    for now in (0.0, START_S, START_S + 1):
+        assert watch.failure() is None
+        clock.now = now
+        for rank in range(2):
+            watch.hear(rank, _sign(silent_s={}))
+    failure = watch.failure()
+    assert failure is not None and failure[0] == 1 and "have not found each other" in failure[1]
 
 
 def test_a_lost_link_is_named_only_where_both_ends_are_alive() -> None:
@@ -454,28 +465,36 @@ def test_the_first_pass_has_long_also_behind_a_load_of_many_short_waits() -> Non
     for n_layers in range(1, 4):
         clock.now += 1.0
         for rank in range(2):
-            watch.hear(rank, _sign(done=n_layers, waiting_s=0.4, is_loading=True))
+            watch.hear(rank, _sign(done=n_layers, passes=0, waiting_s=0.4, is_loading=True))
     for waiting_s in (0.0, FIRST_STUCK_S - 1):
         clock.now += waiting_s
         for rank in range(2):
-            watch.hear(rank, _sign(done=4, waiting_s=waiting_s))
+            watch.hear(rank, _sign(done=4, passes=0, waiting_s=waiting_s))
     assert watch.failure() is None
     for rank in range(2):
-        watch.hear(rank, _sign(done=5))
-    assert watch._slowest_s == FIRST_STUCK_S - 1
+        watch.hear(rank, _sign(done=5, passes=1))
+    clock.now += FIRST_STUCK_S + 1
+    for rank in range(2):
+        watch.hear(rank, _sign(done=5, passes=1, waiting_s=FIRST_STUCK_S + 1))
+    assert watch.failure() is not None
 
 
 def test_slow_work_is_no_hang() -> None:
     watch, clock = _watch()
     for rank in range(2):
-        watch.hear(rank, _sign())
-    clock.now = FIRST_STUCK_S - 1  # kernels are compiled before the first pass
+        watch.hear(rank, _sign(passes=2))
+    clock.now = FIRST_STUCK_S - 1  # kernels are compiled for the first passes
     for rank in range(2):
-        watch.hear(rank, _sign(waiting_s=FIRST_STUCK_S - 1))
+        watch.hear(rank, _sign(passes=2, waiting_s=FIRST_STUCK_S - 1))
     assert watch.failure() is None
     for rank in range(2):
-        watch.hear(rank, _sign(done=1))
-    clock.now += 9 * (FIRST_STUCK_S - 1)  # a pass took that long once
+        watch.hear(rank, _sign(passes=4, done=1, waiting_s=STUCK_S - 1))
+        watch.hear(rank, _sign(passes=5, done=2))
+    clock.now += 9 * (STUCK_S - 1)  # a pass took a tenth of that once
     for rank in range(2):
-        watch.hear(rank, _sign(done=1, waiting_s=9 * (FIRST_STUCK_S - 1)))
+        watch.hear(rank, _sign(passes=5, done=2, waiting_s=9 * (STUCK_S - 1)))
     assert watch.failure() is None
+    clock.now += 2 * (STUCK_S - 1)
+    for rank in range(2):
+        watch.hear(rank, _sign(passes=5, done=2, waiting_s=11 * (STUCK_S - 1)))
+    assert watch.failure() is not None

@@ -14,10 +14,13 @@ __all__ = ["Activity", "activity"]
 
 
 class Activity:
-    """n_done: passes, prefilled chunks and loaded layers that are finished. is_loading: nothing is computed yet."""
+    """n_done: passes, layers of prefilled chunks and loaded layers that are finished. n_passes: passes and chunks.
+
+    is_loading: nothing is computed yet.
+    """
 
     def __init__(self) -> None:
-        self.n_done = 0
+        self.n_done = self.n_passes = 0
         self.is_loading = False
         self._since: float | None = None
 
@@ -30,6 +33,16 @@ class Activity:
         finally:
             self._since = None
         self.n_done += 1
+        self.n_passes += not self.is_loading
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Within it work is handed to the device, for which MLX waits where there is much under way; nothing counts."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
 
     @contextmanager
     def loading(self) -> Iterator[None]:

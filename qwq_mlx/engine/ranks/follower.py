@@ -89,7 +89,8 @@ class Follower:
             ids = mx.array(message["ids"], mx.uint32)
         n_each = [n for _, _, n in message["rows"]]
         hidden = run_pass(self._module.model, ids, caches, n_each, may_batch=self._may_batch)
-        mx.async_eval(hidden)  # type: ignore[no-untyped-call]
+        with activity.starting():
+            mx.async_eval(hidden)  # type: ignore[no-untyped-call]
         if self._previous is not None:
             with activity.waiting():
                 mx.eval(self._previous)
