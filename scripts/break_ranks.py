@@ -160,7 +160,8 @@ def _break(totals: Totals, rank: int | None, name: str, after_s: float, decodes:
     if not hits:
         return False
     seconds = max(0.0, ended - hits[0])
-    is_right = said.startswith(f"process {rank} of") if rank is not None else "not heard each other" in said
+    is_lost = any(words in said for words in ("not heard each other", "not found each other"))
+    is_right = said.startswith(f"process {rank} of") if rank is not None else is_lost
     totals.runs, totals.saved, totals.left = totals.runs + 1, totals.saved + is_kept, totals.left + left
     totals.longest_s = max(totals.longest_s, seconds)
     if not is_right:
