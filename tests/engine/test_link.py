@@ -54,3 +54,20 @@ def test_who_knows_nothing_or_gave_up_waiting_is_not_taken_for_a_process(monkeyp
     assert link._messages.get(timeout=20) == {"host": "b"}
     link.close()
     taken[0].close()
+
+
+@pytest.mark.parametrize(("leader", "host"), [("127.0.0.1", "127.0.0.1"), ("192.0.2.7", "")])
+def test_only_with_ranks_on_other_machines_do_others_reach_the_port(
+    monkeypatch: pytest.MonkeyPatch, leader: str, host: str
+) -> None:
+    addresses: list[tuple[str, int]] = []
+
+    def create_server(address: tuple[str, int], **options: int) -> socket.socket:
+        addresses.append(address)
+        raise OSError("none in this test")
+
+    monkeypatch.setenv(links.LEADER_VARIABLE, leader)
+    monkeypatch.setattr(socket, "create_server", create_server)
+    with pytest.raises(OSError, match="none in this test"):
+        connect_all(SimpleNamespace(rank=lambda: 0, size=lambda: 2))
+    assert addresses == [(host, 0)]

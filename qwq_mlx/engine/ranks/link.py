@@ -36,6 +36,7 @@ _HELLO_S = 5.0  # for whoever connects to say what it has to know; the next one 
 _ANSWER_S = 15.0
 _KNOWN = b"\x01"
 _MAX_BYTES = 1 << 30
+_LOOPBACK = "127.0.0.1"
 _LENGTH = struct.Struct(">I")
 _HELLO = struct.Struct(">16sI")  # the number that both know, and the rank
 
@@ -169,7 +170,8 @@ def connect_all(group: Any) -> list[Link]:
 def _accepted(group: Any) -> list[Link]:
     token, missing = secrets.token_bytes(16), set(range(1, group.size()))
     links: dict[int, Link] = {}
-    with socket.create_server(("", 0), backlog=group.size()) as server:
+    is_alone = leader_addresses(os.environ) == [_LOOPBACK]  # then no other machine has a rank
+    with socket.create_server((_LOOPBACK if is_alone else "", 0), backlog=group.size()) as server:
         _shared(group, [server.getsockname()[1], *struct.unpack(">4I", token)])
         until = time.monotonic() + _CONNECT_S
         while missing:
@@ -226,4 +228,4 @@ def leader_addresses(environment: Mapping[str, str]) -> list[str]:
     for name in ("MLX_JACCL_COORDINATOR", "NCCL_HOST_IP"):
         if value := environment.get(name):
             addresses.append(value.partition(":")[0])
-    return list(dict.fromkeys([*addresses, "127.0.0.1"]))
+    return list(dict.fromkeys([*addresses, _LOOPBACK]))
