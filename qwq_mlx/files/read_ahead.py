@@ -19,7 +19,7 @@ from pathlib import Path
 __all__ = ["read_ahead"]
 
 _F_RDADVISE = 44  # of macOS's sys/fcntl.h; its argument is struct radvisory { off_t ra_offset; int ra_count; }
-_ADVISED_BYTES = 256 << 20  # at a time: ra_count is an int
+_ADVISED_BYTES = 128 << 10
 
 
 def read_ahead(paths: Iterable[Path]) -> threading.Thread:
