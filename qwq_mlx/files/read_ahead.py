@@ -20,6 +20,8 @@ __all__ = ["read_ahead"]
 
 _F_RDADVISE = 44  # of macOS's sys/fcntl.h; its argument is struct radvisory { off_t ra_offset; int ra_count; }
 _ADVISED_BYTES = 128 << 10
+"""At a time. Linux reads no more for one piece of advice than its device reads ahead, 128 KiB where nobody chose: of
+256 MiB asked for at once only the first 8 MiB came, 4 % of a file of 421 MB (2026-11-28)."""
 
 
 def read_ahead(paths: Iterable[Path]) -> threading.Thread:
