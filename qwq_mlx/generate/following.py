@@ -9,6 +9,7 @@ Does not: start processes (`--hosts` and mlx.launch do).
 from __future__ import annotations
 
 import atexit
+import gc
 import platform
 import signal
 import threading
@@ -28,6 +29,7 @@ from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, load_model
 from qwq_mlx.model.split import Split
+from qwq_mlx.model.upstream import import_mlx
 
 __all__ = [
     "begin_loading",
@@ -143,7 +145,9 @@ def _follow(link: Link, group: Any, folder: Path | None) -> None:
         if task == "end":
             return
         if task == "plan":
-            follower = None  # of the model before
+            follower = None  # of the model before, whose memory is free when this one's is measured
+            gc.collect()
+            import_mlx().clear_cache()
             reply, planned = _planned(message, folder)
             link.send(reply)
         elif task == "load":

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import rank_program
@@ -23,7 +24,7 @@ from qwq_mlx.engine.ranks.link import Link
 from qwq_mlx.errors import FitError, RankError
 from qwq_mlx.facts import QWQ_32B_PREVIEW
 from qwq_mlx.files.model_identity import machine_name, model_identity, versions
-from qwq_mlx.generate import load_plan
+from qwq_mlx.generate import following, load_plan
 from qwq_mlx.generate.checkpoint.file import read_checkpoint
 from qwq_mlx.generate.following import _planned, limits_of_ranks
 from qwq_mlx.model.device import backend_name
@@ -182,6 +183,28 @@ def test_the_process_that_binds_with_a_cache_that_is_quantized_to_fit_decides(
     monkeypatch.setattr(load_plan, "backend_name", lambda: "metal")
     plan = _planned_by_two(monkeypatch, pocket_checkpoint(), Limits(kv_bits="auto", prefill_step=512), limits)
     assert (plan.split, plan.rank, plan.limit_bytes) == (Split("pipeline", (14, 50)), 0, limits[0])
+
+
+def test_a_follower_s_memory_is_free_of_the_model_before_when_it_says_how_much_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MLX keeps the buffers of what is freed, and the system counts them as taken."""
+    tasks, kept = iter(["load", "plan", "end"]), list[int]()
+
+    def loaded(*_: Any) -> Any:
+        weights = mx.ones((4 << 20,))
+        mx.eval(weights)
+        return SimpleNamespace(weights=weights)
+
+    def planned(*_: Any) -> tuple[dict[str, Any], None]:
+        kept.append(mx.get_cache_memory())
+        return {}, None
+
+    monkeypatch.setattr(following, "_told", loaded)
+    monkeypatch.setattr(following, "_planned", planned)
+    link: Any = SimpleNamespace(receive=lambda: {"task": next(tasks)}, send=lambda _: None)
+    following._follow(link, None, None)
+    assert len(kept) == 1 and kept[0] < 1 << 20
 
 
 def test_all_compute_in_the_type_of_process_0(monkeypatch: pytest.MonkeyPatch) -> None:
