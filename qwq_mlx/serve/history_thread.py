@@ -77,7 +77,7 @@ class HistoryThread:
             self._is_failing = True
         else:
             run.n_kept = n_steps
-            run.is_kept, self._is_failing = True, False
+            run.is_kept, run.is_kept_whole, self._is_failing = True, event is not None, False
 
     async def _ask(self, question: Callable[[History], _T]) -> _T:
         try:

@@ -33,6 +33,7 @@ class Run:
     steps: each a line of JSON, which is smaller than what it says.
     n_kept: steps that the history has.
     is_kept: the history has it at all.
+    is_kept_whole: the history has its end, too.
     is_removed: nobody wants it any more.
     news: set, and replaced, whenever there are new steps or it is over.
     writing: held while it is written into the history.
@@ -45,7 +46,7 @@ class Run:
         self.job: Job | None = None
         self.steps: list[bytes] = []
         self.n_kept = 0
-        self.is_kept = self.is_removed = False
+        self.is_kept = self.is_kept_whole = self.is_removed = False
         self.summary: dict[str, Any] | None = None
         self.error: str | None = None
         self.is_stopped = self.is_interrupted = False
@@ -96,7 +97,7 @@ class Run:
         run.is_interrupted = state in ("running", "interrupted")  # running: its end could not be written
         if state != "ended":
             run.cut()
-        run.is_kept = True
+        run.is_kept = run.is_kept_whole = True
         return run
 
     @property
@@ -151,7 +152,7 @@ class Run:
         del self.steps[n_steps:]
         self.n_kept = 0  # all of it is written again, because the history may have made room meanwhile
         self.job, self.summary, self.error = job, None, None
-        self.is_stopped = self.is_interrupted = False
+        self.is_stopped = self.is_interrupted = self.is_kept_whole = False
         self.request = request_json(job.requests[0])
         self.info["max_tokens"] = job.requests[0].limits.max_tokens
 

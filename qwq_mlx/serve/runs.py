@@ -3,7 +3,7 @@
 They live in the HTTP loop alone: a task for each takes a job's events, and whoever watches reads what there is. With a
 history they outlive the process as well; it is read and written in a thread of its own.
 
-Does not: hold more than `MAX_RUNS` or `MAX_STEPS` in memory (the oldest that have ended go first).
+Does not: hold more than `MAX_RUNS`, `MAX_STEPS` or `MAX_KEPT_STEPS` in memory (the oldest that have ended go first).
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from qwq_mlx.serve.run import Run
 from qwq_mlx.serve.run_state import SavedRun
 from qwq_mlx.serve.worker import Worker
 
-__all__ = ["MAX_RUNS", "MAX_STEPS", "Runs"]
+__all__ = ["MAX_KEPT_STEPS", "MAX_RUNS", "MAX_STEPS", "Runs"]
 
 MAX_RUNS = 64
 MAX_STEPS = 100_000
-"""Tokens of all runs together that are remembered; with alternatives about 2 kB each."""
+"""Tokens of all runs together that are remembered; with alternatives about 4 kB each."""
+MAX_KEPT_STEPS = 10_000
+"""Those of them that have ended and that the history has, too: it gives them back when they are asked for."""
 
 _LINES_AT_ONCE = 500  # about 1 MB, which is all that waits in memory for a reader who takes nothing
 _LOOK_S = 0.05  # between two looks at whether the last run is over
@@ -241,8 +243,15 @@ class Runs:
         while len(self._runs) >= MAX_RUNS or sum(len(run.steps) for run in self._runs.values()) > MAX_STEPS:
             oldest = next((run for run in self._runs.values() if run.state != "running"), None)
             if oldest is None:
-                return
+                break
             del self._runs[oldest.id]
+        kept = [run for run in self._runs.values() if run.state != "running" and run.is_kept_whole]
+        n_kept = sum(len(run.steps) for run in kept)
+        for run in kept:
+            if n_kept <= MAX_KEPT_STEPS:
+                break
+            n_kept -= len(run.steps)
+            del self._runs[run.id]
 
     def _make_room(self) -> None:
         self._evict()

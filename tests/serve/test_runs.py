@@ -180,6 +180,25 @@ def test_the_oldest_runs_that_have_ended_are_forgotten(monkeypatch: pytest.Monke
     asyncio.run(scenario())
 
 
+def test_of_runs_that_the_history_has_whole_few_steps_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "MAX_KEPT_STEPS", 5)
+
+    async def scenario() -> None:
+        known = runs.Runs(FakeWorker(), heartbeat_s=10)  # type: ignore[arg-type]
+        first, second, third, running = [await known.start(Ask(), question=name) for name in "abcd"]
+        for run in (first, second, third, running):
+            run.steps = [b""] * 4
+            run.is_kept_whole = run is not second
+        for run in (first, second, third):
+            run.stop()
+        fifth = await known.start(Ask(), question="e")
+        assert list(known) == [fifth, running, third, second], "the history lacks the second, and the fourth goes on"
+        running.stop()
+        fifth.stop()
+
+    asyncio.run(scenario())
+
+
 def test_a_vote_that_the_line_cannot_take_leaves_nothing_behind() -> None:
     async def scenario() -> None:
         worker = FakeWorker(n_taken=3)
