@@ -206,6 +206,7 @@ def load_reasoner(
         draft=options.draft,
         draft_length=options.draft_length,
         group=joined_group(),
+        split=options.hosts_split,
         progress=progress,
     )
     for line in () if reasoner.drafts is None else reasoner.drafts.notes:

@@ -150,6 +150,12 @@ def add_hosts(add: Callable[..., Any]) -> None:
         "HOST*N for N processes there (docs/machines.md)",
     )
     add("--hostfile", metavar="FILE", help="the same from a file that mlx.distributed_config wrote")
+    add(
+        "--hosts-split",
+        choices=("tensor", "pipeline"),
+        help="who holds what: a part of every layer each, or layers by its memory (default: tensor where each then "
+        "reaches the context, else what reaches the longer one)",
+    )
     add("--hosts-backend", choices=BACKENDS, help="what they speak through (default: the hostfile's, or ring)")
     add("--hosts-port", type=int, metavar="N", help="first of the ports that they listen at (default: free ones)")
 

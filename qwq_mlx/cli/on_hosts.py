@@ -45,8 +45,9 @@ def _is_for_hosts(options: Any) -> bool:
     named = [name for name in ("hosts", "hostfile") if values.get(name) is not None]
     if len(named) == 2:
         raise OptionError("`hosts` and `hostfile` exclude each other.")
-    for name in ("hosts_backend", "hosts_port"):
-        if values.get(name) is not None and not named:
+    is_started = bool(named) or joined_group() is not None  # by this command, or as its rank 0
+    for name in ("hosts_backend", "hosts_port", "hosts_split"):
+        if values.get(name) is not None and not is_started:
             raise OptionError(f"`{name}` needs `hosts` or `hostfile`.")
     return bool(named)
 
@@ -86,10 +87,11 @@ def _work_on_hosts(command: Command) -> int:
 def _checked_models(command: Command, n_ranks: int) -> list[Path]:
     """The folders of the command's models, converted where that is due.
 
-    Raises OptionError for more processes than layers.
+    Raises OptionError for more processes than layers, and for --hosts-split tensor where something does not divide.
     """
     from qwq_mlx.default_model import choose_model, ready_model
     from qwq_mlx.model.folder import open_model_folder
+    from qwq_mlx.model.split import check_split, tensor_split
 
     named = command.options.model
     folders = []
@@ -102,6 +104,8 @@ def _checked_models(command: Command, n_ranks: int) -> list[Path]:
                 f"`hosts` has {n_ranks} processes, expected at most {files.config.num_hidden_layers}, the layers of "
                 f"{files.path}."
             )
+        if command.options.hosts_split == "tensor":
+            check_split(tensor_split(files.config, n_ranks), files.config, files.packed)
         folders.append(files.path)
     return folders
 

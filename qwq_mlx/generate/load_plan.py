@@ -15,6 +15,7 @@ from typing import Any
 
 from qwq_mlx.default_model import ready_model
 from qwq_mlx.engine.ranks.leader import Leader
+from qwq_mlx.errors import OptionError
 from qwq_mlx.files.read_ahead import read_ahead
 from qwq_mlx.generate.drafting import DraftChoice, choose_draft
 from qwq_mlx.generate.following import begin_loading, lead, limits_of_ranks, wait_until_loaded
@@ -25,7 +26,7 @@ from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
 from qwq_mlx.model.memory.fit import fitted
 from qwq_mlx.model.memory.plan import Workload
 from qwq_mlx.model.memory.splits import binding_rank, choose_split, plan_ranks
-from qwq_mlx.model.split import Split
+from qwq_mlx.model.split import Split, SplitKind
 from qwq_mlx.model.template import read_template_file
 from qwq_mlx.options import Limits
 
@@ -58,26 +59,32 @@ def plan_load(
     draft: str | Path | None,
     draft_length: int | None,
     group: Any | None,
+    split: SplitKind | None,
 ) -> LoadPlan:
     """Check all that can be checked from headers; the arguments are those of `reasoner.load`.
 
     Raises what `reasoner.load` raises before it reads a weight.
     """
+    if split is not None and (group is None or group.size() == 1):
+        raise OptionError(
+            f"split is {split!r}, but no other process holds a part of the model. Give `group`, or leave it out."
+        )
     model = ready_model(folder)
     leader = None if group is None or group.size() == 1 else lead(group)
     limit = None if force else limit_bytes()
     files = open_model_folder(model, follow_links=follow_links)
     drafts = choose_draft(draft, draft_length, files, reproducible=reproducible, follow_links=follow_links)
     of_ranks: list[int | None] = [limit]
-    split = None
+    chosen: Split | None = None
     if leader is not None:
         of_ranks = limits_of_ranks(leader, files.path, limit, follow_links=follow_links)
-        split = choose_split(files, _workload(limits, drafts, compute_type), of_ranks, backend=backend_name())
+        workload = _workload(limits, drafts, compute_type)
+        chosen = choose_split(files, workload, of_ranks, kind=split, backend=backend_name())
     rank, fitting = 0, limits
-    for _ in range(1 if split is None else 2):  # with a cache that is quantized to fit, another process may bind
-        if split is not None:
+    for _ in range(1 if chosen is None else 2):  # with a cache that is quantized to fit, another process may bind
+        if chosen is not None:
             workload = _workload(replace(fitting, context=limits.context), drafts, compute_type)
-            rank = binding_rank(plan_ranks(files, workload, split, of_ranks, backend=backend_name()))
+            rank = binding_rank(plan_ranks(files, workload, chosen, of_ranks, backend=backend_name()))
         fitting = fitted(
             files,
             limits,
@@ -86,12 +93,12 @@ def plan_load(
             compute_type=compute_type,
             draft=drafts.shape,
             drafts_from_texts=drafts.uses_texts,
-            split=split,
+            split=chosen,
             rank=rank,
         ).limits
     if leader is None:
         read_ahead(shard.path for shard in files.checkpoint.shards)
-    return LoadPlan(folder=model, limit_bytes=of_ranks[rank], drafts=drafts, leader=leader, split=split, rank=rank)
+    return LoadPlan(folder=model, limit_bytes=of_ranks[rank], drafts=drafts, leader=leader, split=chosen, rank=rank)
 
 
 def _workload(limits: Limits, drafts: DraftChoice, compute_type: ComputeType | None) -> Workload:

@@ -29,6 +29,7 @@ from qwq_mlx.generate.stream import Stream
 from qwq_mlx.generate.vote import Vote, VoteProgress, Voting
 from qwq_mlx.model.load import ComputeType, LoadedModel, LoadProgress
 from qwq_mlx.model.prompt import Messages, conversation, prompt_ids
+from qwq_mlx.model.split import SplitKind
 from qwq_mlx.options import Inspect, Limits, Sampling, Thinking
 from qwq_mlx.reasoning.profile import Profile
 from qwq_mlx.trace.trace import Trace
@@ -49,6 +50,7 @@ def load(
     draft: str | Path | None = None,
     draft_length: int | None = None,
     group: Any | None = None,
+    split: SplitKind | None = None,
     progress: LoadProgress | None = None,
 ) -> Reasoner:
     """Check a model folder (a checkpoint or a conversion), load its weights, and return what answers questions.
@@ -67,6 +69,7 @@ def load(
     draft_length: ids to guess, whatever they cost; None as many as are measured to pay, often none.
     group: from `mx.distributed.init`: its processes hold the model together. Rank 0 calls this, the others `follow`.
       A group of one process is as none.
+    split: "tensor", a part of every layer each, or "pipeline", layers by its memory; None by the context they reach.
     progress: called while the weights are read, with the layers that are in memory and their number.
     Raises LoadError, SourceError or BackendError; OptionError for options that do not go together; FitError with the
     arithmetic; RankError where another process of the group is gone.
@@ -86,6 +89,7 @@ def load(
         draft=draft,
         draft_length=draft_length,
         group=group,
+        split=split,
     )
     model = load_planned(
         plan,

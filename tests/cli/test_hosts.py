@@ -94,6 +94,12 @@ def test_rank_0_gets_the_other_arguments() -> None:
         (["--hosts", "localhost*2", "--hostfile", "x"], 2, "--hosts and --hostfile exclude each other"),
         (["--hosts-port", "7000"], 2, "--hosts-port needs --hosts or --hostfile"),
         (["--hosts", "localhost*2", "--hosts-backend", "jaccl"], 2, "needs --hostfile"),
+        (["--hosts-split", "pipeline"], 2, "--hosts-split needs --hosts or --hostfile"),
+        (
+            ["--hosts", "localhost*3", "--hosts-split", "tensor"],
+            2,
+            "3 processes cannot hold this model tensor parallel",
+        ),
         (["--hostfile", "no-such-file"], 1, "no-such-file"),
     ],
 )

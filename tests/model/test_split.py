@@ -13,9 +13,10 @@ from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.errors import OptionError
 from qwq_mlx.files.checkpoint import open_checkpoint
 from qwq_mlx.generate.reasoner import load
-from qwq_mlx.model.memory.plan import Workload, plan_memory, shape_of_facts
+from qwq_mlx.model.memory.plan import Workload, metal_limit_bytes, plan_memory, shape_of_facts
+from qwq_mlx.model.memory.splits import choose_split, plan_ranks
 from qwq_mlx.model.ranks import read_part
-from qwq_mlx.model.split import Split, check_split, possible_ranks, split_axis, tensor_split
+from qwq_mlx.model.split import Split, SplitKind, check_split, possible_ranks, split_axis, tensor_split
 from qwq_mlx.options import Limits, Sampling
 
 QWQ = shape_of_facts(facts.QWQ_32B_PREVIEW)
@@ -54,6 +55,27 @@ def test_a_process_of_two_plans_half_of_layers_and_cache_beside_whole_embeddings
     assert abs((two.weights_bytes - embeddings) * 2 - (one.weights_bytes - embeddings)) < 2_000_000  # norms are whole
     with pytest.raises(OptionError, match="5 processes cannot hold this model tensor parallel"):
         plan_memory(QWQ, Workload(split=tensor_split(QWQ.config, 5)), backend="metal")
+
+
+def test_the_split_is_the_one_asked_for_or_the_one_that_reaches_the_longer_context() -> None:
+    small, alike, large = ([metal_limit_bytes(gib << 30) for gib in sizes] for sizes in ((16, 24), (24, 24), (64, 64)))
+
+    def kind(limits: list[int], wanted: SplitKind | None = None, context: int | None = None) -> str:
+        return choose_split(QWQ, Workload(context=context), limits, kind=wanted).kind
+
+    def reached(limits: list[int], wanted: SplitKind) -> int:
+        split = choose_split(QWQ, Workload(), limits, kind=wanted)
+        return min(plan.largest_context for plan in plan_ranks(QWQ, Workload(), split, limits))
+
+    assert kind(large) == "tensor", "both reach the model's own context"
+    assert reached(small, "pipeline") > reached(small, "tensor") > 2
+    assert kind(small) == "pipeline"
+    assert kind(small, context=4096) == "tensor", "which is long enough for that"
+    assert kind(small, "tensor") == "tensor"
+    assert (kind(alike) == "tensor") == (reached(alike, "tensor") >= min(32_768, reached(alike, "pipeline")))
+    assert kind(large, "pipeline") == "pipeline"
+    with pytest.raises(OptionError, match="no multiple of 3"):
+        choose_split(QWQ, Workload(), [*alike, alike[0]], kind="tensor")
 
 
 def test_what_is_read_of_a_split_matrix_is_the_rank_s_own_bytes(

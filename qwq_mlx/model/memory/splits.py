@@ -15,10 +15,11 @@ from qwq_mlx.errors import FitError, OptionError
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.memory.plan import RESERVE_BYTES, Backend, MemoryPlan, ModelShape, Workload, plan_memory
 from qwq_mlx.model.memory.sizes import bytes_of_float, layer_weights_bytes, weights_bytes
-from qwq_mlx.model.split import Split, tensor_obstacle, tensor_split
+from qwq_mlx.model.split import Split, SplitKind, tensor_obstacle, tensor_split
 
 __all__ = ["binding_rank", "choose_split", "pipeline_split", "plan_ranks"]
 
+_LEAST_CONTEXT = 2  # an id to read and one to write
 _STEPS = 20  # of the bisection for the share of memory
 
 
@@ -55,20 +56,31 @@ def choose_split(
     workload: Workload,
     limits: Sequence[int | None],
     *,
+    kind: SplitKind | None = None,
     backend: Backend = "metal",
     reserve_bytes: int = RESERVE_BYTES,
 ) -> Split:
-    """Tensor parallel where the heads divide and every rank can hold its part, else a pipeline.
+    """The split of a kind; None takes tensor parallel where the heads divide and every rank then reaches the context
+    that is asked for, or the model's own, else the one that reaches the longer context.
 
-    Raises OptionError for more ranks than layers, FitError where neither fits.
+    Raises OptionError for a kind that is not possible, FitError where neither fits.
     """
-    n_ranks = len(limits)
-    if tensor_obstacle(model.config, model.packed, n_ranks) is None:
-        tensor = tensor_split(model.config, n_ranks)
-        plans = plan_ranks(model, workload, tensor, limits, backend=backend, reserve_bytes=reserve_bytes)
-        if all(plan.fits or plan.largest_context >= (workload.context or 2) for plan in plans):
-            return tensor
-    return pipeline_split(model, workload, limits, backend=backend, reserve_bytes=reserve_bytes)
+    n_ranks, wanted = len(limits), workload.context or model.config.max_position_embeddings
+    if kind == "pipeline" or (kind is None and tensor_obstacle(model.config, model.packed, n_ranks) is not None):
+        return pipeline_split(model, workload, limits, backend=backend, reserve_bytes=reserve_bytes)
+    tensor = tensor_split(model.config, n_ranks)
+    plans = plan_ranks(model, workload, tensor, limits, backend=backend, reserve_bytes=reserve_bytes)
+    reached = min(plan.largest_context for plan in plans)
+    if kind == "tensor" or all(plan.fits for plan in plans) or reached >= wanted:
+        return tensor
+    try:
+        pipeline = pipeline_split(model, workload, limits, backend=backend, reserve_bytes=reserve_bytes)
+    except (OptionError, FitError):
+        if reached < _LEAST_CONTEXT:
+            raise
+        return tensor
+    others = plan_ranks(model, workload, pipeline, limits, backend=backend, reserve_bytes=reserve_bytes)
+    return tensor if reached >= min(plan.largest_context for plan in others) else pipeline
 
 
 def pipeline_split(
