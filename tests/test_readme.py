@@ -68,6 +68,8 @@ def test_every_command_exists_and_knows_its_flags(command: str) -> None:
         return
     if words[0] in {"curl", "llm"}:  # clients of the server; test_real_clients.py runs what can be installed
         return
+    if words[0] == "mlx.launch":  # starts a program with flags of its own
+        words = words[words.index("python") :]
     assert words[0] == "python", command
     program = ("-m", words[2]) if words[1] == "-m" else (words[1],)
     if program == ("-m", "qwq_mlx"):

@@ -15,7 +15,7 @@ from qwq_mlx.cli.command import Command
 from qwq_mlx.cli.host_check import checked_hosts
 from qwq_mlx.cli.hosts import parse_hosts, read_hostfile, without_flags
 from qwq_mlx.cli.launch import Launch
-from qwq_mlx.cli.rank import joined_group
+from qwq_mlx.cli.rank import RANK_VARIABLE, joined_group
 from qwq_mlx.errors import OptionError, QwqError, RankError
 
 __all__ = ["or_on_hosts"]
@@ -45,7 +45,7 @@ def _is_for_hosts(options: Any) -> bool:
     named = [name for name in ("hosts", "hostfile") if values.get(name) is not None]
     if len(named) == 2:
         raise OptionError("`hosts` and `hostfile` exclude each other.")
-    is_started = bool(named) or joined_group() is not None  # by this command, or as its rank 0
+    is_started = bool(named) or RANK_VARIABLE in os.environ  # by this command, or as its rank 0
     for name in ("hosts_backend", "hosts_port", "hosts_split"):
         if values.get(name) is not None and not is_started:
             raise OptionError(f"`{name}` needs `hosts` or `hostfile`.")

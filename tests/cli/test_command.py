@@ -26,7 +26,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--force", action="store_true")
     made.add_argument("--quality")
     made.set_defaults(
-        model=None, no_verify=False, chat_template=None, follow_links=False, draft=None, draft_length=None
+        model=None,
+        no_verify=False,
+        chat_template=None,
+        follow_links=False,
+        draft=None,
+        draft_length=None,
+        hosts_split=None,
     )
     made.add_argument("--no-quality", action="store_true")
     return made

@@ -469,7 +469,8 @@ def test_a_gpu_fits_all_matrices_in_the_pass(tmp_path: Path, text: Path, monkeyp
     assert "lm_head.weight" in packed
     for name in packed:
         assert by_device[name].shape == by_numpy[name].shape
-        assert (by_device[name] == by_numpy[name]).mean() > 0.8, name  # two codes of 4 bits a byte
+        # two codes of 4 bits a byte, and behind one that differs the next are fitted to other sums
+        assert (by_device[name] == by_numpy[name]).mean() > 0.7, name
     verify_conversion(tmp_path / "device", source=source, full=True, n_tensors=99)
     plans: list[planning.Plan] = []
     for backend in ("cpu", "cuda"):

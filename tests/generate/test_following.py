@@ -247,4 +247,5 @@ def _planned_by_two(
         draft=draft,
         draft_length=None,
         group=SimpleNamespace(size=lambda: 2),
+        split=None,
     )

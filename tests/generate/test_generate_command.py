@@ -445,6 +445,7 @@ def test_every_flag_reaches_the_code_it_names(
         draft: Any,
         draft_length: Any,
         group: Any,
+        split: Any,
         progress: Any,
     ) -> Any:
         def stream(
