@@ -2,9 +2,9 @@
 
     python scripts/draw_figures.py [real | recipes | trace]
 
-real: bits per weight against KL on a real model. recipes: bytes against equations solved, off the pocket's training
-grid. Both from the newest file of that name in benchmarks/, which says how the numbers were measured;
-docs/benchmarks.md has them as tables. trace: one Game of 24 by the bundled pocket model, drawn by
+real: bits per weight against KL on a real model, from what `measure_real.py` printed. recipes: bytes against equations
+solved, off the pocket's training grid. Both from the newest file of that name in benchmarks/; docs/benchmarks.md has
+them as tables. trace: one Game of 24 by the bundled pocket model, drawn by
 `qwq_mlx.plot_trace`. Needs the extra "plot".
 
 Does not: measure a recipe.
@@ -29,6 +29,14 @@ sys.path.insert(0, str(ROOT))
 QUESTION = "Use the numbers 2, 5, 7, 9 with + - * / to get 24."
 COLORS = ("#1f4e79", "#c0392b", "#2e8b57", "#888888", "#b07d2b", "#8e44ad", "#444444")
 MARKERS = "osDxv^+"
+METHODS = {
+    "min-max (mlx_lm.convert)": ("3mm.toml", "4bit-min-max", "5mm.toml"),
+    "least squares (default)": ("3bit", "4bit", "5bit"),
+    "--target-size": ("size-of-3bit", "size-of-4bit"),
+    "--calibrate": ("3bit+calibrate", "4bit+qwq"),
+    "--target-size --calibrate": ("size-of-4bit+qwq",),
+}
+"""Of draw_real: method -> forms in the results."""
 CONNECTED = ("our recipes", "ours, --target-size")  # of the others there are only 2, 3 and 4 bits
 
 
@@ -57,16 +65,20 @@ def newest(name: str) -> dict[str, Any]:
 
 def draw_real(path: Path) -> None:
     """Bits per weight against KL, one line a method."""
-    data = newest("real")
+    rows = newest("real-forms-0.5b")["rows"]
+    by_form = {Path(row["form"]).name: row for row in rows}
+    weights = by_form["4bit-min-max"]["bytes"] / 4.5  # of a bit each, with scales and biases of groups of 64
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for series, color, marker in zip(data["series"], COLORS, MARKERS, strict=False):
-        points = sorted((float(bits), kl) for bits, kl in series["kl"].items())
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=series["name"])
+    for (method, forms), color, marker in zip(METHODS.items(), COLORS, MARKERS, strict=False):
+        points = sorted((by_form[form]["bytes"] / weights, by_form[form]["kl"]) for form in forms)
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=method)
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight")
     axes.set_ylabel("KL to bfloat16, nats a token")
-    axes.set_title(data["model"], fontsize=9)
+    axes.set_title(
+        f"Qwen2.5-Coder-0.5B-Instruct, {rows[0]['n_tokens']:,} tokens that QwQ-32B-Preview wrote", fontsize=9
+    )
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="upper right", fontsize=9)
     figure.savefig(path)
