@@ -162,7 +162,7 @@ class Voting:
         n_shared = len(request.prompt_ids) + at - 1
         held = n_positions(len(request.prompt_ids) + n_steps)  # by the run itself
         if n_shared >= MIN_SHARED and n_steps - at < CACHE_STEP - 1:  # else the samples share a copy (`shared_prefix`)
-            held -= n_positions(n_shared)
+            held -= n_shared
         held *= request.plan.kv_bytes_per_token
         limit = None if limit_bytes is None else limit_bytes - held
         plan = plan_rows([request] * n, width, limit_bytes=limit, n_shared=n_shared)

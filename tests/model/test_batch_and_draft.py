@@ -107,7 +107,7 @@ def test_rows_behind_one_prompt_hold_what_was_planned(
         for _ in range(N_TOKENS):
             decoder.step(rows)
 
-    assert 0.98 < ratio(workload, run, random_module(wide, {}, "float32", seed=1), wide) < 1.2
+    assert 0.98 < ratio(workload, run, random_module(wide, {}, "float32", seed=1), wide) < 1.15
 
 
 def test_a_shared_prompt_makes_room_for_more_rows() -> None:

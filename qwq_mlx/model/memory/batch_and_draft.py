@@ -56,12 +56,17 @@ def batch_bytes(config: Qwen2Config, workload: Workload, context: int, backend: 
     elif n_shared:  # scores, before the softmax and behind it
         scores = config.num_attention_heads * n_sequences * context * bytes_of_float(workload, backend)
         step = max(step, 3 * scores)
-    shared = _cache_bytes(config, workload, n_shared, backend)
-    own = n_sequences * max(0, n_positions(context) - n_shared) * planned_kv_bytes_per_token(config, workload, backend)
+    per_token = planned_kv_bytes_per_token(config, workload, backend)
+    own = n_sequences * max(0, n_positions(context) - n_shared) * per_token
     regrouped = own // (2 * cache_layers(config, workload)) if is_batched else 0
     n_read = n_shared or context
     prefill = bytes_of_pass(config, workload, min(workload.prefill_step, n_read), n_read, backend)
-    return shared + max(own + max(step, regrouped), prefill if n_shared else own + prefill)
+    if not n_shared:
+        return own + max(prefill, step, regrouped)
+    # who reads them has more room than positions; the rows share arrays of just these
+    return max(
+        _cache_bytes(config, workload, n_shared, backend) + prefill, n_shared * per_token + own + max(step, regrouped)
+    )
 
 
 def speculative_bytes(
