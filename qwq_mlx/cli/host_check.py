@@ -18,7 +18,7 @@ from typing import Any
 from qwq_mlx.cli.host_report import report
 from qwq_mlx.cli.hosts import Hosts, RankHost, ssh_command
 from qwq_mlx.errors import LoadError
-from qwq_mlx.files.model_identity import model_identity, possible_folders, versions
+from qwq_mlx.files.model_identity import model_identity, other_versions, possible_folders, versions
 
 __all__ = ["checked_hosts"]
 
@@ -121,9 +121,8 @@ def _faults(hosts: Hosts, groups: _Ranks, replies: _Replies, folders: Sequence[P
         if "error" in reply:
             faults.append(f"{name}: {reply['error']}.")
             continue
-        differing = [f"{each} {reply['versions'].get(each)}, here {value}" for each, value in own.items()]
-        if reply["versions"] != own:
-            faults.append(f"{name}: has other versions ({'; '.join(differing)}). Install the same.")
+        if differing := other_versions(reply["versions"], own, where="here"):
+            faults.append(f"{name}: has other versions ({differing}). Install the same.")
         for folder, model in zip(folders, reply["models"], strict=True):
             if model is None:
                 faults.append(f"{name}: has no folder {' or '.join(possible_folders(folder))}. Copy the model there.")

@@ -14,20 +14,19 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from qwq_mlx.files.model_identity import machine_name, model_identity, versions
+from qwq_mlx.files.model_identity import found_folder, machine_name, model_identity, versions
 
 __all__ = ["report"]
 
 
 def report(asked: dict[str, Any]) -> dict[str, Any]:
     """asked: folders, lists of places of each model, the first that is there counts; ports, those that are needed, 0
-    for any; ips, where they are to be free."""
+    for any."""
     models = []
     for places in asked["folders"]:
-        folder = next((path for each in places if (path := Path(each).expanduser()).is_dir()), None)
+        folder = found_folder(places)
         models.append(None if folder is None else {"folder": str(folder), "identity": model_identity(folder)})
     ports, taken = _free_ports(asked["ports"])
     connection = os.environ.get("SSH_CONNECTION", "").split()

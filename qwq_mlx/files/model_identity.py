@@ -9,13 +9,22 @@ import hashlib
 import os
 import platform
 import uuid
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from qwq_mlx import __version__
 from qwq_mlx.files.manifest import MANIFEST_NAME
 
-__all__ = ["MACHINE_VARIABLE", "machine_name", "model_identity", "possible_folders", "versions"]
+__all__ = [
+    "MACHINE_VARIABLE",
+    "found_folder",
+    "machine_name",
+    "model_identity",
+    "other_versions",
+    "possible_folders",
+    "versions",
+]
 
 MACHINE_VARIABLE = "QWQ_MLX_MACHINE"
 """Tells containers apart that take themselves for one machine."""
@@ -48,6 +57,11 @@ def possible_folders(folder: Path) -> list[str]:
     return [str(path), *below]
 
 
+def found_folder(places: Sequence[str]) -> Path | None:
+    """The first of `possible_folders` of another machine that is there on this one."""
+    return next((path for each in places if (path := Path(each).expanduser()).is_dir()), None)
+
+
 def machine_name() -> str:
     """The same in all processes of this machine, and in no other machine."""
     return os.environ.get(MACHINE_VARIABLE) or f"{platform.node()} {uuid.getnode():x}"
@@ -56,6 +70,16 @@ def machine_name() -> str:
 def versions() -> dict[str, str]:
     """Of what has to be the same on all machines; "" for what is not installed."""
     return {"qwq_mlx": __version__, **{name: _version(name) for name in ("mlx", "mlx-lm")}}
+
+
+def other_versions(theirs: Mapping[str, str], ours: Mapping[str, str], *, where: str) -> str:
+    """Which versions of another machine are not those of this one, in words; "" where all are. where: ours are.
+
+    >>> other_versions({"mlx": "0.32.1"}, {"mlx": "0.32.4"}, where="here")
+    'mlx 0.32.1, here 0.32.4'
+    """
+    differing = {name: version for name, version in ours.items() if theirs.get(name) != version}
+    return "; ".join(f"{name} {theirs.get(name)}, {where} {version}" for name, version in differing.items())
 
 
 def _version(name: str) -> str:

@@ -179,9 +179,9 @@ def _of_hosts(options: argparse.Namespace, workload: Workload, reserve_bytes: in
     hosts = parse_hosts(options.hosts)
     link = None if options.link is None else parse_link(options.link)
     model, name = _model(options)
-    if not options.json:
-        return report_of_hosts(model, name, workload, hosts, link, reserve_bytes=reserve_bytes)
     plan = plan_hosts(model, workload, hosts, link, reserve_bytes=reserve_bytes)
+    if not options.json:
+        return report_of_hosts(plan, name, hosts, link)
     return json.dumps(
         {"model": name, "splits": as_json(plan, hosts), "obstacles": plan.obstacles, "alone_token_s": plan.alone}
     )
@@ -190,7 +190,7 @@ def _of_hosts(options: argparse.Namespace, workload: Workload, reserve_bytes: in
 def _measured_link() -> str:
     """What a link is, measured by all ranks that run this."""
     from qwq_mlx.fit.speed import link_text
-    from qwq_mlx.model.link import measure_link
+    from qwq_mlx.model.link_speed import measure_link
     from qwq_mlx.model.upstream import import_mlx
 
     group = import_mlx().distributed.init()

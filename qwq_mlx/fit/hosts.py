@@ -1,6 +1,6 @@
 """`fit --hosts a=16,b=24`: what each of several Macs holds of a model that they hold together, and which way is faster.
 
-Does not: start anything there, or measure (`model.link` does, where ranks run).
+Does not: start anything there, or measure (`model.link_speed` does, where ranks run).
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from typing import Any
 
 from qwq_mlx.errors import FitError, OptionError
 from qwq_mlx.fit.speed import breakeven_s, link_text, token_s
+from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import ModelFolder
-from qwq_mlx.model.link import Link
+from qwq_mlx.model.link_speed import LinkSpeed
 from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, Workload, metal_limit_bytes, plan_memory
 from qwq_mlx.model.memory.sizes import bytes_of_float, embedding_bytes
 from qwq_mlx.model.memory.splits import binding_rank, pipeline_split, plan_ranks
-from qwq_mlx.model.split import Split, tensor_obstacle, tensor_split
+from qwq_mlx.model.split import Split, SplitKind, tensor_obstacle, tensor_split
 
 __all__ = ["Host", "HostsPlan", "Way", "as_json", "parse_hosts", "plan_hosts", "report_of_hosts"]
 
 _GIB = 1 << 30
+_PHRASES: dict[SplitKind, str] = {"tensor": "tensor parallel", "pipeline": "a pipeline"}
 _BYTES_PER_S = 100e9  # of memory: an M2 or M3; 68 GB/s is an M1's, 120 an M4's, 273 an M4 Pro's, 400 an M3 Max's
 
 
@@ -76,6 +78,11 @@ class Way:
     token_s: float
 
     @property
+    def title(self) -> str:
+        """What the split is called."""
+        return _PHRASES[self.split.kind].removeprefix("a ")
+
+    @property
     def fits(self) -> bool:
         """Whether every Mac can hold its part."""
         return all(plan.fits for plan in self.plans)
@@ -85,11 +92,13 @@ class Way:
 class HostsPlan:
     """All that can be said of a model and some Macs.
 
+    config: of the model.
     ways: splits that are possible.
     obstacles: why others are not.
     alone: seconds of a token on each Mac that can hold the model alone.
     """
 
+    config: Qwen2Config
     ways: list[Way]
     obstacles: list[str]
     alone: dict[str, float]
@@ -104,7 +113,12 @@ class HostsPlan:
 
 
 def plan_hosts(
-    model: ModelFolder | ModelShape, workload: Workload, hosts: Sequence[Host], link: Link | None, *, reserve_bytes: int
+    model: ModelFolder | ModelShape,
+    workload: Workload,
+    hosts: Sequence[Host],
+    link: LinkSpeed | None,
+    *,
+    reserve_bytes: int,
 ) -> HostsPlan:
     """All ways to hold the model on these Macs. The first is rank 0: it draws, and has the output matrix."""
     config, limits, rates = model.config, [each.limit_bytes for each in hosts], [each.bytes_per_s for each in hosts]
@@ -132,30 +146,20 @@ def plan_hosts(
         for host, plan in zip(hosts, whole, strict=True)
         if plan.fits
     }
-    return HostsPlan(ways, obstacles, alone)
+    return HostsPlan(config, ways, obstacles, alone)
 
 
-def report_of_hosts(
-    model: ModelFolder | ModelShape,
-    name: str,
-    workload: Workload,
-    hosts: Sequence[Host],
-    link: Link | None,
-    *,
-    reserve_bytes: int,
-) -> str:
+def report_of_hosts(plan: HostsPlan, name: str, hosts: Sequence[Host], link: LinkSpeed | None) -> str:
     """Lines for people: what each Mac holds either way, what binds, and which way is the fastest."""
-    plan = plan_hosts(model, workload, hosts, link, reserve_bytes=reserve_bytes)
     lines = [f"{name}, held by {len(hosts)} Macs together"]
     for way in plan.ways:
         lines += ["", *_table(way, hosts)]
-    lines += ["", *plan.obstacles, *_advice(plan, model, hosts, link)]
+    lines += ["", *plan.obstacles, *_advice(plan, hosts, link)]
     return "\n".join(lines)
 
 
 def _table(way: Way, hosts: Sequence[Host]) -> list[str]:
-    title = "tensor parallel" if way.split.kind == "tensor" else "pipeline"
-    lines = [f"{title:<22}holds             weights  KV cache   buffers     limit     needs   largest context"]
+    lines = [f"{way.title:<22}holds             weights  KV cache   buffers     limit     needs   largest context"]
     for rank, (host, plan) in enumerate(zip(hosts, way.plans, strict=True)):
         beside = plan.peak_bytes - plan.weights_bytes - plan.kv_bytes
         sizes = (plan.weights_bytes, plan.kv_bytes, beside, plan.limit_bytes or 0, plan.peak_bytes)
@@ -173,9 +177,9 @@ def _table(way: Way, hosts: Sequence[Host]) -> list[str]:
     return lines
 
 
-def _advice(plan: HostsPlan, model: ModelFolder | ModelShape, hosts: Sequence[Host], link: Link | None) -> list[str]:
+def _advice(plan: HostsPlan, hosts: Sequence[Host], link: LinkSpeed | None) -> list[str]:
     """Which way is the fastest, with the arithmetic."""
-    times = {("tensor parallel" if way.split.kind == "tensor" else "pipeline"): way.token_s for way in plan.ways}
+    times = {way.title: way.token_s for way in plan.ways}
     times.update({f"{name} alone": seconds for name, seconds in plan.alone.items()})
     said = ", ".join(f"{what} {seconds * 1e3:.0f} ms" for what, seconds in times.items())
     rates = ", ".join(f"{host.name} {host.bytes_per_s / 1e9:g}" for host in hosts)
@@ -187,7 +191,7 @@ def _advice(plan: HostsPlan, model: ModelFolder | ModelShape, hosts: Sequence[Ho
         return [*lines, _what_would_fit(plan), *alone]
     kinds = {way.split.kind: way.token_s for way in plan.ways if way.fits}
     if link is None and len(kinds) == 2:
-        most = breakeven_s(kinds["tensor"], kinds["pipeline"], model.config, len(hosts))
+        most = breakeven_s(kinds["tensor"], kinds["pipeline"], plan.config, len(hosts))
         lines.append(
             "tensor parallel is faster than a pipeline where a sum of 10 kB takes less than "
             f"{most * 1e6:.0f} us; --measure-link measures that, --link takes it"
@@ -197,8 +201,7 @@ def _advice(plan: HostsPlan, model: ModelFolder | ModelShape, hosts: Sequence[Ho
     if fastest is not None and plan.alone[fastest] <= best.token_s:
         lines.append(f"{fastest} alone is the fastest at this context")
     elif link is not None:
-        kind = "tensor parallel" if best.split.kind == "tensor" else "a pipeline"
-        lines.append(f"{kind} is the fastest")
+        lines.append(f"{_PHRASES[best.split.kind]} is the fastest")
     return lines
 
 
@@ -208,8 +211,8 @@ def _what_would_fit(plan: HostsPlan) -> str:
     context = min(each.largest_context for each in plan.best.plans)
     if context < 2:
         return "none of these fits, whatever the context: take fewer bits, or more memory"
-    kind = "tensor parallel" if plan.best.split.kind == "tensor" else "a pipeline"
-    return f"none of these fits at {plan.best.plans[0].context:,} positions; {kind} does with --context {context}"
+    phrase = _PHRASES[plan.best.split.kind]
+    return f"none of these fits at {plan.best.plans[0].context:,} positions; {phrase} does with --context {context}"
 
 
 def as_json(plan: HostsPlan, hosts: Sequence[Host]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from qwq_mlx.errors import OptionError
 from qwq_mlx.model.architecture import Qwen2Config
-from qwq_mlx.model.link import Link
+from qwq_mlx.model.link_speed import LinkSpeed
 from qwq_mlx.model.split import Split
 
 __all__ = ["breakeven_s", "link_text", "parse_link", "token_s"]
@@ -24,7 +24,7 @@ _FLOAT_BYTES = 2
 _LINK = re.compile(r"(\d+(?:\.\d+)?)us,(\d+(?:\.\d+)?)GB/s")
 
 
-def parse_link(text: str) -> Link:
+def parse_link(text: str) -> LinkSpeed:
     """The link of --link. Raises OptionError.
 
     >>> parse_link("52us,3.1GB/s").seconds(10_240)
@@ -35,16 +35,16 @@ def parse_link(text: str) -> Link:
         raise OptionError(
             f"link is {text!r}, expected MICROSECONDSus,RATEGB/s as --measure-link prints it: 52us,3.1GB/s."
         )
-    return Link(latency_s=float(match[1]) / 1e6, bytes_per_s=float(match[2]) * 1e9)
+    return LinkSpeed(latency_s=float(match[1]) / 1e6, bytes_per_s=float(match[2]) * 1e9)
 
 
-def link_text(link: Link) -> str:
+def link_text(link: LinkSpeed) -> str:
     """As `parse_link` reads it."""
     return f"{link.latency_s * 1e6:.0f}us,{link.bytes_per_s / 1e9:.2f}GB/s"
 
 
 def token_s(
-    split: Split, read_bytes: Sequence[int], bytes_per_s: Sequence[float], config: Qwen2Config, link: Link | None
+    split: Split, read_bytes: Sequence[int], bytes_per_s: Sequence[float], config: Qwen2Config, link: LinkSpeed | None
 ) -> float:
     """Seconds of a token. read_bytes: by each Mac for a token, of its memory, which gives bytes_per_s. link: None is
     one that takes no time."""

@@ -24,7 +24,14 @@ from qwq_mlx.engine.ranks.leader import Leader
 from qwq_mlx.engine.ranks.link import Link, connect_all
 from qwq_mlx.errors import LoadError, OptionError, QwqError
 from qwq_mlx.files.background_verification import BackgroundVerification
-from qwq_mlx.files.model_identity import machine_name, model_identity, possible_folders, versions
+from qwq_mlx.files.model_identity import (
+    found_folder,
+    machine_name,
+    model_identity,
+    other_versions,
+    possible_folders,
+    versions,
+)
 from qwq_mlx.model.device import backend_name, limit_bytes
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, load_model
@@ -158,12 +165,11 @@ def _follow(link: Link, group: Any, folder: Path | None) -> None:
 
 def _planned(message: Mapping[str, Any], folder: Path | None) -> tuple[dict[str, Any], Path | None]:
     """What rank 0 is told of this machine, and where it has the model."""
-    host, own = platform.node(), versions()
-    if own != message["versions"]:
-        differing = [f"{name} {own.get(name)}, rank 0 {value}" for name, value in message["versions"].items()]
-        return {"host": host, "error": f"has other versions: {'; '.join(differing)}. Install the same."}, None
+    host = platform.node()
+    if differing := other_versions(versions(), message["versions"], where="rank 0"):
+        return {"host": host, "error": f"has other versions: {differing}. Install the same."}, None
     places = [str(folder)] if folder is not None else message["folders"]
-    found = next((path for each in places if (path := Path(each).expanduser()).is_dir()), None)
+    found = found_folder(places)
     if found is None:
         return {"host": host, "error": f"there is no model folder {' or '.join(places)}. Copy it there."}, None
     try:

@@ -15,7 +15,7 @@ from checkpoints import write_tiny_checkpoint
 from qwq_mlx.facts import QWQ_32B_PREVIEW
 from qwq_mlx.fit import __main__ as command
 from qwq_mlx.fit.speed import link_text, parse_link
-from qwq_mlx.model.link import Link, measure_link
+from qwq_mlx.model.link_speed import LinkSpeed, measure_link
 from qwq_mlx.model.memory.advice import MACS_GIB, cheapest_change, table_of_macs
 from qwq_mlx.model.memory.plan import RESERVE_BYTES, Workload, metal_limit_bytes, plan_memory, shape_of_facts
 from qwq_mlx.model.memory.splits import plan_ranks
@@ -251,8 +251,8 @@ def test_which_way_is_faster_is_told_by_the_link(arguments: str, said: str, caps
 def test_a_link_is_measured_and_read_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     link = measure_link(mx.distributed.init(), seconds=0.02)
     assert 0 < link.latency_s < link.seconds(100_000_000)
-    again = parse_link(link_text(Link(latency_s=52.3e-6, bytes_per_s=3.1e9)))
-    assert again == Link(latency_s=52e-6, bytes_per_s=3.1e9) and again.seconds(10_240) == again.latency_s
+    again = parse_link(link_text(LinkSpeed(latency_s=52.3e-6, bytes_per_s=3.1e9)))
+    assert again == LinkSpeed(latency_s=52e-6, bytes_per_s=3.1e9) and again.seconds(10_240) == again.latency_s
     assert again.seconds(10_240 + int(again.bytes_per_s)) == pytest.approx(again.latency_s + 1)
     assert command.main(["--measure-link"]) == 2
     assert "--measure-link needs several processes" in capsys.readouterr().err

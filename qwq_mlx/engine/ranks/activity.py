@@ -27,11 +27,8 @@ class Activity:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Within it this process waits for the device, and so perhaps for other processes; it counts when it ends."""
-        self._since = time.monotonic()
-        try:
+        with self.starting():
             yield
-        finally:
-            self._since = None
         self.n_done += 1
         self.n_passes += not self.is_loading
 

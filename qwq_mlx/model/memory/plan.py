@@ -16,6 +16,7 @@ Does not: read weights, import MLX, or change a limit. A draft model is planned 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +45,7 @@ __all__ = [
     "ModelShape",
     "Workload",
     "can_quantize",
+    "largest_where",
     "metal_limit_bytes",
     "plan_memory",
     "shape_of_facts",
@@ -283,12 +285,20 @@ def _plan(
 
 
 def _largest_context(model: ModelFolder | ModelShape, plan: MemoryPlan, model_context: int) -> int:
-    """By bisection: a longer context never needs less."""
-    low, high = 0, model_context
+    """A longer context never needs less."""
+
+    def fits(context: int) -> bool:
+        return _plan(model, plan.workload, context, plan.backend, plan.limit_bytes, plan.reserve_bytes).fits
+
+    return largest_where(fits, model_context)
+
+
+def largest_where(is_so: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` for which it is so, 0 for none: for a larger one it is never so again."""
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        tried = _plan(model, plan.workload, middle, plan.backend, plan.limit_bytes, plan.reserve_bytes)
-        low, high = (middle, high) if tried.fits else (low, middle - 1)
+        low, high = (middle, high) if is_so(middle) else (low, middle - 1)
     return low
 
 

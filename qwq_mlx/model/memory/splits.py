@@ -13,7 +13,15 @@ from dataclasses import replace
 
 from qwq_mlx.errors import FitError, OptionError
 from qwq_mlx.model.folder import ModelFolder
-from qwq_mlx.model.memory.plan import RESERVE_BYTES, Backend, MemoryPlan, ModelShape, Workload, plan_memory
+from qwq_mlx.model.memory.plan import (
+    RESERVE_BYTES,
+    Backend,
+    MemoryPlan,
+    ModelShape,
+    Workload,
+    largest_where,
+    plan_memory,
+)
 from qwq_mlx.model.memory.sizes import bytes_of_float, layer_weights_bytes, weights_bytes
 from qwq_mlx.model.split import Split, SplitKind, tensor_obstacle, tensor_split
 
@@ -106,7 +114,7 @@ def pipeline_split(
     rooms = [limit - reserve_bytes for limit in known]
     placed = _placing(model, workload, rooms, backend)
     most = workload.context or model.config.max_position_embeddings
-    context = _most(lambda context: placed(context, 1.0) is not None, most)
+    context = largest_where(lambda context: placed(context, 1.0) is not None, most)
     if not context:
         weights = weights_bytes(model.config, model.packed, bytes_of_float(workload, backend))
         raise FitError(
@@ -158,12 +166,3 @@ def _placing(
         return tuple(sizes) if first == n_layers and all(sizes) else None
 
     return placed
-
-
-def _most(is_so: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` for which it is so, 0 for none: for a larger one it is never so again."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if is_so(middle) else (low, middle - 1)
-    return low

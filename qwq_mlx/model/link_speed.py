@@ -12,14 +12,14 @@ from typing import Any
 
 from qwq_mlx.model.upstream import import_mlx
 
-__all__ = ["Link", "measure_link"]
+__all__ = ["LinkSpeed", "measure_link"]
 
 _SMALL, _LARGE = 5_120 * 2, 8 << 20  # bytes: hidden states of one id of the 32B, and of 800
 _WARM = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class LinkSpeed:
     """latency_s: of an all_sum of 10 kB. bytes_per_s: of one of 8 MB."""
 
     latency_s: float
@@ -30,14 +30,14 @@ class Link:
         return self.latency_s + max(0, n_bytes - _SMALL) / self.bytes_per_s
 
 
-def measure_link(group: Any, *, seconds: float = 5.0) -> Link:
+def measure_link(group: Any, *, seconds: float = 5.0) -> LinkSpeed:
     """Time sums over all ranks; call it on every rank at the same time, with the same seconds.
 
     The median of as many as half of the seconds take, small ones first.
     """
     small = _median(group, _SMALL, seconds / 2)
     large = _median(group, _LARGE, seconds / 2)
-    return Link(latency_s=small, bytes_per_s=(_LARGE - _SMALL) / max(large - small, 1e-9))
+    return LinkSpeed(latency_s=small, bytes_per_s=(_LARGE - _SMALL) / max(large - small, 1e-9))
 
 
 def _median(group: Any, n_bytes: int, seconds: float) -> float:
