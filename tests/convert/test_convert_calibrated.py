@@ -456,6 +456,12 @@ def test_the_text_that_comes_with_the_package_is_free_and_calibrates(
     assert main([*arguments, "--calibrate", "--quiet", "--no-quality"]) == 0  # what follows is no text
 
 
+def errors(folder: Path) -> dict[str, float]:
+    """The relative error of each packed matrix."""
+    tensors = read_manifest(folder).tensors
+    return {name: each.relative_error for name, each in tensors.items() if each.relative_error}
+
+
 def test_a_gpu_fits_all_matrices_in_the_pass(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, by the functions that a GPU would run."""
     source = write_tiny_checkpoint(tmp_path / "source")
@@ -472,6 +478,8 @@ def test_a_gpu_fits_all_matrices_in_the_pass(tmp_path: Path, text: Path, monkeyp
         # two codes of 4 bits a byte, and behind one that differs the next are fitted to other sums
         assert (by_device[name] == by_numpy[name]).mean() > 0.7, name
     verify_conversion(tmp_path / "device", source=source, full=True, n_tensors=99)
+    numpy_errors, device_errors = (errors(tmp_path / form) for form in ("numpy", "device"))
+    assert device_errors.keys() == numpy_errors.keys() and device_errors == pytest.approx(numpy_errors, rel=0.02)
     plans: list[planning.Plan] = []
     for backend in ("cpu", "cuda"):
         monkeypatch.setattr(planning, "backend_name", lambda backend=backend: backend)
