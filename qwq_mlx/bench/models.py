@@ -20,10 +20,10 @@ from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.load import ComputeType, build_module
 from qwq_mlx.model.upstream import import_mlx
 
-__all__ = ["in_compute_type", "qwq_shaped", "random_module"]
+__all__ = ["PACKING", "in_compute_type", "qwq_shaped", "random_module"]
 
 _CONTEXT = 32_768
-_PACKING = Packing(bits=4, group_size=64)
+PACKING = Packing(bits=4, group_size=64)
 
 
 def qwq_shaped(n_layers: int) -> tuple[Qwen2Config, dict[str, Packing]]:
@@ -43,7 +43,7 @@ def qwq_shaped(n_layers: int) -> tuple[Qwen2Config, dict[str, Packing]]:
         eos_token_ids=(),
     )
     matrices = [name.removesuffix(".weight") for name, shape in tensor_shapes(config).items() if len(shape) == 2]
-    return config, dict.fromkeys(matrices, _PACKING)
+    return config, dict.fromkeys(matrices, PACKING)
 
 
 def random_module(config: Qwen2Config, packed: Mapping[str, Packing], compute_type: ComputeType, *, seed: int) -> Any:
