@@ -291,7 +291,7 @@ class SavingError(GenerationError):
 
 
 class RankError(QwqError):
-    """One of several processes that hold a model together died, stopped or hangs; all were ended.
+    """One of several processes that hold a model together died, stopped or hangs; all are ended.
 
     >>> qwq_mlx.RankError.exit_code
     6

@@ -6,9 +6,9 @@
 For each rank and each of SIGKILL and SIGSTOP: --points runs, of which every second is hit while it starts, loads or
 feeds its prompt, and the others while they decode. With --network (Linux) the processes are in two network namespaces,
 joined by a line that delays packets and loses some; there the line is also cut at --points moments, and one run that
-nobody hits must write what one process writes. Prints one JSON line: named wrongly or not at all, the longest time
-until the command ended, runs that could be saved, and processes that were left. Exits 1 if there is any of the first or
-the last.
+nobody hits must write what one process writes. Prints one JSON line: named wrongly or not at all, the longest times
+until the process was named and until all had ended, runs that could be saved, and processes that were left. Exits 1 if
+there is any of the first or the last.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ class Totals:
 
     runs: int = 0
     wrong: list[str] = field(default_factory=list)
-    longest_s: float = 0.0
+    named_s: float = 0.0
+    ended_s: float = 0.0
     saved: int = 0
     left: int = 0
 
@@ -90,17 +91,17 @@ def main() -> int:
             decodes = point % 2 == 1
             while not _break(totals, rank, name, rng.uniform(0.0, _DECODING_S if decodes else _START_S), decodes, line):
                 pass  # its answer had ended before its moment came
-    result = {name: getattr(totals, name) for name in ("runs", "wrong", "longest_s", "saved", "left")}
-    print(json.dumps({**result, "longest_s": round(totals.longest_s, 1)}))
+    times = {"named_s": round(totals.named_s, 1), "ended_s": round(totals.ended_s, 1)}
+    print(json.dumps({**asdict(totals), **times}))
     return 1 if totals.wrong or totals.left else 0
 
 
-def _launch(*more: str) -> Launch:
+def _launch(*more: str, on_failure: Callable[[RankError], object] = lambda error: None) -> Launch:
     model = pocket_checkpoint()
     text = "localhost*2" if "QWQ_MLX_SSH" not in os.environ else "localhost,b"
     hosts = checked_hosts(parse_hosts(text), [model], port=None)
     arguments = ["--model", str(model), "--temp", "0", "--on-loop", "off", "--prompt", "Count.", "--no-save", "--quiet"]
-    return Launch("qwq_mlx.generate", [*arguments, *more], hosts)
+    return Launch("qwq_mlx.generate", [*arguments, *more], hosts, on_failure=on_failure)
 
 
 def _unhurt(totals: Totals) -> None:
@@ -125,8 +126,8 @@ def _unhurt(totals: Totals) -> None:
 
 def _break(totals: Totals, rank: int | None, name: str, after_s: float, decodes: bool, line: Path | None) -> bool:
     """One run; whether it still went on at that moment. after_s: since the start, or since the first tokens."""
-    launch = _launch("--max-tokens", "3000")
-    hits: list[float] = []
+    hits, named = list[float](), list[float]()
+    launch = _launch("--max-tokens", "3000", on_failure=lambda error: named.append(time.monotonic()))
 
     def later() -> None:
         until = time.monotonic() + 60  # the machine may be busy
@@ -159,15 +160,17 @@ def _break(totals: Totals, rank: int | None, name: str, after_s: float, decodes:
     launch.close()
     if not hits:
         return False
-    seconds = max(0.0, ended - hits[0])
+    named_s, ended_s = max(0.0, (named or [ended])[0] - hits[0]), max(0.0, ended - hits[0])
     is_lost = any(words in said for words in ("not heard each other", "not found each other"))
     is_right = said.startswith(f"process {rank} of") if rank is not None else is_lost
     totals.runs, totals.saved, totals.left = totals.runs + 1, totals.saved + is_kept, totals.left + left
-    totals.longest_s = max(totals.longest_s, seconds)
+    totals.named_s, totals.ended_s = max(totals.named_s, named_s), max(totals.ended_s, ended_s)
     if not is_right:
         totals.wrong.append(f"{name} of {rank}: {said[:200]}")
     what = f"{name} of process {rank} at {after_s:.1f} s{' of decoding' * decodes}"
-    sys.stderr.write(f"{what}: {'right' if is_right else 'WRONG'} after {seconds:.1f} s: {said[:110]}\n")
+    sys.stderr.write(
+        f"{what}: {'right' if is_right else 'WRONG'} after {named_s:.1f} s, ended after {ended_s:.1f} s: {said[:110]}\n"
+    )
     return True
 
 

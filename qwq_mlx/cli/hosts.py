@@ -25,8 +25,9 @@ __all__ = ["BACKENDS", "Hosts", "RankHost", "parse_hosts", "read_hostfile", "ssh
 
 BACKENDS = ("ring", "jaccl", "jaccl-ring", "nccl")
 _SSH_VARIABLE = "QWQ_MLX_SSH"
-_SSH_OPTIONS = ("BatchMode=yes", "ConnectTimeout=5", "AddressFamily=inet", "ServerAliveInterval=3")
+_SSH_OPTIONS = ("BatchMode=yes", "ConnectTimeout=5", "AddressFamily=inet", "ServerAliveInterval=2")
 _MOST = 64
+_UNWANTED_S = 30.0  # for a process on another machine: a network that broke closes nothing
 _MAX_BYTES = 1 << 20
 
 
@@ -75,6 +76,7 @@ class Hosts:
             environment=environment,
             signs=signs,
             snapshots=snapshots,
+            unwanted_s=None if self.ranks[rank].ssh is None else _UNWANTED_S,
         )
 
 

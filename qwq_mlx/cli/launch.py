@@ -18,22 +18,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwq_mlx.cli.hosts import Hosts, ssh_command
-from qwq_mlx.cli.rank import BEAT_S, RANK_VARIABLE, RankSetup
+from qwq_mlx.cli.pause import pausable, stopped_pids
+from qwq_mlx.cli.rank import BEAT_S, PAUSED, RANK_VARIABLE, RankSetup
 from qwq_mlx.cli.watch import SILENT_S, Watch
 from qwq_mlx.errors import RankError
 
 __all__ = ["Launch"]
 
-_LAST_S = 10.0  # for the other processes to end behind rank 0
+_LAST_S = 8.0  # for the processes to end behind the first that did
 _MANY_SIGNALS, _DEAF_S = 3, 2.0
 _SETTLE_S = 2.0  # for a failure to show itself in every process that it ends
+_LATE_S = 2.0  # where it took so long to look again, this process was stopped, or got no processor
 # MLX's ring sometimes ends in one of these where the process at its other end is gone.
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
+_STOPPED = "is stopped"
 _LOST = 255  # what ssh exits with where the connection broke, or its process was ended by a signal
 
 
@@ -41,16 +44,26 @@ class Launch:
     """Runs one command as several processes; `work` returns the exit code of rank 0.
 
     module: of the command, as qwq_mlx.generate. arguments: without --hosts. silent_s: as `Watch` takes it.
+    on_failure: called with a failure before the processes are ended, which takes seconds where one cannot be reached.
     snapshots: the file in which rank 0 keeps its run; it is there until `close`.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], hosts: Hosts, *, silent_s: float = SILENT_S) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        hosts: Hosts,
+        *,
+        silent_s: float = SILENT_S,
+        on_failure: Callable[[RankError], object] = lambda error: None,
+    ) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
         self._hosts = hosts
         self._watch = Watch([host.name for host in hosts.ranks], silent_s=silent_s)
         self._folder = tempfile.TemporaryDirectory(prefix="qwq-mlx-ranks-")
         self.snapshots = Path(self._folder.name) / "run.json"
         self.processes: list[subprocess.Popen[bytes]] = []
+        self._on_failure = on_failure
         self._unread: dict[int, bytes] = {}
         self._signals: list[int] = []
 
@@ -82,10 +95,13 @@ class Launch:
 
     def work(self) -> int:
         """Start all, wait for rank 0, and end what is left. Raises RankError naming the process that failed."""
-        with selectors.DefaultSelector() as pipes:
+        with selectors.DefaultSelector() as pipes, pausable(self._pause, self._go_on):
             try:
                 self._start(pipes)
                 return self._wait(pipes)
+            except RankError as error:
+                self._on_failure(error)
+                raise
             finally:
                 self._end()
                 for key in list(pipes.get_map().values()):
@@ -132,19 +148,24 @@ class Launch:
         return process
 
     def _wait(self, pipes: selectors.BaseSelector) -> int:
-        told = 0.0
+        told, looked = 0.0, time.monotonic()
         while True:
             for key, _ in pipes.select(timeout=BEAT_S / 2):
                 self._hear(pipes, key)
-            if time.monotonic() - told > BEAT_S:
-                self._tell_followers()
-                told = time.monotonic()
-            codes = [process.poll() for process in self.processes]
-            if any(code is not None for code in codes):
+            now = time.monotonic()
+            if now - looked > _LATE_S:
+                self._watch.forgive()
+            looked = now
+            if now - told > BEAT_S:
+                self._tell_followers(b"\n")
+                told = now
+            if any(process.poll() is not None for process in self.processes):
                 return self._settled(pipes)
             failure = self._watch.failure()
             if failure is not None:
                 raise self._failed(*self._stopped_or(failure))
+            if (unheard := self._watch.unheard()) and (stopped := self._stopped().intersection(unheard)):
+                raise self._failed(min(stopped), _STOPPED)
 
     def _hear(self, pipes: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
         data = os.read(key.fd, 1 << 16)
@@ -159,11 +180,25 @@ class Launch:
                 if isinstance(sign, dict):
                     self._watch.hear(key.data, sign)
 
-    def _tell_followers(self) -> None:
+    def _tell_followers(self, line: bytes) -> None:
         for process in self.processes[1:]:
             with contextlib.suppress(OSError):  # it has ended, or its pipe is full
                 assert process.stdin is not None, "it was asked for"
-                os.write(process.stdin.fileno(), b"\n")
+                os.write(process.stdin.fileno(), line)
+
+    def _pause(self) -> None:
+        self._tell_followers(PAUSED)
+        self._signal_here(signal.SIGSTOP)
+
+    def _go_on(self) -> None:
+        self._signal_here(signal.SIGCONT)
+
+    def _signal_here(self, number: signal.Signals) -> None:
+        """To the processes of this machine, and what they started; the others wait for rank 0 in any case."""
+        for host, process in zip(self._hosts.ranks, self.processes, strict=False):
+            if host.ssh is None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, number)
 
     def _settled(self, pipes: selectors.BaseSelector) -> int:
         """Some process has ended: whose fault it is, or the exit code of rank 0."""
@@ -185,12 +220,12 @@ class Launch:
 
     def _culprit(self) -> tuple[int, str]:
         """Who has ended, or stopped, before it could be the others' fault."""
-        codes = [process.poll() for process in self.processes]
+        codes, stopped = [process.poll() for process in self.processes], self._stopped()
 
         def weight(rank: int) -> int:
             code = codes[rank]
             if code is None:
-                return 4 if self._is_stopped(rank) else 0
+                return 4 if rank in stopped else 0
             if code < 0:
                 return 2 if -code in _CRASHES else 5
             return 3 if self._is_lost(rank, code) else 1 if code else 0
@@ -199,24 +234,17 @@ class Launch:
         code = codes[rank]
         if code is not None:
             return rank, _ended(code, is_remote=self._hosts.ranks[rank].ssh is not None)
-        return rank, "is stopped" if weight(rank) else f"did not end within {_LAST_S:.0f} s behind the others"
+        return rank, _STOPPED if weight(rank) else f"did not end within {_LAST_S:.0f} s behind the others"
 
     def _stopped_or(self, failure: tuple[int, str]) -> tuple[int, str]:
         """The first process that the system holds stopped; others that wait for it may be silent, too."""
-        stopped = next((rank for rank in range(len(self.processes)) if self._is_stopped(rank)), None)
-        return failure if stopped is None else (stopped, failure[1] if stopped == failure[0] else "is stopped")
+        rank = min(self._stopped(), default=failure[0])
+        return failure if rank == failure[0] else (rank, _STOPPED)
 
-    def _is_stopped(self, rank: int) -> bool:
-        process = self.processes[rank]
-        if process.poll() is not None:
-            return False
-        try:
-            state = subprocess.run(
-                ["ps", "-o", "state=", "-p", str(process.pid)], check=False, capture_output=True, text=True
-            ).stdout
-        except OSError:  # a small system has no ps
-            return False
-        return state.strip().startswith("T")
+    def _stopped(self) -> set[int]:
+        """The processes of this machine that the system holds stopped."""
+        ranks = {process.pid: rank for rank, process in enumerate(self.processes) if process.poll() is None}
+        return {ranks[pid] for pid in stopped_pids(ranks)}
 
     def _last(self) -> int:
         """Rank 0 is done: the others end by themselves."""
@@ -238,7 +266,7 @@ class Launch:
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.exists() else []
         said = f" It said: {lines[-1][:300]}" if lines else ""
         who = f"process {rank} of {len(self.processes)} ({self._hosts.ranks[rank].name}, pid {pid})"
-        return RankError(f"{who} {what}; all were ended.{said}")
+        return RankError(f"{who} {what}; all are ended.{said}")
 
     def _end(self) -> None:
         remote = [

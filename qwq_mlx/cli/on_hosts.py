@@ -68,7 +68,12 @@ def _work_on_hosts(command: Command) -> int:
         f"{len(hosts.ranks)} processes hold the model together: {', '.join(each.name for each in hosts.ranks)}"
     )
     module = command.parser.prog.rpartition(" ")[2]
-    launch = Launch(module, without_flags(list(command.arguments), _FLAGS), hosts)
+    launch = Launch(
+        module,
+        without_flags(list(command.arguments), _FLAGS),
+        hosts,
+        on_failure=lambda error: command.fail(str(error), error.exit_code),
+    )
     command.interruption.run = launch
     try:
         return launch.work()
@@ -76,9 +81,8 @@ def _work_on_hosts(command: Command) -> int:
         _keep_run(command, launch.snapshots)
         raise
     except RankError as error:
-        code = command.fail(str(error), error.exit_code)
         _keep_run(command, launch.snapshots)
-        return code
+        return error.exit_code
     finally:
         command.interruption.run = None
         launch.close()

@@ -23,10 +23,12 @@ from typing import Any
 
 from qwq_mlx.engine.ranks import LEADER_VARIABLE
 
-__all__ = ["BEAT_S", "RANK_VARIABLE", "RankSetup", "join", "joined_group", "snapshot_path"]
+__all__ = ["BEAT_S", "PAUSED", "RANK_VARIABLE", "RankSetup", "join", "joined_group", "snapshot_path"]
 
 RANK_VARIABLE = "QWQ_MLX_RANK"  # tells rank 0, which has its user's arguments, what it is
 BEAT_S = 0.5
+PAUSED = b"paused\n"  # told to the others before whoever watches them is stopped by Ctrl-Z
+_joining: list[float] = []  # since when this process looks for the others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,7 @@ class RankSetup:
     rank: its own. addresses: "IP:port" of each rank, one or more of them. backend: MLX's, as its hostfiles name it.
     rdma: devices of a jaccl hostfile, by rank. environment: further variables.
     signs: open file that takes the signs of life. snapshots: file in which rank 0 keeps its run; "" for none.
+    unwanted_s: after which it ends itself where nobody says that it is wanted; None where a closed stdin tells that.
     """
 
     rank: int
@@ -45,6 +48,7 @@ class RankSetup:
     environment: dict[str, str] = field(default_factory=dict)
     signs: int = 1
     snapshots: str = ""
+    unwanted_s: float | None = None
 
     def to_json(self) -> str:
         """One line."""
@@ -72,6 +76,7 @@ def join(setup: RankSetup) -> Any:
         threading.Thread(target=_write_signs, args=(setup.signs,), daemon=True, name="signs of life").start()
         import mlx.core as mx
 
+        _joining.append(time.monotonic())
         return mx.distributed.init(strict=True, backend=setup.backend.removesuffix("-ring"))
 
 
@@ -118,6 +123,8 @@ def _sign() -> dict[str, Any]:
         "passes": activity.n_passes,
         "waiting_s": activity.waiting_s,
         "is_loading": activity.is_loading,
+        "is_asking": activity.is_asking,
+        "joining_s": time.monotonic() - _joining[0] if _joining else 0.0,
         "silent_s": {str(link.peer): link.silent_s for link in list(open_links)},
         "faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
         "peak_bytes": sys.modules["mlx.core"].get_peak_memory() if "mlx.core" in sys.modules else 0,

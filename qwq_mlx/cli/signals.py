@@ -107,7 +107,10 @@ class Interruption:
         """Ask until there is an answer; a signal meanwhile is the second."""
         if not isinstance(run, Answerable):
             return False
-        activity.pause()  # whoever thinks about the answer is no process that hangs
+        with activity.asking():  # whoever thinks about the answer is no process that hangs
+            return self._answered(run)
+
+    def _answered(self, run: Answerable) -> bool:
         error, stdin = sys.stderr.fileno(), sys.stdin.fileno()
         while True:
             try:

@@ -16,16 +16,17 @@ from typing import Any
 __all__ = ["START_S", "Watch"]
 
 START_S = 60.0
-"""Until a process says something first: it imports, beside all others, perhaps over ssh."""
-SILENT_S = 9.0
-"""A busy machine lets a process wait for seconds."""
+"""Until a process says something first, and then joins the others: it imports, beside all others, perhaps over ssh."""
+SILENT_S = 7.0
+"""A busy machine lets a process wait for seconds; with what it takes to notice, a failure is named within 10 s."""
 STUCK_S = 30.0
 """In which somebody has to finish something; ten times the longest wait so far where that is more."""
 FIRST_STUCK_S = 300.0
 """The same while weights are read, and in the first passes, for which CUDA compiles kernels for a minute or two."""
 _FIRST_PASSES = 4
+_SWAPPING = 3  # times the longest wait so far; a machine that swapped all the time is slow, and goes on
 _FRESH_S = 3.0
-_MANY_FAULTS = 1_000
+_MANY_FAULTS = 1_000  # pages read from disk while nobody finishes anything
 
 
 class Watch:
@@ -36,6 +37,7 @@ class Watch:
     ) -> None:
         self._names, self._silent_s, self._clock = list(names), silent_s, clock
         self._started = self._moved = clock()
+        self._forgiven = -_FRESH_S
         self._heard: list[float | None] = [None] * len(names)
         self._last: list[Mapping[str, Any]] = [{} for _ in names]
         self._faults: list[int] = [0] * len(names)  # when somebody finished something last
@@ -52,7 +54,7 @@ class Watch:
             self._joined.add(rank)
         if sign.get("done", 0) != before.get("done", 0):
             if before.get("passes", 0) >= _FIRST_PASSES and not before.get("is_loading"):
-                self._slowest_s = max(self._slowest_s, before.get("waiting_s", 0.0))
+                self._slowest_s = max(self._slowest_s, min(before.get("waiting_s", 0.0), now - self._moved))
             self._moved = now
             self._faults = [each.get("faults", 0) for each in self._last]
 
@@ -63,6 +65,16 @@ class Watch:
     def pid(self, rank: int) -> int | None:
         """Of a process, as it says itself."""
         return self._last[rank].get("pid")
+
+    def forgive(self) -> None:
+        """Judge from now on: whoever calls was stopped or starved, so that it did not hear says nothing of others."""
+        self._started = self._moved = self._forgiven = now = self._clock()
+        self._heard = [None if each is None else now for each in self._heard]
+        self._first_heard = dict.fromkeys(self._first_heard, now)
+
+    def unheard(self) -> list[int]:
+        """Processes that have not said anything, though they have had the time for it on most machines."""
+        return [rank for rank, heard in enumerate(self._heard) if heard is None and self._age(rank) > self._silent_s]
 
     def failure(self) -> tuple[int, str] | None:
         """The process that has failed, and what is wrong with it; None while all is well."""
@@ -84,19 +96,32 @@ class Watch:
         return rank, f"gave no sign of life for {limit:.0f} s (it is stopped, or its machine or network is gone)"
 
     def _unjoined(self) -> tuple[int, str] | None:
-        late = [
-            rank
-            for rank, first in self._first_heard.items()
-            if rank not in self._joined and self._clock() - first > START_S
-        ]
+        now, joining = self._clock(), self._joining()
+        if joining and len(joining) + len(self._joined) == len(self._last):
+            # MLX's ring asks for a neighbour that is not there yet after 1, 2, 4, 8 and 16 s, so that processes which
+            # were there at different times find each other as much later again.
+            first, last = max(joining.values()), min(joining.values())
+            limit = self._silent_s + first - last
+            late = list(joining) if min(last, now - self._forgiven) > limit else []
+        else:
+            limit = START_S
+            firsts = self._first_heard.items()
+            late = [rank for rank, first in firsts if rank not in self._joined and now - first > START_S]
         if not late:
             return None
         return max(late), (
-            f"and the others have not found each other for {START_S:.0f} s, though all are alive: the network between "
+            f"and the others have not found each other for {limit:.0f} s, though all are alive: the network between "
             "them is lost, or a firewall refuses connections to Python"
         )
 
+    def _joining(self) -> dict[int, float]:
+        """How long each process has looked for the others, of those that still do."""
+        waits = {rank: each.get("joining_s", 0.0) for rank, each in enumerate(self._last) if rank not in self._joined}
+        return {rank: seconds for rank, seconds in waits.items() if seconds}
+
     def _lost_link(self) -> tuple[int, str] | None:
+        if self._clock() - self._forgiven < _FRESH_S:
+            return None  # signs that lay in a pipe meanwhile tell of then
         for rank, sign in enumerate(self._last):
             for peer, silent_s in sign.get("silent_s", {}).items():
                 other = int(peer)
@@ -109,17 +134,20 @@ class Watch:
         return None
 
     def _stuck(self) -> tuple[int, str] | None:
-        waiting_s = max(each.get("waiting_s", 0.0) for each in self._last)
-        is_warm = self._last[0].get("passes", 0) >= _FIRST_PASSES
-        limit = max(STUCK_S, 10 * self._slowest_s) if is_warm else FIRST_STUCK_S
-        if min(waiting_s, self._clock() - self._moved) < limit:
+        waiting_s = min(max(each.get("waiting_s", 0.0) for each in self._last), self._clock() - self._moved)
+        if self._last[0].get("is_asking"):
+            self._moved = self._clock()  # somebody thinks about a question, and all wait for the answer
             return None
+        is_warm = self._last[0].get("passes", 0) >= _FIRST_PASSES
         faults = [each.get("faults", 0) - before for each, before in zip(self._last, self._faults, strict=True)]
         most = max(range(len(faults)), key=faults.__getitem__)
-        if faults[most] > _MANY_FAULTS:
+        if is_warm and faults[most] > _MANY_FAULTS and waiting_s > max(self._silent_s, _SWAPPING * self._slowest_s):
             return most, (
-                f"finished nothing for {limit:.0f} s and read {faults[most]:,} pages of its memory from disk "
+                f"finished nothing for {waiting_s:.0f} s and read {faults[most]:,} pages of its memory from disk "
                 "meanwhile: it swaps. Give it less (fewer bits, a smaller context), or end what else runs there"
             )
+        limit = max(STUCK_S, 10 * self._slowest_s) if is_warm else FIRST_STUCK_S
+        if waiting_s < limit:
+            return None
         behind = min(range(1, len(self._last)), key=lambda rank: self._last[rank].get("done", 0))
         return behind, f"and the others wait for each other for {limit:.0f} s and finish nothing: it hangs"

@@ -16,12 +16,12 @@ __all__ = ["Activity", "activity"]
 class Activity:
     """n_done: passes, layers of prefilled chunks and loaded layers that are finished. n_passes: passes and chunks.
 
-    is_loading: nothing is computed yet.
+    is_loading: nothing is computed yet. is_asking: somebody is asked what to do, and may take long.
     """
 
     def __init__(self) -> None:
         self.n_done = self.n_passes = 0
-        self.is_loading = False
+        self.is_loading = self.is_asking = False
         self._since: float | None = None
 
     @contextmanager
@@ -57,9 +57,14 @@ class Activity:
         if self._since is not None:
             self._since = time.monotonic()
 
-    def pause(self) -> None:
-        """Somebody is asked in a signal handler, perhaps within a wait, and may take long."""
-        self._since = None
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Within it somebody is asked in a signal handler, perhaps within a wait, which is no longer counted."""
+        self._since, self.is_asking = None, True
+        try:
+            yield
+        finally:
+            self.is_asking = False
 
     @property
     def waiting_s(self) -> float:
