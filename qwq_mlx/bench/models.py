@@ -15,6 +15,7 @@ from typing import Any
 from qwq_mlx.facts import QWQ_32B_PREVIEW
 from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
 from qwq_mlx.model.blas import use_blas_for_rows
+from qwq_mlx.model.compiled_layers import use_compiled_layers
 from qwq_mlx.model.kernels.layers import use_few_row_kernels
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.load import ComputeType, build_module
@@ -77,6 +78,7 @@ def random_module(config: Qwen2Config, packed: Mapping[str, Packing], compute_ty
         mx.eval(layer.parameters())  # one layer at a time, so that little stands beside the finished weights
     mx.eval(module.parameters())
     use_blas_for_rows(module)
+    use_compiled_layers(module)
     use_few_row_kernels(module)
     return module
 

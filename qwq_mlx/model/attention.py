@@ -174,13 +174,15 @@ def attention_class() -> type[Any]:
             )
             offset = 0 if cache is None else cache.offset
             queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
+            return self.mix(queries, keys, values, mask, cache).transpose(0, 2, 1, 3).reshape(*shape, -1)
+
+        def mix(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any, cache: Any) -> mx.array:
+            """The values that each id attends to, (rows, heads, n_ids, width); queries and keys are rotated."""
             if isinstance(cache, RowCaches):
-                mixed = _rows(queries, keys, values, cache, self.scale)
-            elif cache is None:
-                mixed = _over_floats(queries, keys, values, None, self.scale, mask)
-            else:
-                mixed = _row(queries, keys, values, cache, self.scale, mask)
-            return mixed.transpose(0, 2, 1, 3).reshape(*shape, -1)
+                return _rows(queries, keys, values, cache, self.scale)
+            if cache is None:
+                return _over_floats(queries, keys, values, None, self.scale, mask)
+            return _row(queries, keys, values, cache, self.scale, mask)
 
         def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
             return self.o_proj(self.attend(self.projections(x), mask, cache))

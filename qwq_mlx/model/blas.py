@@ -34,6 +34,7 @@ __all__ = [
     "Blas",
     "blas_quantized_matmul",
     "causal_attention",
+    "is_packed_for_rows",
     "one_blas_thread",
     "use_blas",
     "use_blas_for_rows",
@@ -258,6 +259,11 @@ def use_blas_for_rows(module: Any) -> None:
         if type(each) in _CLASSES and getattr(each, "mode", "affine") == "affine":
             each.__class__ = _CLASSES[type(each)]  # what a layer holds stays the same, only its product is another
     setattr(module, _MARK, True)
+
+
+def is_packed_for_rows(layer: Any) -> bool:
+    """Whether a layer is a packed matrix that `use_blas_for_rows` has changed."""
+    return type(layer) is _RowsQuantizedLinear
 
 
 def uses_blas(module: Any) -> bool:

@@ -23,6 +23,7 @@ from qwq_mlx.files.header import Header
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.attention import attention_class
 from qwq_mlx.model.blas import use_blas_for_rows
+from qwq_mlx.model.compiled_layers import use_compiled_layers
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
 from qwq_mlx.model.generation_config import GenerationDefaults, read_generation_defaults
 from qwq_mlx.model.kernels.layers import use_few_row_kernels
@@ -255,6 +256,7 @@ def _ready(module: Any) -> Any:
     """A module whose weights are in memory, with the products of this machine."""
     module.eval()
     use_blas_for_rows(module)
+    use_compiled_layers(module)
     use_few_row_kernels(module)
     return module
 

@@ -1,0 +1,65 @@
+"""Layers as compiled graphs beside mlx_lm's own on the same arrays: every bit of the logits."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from configs import SMALL
+
+from qwq_mlx.bench.models import in_compute_type, random_module
+from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.model_runner import run_pass
+from qwq_mlx.model.layout import Packing
+from qwq_mlx.model.rope import Yarn
+
+CONFIG = replace(SMALL, hidden_size=256, intermediate_size=128, vocab_size=32, max_position_embeddings=1024)
+_PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_MATRICES = (*_PARTS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+# not one packing for all, as a recipe of mixed bits leaves them
+PACKED = {
+    f"model.layers.{layer}.{name}": Packing(bits=8 if name.endswith(("v_proj", "down_proj")) else 4, group_size=32)
+    for layer in range(CONFIG.num_hidden_layers)
+    for name in _MATRICES
+}
+
+pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="fused multiply-adds round once")
+
+
+def is_compiled(module: Any) -> bool:
+    return all(type(layer).__name__ == "CompiledBlock" for layer in module.layers)
+
+
+@pytest.fixture(scope="module")
+def modules() -> tuple[Any, Any]:
+    """Ours and mlx_lm's layers."""
+    ours = random_module(CONFIG, PACKED, "float32", seed=1)
+    theirs = in_compute_type(ours, CONFIG, PACKED, "float32")
+    assert is_compiled(ours) and not is_compiled(theirs)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_logits_have_the_bits_of_mlx_lms_layers(modules: tuple[Any, Any], kv_bits: int | None) -> None:
+    """Prompts and injected ids at once, then steps; rows of several lengths; a row that feeds several ids."""
+    caches = [[new_cache(module, kv_bits) for _ in range(3)] for module in modules]
+    for prompt in ([3], [4, 5, 6, 7, 8], [9, 1]):
+        for module, of_module in zip(modules, caches, strict=True):
+            row = [3, 4, 9].index(prompt[0])
+            mx.eval(run_pass(module, mx.array([prompt]), [of_module[row]], [len(prompt)], may_batch=False))
+    for ids, n_each in (([[1], [2], [3]], [1, 1, 1]), ([[4]], [1]), ([[5], [6], [7], [8]], [1, 2, 1])):
+        logits = [
+            run_pass(module, mx.array(ids), of_module[: len(n_each)], n_each, may_batch=False)
+            for module, of_module in zip(modules, caches, strict=True)
+        ]
+        assert mx.array_equal(*logits), f"{ids} of {n_each}"
+
+
+def test_other_layers_stay_mlx_lms_own() -> None:
+    """Floats, and positions that YaRN stretches."""
+    assert not is_compiled(random_module(CONFIG, {}, "float32", seed=1))
+    stretched = replace(CONFIG, yarn=Yarn(factor=2.0, original_context=512))
+    assert not is_compiled(random_module(stretched, PACKED, "float32", seed=1))
