@@ -30,10 +30,10 @@ __all__ = [
     "fork_cache",
     "forked_cache",
     "grow",
-    "layer_arrays",
+    "layer_of",
     "layers_of",
     "new_cache",
-    "saved_layers",
+    "take_layers",
     "take_out_of_batch",
 ]
 
@@ -85,16 +85,17 @@ def take_out_of_batch(cache: Sequence[Any]) -> None:
 
 
 def layers_of(cache: Sequence[Any], n_ids: int) -> list[Layer]:
-    """What each layer holds for the first n_ids at most; views, not copies, but for a row that shares its prefix."""
-    n_ids = min(n_ids, cache[0].offset)
-    layers = []
-    for each in cache:
-        arrays = {}
-        for name in _NAMES:
-            parts = _named(name, each.whole(name))
-            arrays.update({part: array[..., :n_ids, :] for part, array in parts.items()})
-        layers.append(Layer(arrays, each.room))
-    return layers
+    """`layer_of` each layer."""
+    return [layer_of(each, n_ids) for each in cache]
+
+
+def layer_of(each: Any, n_ids: int) -> Layer:
+    """What a layer's cache holds for the first n_ids at most; views, but copies for a row that shares its prefix."""
+    n_ids, arrays = min(n_ids, each.offset), {}
+    for name in _NAMES:
+        parts = _named(name, each.whole(name))
+        arrays.update({part: array[..., :n_ids, :] for part, array in parts.items()})
+    return Layer(arrays, each.room)
 
 
 def filled_cache(module: Any, layers: Sequence[Layer], kv_bits: int | None = None) -> list[Any]:
@@ -172,21 +173,13 @@ def _restored(array: mx.array, tail: mx.array, start: int, room: int) -> mx.arra
     return array
 
 
-def layer_arrays(layers: Sequence[Layer]) -> dict[str, mx.array]:
-    """The arrays of some layers under the names that a saved run has: layers.0.keys and so on."""
-    return {
-        f"layers.{place}.{name}": array for place, layer in enumerate(layers) for name, array in layer.arrays.items()
-    }
-
-
-def saved_layers(arrays: Mapping[str, mx.array], capacities: Sequence[int]) -> list[Layer]:
-    """The layers of a saved run, whose arrays `layer_arrays` named."""
-    layers = []
+def take_layers(arrays: dict[str, mx.array], capacities: Sequence[int]) -> Iterator[Layer]:
+    """The layers of a saved run (layers.0.keys and so on), each taken out of its arrays when it is asked for, so that
+    what was read of it goes with it."""
     for index, capacity in enumerate(capacities):
         start = f"layers.{index}."
-        own = {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
-        layers.append(Layer(own, capacity))
-    return layers
+        names = [name for name in arrays if name.startswith(start)]
+        yield Layer({name.removeprefix(start): arrays.pop(name) for name in names}, capacity)
 
 
 def _named(name: str, parts: Sequence[Any]) -> dict[str, Any]:

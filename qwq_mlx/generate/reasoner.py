@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.engine.kv_cache import saved_layers
+from qwq_mlx.engine.kv_cache import take_layers
 from qwq_mlx.engine.logits_processors import LogitsProcessor
 from qwq_mlx.engine.ranks.whole_cache import cache_of_whole
 from qwq_mlx.errors import OptionError
@@ -391,6 +391,6 @@ class Reasoner(RequestMaker):
             logits_processors=logits_processors,
         )
         run = Stream(request)
-        cache = cache_of_whole(self.model, saved_layers(arrays, state.capacities), request.plan.workload.kv_bits)
+        cache = cache_of_whole(self.model, take_layers(arrays, state.capacities), request.plan.workload.kv_bits)
         run.restore(state, cache, arrays, answer_now=answer_now)
         return run

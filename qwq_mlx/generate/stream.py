@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from qwq_mlx.engine.decoder import Decoder
-from qwq_mlx.engine.kv_cache import fork_cache, layer_arrays, take_out_of_batch
-from qwq_mlx.engine.ranks.whole_cache import whole_layers
+from qwq_mlx.engine.kv_cache import fork_cache, take_out_of_batch
+from qwq_mlx.engine.ranks.whole_cache import whole_cache
 from qwq_mlx.errors import GenerationError, OptionError, SavingError
 from qwq_mlx.files.output_file import lies_in
 from qwq_mlx.generate.asked_answer import ask
@@ -147,16 +147,16 @@ class Stream:
         self.running.apply(self.run.go_back())
         has_cache = bool(row.ids and row.cache and self.run.steps) and not self._has_failed
         n_ids = len(request.prompt_ids) + len(self.run.steps) - 1
-        layers = whole_layers(request.model, row.cache, n_ids) if has_cache else []
+        cache = whole_cache(request.model, row.cache if has_cache else [], n_ids)
         self._model_sha256 = self._model_sha256 or model_digest(request.model.folder)
         seen, arrays = inspected_steps(request.inspect, self.run.steps, request.model.config.hidden_size)
         state = replace(
             self.run.dump(),
             model_sha256=self._model_sha256,
-            capacities=tuple(layer.capacity for layer in layers),
+            capacities=cache.capacities,
             seen=seen,
         )
-        write_checkpoint(Path(path), state_json(state), {**arrays, **layer_arrays(layers)})
+        write_checkpoint(Path(path), state_json(state), arrays, cache)
 
     def restore(
         self,

@@ -10,7 +10,7 @@ from types import TracebackType
 
 import mlx.core as mx
 
-from qwq_mlx.engine.kv_cache import saved_layers
+from qwq_mlx.engine.kv_cache import take_layers
 from qwq_mlx.engine.ranks.whole_cache import cache_of_whole
 from qwq_mlx.errors import DamagedModelError, FitError, OptionError, QwqError, SourceError
 from qwq_mlx.generate.batch import plan_rows, question_seed, shared_bytes
@@ -166,7 +166,7 @@ class Rows:
             return stream
         _, arrays = read_saved(source.path, model, has_processors=False, answer_now=source.answer_now)
         stream = Stream(request)
-        layers, kv_bits = saved_layers(arrays, state.capacities), request.plan.workload.kv_bits
+        layers, kv_bits = take_layers(arrays, state.capacities), request.plan.workload.kv_bits
         stream.restore(state, cache_of_whole(model, layers, kv_bits), arrays, answer_now=source.answer_now)
         return stream
 

@@ -15,13 +15,16 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
+from qwq_mlx.engine.ranks.whole_cache import NO_CACHE, WholeCache
 from qwq_mlx.errors import SavingError, SourceError, system_said
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
 from qwq_mlx.files.header import Header, place_tensors, read_header
@@ -36,42 +39,54 @@ _DTYPES = {"uint8": "U8", "bfloat16": "BF16", "float16": "F16", "float32": "F32"
 _CHUNK_BYTES = 8 << 20
 
 
-def write_checkpoint(path: Path, state: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> None:
+def write_checkpoint(
+    path: Path, state: Mapping[str, Any], arrays: Mapping[str, mx.array], cache: WholeCache = NO_CACHE
+) -> None:
     """Write state and arrays; the file appears whole or not at all.
 
+    cache: behind the arrays, an array at a time.
     Raises SavingError where the disk does not take it; the run itself is not touched by that.
     """
-    text = json.dumps(state, ensure_ascii=True, separators=(",", ":")).encode()
-    arrays = {**arrays, _STATE: mx.array(np.frombuffer(text, np.uint8))}
-    total = hashlib.sha256()
-    for array in arrays.values():
-        total.update(_bytes_of(array))
-    layout = [
-        (name, _DTYPES[str(array.dtype).removeprefix("mlx.core.")], tuple(array.shape))
-        for name, array in arrays.items()
-    ]
-    total.update(repr(layout).encode())
-    metadata = {"format": _FORMAT, "schema": str(SCHEMA_VERSION), "sha256": total.hexdigest()}
-    n_bytes = sum(array.nbytes for array in arrays.values())
+    text = mx.array(np.frombuffer(json.dumps(state, ensure_ascii=True, separators=(",", ":")).encode(), np.uint8))
+    forms = [(name, tuple(array.shape), _type_of(array)) for name, array in arrays.items()]
+    forms += [*cache.forms, (_STATE, tuple(text.shape), _type_of(text))]
+    layout = [(name, _DTYPES[kind], shape) for name, shape, kind in forms]
+    n_bytes = place_tensors(layout)[1][-1].end
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "it is there and no regular file", str(path))
-        with temporary.open("wb") as file:
-            file.write(place_tensors(layout, metadata)[0])
-            for array in arrays.values():
-                file.write(_bytes_of(array))
+        with temporary.open("wb") as file, closing(cache.arrays):
+            _write(file, layout, chain(arrays.values(), cache.arrays, [text]))
             file.flush()
             fsync_file(file.fileno())
         temporary.replace(path)
         fsync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise SavingError(
             f"{path}: the run cannot be saved {system_said(error, 'Make room, or give another place.')} "
             f"The run needs {n_bytes:,} bytes.",
             error,
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(file: BinaryIO, layout: Sequence[tuple[str, str, tuple[int, ...]]], arrays: Iterable[mx.array]) -> None:
+    """Header and arrays; the digest, which is known at the end, takes the place of zeros."""
+    total = hashlib.sha256()
+    file.write(_head(layout, "0" * len(total.hexdigest())))
+    for array in arrays:
+        data = _bytes_of(array)
+        total.update(data)
+        file.write(data)
+    total.update(repr(layout).encode())
+    file.seek(0)
+    file.write(_head(layout, total.hexdigest()))
+
+
+def _head(layout: Sequence[tuple[str, str, tuple[int, ...]]], digest: str) -> bytes:
+    return place_tensors(layout, {"format": _FORMAT, "schema": str(SCHEMA_VERSION), "sha256": digest})[0]
 
 
 def read_checkpoint(path: Path) -> tuple[Any, dict[str, mx.array]]:
@@ -164,6 +179,10 @@ def model_digest(folder: Path) -> str:
 def _chunks(file: Any) -> Iterator[bytes]:
     while chunk := file.read(_CHUNK_BYTES):
         yield chunk
+
+
+def _type_of(array: mx.array) -> str:
+    return str(array.dtype).removeprefix("mlx.core.")
 
 
 def _bytes_of(array: mx.array) -> bytes:
