@@ -2,8 +2,8 @@
 
     python -m rank_program MODEL FOLDER RESULT few|all
 
-Run by `Launch` as rank 0. FOLDER has saved.qwq, of a run that one process had begun; N.qwq is written there by N.
-With four processes on two cores MLX's ring takes some 50 ms a sum, so they do few things.
+Run by `Launch` as rank 0. FOLDER has saved.qwq, of a run that one process had begun, and draft, a draft model; N.qwq is
+written there by N. With four processes on two cores MLX's ring takes some 50 ms a sum, so they do few things.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _DRAWN = Sampling(temperature=0.8, seed=3)
 _SHORT = Limits(max_tokens=10)
 
 
-def loaded(model: Path, group: Any | None = None) -> Reasoner:
+def loaded(model: Path, group: Any | None = None, draft: str | Path = "ngram") -> Reasoner:
     """With drafts of fixed length, so that passes over several ids are among them."""
-    return load(model, group=group, verify=False, draft="ngram", draft_length=2)
+    return load(model, group=group, verify=False, draft=draft, draft_length=2)
 
 
 def begin(reasoner: Reasoner, path: Path) -> None:
@@ -68,6 +68,12 @@ def work(reasoner: Reasoner) -> dict[str, Any]:
     }
 
 
+def batch(reasoner: Reasoner) -> list[list[int]]:
+    """Ids of two rows that share passes, over several ids of each where something is drafted."""
+    traces = reasoner.batch_generate([QUESTION, "What is 2 + 9?"], sampling=_DRAWN, limits=_SHORT)
+    return [trace.ids for trace in traces]
+
+
 def main() -> int:
     """Rank 0."""
     model, folder, result = map(Path, sys.argv[1:4])
@@ -77,6 +83,10 @@ def main() -> int:
     begin(reasoner, folder / f"{group.size()}.qwq")
     found = work(reasoner) if sys.argv[4] == "all" else {}
     found["resumed"] = go_on(reasoner, folder / "saved.qwq")
+    del reasoner
+    reasoner = loaded(model, group, folder / "draft")  # which rank 0 alone has
+    found["draft model"] = batch(reasoner)
+    assert reasoner.generate(QUESTION, limits=_SHORT).timings.drafted.get("model"), "nothing was drafted"
     result.write_text(json.dumps(found))
     return 0
 

@@ -15,6 +15,7 @@ import pytest
 import rank_program
 from checkpoints import write_tiny_checkpoint
 
+from qwq_mlx import load
 from qwq_mlx.cli.host_check import checked_hosts
 from qwq_mlx.cli.hosts import parse_hosts
 from qwq_mlx.cli.launch import Launch
@@ -41,7 +42,8 @@ def _cache_of(path: Path) -> dict[str, Any]:
 def test_two_and_four_processes_do_what_one_does_and_go_on_with_each_other_s_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts, batches, drafts, budgets, an 8-bit cache, forks, votes, asking, stopping, saving and resuming."""
+    """Prompts, batches, drafts by texts and by a model, budgets, an 8-bit cache, forks, votes, asking, stopping, saving
+    and resuming."""
     model = tmp_path / "model"
     write_tiny_checkpoint(model, n_layers=1, hidden_size=512, intermediate_size=512, n_heads=8, n_kv_heads=4)
     _compare(model, tmp_path, ((2, "all"), (4, "few")), monkeypatch)
@@ -66,7 +68,9 @@ def _compare(
     alone = rank_program.loaded(model)
     rank_program.begin(alone, folder / "saved.qwq")
     rest = rank_program.go_on(alone, folder / "saved.qwq")
-    expected = {"all": {**rank_program.work(alone), "resumed": rest}, "few": {"resumed": rest}}
+    few = {"resumed": rest, "draft model": rank_program.batch(load(model, verify=False))}
+    expected = {"all": {**rank_program.work(alone), **few}, "few": few}
+    write_tiny_checkpoint(folder / "draft", seed=1, n_layers=1)
     monkeypatch.setenv("PYTHONPATH", f"{Path(rank_program.__file__).parent}:{Path(__file__).parents[2]}")
     for n, what in processes:
         hosts = checked_hosts(parse_hosts(f"localhost*{n}"), [model], port=None)
