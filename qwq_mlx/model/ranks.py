@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from qwq_mlx.files.header import Header, TensorEntry
-from qwq_mlx.files.rows import read_rows
+from qwq_mlx.files.rows import read_columns, read_rows
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.pipeline import make_stage
@@ -22,8 +20,6 @@ from qwq_mlx.model.split import Split
 from qwq_mlx.model.tensor_bytes import array_of
 
 __all__ = ["Ranks", "load_part", "ranks_of", "read_part"]
-
-_BLOCK_BYTES = 64 << 20  # of a tensor split by columns, that are read at a time
 
 
 def load_part(
@@ -63,8 +59,8 @@ def load_part(
 def read_part(shard: Header, entry: TensorEntry, axis: int | None, rank: int, n_ranks: int, compute_type: str) -> Any:
     """A rank's part of a tensor along an axis, evaluated: floats in the compute type, codes as they are.
 
-    Of a tensor split by rows (axis 0), and of a whole one (None), only its bytes are read; of one split by columns (1)
-    a block of rows at a time, so that beside the part 64 MiB are held. Raises SourceError.
+    Only its bytes are read; of a tensor split by columns (axis 1) also those that lie between in less than 4 KiB, with
+    which 64 MiB are held beside the part. Raises SourceError.
     """
     shape = entry.shape
     if axis is None:
@@ -73,13 +69,8 @@ def read_part(shard: Header, entry: TensorEntry, axis: int | None, rank: int, n_
     if axis == 0:
         raw = read_rows(shard, entry, range(rank * size, (rank + 1) * size))
         return array_of(raw, entry.dtype, (size, *shape[1:]), compute_type)
-    row_bytes = (entry.end - entry.start) // shape[0]
-    first, n_bytes = rank * row_bytes // n_ranks, row_bytes // n_ranks
-    raw = np.empty((shape[0], n_bytes), np.uint8)
-    step = max(1, _BLOCK_BYTES // row_bytes)
-    for row in range(0, shape[0], step):
-        rows = range(row, min(row + step, shape[0]))
-        raw[rows.start : rows.stop] = read_rows(shard, entry, rows)[:, first : first + n_bytes]
+    n_bytes = (entry.end - entry.start) // shape[0] // n_ranks  # of a row
+    raw = read_columns(shard, entry, range(rank * n_bytes, (rank + 1) * n_bytes))
     return array_of(raw, entry.dtype, (shape[0], size), compute_type)
 
 

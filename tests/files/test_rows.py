@@ -11,7 +11,7 @@ from checkpoints import safetensors_bytes
 
 from qwq_mlx.errors import SourceError
 from qwq_mlx.files.header import Header, read_header
-from qwq_mlx.files.rows import read_rows
+from qwq_mlx.files.rows import read_columns, read_rows
 
 MATRIX = np.arange(60, dtype="<f4").reshape(12, 5)
 
@@ -32,6 +32,24 @@ def test_rows_come_in_the_order_given(shard: Header, rows: list[int]) -> None:
 def test_without_rows_the_whole_tensor_comes(shard: Header) -> None:
     np.testing.assert_array_equal(read_rows(shard, shard.tensors["m"]).view("<f4"), MATRIX.reshape(1, -1))
     assert read_rows(shard, shard.tensors["a"]).shape == (1, 12)
+
+
+@pytest.mark.parametrize(("row_bytes", "n_ranks", "share"), [(8192, 2, 2), (16_384, 4, 4), (2048, 2, 1), (10, 2, 1)])
+def test_of_long_rows_the_bytes_of_some_columns_alone_are_read(
+    row_bytes: int, n_ranks: int, share: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of short ones all, in one go: what lies between is less than the file system reads in any case."""
+    matrix = np.random.default_rng(row_bytes).integers(0, 256, (40, row_bytes), np.uint8)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_bytes({"m": ("U8", matrix.shape, matrix.tobytes())}))
+    shard, read, pread = read_header(path), list[int](), os.pread
+    monkeypatch.setattr(os, "pread", lambda *of: (read.append(of[1]), pread(*of))[1])
+    for rank in range(n_ranks):
+        read.clear()
+        columns = range(rank * row_bytes // n_ranks, (rank + 1) * row_bytes // n_ranks)
+        found = read_columns(shard, shard.tensors["m"], columns)
+        np.testing.assert_array_equal(found, matrix[:, columns.start : columns.stop])
+        assert sum(read) == matrix.nbytes // share and len(read) == (1 if share == 1 else len(matrix))
 
 
 def test_a_file_that_became_shorter_is_named_with_the_byte(shard: Header) -> None:
