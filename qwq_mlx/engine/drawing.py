@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from qwq_mlx.engine.activation_taps import ActivationTaps, look
 from qwq_mlx.engine.row import Drawn, Pending, ProcessorStates, Row
-from qwq_mlx.engine.sampler import draw_rows
+from qwq_mlx.engine.sampler import compiled_on_cpu, draw_rows
 
 __all__ = ["Place", "draw_places", "ids_of"]
 
@@ -101,15 +101,31 @@ def _draw_group(
     if any(each is not None for each in changed):
         offered = mx.stack([own[n] if each is None else each for n, each in enumerate(changed)])
     drawn = draw_rows([places[at].row.sampler for at in group], offered, [places[at].output_index for at in group])
-    log_total = mx.logsumexp(own, axis=-1, keepdims=True)
-    # one number shows every logit that is not finite: of -inf the entropy makes 0 * -inf = NaN, the sum -inf
-    if places[group[0]].row.inspect.entropy:
-        second = log_total[:, 0] - (mx.exp(own - log_total) * own).sum(axis=-1)
-    else:
-        second = own.sum(axis=-1)
-    logprob = mx.take_along_axis(own, drawn[:, None], axis=-1) - log_total
-    together = Drawn(drawn, mx.stack([logprob[:, 0], second], axis=-1))
+    has_entropy = places[group[0]].row.inspect.entropy
+    log_total, stats = (_with_entropy if has_entropy else _with_sum)(own, drawn)
+    together = Drawn(drawn, stats)
     return {at: _pending(places[at], offers[at], together, n, own, log_total, taps) for n, at in enumerate(group)}
+
+
+# One number beside the log-probability shows every logit that is not finite: of -inf the entropy makes 0 * -inf = NaN,
+# and the sum is -inf.
+@compiled_on_cpu
+def _with_entropy(logits: Any, drawn: Any) -> tuple[Any, Any]:
+    """The logsumexp of each row, (rows, 1), and its drawn id's log-probability beside the entropy, (rows, 2)."""
+    log_total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    entropy = log_total[:, 0] - (mx.exp(logits - log_total) * logits).sum(axis=-1)
+    return log_total, mx.stack([_logprob(logits, drawn, log_total), entropy], axis=-1)
+
+
+@compiled_on_cpu
+def _with_sum(logits: Any, drawn: Any) -> tuple[Any, Any]:
+    """The same with the sum of the logits in place of the entropy."""
+    log_total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    return log_total, mx.stack([_logprob(logits, drawn, log_total), logits.sum(axis=-1)], axis=-1)
+
+
+def _logprob(logits: Any, drawn: Any, log_total: Any) -> Any:
+    return (mx.take_along_axis(logits, drawn[:, None], axis=-1) - log_total)[:, 0]
 
 
 def _pending(

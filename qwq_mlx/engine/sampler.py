@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ import mlx.core as mx
 from qwq_mlx.errors import OptionError
 from qwq_mlx.options import Sampling
 
-__all__ = ["Sampler", "draw_rows", "filtered", "gumbel"]
+__all__ = ["Sampler", "compiled_on_cpu", "draw_rows", "filtered", "gumbel"]
 
 # Ids whose logit equals the k-th are kept too, as transformers does; in bfloat16 a few dozen can be equal.
 _TIES = 64
@@ -134,8 +134,8 @@ def _draw_alike(kind: _Kind, samplers: tuple[Sampler, ...], logits: Any, indices
         return mx.argmax(logits, axis=-1)
     values_by_row, bases = _on_device(samplers)
     ids, values = _filtered(logits, kind, values_by_row)
-    keys = _first_split(bases + mx.array([[0, index] for index in indices], mx.uint32))
-    chosen = mx.argmax(values + gumbel(keys, mx.arange(values.shape[-1]) if ids is None else ids), axis=-1)
+    noise = _noise(bases, mx.array(list(indices), mx.uint32), mx.arange(values.shape[-1]) if ids is None else ids)
+    chosen = mx.argmax(values + noise, axis=-1)
     return chosen if ids is None else _taken(ids, chosen[:, None])[:, 0]
 
 
@@ -161,6 +161,27 @@ def gumbel(keys: Any, ids: Any) -> Any:
     pairs = mx.stack([mx.broadcast_to(keys[..., :1], second.shape), second], axis=-1)
     uniform = _uniforms(pairs.reshape(-1, 2)).reshape(second.shape)
     return -mx.log(-mx.log1p(-mx.maximum(uniform, _SMALLEST_UNIFORM)))
+
+
+def compiled_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one compiled graph on the CPU, where its small operations cost as much as a layer.
+
+    The bits are the same, but for fused multiply-adds where the compiler makes them. On a GPU it runs as it is.
+    """
+    compiled: Callable[..., Any] = mx.compile(function)
+
+    @functools.wraps(function)
+    def run(*arrays: Any) -> Any:
+        return (compiled if mx.default_device().type == mx.cpu else function)(*arrays)
+
+    return run
+
+
+@compiled_on_cpu
+def _noise(bases: Any, indices: Any, ids: Any) -> Any:
+    """Noise of each row, (rows, k). bases: (rows, 2) base keys. indices: (rows,) uint32. ids: (k,) or (rows, k)."""
+    keys = _first_split(bases + mx.stack([mx.zeros_like(indices), indices], axis=-1))
+    return gumbel(keys, ids)
 
 
 def _uniform(key: Any) -> Any:
