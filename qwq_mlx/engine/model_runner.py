@@ -18,9 +18,11 @@ from qwq_mlx.engine.kv_cache import grow
 from qwq_mlx.engine.ranks.activity import activity
 from qwq_mlx.engine.ranks.leader import leader_of, mirror_of
 from qwq_mlx.model.attention import joined
+from qwq_mlx.model.blas import uses_blas
+from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.ranks import ranks_of
 
-__all__ = ["ModelRunner", "feed_prompt", "may_batch", "run_pass"]
+__all__ = ["ModelRunner", "batches_from", "feed_prompt", "run_pass"]
 
 
 class ModelRunner:
@@ -32,7 +34,7 @@ class ModelRunner:
     def __init__(self, module: Any, *, reproducible: bool = False) -> None:
         self._module = module
         self._leader = leader_of(module)
-        self._may_batch = may_batch(reproducible=reproducible)
+        self._batches_from = batches_from(module, reproducible=reproducible)
         self.taps = ActivationTaps(module)
 
     def prefill(self, cache: Sequence[Any], ids: Sequence[int]) -> None:
@@ -64,7 +66,7 @@ class ModelRunner:
                 self._leader.tell("pass", {"rows": rows, "shape": list(ids.shape), "ids": fed if is_read else None})
                 if not is_read:
                     ids = mx.distributed.all_sum(ids.astype(mx.uint32), group=self._leader.group)
-            logits: mx.array = run_pass(module, ids, caches, n_each, may_batch=self._may_batch)[:, -1]
+            logits: mx.array = run_pass(module, ids, caches, n_each, batches_from=self._batches_from)[:, -1]
             if self._leader is not None:  # each pass on its own, so that all ranks meet in the same order
                 self.start([logits])
         return logits
@@ -95,9 +97,16 @@ class ModelRunner:
         return nullcontext() if self._leader is None else self._leader.in_step()
 
 
-def may_batch(*, reproducible: bool) -> bool:
-    """Whether rows may attend in a batch here."""
-    return mx.default_device().type != mx.cpu and not reproducible
+def batches_from(module: Any, *, reproducible: bool) -> int | None:
+    """Rows of a pass from which they attend in a batch, whose bits are not those of a row alone; None is never.
+
+    On the CPU fewer rows than BLAS multiplies have the bits that they have alone.
+    """
+    if reproducible:
+        return None
+    if mx.default_device().type != mx.cpu:
+        return 1
+    return MIN_BLAS_ROWS if uses_blas(module) else None
 
 
 def feed_prompt(module: Any, cache: Sequence[Any], ids: Sequence[int]) -> None:
@@ -114,12 +123,13 @@ def feed_prompt(module: Any, cache: Sequence[Any], ids: Sequence[int]) -> None:
 
 
 def run_pass(
-    module: Any, ids: mx.array, caches: Sequence[Sequence[Any]], n_each: Sequence[int], *, may_batch: bool
+    module: Any, ids: mx.array, caches: Sequence[Sequence[Any]], n_each: Sequence[int], *, batches_from: int | None
 ) -> Any:
-    """One pass of a module over ids (rows, n) or (ids, 1); unread."""
+    """One pass of a module over ids (rows, n) or (ids, 1); unread. batches_from: see the function of that name."""
     for cache, n in zip(caches, n_each, strict=True):
         grow(cache, n)
     n_fed = None if ids.shape[1] > 1 else n_each
+    may_batch = batches_from is not None and len(caches) >= batches_from
     return module(ids, cache=joined(caches, n_fed, may_batch=may_batch))
 
 

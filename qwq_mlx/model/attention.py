@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from qwq_mlx.model.batched_cache import BatchedLayer, batched, row_cache_class
+from qwq_mlx.model.batched_cache import BatchedLayer, batched, disband, row_cache_class
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
 from qwq_mlx.model.shared_prefix import SharesPrefix, attend_behind
 from qwq_mlx.model.upstream import import_mlx_lm
@@ -113,6 +113,8 @@ def joined(
     n_fed = n_fed or [1] * len(caches)
     if list(n_fed) == [1] and not (may_batch and _is_behind_prefix(caches[0])):
         return caches[0]
+    if not may_batch:
+        disband(caches)
     offset = mx.array([row[0].offset + place for row, n in zip(caches, n_fed, strict=True) for place in range(n)])
     # On CUDA attention of several ids at once makes a plan for each new length of the cache, about 1 ms a layer.
     is_exact = mx.default_device().type == mx.cpu or mx.cuda.is_available()

@@ -27,7 +27,7 @@ import mlx.core as mx
 from qwq_mlx.model.shared_prefix import SharesPrefix
 from qwq_mlx.model.upstream import import_mlx_lm
 
-__all__ = ["BatchedLayer", "batched", "row_cache_class"]
+__all__ = ["BatchedLayer", "batched", "disband", "row_cache_class"]
 
 _NAMES = ("keys", "values")
 
@@ -145,9 +145,8 @@ def row_cache_class() -> type[Any]:
             return self.own(name)[0] if self.batch is None else self.batch.row(name, self.place)
 
         def enter(self, batch: BatchedLayer, place: int) -> None:
-            """From now on the batch holds this row."""
+            """From now on the batch holds this row, whose own arrays are gone."""
             self.batch, self.place = batch, place
-            self._keys = self._values = None
 
     return RowCache
 
@@ -166,6 +165,24 @@ def batched(rows: Sequence[Sequence[Any]]) -> Sequence[BatchedLayer]:
     return [_new_batch(members) for members in zip(*rows, strict=True)]
 
 
+def disband(rows: Sequence[Sequence[Any]]) -> None:
+    """Give rows in batches, and those beside them, their own caches again: one layer's keys, then its values."""
+    for row in rows:
+        for layer in row:
+            batch = getattr(layer, "batch", None)
+            if batch is None:
+                continue
+            members = [each for each in batch.members if each is not None and each.batch is batch]
+            for name in _NAMES:
+                copies = [mx.contiguous(batch.row(name, each.place)) for each in members]
+                mx.eval(copies)
+                del batch.arrays[name]
+                for each, copied in zip(members, copies, strict=True):
+                    setattr(each, f"_{name}", copied)
+            for each in members:
+                each.batch = None
+
+
 def _new_batch(members: Sequence[Any]) -> BatchedLayer:
     before = {id(each.batch): each.batch for each in members if each.batch is not None}
     for old in before.values():
@@ -178,6 +195,8 @@ def _new_batch(members: Sequence[Any]) -> BatchedLayer:
         mx.eval(batch.arrays[name])
         for old in before.values():
             del old.arrays[name]
+        for each in members:
+            setattr(each, f"_{name}", None)
     for place, each in enumerate(members):
         each.enter(batch, place)
     return batch

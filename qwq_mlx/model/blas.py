@@ -17,6 +17,7 @@ import contextlib
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -32,9 +33,11 @@ from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 
 __all__ = [
     "Blas",
+    "Floats",
     "blas_quantized_matmul",
     "causal_attention",
     "is_packed_for_rows",
+    "multiply_packed",
     "one_blas_thread",
     "use_blas",
     "use_blas_for_rows",
@@ -46,6 +49,7 @@ _NUMPY_BITS = (2, 4, 8)  # whole codes in a byte; others are unpacked by MLX
 _QUERIES = 512  # that attend at a time: their scores stay small whatever the length
 _BLOCK_BYTES = 4 << 20  # of unpacked rows at a time: they stay in the processor's cache until they are multiplied
 
+_here = threading.local()
 _SMALL_BYTES = 1 << 20  # a matrix that is multiplied sooner than it is shared out to threads
 
 Floats = npt.NDArray[np.float32]
@@ -134,7 +138,14 @@ def blas_quantized_matmul(x: Any, weight: Any, scales: Any, biases: Any, *, grou
     x: (..., in); it is evaluated. weight: (out, in * bits / 32) uint32; scales, biases: (out, in / group_size).
     Returns (..., out) float32. Takes 4 MiB of memory for each processor beside the result.
     """
-    columns: Floats = np.asarray(x).reshape(-1, x.shape[-1]).T
+    rows: Floats = np.asarray(x).reshape(-1, x.shape[-1])
+    y = multiply_packed(rows, weight, scales, biases, group_size=group_size, bits=bits)
+    return mx.array(y.reshape(*x.shape[:-1], -1))
+
+
+def multiply_packed(x: Floats, weight: Any, scales: Any, biases: Any, *, group_size: int, bits: int) -> Floats:
+    """The same of numpy's rows, (rows, in) -> (rows, out)."""
+    columns = x.T
     n_in, n_rows = columns.shape
     scale, bias = np.asarray(scales), np.asarray(biases)
     # codes * scale + bias: what a group's bias adds is the same for all its codes, so x's sums over groups do
@@ -150,7 +161,7 @@ def blas_quantized_matmul(x: Any, weight: Any, scales: Any, biases: Any, *, grou
         out[block] += bias[block] @ sums
 
     _by_blocks(multiply, len(scale), n_in, is_threaded=bits in _NUMPY_BITS)
-    return mx.array(np.ascontiguousarray(out.T).reshape(*x.shape[:-1], -1))
+    return np.ascontiguousarray(out.T)
 
 
 def _by_blocks(multiply: Callable[[slice], None], n_out: int, n_in: int, *, is_threaded: bool = True) -> None:
@@ -169,8 +180,20 @@ def _by_blocks(multiply: Callable[[slice], None], n_out: int, n_in: int, *, is_t
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
     """BLAS on the calling thread alone, so that workers do not wait for each other's threads. Of the whole process."""
-    with _blas().limit(limits=1):
+    if getattr(_here, "is_limited", False):  # to ask and set costs as much as a small product
         yield
+        return
+    libraries = _blas().lib_controllers
+    before = [each.num_threads for each in libraries]
+    try:
+        _here.is_limited = True
+        for each in libraries:
+            each.set_num_threads(1)
+        yield
+    finally:
+        _here.is_limited = False
+        for each, n_threads in zip(libraries, before, strict=True):
+            each.set_num_threads(n_threads)
 
 
 def _n_processors() -> int:

@@ -24,6 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwq_mlx.model.blas import is_packed_for_rows, uses_blas
+from qwq_mlx.model.many_rows import many_rows
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.upstream import import_mlx_lm
 
@@ -153,6 +154,8 @@ def _block_class() -> type[Any]:
     class CompiledBlock(import_mlx_lm("mlx_lm.models.qwen2").TransformerBlock):  # type: ignore[misc]
         def __call__(self, x: Any, mask: Any = None, cache: Any = None) -> Any:
             n_rows, n_ids = x.shape[:2]
+            if n_ids == 1 and n_rows >= MIN_BLAS_ROWS and cache is not None:
+                return many_rows(self, x, cache)
             if n_rows * n_ids >= MIN_BLAS_ROWS:
                 return super().__call__(x, mask, cache)
             attention, mlp = self.self_attn, self.mlp

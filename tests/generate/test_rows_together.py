@@ -259,7 +259,7 @@ def test_a_cache_that_is_kept_for_the_next_prompt_does_not_keep_those_beside_it(
     ]
     batches: set[int] = set()
     with Scheduler(reasoner.model, width=3, planned_bytes=0, releases=False) as scheduler:
-        monkeypatch.setattr(scheduler._decoder._runner, "_may_batch", True)
+        monkeypatch.setattr(scheduler._decoder._runner, "_batches_from", 1)
         for run in runs:
             scheduler.add(run)
         while scheduler.streams:

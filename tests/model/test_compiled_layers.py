@@ -13,7 +13,9 @@ from configs import SMALL
 from qwq_mlx.bench.models import in_compute_type, random_module
 from qwq_mlx.engine.kv_cache import new_cache
 from qwq_mlx.engine.model_runner import run_pass
+from qwq_mlx.model.blas import _blas
 from qwq_mlx.model.layout import Packing
+from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.rope import Yarn
 
 CONFIG = replace(SMALL, hidden_size=256, intermediate_size=128, vocab_size=32, max_position_embeddings=1024)
@@ -49,10 +51,10 @@ def test_logits_have_the_bits_of_mlx_lms_layers(modules: tuple[Any, Any], kv_bit
     for prompt in ([3], [4, 5, 6, 7, 8], [9, 1]):
         for module, of_module in zip(modules, caches, strict=True):
             row = [3, 4, 9].index(prompt[0])
-            mx.eval(run_pass(module, mx.array([prompt]), [of_module[row]], [len(prompt)], may_batch=False))
+            mx.eval(run_pass(module, mx.array([prompt]), [of_module[row]], [len(prompt)], batches_from=None))
     for ids, n_each in (([[1], [2], [3]], [1, 1, 1]), ([[4]], [1]), ([[5], [6], [7], [8]], [1, 2, 1])):
         logits = [
-            run_pass(module, mx.array(ids), of_module[: len(n_each)], n_each, may_batch=False)
+            run_pass(module, mx.array(ids), of_module[: len(n_each)], n_each, batches_from=None)
             for module, of_module in zip(modules, caches, strict=True)
         ]
         assert mx.array_equal(*logits), f"{ids} of {n_each}"
@@ -63,3 +65,21 @@ def test_other_layers_stay_mlx_lms_own() -> None:
     assert not is_compiled(random_module(CONFIG, {}, "float32", seed=1))
     stretched = replace(CONFIG, yarn=Yarn(factor=2.0, original_context=512))
     assert not is_compiled(random_module(stretched, PACKED, "float32", seed=1))
+
+
+def test_many_rows_are_those_alone_up_to_rounding(modules: tuple[Any, Any]) -> None:
+    """Nine rows in a batch, then seven of them, whose caches are their own again."""
+    ours, theirs = modules
+    prompts = [[(5 * row + place) % 32 for place in range(3 + row % 2)] for row in range(9)]
+    alone, together = [new_cache(theirs) for _ in prompts], [new_cache(ours) for _ in prompts]
+    for prompt, of_theirs, of_ours in zip(prompts, alone, together, strict=True):
+        mx.eval(theirs(mx.array([prompt]), cache=of_theirs), ours(mx.array([prompt]), cache=of_ours))
+    threads = [each.num_threads for each in _blas().lib_controllers]
+    for n_rows in (9, 9, 7, 8):
+        ids, n_each = [[3 * row] for row in range(n_rows)], [1] * n_rows
+        logits = run_pass(ours, mx.array(ids), together[:n_rows], n_each, batches_from=MIN_BLAS_ROWS)[:, -1]
+        for row in range(n_rows):
+            expected = run_pass(theirs, mx.array([ids[row]]), [alone[row]], [1], batches_from=None)[0, -1]
+            assert mx.abs(logits[row] - expected).max().item() < 1e-4 * mx.abs(expected).max().item()
+        assert all((layer.batch is not None) == (n_rows >= MIN_BLAS_ROWS) for row in together[:7] for layer in row)
+    assert threads == [each.num_threads for each in _blas().lib_controllers]

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from qwq_mlx.engine.kv_cache import borrowed, empty_cache, filled_cache, forked_cache, take_out_of_batch
-from qwq_mlx.engine.model_runner import feed_prompt, may_batch, run_pass
+from qwq_mlx.engine.model_runner import batches_from, feed_prompt, run_pass
 from qwq_mlx.engine.ranks.activity import activity
 from qwq_mlx.engine.ranks.cache_parts import received_layers, send_parts
 from qwq_mlx.errors import RankError
@@ -36,7 +36,7 @@ class Follower:
         self, module: Any, group: Any, *, reproducible: bool, check_model: Callable[[], None] | None = None
     ) -> None:
         self._module, self._group = module, group
-        self._may_batch = may_batch(reproducible=reproducible)
+        self._batches_from = batches_from(module, reproducible=reproducible)
         self._check_model = check_model or (lambda: None)
         self._caches: dict[int, list[Any]] = {}
         self._borrowed = ExitStack()
@@ -88,7 +88,7 @@ class Follower:
         else:
             ids = mx.array(message["ids"], mx.uint32)
         n_each = [n for _, _, n in message["rows"]]
-        hidden = run_pass(self._module.model, ids, caches, n_each, may_batch=self._may_batch)
+        hidden = run_pass(self._module.model, ids, caches, n_each, batches_from=self._batches_from)
         with activity.starting():
             mx.async_eval(hidden)  # type: ignore[no-untyped-call]
         if self._previous is not None:

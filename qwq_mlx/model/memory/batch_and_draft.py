@@ -2,7 +2,7 @@
 
 Rows: each has its own cache, a newcomer is prefilled alone, and a decode step is one pass of a row's id each, with the
 logits of every row and what drawing makes of them. On a GPU rows attend in batches; when those change, one layer's keys
-of all rows are held twice, then its values.
+of all rows are held twice, then its values. On the CPU `MIN_BLAS_ROWS` and more do so.
 
 Rows that begin alike (the samples of a vote) hold their beginning once, which is read before any of them begins. On the
 CPU, and with a quantized cache, a pass copies one layer of them for each row, for MLX is done with no row of a layer
@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qwq_mlx.model.architecture import Qwen2Config
-from qwq_mlx.model.memory.activations import CACHE_STEP, logits_bytes, n_positions, sampler_bytes
+from qwq_mlx.model.memory.activations import CACHE_STEP, MIN_BLAS_ROWS, logits_bytes, n_positions, sampler_bytes
 from qwq_mlx.model.memory.sizes import (
     bytes_of_float,
     bytes_of_pass,
@@ -45,11 +45,19 @@ _CHECKS_BEFORE = 1  # of a draft, whose log-probabilities are still held in a st
 
 def batch_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
     """Caches and passes of workload.n_sequences that each fill the context."""
+    most = _side_by_side_bytes(config, workload, context, backend)
+    if backend == "cpu" and _is_batched(workload, backend):  # when some have ended, the others attend one by one
+        fewer = replace(workload, n_sequences=MIN_BLAS_ROWS - 1)
+        most = max(most, _side_by_side_bytes(config, fewer, context, backend))
+    return most
+
+
+def _side_by_side_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
     n_sequences, n_shared = workload.n_sequences, workload.n_shared
     step = bytes_of_pass(config, workload, n_sequences, context, backend)
     if workload.rank == 0:
         step += n_sequences * (logits_bytes(config) + sampler_bytes(config))
-    is_batched = backend != "cpu" and workload.kv_bits is None
+    is_batched = _is_batched(workload, backend)
     if n_shared and not is_batched:
         layer_bytes = planned_kv_bytes_per_token(config, workload, backend) // cache_layers(config, workload)
         step += n_sequences * context * layer_bytes
@@ -67,6 +75,14 @@ def batch_bytes(config: Qwen2Config, workload: Workload, context: int, backend: 
     return max(
         _cache_bytes(config, workload, n_shared, backend) + prefill, n_shared * per_token + own + max(step, regrouped)
     )
+
+
+def _is_batched(workload: Workload, backend: Backend) -> bool:
+    """Whether all rows attend in a batch: see `engine.model_runner.batches_from`."""
+    if workload.kv_bits is not None:
+        return False
+    is_float32 = bytes_of_float(workload, backend) == 4
+    return backend != "cpu" or (is_float32 and workload.n_sequences >= MIN_BLAS_ROWS)
 
 
 def speculative_bytes(

@@ -1,0 +1,62 @@
+"""A layer of a Qwen2 model for `MIN_BLAS_ROWS` rows and more on the CPU, in numpy but for its attention.
+
+Linear layers multiply by numpy's BLAS there (`blas`), so MLX would stop and start for each of the seven of a layer.
+What lies between them is a few operations on small arrays, which numpy does at once; MLX is left with the attention.
+
+The numbers are those of mlx_lm's layer up to rounding: with so many rows a row does not get the bits it gets alone.
+
+Does not: draw, or read a prompt (many ids of one row go through mlx_lm's own layer).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from qwq_mlx.model.blas import Floats, multiply_packed, one_blas_thread
+
+__all__ = ["many_rows"]
+
+
+def many_rows(layer: Any, x: mx.array, cache: Any) -> mx.array:
+    """What a layer gives for one id of each row. x: (rows, 1, hidden) float32; it is evaluated."""
+    attention, mlp = layer.self_attn, layer.mlp
+    n_rows = len(x)
+    with one_blas_thread():
+        hidden: Floats = np.asarray(x).reshape(n_rows, -1)
+        normed = _rms_norm(hidden, layer.input_layernorm)
+        cosines, sines = (np.asarray(each) for each in layer.rotations.at(cache.offset, 1))
+        width = cosines.shape[-1]
+        queries, keys, values = (
+            _linear(normed, each).reshape(n_rows, -1, 1, width)
+            for each in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        queries, keys = _rotated(queries, cosines, sines), _rotated(keys, cosines, sines)
+        mixed = attention.mix(mx.array(queries), mx.array(keys), mx.array(values), None, cache)
+        hidden = hidden + _linear(np.asarray(mixed).reshape(n_rows, -1), attention.o_proj)
+        normed = _rms_norm(hidden, layer.post_attention_layernorm)
+        gate = _linear(normed, mlp.gate_proj)
+        gate /= 1 + np.exp(-gate)
+        gate *= _linear(normed, mlp.up_proj)
+        hidden += _linear(gate, mlp.down_proj)
+    return mx.array(hidden.reshape(n_rows, 1, -1))
+
+
+def _rms_norm(x: Floats, norm: Any) -> Floats:
+    scales = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(norm.eps))
+    scaled: Floats = x * scales * np.asarray(norm.weight)
+    return scaled
+
+
+def _linear(x: Floats, layer: Any) -> Floats:
+    y = multiply_packed(x, layer.weight, layer.scales, layer.biases, group_size=layer.group_size, bits=layer.bits)
+    return y + np.asarray(layer.bias) if "bias" in layer else y
+
+
+def _rotated(x: Floats, cosines: Floats, sines: Floats) -> Floats:
+    """x: (rows, heads, 1, width). See `compiled_layers`."""
+    half = x.shape[-1] // 2
+    turned = x * cosines + np.concatenate([x[..., half:], x[..., :half]], axis=-1) * sines
+    return cast("Floats", turned)
