@@ -109,6 +109,12 @@ class Decoder:
             mx.clear_cache()
         return tokens
 
+    def take_stop(self) -> bool:
+        """Whether somebody stopped another process since the last call; rows that come from now on are not stopped."""
+        was_stopped = self._runner.take_stop() or self.is_stopped
+        self.is_stopped = False
+        return was_stopped
+
     def _launch_missing(self, rows: Sequence[Row]) -> list[Verification]:
         """Start a step of the rows that have none under way; returns the passes that check drafts.
 

@@ -69,6 +69,12 @@ class Scheduler:
         """Whether another of the processes that hold the model was stopped, and all runs with it."""
         return self._decoder.is_stopped
 
+    def stop_all(self) -> None:
+        """Where another of the processes was stopped, stop the runs there are, and let those that come later go on."""
+        if self._decoder.take_stop():
+            for stream in self.streams:
+                stream.stop()
+
     @property
     def streams(self) -> list[Stream]:
         """The runs that have not ended."""

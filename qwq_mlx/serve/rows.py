@@ -133,6 +133,7 @@ class Rows:
         One that can never run is told so.
         """
         assert self._scheduler is not None, "it was entered"
+        self._scheduler.stop_all()  # a Ctrl-C at another process while nothing ran is none of this job's
         if not self.fits(_requests_of(job)):
             self._fail(job, _too_large(job))
             return
@@ -186,6 +187,7 @@ class Rows:
                 choice.job.wants_answer = False
                 choice.stream.answer_now()
         ended = self._scheduler.step()
+        self._scheduler.stop_all()
         self._fork()
         has_written = False
         for choice in [each for each in self._choices if not each.job.is_cancelled]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from serving import CHAT, Served, held_steps, started, until, user
 
+from qwq_mlx.engine.model_runner import ModelRunner
 from qwq_mlx.errors import DamagedModelError, GenerationError, LoadError
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.generate.scheduler import Scheduler
@@ -52,6 +53,20 @@ def test_who_leaves_a_stream_frees_the_row(tiny_server: Served) -> None:
         response.close()
         until(lambda: tiny_server.is_idle)
     assert tiny_server.post(CHAT, SHORT)["usage"]["completion_tokens"] == 3
+
+
+def test_a_ctrl_c_at_another_process_ends_what_runs_and_not_what_comes_later(
+    tiny_server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = [True]
+    monkeypatch.setattr(ModelRunner, "take_stop", lambda self: bool(asked) and asked.pop())
+    assert tiny_server.post(CHAT, SHORT)["usage"]["completion_tokens"] == 3, "it came while nothing ran"
+    connection, response = tiny_server.open_stream(LONG)
+    until(lambda: tiny_server.server.worker.n_running == 1)
+    asked.append(True)
+    assert 0 < response.read().count(b"data: ") < 400
+    connection.close()
+    assert not asked and tiny_server.post(CHAT, SHORT)["usage"]["completion_tokens"] == 3
 
 
 def test_who_leaves_without_a_stream_frees_the_row(tiny_server: Served) -> None:
