@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from qwq_mlx.cli.hosts import Hosts, ssh_command
-from qwq_mlx.cli.pause import pausable, stopped_pids
+from qwq_mlx.cli.processes import LOST, kill_there, pausable, stopped_pids, words_of
 from qwq_mlx.cli.rank import BEAT_S, PAUSED, RANK_VARIABLE, RankSetup
-from qwq_mlx.cli.watch import SILENT_S, Watch
+from qwq_mlx.cli.watch import SILENT_S, START_S, Watch
 from qwq_mlx.errors import RankError
 
 __all__ = ["Launch"]
@@ -37,7 +37,6 @@ _LATE_S = 2.0  # where it took so long to look again, this process was stopped, 
 # MLX's ring sometimes ends in one of these where the process at its other end is gone.
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
 _STOPPED = "is stopped"
-_LOST = 255  # what ssh exits with where the connection broke, or its process was ended by a signal
 
 
 class Launch:
@@ -59,7 +58,8 @@ class Launch:
     ) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
         self._hosts = hosts
-        self._watch = Watch([host.name for host in hosts.ranks], silent_s=silent_s)
+        join_s = None if hosts.backend == "ring" else START_S
+        self._watch = Watch([host.name for host in hosts.ranks], silent_s=silent_s, join_s=join_s)
         self._folder = tempfile.TemporaryDirectory(prefix="qwq-mlx-ranks-")
         self.snapshots = Path(self._folder.name) / "run.json"
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -164,7 +164,7 @@ class Launch:
             failure = self._watch.failure()
             if failure is not None:
                 raise self._failed(*self._stopped_or(failure))
-            if (unheard := self._watch.unheard()) and (stopped := self._stopped().intersection(unheard)):
+            if (unmet := self._watch.unmet()) and (stopped := self._stopped().intersection(unmet)):
                 raise self._failed(min(stopped), _STOPPED)
 
     def _hear(self, pipes: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
@@ -216,7 +216,7 @@ class Launch:
         return codes[0] or self._last()
 
     def _is_lost(self, rank: int, code: int) -> bool:
-        return code == _LOST and self._hosts.ranks[rank].ssh is not None
+        return code == LOST and self._hosts.ranks[rank].ssh is not None
 
     def _culprit(self) -> tuple[int, str]:
         """Who has ended, or stopped, before it could be the others' fault."""
@@ -233,7 +233,7 @@ class Launch:
         rank = max(range(len(codes)), key=weight)
         code = codes[rank]
         if code is not None:
-            return rank, _ended(code, is_remote=self._hosts.ranks[rank].ssh is not None)
+            return rank, words_of(code, is_remote=self._hosts.ranks[rank].ssh is not None)
         return rank, _STOPPED if weight(rank) else f"did not end within {_LAST_S:.0f} s behind the others"
 
     def _stopped_or(self, failure: tuple[int, str]) -> tuple[int, str]:
@@ -255,7 +255,7 @@ class Launch:
             except subprocess.TimeoutExpired as error:
                 raise self._failed(rank, f"did not end within {_LAST_S:.0f} s behind the first") from error
             if code:
-                raise self._failed(rank, _ended(code, is_remote=self._hosts.ranks[rank].ssh is not None))
+                raise self._failed(rank, words_of(code, is_remote=self._hosts.ranks[rank].ssh is not None))
         return 0
 
     def _errors(self, rank: int) -> Path:
@@ -274,7 +274,7 @@ class Launch:
             for rank, host in enumerate(self._hosts.ranks[: len(self.processes)])
             if host.ssh is not None and self.processes[rank].poll() != 0
         ]
-        killers = [_killed_there(ssh, pid) for ssh, pid in remote if ssh is not None and pid is not None]
+        killers = [kill_there(ssh, pid) for ssh, pid in remote if ssh is not None and pid is not None]
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -287,18 +287,3 @@ class Launch:
                 killer.wait(timeout=_LAST_S)
             killer.kill()
             killer.wait()
-
-
-def _killed_there(ssh: str, pid: int) -> subprocess.Popen[bytes]:
-    """End a process of another machine, which an end of ssh alone does not where it is stopped."""
-    script = f"ps -p {pid} -o args= | grep -q qwq_mlx && kill -KILL {pid}"
-    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    return subprocess.Popen([*ssh_command(), ssh, script], start_new_session=True, **quiet)
-
-
-def _ended(code: int, *, is_remote: bool) -> str:
-    if code < 0:
-        return f"was ended by signal {-code} ({signal.Signals(-code).name})"
-    if is_remote and code == _LOST:
-        return "was ended by a signal, or the connection to its machine broke"
-    return f"ended with exit code {code}"

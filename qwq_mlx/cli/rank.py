@@ -28,7 +28,7 @@ __all__ = ["BEAT_S", "PAUSED", "RANK_VARIABLE", "RankSetup", "join", "joined_gro
 RANK_VARIABLE = "QWQ_MLX_RANK"  # tells rank 0, which has its user's arguments, what it is
 BEAT_S = 0.5
 PAUSED = b"paused\n"  # told to the others before whoever watches them is stopped by Ctrl-Z
-_joining: list[float] = []  # since when this process looks for the others
+_joining = threading.Event()  # this process looks for the others, or has found them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,8 @@ def join(setup: RankSetup) -> Any:
         threading.Thread(target=_write_signs, args=(setup.signs,), daemon=True, name="signs of life").start()
         import mlx.core as mx
 
-        _joining.append(time.monotonic())
+        _joining.set()
+        _say(setup.signs)  # MLX keeps the other thread from it until all are there
         return mx.distributed.init(strict=True, backend=setup.backend.removesuffix("-ring"))
 
 
@@ -105,10 +106,14 @@ def _written(path: Path, value: Any) -> str:
 def _write_signs(descriptor: int) -> None:
     try:
         while True:
-            os.write(descriptor, (json.dumps(_sign()) + "\n").encode())
+            _say(descriptor)
             time.sleep(BEAT_S)
     except OSError:  # whoever started and watched this process is gone
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _say(descriptor: int) -> None:
+    os.write(descriptor, (json.dumps(_sign()) + "\n").encode())
 
 
 def _sign() -> dict[str, Any]:
@@ -124,7 +129,7 @@ def _sign() -> dict[str, Any]:
         "waiting_s": activity.waiting_s,
         "is_loading": activity.is_loading,
         "is_asking": activity.is_asking,
-        "joining_s": time.monotonic() - _joining[0] if _joining else 0.0,
+        "is_joining": _joining.is_set(),
         "silent_s": {str(link.peer): link.silent_s for link in list(open_links)},
         "faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
         "peak_bytes": sys.modules["mlx.core"].get_peak_memory() if "mlx.core" in sys.modules else 0,

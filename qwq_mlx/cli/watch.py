@@ -16,9 +16,10 @@ from typing import Any
 __all__ = ["START_S", "Watch"]
 
 START_S = 60.0
-"""Until a process says something first, and then joins the others: it imports, beside all others, perhaps over ssh."""
+"""Until a process has joined the others: it imports, beside all others, perhaps over ssh, and MLX says nothing while it
+looks for them."""
 SILENT_S = 7.0
-"""A busy machine lets a process wait for seconds; with what it takes to notice, a failure is named within 10 s."""
+"""From then on. A busy machine lets a process wait for seconds; what it takes to notice fits into 10 s, too."""
 STUCK_S = 30.0
 """In which somebody has to finish something; ten times the longest wait so far where that is more."""
 FIRST_STUCK_S = 300.0
@@ -30,12 +31,20 @@ _MANY_FAULTS = 1_000  # pages read from disk while nobody finishes anything
 
 
 class Watch:
-    """names: of each process, for messages. silent_s: after which one has failed. clock: seconds."""
+    """names: of each process, for messages. silent_s: after which one has failed. clock: seconds.
+    join_s: in which all find each other once all look, None as long as silent_s.
+    """
 
     def __init__(
-        self, names: Sequence[str], *, silent_s: float = SILENT_S, clock: Callable[[], float] = time.monotonic
+        self,
+        names: Sequence[str],
+        *,
+        silent_s: float = SILENT_S,
+        join_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._names, self._silent_s, self._clock = list(names), silent_s, clock
+        self._join_s = silent_s if join_s is None else join_s
         self._started = self._moved = clock()
         self._forgiven = -_FRESH_S
         self._heard: list[float | None] = [None] * len(names)
@@ -43,6 +52,7 @@ class Watch:
         self._faults: list[int] = [0] * len(names)  # when somebody finished something last
         self._slowest_s = 0.0
         self._first_heard: dict[int, float] = {}
+        self._joining: dict[int, float] = {}  # since when each looks for the others
         self._joined: set[int] = set()
 
     def hear(self, rank: int, sign: Mapping[str, Any]) -> None:
@@ -50,6 +60,8 @@ class Watch:
         before, now = self._last[rank], self._clock()
         self._heard[rank], self._last[rank] = now, sign
         self._first_heard.setdefault(rank, now)
+        if sign.get("is_joining"):
+            self._joining.setdefault(rank, now)
         if sign.get("silent_s"):
             self._joined.add(rank)
         if sign.get("done", 0) != before.get("done", 0):
@@ -71,10 +83,14 @@ class Watch:
         self._started = self._moved = self._forgiven = now = self._clock()
         self._heard = [None if each is None else now for each in self._heard]
         self._first_heard = dict.fromkeys(self._first_heard, now)
+        last = max(self._joining.values(), default=now)
+        self._joining = {rank: since + now - last for rank, since in self._joining.items()}
 
-    def unheard(self) -> list[int]:
-        """Processes that have not said anything, though they have had the time for it on most machines."""
-        return [rank for rank, heard in enumerate(self._heard) if heard is None and self._age(rank) > self._silent_s]
+    def unmet(self) -> list[int]:
+        """Processes that have not joined the others and say nothing: they may be stopped, or MLX keeps them busy."""
+        return [
+            rank for rank in range(len(self._last)) if rank not in self._joined and self._age(rank) > self._silent_s
+        ]
 
     def failure(self) -> tuple[int, str] | None:
         """The process that has failed, and what is wrong with it; None while all is well."""
@@ -85,39 +101,30 @@ class Watch:
         return self._clock() - (self._started if heard is None else heard)
 
     def _silent(self) -> tuple[int, str] | None:
-        ages = [
-            (self._age(rank) - (START_S if heard is None else self._silent_s), rank)
-            for rank, heard in enumerate(self._heard)
-        ]
-        late, rank = max(ages)
+        limits = [self._silent_s if rank in self._joined else START_S for rank in range(len(self._last))]
+        late, rank = max((self._age(rank) - limit, rank) for rank, limit in enumerate(limits))
         if late <= 0:
             return None
-        limit = START_S if self._heard[rank] is None else self._silent_s
-        return rank, f"gave no sign of life for {limit:.0f} s (it is stopped, or its machine or network is gone)"
+        return rank, f"gave no sign of life for {limits[rank]:.0f} s (it is stopped, or its machine or network is gone)"
 
     def _unjoined(self) -> tuple[int, str] | None:
-        now, joining = self._clock(), self._joining()
-        if joining and len(joining) + len(self._joined) == len(self._last):
+        now = self._clock()
+        missing = [rank for rank in range(len(self._last)) if rank not in self._joined]
+        if missing and all(rank in self._joining for rank in missing):
             # MLX's ring asks for a neighbour that is not there yet after 1, 2, 4, 8 and 16 s, so that processes which
             # were there at different times find each other as much later again.
-            first, last = max(joining.values()), min(joining.values())
-            limit = self._silent_s + first - last
-            late = list(joining) if min(last, now - self._forgiven) > limit else []
+            first, last = min(self._joining.values()), max(self._joining.values())
+            limit = self._join_s + last - first
+            late = missing if now - last > limit else []
         else:
             limit = START_S
-            firsts = self._first_heard.items()
-            late = [rank for rank, first in firsts if rank not in self._joined and now - first > START_S]
+            late = [rank for rank in missing if now - self._first_heard.get(rank, now) > START_S]
         if not late:
             return None
         return max(late), (
-            f"and the others have not found each other for {limit:.0f} s, though all are alive: the network between "
-            "them is lost, or a firewall refuses connections to Python"
+            f"and the others have not found each other for {limit:.0f} s: the network between them is lost, or a "
+            "firewall refuses connections to Python"
         )
-
-    def _joining(self) -> dict[int, float]:
-        """How long each process has looked for the others, of those that still do."""
-        waits = {rank: each.get("joining_s", 0.0) for rank, each in enumerate(self._last) if rank not in self._joined}
-        return {rank: seconds for rank, seconds in waits.items() if seconds}
 
     def _lost_link(self) -> tuple[int, str] | None:
         if self._clock() - self._forgiven < _FRESH_S:

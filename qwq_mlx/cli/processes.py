@@ -1,4 +1,5 @@
-"""Stopped processes: which are, and Ctrl-Z of a command whose work other processes do, which are stopped with it.
+"""Other processes: in which words they ended, which are stopped, and how to end those of another machine and to stop
+and go on with all by Ctrl-Z.
 
 Does not: know whose processes they are (`launch` does).
 """
@@ -11,8 +12,14 @@ import subprocess
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["pausable", "stopped_pids"]
+from qwq_mlx.cli.hosts import ssh_command
+
+__all__ = ["LOST", "kill_there", "pausable", "stopped_pids", "words_of"]
+
+LOST = 255
+"""What ssh exits with where the connection broke, or its process was ended by a signal."""
 
 
 @contextmanager
@@ -45,3 +52,19 @@ def stopped_pids(pids: Collection[int]) -> list[int]:
     except OSError:
         return []
     return [int(pid) for pid, state in map(str.split, lines) if state.startswith("T")]
+
+
+def kill_there(ssh: str, pid: int) -> subprocess.Popen[bytes]:
+    """End a process of another machine, which an end of ssh alone does not where it is stopped."""
+    script = f"ps -p {pid} -o args= | grep -q qwq_mlx && kill -KILL {pid}"
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    return subprocess.Popen([*ssh_command(), ssh, script], start_new_session=True, **quiet)
+
+
+def words_of(code: int, *, is_remote: bool) -> str:
+    """How a process ended. is_remote: it is ssh's, that has another machine's exit code."""
+    if code < 0:
+        return f"was ended by signal {-code} ({signal.Signals(-code).name})"
+    if is_remote and code == LOST:
+        return "was ended by a signal, or the connection to its machine broke"
+    return f"ended with exit code {code}"
