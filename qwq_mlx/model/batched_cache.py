@@ -17,6 +17,7 @@ Does not: batch quantized caches; those attend one by one.
 
 from __future__ import annotations
 
+import collections
 import functools
 import weakref
 from collections.abc import Sequence
@@ -191,7 +192,7 @@ def _new_batch(members: Sequence[Any]) -> BatchedLayer:
                 each.leave()
     batch = BatchedLayer(members)
     for name in _NAMES:
-        batch.arrays[name] = mx.concatenate([each.part(name) for each in members])
+        batch.arrays[name] = _gathered(members, name)
         mx.eval(batch.arrays[name])
         for old in before.values():
             del old.arrays[name]
@@ -200,3 +201,22 @@ def _new_batch(members: Sequence[Any]) -> BatchedLayer:
     for place, each in enumerate(members):
         each.enter(batch, place)
     return batch
+
+
+def _gathered(members: Sequence[Any], name: str) -> mx.array:
+    """A copy of the members' keys or values, (rows, heads, room, width).
+
+    Of a batch that most of them are in already they are taken at once: on a GPU a copy of each row is a launch of its
+    own, and where rows come and go a batch is made anew every other pass.
+    """
+    counted = collections.Counter(id(each.batch) for each in members if each.batch is not None)
+    if not counted:
+        return mx.concatenate([each.part(name) for each in members])
+    [(most, _)] = counted.most_common(1)
+    is_there = [id(each.batch) == most for each in members]
+    old = members[is_there.index(True)].batch.arrays[name]
+    array: mx.array = old[mx.array([each.place if is_in else 0 for each, is_in in zip(members, is_there, strict=True)])]
+    for place, (each, is_in) in enumerate(zip(members, is_there, strict=True)):
+        if not is_in:
+            array[place : place + 1] = each.part(name)
+    return array
