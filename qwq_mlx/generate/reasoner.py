@@ -317,7 +317,7 @@ class Reasoner(RequestMaker):
         A sample that fails ends alone (`Vote.failures`). Raises PromptError, OptionError or FitError before any work;
         BatchError where all fail.
 
-        >>> vote = reasoner.vote("What is 3 + 4?", n=4, sampling=qwq_mlx.Sampling(seed=1))
+        >>> vote = reasoner.vote("What is 3 + 4?", n=3, width=2, sampling=qwq_mlx.Sampling(seed=1))
         >>> vote.answer, vote.agreement, vote.stopped
         ('7', 1.0, 'lead')
         """

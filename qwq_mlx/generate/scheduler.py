@@ -128,16 +128,20 @@ class Scheduler:
             stream.keep_cache()
 
     def _feed(self) -> list[Stream]:
-        """Feed one chunk of the first prompt that waits. Returns its run where that could not begin."""
-        if not self._waiting:
-            return []
-        stream, chunks = self._waiting[0]
-        try:
-            next(chunks)
-            return []
-        except StopIteration:
-            self._active.append(stream)
-        except (GenerationError, RuntimeError, MemoryError) as error:
-            stream.fail(error)
-        self._waiting.popleft()
-        return [stream] if stream.failure is not None else []
+        """Feed one chunk of the first prompt that waits; runs that have nothing to feed, as forks have, begin at once.
+
+        Returns the runs that could not begin.
+        """
+        failed = []
+        while self._waiting:
+            stream, chunks = self._waiting[0]
+            try:
+                next(chunks)
+                break
+            except StopIteration:
+                self._active.append(stream)
+            except (GenerationError, RuntimeError, MemoryError) as error:
+                stream.fail(error)
+                failed.append(stream)
+            self._waiting.popleft()
+        return failed

@@ -77,7 +77,7 @@ class Vote:
     n_tokens_saved: estimate of the tokens not drawn: the mean length of a sample that ended, for each that did not,
       less what was drawn of it.
 
-    >>> vote = reasoner.vote("What is 3 + 4?", n=3, sampling=qwq_mlx.Sampling(seed=1))
+    >>> vote = reasoner.vote("What is 3 + 4?", n=3, width=2, sampling=qwq_mlx.Sampling(seed=1))
     >>> vote.answer, [group.samples for group in vote.groups]
     ('7', [(0, 1)])
     """

@@ -13,13 +13,13 @@ Does not: choose the compute type, or touch a layer on another backend.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import mlx.core as mx
@@ -167,7 +167,7 @@ def multiply_packed(x: Floats, weight: Any, scales: Any, biases: Any, *, group_s
 def _by_blocks(multiply: Callable[[slice], None], n_out: int, n_in: int, *, is_threaded: bool = True) -> None:
     """Call for each block of the rows of a matrix. is_threaded: side by side; MLX is to be used by one thread alone."""
     if 4 * n_out * n_in <= _SMALL_BYTES:
-        with one_blas_thread():
+        with nullcontext() if _is_limited() else one_blas_thread():
             multiply(slice(0, n_out))
         return
     n_block = max(1, min(_BLOCK_BYTES // (4 * n_in), -(-n_out // _n_processors())))
@@ -177,10 +177,10 @@ def _by_blocks(multiply: Callable[[slice], None], n_out: int, n_in: int, *, is_t
             pass
 
 
-@contextlib.contextmanager
+@contextmanager
 def one_blas_thread() -> Iterator[None]:
     """BLAS on the calling thread alone, so that workers do not wait for each other's threads. Of the whole process."""
-    if getattr(_here, "is_limited", False):  # to ask and set costs as much as a small product
+    if _is_limited():  # to ask and set costs as much as a small product
         yield
         return
     libraries = _blas().lib_controllers
@@ -194,6 +194,11 @@ def one_blas_thread() -> Iterator[None]:
         _here.is_limited = False
         for each, n_threads in zip(libraries, before, strict=True):
             each.set_num_threads(n_threads)
+
+
+def _is_limited() -> bool:
+    """Whether this thread is within `one_blas_thread`."""
+    return getattr(_here, "is_limited", False)
 
 
 def _n_processors() -> int:

@@ -45,8 +45,9 @@ def many_rows(layer: Any, x: mx.array, cache: Any) -> mx.array:
 
 
 def _rms_norm(x: Floats, norm: Any) -> Floats:
-    scales = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(norm.eps))
-    scaled: Floats = x * scales * np.asarray(norm.weight)
+    squares = np.einsum("ij,ij->i", x, x)[:, None]
+    scaled: Floats = x / np.sqrt(squares / x.shape[-1] + np.float32(norm.eps))
+    scaled *= np.asarray(norm.weight)
     return scaled
 
 

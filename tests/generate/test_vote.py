@@ -24,6 +24,7 @@ from qwq_mlx.generate.vote_plot import plot_vote
 from qwq_mlx.options import Limits, Sampling
 
 SAMPLING, LIMITS = Sampling(temperature=1.0, seed=7), Limits(max_tokens=25, prefill_step=8)
+STAGGERED = replace(LIMITS, stop=("X",))  # the samples end after 5, 3, 13, 25 and 25 tokens
 
 
 @pytest.fixture(scope="module")
@@ -160,23 +161,23 @@ def answering(monkeypatch: pytest.MonkeyPatch, answers: Iterable[str | None]) ->
 
 @pytest.mark.tiny
 def test_what_cannot_change_the_answer_is_not_drawn(reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = [reasoner.generate("x", sampling=seeded(index), limits=LIMITS) for index in range(5)]
+    alone = [reasoner.generate("x", sampling=seeded(index), limits=STAGGERED) for index in range(5)]
     answering(monkeypatch, itertools.repeat("7"))
     told: list[tuple[int, int]] = []
     vote = reasoner.vote(
         "x",
         n=5,
         sampling=SAMPLING,
-        limits=LIMITS,
+        limits=STAGGERED,
         width=2,
         progress=lambda place, _, groups: told.append((place, len(groups[0].samples))),
     )
-    assert (vote.answer, vote.agreement, vote.stopped, told) == ("7", 1.0, "lead", [(0, 1), (1, 2), (2, 3)])
-    assert [trace.finish_reason for trace in vote.traces] == ["length"] * 3 + ["interrupted"], "the last never began"
+    assert (vote.answer, vote.agreement, vote.stopped, told) == ("7", 1.0, "lead", [(1, 1), (0, 2), (2, 3)])
+    assert [trace.finish_reason for trace in vote.traces] == ["stop"] * 3 + ["interrupted"], "the last never began"
     assert 0 < len(vote.traces[3].ids) < 25
     for trace, whole in zip(vote.traces, alone, strict=False):
         assert trace.ids == whole.ids[: len(trace.ids)]
-    assert vote.n_tokens_saved == 2 * 25 - len(vote.traces[3].ids)
+    assert vote.n_tokens_saved == 2 * (5 + 3 + 13) / 3 - len(vote.traces[3].ids)
     sure = reasoner.vote("x", n=9, sampling=SAMPLING, limits=LIMITS, width=1, confidence=0.9, stop_early=False)
     assert (sure.stopped, len(sure.traces), sure.posterior) == ("confidence", 3, 0.9375)
     whole_vote = reasoner.vote("x", n=3, sampling=SAMPLING, limits=LIMITS, stop_early=False)
@@ -318,10 +319,10 @@ def test_flags_that_a_vote_cannot_take_are_refused_before_a_model_is_looked_for(
 @pytest.mark.tiny
 def test_a_vote_that_is_stopped_counts_what_had_ended(reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, itertools.repeat("7"))
-    voting = Voting(reasoner.stream("x", sampling=SAMPLING, limits=LIMITS), 6, width=2, stop_early=False)
+    voting = Voting(reasoner.stream("x", sampling=SAMPLING, limits=STAGGERED), 6, width=2, stop_early=False)
     vote = voting.work(lambda place, *_: voting.stop())
-    assert (vote.stopped, vote.answer, vote.groups[0].samples, vote.failures) == ("interrupted", "7", (0,), {})
-    assert [trace.finish_reason for trace in vote.traces] == ["length", "interrupted"]
+    assert (vote.stopped, vote.answer, vote.groups[0].samples, vote.failures) == ("interrupted", "7", (1,), {})
+    assert [trace.finish_reason for trace in vote.traces] == ["interrupted", "stop"]
     stopped = Voting(reasoner.stream("x", sampling=SAMPLING, limits=LIMITS), 6)
     stopped.stop()
     assert (stopped.work().traces, stopped.work().answer) == ((), None)
