@@ -19,8 +19,11 @@ from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
 from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.load import LoadedModel
+from qwq_mlx.model.memory.fit import machine_of
 from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, Workload, plan_memory
 from qwq_mlx.model.memory.sizes import cache_layers
+from qwq_mlx.model.memory.splits import plan_of_least_room
+from qwq_mlx.model.ranks import ranks_of
 from qwq_mlx.model.shared_prefix import MIN_SHARED
 from qwq_mlx.options import Limits, Sampling, Thinking
 from qwq_mlx.progress import ProgressBar
@@ -107,8 +110,16 @@ def shared_bytes(request: Request, *, n_rows: int, n_shared: int) -> int:
     """
     if n_shared < MIN_SHARED:
         return 0
-    n_copies = n_rows - 1 - n_rows / cache_layers(request.model.config, request.plan.workload)
-    return max(0, int(n_copies * n_shared * request.plan.kv_bytes_per_token))
+    n_copies = n_rows - 1 - n_rows / cache_layers(request.model.config, replace(request.plan.workload, rank=0))
+    return max(0, int(n_copies * n_shared * kv_bytes_here(request.plan)))
+
+
+def kv_bytes_here(plan: MemoryPlan) -> int:
+    """Of a position, in this process: the plan may be of another one that holds more or fewer layers, and binds."""
+    split = plan.workload.split
+    if split is None:
+        return plan.kv_bytes_per_token
+    return plan.kv_bytes_per_token * split.n_layers[0] // split.n_layers[plan.workload.rank]
 
 
 def plan_width(
@@ -122,10 +133,13 @@ def _widest(
     model: LoadedModel, workload: Workload, n_rows: int, width: int | None, limit_bytes: int | None
 ) -> MemoryPlan:
     check_width(width)
-    shape = ModelShape(config=model.config, packed=model.packed)
+    shape, ranks = ModelShape(config=model.config, packed=model.packed), ranks_of(model.module)
 
     def planned(n_sequences: int) -> MemoryPlan:
         asked = replace(workload, n_sequences=n_sequences)
+        if ranks is not None and limit_bytes is not None and ranks.limits[0] is not None:
+            held = ranks.limits[0] - limit_bytes
+            return plan_of_least_room(shape, asked, ranks.limits, backend=backend_name(), held_bytes=held)
         return plan_memory(shape, asked, limit_bytes=limit_bytes, backend=backend_name())
 
     most = min(n_rows, MAX_WIDTH if width is None else width)
@@ -133,7 +147,8 @@ def _widest(
     n_fitting = fitting.workload.n_sequences
     if width is not None and n_fitting < most:
         raise FitError(
-            f"{most:,} rows side by side do not fit the memory of this machine:\n{planned(most).arithmetic()}\n"
+            f"{most:,} rows side by side do not fit the memory of {machine_of(planned(most).workload)}:\n"
+            f"{planned(most).arithmetic()}\n"
             f"The largest `width` that fits is {n_fitting:,}; a smaller `context` makes room for more."
         )
     return fitting

@@ -13,7 +13,8 @@ import gc
 import platform
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from qwq_mlx.files.model_identity import (
     possible_folders,
     versions,
 )
-from qwq_mlx.model.device import backend_name, limit_bytes
+from qwq_mlx.model.device import backend_name, limit_bytes, wired
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, load_model
 from qwq_mlx.model.split import Split
@@ -46,6 +47,7 @@ __all__ = [
     "wait_until_loaded",
 ]
 
+_wiring = ExitStack()
 _leaders: list[Leader] = []  # the last one: MLX has one group of all processes, which hold one model
 
 
@@ -93,23 +95,35 @@ def begin_loading(
     follow_links: bool,
     reproducible: bool,
     verify: bool,
+    peak_bytes: Sequence[int],
 ) -> None:
-    """Let all ranks load their parts while this one loads its own; the settings are those of `load`."""
+    """Let all ranks load their parts while this one loads its own; the settings are those of `load`.
+
+    peak_bytes: that are planned for each rank.
+    """
     settings = {
         "split": asdict(split),
         "compute_type": compute_type,
         "follow_links": follow_links,
         "reproducible": reproducible,
         "verify": verify,
+        "peak_bytes": list(peak_bytes),
     }
     leader.tell("load", settings)
 
 
-def wait_until_loaded(leader: Leader) -> None:
-    """Raises LoadError naming the machine that could not."""
+def wait_until_loaded(leader: Leader, peak_bytes: int) -> None:
+    """peak_bytes: that are planned for this process. Raises LoadError naming the machine that could not."""
     with activity.loading():
         for link in leader.links:
             _check(link, link.receive())
+    _wire(peak_bytes)
+
+
+def _wire(n_bytes: int) -> None:
+    """Until the next model, whoever runs: a process that others wait for must not be paged out."""
+    _wiring.close()
+    _wiring.enter_context(wired(n_bytes))
 
 
 def _check(link: Link, reply: Mapping[str, Any]) -> None:
@@ -152,6 +166,7 @@ def _follow(link: Link, group: Any, folder: Path | None) -> None:
         if task == "end":
             return
         if task == "plan":
+            _wiring.close()
             follower = None  # of the model before, whose memory is free when this one's is measured
             gc.collect()
             import_mlx().clear_cache()
@@ -193,6 +208,7 @@ def _loaded(group: Any, folder: Path | None, message: Mapping[str, Any]) -> Foll
             split=Split(**message["split"]),
             progress=lambda n_done, n_layers: activity.step(),
         )
+    _wire(message["peak_bytes"][group.rank()])
     check_model: Callable[[], None] | None = None
     if message["verify"] and model.has_manifest:
         verification = BackgroundVerification(model.folder)

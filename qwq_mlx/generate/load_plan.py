@@ -9,7 +9,7 @@ Does not: make a reasoner of it (`reasoner.load` does).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import ComputeType, LoadedModel, LoadProgress, default_compute_type, load_model
 from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
 from qwq_mlx.model.memory.fit import fitted
-from qwq_mlx.model.memory.plan import Workload
-from qwq_mlx.model.memory.splits import binding_rank, choose_split, plan_ranks
+from qwq_mlx.model.memory.plan import MemoryPlan, Workload
+from qwq_mlx.model.memory.splits import choose_split, plan_ranks
 from qwq_mlx.model.split import Split, SplitKind
 from qwq_mlx.model.template import read_template_file
 from qwq_mlx.options import Limits
@@ -35,17 +35,20 @@ __all__ = ["LoadPlan", "load_planned", "plan_load"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
-    """folder: of the model. limit_bytes: what the device gives, None where nothing is refused. drafts: who drafts.
+    """folder: of the model. drafts: who drafts. plan: of the process whose memory limits what all can do.
     leader: of the processes that are to hold the model together; None for this one alone. split: who of them holds
-    what. rank: the one whose limit that is.
+    what.
+    limits: what the device of each process gives, this one's first; None where nothing is refused.
+    peak_bytes: of each process.
     """
 
     folder: Path
-    limit_bytes: int | None
     drafts: DraftChoice
+    plan: MemoryPlan
     leader: Leader | None
     split: Split | None
-    rank: int
+    limits: list[int | None]
+    peak_bytes: list[int]
 
 
 def plan_load(
@@ -80,25 +83,31 @@ def plan_load(
         of_ranks = limits_of_ranks(leader, files.path, limit, follow_links=follow_links)
         workload = _workload(limits, drafts, compute_type)
         chosen = choose_split(files, workload, of_ranks, kind=split, backend=backend_name())
-    rank, fitting = 0, limits
-    for _ in range(1 if chosen is None else 2):  # with a cache that is quantized to fit, another process may bind
-        if chosen is not None:
-            workload = _workload(replace(fitting, context=limits.context), drafts, compute_type)
-            rank = binding_rank(plan_ranks(files, workload, chosen, of_ranks, backend=backend_name()))
-        fitting = fitted(
-            files,
-            limits,
-            limit_bytes=of_ranks[rank],
-            backend=backend_name(),
-            compute_type=compute_type,
-            draft=drafts.shape,
-            drafts_from_texts=drafts.uses_texts,
-            split=chosen,
-            rank=rank,
-        ).limits
+    plan = fitted(
+        files,
+        limits,
+        limit_bytes=limit,
+        backend=backend_name(),
+        compute_type=compute_type,
+        draft=drafts.shape,
+        drafts_from_texts=drafts.uses_texts,
+        split=chosen,
+        of_ranks=of_ranks,
+    ).plan
     if leader is None:
         read_ahead(shard.path for shard in files.checkpoint.shards)
-    return LoadPlan(folder=model, limit_bytes=of_ranks[rank], drafts=drafts, leader=leader, split=chosen, rank=rank)
+    plans = [plan]
+    if chosen is not None:
+        plans = plan_ranks(files, plan.workload, chosen, of_ranks, backend=backend_name())
+    return LoadPlan(
+        folder=model,
+        drafts=drafts,
+        plan=plan,
+        leader=leader,
+        split=chosen,
+        limits=of_ranks,
+        peak_bytes=[each.peak_bytes for each in plans],
+    )
 
 
 def _workload(limits: Limits, drafts: DraftChoice, compute_type: ComputeType | None) -> Workload:
@@ -138,6 +147,7 @@ def load_planned(
             follow_links=follow_links,
             reproducible=reproducible,
             verify=verify,
+            peak_bytes=plan.peak_bytes,
         )
     model = load_model(
         plan.folder,
@@ -150,7 +160,7 @@ def load_planned(
         progress=progress,
     )
     if leader is not None:
-        wait_until_loaded(leader)
+        wait_until_loaded(leader, plan.peak_bytes[0])
         model.module.leader = leader
-        model.module.ranks.binding = plan.rank
+        model.module.ranks.limits = plan.limits
     return model

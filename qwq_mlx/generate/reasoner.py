@@ -100,7 +100,7 @@ def load(
         verify=verify,
         progress=progress,
     )
-    reasoner = Reasoner(model, limit_bytes=plan.limit_bytes, verify=verify)
+    reasoner = Reasoner(model, limit_bytes=plan.limits[0], verify=verify)
     reasoner.use_drafts(plan.drafts, limits=asked)
     return reasoner
 

@@ -148,7 +148,7 @@ class RequestMaker:
             draft=self._draft_choice.shape,
             drafts_from_texts=self._draft_choice.uses_texts,
             split=None if ranks is None else ranks.split,
-            rank=0 if ranks is None else ranks.binding,
+            of_ranks=() if ranks is None else ranks.limits,
         )
 
     def receipt(self, trace: Trace) -> Receipt:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qwq_mlx.errors import BatchError, OptionError
-from qwq_mlx.generate.batch import plan_rows, question_seed
+from qwq_mlx.generate.batch import kv_bytes_here, plan_rows, question_seed
 from qwq_mlx.generate.request import resolved
 from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
@@ -163,7 +163,7 @@ class Voting:
         held = n_positions(len(request.prompt_ids) + n_steps)  # by the run itself
         if n_shared >= MIN_SHARED and n_steps - at < CACHE_STEP - 1:  # else the samples share a copy (`shared_prefix`)
             held -= n_shared
-        held *= request.plan.kv_bytes_per_token
+        held *= kv_bytes_here(request.plan)
         limit = None if limit_bytes is None else limit_bytes - held
         plan = plan_rows([request] * n, width, limit_bytes=limit, n_shared=n_shared)
         self._width, self._planned_bytes = plan.workload.n_sequences, plan.peak_bytes + held

@@ -82,7 +82,7 @@ class Ranks:
     n_layers: of the model. layers: of them, those that this rank has.
     kv_heads: of the model's, those in this rank's KV caches.
     sends: what it computes goes to another rank, so that it has to be computed also where nobody here reads it.
-    binding: the rank whose memory limits what all can do; rank 0 is told so.
+    limits: what the device of each rank gives, None where nothing is refused; rank 0 is told.
     """
 
     def __init__(self, group: Any, split: Split, config: Qwen2Config) -> None:
@@ -93,7 +93,7 @@ class Ranks:
         self.layers = split.layers_of(self.rank)
         self.kv_heads = split.kv_heads_of(self.rank, config)
         self.sends = split.kind == "pipeline" and self.rank > 0
-        self.binding = 0
+        self.limits: list[int | None] = [None] * self.size
 
 
 def ranks_of(module: Any) -> Ranks | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,7 +174,8 @@ def test_a_draft_model_is_planned_in_process_0_though_another_one_has_less_room(
         for rank in range(2)
     ]
     plan = _planned_by_two(monkeypatch, model, Limits(context=64), limits)
-    assert (plan.split, plan.rank) == (split, 1)
+    assert (plan.split, plan.plan.workload.rank) == (split, 1)
+    assert plan.limits == limits and plan.peak_bytes[0] > plan.peak_bytes[1] == plan.plan.peak_bytes
     with pytest.raises(FitError):
         _planned_by_two(monkeypatch, model, Limits(context=64), limits, draft=str(model))
 
@@ -186,7 +189,8 @@ def test_the_process_that_binds_with_a_cache_that_is_quantized_to_fit_decides(
     monkeypatch.setattr(load_plan, "open_model_folder", lambda *_, **__: files)
     monkeypatch.setattr(load_plan, "backend_name", lambda: "metal")
     plan = _planned_by_two(monkeypatch, pocket_checkpoint(), Limits(kv_bits="auto", prefill_step=512), limits)
-    assert (plan.split, plan.rank, plan.limit_bytes) == (Split("pipeline", (14, 50)), 0, limits[0])
+    assert (plan.split, plan.plan.workload.rank) == (Split("pipeline", (14, 50)), 0)
+    assert plan.plan.limit_bytes == limits[0]
 
 
 def test_a_follower_s_memory_is_free_of_the_model_before_when_it_says_how_much_there_is(
@@ -209,6 +213,31 @@ def test_a_follower_s_memory_is_free_of_the_model_before_when_it_says_how_much_t
     link: Any = SimpleNamespace(receive=lambda: {"task": next(tasks)}, send=lambda _: None)
     following._follow(link, None, None)
     assert len(kept) == 1 and kept[0] < 1 << 20
+
+
+def test_a_follower_wires_what_is_planned_for_it_until_the_next_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 and all who wait for a process wait for its pages, too."""
+    wired: list[int] = []
+
+    @contextmanager
+    def recorded(n_bytes: int) -> Iterator[None]:
+        wired.append(n_bytes)
+        yield
+        wired.remove(n_bytes)
+
+    settings = dict.fromkeys(("compute_type", "follow_links", "reproducible", "verify"))
+    tasks = iter([{"task": "load", **settings, "split": {"kind": "tensor", "n_layers": [1, 1]}, "peak_bytes": [7, 9]}])
+    monkeypatch.setattr(following, "wired", recorded)
+    monkeypatch.setattr(following, "load_model", lambda *_, **__: SimpleNamespace(module=None))
+    monkeypatch.setattr(following, "_planned", lambda *_: ({}, None))
+    held: list[list[int]] = []
+    link: Any = SimpleNamespace(
+        receive=lambda: next(tasks, {"task": "plan" if len(held) == 1 else "end"}), send=lambda _: held.append([*wired])
+    )
+    loaded = following._loaded
+    monkeypatch.setattr(following, "_loaded", lambda group, _, message: loaded(group, pocket_checkpoint(), message))
+    following._follow(link, SimpleNamespace(rank=lambda: 1), None)
+    assert held == [[9], []]
 
 
 def test_all_compute_in_the_type_of_process_0(monkeypatch: pytest.MonkeyPatch) -> None:

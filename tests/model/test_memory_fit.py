@@ -47,10 +47,10 @@ def test_the_process_whose_memory_binds_is_named() -> None:
         fitted(
             QWQ,
             Limits(context=32_768),
-            limit_bytes=8 << 30,
+            limit_bytes=64 << 30,
             backend="metal",
             split=tensor_split(QWQ.config, 2),
-            rank=1,
+            of_ranks=[64 << 30, 8 << 30],
         )
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,9 +12,11 @@ import pytest
 
 from qwq_mlx import facts
 from qwq_mlx.default_model import pocket_checkpoint
-from qwq_mlx.errors import OptionError
+from qwq_mlx.errors import FitError, OptionError
 from qwq_mlx.files.checkpoint import open_checkpoint
+from qwq_mlx.generate.batch import plan_width
 from qwq_mlx.generate.reasoner import load
+from qwq_mlx.model.memory.fit import fitted
 from qwq_mlx.model.memory.plan import Workload, metal_limit_bytes, plan_memory, shape_of_facts
 from qwq_mlx.model.memory.splits import choose_split, plan_ranks
 from qwq_mlx.model.ranks import read_part
@@ -76,6 +80,30 @@ def test_the_split_is_the_one_asked_for_or_the_one_that_reaches_the_longer_conte
     assert kind(large, "pipeline") == "pipeline"
     with pytest.raises(OptionError, match="no multiple of 3"):
         choose_split(QWQ, Workload(), [*alike, alike[0]], kind="tensor")
+
+
+def test_rows_fit_every_process_though_another_one_binds_with_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Mac of 8 GiB binds by its buffers, one of 24 GiB, which has most layers, by the caches of many rows."""
+    monkeypatch.setattr("qwq_mlx.generate.batch.backend_name", lambda: "metal")
+    split, limits = Split("pipeline", (12, 52)), [metal_limit_bytes(gib << 30) for gib in (8, 24)]
+    alone = fitted(
+        QWQ, Limits(context=1024, kv_bits=8), limit_bytes=None, backend="metal", split=split, of_ranks=limits
+    ).plan
+    ranks = SimpleNamespace(limits=limits)
+    model: Any = SimpleNamespace(config=QWQ.config, packed=QWQ.packed, module=SimpleNamespace(ranks=ranks))
+    for held in (0, 200_000_000):  # by rank 0, which has 12 of 64 layers
+        free = [limits[0] - held, limits[1] - held * 52 // 12]
+
+        def all_fit(n: int, free: list[int] = free) -> bool:
+            workload = replace(alone.workload, context=1024, n_sequences=n)
+            return all(plan.fits for plan in plan_ranks(QWQ, workload, split, free))
+
+        with pytest.raises(FitError, match="memory of process 1, which holds layers 0 to 51") as caught:
+            plan_width(model, alone, 32, 32, limit_bytes=limits[0] - held)
+        n_rows = int(str(caught.value).partition("The largest `width` that fits is ")[2].partition(";")[0])
+        assert n_rows > 1 and all_fit(n_rows) and not all_fit(n_rows + 1)
+        plan = plan_width(model, alone, n_rows, n_rows, limit_bytes=limits[0] - held)
+        assert (plan.workload.rank, alone.workload.rank, plan.workload.n_sequences) == (1, 0, n_rows)
 
 
 def test_what_is_read_of_a_split_matrix_is_the_rank_s_own_bytes(

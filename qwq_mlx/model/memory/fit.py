@@ -10,7 +10,7 @@ Does not: choose a quantized cache unasked, or look at the prompt (its length do
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from qwq_mlx.errors import FitError
@@ -18,10 +18,11 @@ from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.memory.advice import SMALL_STEP, cheapest_change
 from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
 from qwq_mlx.model.memory.plan import Backend, MemoryPlan, ModelShape, Workload, can_quantize, plan_memory
+from qwq_mlx.model.memory.splits import binding_rank, least_room, plan_ranks
 from qwq_mlx.model.split import Split
 from qwq_mlx.options import Limits
 
-__all__ = ["Fitted", "fitted"]
+__all__ = ["Fitted", "fitted", "machine_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,32 +44,52 @@ def fitted(
     draft: ModelShape | None = None,
     drafts_from_texts: bool = False,
     split: Split | None = None,
-    rank: int = 0,
+    of_ranks: Sequence[int | None] = (),
 ) -> Fitted:
     """The limits that this machine can keep. limit_bytes: what the device gives; None forces whatever is asked.
 
     compute_type: None picks by backend. draft: a draft model that is loaded beside it. drafts_from_texts:
-      whether ids are guessed without one. split: who holds what, of processes that hold the model together. rank: the
-      one of them whose memory binds (`splits.binding_rank`).
+      whether ids are guessed without one. split: who holds what, of processes that hold the model together; then
+      of_ranks, what the device of each gives, takes the place of limit_bytes, and the one that binds decides.
 
     Raises FitError where nothing, or not the context asked for, fits; OptionError for a context beyond the model's.
     """
-    model_context = model.config.max_position_embeddings
+    asked = Workload(
+        compute_type=compute_type,
+        draft=draft,
+        drafts_from_texts=drafts_from_texts,
+        n_draft=MAX_DRAFTED,
+        split=split,
+    )
+    if split is None:
+        return _fitted(model, limits, asked, limit_bytes, backend)
+    fitting = limits
+    for _ in range(2 if limits.kv_bits == "auto" else 1):  # with a cache quantized to fit another process may bind
+        workload = _with_limits(asked, replace(fitting, context=limits.context))
+        plans = plan_ranks(model, workload, split, of_ranks, backend=backend)
+        is_known = limits.context is not None and least_room(plans).fits  # without looking for the longest context
+        rank = least_room(plans).workload.rank if is_known else binding_rank(plans)
+        found = _fitted(model, limits, replace(asked, rank=rank), of_ranks[rank], backend)
+        fitting = found.limits
+    return found
+
+
+def _with_limits(workload: Workload, limits: Limits) -> Workload:
+    return replace(
+        workload,
+        context=limits.context,
+        kv_bits=None if limits.kv_bits == "auto" else limits.kv_bits,
+        prefill_step=limits.prefill_step,
+    )
+
+
+def _fitted(
+    model: ModelFolder | ModelShape, limits: Limits, asked: Workload, limit_bytes: int | None, backend: Backend
+) -> Fitted:
+    """For one process. asked: but for the limits."""
 
     def planned(limits: Limits) -> MemoryPlan:
-        kv_bits = None if limits.kv_bits == "auto" else limits.kv_bits
-        workload = Workload(
-            context=limits.context,
-            kv_bits=kv_bits,
-            prefill_step=limits.prefill_step,
-            compute_type=compute_type,
-            draft=draft,
-            drafts_from_texts=drafts_from_texts,
-            n_draft=MAX_DRAFTED,
-            split=split,
-            rank=rank,
-        )
-        return plan_memory(model, workload, limit_bytes=limit_bytes, backend=backend)
+        return plan_memory(model, _with_limits(asked, limits), limit_bytes=limit_bytes, backend=backend)
 
     limits, note = _with_bits(model, limits, backend, planned)
     plan = planned(limits)
@@ -76,19 +97,22 @@ def fitted(
         return Fitted(limits=replace(limits, context=plan.context), plan=plan, note=note)
     if limits.context is not None or plan.largest_context < 2:
         change = cheapest_change(model, plan)
-        machine = (
-            "this machine" if rank == 0 or split is None else f"process {rank}, which holds {split.describe(rank)}"
-        )
         raise FitError(
-            f"A context of {plan.context:,} does not fit the memory of {machine}:\n{plan.arithmetic()}\n"
+            f"A context of {plan.context:,} does not fit the memory of {machine_of(asked)}:\n{plan.arithmetic()}\n"
             f"The largest context that fits is {plan.largest_context:,}. The cheapest change: "
             f"{change.text if change else 'none; take a model of fewer bits or a machine with more memory'}. "
             "`force=True` tries it all the same."
         )
     capped = replace(limits, context=plan.largest_context)
-    positions = f"{plan.largest_context:,} of {model_context:,} positions"
+    positions = f"{plan.largest_context:,} of {model.config.max_position_embeddings:,} positions"
     note += f"the context is capped to {positions}, more does not fit the memory"
     return Fitted(limits=capped, plan=planned(capped), note=note)
+
+
+def machine_of(workload: Workload) -> str:
+    """Whose memory is planned, for people."""
+    split, rank = workload.split, workload.rank
+    return "this machine" if split is None or rank == 0 else f"process {rank}, which holds {split.describe(rank)}"
 
 
 def _with_bits(

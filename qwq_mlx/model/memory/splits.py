@@ -25,7 +25,7 @@ from qwq_mlx.model.memory.plan import (
 from qwq_mlx.model.memory.sizes import bytes_of_float, layer_weights_bytes, weights_bytes
 from qwq_mlx.model.split import Split, SplitKind, tensor_obstacle, tensor_split
 
-__all__ = ["binding_rank", "choose_split", "pipeline_split", "plan_ranks"]
+__all__ = ["binding_rank", "choose_split", "least_room", "pipeline_split", "plan_of_least_room", "plan_ranks"]
 
 _LEAST_CONTEXT = 2  # an id to read and one to write
 _STEPS = 20  # of the bisection for the share of memory
@@ -55,8 +55,36 @@ def plan_ranks(
 
 def binding_rank(plans: Sequence[MemoryPlan]) -> int:
     """The rank that reaches the shortest context, of several the one with the least room left."""
-    room = [(plan.limit_bytes or 1 << 62) - plan.peak_bytes for plan in plans]
-    return min(range(len(plans)), key=lambda rank: (plans[rank].largest_context, room[rank]))
+    return min(range(len(plans)), key=lambda rank: (plans[rank].largest_context, _room(plans[rank])))
+
+
+def _room(plan: MemoryPlan) -> int:
+    return (plan.limit_bytes or 1 << 62) - plan.peak_bytes
+
+
+def least_room(plans: Sequence[MemoryPlan]) -> MemoryPlan:
+    """The plan that leaves the least room: where that fits, all do."""
+    return min(plans, key=_room)
+
+
+def plan_of_least_room(
+    model: ModelFolder | ModelShape,
+    workload: Workload,
+    limits: Sequence[int | None],
+    *,
+    backend: Backend = "metal",
+    held_bytes: int = 0,
+) -> MemoryPlan:
+    """The plan of the rank that has the least room left with a workload, whose context is known: all fit if it does.
+
+    held_bytes: what rank 0 holds of KV caches besides; the others hold as much by their layers.
+    """
+    split = workload.split
+    assert split is not None, "several processes hold the model"
+    held = [held_bytes * n // split.n_layers[0] for n in split.n_layers]
+    free = [None if limit is None else limit - n for limit, n in zip(limits, held, strict=True)]
+    plans = plan_ranks(model, workload, split, free, backend=backend)
+    return least_room(plans)
 
 
 def choose_split(
