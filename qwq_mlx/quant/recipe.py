@@ -21,6 +21,7 @@ Does not: look at weights, or know which tensors a model has until it is asked a
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -116,6 +117,7 @@ def _is_sensitive(path: str, n_layers: int) -> bool:
     return is_sensitive_layer(layer_of(path) or 0, n_layers)
 
 
+@functools.lru_cache(maxsize=4096)  # a plan asks for each name of a model at each context that it tries
 def layer_of(name: str) -> int | None:
     """The layer that a tensor or matrix of this name belongs to, from 0; None where it stands outside the layers."""
     match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
