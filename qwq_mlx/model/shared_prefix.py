@@ -142,21 +142,31 @@ class SharesPrefix:
                 self.set_own(name, [padded(part, own_room) for part in parts])
         return n
 
+    def lent(self, n: int) -> SharedLayer | None:
+        """What `share` gave for n positions, as long as somebody has it."""
+        lent = None if self._lent is None else self._lent()
+        return lent if lent is not None and lent.n == n else None
+
+    def would_refer(self, n: int) -> bool:
+        """Whether `share` of n positions lets this cache refer to them as well."""
+        return self.lent(n) is None and n > self.n_shared and self.offset - n < CACHE_STEP
+
     def share(self, n: int) -> SharedLayer:
         """Its first n positions for other rows; n: at most offset. As long as somebody has them, the same ones again.
 
         Where few positions lie behind them, this cache refers to them as well from now on, so that they are in memory
         once; else they are twice, and this cache attends without putting two parts together in each pass.
         """
-        lent = None if self._lent is None else self._lent()
-        if lent is not None and lent.n == n:
+        lent = self.lent(n)
+        if lent is not None:
             return lent
         if self.prefix is not None and n <= self.n_shared:
             shared = self.prefix.first(n)
             self._lent = weakref.ref(shared)
             return shared
+        refers = self.would_refer(n)
         shared = first_positions({name: self.whole(name) for name in _NAMES}, n)
-        if self.offset - n < CACHE_STEP:
+        if refers:
             own_room, before = self.room - n, self.n_shared
             if n == self.offset and n_positions(n + 1) == self.room:
                 own_room = 0  # it gets the same room again when it goes on

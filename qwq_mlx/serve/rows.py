@@ -19,6 +19,7 @@ from qwq_mlx.generate.reasoner import Reasoner
 from qwq_mlx.generate.request import Request, resolved
 from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
+from qwq_mlx.model.shared_prefix import MIN_SHARED
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.choice import Choice
 from qwq_mlx.serve.jobs import Failed, Job, Restored, Usage
@@ -89,23 +90,48 @@ class Rows:
         """Whether all its choices can run now beside what runs already, in rows and in memory."""
         if self.n_busy + job.n_choices > self._width:
             return False
-        return self.fits([*self._running(), *_requests_of(job)])
+        return self.fits([*self._running(), *_requests_of(job)], fork=job)
 
-    def fits(self, requests: list[Request]) -> bool:
-        """Whether the memory holds these side by side; the oldest caches that are kept make room for them."""
-        while not self._fits(requests):
+    def fits(self, requests: list[Request], *, fork: Job | None = None) -> bool:
+        """Whether the memory holds these side by side; the oldest caches that are kept make room for them.
+
+        fork: the job of the last of them, which may share positions with runs that there are.
+        """
+        while not self._fits(requests, fork):
             if not len(self.prefixes):
                 return False
             self.prefixes.drop_oldest()
         return True
 
-    def _fits(self, requests: list[Request]) -> bool:
-        limit = self._reasoner.limit_bytes
-        left = None if limit is None else limit - self.prefixes.n_bytes + self._shared_bytes(requests)
+    def _fits(self, requests: list[Request], fork: Job | None) -> bool:
+        limit, n_shared, saved = self._reasoner.limit_bytes, 0, self._shared_bytes(requests)
+        if fork is not None and (n_rows := self._n_sharing(fork)):
+            n_begun, request = _n_begun(fork), requests[-1]
+            if n_rows == len(requests) - 1:  # one vote, as `Voting` plans it
+                n_shared, saved = n_begun, 0
+            else:
+                saved += shared_bytes(request, n_rows=n_rows + 1, n_shared=n_begun)
+                saved -= shared_bytes(request, n_rows=n_rows, n_shared=n_begun)
+        left = None if limit is None else limit - self.prefixes.n_bytes + saved
         try:
-            return plan_rows(requests, len(requests), limit_bytes=left).fits
+            return plan_rows(requests, len(requests), limit_bytes=left, n_shared=n_shared).fits
         except FitError:
             return False
+
+    def _n_sharing(self, job: Job) -> int:
+        """Rows that hold the arrays to which a fork of a run will refer: forks of it before, and the run itself."""
+        if not isinstance(job.source, tuple) or not job.source[0].streams:
+            return 0
+        source, n_begun = job.source[0].streams[0], _n_begun(job)
+        lender = source.running.row.cache[0] if source.running.row.cache else None
+        if lender is None or n_begun < MIN_SHARED:
+            return 0
+        streams = [choice.stream for choice in self._choices]
+        lent = lender.lent(n_begun)
+        if lent is None:
+            return 1 if source in streams and lender.would_refer(n_begun) else 0
+        caches = [stream.running.row.cache for stream in streams]
+        return sum(bool(cache) and cache[0].prefix is lent for cache in caches)
 
     def _shared_bytes(self, requests: list[Request]) -> int:
         """What these hold less than planned: choices of one prompt, and rows that began as forks of one run.
@@ -262,6 +288,12 @@ def _told(error: Exception) -> ApiError:
 def _requests_of(job: Job) -> list[Request]:
     """One for each choice."""
     return [request for request in job.requests for _ in range(job.ask.n)]
+
+
+def _n_begun(job: Job) -> int:
+    """Positions that a fork of a run takes over from it."""
+    assert isinstance(job.source, tuple), "it is a fork"
+    return len(job.requests[0].prompt_ids) + job.source[1] - 1
 
 
 def _too_large(job: Job) -> ApiError:

@@ -131,3 +131,33 @@ def test_rows_behind_one_long_prompt_are_admitted_by_what_they_hold_together(
     saved = rows._shared_bytes([stream.request for stream in streams])
     copied = 4 * n_shared * plan.kv_bytes_per_token // tiny.model.config.num_hidden_layers
     assert n_shared >= 256 and saved == 3 * n_shared * plan.kv_bytes_per_token - copied
+
+
+def test_samples_of_a_run_are_admitted_by_what_they_share_with_it(
+    tiny: Reasoner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As votes of a run come, one job after another: by the plan that `generate --samples` makes of them all."""
+    rows = Rows(tiny, width=8, n_prefixes=0, planned_bytes=0, counters=Counters())
+    run = tiny.stream("What is 3 + 4? " * 20, limits=Limits(max_tokens=8, prefill_step=64))
+    next(run)
+    request, n_shared = run.request, len(run.request.prompt_ids) - 1
+    source = SimpleNamespace(streams=[run])
+    fork: Any = SimpleNamespace(ask=SimpleNamespace(n=1), n_choices=1, requests=[replace(request)], source=(source, 0))
+    rows._choices = [SimpleNamespace(stream=run)]  # type: ignore[list-item]
+    for n_rows in (2, 3, 4):
+        plan = plan_rows([request] * n_rows, n_rows, limit_bytes=None, n_shared=n_shared)
+        needed = plan.peak_bytes + plan.reserve_bytes
+        monkeypatch.setattr(tiny, "limit_bytes", needed)
+        assert rows.has_room(fork) and not rows.fits([*rows._running(), *fork.requests]), n_rows
+        monkeypatch.setattr(tiny, "limit_bytes", needed - 1)
+        assert not rows.has_room(fork), n_rows
+        rows._choices.append(SimpleNamespace(stream=run.fork(at=0, seed=n_rows)))  # type: ignore[arg-type]
+
+    other = finished(tiny, "something else")
+    rows._choices.append(SimpleNamespace(stream=other))  # type: ignore[arg-type]
+    whole = plan_rows([*rows._running(), request], 6, limit_bytes=None)
+    copies = 5 - 1 - 5 / tiny.model.config.num_hidden_layers
+    needed = whole.peak_bytes + whole.reserve_bytes - int(copies * n_shared * whole.kv_bytes_per_token)
+    for limit, has_room in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(tiny, "limit_bytes", limit)
+        assert rows.has_room(fork) is has_room
