@@ -153,6 +153,16 @@ def system_said(error: OSError, advice: str) -> str:
     return f"({error.strerror or error}). {advice}"
 
 
+def told(error: Exception) -> str:
+    """What a person reads of an error: what went wrong, with its kind where it is none of this package's.
+
+    >>> from qwq_mlx.errors import told
+    >>> told(KeyError("third")), told(qwq_mlx.OptionError("n is 0, expected 1."))
+    ("KeyError: 'third'", 'n is 0, expected 1.')
+    """
+    return str(error) if isinstance(error, QwqError) else f"{type(error).__name__}: {error}"
+
+
 def _lacks_inodes(error: OSError) -> bool:
     """Whether the file could not be made because its file system has no inodes left, though it may have room."""
     if error.filename is None or not hasattr(os, "statvfs"):  # a write to an open file needs none; Windows has none

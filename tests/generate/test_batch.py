@@ -105,7 +105,7 @@ def test_a_question_that_fails_ends_alone_and_is_named(reasoner: Reasoner) -> No
     n_first = len(reasoner.stream("x").request.prompt_ids)
     limits = [Limits(max_tokens=3), Limits(max_tokens=20)]
     with pytest.raises(
-        BatchError, match=r"1 of 2 questions were not answered to their end\. question 1: a mist"
+        BatchError, match=r"1 of 2 questions were not answered to their end\. question 1: ValueError: a mist"
     ) as told:
         reasoner.batch_generate(["x", "xx"], sampling=SAMPLING, limits=limits, logits_processors=[broken])
     assert list(told.value.failures) == [1]
