@@ -137,7 +137,8 @@ def convert_checkpoint(
         check_output(output, local, force=force or is_published)
         check_disk(output, plan.fetched_bytes + (0 if is_published else plan.output_bytes + plan.calibration_bytes))
         quality_plan = plan_quality(plan, quality, n_tokens=quality_tokens, keep_source=keep_source)
-        plan = replace(plan, quality_note=quality_plan.note)
+        peak_bytes = max(plan.peak_memory_bytes, quality_plan.peak_memory_bytes)
+        plan = replace(plan, quality_note=quality_plan.note, peak_memory_bytes=peak_bytes)
         if on_plan is not None:
             on_plan(plan)
         if dry_run:

@@ -85,7 +85,23 @@ def pack_block(block: Block, *, fit: str, shard: Path, fitted: FittedMatrices | 
         )
     arrays = [packed.codes, packed.scales, *([] if packed.biases is None else [packed.biases])]
     outputs = tuple(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)
-    return PackedBlock(block, outputs, error.error2, error.weight2, zero_pages)
+    return PackedBlock(block, _in_place(outputs, block.buffer), error.error2, error.weight2, zero_pages)
+
+
+def _in_place(outputs: tuple[NDArray[np.uint8], ...], buffer: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], ...]:
+    """The outputs, where the block's rows stood: blocks that wait to be written then take no memory of their own.
+
+    As they are where the buffer is too short (rows of a GGUF of few bits).
+    """
+    if sum(map(len, outputs)) > len(buffer):
+        return outputs
+    placed, start = [], 0
+    for output in outputs:
+        place = buffer[start : start + len(output)]
+        np.copyto(place, output)
+        placed.append(place)
+        start += len(output)
+    return tuple(placed)
 
 
 def _rounded(tensor: PlannedTensor, weights: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float]:

@@ -18,12 +18,14 @@ from pathlib import Path
 from qwq_mlx.convert.calibration.fitted import FittedMatrices
 from qwq_mlx.convert.journal import FinishedTensor, Journal
 from qwq_mlx.convert.pack import PackedBlock, pack_block, workers
-from qwq_mlx.convert.plan import Plan, n_blocks_in_flight
+from qwq_mlx.convert.plan import Plan
+from qwq_mlx.convert.plan_memory import n_blocks_in_flight
 from qwq_mlx.convert.progress import ConvertProgress
 from qwq_mlx.convert.read import Buffers, Stopped, read_blocks
 from qwq_mlx.convert.source import Shards
 from qwq_mlx.convert.write import ShardWriter
 from qwq_mlx.model.blas import one_blas_thread
+from qwq_mlx.model.process_memory import release_freed_memory
 
 __all__ = ["run_pipeline"]
 
@@ -92,7 +94,8 @@ def run_pipeline(
     sizes = {each.source.name: each.source.end - each.source.start for each in plan.tensors}
     total = sum(sizes.values())
     done_bytes = resumed = sum(n for name, n in sizes.items() if name in journal.finished)
-    buffer_bytes = max(each.block_rows * each.row_bytes for each in plan.tensors)
+    release_freed_memory()  # of the checks and the calibration pass
+    buffer_bytes = max(each.largest_block[0] for each in plan.tensors)
     buffers = Buffers(n_blocks_in_flight(plan.n_workers), buffer_bytes)
     last_of_shard = {each.shard: each.source.name for each in plan.tensors}
     feed = _Feed(plan, journal, buffers, shards, fitted)

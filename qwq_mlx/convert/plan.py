@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from qwq_mlx.convert.calibration.text import Calibration
 from qwq_mlx.convert.output_config import make_config, make_index
+from qwq_mlx.convert.plan_memory import model_peak_bytes, packing_peak_bytes
 from qwq_mlx.convert.source import Origin
 from qwq_mlx.files.checkpoint import Checkpoint
 from qwq_mlx.files.header import DTYPE_BYTES, TensorEntry, place_tensors
@@ -52,13 +53,6 @@ TEMPLATE_NAME = "chat_template.jinja"
 
 SHARD_BYTES = 5 << 30  # as mlx-lm's shards
 _SCALE_DTYPES = {"mxfp4": "U8", "nvfp4": "U8", "mxfp8": "U8"}  # affine scales have the weight's dtype
-_BASE_BYTES = 80_000_000  # Python, numpy and MLX: the peak of converting a few kB (Linux x86, mlx 0.32.4)
-_PACKED_PER_BLOCK = 0.6  # packed rows, times the block's bytes
-_BYTES_PER_WORKER = 24_000_000  # scratch of one tile and its temporary arrays
-_PACKED_PER_GGUF_BLOCK = 1.3  # the same for a GGUF's rows: float32 scales in place of float16
-_VOCABULARY_BYTES = 40_000_000  # of a GGUF's vocabulary and merges, as files are made of them
-_DECODED_BLOCK_BYTES = 4 * BLOCK_BYTES  # a GGUF's block in float32, and what decoding it takes
-
 
 @dataclass(frozen=True, slots=True)
 class Output:
@@ -108,6 +102,12 @@ class PlannedTensor:
     def block_rows(self) -> int:
         """Rows in every block but the last; a GGUF's rows count as if they were bfloat16, since they are decoded."""
         return max(1, BLOCK_BYTES // max(self.row_bytes, 2 * self.source.shape[-1]))
+
+    @property
+    def largest_block(self) -> tuple[int, int]:
+        """Bytes and weights of the tensor's largest block."""
+        rows = min(self.block_rows, self.n_rows)
+        return rows * self.row_bytes, rows * self.source.shape[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,11 +293,6 @@ def _copied(checkpoint: Checkpoint, chat_template: str | None) -> tuple[str, ...
     )
 
 
-def n_blocks_in_flight(n_workers: int) -> int:
-    """Blocks that exist at once: two per worker, and enough more to keep the workers busy while a tensor is synced."""
-    return 2 * n_workers + 12
-
-
 def _outputs(entry: TensorEntry, packing: Packing | None, stored: str) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of what a tensor becomes."""
     if packing is None:
@@ -344,17 +339,14 @@ def _fetched_bytes(origin: Origin, keep_source: bool) -> int:
 
 
 def _peak_memory(
-    tensors: Iterable[PlannedTensor],
+    tensors: Sequence[PlannedTensor],
     n_workers: int,
     config: Qwen2Config,
     calibration: Calibration | None,
 ) -> int:
     """The larger of packing and, before it, calibrating."""
-    tensors = list(tensors)
-    block = max(min(each.block_rows, each.n_rows) * each.row_bytes for each in tensors)
-    is_decoded = any(each.source.dtype not in DTYPE_BYTES for each in tensors)
-    packed = _PACKED_PER_GGUF_BLOCK if is_decoded else _PACKED_PER_BLOCK
-    blocks = int(n_blocks_in_flight(n_workers) * (1 + packed) * block)
-    blocks += _VOCABULARY_BYTES + n_workers * _DECODED_BLOCK_BYTES if is_decoded else 0
-    calibrating = 0 if calibration is None else calibration.peak_memory_bytes(config, n_workers=n_workers)
-    return _BASE_BYTES + max(n_workers * _BYTES_PER_WORKER + blocks, calibrating)
+    packing = packing_peak_bytes(tensors, n_workers)
+    if calibration is None:
+        return packing
+    calibrating = calibration.peak_memory_bytes(config, n_workers=n_workers)
+    return max(packing, model_peak_bytes(calibrating))

@@ -32,9 +32,11 @@ SMALL_BYTES = 2_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityPlan:
-    """What will be measured. text: None where nothing is. note: in words, for the plan."""
+    """What will be measured. text: None where nothing is. note: in words, for the plan. peak_memory_bytes: of the
+    process while it is measured, an estimate; 0 where it is not."""
 
     note: str
+    peak_memory_bytes: int = 0
     text: QualityText | None = None
     tokenizer: LoadedTokenizer | None = None
 
@@ -92,7 +94,9 @@ def plan_quality(
         raise OptionError(problem)
     if problem:
         return QualityPlan(note=f"not measured: {problem}")
+    from qwq_mlx.convert.plan_memory import model_peak_bytes, workers_bytes
     from qwq_mlx.model.tokenizer import load_tokenizer
+    from qwq_mlx.quality.estimate import estimate_memory_bytes
     from qwq_mlx.quality.text import DEFAULT_POSITIONS, bundled_text, read_text
 
     tokenizer = load_tokenizer(plan.checkpoint.folder, vocab_size=plan.config.vocab_size)
@@ -103,7 +107,10 @@ def plan_quality(
         if is_asked:
             raise
         return QualityPlan(note=f"not measured: {error}")
-    return QualityPlan(note=_note(plan, text), text=text, tokenizer=tokenizer)
+    own_bytes = estimate_memory_bytes(plan.config, text)
+    peak_bytes = model_peak_bytes(own_bytes + workers_bytes(plan.tensors, plan.n_workers))
+    note = _note(plan, text, own_bytes)
+    return QualityPlan(note=note, peak_memory_bytes=peak_bytes, text=text, tokenizer=tokenizer)
 
 
 def _offer(plan: Plan, keep_source: bool) -> str:
@@ -133,15 +140,13 @@ def _problem(plan: Plan, keep_source: bool) -> str | None:
     return None
 
 
-def _note(plan: Plan, text: QualityText) -> str:
+def _note(plan: Plan, text: QualityText, own_bytes: int) -> str:
     from qwq_mlx.convert.plan_text import size_text
-    from qwq_mlx.quality.estimate import estimate_memory_bytes
 
     duration = _duration(plan, [len(window.ids) for window in text.windows])
-    memory = estimate_memory_bytes(plan.config, text)
     return (
         f"{text.n_tokens:,} tokens of {text.name}, both models layer by layer: about {duration} more, "
-        f"{size_text(memory)} of memory (`quality=False` skips it)"
+        f"{size_text(own_bytes)} of memory (`quality=False` skips it)"
     )
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from qwq_mlx.model.memory.plan import Backend
 from qwq_mlx.model.upstream import import_mlx
 
-__all__ = ["available_bytes", "backend_name", "limit_bytes", "memory_limit", "small_cache", "wired"]
+__all__ = ["CACHE_BYTES", "available_bytes", "backend_name", "limit_bytes", "memory_limit", "small_cache", "wired"]
 
-_CACHE_BYTES = 256 << 20  # blocks and layers are of few sizes, so little is enough to use their buffers again
+CACHE_BYTES = 256 << 20  # blocks and layers are of few sizes, so little is enough to use their buffers again
 
 _MEMINFO = Path("/proc/meminfo")
 _OWN_GROUPS = Path("/proc/self/cgroup")
@@ -116,7 +116,7 @@ def wired(n_bytes: int) -> Iterator[None]:
 
 
 @contextmanager
-def small_cache(n_bytes: int = _CACHE_BYTES) -> Iterator[None]:
+def small_cache(n_bytes: int = CACHE_BYTES) -> Iterator[None]:
     """Bound what MLX keeps of freed memory inside the block, and put the caller's limit back."""
     mx = import_mlx()
     before = mx.set_cache_limit(n_bytes)

@@ -35,7 +35,7 @@ from qwq_mlx.model.products import Rows
 from qwq_mlx.model.tensor_bytes import array_of
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
 
-__all__ = ["Head", "HeadBlock", "Layer", "LayerStream", "Observe"]
+__all__ = ["HEAD_BLOCK_BYTES", "Head", "HeadBlock", "Layer", "LayerStream", "Observe"]
 
 Observe = Callable[[tuple[str, ...], Any], None]
 """Called as observe(paths, x) whenever matrices are about to multiply x.
@@ -45,7 +45,7 @@ paths: every matrix that takes this very input, as in the checkpoint without ".w
 it, or the whole text's graph is kept.
 """
 
-_HEAD_BLOCK_BYTES = 64 << 20  # of output rows in float32 at a time: 3,276 of the 32B's
+HEAD_BLOCK_BYTES = 64 << 20  # of output rows in float32 at a time: 3,276 of the 32B's
 _TAPS = (
     ("self_attn", ("q_proj", "k_proj", "v_proj")),
     ("self_attn", ("o_proj",)),
@@ -245,7 +245,7 @@ class Head:
         Models of one shape have the same blocks.
         """
         config = self._stream.config
-        step = n_ids or max(1, _HEAD_BLOCK_BYTES // (4 * config.hidden_size))
+        step = n_ids or max(1, HEAD_BLOCK_BYTES // (4 * config.hidden_size))
         row_bytes = self._stream.n_bytes(f"{self.path}.") // config.vocab_size
         for first in range(0, config.vocab_size, step):
             rows = range(first, min(first + step, config.vocab_size))

@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 
 from qwq_mlx.model.architecture import Qwen2Config, tensor_shapes
+from qwq_mlx.model.device import CACHE_BYTES
+from qwq_mlx.model.layers import HEAD_BLOCK_BYTES
 from qwq_mlx.model.upstream import import_mlx
 from qwq_mlx.quality.text import QualityText
 
 __all__ = ["best_time", "estimate_memory_bytes", "estimate_s"]
 
 _DISK_BYTES_S = 1e9
+_CACHED = 1.5  # freed memory that MLX keeps, times what is in use, up to its limit
 _ROWS, _WIDTH, _HEADS, _HEAD_DIM = 256, 1024, 4, 64
 
 
@@ -33,10 +36,21 @@ def estimate_s(config: Qwen2Config, windows: Sequence[int], *, weights_bytes: in
 
 
 def estimate_memory_bytes(config: Qwen2Config, text: QualityText) -> int:
-    """Bytes of one layer in float32 and half as much again while it is read, and of both models' hidden states."""
+    """Bytes while a layer or, behind the last, a block of the output matrix of both models is at work, of both models'
+    hidden states, and of what MLX keeps of freed memory.
+
+    A layer is in float32 and half as much again while it is read, beside what the longest window needs on its way; so
+    are the two blocks, beside both models' logits and their exponentials.
+    """
     shapes = tensor_shapes(config).items()
     layer = sum(shape[0] * shape[1] for name, shape in shapes if len(shape) == 2 and ".layers.0." in name)
-    return 6 * layer + 2 * 4 * text.n_positions * config.hidden_size
+    longest = max(len(window.ids) for window in text.windows)
+    inner = config.intermediate_size + 2 * config.hidden_size + config.num_attention_heads * longest // 2
+    rows = min(config.vocab_size, HEAD_BLOCK_BYTES // (4 * config.hidden_size))
+    layers = 6 * layer + 2 * 4 * longest * inner
+    heads = 2 * 6 * rows * config.hidden_size + 5 * 4 * longest * rows
+    active = max(layers, heads) + 2 * 4 * text.n_positions * config.hidden_size
+    return active + min(CACHE_BYTES, int(_CACHED * active))
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.products import linear_product
 from qwq_mlx.quality import estimate
 from qwq_mlx.quality.estimate import estimate_memory_bytes, estimate_s
+from qwq_mlx.quality.measure import measure
 from qwq_mlx.quality.text import QualityText, Window
 
 TEXT = QualityText(
@@ -28,8 +29,16 @@ def test_seconds_are_products_attention_and_bytes(tiny_checkpoint: Path, monkeyp
     assert estimate_s(
         config, [len(window.ids) for window in TEXT.windows], weights_bytes=3_000_000_000
     ) == pytest.approx(expected)
-    layer = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 192 * 128
-    assert estimate_memory_bytes(config, TEXT) == 6 * layer + 2 * 4 * 150 * 128
+
+
+def test_measuring_needs_no_more_memory_than_estimated(tiny_checkpoint: Path) -> None:
+    files = open_model_folder(tiny_checkpoint)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    measure(files, [files], TEXT)
+    in_use, estimated = mx.get_peak_memory() - before, estimate_memory_bytes(files.config, TEXT)
+    assert in_use + mx.get_cache_memory() <= estimated <= 4 * in_use
 
 
 def test_rates_are_of_this_machine() -> None:

@@ -55,7 +55,7 @@ def log_softmax(folder: Path, ids: tuple[int, ...]) -> np.ndarray:
 def test_every_number_is_what_numpy_finds_from_the_whole_models(
     tiny_checkpoint: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "_HEAD_BLOCK_BYTES", 70 * 4 * 128)  # five blocks of ids, the last one shorter
+    monkeypatch.setattr(layers, "HEAD_BLOCK_BYTES", 70 * 4 * 128)  # five blocks of ids, the last one shorter
     kl, agree, surprise, reference_surprise, worst = [], [], [], [], []
     for number, window in enumerate(TEXT.windows):
         a, b = log_softmax(tiny_checkpoint, window.ids), log_softmax(packed, window.ids)
@@ -144,7 +144,7 @@ def peak_bytes(checkpoint: Path, text: QualityText) -> int:
 def test_neither_layers_nor_vocabulary_nor_their_product_with_the_text_is_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "_HEAD_BLOCK_BYTES", 128 << 10)
+    monkeypatch.setattr(layers, "HEAD_BLOCK_BYTES", 128 << 10)
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "n_shards": 1, "vocab_size": 8192}
     small = write_tiny_checkpoint(tmp_path / "small", n_layers=1, **sizes)
     deep = write_tiny_checkpoint(tmp_path / "deep", n_layers=4, **sizes)
