@@ -54,6 +54,7 @@ TEMPLATE_NAME = "chat_template.jinja"
 SHARD_BYTES = 5 << 30  # as mlx-lm's shards
 _SCALE_DTYPES = {"mxfp4": "U8", "nvfp4": "U8", "mxfp8": "U8"}  # affine scales have the weight's dtype
 
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """One tensor of the conversion and where its bytes go. shard: index into Plan.shards."""

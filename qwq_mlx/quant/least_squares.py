@@ -18,7 +18,7 @@ from qwq_mlx.quant.tile import Floats, Line, Tile, replace_where
 
 __all__ = ["MOVES", "closest_line", "weighted_squares"]
 
-MOVES = ((-0.8, 0.25), (-0.15, -0.4), (0.3, 0.12), (0.15, -0.12), (-0.15, 0.12), (0.0, 0.0))
+MOVES = ((-0.54, 0.25), (-0.52, -0.52), (0.16, 0.3), (-0.02, -0.14), (-0.01, 0.05))
 """Each in codes: how much longer the range gets, and how far it shifts."""
 
 

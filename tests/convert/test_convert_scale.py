@@ -159,6 +159,16 @@ def test_own_peak_memory_is_not_that_of_the_parent(repository: Path, monkeypatch
     assert elsewhere > 10_000_000
 
 
+def test_peak_memory_is_at_most_what_was_planned(repository: Path, tmp_path: Path) -> None:
+    code = (
+        "from qwq_mlx.convert import convert_checkpoint; plans = []; "
+        f"done = convert_checkpoint('qwq_mlx/pocket/checkpoint', {str(tmp_path / 'out')!r}, on_plan=plans.append, "
+        f"n_workers=2, quality=False); print(done.peak_memory_bytes / plans[0].peak_memory_bytes)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=repository)
+    assert 0.8 < float(said.stdout) <= 1.0
+
+
 def test_the_comparison_prints_its_figures_against_the_bars() -> None:
     ours = {"wall_s": 6.0, "cpu_s": 11.0, "peak_bytes": 240_000_000, "output_bytes": 1_150_000_000, "others": 0.02}
     theirs = {**ours, "wall_s": 10.0, "peak_bytes": 4_400_000_000}
