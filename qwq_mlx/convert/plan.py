@@ -346,7 +346,9 @@ def _peak_memory(
     calibration: Calibration | None,
 ) -> int:
     """The larger of packing and, before it, calibrating."""
-    packing = packing_peak_bytes(tensors, n_workers)
+    block_bytes, block_weights = (max(sizes) for sizes in zip(*(each.largest_block for each in tensors), strict=True))
+    is_gguf = any(each.source.dtype not in DTYPE_BYTES for each in tensors)
+    packing = packing_peak_bytes(block_bytes, block_weights, n_workers, is_gguf=is_gguf)
     if calibration is None:
         return packing
     calibrating = calibration.peak_memory_bytes(config, n_workers=n_workers)

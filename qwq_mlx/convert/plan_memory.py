@@ -11,14 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from qwq_mlx.files.header import DTYPE_BYTES
 from qwq_mlx.model.process_memory import release_freed_memory, resident_bytes
-
-if TYPE_CHECKING:
-    from qwq_mlx.convert.plan import PlannedTensor
 
 __all__ = ["model_peak_bytes", "n_blocks_in_flight", "packing_peak_bytes", "workers_bytes"]
 
@@ -39,21 +33,22 @@ def n_blocks_in_flight(n_workers: int) -> int:
     return 2 * n_workers + 12
 
 
-def packing_peak_bytes(tensors: Sequence[PlannedTensor], n_workers: int) -> int:
+def packing_peak_bytes(block_bytes: int, block_weights: int, n_workers: int, *, is_gguf: bool) -> int:
     """Of reading, packing and writing: buffers of the largest block, and what the workers have of their own."""
-    block, weights = (max(sizes) for sizes in zip(*(each.largest_block for each in tensors), strict=True))
     n_blocks = n_blocks_in_flight(n_workers)
-    total = n_blocks * block + workers_bytes(tensors, n_workers)
-    if any(each.source.dtype not in DTYPE_BYTES for each in tensors):
-        total += int(n_blocks * _PACKED_PER_GGUF_BLOCK * block) + n_workers * _DECODED_BYTES_PER_WEIGHT * weights
-        total += _VOCABULARY_BYTES
+    total = n_blocks * block_bytes + workers_bytes(block_weights, n_workers)
+    if is_gguf:
+        total += int(n_blocks * _PACKED_PER_GGUF_BLOCK * block_bytes) + _VOCABULARY_BYTES
+        total += n_workers * _DECODED_BYTES_PER_WEIGHT * block_weights
     return _present_bytes() + _STARTED_BYTES + total
 
 
-def workers_bytes(tensors: Sequence[PlannedTensor], n_workers: int) -> int:
-    """What packing threads keep for themselves; it stays with them until the process ends."""
-    weights = max(each.largest_block[1] for each in tensors)
-    return n_workers * _BYTES_PER_WEIGHT * min(weights, _TILE)
+def workers_bytes(block_weights: int, n_workers: int) -> int:
+    """What packing threads keep for themselves; it stays with them until the process ends.
+
+    block_weights: of the largest block.
+    """
+    return n_workers * _BYTES_PER_WEIGHT * min(block_weights, _TILE)
 
 
 def model_peak_bytes(n_bytes: int) -> int:

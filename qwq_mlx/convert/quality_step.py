@@ -108,7 +108,8 @@ def plan_quality(
             raise
         return QualityPlan(note=f"not measured: {error}")
     own_bytes = estimate_memory_bytes(plan.config, text)
-    peak_bytes = model_peak_bytes(own_bytes + workers_bytes(plan.tensors, plan.n_workers))
+    block_weights = max(each.largest_block[1] for each in plan.tensors)
+    peak_bytes = model_peak_bytes(own_bytes + workers_bytes(block_weights, plan.n_workers))
     note = _note(plan, text, own_bytes)
     return QualityPlan(note=note, peak_memory_bytes=peak_bytes, text=text, tokenizer=tokenizer)
 
