@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from qwq_mlx.quant.tile import Floats, Line, Tile, replace_where
+from qwq_mlx.quant.tile import Floats, Line, Tile, chosen
 
 __all__ = ["MOVES", "closest_line", "weighted_squares"]
 
-MOVES = ((-0.54, 0.25), (-0.52, -0.52), (0.16, 0.3), (-0.02, -0.14), (-0.01, 0.05))
+MOVES = ((-0.8, 0.25), (-0.15, -0.4), (0.3, 0.12), (0.15, -0.12), (-0.15, 0.12), (0.0, 0.0))
 """Each in codes: how much longer the range gets, and how far it shifts."""
 
 
@@ -32,8 +32,10 @@ def closest_line(tile: Tile, line: Line, bits: int, importance: Floats | None) -
     np.subtract(steps, half, out=steps)  # steps and codes around zero: their sums keep more digits
     weight = np.float32(len(steps)) if importance is None else importance.sum()
     mean_step = _sum(tile, steps, importance) / weight
-    slope, offset = np.ones_like(line.scale), np.zeros_like(line.scale)  # steps are about slope * codes + offset
-    best = np.full_like(slope, -1)
+    # Steps are about slope * codes + offset. One number for all groups at first: that is cheaper to sweep with.
+    slope: Floats | np.float32 = np.float32(1)
+    offset: Floats | np.float32 = np.float32(0)
+    best: Floats | np.float32 = np.float32(-1)
     for longer, shift in MOVES:
         factor = np.float32(1 + longer / ((1 << bits) - 1))
         tried = slope * factor
@@ -45,10 +47,10 @@ def closest_line(tile: Tile, line: Line, bits: int, importance: Floats | None) -
         mean_code, variance, covariance = _moments(tile, weight, mean_step, importance)
         explained = covariance * covariance / variance  # 0 / 0 where all codes are one: not better
         is_better = explained > best
-        np.fmax(best, explained, out=best)
+        best = np.fmax(best, explained)
         refit = covariance / variance
-        replace_where(is_better, refit, slope)
-        replace_where(is_better, mean_step - refit * mean_code, offset)
+        slope = chosen(is_better, refit, slope)
+        offset = chosen(is_better, mean_step - refit * mean_code, offset)
     return Line(line.scale * slope, line.bias + line.scale * (offset + half * (1 - slope)))
 
 
@@ -78,8 +80,9 @@ def _moments(
     if importance is not None:
         weighted = np.multiply(codes, importance[:, None], out=tile.products)
     # Sums of whole numbers are exact in any order; BLAS reads them twice as fast as numpy adds rows.
-    sum_code = np.ones(len(codes), np.float32) @ codes if importance is None else np.add.reduce(weighted, axis=0)
-    mean_code = sum_code / weight
+    is_whole = importance is None
+    sum_code: Floats = np.ones(len(codes), np.float32) @ codes if is_whole else np.add.reduce(weighted, axis=0)
+    mean_code: Floats = np.divide(sum_code, weight)
     variance = np.einsum("ij,ij->j", weighted, codes) - mean_code * sum_code
     covariance = np.einsum("ij,ij->j", weighted, tile.steps) - mean_step * sum_code
     return mean_code, variance, covariance
