@@ -16,7 +16,7 @@ from qwq_mlx.quant.packing import Packed, Packing, float_values, round_to
 from qwq_mlx.quant.rounding_error import unpack
 
 AFFINE = [packing for packing in PACKINGS if packing.is_affine]
-MOVES = ((-0.54, 0.25), (-0.52, -0.52), (0.16, 0.3), (-0.02, -0.14), (-0.01, 0.05))
+MOVES = ((-0.8, 0.25), (-0.15, -0.4), (0.3, 0.12), (0.15, -0.12), (-0.15, 0.12), (0.0, 0.0))
 
 
 def name_of(packing: Packing) -> str:
