@@ -19,6 +19,7 @@ from qwq_mlx.files.manifest import MANIFEST_NAME
 __all__ = [
     "MACHINE_VARIABLE",
     "found_folder",
+    "how_to_bring",
     "machine_name",
     "model_identity",
     "other_versions",
@@ -55,6 +56,20 @@ def possible_folders(folder: Path) -> list[str]:
     path, home = folder.resolve(), Path.home()
     below = [f"~/{path.relative_to(home)}"] if path.is_relative_to(home) else []
     return [str(path), *below]
+
+
+def how_to_bring(folder: Path) -> str:
+    """What to do on a machine that lacks a folder: a process reads its part of the weights from a folder of its own
+    machine, never over a network. One of huggingface_hub's cache is named by repository and commit.
+
+    >>> how_to_bring(Path("/home/me/.cache/huggingface/hub/models--Qwen--QwQ-32B/snapshots/abc"))
+    'Fetch it there (hf download Qwen/QwQ-32B --revision abc), or copy it.'
+    """
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return "Copy it there."
+    name = repository.removeprefix("models--").replace("--", "/", 1)
+    return f"Fetch it there (hf download {name} --revision {folder.name}), or copy it."
 
 
 def found_folder(places: Sequence[str]) -> Path | None:

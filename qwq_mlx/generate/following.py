@@ -27,6 +27,7 @@ from qwq_mlx.errors import LoadError, OptionError, QwqError
 from qwq_mlx.files.background_verification import BackgroundVerification
 from qwq_mlx.files.model_identity import (
     found_folder,
+    how_to_bring,
     machine_name,
     model_identity,
     other_versions,
@@ -186,7 +187,10 @@ def _planned(message: Mapping[str, Any], folder: Path | None) -> tuple[dict[str,
     places = [str(folder)] if folder is not None else message["folders"]
     found = found_folder(places)
     if found is None:
-        return {"host": host, "error": f"there is no model folder {' or '.join(places)}. Copy it there."}, None
+        return {
+            "host": host,
+            "error": f"there is no model folder {' or '.join(places)}. {how_to_bring(Path(places[0]))}",
+        }, None
     try:
         files = open_model_folder(found, follow_links=message["follow_links"])
     except QwqError as error:
