@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwq_mlx.engine.ranks import LEADER_VARIABLE
+from qwq_mlx.engine.ranks import ADDRESSES_VARIABLE
 
 __all__ = ["BEAT_S", "PAUSED", "RANK_VARIABLE", "RankSetup", "join", "joined_group", "snapshot_path"]
 
@@ -83,8 +83,8 @@ def join(setup: RankSetup) -> Any:
 
 def _environment(setup: RankSetup, folder: Path) -> dict[str, str]:
     """The variables that MLX's backends read, as mlx.launch sets them; files that they name are read once."""
-    first = [each.rpartition(":")[0] for each in setup.addresses[0]]
-    variables = {"MLX_RANK": str(setup.rank), LEADER_VARIABLE: ",".join(first)}
+    hosts = [",".join(each.rpartition(":")[0] for each in addresses) for addresses in setup.addresses]
+    variables = {"MLX_RANK": str(setup.rank), ADDRESSES_VARIABLE: ";".join(hosts)}
     if setup.backend == "ring":
         variables["MLX_HOSTFILE"] = _written(folder / "hosts.json", setup.addresses)
     elif setup.backend == "nccl":

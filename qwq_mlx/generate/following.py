@@ -23,6 +23,7 @@ from qwq_mlx.engine.ranks.activity import activity
 from qwq_mlx.engine.ranks.follower import Follower
 from qwq_mlx.engine.ranks.leader import Leader
 from qwq_mlx.engine.ranks.link import Link, connect_all
+from qwq_mlx.engine.ranks.neighbours import connect_neighbours
 from qwq_mlx.errors import LoadError, OptionError, QwqError
 from qwq_mlx.files.background_verification import BackgroundVerification
 from qwq_mlx.files.model_identity import (
@@ -60,6 +61,7 @@ def lead(group: Any) -> Leader:
         _leaders[:] = [_leaders[0].successor()]
     else:
         _leaders.append(Leader(group, connect_all(group)))
+        connect_neighbours(group)
         atexit.register(_leaders[0].close)
     return _leaders[0]
 
@@ -148,6 +150,7 @@ def follow(group: Any, *, folder: str | Path | None = None) -> None:
     if group.rank() == 0:
         raise OptionError("group is that of rank 0, which leads the others. Call qwq_mlx.load(folder, group=group).")
     [link] = connect_all(group)
+    neighbours = connect_neighbours(group)
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, lambda *_: link.send({"stop": True})) if is_main else None
     try:
@@ -155,7 +158,8 @@ def follow(group: Any, *, folder: str | Path | None = None) -> None:
     finally:
         if is_main:
             signal.signal(signal.SIGINT, before)
-        link.close()
+        for each in (link, *neighbours):
+            each.close()
 
 
 def _follow(link: Link, group: Any, folder: Path | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qwq_mlx.engine.ranks import link as links
+from qwq_mlx.engine.ranks import neighbours
 from qwq_mlx.engine.ranks.link import Link, connect_all, open_links
 
 
@@ -45,11 +46,10 @@ def test_who_knows_nothing_or_gave_up_waiting_is_not_taken_for_a_process(monkeyp
             peer.sendall(b"\x01" + struct.pack(">I", 12) + b'{"host":"b"}')
             taken.append(peer)
 
-    def shared(group: Any, numbers: list[int]) -> None:
-        arguments = numbers[0], struct.pack(">4I", *numbers[1:])
-        threading.Thread(target=connect, args=arguments, daemon=True).start()
+    def shared(group: Any, numbers: list[int], token: bytes) -> None:
+        threading.Thread(target=connect, args=(numbers[0], token), daemon=True).start()
 
-    monkeypatch.setattr(links, "_shared", shared)
+    monkeypatch.setattr(links, "shared_numbers", shared)
     [link] = connect_all(SimpleNamespace(rank=lambda: 0, size=lambda: 2))
     assert link._messages.get(timeout=20) == {"host": "b"}
     link.close()
@@ -66,8 +66,39 @@ def test_only_with_ranks_on_other_machines_do_others_reach_the_port(
         addresses.append(address)
         raise OSError("none in this test")
 
-    monkeypatch.setenv(links.LEADER_VARIABLE, leader)
+    monkeypatch.setenv(links.ADDRESSES_VARIABLE, leader)
     monkeypatch.setattr(socket, "create_server", create_server)
     with pytest.raises(OSError, match="none in this test"):
         connect_all(SimpleNamespace(rank=lambda: 0, size=lambda: 2))
     assert addresses == [(host, 0)]
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_neighbours_hear_each_other_though_rank_0_is_none_of_them(
+    monkeypatch: pytest.MonkeyPatch, is_cut: bool
+) -> None:
+    """Four ranks in four threads; where they cannot reach each other they work all the same."""
+    monkeypatch.setenv(links.ADDRESSES_VARIABLE, ";".join(["127.0.0.1"] * 4))
+    monkeypatch.setattr(neighbours, "_WAIT_S", 0.2 if is_cut else 20.0)
+    barrier, given, found = threading.Barrier(4), dict[int, list[int]](), dict[int, list[Link]]()
+
+    def shared(group: Any, numbers: list[int], token: bytes) -> tuple[list[int], bytes]:
+        given[group.rank()] = numbers
+        barrier.wait()
+        ports = [sum(each) for each in zip(*given.values(), strict=True)]
+        return [1] * 4 if is_cut else ports, b"0123456789abcdef"  # nobody listens at port 1
+
+    def work(rank: int) -> None:
+        found[rank] = neighbours.connect_neighbours(SimpleNamespace(rank=lambda: rank, size=lambda: 4))
+
+    monkeypatch.setattr(neighbours, "shared_numbers", shared)
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    peers = {rank: [link.peer for link in links] for rank, links in found.items()}
+    assert peers == ({rank: [] for rank in range(4)} if is_cut else {0: [], 1: [2], 2: [1, 3], 3: [2]})
+    for link in (each for of_rank in found.values() for each in of_rank):
+        link.close()
+    assert neighbours.connect_neighbours(SimpleNamespace(rank=lambda: 0, size=lambda: 2)) == []

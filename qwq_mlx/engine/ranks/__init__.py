@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LEADER_VARIABLE"]
+__all__ = ["ADDRESSES_VARIABLE"]
 
-LEADER_VARIABLE = "QWQ_MLX_LEADER"
-"""Addresses of rank 0 with commas between them, as `--hosts` tells the others."""
+ADDRESSES_VARIABLE = "QWQ_MLX_ADDRESSES"
+"""Addresses of each rank with commas between them, and semicolons between ranks, as `--hosts` tells all."""

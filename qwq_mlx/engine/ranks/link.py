@@ -19,16 +19,25 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 
-from qwq_mlx.engine.ranks import LEADER_VARIABLE
+from qwq_mlx.engine.ranks import ADDRESSES_VARIABLE
 from qwq_mlx.errors import RankError
 
-__all__ = ["Link", "connect_all", "leader_addresses", "open_links"]
+__all__ = [
+    "LOOPBACK",
+    "Link",
+    "accepted_links",
+    "connect_all",
+    "connected",
+    "leader_addresses",
+    "open_links",
+    "shared_numbers",
+]
 
 _BEAT_S = 0.5
 _CONNECT_S = 30.0
@@ -36,8 +45,9 @@ _HELLO_S = 5.0  # for whoever connects to say what it has to know; the next one 
 _ANSWER_S = 15.0
 _KNOWN = b"\x01"
 _MAX_BYTES = 1 << 30
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 _LENGTH = struct.Struct(">I")
+_TOKEN = struct.Struct(">4I")
 _HELLO = struct.Struct(">16sI")  # the number that both know, and the rank
 
 
@@ -140,10 +150,23 @@ def connect_all(group: Any) -> list[Link]:
     """
     if group.rank() == 0:
         return _accepted(group)
-    port, token = _shared(group, [0] * 5)
-    last: OSError | None = None
-    until = time.monotonic() + _CONNECT_S
+    [port], token = shared_numbers(group, [0], bytes(16))
     addresses = leader_addresses(os.environ)
+    link = connected(addresses, port, token, rank=group.rank(), peer=0, wait_s=_CONNECT_S)
+    if isinstance(link, Link):
+        return [link]
+    raise RankError(
+        f"Process {group.rank()} cannot reach process 0 at port {port} of {', '.join(addresses)} ({link}). Let its "
+        "firewall accept connections to Python."
+    )
+
+
+def connected(
+    addresses: Sequence[str], port: int, token: bytes, *, rank: int, peer: int, wait_s: float
+) -> Link | OSError | None:
+    """A link to a peer that accepts at one of its addresses; else the last error."""
+    last: OSError | None = None
+    until = time.monotonic() + wait_s
     while time.monotonic() < until:
         for address in addresses:
             try:
@@ -153,44 +176,48 @@ def connect_all(group: Any) -> list[Link]:
                 continue
             try:
                 connection.settimeout(_ANSWER_S)
-                connection.sendall(_HELLO.pack(token, group.rank()))
+                connection.sendall(_HELLO.pack(token, rank))
                 if connection.recv(1) == _KNOWN:
                     connection.sendall(_KNOWN)
-                    return [Link(connection, 0)]
+                    return Link(connection, peer)
             except OSError as error:
                 last = error
             connection.close()
         time.sleep(0.2)
-    raise RankError(
-        f"Process {group.rank()} cannot reach process 0 at port {port} of {', '.join(addresses)} ({last}). Let its "
-        "firewall accept connections to Python."
-    )
+    return last
 
 
 def _accepted(group: Any) -> list[Link]:
-    token, missing = secrets.token_bytes(16), set(range(1, group.size()))
-    links: dict[int, Link] = {}
-    is_alone = leader_addresses(os.environ) == [_LOOPBACK]  # then no other machine has a rank
-    with socket.create_server((_LOOPBACK if is_alone else "", 0), backlog=group.size()) as server:
-        _shared(group, [server.getsockname()[1], *struct.unpack(">4I", token)])
-        until = time.monotonic() + _CONNECT_S
-        while missing:
-            left_s = until - time.monotonic()
-            if left_s <= 0:
-                for link in links.values():
-                    link.close()
-                raise RankError(
-                    f"Process {min(missing)} of {group.size()} did not connect to process 0 within {_CONNECT_S:.0f} s. "
-                    "Let this machine's firewall accept connections to Python."
-                )
-            server.settimeout(left_s)
-            with contextlib.suppress(OSError):
-                connection, _ = server.accept()
-                rank = _rank_of(connection, token, missing)
-                if rank is not None:
-                    links[rank] = Link(connection, rank)
-                    missing.remove(rank)
-    return [links[rank] for rank in sorted(links)]
+    token = secrets.token_bytes(16)
+    is_alone = leader_addresses(os.environ) == [LOOPBACK]  # then no other machine has a rank
+    with socket.create_server((LOOPBACK if is_alone else "", 0), backlog=group.size()) as server:
+        shared_numbers(group, [server.getsockname()[1]], token)
+        links, missing = accepted_links(server, token, range(1, group.size()), wait_s=_CONNECT_S)
+    if missing:
+        for link in links:
+            link.close()
+        raise RankError(
+            f"Process {min(missing)} of {group.size()} did not connect to process 0 within {_CONNECT_S:.0f} s. "
+            "Let this machine's firewall accept connections to Python."
+        )
+    return links
+
+
+def accepted_links(
+    server: socket.socket, token: bytes, ranks: Iterable[int], *, wait_s: float
+) -> tuple[list[Link], set[int]]:
+    """Links from those of some ranks that connect in time, by rank, and those that did not."""
+    missing, links = set(ranks), dict[int, Link]()
+    until = time.monotonic() + wait_s
+    while missing and (left_s := until - time.monotonic()) > 0:
+        server.settimeout(left_s)
+        with contextlib.suppress(OSError):
+            connection, _ = server.accept()
+            rank = _rank_of(connection, token, missing)
+            if rank is not None:
+                links[rank] = Link(connection, rank)
+                missing.remove(rank)
+    return [links[rank] for rank in sorted(links)], missing
 
 
 def _rank_of(connection: socket.socket, token: bytes, missing: Collection[int]) -> int | None:
@@ -207,11 +234,11 @@ def _rank_of(connection: socket.socket, token: bytes, missing: Collection[int]) 
     return None
 
 
-def _shared(group: Any, numbers: Sequence[int]) -> tuple[int, bytes]:
-    """Port and token of rank 0."""
-    mine = mx.array(list(numbers), mx.uint32)
-    port, *words = cast("list[int]", mx.distributed.all_sum(mine, group=group).tolist())
-    return port, struct.pack(">4I", *words)
+def shared_numbers(group: Any, numbers: Sequence[int], token: bytes) -> tuple[list[int], bytes]:
+    """The sums over ranks of some numbers and of 16 bytes, which all but one give as zeros."""
+    mine = mx.array([*numbers, *_TOKEN.unpack(token)], mx.uint32)
+    sums = cast("list[int]", mx.distributed.all_sum(mine, group=group).tolist())
+    return sums[: len(numbers)], _TOKEN.pack(*sums[len(numbers) :])
 
 
 def leader_addresses(environment: Mapping[str, str]) -> list[str]:
@@ -220,7 +247,7 @@ def leader_addresses(environment: Mapping[str, str]) -> list[str]:
     >>> leader_addresses({"NCCL_HOST_IP": "10.0.0.1"})
     ['10.0.0.1', '127.0.0.1']
     """
-    addresses = [each for each in environment.get(LEADER_VARIABLE, "").split(",") if each]
+    addresses = [each for each in environment.get(ADDRESSES_VARIABLE, "").partition(";")[0].split(",") if each]
     hostfile = environment.get("MLX_HOSTFILE")
     if hostfile and Path(hostfile).is_file():  # of mlx.launch
         with contextlib.suppress(ValueError, IndexError, TypeError):
@@ -228,4 +255,4 @@ def leader_addresses(environment: Mapping[str, str]) -> list[str]:
     for name in ("MLX_JACCL_COORDINATOR", "NCCL_HOST_IP"):
         if value := environment.get(name):
             addresses.append(value.partition(":")[0])
-    return list(dict.fromkeys([*addresses, _LOOPBACK]))
+    return list(dict.fromkeys([*addresses, LOOPBACK]))
