@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from qwq_mlx.model.batched_cache import BatchedLayer, batched, disband, row_cache_class
+from qwq_mlx.model.batched_cache import BatchedLayer, Writing, batched, disband, row_cache_class
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
 from qwq_mlx.model.shared_prefix import SharesPrefix, attend_behind
 from qwq_mlx.model.upstream import import_mlx_lm
@@ -64,24 +64,26 @@ def quantized_cache_class() -> type[Any]:
 class SeveralEach(NamedTuple):
     """How the ids of a batch lie where a row feeds several of them.
 
-    n_each: ids of each row. n: of the row with the most. fed: (rows * n,) places in the pass, a row's last id again
-    where it has fewer. picked: which of these are no repetition, None for all.
+    n: ids of the row with the most. fed: (rows * n,) places in the pass, a row's last id again where it has fewer.
+    picked: which of these are no repetition, None for all.
     """
 
-    n_each: Sequence[int]
     n: int
     fed: mx.array
     picked: mx.array | None
 
 
 class RowGroup(NamedTuple):
-    """Rows of a pass that attend together: one with its cache, or a batch.
+    """Rows of a pass that attend together: one with its cache, or a batch. All but the cache is the same in each layer.
 
-    places: of their ids in the pass. several: of a batch in which a row feeds several ids.
+    places: of their ids in the pass. taken: the same as an index. writing: of a batch. several: of one in which a row
+    feeds several ids.
     """
 
     cache: Any
     places: Sequence[int]
+    taken: slice | mx.array
+    writing: Writing | None = None
     several: SeveralEach | None = None
 
 
@@ -90,12 +92,13 @@ class RowCaches:
 
     groups: of all rows. The pass is (ids, 1), a row's ids one after another.
     offset: (ids,) positions before each id, the same in every layer.
+    order: (ids,) where each id of the pass is in the groups, one after another; None where it is in order.
     is_exact: an id attends alone, as in a pass of one id, whose bits it then gets; else a row's ids attend at once.
     """
 
-    def __init__(self, groups: Sequence[RowGroup], offset: mx.array, *, is_exact: bool) -> None:
+    def __init__(self, groups: Sequence[RowGroup], offset: mx.array, order: mx.array | None, *, is_exact: bool) -> None:
         self.groups = tuple(groups)
-        self.offset = offset
+        self.offset, self.order = offset, order
         self.is_exact = is_exact
 
     def make_mask(self, n_ids: int, return_array: bool = False, window_size: int | None = None) -> None:
@@ -118,11 +121,19 @@ def joined(
     offset = mx.array([row[0].offset + place for row, n in zip(caches, n_fed, strict=True) for place in range(n)])
     # On CUDA attention of several ids at once makes a plan for each new length of the cache, about 1 ms a layer.
     is_exact = mx.default_device().type == mx.cpu or mx.cuda.is_available()
-    groups = _row_groups(caches, n_fed, may_batch=may_batch)
-    return [RowCaches(layer, offset, is_exact=is_exact) for layer in zip(*groups, strict=True)]
+    groups = _row_groups(caches, n_fed, offset, may_batch=may_batch)
+    order = _order([place for group in groups for place in group[0].places])
+    return [RowCaches(layer, offset, order, is_exact=is_exact) for layer in zip(*groups, strict=True)]
 
 
-def _row_groups(caches: Sequence[Sequence[Any]], n_fed: Sequence[int], *, may_batch: bool) -> list[list[RowGroup]]:
+def _order(places: Sequence[int]) -> mx.array | None:
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return None if order == list(range(len(places))) else mx.array(order)
+
+
+def _row_groups(
+    caches: Sequence[Sequence[Any]], n_fed: Sequence[int], offset: mx.array, *, may_batch: bool
+) -> list[list[RowGroup]]:
     """The groups of a pass, each by layer."""
     starts = itertools.accumulate(n_fed, initial=0)
     places = {place: range(start, start + n) for place, (start, n) in enumerate(zip(starts, n_fed, strict=False))}
@@ -139,8 +150,18 @@ def _row_groups(caches: Sequence[Sequence[Any]], n_fed: Sequence[int], *, may_ba
             own = [places.pop(place) for place in together]
             several = _several([list(each) for each in own]) if most > 1 else None
             at = [place for each in own for place in each]
-            groups.append([RowGroup(layer, at, several) for layer in layers])
-    return [*groups, *([RowGroup(layer, at) for layer in caches[place]] for place, at in places.items())]
+            taken = _index(at)
+            ends = offset[taken] if several is None else offset[several.fed[:: several.n]]
+            writing = layers[0].writing(ends, [len(each) for each in own])
+            groups.append([RowGroup(layer, at, taken, writing, several) for layer in layers])
+    alone = ((caches[place], at, slice(at[0], at[0] + len(at))) for place, at in places.items())
+    return [*groups, *([RowGroup(layer, at, taken) for layer in row] for row, at, taken in alone)]
+
+
+def _index(places: Sequence[int]) -> slice | mx.array:
+    """Some places of a pass as an index."""
+    near = range(places[0], places[0] + len(places))
+    return slice(near.start, near.stop) if list(places) == list(near) else mx.array(list(places))
 
 
 def _is_behind_prefix(row: Sequence[Any]) -> bool:
@@ -154,7 +175,7 @@ def _several(places: Sequence[list[int]]) -> SeveralEach:
     n = max(n_each)
     fed = [place for each in places for place in [*each, *each[-1:] * (n - len(each))]]
     picked = [row * n + place for row, n_own in enumerate(n_each) for place in range(n_own)]
-    return SeveralEach(n_each, n, mx.array(fed), None if min(n_each) == n else mx.array(picked))
+    return SeveralEach(n, mx.array(fed), None if min(n_each) == n else mx.array(picked))
 
 
 @functools.cache
@@ -195,14 +216,14 @@ def attention_class() -> type[Any]:
 def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, scale: float) -> mx.array:
     """The attention of all rows of a pass behind rotary embedding, (ids, heads, 1, width)."""
     mixed = []
-    for cache, places, several in rows.groups:
-        if several is not None:
-            mixed.append(_batch_of_several(queries, keys, values, rows, cache, several, scale))
+    for cache, places, taken, writing, several in rows.groups:
+        if several is not None and writing is not None:
+            mixed.append(_batch_of_several(queries, keys, values, cache, writing, several, scale))
             continue
-        query, key, value = (_at(each, places) for each in (queries, keys, values))
-        if isinstance(cache, BatchedLayer):
-            key, value, mask = cache.update_and_fetch(key, value, _at(rows.offset, places), [1] * len(places))
-            mixed.append(_over_batch(query, key, value, cache, scale, mask))
+        query, key, value = (each[taken] for each in (queries, keys, values))
+        if writing is not None:
+            key, value = cache.update_and_fetch(key, value, writing)
+            mixed.append(_over_batch(query, key, value, cache, scale, writing.mask))
         elif len(places) == 1:
             mixed.append(_row(query, key, value, cache, scale))
         else:
@@ -212,19 +233,16 @@ def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, 
             else:
                 row = _row(query, key, value, cache, scale, "causal")
             mixed.append(row.transpose(2, 1, 0, 3))
-    order = [place for group in rows.groups for place in group.places]
     together = mixed[0] if len(mixed) == 1 else mx.concatenate(mixed)
-    if order == sorted(order):
-        return together
-    return together[mx.array(sorted(range(len(order)), key=order.__getitem__))]
+    return together if rows.order is None else together[rows.order]
 
 
 def _batch_of_several(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
-    rows: RowCaches,
     batch: BatchedLayer,
+    writing: Writing,
     several: SeveralEach,
     scale: float,
 ) -> mx.array:
@@ -234,18 +252,10 @@ def _batch_of_several(
         return array[several.fed].reshape(-1, several.n, array.shape[1], array.shape[3]).transpose(0, 2, 1, 3)
 
     query, key, value = (by_row(each) for each in (queries, keys, values))
-    key, value, mask = batch.update_and_fetch(key, value, rows.offset[several.fed[:: several.n]], several.n_each)
-    mixed = _over_batch(query, key, value, batch, scale, mask)
+    key, value = batch.update_and_fetch(key, value, writing)
+    mixed = _over_batch(query, key, value, batch, scale, writing.mask)
     mixed = mixed.transpose(0, 2, 1, 3).reshape(-1, mixed.shape[1], 1, mixed.shape[3])
     return mixed if several.picked is None else mixed[several.picked]
-
-
-def _at(array: mx.array, places: Sequence[int]) -> mx.array:
-    """Some ids of a pass."""
-    first, n = places[0], len(places)
-    if list(places) == list(range(first, first + n)):
-        return array if n == array.shape[0] else array[first : first + n]
-    return array[mx.array(list(places))]
 
 
 def _row(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any = None) -> mx.array:

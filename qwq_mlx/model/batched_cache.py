@@ -21,16 +21,31 @@ import collections
 import functools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from qwq_mlx.model.shared_prefix import SharesPrefix
 from qwq_mlx.model.upstream import import_mlx_lm
 
-__all__ = ["BatchedLayer", "batched", "disband", "row_cache_class"]
+__all__ = ["BatchedLayer", "Writing", "batched", "disband", "row_cache_class"]
 
 _NAMES = ("keys", "values")
+
+
+class Writing(NamedTuple):
+    """Where a pass writes into the layers of a batch: the same in each of them, so worked out once.
+
+    n_each: ids of each row.
+    first: the position of every row's only id, behind what they share; None where rows differ.
+    at: (rows, n) positions behind what they share, where rows differ; n is that of the row with the most ids.
+    mask: (rows, 1, n, room), true where an id may look; None is everywhere.
+    """
+
+    n_each: Sequence[int]
+    first: int | None
+    at: mx.array | None
+    mask: mx.array | None
 
 
 class BatchedLayer:
@@ -60,34 +75,35 @@ class BatchedLayer:
         """A row's keys or values, (1, heads, room, width)."""
         return self.arrays[name][place : place + 1]
 
-    def update_and_fetch(
-        self, keys: mx.array, values: mx.array, ends: mx.array, n_each: Sequence[int]
-    ) -> tuple[mx.array, mx.array, Any]:
-        """Append positions to each row; returns keys and values behind what they share, and a mask or None.
+    def writing(self, ends: mx.array, n_each: Sequence[int]) -> Writing:
+        """Where a pass writes that feeds n_each ids of each row. ends: (rows,) positions that each holds before."""
+        n, n_shared = max(n_each), 0 if self.prefix is None else self.prefix.n
+        offsets = {member.offset - n_shared for member in self.members}
+        if len(offsets) == 1 and n == 1:
+            return Writing(n_each, offsets.pop(), None, None)
+        at = ends[:, None] + mx.arange(-n_shared, n - n_shared)
+        return Writing(n_each, None, at, (mx.arange(self.own_room) <= at[..., None])[:, None])
 
-        keys, values: (rows, heads, n, width), of which the first n_each of a row are its own; each has room for n.
-        ends: (rows,) positions that each row holds before them.
+    def update_and_fetch(self, keys: mx.array, values: mx.array, writing: Writing) -> tuple[mx.array, mx.array]:
+        """Append positions to each row; returns keys and values behind what they share.
+
+        keys, values: (rows, heads, n, width), of which the first of a row are its own; each has room for n.
         """
-        members, n = self.members, keys.shape[2]
-        n_shared = 0 if self.prefix is None else self.prefix.n
-        offsets = {member.offset - n_shared for member in members}
-        is_even = len(offsets) == 1 and n == 1
-        at = ends[:, None] + mx.arange(-n_shared, n - n_shared)  # (rows, n)
         fetched = []
         for name, new in zip(_NAMES, (keys, values), strict=True):
             array = self.arrays.pop(name)  # nobody else may hold it, or it is copied
-            if is_even:
-                [offset] = offsets
-                array[:, :, offset : offset + 1] = new
-                fetched.append(array[:, :, : offset + 1])
+            if writing.at is None:
+                assert writing.first is not None
+                array[:, :, writing.first : writing.first + 1] = new
+                fetched.append(array[:, :, : writing.first + 1])
             else:
-                array = mx.put_along_axis(array, mx.broadcast_to(at[:, None, :, None], new.shape), new, axis=2)
+                at = mx.broadcast_to(writing.at[:, None, :, None], new.shape)
+                array = mx.put_along_axis(array, at, new, axis=2)
                 fetched.append(array)
             self.arrays[name] = array
-        for member, n_own in zip(members, n_each, strict=True):
+        for member, n_own in zip(self.members, writing.n_each, strict=True):
             member.offset += n_own
-        mask = None if is_even else (mx.arange(self.own_room) <= at[..., None])[:, None]  # (rows, 1, n, room)
-        return fetched[0], fetched[1], mask
+        return fetched[0], fetched[1]
 
 
 @functools.cache
