@@ -36,8 +36,8 @@ __all__ = [
     "Floats",
     "blas_quantized_matmul",
     "causal_attention",
-    "is_packed_for_rows",
-    "multiply_packed",
+    "multiplies_rows",
+    "multiply_rows",
     "one_blas_thread",
     "use_blas",
     "use_blas_for_rows",
@@ -66,14 +66,8 @@ class Blas:
 
     def __call__(self, x: Any) -> Any:
         """x @ weight.T and the bias; x is evaluated."""
-        columns: Floats = np.asarray(x).reshape(-1, x.shape[-1]).T
-        out = np.empty((len(self._weight), columns.shape[1]), np.float32)
-
-        def multiply(block: slice) -> None:
-            np.matmul(self._weight[block], columns, out=out[block])
-
-        _by_blocks(multiply, *self._weight.shape)
-        y = mx.array(np.ascontiguousarray(out.T).reshape(*x.shape[:-1], -1))
+        rows: Floats = np.asarray(x).reshape(-1, x.shape[-1])
+        y = mx.array(multiply_floats(rows, self._weight).reshape(*x.shape[:-1], -1))
         return y if self.bias is None else y + self.bias
 
 
@@ -130,6 +124,18 @@ def causal_attention(queries: Floats, keys: Floats, values: Floats, *, scale: fl
             weighted = scores @ values[of, :last]
             out[first:last, head] = weighted / scores.sum(axis=1, keepdims=True)
     return out
+
+
+def multiply_floats(x: Floats, weight: Floats) -> Floats:
+    """x @ weight.T. x: (rows, in). weight: (out, in)."""
+    columns = x.T
+    out = np.empty((len(weight), columns.shape[1]), np.float32)
+
+    def multiply(block: slice) -> None:
+        np.matmul(weight[block], columns, out=out[block])
+
+    _by_blocks(multiply, *weight.shape)
+    return np.ascontiguousarray(out.T)
 
 
 def blas_quantized_matmul(x: Any, weight: Any, scales: Any, biases: Any, *, group_size: int, bits: int) -> mx.array:
@@ -289,9 +295,20 @@ def use_blas_for_rows(module: Any) -> None:
     setattr(module, _MARK, True)
 
 
-def is_packed_for_rows(layer: Any) -> bool:
-    """Whether a layer is a packed matrix that `use_blas_for_rows` has changed."""
-    return type(layer) is _RowsQuantizedLinear
+def multiplies_rows(layer: Any) -> bool:
+    """Whether a layer is a linear one that `use_blas_for_rows` has changed."""
+    return type(layer) in (_RowsLinear, _RowsQuantizedLinear)
+
+
+def multiply_rows(layer: Any, x: Floats) -> Floats:
+    """What such a layer makes of numpy's rows, (rows, in) -> (rows, out)."""
+    if isinstance(layer, _RowsLinear):
+        y = multiply_floats(x, np.asarray(layer.weight))
+    else:
+        y = multiply_packed(x, layer.weight, layer.scales, layer.biases, group_size=layer.group_size, bits=layer.bits)
+    if "bias" in layer:
+        y += np.asarray(layer.bias)
+    return y
 
 
 def uses_blas(module: Any) -> bool:

@@ -5,9 +5,9 @@ For few rows MLX spends a third of a token's time on small operations: some 970 
 are worked out once for all its layers instead of twice in each. The numbers are those of mlx_lm's own layers, to the
 last bit where the compiler makes no fused multiply-adds (gcc on x86-64).
 
-Only float32 on the CPU, packed affine, with plain rotary positions. From `MIN_BLAS_ROWS` rows on, and in every other
-layer, mlx_lm's own code runs. Without a C++ compiler MLX runs the same graphs uncompiled; with one it compiles four
-loops, once for a machine, for it keeps them in the temporary folder.
+Only float32 on the CPU, packed affine or not packed, with plain rotary positions. From `MIN_BLAS_ROWS` rows on
+`many_rows` takes over, and a prompt goes through mlx_lm's own layers. Without a C++ compiler MLX runs the same graphs
+uncompiled; with one it compiles four loops, once for a machine, for it keeps them in the temporary folder.
 
 Does not: change what a layer holds, or how rows attend (`attention` does).
 """
@@ -23,15 +23,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from qwq_mlx.model.blas import is_packed_for_rows, uses_blas
+from qwq_mlx.model.blas import multiplies_rows, uses_blas
 from qwq_mlx.model.many_rows import many_rows
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.upstream import import_mlx_lm
 
 __all__ = ["use_compiled_layers"]
 
-_Packing = tuple[int, int]
-"""group_size and bits of a matrix."""
+_Packing = tuple[int, int] | None
+"""group_size and bits of a matrix; None for floats."""
 
 
 def use_compiled_layers(module: Any) -> None:
@@ -82,9 +82,9 @@ class Rotations:
 class _LayerGraphs:
     """What a layer computes before and after its attention, shared by layers alike.
 
-    before_attention: (x, cosines, sines, norm, packed and biases of q, k, v) -> queries, keys, values, each
+    before_attention: (x, cosines, sines, norm, arrays of q, k and v) -> queries, keys, values, each
       (rows, heads, n_ids, width), the first two rotated.
-    after_attention: (mixed, x, norm, packed o, gate, up and down) -> what the layer gives.
+    after_attention: (mixed, x, norm, arrays of o, gate, up and down) -> what the layer gives.
     """
 
     before_attention: Callable[..., list[mx.array]]
@@ -96,19 +96,17 @@ def _graphs_of(layer: Any) -> _LayerGraphs | None:
     attention, mlp = layer.self_attn, layer.mlp
     before = (attention.q_proj, attention.k_proj, attention.v_proj)
     after = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    if not all(is_packed_for_rows(each) for each in (*before, *after)):
+    if not all(multiplies_rows(each) for each in (*before, *after)):
         return None
     width = attention.q_proj.weight.shape[0] // attention.n_heads
     rope = attention.rope
     if type(rope) is not nn.RoPE or rope.traditional or rope.scale != 1.0 or rope.dims != width:
         return None
-    if not all("bias" in each for each in before) or any("bias" in each for each in after):
-        return None
     return _graphs(
         layer.input_layernorm.eps,
         width,
-        tuple((each.group_size, each.bits) for each in before),
-        tuple((each.group_size, each.bits) for each in after),
+        tuple(_packing(each) for each in before),
+        tuple(_packing(each) for each in after),
     )
 
 
@@ -116,31 +114,42 @@ def _graphs_of(layer: Any) -> _LayerGraphs | None:
 def _graphs(eps: float, width: int, before: Sequence[_Packing], after: Sequence[_Packing]) -> _LayerGraphs:
     swiglu = import_mlx_lm("mlx_lm.models.activations").swiglu
 
-    def before_attention(x: mx.array, cosines: mx.array, sines: mx.array, norm: mx.array, *packed: mx.array) -> Any:
+    def before_attention(x: mx.array, cosines: mx.array, sines: mx.array, norm: mx.array, *each: list[mx.array]) -> Any:
         normed = mx.fast.rms_norm(x, norm, eps)
         queries, keys, values = (
-            (_product(normed, packed[4 * n : 4 * n + 3], packing) + packed[4 * n + 3])
-            .reshape(*x.shape[:2], -1, width)
-            .transpose(0, 2, 1, 3)
-            for n, packing in enumerate(before)
+            _product(normed, arrays, packing).reshape(*x.shape[:2], -1, width).transpose(0, 2, 1, 3)
+            for arrays, packing in zip(each, before, strict=True)
         )
         return _rotated(queries, cosines, sines), _rotated(keys, cosines, sines), values
 
-    def after_attention(mixed: mx.array, x: mx.array, norm: mx.array, *packed: mx.array) -> mx.array:
-        def product(y: mx.array, n: int) -> mx.array:
-            return _product(y, packed[3 * n : 3 * n + 3], after[n])
-
-        x = x + product(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1), 0)
+    def after_attention(mixed: mx.array, x: mx.array, norm: mx.array, *each: list[mx.array]) -> mx.array:
+        x = x + _product(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1), each[0], after[0])
         normed = mx.fast.rms_norm(x, norm, eps)
-        return x + product(swiglu(product(normed, 1), product(normed, 2)), 3)
+        gated = swiglu(_product(normed, each[1], after[1]), _product(normed, each[2], after[2]))
+        return x + _product(gated, each[3], after[3])
 
     return _LayerGraphs(mx.compile(before_attention), mx.compile(after_attention))
 
 
-def _product(x: mx.array, packed: Sequence[mx.array], packing: _Packing) -> mx.array:
-    weight, scales, biases = packed
+def _packing(layer: Any) -> _Packing:
+    return (layer.group_size, layer.bits) if "scales" in layer else None
+
+
+def _arrays(layer: Any) -> list[mx.array]:
+    """What `_product` takes of a layer."""
+    names = ("weight", "scales", "biases", "bias") if "scales" in layer else ("weight", "bias")
+    return [layer[name] for name in names if name in layer]
+
+
+def _product(x: mx.array, arrays: Sequence[mx.array], packing: _Packing) -> mx.array:
+    """As mlx.nn's linear layers."""
+    if packing is None:
+        weight, *bias = arrays
+        return mx.addmm(bias[0], x, weight.T) if bias else x @ weight.T
     group_size, bits = packing
-    return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
+    weight, scales, biases, *bias = arrays
+    y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
+    return y + bias[0] if bias else y
 
 
 def _rotated(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
@@ -160,15 +169,14 @@ def _block_class() -> type[Any]:
                 return super().__call__(x, mask, cache)
             attention, mlp = self.self_attn, self.mlp
             rotations = self.rotations.at(0 if cache is None else cache.offset, n_ids)
-            arrays = [a for p in (attention.q_proj, attention.k_proj, attention.v_proj) for a in (*_matrix(p), p.bias)]
-            rotated = self.graphs.before_attention(x, *rotations, self.input_layernorm.weight, *arrays)
+            three = (attention.q_proj, attention.k_proj, attention.v_proj)
+            rotated = self.graphs.before_attention(
+                x, *rotations, self.input_layernorm.weight, *(_arrays(each) for each in three)
+            )
             mixed = attention.mix(*rotated, mask, cache)
             rest = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-            arrays = [array for each in rest for array in _matrix(each)]
-            return self.graphs.after_attention(mixed, x, self.post_attention_layernorm.weight, *arrays)
+            return self.graphs.after_attention(
+                mixed, x, self.post_attention_layernorm.weight, *(_arrays(each) for each in rest)
+            )
 
     return CompiledBlock
-
-
-def _matrix(layer: Any) -> tuple[mx.array, mx.array, mx.array]:
-    return layer.weight, layer.scales, layer.biases

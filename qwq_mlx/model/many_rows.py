@@ -15,7 +15,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from qwq_mlx.model.blas import Floats, multiply_packed, one_blas_thread
+from qwq_mlx.model.blas import Floats, multiply_rows, one_blas_thread
 
 __all__ = ["many_rows"]
 
@@ -30,17 +30,17 @@ def many_rows(layer: Any, x: mx.array, cache: Any) -> mx.array:
         cosines, sines = (np.asarray(each) for each in layer.rotations.at(cache.offset, 1))
         width = cosines.shape[-1]
         queries, keys, values = (
-            _linear(normed, each).reshape(n_rows, -1, 1, width)
+            multiply_rows(each, normed).reshape(n_rows, -1, 1, width)
             for each in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         queries, keys = _rotated(queries, cosines, sines), _rotated(keys, cosines, sines)
         mixed = attention.mix(mx.array(queries), mx.array(keys), mx.array(values), None, cache)
-        hidden = hidden + _linear(np.asarray(mixed).reshape(n_rows, -1), attention.o_proj)
+        hidden = hidden + multiply_rows(attention.o_proj, np.asarray(mixed).reshape(n_rows, -1))
         normed = _rms_norm(hidden, layer.post_attention_layernorm)
-        gate = _linear(normed, mlp.gate_proj)
+        gate = multiply_rows(mlp.gate_proj, normed)
         gate /= 1 + np.exp(-gate)
-        gate *= _linear(normed, mlp.up_proj)
-        hidden += _linear(gate, mlp.down_proj)
+        gate *= multiply_rows(mlp.up_proj, normed)
+        hidden += multiply_rows(mlp.down_proj, gate)
     return mx.array(hidden.reshape(n_rows, 1, -1))
 
 
@@ -49,11 +49,6 @@ def _rms_norm(x: Floats, norm: Any) -> Floats:
     scaled: Floats = x / np.sqrt(squares / x.shape[-1] + np.float32(norm.eps))
     scaled *= np.asarray(norm.weight)
     return scaled
-
-
-def _linear(x: Floats, layer: Any) -> Floats:
-    y = multiply_packed(x, layer.weight, layer.scales, layer.biases, group_size=layer.group_size, bits=layer.bits)
-    return y + np.asarray(layer.bias) if "bias" in layer else y
 
 
 def _rotated(x: Floats, cosines: Floats, sines: Floats) -> Floats:

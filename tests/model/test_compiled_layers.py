@@ -35,11 +35,12 @@ def is_compiled(module: Any) -> bool:
     return all(type(layer).__name__ == "CompiledBlock" for layer in module.layers)
 
 
-@pytest.fixture(scope="module")
-def modules() -> tuple[Any, Any]:
+@pytest.fixture(scope="module", params=["packed", "floats"])
+def modules(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """Ours and mlx_lm's layers."""
-    ours = random_module(CONFIG, PACKED, "float32", seed=1)
-    theirs = in_compute_type(ours, CONFIG, PACKED, "float32")
+    packed = PACKED if request.param == "packed" else {}
+    ours = random_module(CONFIG, packed, "float32", seed=1)
+    theirs = in_compute_type(ours, CONFIG, packed, "float32")
     assert is_compiled(ours) and not is_compiled(theirs)
     return ours, theirs
 
@@ -61,8 +62,8 @@ def test_logits_have_the_bits_of_mlx_lms_layers(modules: tuple[Any, Any], kv_bit
 
 
 def test_other_layers_stay_mlx_lms_own() -> None:
-    """Floats, and positions that YaRN stretches."""
-    assert not is_compiled(random_module(CONFIG, {}, "float32", seed=1))
+    """Positions that YaRN stretches, and another compute type."""
+    assert not is_compiled(random_module(CONFIG, {}, "bfloat16", seed=1))
     stretched = replace(CONFIG, yarn=Yarn(factor=2.0, original_context=512))
     assert not is_compiled(random_module(stretched, PACKED, "float32", seed=1))
 
