@@ -43,7 +43,8 @@ class Launch:
     """Runs one command as several processes; `work` returns the exit code of rank 0.
 
     module: of the command, as qwq_mlx.generate. arguments: without --hosts. silent_s: as `Watch` takes it.
-    on_failure: called with a failure before the processes are ended, which takes seconds where one cannot be reached.
+    warn: takes a line about a process that is slow. on_failure: called with a failure before the processes are ended,
+      which takes seconds where one cannot be reached.
     snapshots: the file in which rank 0 keeps its run; it is there until `close`.
     """
 
@@ -54,6 +55,7 @@ class Launch:
         hosts: Hosts,
         *,
         silent_s: float = SILENT_S,
+        warn: Callable[[str], object] = lambda line: None,
         on_failure: Callable[[RankError], object] = lambda error: None,
     ) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
@@ -63,7 +65,7 @@ class Launch:
         self._folder = tempfile.TemporaryDirectory(prefix="qwq-mlx-ranks-")
         self.snapshots = Path(self._folder.name) / "run.json"
         self.processes: list[subprocess.Popen[bytes]] = []
-        self._on_failure = on_failure
+        self._warn, self._on_failure = warn, on_failure
         self._unread: dict[int, bytes] = {}
         self._signals: list[int] = []
 
@@ -164,6 +166,8 @@ class Launch:
             failure = self._watch.failure()
             if failure is not None:
                 raise self._failed(*self._stopped_or(failure))
+            if warning := self._watch.warning():
+                self._warn(f"warning: {warning}.")
             if (unmet := self._watch.unmet()) and (stopped := self._stopped().intersection(unmet)):
                 raise self._failed(min(stopped), _STOPPED)
 

@@ -72,6 +72,7 @@ def _work_on_hosts(command: Command) -> int:
         module,
         without_flags(list(command.arguments), _FLAGS),
         hosts,
+        warn=command.warn,
         on_failure=lambda error: command.fail(str(error), error.exit_code),
     )
     command.interruption.run = launch

@@ -25,7 +25,9 @@ STUCK_S = 30.0
 FIRST_STUCK_S = 300.0
 """The same while weights are read, and in the first passes, for which CUDA compiles kernels for a minute or two."""
 _FIRST_PASSES = 4
+_FAULTS_S = 5.0  # in which so many are read by a process that swaps, though all go on
 _SWAPPING = 3  # times the longest wait so far; a machine that swapped all the time is slow, and goes on
+_LESS = "Give it less (fewer bits, a smaller context), or end what else runs there"
 _FRESH_S = 3.0
 _MANY_FAULTS = 1_000  # pages read from disk while nobody finishes anything
 
@@ -52,6 +54,8 @@ class Watch:
         self._faults: list[int] = [0] * len(names)  # when somebody finished something last
         self._slowest_s = 0.0
         self._first_heard: dict[int, float] = {}
+        self._read: dict[int, tuple[float, int]] = {}  # pages from disk up to a moment, by process
+        self._is_slow = False
         self._joining: dict[int, float] = {}  # since when each looks for the others
         self._joined: set[int] = set()
 
@@ -77,6 +81,22 @@ class Watch:
     def pid(self, rank: int) -> int | None:
         """Of a process, as it says itself."""
         return self._last[rank].get("pid")
+
+    def warning(self) -> str | None:
+        """Once, a process that swaps though all go on, and how much it reads from disk."""
+        for rank, sign in enumerate(self._last):
+            now, faults = self._clock(), sign.get("faults", 0)
+            since, before = self._read.setdefault(rank, (now, faults))
+            if now - since < _FAULTS_S:
+                continue
+            self._read[rank] = (now, faults)
+            if sign.get("passes", 0) >= _FIRST_PASSES and faults - before > _MANY_FAULTS and not self._is_slow:
+                self._is_slow = True
+                return (
+                    f"process {rank} of {len(self._last)} ({self._names[rank]}) read {faults - before:,} pages of its "
+                    f"memory from disk in {now - since:.0f} s: it swaps, and all wait for it. {_LESS}"
+                )
+        return None
 
     def forgive(self) -> None:
         """Judge from now on: whoever calls was stopped or starved, so that it did not hear says nothing of others."""
@@ -151,7 +171,7 @@ class Watch:
         if is_warm and faults[most] > _MANY_FAULTS and waiting_s > max(self._silent_s, _SWAPPING * self._slowest_s):
             return most, (
                 f"finished nothing for {waiting_s:.0f} s and read {faults[most]:,} pages of its memory from disk "
-                "meanwhile: it swaps. Give it less (fewer bits, a smaller context), or end what else runs there"
+                f"meanwhile: it swaps. {_LESS}"
             )
         limit = max(STUCK_S, 10 * self._slowest_s) if is_warm else FIRST_STUCK_S
         if waiting_s < limit:

@@ -573,6 +573,22 @@ def test_a_hang_and_a_machine_that_swaps_are_told_apart(faults: int, seconds: fl
     assert failure is not None and failure[0] == 1 and words in failure[1]
 
 
+def test_a_process_that_swaps_and_goes_on_is_told_once_and_not_ended() -> None:
+    """Imports and first passes read from disk, too."""
+    watch, clock = _watch()
+    said = []
+    for second in range(40):
+        clock.now = float(second)
+        faults = min(second, 8) * 1000 + max(0, second - 20) * 300
+        watch.hear(0, _sign(done=second, passes=second // 4))
+        watch.hear(1, _sign(done=second, passes=second // 4, faults=faults))
+        assert watch.failure() is None
+        if warning := watch.warning():
+            said.append((second, warning))
+    [(second, warning)] = said
+    assert 20 < second <= 30 and "process 1 of 2 (b) read 1," in warning and "in 5 s: it swaps" in warning
+
+
 def test_the_first_pass_has_long_also_behind_a_load_of_many_short_waits() -> None:
     """CUDA compiles kernels in it for a minute or two."""
     watch, clock = _watch()
