@@ -26,9 +26,10 @@ LOST = 255
 def pausable(pause: Callable[[], None], go_on: Callable[[], None]) -> Iterator[None]:
     """Within it a Ctrl-Z calls `pause` before this process is stopped, and `go_on` once it goes on.
 
-    Outside the main thread, where no signal can be handled, it changes nothing.
+    Outside the main thread, where no signal can be handled, and where Ctrl-Z is ignored, it changes nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
+    is_ignored = signal.getsignal(signal.SIGTSTP) == signal.SIG_IGN
+    if is_ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
 

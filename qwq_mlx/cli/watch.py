@@ -25,11 +25,10 @@ STUCK_S = 30.0
 FIRST_STUCK_S = 300.0
 """The same while weights are read, and in the first passes, for which CUDA compiles kernels for a minute or two."""
 _FIRST_PASSES = 4
-_FAULTS_S = 5.0  # in which so many are read by a process that swaps, though all go on
-_SWAPPING = 3  # times the longest wait so far; a machine that swapped all the time is slow, and goes on
+_FAULTS_S = 5.0  # in which a process that swaps reads so many pages from disk
 _LESS = "Give it less (fewer bits, a smaller context), or end what else runs there"
 _FRESH_S = 3.0
-_MANY_FAULTS = 1_000  # pages read from disk while nobody finishes anything
+_MANY_FAULTS = 1_000
 
 
 class Watch:
@@ -166,15 +165,15 @@ class Watch:
             self._moved = self._clock()  # somebody thinks about a question, and all wait for the answer
             return None
         is_warm = self._last[0].get("passes", 0) >= _FIRST_PASSES
-        faults = [each.get("faults", 0) - before for each, before in zip(self._last, self._faults, strict=True)]
-        most = max(range(len(faults)), key=faults.__getitem__)
-        if is_warm and faults[most] > _MANY_FAULTS and waiting_s > max(self._silent_s, _SWAPPING * self._slowest_s):
-            return most, (
-                f"finished nothing for {waiting_s:.0f} s and read {faults[most]:,} pages of its memory from disk "
-                f"meanwhile: it swaps. {_LESS}"
-            )
         limit = max(STUCK_S, 10 * self._slowest_s) if is_warm else FIRST_STUCK_S
         if waiting_s < limit:
             return None
+        faults = [each.get("faults", 0) - before for each, before in zip(self._last, self._faults, strict=True)]
+        most = max(range(len(faults)), key=faults.__getitem__)
+        if faults[most] > _MANY_FAULTS:
+            return most, (
+                f"finished nothing for {limit:.0f} s and read {faults[most]:,} pages of its memory from disk "
+                f"meanwhile: it swaps. {_LESS}"
+            )
         behind = min(range(1, len(self._last)), key=lambda rank: self._last[rank].get("done", 0))
         return behind, f"and the others wait for each other for {limit:.0f} s and finish nothing: it hangs"

@@ -558,14 +558,14 @@ def test_a_lost_link_is_named_only_where_both_ends_are_alive() -> None:
     assert watch.failure() is None
 
 
-@pytest.mark.parametrize(("faults", "seconds", "words"), [(0, STUCK_S, "it hangs"), (50_000, SILENT_S, "it swaps")])
-def test_a_hang_and_a_machine_that_swaps_are_told_apart(faults: int, seconds: float, words: str) -> None:
+@pytest.mark.parametrize(("faults", "words"), [(0, "it hangs"), (50_000, "it swaps")])
+def test_a_hang_and_a_machine_that_swaps_are_told_apart(faults: int, words: str) -> None:
     watch, clock = _watch()
     for rank in range(2):
         watch.hear(rank, _sign(waiting_s=1.0))
         watch.hear(rank, _sign(done=7))
     for more, is_named in ((-0.1, False), (0.1, True)):
-        clock.now = seconds + more
+        clock.now = STUCK_S + more
         watch.hear(0, _sign(done=7, waiting_s=STUCK_S + 1))
         watch.hear(1, _sign(done=7, faults=faults))
         failure = watch.failure()
