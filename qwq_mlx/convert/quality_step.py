@@ -107,7 +107,8 @@ def plan_quality(
         if is_asked:
             raise
         return QualityPlan(note=f"not measured: {error}")
-    own_bytes = estimate_memory_bytes(plan.config, text)
+    bits = {each.packing.bits for each in plan.tensors if each.packing is not None}
+    own_bytes = estimate_memory_bytes(plan.config, text, bits=bits)
     block_weights = max(each.largest_block[1] for each in plan.tensors)
     peak_bytes = model_peak_bytes(own_bytes + workers_bytes(block_weights, plan.n_workers))
     note = _note(plan, text, own_bytes)
