@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from qwq_mlx.model.batched_cache import BatchedLayer, Writing, batched, disband, row_cache_class
+from qwq_mlx.model.many_rows import attend_rows
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
 from qwq_mlx.model.shared_prefix import SharesPrefix, attend_behind
 from qwq_mlx.model.upstream import import_mlx_lm
@@ -293,6 +294,8 @@ def _over_batch(
     queries: mx.array, keys: mx.array, values: mx.array, batch: BatchedLayer, scale: float, mask: Any
 ) -> mx.array:
     """keys, values: of a batch, behind what its rows share."""
+    if batch.prefix is None and queries.dtype == mx.float32 and mx.default_device().type == mx.cpu:
+        return attend_rows(queries, keys, values, mask, scale)
     if batch.prefix is None:
         return _over_floats(queries, keys, values, None, scale, mask)
     return attend_behind(batch.prefix, queries, keys, values, scale, mask)

@@ -1,7 +1,8 @@
-"""A layer of a Qwen2 model for `MIN_BLAS_ROWS` rows and more on the CPU, in numpy but for its attention.
+"""A layer of a Qwen2 model for `MIN_BLAS_ROWS` rows and more on the CPU, in numpy.
 
 Linear layers multiply by numpy's BLAS there (`blas`), so MLX would stop and start for each of the seven of a layer.
-What lies between them is a few operations on small arrays, which numpy does at once; MLX is left with the attention.
+What lies between them is a few operations on small arrays, which numpy does at once; rows in a batch attend by it, too.
+MLX keeps the caches, and attends where they are quantized or begin alike.
 
 The numbers are those of mlx_lm's layer up to rounding: with so many rows a row does not get the bits it gets alone.
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from qwq_mlx.model.blas import Floats, multiply_rows, one_blas_thread
 
-__all__ = ["many_rows"]
+__all__ = ["attend_rows", "many_rows"]
 
 
 def many_rows(layer: Any, x: mx.array, cache: Any) -> mx.array:
@@ -56,3 +57,22 @@ def _rotated(x: Floats, cosines: Floats, sines: Floats) -> Floats:
     half = x.shape[-1] // 2
     turned = x * cosines + np.concatenate([x[..., half:], x[..., :half]], axis=-1) * sines
     return cast("Floats", turned)
+
+
+def attend_rows(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float) -> mx.array:
+    """The attention of rows in a batch, (rows, heads, n_ids, width) float32; everything is evaluated.
+
+    queries: (rows, heads, n_ids, width). keys, values: (rows, key heads, positions, width). mask: (rows, 1, n_ids,
+    positions), true where an id may look; None is everywhere. MLX 0.32.4 takes ten times as long for 16 rows.
+    """
+    n_rows, n_heads, n_ids, width = queries.shape
+    together = (n_rows, keys.shape[1], -1, width)  # the query heads of a key head
+    scaled = np.asarray(queries).reshape(together) * np.float32(scale)
+    scores = (scaled @ np.asarray(keys).swapaxes(2, 3)).reshape(n_rows, n_heads, n_ids, -1)
+    if mask is not None:
+        scores[~np.broadcast_to(np.asarray(mask), scores.shape)] = -np.inf
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    mixed = scores.reshape(*together[:3], scores.shape[-1]) @ np.asarray(values)
+    return mx.array(mixed.reshape(queries.shape))
