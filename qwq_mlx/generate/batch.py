@@ -146,9 +146,9 @@ def _widest(
     fitting = next((plan for n in range(most, 1, -1) if (plan := planned(n)).fits), planned(1))
     n_fitting = fitting.workload.n_sequences
     if width is not None and n_fitting < most:
+        asked = planned(most)
         raise FitError(
-            f"{most:,} rows side by side do not fit the memory of {machine_of(planned(most).workload)}:\n"
-            f"{planned(most).arithmetic()}\n"
+            f"{most:,} rows side by side do not fit the memory of {machine_of(asked.workload)}:\n{asked.arithmetic()}\n"
             f"The largest `width` that fits is {n_fitting:,}; a smaller `context` makes room for more."
         )
     return fitting
