@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,11 +106,11 @@ def _bench(command: Command) -> int:
     output = None if parsed.output is None else results_file(Path(parsed.output))
     source = pocket_checkpoint() if parsed.source is None else Path(parsed.source)
     bench = Bench(ready_model(parsed.model, command.note), options, command.note, source)
-    rows = []
+    rows, load_before = [], os.getloadavg()[0]
     for subject in subjects:
         module, _, function = SUBJECTS[subject].partition(":")
         rows += getattr(importlib.import_module(f"qwq_mlx.bench.{module}"), function)(bench)
-    result = result_of(rows, options)
+    result = result_of(rows, options, load_before=load_before)
     print(table(rows))
     print(json.dumps(result))
     if output is not None:

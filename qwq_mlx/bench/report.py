@@ -19,16 +19,20 @@ from qwq_mlx.files.output_file import check_output_file
 
 __all__ = ["SCHEMA", "append_result", "result_of", "results_file", "table"]
 
-SCHEMA = 1
+SCHEMA = 2
 """Of a line of results; raised with every change of a key or its meaning."""
 
 
-def result_of(rows: Sequence[Row], options: BenchOptions) -> dict[str, Any]:
-    """Everything that was measured, where and when (UTC), as JSON types."""
+def result_of(rows: Sequence[Row], options: BenchOptions, *, load_before: float) -> dict[str, Any]:
+    """Everything that was measured, where and when (UTC), as JSON types.
+
+    load_before: the system's load average of the minute before; more than a little says that others used it as well.
+    """
     return {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": describe_machine(),
+        "load_before": round(load_before, 2),
         "repeats": options.repeats,
         "rows": [row.as_json() for row in rows],
     }

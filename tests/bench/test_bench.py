@@ -236,6 +236,7 @@ def test_the_command_prints_a_table_and_one_json_line_and_appends_it(
     assert all(value > 0 for each in result["rows"] for value in each["median"].values())
     assert result["rows"][0]["fraction_of_limit"] > 0
     assert {"power", "commit", "mlx-lm", "backend", "device"} <= set(result["machine"])
+    assert (result["schema"], result["load_before"] >= 0) == (2, True)
     assert "context 300,000 is left out" in err and "round 1 of 1" in err
     ours = result["rows"][0]["median"]["qwq_mlx"]
     assert f"ids, context 0: medians: qwq_mlx {ours:.4g}, mlx-lm, same arrays" in err
