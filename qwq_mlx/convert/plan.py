@@ -110,6 +110,12 @@ class PlannedTensor:
         rows = min(self.block_rows, self.n_rows)
         return rows * self.row_bytes, rows * self.source.shape[-1]
 
+    @property
+    def packed_block_bytes(self) -> int:
+        """Bytes that its largest block becomes."""
+        made = sum(output.entry.end - output.entry.start for output in self.outputs)
+        return min(self.block_rows, self.n_rows) * made // self.n_rows
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputShard:
@@ -348,7 +354,9 @@ def _peak_memory(
     """The larger of packing and, before it, calibrating."""
     block_bytes, block_weights = (max(sizes) for sizes in zip(*(each.largest_block for each in tensors), strict=True))
     is_gguf = any(each.source.dtype not in DTYPE_BYTES for each in tensors)
-    packing = packing_peak_bytes(block_bytes, block_weights, n_workers, is_gguf=is_gguf)
+    longer = [each.packed_block_bytes for each in tensors if each.packed_block_bytes > block_bytes]
+    unplaced_bytes = max(longer, default=0)
+    packing = packing_peak_bytes(block_bytes, block_weights, n_workers, unplaced_bytes=unplaced_bytes, is_gguf=is_gguf)
     if calibration is None:
         return packing
     calibrating = calibration.peak_memory_bytes(config, n_workers=n_workers)

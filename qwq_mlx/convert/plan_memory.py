@@ -21,11 +21,9 @@ _LIBRARY_BYTES = {"transformers": 21_000_000, "mlx_lm": 12_000_000, "torch": 190
 """Resident once they are imported (Linux x86; mlx-lm 0.32.2, transformers 5.23). mlx_lm imports the others, PyTorch
 only where it is installed."""
 
-_VOCABULARY_BYTES = 40_000_000  # of a GGUF's vocabulary and merges, as files are made of them
 _TILE = 1 << 19  # weights that a worker fits at a time: `quant.fit`
 _BYTES_PER_WEIGHT = 36  # of a tile: its scratch, temporary arrays, and what its block was packed into
-_PACKED_PER_GGUF_BLOCK = 1.3  # of every block: rows of a GGUF may be shorter than what they become
-_DECODED_BYTES_PER_WEIGHT = 8  # a GGUF's block in float32, and what decoding it takes
+_DECODED_BYTES_PER_WEIGHT = 12  # of a GGUF's block: float32, and what decoding it takes
 
 
 def n_blocks_in_flight(n_workers: int) -> int:
@@ -33,12 +31,15 @@ def n_blocks_in_flight(n_workers: int) -> int:
     return 2 * n_workers + 12
 
 
-def packing_peak_bytes(block_bytes: int, block_weights: int, n_workers: int, *, is_gguf: bool) -> int:
-    """Of reading, packing and writing: buffers of the largest block, and what the workers have of their own."""
-    n_blocks = n_blocks_in_flight(n_workers)
-    total = n_blocks * block_bytes + workers_bytes(block_weights, n_workers)
+def packing_peak_bytes(
+    block_bytes: int, block_weights: int, n_workers: int, *, unplaced_bytes: int, is_gguf: bool
+) -> int:
+    """Of reading, packing and writing: buffers of the largest block, and what the workers have of their own.
+
+    unplaced_bytes: of the largest packed block that is longer than a buffer, so that it cannot take its rows' place.
+    """
+    total = n_blocks_in_flight(n_workers) * (block_bytes + unplaced_bytes) + workers_bytes(block_weights, n_workers)
     if is_gguf:
-        total += int(n_blocks * _PACKED_PER_GGUF_BLOCK * block_bytes) + _VOCABULARY_BYTES
         total += n_workers * _DECODED_BYTES_PER_WEIGHT * block_weights
     return _present_bytes() + _STARTED_BYTES + total
 
