@@ -4,7 +4,8 @@
     python scripts/measure_batch_memory.py --model FOLDER   # a conversion or checkpoint
     python scripts/measure_batch_memory.py --shared --drafts --kv-bits 0 8 --heads 2   # one prompt for all, held once
 
-Rows are prefilled one after another and decoded together to the end of the context. A draft model of half the layers
+Rows are prefilled one after another and decoded together to the end of the context; half-way all but 7 end, as samples
+do at different times, and on the CPU so few attend otherwise. A draft model of half the layers
 goes through mlx_lm's speculative_generate_step; random models never agree, which is when a cache is rewound most.
 
 Prints one JSON line per setting and, as the last line of stdout, the range of all; exit code 1 where a plan is below
@@ -34,6 +35,7 @@ from qwq_mlx.engine.kv_cache import forked_cache, new_cache
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.model.device import backend_name
+from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, Workload, plan_memory
 from qwq_mlx.model.upstream import import_mlx_lm
 from qwq_mlx.options import NEUTRAL, Sampling
@@ -143,7 +145,9 @@ def _together(module: Any, shape: ModelShape, workload: Workload, n_tokens: int)
     for row in rows if not workload.n_shared else ():
         for _ in decoder.prefill(row, _prompt((workload.context or 0) - n_tokens), chunk=workload.prefill_step):
             pass
-    for _ in range(n_tokens):
+    for step in range(n_tokens):  # some end before the others, as samples do: on the CPU fewer rows attend otherwise
+        if 2 * step == n_tokens:
+            del rows[MIN_BLAS_ROWS - 1 :]
         decoder.step(rows)
 
 
