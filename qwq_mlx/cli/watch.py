@@ -24,6 +24,8 @@ STUCK_S = 30.0
 """In which somebody has to finish something; ten times the longest wait so far where that is more."""
 FIRST_STUCK_S = 300.0
 """The same while weights are read, and in the first passes, for which CUDA compiles kernels for a minute or two."""
+SWAPPING_S = 30.0
+"""In which a process may read its memory from disk all the time: tokens take seconds each, and the machine suffers."""
 _FIRST_PASSES = 4
 _FAULTS_S = 5.0  # in which a process that swaps reads so many pages from disk
 _LESS = "Give it less (fewer bits, a smaller context), or end what else runs there"
@@ -54,6 +56,7 @@ class Watch:
         self._slowest_s = 0.0
         self._first_heard: dict[int, float] = {}
         self._read: dict[int, tuple[float, int]] = {}  # pages from disk up to a moment, by process
+        self._swapping: dict[int, tuple[float, int]] = {}  # since when, and pages before that
         self._is_slow = False
         self._joining: dict[int, float] = {}  # since when each looks for the others
         self._joined: set[int] = set()
@@ -82,24 +85,32 @@ class Watch:
         return self._last[rank].get("pid")
 
     def warning(self) -> str | None:
-        """Once, a process that swaps though all go on, and how much it reads from disk."""
+        """Once, a process that swaps though all go on, and how much it reads from disk. To be asked all the time."""
+        words = None
         for rank, sign in enumerate(self._last):
             now, faults = self._clock(), sign.get("faults", 0)
             since, before = self._read.setdefault(rank, (now, faults))
             if now - since < _FAULTS_S:
                 continue
             self._read[rank] = (now, faults)
-            if sign.get("passes", 0) >= _FIRST_PASSES and faults - before > _MANY_FAULTS and not self._is_slow:
+            if sign.get("passes", 0) < _FIRST_PASSES or faults - before <= _MANY_FAULTS:
+                self._swapping.pop(rank, None)
+                continue
+            self._swapping.setdefault(rank, (since, before))
+            if not self._is_slow:
                 self._is_slow = True
-                return (
+                words = (
                     f"process {rank} of {len(self._last)} ({self._names[rank]}) read {faults - before:,} pages of its "
-                    f"memory from disk in {now - since:.0f} s: it swaps, and all wait for it. {_LESS}"
+                    f"memory from disk in {now - since:.0f} s: it swaps, and all wait for it. {_LESS}; the run is "
+                    f"saved and ended if this lasts {SWAPPING_S:.0f} s"
                 )
-        return None
+        return words
 
     def forgive(self) -> None:
         """Judge from now on: whoever calls was stopped or starved, so that it did not hear says nothing of others."""
         self._started = self._moved = self._forgiven = now = self._clock()
+        self._swapping.clear()
+        self._read.clear()
         self._heard = [None if each is None else now for each in self._heard]
         self._first_heard = dict.fromkeys(self._first_heard, now)
         last = max(self._joining.values(), default=now)
@@ -113,7 +124,7 @@ class Watch:
 
     def failure(self) -> tuple[int, str] | None:
         """The process that has failed, and what is wrong with it; None while all is well."""
-        return self._silent() or self._unjoined() or self._lost_link() or self._stuck()
+        return self._silent() or self._unjoined() or self._lost_link() or self._swapped() or self._stuck()
 
     def _age(self, rank: int) -> float:
         heard = self._heard[rank]
@@ -157,6 +168,13 @@ class Watch:
                         f"and {self._names[min(rank, other)]} have not heard each other for {silent_s:.0f} s, though "
                         "both are alive: the network between them is lost"
                     )
+        return None
+
+    def _swapped(self) -> tuple[int, str] | None:
+        for rank, (since, before) in self._swapping.items():
+            if self._read[rank][0] - since >= SWAPPING_S:
+                n_pages, seconds = self._read[rank][1] - before, self._read[rank][0] - since
+                return rank, f"read {n_pages:,} pages of its memory from disk in {seconds:.0f} s: it swaps. {_LESS}"
         return None
 
     def _stuck(self) -> tuple[int, str] | None:

@@ -22,7 +22,7 @@ from qwq_mlx.cli.hosts import Hosts, parse_hosts, read_hostfile, without_flags
 from qwq_mlx.cli.launch import Launch
 from qwq_mlx.cli.processes import stopped_pids
 from qwq_mlx.cli.rank import PAUSED
-from qwq_mlx.cli.watch import FIRST_STUCK_S, SILENT_S, START_S, STUCK_S, Watch
+from qwq_mlx.cli.watch import FIRST_STUCK_S, SILENT_S, START_S, STUCK_S, SWAPPING_S, Watch
 from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.errors import LoadError, OptionError, RankError
 from qwq_mlx.generate.__main__ import main
@@ -573,20 +573,33 @@ def test_a_hang_and_a_machine_that_swaps_are_told_apart(faults: int, words: str)
     assert failure is not None and failure[0] == 1 and words in failure[1]
 
 
-def test_a_process_that_swaps_and_goes_on_is_told_once_and_not_ended() -> None:
+def test_a_process_that_swaps_and_goes_on_is_told_once_and_ended_where_it_lasts() -> None:
     """Imports and first passes read from disk, too."""
     watch, clock = _watch()
-    said = []
-    for second in range(40):
+    said, failures = [], []
+    for second in range(60):
         clock.now = float(second)
         faults = min(second, 8) * 1000 + max(0, second - 20) * 300
         watch.hear(0, _sign(done=second, passes=second // 4))
         watch.hear(1, _sign(done=second, passes=second // 4, faults=faults))
-        assert watch.failure() is None
         if warning := watch.warning():
             said.append((second, warning))
+        if failure := watch.failure():
+            failures.append((second, failure))
     [(second, warning)] = said
     assert 20 < second <= 30 and "process 1 of 2 (b) read 1," in warning and "in 5 s: it swaps" in warning
+    ended, (rank, words) = failures[0]
+    assert SWAPPING_S <= ended - 20 <= SWAPPING_S + 10 and rank == 1 and "it swaps. Give it less" in words
+
+
+def test_a_process_that_swaps_now_and_then_is_not_ended() -> None:
+    watch, clock = _watch()
+    for second in range(90):
+        clock.now, n_bursts = float(second), second // 20
+        for rank in range(2):
+            watch.hear(rank, _sign(done=second, faults=rank * (3_000 * n_bursts + 600 * min(second % 20, 10))))
+        watch.warning()
+        assert watch.failure() is None
 
 
 def test_the_first_pass_has_long_also_behind_a_load_of_many_short_waits() -> None:
