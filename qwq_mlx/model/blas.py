@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import mlx.core as mx
@@ -173,7 +173,7 @@ def multiply_packed(x: Floats, weight: Any, scales: Any, biases: Any, *, group_s
 def _by_blocks(multiply: Callable[[slice], None], n_out: int, n_in: int, *, is_threaded: bool = True) -> None:
     """Call for each block of the rows of a matrix. is_threaded: side by side; MLX is to be used by one thread alone."""
     if 4 * n_out * n_in <= _SMALL_BYTES:
-        with nullcontext() if _is_limited() else one_blas_thread():
+        with one_blas_thread():
             multiply(slice(0, n_out))
         return
     n_block = max(1, min(_BLOCK_BYTES // (4 * n_in), -(-n_out // _n_processors())))

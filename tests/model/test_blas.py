@@ -31,6 +31,7 @@ def test_a_matrix_of_several_blocks_is_multiplied_whole(monkeypatch: pytest.Monk
     whole = blas_quantized_matmul(x, *packed, group_size=64, bits=4)
 
     monkeypatch.setattr("qwq_mlx.model.blas._BLOCK_BYTES", 5 * 4 * 128)
+    monkeypatch.setattr("qwq_mlx.model.blas._SMALL_BYTES", 0)
 
     np.testing.assert_allclose(blas_quantized_matmul(x, *packed, group_size=64, bits=4), whole, atol=1e-5)
 
