@@ -66,14 +66,15 @@ class ModelRunner:
                 self._leader.tell("pass", {"rows": rows, "shape": list(ids.shape), "ids": fed if is_read else None})
                 if not is_read:
                     ids = mx.distributed.all_sum(ids.astype(mx.uint32), group=self._leader.group)
-            logits: mx.array = run_pass(module, ids, caches, n_each, batches_from=self._batches_from)[:, -1]
+            with self._starting():  # on the CPU many rows are computed here, and so waited for
+                logits: mx.array = run_pass(module, ids, caches, n_each, batches_from=self._batches_from)[:, -1]
             if self._leader is not None:  # each pass on its own, so that all ranks meet in the same order
                 self.start([logits])
         return logits
 
     def start(self, arrays: Sequence[mx.array]) -> None:
         """Let the device begin with what was built."""
-        with nullcontext() if self._leader is None else activity.starting():
+        with self._starting():
             mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
 
     def take_stop(self) -> bool:
@@ -95,6 +96,9 @@ class ModelRunner:
 
     def _in_step(self) -> AbstractContextManager[None]:
         return nullcontext() if self._leader is None else self._leader.in_step()
+
+    def _starting(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._leader is None else activity.starting()
 
 
 def batches_from(module: Any, *, reproducible: bool) -> int | None:

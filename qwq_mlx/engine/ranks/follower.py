@@ -88,8 +88,8 @@ class Follower:
         else:
             ids = mx.array(message["ids"], mx.uint32)
         n_each = [n for _, _, n in message["rows"]]
-        hidden = run_pass(self._module.model, ids, caches, n_each, batches_from=self._batches_from)
-        with activity.starting():
+        with activity.starting():  # on the CPU many rows are computed here, and so waited for
+            hidden = run_pass(self._module.model, ids, caches, n_each, batches_from=self._batches_from)
             mx.async_eval(hidden)  # type: ignore[no-untyped-call]
         if self._previous is not None:
             with activity.waiting():
