@@ -152,7 +152,7 @@ def follow(group: Any, *, folder: str | Path | None = None) -> None:
     [link] = connect_all(group)
     neighbours = connect_neighbours(group)
     is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, lambda *_: link.send({"stop": True})) if is_main else None
+    before = signal.signal(signal.SIGINT, lambda *_: link.ask_to_stop()) if is_main else None
     try:
         _follow(link, group, None if folder is None else Path(folder))
     finally:

@@ -68,6 +68,7 @@ class Link:
         self._heard = time.monotonic()
         self.is_closed = False
         self.is_asked_to_stop = False
+        self._asks_to_stop = False
         for work in (self._read, self._beat):
             threading.Thread(target=work, daemon=True, name=f"link-{peer}-{work.__name__}").start()
         open_links.add(self)
@@ -80,6 +81,13 @@ class Link:
     def send(self, message: dict[str, Any]) -> None:
         """Raises RankError where the peer has gone."""
         self._write(json.dumps(message, separators=(",", ":")).encode())
+
+    def ask_to_stop(self) -> None:
+        """Let the peer know of a Ctrl-C here with the next beat.
+
+        Safe in a signal handler, which may interrupt a `send` of its own thread and would wait for it for ever.
+        """
+        self._asks_to_stop = True
 
     def receive(self) -> dict[str, Any]:
         """The next message; waits for it. Raises RankError where the peer has gone."""
@@ -110,7 +118,8 @@ class Link:
     def _beat(self) -> None:
         with contextlib.suppress(RankError):
             while not self.is_closed:
-                self._write(b"")
+                asks, self._asks_to_stop = self._asks_to_stop, False
+                self._write(b'{"stop":true}' if asks else b"")
                 time.sleep(_BEAT_S)
 
     def _read(self) -> None:
