@@ -153,11 +153,11 @@ def system_said(error: OSError, advice: str) -> str:
     return f"({error.strerror or error}). {advice}"
 
 
-def told(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """What a person reads of an error: what went wrong, with its kind where it is none of this package's.
 
-    >>> from qwq_mlx.errors import told
-    >>> told(KeyError("third")), told(qwq_mlx.OptionError("n is 0, expected 1."))
+    >>> from qwq_mlx.errors import error_text
+    >>> error_text(KeyError("third")), error_text(qwq_mlx.OptionError("n is 0, expected 1."))
     ("KeyError: 'third'", 'n is 0, expected 1.')
     """
     return str(error) if isinstance(error, QwqError) else f"{type(error).__name__}: {error}"

@@ -89,7 +89,7 @@ def pack_block(block: Block, *, fit: str, shard: Path, fitted: FittedMatrices | 
 
 
 def _in_place(outputs: tuple[NDArray[np.uint8], ...], buffer: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], ...]:
-    """The outputs, where the block's rows stood: blocks that wait to be written then take no memory of their own.
+    """The outputs, in the place of the block's rows: blocks that wait to be written then take no memory of their own.
 
     As they are where the buffer is too short (rows of a GGUF of few bits).
     """

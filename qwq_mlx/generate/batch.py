@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from qwq_mlx.errors import BatchError, FitError, OptionError, told
+from qwq_mlx.errors import BatchError, FitError, OptionError, error_text
 from qwq_mlx.generate.request import Request
 from qwq_mlx.generate.scheduler import Scheduler
 from qwq_mlx.generate.stream import Stream
@@ -187,7 +187,7 @@ def finish_all(
     failures = {index: stream.failure for index, stream in enumerate(streams) if stream.failure is not None}
     traces = [stream.trace() for stream in streams]
     if failures:
-        which = "; ".join(f"question {index}: {told(failure)}" for index, failure in failures.items())
+        which = "; ".join(f"question {index}: {error_text(failure)}" for index, failure in failures.items())
         raise BatchError(
             f"{len(failures):,} of {len(streams):,} questions were not answered to their end. {which} "
             "`.traces` has all, with what was written until then.",

@@ -13,7 +13,7 @@ from typing import Any
 
 from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.row import Token
-from qwq_mlx.errors import GenerationError, told
+from qwq_mlx.errors import GenerationError, error_text
 from qwq_mlx.generate.request import Request, new_row
 from qwq_mlx.generate.run import Inject, Rewind, Run
 from qwq_mlx.trace.timings import Clock, Timings
@@ -90,7 +90,7 @@ class Running:
     def fail(self, error: Exception) -> None:
         """End the run here; what was written until now is in its trace."""
         self.failure = error
-        self.run.finish = ("interrupted", told(error))
+        self.run.finish = ("interrupted", error_text(error))
 
     def accept(self, token: Token | None) -> None:
         """Hand the run its next token, if one is settled. token: the one just drawn, None where none was."""

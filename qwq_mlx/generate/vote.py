@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qwq_mlx.errors import BatchError, OptionError, told
+from qwq_mlx.errors import BatchError, OptionError, error_text
 from qwq_mlx.generate.batch import kv_bytes_here, plan_rows, question_seed
 from qwq_mlx.generate.request import resolved
 from qwq_mlx.generate.scheduler import Scheduler
@@ -263,7 +263,9 @@ class Voting:
             groups=groups,
             traces=tuple(traces),
             failures={
-                place: told(stream.failure) for place, stream in enumerate(self._samples) if stream.failure is not None
+                place: error_text(stream.failure)
+                for place, stream in enumerate(self._samples)
+                if stream.failure is not None
             },
             n_tokens=sum(n_each),
             n_tokens_saved=max(0, round(expected) - n_cut),
