@@ -24,7 +24,7 @@ from qwq_mlx.convert.progress import ConvertProgress
 from qwq_mlx.convert.read import Buffers, Stopped, read_blocks
 from qwq_mlx.convert.source import Shards
 from qwq_mlx.convert.write import ShardWriter
-from qwq_mlx.model.blas import one_blas_thread
+from qwq_mlx.model.blas_threads import one_blas_thread
 from qwq_mlx.model.process_memory import release_freed_memory
 
 __all__ = ["run_pipeline"]

@@ -5,21 +5,12 @@ From `MIN_BLAS_ROWS` rows on, a block of the matrix at a time is unpacked, and a
 The results differ from MLX's in the last bits: with fewer rows a row gets the bits that it gets alone, with more it
 may not.
 
-Blocks are shared out to one thread a processor, each with a BLAS of one thread: OpenBLAS's own threads spin while they
-wait for each other, which on a loaded machine made a pass of 8 rows 8 times as slow.
-
 Does not: choose the compute type, or touch a layer on another backend.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, cast
 
 import mlx.core as mx
@@ -27,8 +18,8 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
-from threadpoolctl import ThreadpoolController
 
+from qwq_mlx.model.blas_threads import by_blocks
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 
 __all__ = [
@@ -38,7 +29,6 @@ __all__ = [
     "causal_attention",
     "multiplies_rows",
     "multiply_rows",
-    "one_blas_thread",
     "use_blas",
     "use_blas_for_rows",
     "uses_blas",
@@ -47,10 +37,6 @@ __all__ = [
 _MARK = "_multiplies_by_blas"  # of a model; to look at all its layers takes 2 ms for each run
 _NUMPY_BITS = (2, 4, 8)  # whole codes in a byte; others are unpacked by MLX
 _QUERIES = 512  # that attend at a time: their scores stay small whatever the length
-_BLOCK_BYTES = 4 << 20  # of unpacked rows at a time: they stay in the processor's cache until they are multiplied
-
-_here = threading.local()
-_SMALL_BYTES = 1 << 20  # a matrix that is multiplied sooner than it is shared out to threads
 
 Floats = npt.NDArray[np.float32]
 
@@ -134,7 +120,7 @@ def multiply_floats(x: Floats, weight: Floats) -> Floats:
     def multiply(block: slice) -> None:
         np.matmul(weight[block], columns, out=out[block])
 
-    _by_blocks(multiply, *weight.shape)
+    by_blocks(multiply, *weight.shape)
     return np.ascontiguousarray(out.T)
 
 
@@ -166,62 +152,8 @@ def multiply_packed(x: Floats, weight: Any, scales: Any, biases: Any, *, group_s
         np.matmul(floats, columns, out=out[block])
         out[block] += bias[block] @ sums
 
-    _by_blocks(multiply, len(scale), n_in, is_threaded=bits in _NUMPY_BITS)
+    by_blocks(multiply, len(scale), n_in, is_threaded=bits in _NUMPY_BITS)
     return np.ascontiguousarray(out.T)
-
-
-def _by_blocks(multiply: Callable[[slice], None], n_out: int, n_in: int, *, is_threaded: bool = True) -> None:
-    """Call for each block of the rows of a matrix. is_threaded: side by side; MLX is to be used by one thread alone."""
-    if 4 * n_out * n_in <= _SMALL_BYTES:
-        with one_blas_thread():
-            multiply(slice(0, n_out))
-        return
-    n_block = max(1, min(_BLOCK_BYTES // (4 * n_in), -(-n_out // _n_processors())))
-    blocks = [slice(first, min(first + n_block, n_out)) for first in range(0, n_out, n_block)]
-    with one_blas_thread():
-        for _ in _threads().map(multiply, blocks) if is_threaded else map(multiply, blocks):
-            pass
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """BLAS on the calling thread alone, so that workers do not wait for each other's threads. Of the whole process."""
-    if _is_limited():  # to ask and set costs as much as a small product
-        yield
-        return
-    libraries = _blas().lib_controllers
-    before = [each.num_threads for each in libraries]
-    try:
-        _here.is_limited = True
-        for each in libraries:
-            each.set_num_threads(1)
-        yield
-    finally:
-        _here.is_limited = False
-        for each, n_threads in zip(libraries, before, strict=True):
-            each.set_num_threads(n_threads)
-
-
-def _is_limited() -> bool:
-    """Whether this thread is within `one_blas_thread`."""
-    return getattr(_here, "is_limited", False)
-
-
-def _n_processors() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-@functools.cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_n_processors(), thread_name_prefix="blas")
-
-
-os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads
 
 
 def _unpack(weight: Any, block: slice, bits: int, floats: Floats) -> None:

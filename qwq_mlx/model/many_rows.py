@@ -16,7 +16,8 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from qwq_mlx.model.blas import Floats, multiply_rows, one_blas_thread
+from qwq_mlx.model.blas import Floats, multiply_rows
+from qwq_mlx.model.blas_threads import one_blas_thread
 
 __all__ = ["attend_rows", "many_rows"]
 

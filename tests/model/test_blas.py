@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from qwq_mlx.model.blas import blas_quantized_matmul, use_blas_for_rows
+from qwq_mlx.model.blas_threads import _blas, one_blas_thread
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 
 
@@ -30,10 +34,25 @@ def test_a_matrix_of_several_blocks_is_multiplied_whole(monkeypatch: pytest.Monk
     x = mx.random.normal((8, 128), key=mx.random.key(2))
     whole = blas_quantized_matmul(x, *packed, group_size=64, bits=4)
 
-    monkeypatch.setattr("qwq_mlx.model.blas._BLOCK_BYTES", 5 * 4 * 128)
-    monkeypatch.setattr("qwq_mlx.model.blas._SMALL_BYTES", 0)
+    monkeypatch.setattr("qwq_mlx.model.blas_threads._BLOCK_BYTES", 5 * 4 * 128)
+    monkeypatch.setattr("qwq_mlx.model.blas_threads._SMALL_BYTES", 0)
 
     np.testing.assert_allclose(blas_quantized_matmul(x, *packed, group_size=64, bits=4), whole, atol=1e-5)
+
+
+def test_blocks_of_two_threads_that_overlap_put_the_number_of_threads_back() -> None:
+    """Though threadpoolctl takes a number of the first thread alone that sets one."""
+    with threadpool_limits(2, user_api="blas"), one_blas_thread():
+        pass
+    threads, first, second = _blas().lib_controllers, one_blas_thread(), one_blas_thread()
+    before = [each.num_threads for each in threads]
+    with ThreadPoolExecutor(1) as other:
+        first.__enter__()
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        assert {each.num_threads for each in threads} == {1}  # the second still computes
+        other.submit(second.__exit__, None, None, None).result()
+    assert [each.num_threads for each in threads] == before
 
 
 @pytest.mark.parametrize("kind", ["linear", "quantized", "embedding", "quantized embedding"])

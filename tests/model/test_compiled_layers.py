@@ -13,7 +13,7 @@ from configs import SMALL
 from qwq_mlx.bench.models import in_compute_type, random_module
 from qwq_mlx.engine.kv_cache import new_cache
 from qwq_mlx.engine.model_runner import run_pass
-from qwq_mlx.model.blas import _blas
+from qwq_mlx.model.blas_threads import _blas
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.rope import Yarn

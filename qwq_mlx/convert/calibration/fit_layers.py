@@ -29,7 +29,7 @@ from qwq_mlx.convert.pack import workers
 from qwq_mlx.convert.plan import Plan, PlannedTensor
 from qwq_mlx.errors import ConversionError
 from qwq_mlx.files.rows import read_rows
-from qwq_mlx.model.blas import one_blas_thread
+from qwq_mlx.model.blas_threads import one_blas_thread
 from qwq_mlx.model.device import backend_name, small_cache
 from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.layers import Layer, LayerStream
