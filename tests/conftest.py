@@ -141,7 +141,7 @@ def pocket_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from qwq_mlx.generate.reasoner import load
     from qwq_mlx.serve.settings import Settings
 
-    settings = Settings(port=0, name="pocket", queue=4, runs_folder=tmp_path_factory.mktemp("runs"))
+    settings = Settings(port=0, name="pocket", queue=4, drain_s=5.0, runs_folder=tmp_path_factory.mktemp("runs"))
     with started(lambda: load(pocket_checkpoint()), settings) as served:
         yield served
 
@@ -154,6 +154,6 @@ def tiny_server(known_checkpoint: Path) -> Iterator[Any]:
     from qwq_mlx.generate.reasoner import load
     from qwq_mlx.serve.settings import Settings
 
-    settings = Settings(port=0, name="tiny", width=2, queue=2, heartbeat_s=0.2)
+    settings = Settings(port=0, name="tiny", width=2, queue=2, heartbeat_s=0.2, drain_s=5.0)
     with started(lambda: load(known_checkpoint), settings) as served:
         yield served

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import http.client
 import json
 import socket
@@ -126,7 +127,9 @@ def started(load: Callable[[], Reasoner], settings: Settings, *, history: Histor
         yield served
     finally:
         server.stop()
-        assert server.wait(30)
+        if not server.wait(settings.drain_s + 30):  # a request whose client forgot its socket takes all of the drain
+            faulthandler.dump_traceback(all_threads=True)
+            raise AssertionError("the server did not end; what its threads do is on stderr")
 
 
 def user(text: str = QUESTION, **fields: Any) -> dict[str, Any]:
