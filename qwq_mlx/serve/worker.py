@@ -268,8 +268,9 @@ class Worker:
     def _admit(self, rows: Rows) -> None:
         """The first in the line begin as far as there is room; those who left are forgotten, wherever they stand."""
         with self._wakes:
-            if any(job.is_cancelled for job in self._line):
-                self._line = deque(job for job in self._line if not job.is_cancelled)
+            if left := [job for job in self._line if job.is_cancelled]:
+                self.counters.left += sum(job.n_choices for job in left)
+                self._line = deque(job for job in self._line if job not in left)
         while self._line:
             job = self._line[0]
             if self._refused == (job, rows.n_busy):

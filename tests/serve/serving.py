@@ -78,7 +78,8 @@ class Served:
     @property
     def is_idle(self) -> bool:
         worker = self.server.worker
-        return worker.n_waiting == 0 and worker.n_running == 0  # in the order in which a job goes through them
+        # in the order in which a job goes through them; who left the line is in it until it is counted
+        return not worker._line and worker.n_running == 0
 
 
 def until(is_so: Callable[[], bool], *, within_s: float = 30.0) -> None:

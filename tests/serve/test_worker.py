@@ -97,6 +97,8 @@ def test_the_line_is_bounded_and_tells_the_place(tiny_server: Served) -> None:
 
 def test_those_who_left_the_line_take_no_memory_behind_one_who_waits(tiny_server: Served) -> None:
     worker = tiny_server.server.worker
+    until(lambda: tiny_server.is_idle)
+    left_before = worker.counters.left
     opened = [tiny_server.open_stream(LONG) for _ in range(2)]
     until(lambda: worker.n_running == 2)
     opened.append(tiny_server.open_stream(LONG))  # waits, and so do those behind it
@@ -106,6 +108,7 @@ def test_those_who_left_the_line_take_no_memory_behind_one_who_waits(tiny_server
         connection.close()
         until(lambda: worker.n_waiting == 1)
     until(lambda: len(worker._line) == 1)
+    assert worker.counters.left == left_before + 5, "who never began is counted, too"
     for connection, response in opened:
         response.close()
         connection.close()
