@@ -18,7 +18,7 @@ from typing import Any
 from qwq_mlx.cli.host_report import report
 from qwq_mlx.cli.hosts import Hosts, RankHost, ssh_command
 from qwq_mlx.errors import LoadError
-from qwq_mlx.files.model_identity import how_to_bring, model_identity, other_versions, possible_folders, versions
+from qwq_mlx.files.model_identity import how_to_copy, model_identity, other_versions, possible_folders, versions
 
 __all__ = ["checked_hosts"]
 
@@ -126,7 +126,7 @@ def _faults(hosts: Hosts, groups: _Ranks, replies: _Replies, folders: Sequence[P
         for folder, model in zip(folders, reply["models"], strict=True):
             if model is None:
                 places = " or ".join(possible_folders(folder))
-                faults.append(f"{name}: has no folder {places}. {how_to_bring(folder)}")
+                faults.append(f"{name}: has no folder {places}. {how_to_copy(folder)}")
             elif model["identity"] != model_identity(folder):
                 faults.append(f"{name}: {model['folder']} holds another model than {folder} here. Copy that one there.")
         if reply["taken"]:

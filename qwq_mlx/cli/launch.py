@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qwq_mlx.cli.hosts import Hosts, ssh_command
-from qwq_mlx.cli.processes import LOST, kill_there, pausable, stopped_pids, words_of
+from qwq_mlx.cli.processes import LOST, describe_exit, kill_remote, pausable, stopped_pids
 from qwq_mlx.cli.rank import BEAT_S, PAUSED, RANK_VARIABLE, RankSetup
 from qwq_mlx.cli.watch import SILENT_S, START_S, Watch
 from qwq_mlx.errors import RankError
@@ -237,7 +237,7 @@ class Launch:
         rank = max(range(len(codes)), key=weight)
         code = codes[rank]
         if code is not None:
-            return rank, words_of(code, is_remote=self._hosts.ranks[rank].ssh is not None)
+            return rank, describe_exit(code, is_remote=self._hosts.ranks[rank].ssh is not None)
         return rank, _STOPPED if weight(rank) else f"did not end within {_LAST_S:.0f} s behind the others"
 
     def _stopped_or(self, failure: tuple[int, str]) -> tuple[int, str]:
@@ -259,7 +259,7 @@ class Launch:
             except subprocess.TimeoutExpired as error:
                 raise self._failed(rank, f"did not end within {_LAST_S:.0f} s behind the first") from error
             if code:
-                raise self._failed(rank, words_of(code, is_remote=self._hosts.ranks[rank].ssh is not None))
+                raise self._failed(rank, describe_exit(code, is_remote=self._hosts.ranks[rank].ssh is not None))
         return 0
 
     def _errors(self, rank: int) -> Path:
@@ -278,7 +278,7 @@ class Launch:
             for rank, host in enumerate(self._hosts.ranks[: len(self.processes)])
             if host.ssh is not None and self.processes[rank].poll() != 0
         ]
-        killers = [kill_there(ssh, pid) for ssh, pid in remote if ssh is not None and pid is not None]
+        killers = [kill_remote(ssh, pid) for ssh, pid in remote if ssh is not None and pid is not None]
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -16,7 +16,7 @@ from typing import Any
 
 from qwq_mlx.cli.hosts import ssh_command
 
-__all__ = ["LOST", "kill_there", "pausable", "stopped_pids", "words_of"]
+__all__ = ["LOST", "describe_exit", "kill_remote", "pausable", "stopped_pids"]
 
 LOST = 255
 """What ssh exits with where the connection broke, or its process was ended by a signal."""
@@ -55,14 +55,14 @@ def stopped_pids(pids: Collection[int]) -> list[int]:
     return [int(pid) for pid, state in map(str.split, lines) if state.startswith("T")]
 
 
-def kill_there(ssh: str, pid: int) -> subprocess.Popen[bytes]:
+def kill_remote(ssh: str, pid: int) -> subprocess.Popen[bytes]:
     """End a process of another machine, which an end of ssh alone does not where it is stopped."""
     script = f"ps -p {pid} -o args= | grep -q qwq_mlx && kill -KILL {pid}"
     quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     return subprocess.Popen([*ssh_command(), ssh, script], start_new_session=True, **quiet)
 
 
-def words_of(code: int, *, is_remote: bool) -> str:
+def describe_exit(code: int, *, is_remote: bool) -> str:
     """How a process ended. is_remote: it is ssh's, that has another machine's exit code."""
     if code < 0:
         return f"was ended by signal {-code} ({signal.Signals(-code).name})"

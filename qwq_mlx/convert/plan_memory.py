@@ -13,6 +13,7 @@ import importlib.util
 import sys
 
 from qwq_mlx.model.process_memory import release_freed_memory, resident_bytes
+from qwq_mlx.quant.fit import TILE
 
 __all__ = ["model_peak_bytes", "n_blocks_in_flight", "packing_peak_bytes", "workers_bytes"]
 
@@ -21,7 +22,6 @@ _LIBRARY_BYTES = {"transformers": 21_000_000, "mlx_lm": 12_000_000, "torch": 190
 """Resident once they are imported (Linux x86; mlx-lm 0.32.2, transformers 5.23). mlx_lm imports the others, PyTorch
 only where it is installed."""
 
-_TILE = 1 << 19  # weights that a worker fits at a time: `quant.fit`
 _BYTES_PER_WEIGHT = 36  # of a tile: its scratch, temporary arrays, and what its block was packed into
 _DECODED_BYTES_PER_WEIGHT = 12  # of a GGUF's block: float32, and what decoding it takes
 
@@ -49,7 +49,7 @@ def workers_bytes(block_weights: int, n_workers: int) -> int:
 
     block_weights: of the largest block.
     """
-    return n_workers * _BYTES_PER_WEIGHT * min(block_weights, _TILE)
+    return n_workers * _BYTES_PER_WEIGHT * min(block_weights, TILE)
 
 
 def model_peak_bytes(n_bytes: int) -> int:

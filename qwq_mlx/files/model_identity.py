@@ -19,7 +19,7 @@ from qwq_mlx.files.manifest import MANIFEST_NAME
 __all__ = [
     "MACHINE_VARIABLE",
     "found_folder",
-    "how_to_bring",
+    "how_to_copy",
     "machine_name",
     "model_identity",
     "other_versions",
@@ -58,11 +58,11 @@ def possible_folders(folder: Path) -> list[str]:
     return [str(path), *below]
 
 
-def how_to_bring(folder: Path) -> str:
+def how_to_copy(folder: Path) -> str:
     """What to do on a machine that lacks a folder: a process reads its part of the weights from a folder of its own
     machine, never over a network. One of huggingface_hub's cache is named by repository and commit.
 
-    >>> how_to_bring(Path("/home/me/.cache/huggingface/hub/models--Qwen--QwQ-32B/snapshots/abc"))
+    >>> how_to_copy(Path("/home/me/.cache/huggingface/hub/models--Qwen--QwQ-32B/snapshots/abc"))
     'Fetch it there (hf download Qwen/QwQ-32B --revision abc), or copy it.'
     """
     repository = folder.parent.parent.name

@@ -22,7 +22,7 @@ from qwq_mlx.model.load import LoadedModel
 from qwq_mlx.model.memory.fit import machine_of
 from qwq_mlx.model.memory.plan import MemoryPlan, ModelShape, Workload, plan_memory
 from qwq_mlx.model.memory.sizes import cache_layers
-from qwq_mlx.model.memory.splits import plan_of_least_room
+from qwq_mlx.model.memory.splits import plan_tightest_rank
 from qwq_mlx.model.ranks import ranks_of
 from qwq_mlx.model.shared_prefix import MIN_SHARED
 from qwq_mlx.options import Limits, Sampling, Thinking
@@ -139,7 +139,7 @@ def _widest(
         asked = replace(workload, n_sequences=n_sequences)
         if ranks is not None and limit_bytes is not None and ranks.limits[0] is not None:
             held = ranks.limits[0] - limit_bytes
-            return plan_of_least_room(shape, asked, ranks.limits, backend=backend_name(), held_bytes=held)
+            return plan_tightest_rank(shape, asked, ranks.limits, backend=backend_name(), held_bytes=held)
         return plan_memory(shape, asked, limit_bytes=limit_bytes, backend=backend_name())
 
     most = min(n_rows, MAX_WIDTH if width is None else width)

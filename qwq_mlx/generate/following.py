@@ -28,7 +28,7 @@ from qwq_mlx.errors import LoadError, OptionError, QwqError
 from qwq_mlx.files.background_verification import BackgroundVerification
 from qwq_mlx.files.model_identity import (
     found_folder,
-    how_to_bring,
+    how_to_copy,
     machine_name,
     model_identity,
     other_versions,
@@ -193,7 +193,7 @@ def _planned(message: Mapping[str, Any], folder: Path | None) -> tuple[dict[str,
     if found is None:
         return {
             "host": host,
-            "error": f"there is no model folder {' or '.join(places)}. {how_to_bring(Path(places[0]))}",
+            "error": f"there is no model folder {' or '.join(places)}. {how_to_copy(Path(places[0]))}",
         }, None
     try:
         files = open_model_folder(found, follow_links=message["follow_links"])

@@ -53,7 +53,7 @@ class Blas:
     def __call__(self, x: Any) -> Any:
         """x @ weight.T and the bias; x is evaluated."""
         rows: Floats = np.asarray(x).reshape(-1, x.shape[-1])
-        y = mx.array(multiply_floats(rows, self._weight).reshape(*x.shape[:-1], -1))
+        y = mx.array(_multiply_floats(rows, self._weight).reshape(*x.shape[:-1], -1))
         return y if self.bias is None else y + self.bias
 
 
@@ -112,7 +112,7 @@ def causal_attention(queries: Floats, keys: Floats, values: Floats, *, scale: fl
     return out
 
 
-def multiply_floats(x: Floats, weight: Floats) -> Floats:
+def _multiply_floats(x: Floats, weight: Floats) -> Floats:
     """x @ weight.T. x: (rows, in). weight: (out, in)."""
     columns = x.T
     out = np.empty((len(weight), columns.shape[1]), np.float32)
@@ -131,11 +131,11 @@ def blas_quantized_matmul(x: Any, weight: Any, scales: Any, biases: Any, *, grou
     Returns (..., out) float32. Takes 4 MiB of memory for each processor beside the result.
     """
     rows: Floats = np.asarray(x).reshape(-1, x.shape[-1])
-    y = multiply_packed(rows, weight, scales, biases, group_size=group_size, bits=bits)
+    y = _multiply_packed(rows, weight, scales, biases, group_size=group_size, bits=bits)
     return mx.array(y.reshape(*x.shape[:-1], -1))
 
 
-def multiply_packed(x: Floats, weight: Any, scales: Any, biases: Any, *, group_size: int, bits: int) -> Floats:
+def _multiply_packed(x: Floats, weight: Any, scales: Any, biases: Any, *, group_size: int, bits: int) -> Floats:
     """The same of numpy's rows, (rows, in) -> (rows, out)."""
     columns = x.T
     n_in, n_rows = columns.shape
@@ -235,9 +235,9 @@ def multiplies_rows(layer: Any) -> bool:
 def multiply_rows(layer: Any, x: Floats) -> Floats:
     """What such a layer makes of numpy's rows, (rows, in) -> (rows, out)."""
     if isinstance(layer, _RowsLinear):
-        y = multiply_floats(x, np.asarray(layer.weight))
+        y = _multiply_floats(x, np.asarray(layer.weight))
     else:
-        y = multiply_packed(x, layer.weight, layer.scales, layer.biases, group_size=layer.group_size, bits=layer.bits)
+        y = _multiply_packed(x, layer.weight, layer.scales, layer.biases, group_size=layer.group_size, bits=layer.bits)
     if "bias" in layer:
         y += np.asarray(layer.bias)
     return y

@@ -29,9 +29,9 @@ from qwq_mlx.quant.packing import DTYPES, Packed, Packing, float_values, pack_gr
 from qwq_mlx.quant.rounding_error import BlockError, block_error
 from qwq_mlx.quant.tile import Floats, Line, Scratch, Tile, min_max, squares
 
-__all__ = ["Scratch", "closest_stored_line", "fit_block"]
+__all__ = ["TILE", "Scratch", "closest_stored_line", "fit_block"]
 
-_TILE = 1 << 19  # weights at a time: long enough that threads seldom wait for each other, short enough for a cache
+TILE = 1 << 19  # weights at a time: long enough that threads seldom wait for each other, short enough for a cache
 
 
 def fit_block(
@@ -81,7 +81,7 @@ def _affine(
     codes = np.empty((rows, columns * packing.bits // 32), np.uint32)
     scales, biases = np.empty(shape, DTYPES[stored]), np.empty(shape, DTYPES[stored])
     error2 = weight2 = 0.0
-    step = max(1, _TILE // columns) | 1  # odd: with a power of two as stride a group falls on few lines of the cache
+    step = max(1, TILE // columns) | 1  # odd: with a power of two as stride a group falls on few lines of the cache
     for first in range(0, rows, step):
         at = slice(first, first + step)
         tile = scratch.tile(raw[at], dtype, packing)

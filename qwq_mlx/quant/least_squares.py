@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qwq_mlx.quant.tile import Floats, Line, Tile, chosen
+from qwq_mlx.quant.tile import Floats, Line, Tile, where
 
 __all__ = ["MOVES", "closest_line", "weighted_squares"]
 
@@ -49,8 +49,8 @@ def closest_line(tile: Tile, line: Line, bits: int, importance: Floats | None) -
         is_better = explained > best
         best = np.fmax(best, explained)
         refit = covariance / variance
-        slope = chosen(is_better, refit, slope)
-        offset = chosen(is_better, mean_step - refit * mean_code, offset)
+        slope = where(is_better, refit, slope)
+        offset = where(is_better, mean_step - refit * mean_code, offset)
     return Line(line.scale * slope, line.bias + line.scale * (offset + half * (1 - slope)))
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qwq_mlx.quant.packing import Packing, float_values
 
-__all__ = ["SMALLEST_STEP", "Floats", "Line", "Scratch", "Tile", "chosen", "min_max", "squares"]
+__all__ = ["SMALLEST_STEP", "Floats", "Line", "Scratch", "Tile", "min_max", "squares", "where"]
 
 Floats = NDArray[np.float32]
 
@@ -122,7 +122,7 @@ def squares(values: Floats) -> Floats:
     return squares
 
 
-def chosen(mask: NDArray[np.bool_], new: Floats, old: Floats | np.float32) -> Floats:
+def where(mask: NDArray[np.bool_], new: Floats, old: Floats | np.float32) -> Floats:
     """np.where(mask, new, old); by bits, since numpy's own way branches at every value and takes twice as long.
 
     mask, new: (groups,). old: the same, or one number for all.

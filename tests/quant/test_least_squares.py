@@ -148,7 +148,7 @@ def test_blocks_tiles_and_scratch_do_not_change_a_byte(monkeypatch: pytest.Monke
     raw, packing = round_to(awkward_rows(), "BF16"), Packing(bits=3)
     whole = fitted(raw, "BF16", packing, "calibrated")
     scratch = Scratch()
-    monkeypatch.setattr("qwq_mlx.quant.fit._TILE", 512)  # three rows a tile
+    monkeypatch.setattr("qwq_mlx.quant.fit.TILE", 512)  # three rows a tile
     for rows in (slice(0, 5), slice(5, 12)):
         part = fit_block(raw[rows], "BF16", packing, fit="calibrated", scratch=scratch)[0]
         assert whole.biases is not None

@@ -31,6 +31,13 @@ def turn(served: Served, messages: list[dict[str, str]], **fields: Any) -> tuple
     return body["choices"][0]["message"], usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
 
 
+def rows_beside_a_run(reasoner: Reasoner) -> tuple[Rows, Stream]:
+    """Empty rows, and a run behind a prompt long enough to be shared, of which one token is drawn."""
+    run = reasoner.stream("What is 3 + 4? " * 20, limits=Limits(max_tokens=8, prefill_step=64))
+    next(run)
+    return Rows(reasoner, width=8, n_prefixes=0, planned_bytes=0, counters=Counters()), run
+
+
 def test_a_second_turn_feeds_only_what_is_new(pocket_server: Served, pocket_reasoner: Reasoner) -> None:
     asked = {"role": "user", "content": FIRST}
     first, n_first, _ = turn(pocket_server, [asked])
@@ -117,9 +124,7 @@ def test_rows_behind_one_long_prompt_are_admitted_by_what_they_hold_together(
     tiny: Reasoner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Choices of one request before they begin, and forks that run; requests that only look alike are not."""
-    rows = Rows(tiny, width=8, n_prefixes=0, planned_bytes=0, counters=Counters())
-    run = tiny.stream("What is 3 + 4? " * 20, limits=Limits(max_tokens=8, prefill_step=64))
-    next(run)
+    rows, run = rows_beside_a_run(tiny)
     request, n_shared = run.request, len(run.request.prompt_ids) - 1
     plan = plan_rows([request] * 5, 5, limit_bytes=None)
     monkeypatch.setattr(tiny, "limit_bytes", plan.peak_bytes + plan.reserve_bytes - 1)
@@ -137,9 +142,7 @@ def test_samples_of_a_run_are_admitted_by_what_they_share_with_it(
     tiny: Reasoner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As votes of a run come, one job after another: by the plan that `generate --samples` makes of them all."""
-    rows = Rows(tiny, width=8, n_prefixes=0, planned_bytes=0, counters=Counters())
-    run = tiny.stream("What is 3 + 4? " * 20, limits=Limits(max_tokens=8, prefill_step=64))
-    next(run)
+    rows, run = rows_beside_a_run(tiny)
     request, n_shared = run.request, len(run.request.prompt_ids) - 1
     source = SimpleNamespace(streams=[run])
     fork: Any = SimpleNamespace(ask=SimpleNamespace(n=1), n_choices=1, requests=[replace(request)], source=(source, 0))

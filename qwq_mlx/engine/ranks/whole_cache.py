@@ -15,7 +15,7 @@ from qwq_mlx.engine.ranks.cache_parts import Form, gathered_arrays, scattered_la
 from qwq_mlx.engine.ranks.leader import Mirror, leader_of, mirror_of
 from qwq_mlx.model.load import LoadedModel
 
-__all__ = ["NO_CACHE", "WholeCache", "cache_of_whole", "whole_cache"]
+__all__ = ["NO_CACHE", "WholeCache", "cache_of_whole", "type_name", "whole_cache"]
 
 
 class WholeCache(NamedTuple):
@@ -41,7 +41,7 @@ def whole_cache(model: LoadedModel, cache: Sequence[Any], n_ids: int) -> WholeCa
     n_kept = min(n_ids, int(cache[0].offset))
     first, mirror = layer_of(cache[0], n_kept), mirror_of(cache)
     n_heads, n_layers = model.config.num_key_value_heads, model.config.num_hidden_layers
-    forms = [(name, (1, n_heads, *array.shape[2:]), _type_of(array)) for name, array in first.arrays.items()]
+    forms = [(name, (1, n_heads, *array.shape[2:]), type_name(array)) for name, array in first.arrays.items()]
     named = [(f"layers.{place}.{name}", shape, kind) for place in range(n_layers) for name, shape, kind in forms]
     arrays = _own(cache, n_kept) if mirror is None else _gathered(mirror, model, cache, n_kept, forms)
     return WholeCache((first.capacity,) * n_layers, named, arrays)
@@ -82,7 +82,7 @@ def cache_of_whole(model: LoadedModel, layers: Iterable[Layer], kv_bits: int | N
     leader = leader_of(model.module)
     if leader is None:
         return filled_cache(model.module, [first, *rest], kv_bits)
-    forms: list[Form] = [(name, tuple(array.shape), _type_of(array)) for name, array in first.arrays.items()]
+    forms: list[Form] = [(name, tuple(array.shape), type_name(array)) for name, array in first.arrays.items()]
     key, capacity, whole = leader.next_key(), first.capacity, _each([first], rest)
     del first
     with leader.in_step():
@@ -97,5 +97,6 @@ def _each(first: list[Layer], rest: Iterable[Layer]) -> Iterator[Layer]:
     yield from rest
 
 
-def _type_of(array: mx.array) -> str:
+def type_name(array: mx.array) -> str:
+    """As saved runs name it: "bfloat16" and so on."""
     return str(array.dtype).removeprefix("mlx.core.")

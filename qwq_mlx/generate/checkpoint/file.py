@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from qwq_mlx.engine.ranks.whole_cache import NO_CACHE, WholeCache
+from qwq_mlx.engine.ranks.whole_cache import NO_CACHE, WholeCache, type_name
 from qwq_mlx.errors import SavingError, SourceError, system_said
 from qwq_mlx.files.atomic import fsync_file, fsync_folder
 from qwq_mlx.files.header import Header, place_tensors, read_header
@@ -48,8 +48,8 @@ def write_checkpoint(
     Raises SavingError where the disk does not take it; the run itself is not touched by that.
     """
     text = mx.array(np.frombuffer(json.dumps(state, ensure_ascii=True, separators=(",", ":")).encode(), np.uint8))
-    forms = [(name, tuple(array.shape), _type_of(array)) for name, array in arrays.items()]
-    forms += [*cache.forms, (_STATE, tuple(text.shape), _type_of(text))]
+    forms = [(name, tuple(array.shape), type_name(array)) for name, array in arrays.items()]
+    forms += [*cache.forms, (_STATE, tuple(text.shape), type_name(text))]
     layout = [(name, _DTYPES[kind], shape) for name, shape, kind in forms]
     n_bytes = place_tensors(layout)[1][-1].end
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -179,10 +179,6 @@ def model_digest(folder: Path) -> str:
 def _chunks(file: Any) -> Iterator[bytes]:
     while chunk := file.read(_CHUNK_BYTES):
         yield chunk
-
-
-def _type_of(array: mx.array) -> str:
-    return str(array.dtype).removeprefix("mlx.core.")
 
 
 def _bytes_of(array: mx.array) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from qwq_mlx.engine.ranks.whole_cache import type_name
 from qwq_mlx.engine.row import check_ids
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.json_dataclass import shown
@@ -139,7 +140,7 @@ def _check_arrays(state: RunState, arrays: Mapping[str, mx.array], model: Loaded
     expected = _cache_arrays(state, arrays, model, path) | _hidden_arrays(state, model, path)
     for name in sorted(arrays.keys() | expected.keys()):
         array = arrays.get(name)
-        actual = None if array is None else (str(array.dtype).removeprefix("mlx.core."), tuple(array.shape))
+        actual = None if array is None else (type_name(array), tuple(array.shape))
         if actual != expected.get(name):
             raise _edited(path, name, _array(actual), _array(expected.get(name)))
 

@@ -18,7 +18,7 @@ from qwq_mlx.model.folder import ModelFolder
 from qwq_mlx.model.memory.advice import SMALL_STEP, cheapest_change
 from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
 from qwq_mlx.model.memory.plan import Backend, MemoryPlan, ModelShape, Workload, can_quantize, plan_memory
-from qwq_mlx.model.memory.splits import binding_rank, least_room, plan_ranks
+from qwq_mlx.model.memory.splits import binding_rank, plan_ranks, tightest_plan
 from qwq_mlx.model.split import Split
 from qwq_mlx.options import Limits
 
@@ -67,8 +67,8 @@ def fitted(
     for _ in range(2 if limits.kv_bits == "auto" else 1):  # with a cache quantized to fit another process may bind
         workload = _with_limits(asked, replace(fitting, context=limits.context))
         plans = plan_ranks(model, workload, split, of_ranks, backend=backend)
-        is_known = limits.context is not None and least_room(plans).fits  # without looking for the longest context
-        rank = least_room(plans).workload.rank if is_known else binding_rank(plans)
+        is_known = limits.context is not None and tightest_plan(plans).fits  # without looking for the longest context
+        rank = tightest_plan(plans).workload.rank if is_known else binding_rank(plans)
         found = _fitted(model, limits, replace(asked, rank=rank), of_ranks[rank], backend)
         fitting = found.limits
     return found

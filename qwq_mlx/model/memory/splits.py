@@ -25,7 +25,7 @@ from qwq_mlx.model.memory.plan import (
 from qwq_mlx.model.memory.sizes import bytes_of_float, layer_weights_bytes, weights_bytes
 from qwq_mlx.model.split import Split, SplitKind, tensor_obstacle, tensor_split
 
-__all__ = ["binding_rank", "choose_split", "least_room", "pipeline_split", "plan_of_least_room", "plan_ranks"]
+__all__ = ["binding_rank", "choose_split", "pipeline_split", "plan_ranks", "plan_tightest_rank", "tightest_plan"]
 
 _LEAST_CONTEXT = 2  # an id to read and one to write
 _STEPS = 20  # of the bisection for the share of memory
@@ -62,12 +62,12 @@ def _room(plan: MemoryPlan) -> int:
     return (plan.limit_bytes or 1 << 62) - plan.peak_bytes
 
 
-def least_room(plans: Sequence[MemoryPlan]) -> MemoryPlan:
+def tightest_plan(plans: Sequence[MemoryPlan]) -> MemoryPlan:
     """The plan that leaves the least room: where that fits, all do."""
     return min(plans, key=_room)
 
 
-def plan_of_least_room(
+def plan_tightest_rank(
     model: ModelFolder | ModelShape,
     workload: Workload,
     limits: Sequence[int | None],
@@ -84,7 +84,7 @@ def plan_of_least_room(
     held = [held_bytes * n // split.n_layers[0] for n in split.n_layers]
     free = [None if limit is None else limit - n for limit, n in zip(limits, held, strict=True)]
     plans = plan_ranks(model, workload, split, free, backend=backend)
-    return least_room(plans)
+    return tightest_plan(plans)
 
 
 def choose_split(
