@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from qwq_mlx.errors import DamagedModelError, RankError
+from qwq_mlx.model.process_memory import release_freed_memory
 from qwq_mlx.serve.api_error import ApiError
 from qwq_mlx.serve.jobs import Ask, Failed, Job
 from qwq_mlx.serve.metrics import Counters, Memory
@@ -37,6 +38,7 @@ __all__ = ["State", "Worker"]
 State = Literal["loading", "ready", "broken", "closed"]
 _T = TypeVar("_T")
 _BEHIND_S, _GONE_S = 0.1, 5.0
+_RELEASE_S = 60.0  # between two of them: one takes milliseconds
 _MAX_FAILED = 3  # steps in a row that end in failures: by then it is not the request
 
 
@@ -68,6 +70,7 @@ class Worker:
         self._saves: deque[tuple[Job, Path, Future[None]]] = deque()
         self._n_running = 0
         self._n_preparing = 0  # whose prompts are encoded now; of the event loop alone
+        self._released_s = time.monotonic()
         self._refused: tuple[Job | None, int] = (None, 0)  # the first in line, beside so many rows
         self._wakes = threading.Condition()
         self._is_closing = False
@@ -249,9 +252,16 @@ class Worker:
             rows.step()
             self._n_running = rows.n_busy
             self.memory = rows.memory()
+            self._release_now_and_then()
         if rows.n_failed >= _MAX_FAILED:
             raise RuntimeError(f"{rows.n_failed} steps in a row failed; the last requests say how.")
         return True
+
+    def _release_now_and_then(self) -> None:
+        """Give back what requests have freed, which the C library would keep for as long as the process lives."""
+        if (now := time.monotonic()) - self._released_s >= _RELEASE_S:
+            release_freed_memory()
+            self._released_s = now
 
     def _save_what_is_asked(self, rows: Rows) -> None:
         while self._saves:

@@ -136,6 +136,18 @@ def test_metrics_count_what_ended_and_who_left(tiny_server: Served) -> None:
     assert (change["prompt_tokens_total"], change["output_tokens_total"]) == (usage["prompt_tokens"], 3)
 
 
+@pytest.mark.parametrize("between_s, n_releases", [(0.0, 3), (1e9, 0)])
+def test_freed_memory_goes_back_to_the_system_now_and_then(
+    tiny_server: Served, monkeypatch: pytest.MonkeyPatch, between_s: float, n_releases: int
+) -> None:
+    releases: list[None] = []
+    monkeypatch.setattr("qwq_mlx.serve.worker._RELEASE_S", between_s)
+    monkeypatch.setattr("qwq_mlx.serve.worker.release_freed_memory", lambda: releases.append(None))
+    assert tiny_server.post(CHAT, SHORT)["usage"]["completion_tokens"] == 3
+    until(lambda: tiny_server.is_idle)
+    assert len(releases) >= n_releases and bool(releases) == bool(n_releases)
+
+
 def test_more_choices_than_rows_are_refused(tiny_server: Served) -> None:
     error = tiny_server.post(CHAT, {**SHORT, "n": 3}, status=400)["error"]
     assert error["param"] == "n" and "at most 2" in error["message"]
