@@ -4,9 +4,11 @@
     python scripts/measure_batch_memory.py --model FOLDER   # a conversion or checkpoint
     python scripts/measure_batch_memory.py --shared --drafts --kv-bits 0 8 --heads 2   # one prompt for all, held once
 
-Rows are prefilled one after another and decoded together to the end of the context; half-way all but 7 end, as samples
-do at different times, and on the CPU so few attend otherwise. A draft model of half the layers
-goes through mlx_lm's speculative_generate_step; random models never agree, which is when a cache is rewound most.
+Rows come when others are about to end, which is what is planned: the last one reads a whole pass of its prompt, up to
+the end of the context, while the caches of the others are full. Rows behind one prompt begin together. In the end all
+but 7 have gone, as samples end at different times, and on the CPU so few attend otherwise. A draft model of half the
+layers goes through mlx_lm's speculative_generate_step; random models never agree, which is when a cache is rewound
+most.
 
 Prints one JSON line per setting and, as the last line of stdout, the range of all; exit code 1 where a plan is below
 what was held by more than 2 %. On a GPU mlx-lm queues passes and holds what they need; --limited bounds that.
@@ -28,7 +30,7 @@ import mlx.core as mx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measure_memory import model_of
+from measure_memory import fill, model_of
 
 from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.kv_cache import forked_cache, new_cache
@@ -93,6 +95,7 @@ def _rows(module: Any, shape: ModelShape, options: argparse.Namespace) -> Iterat
                 for kv_bits in options.kv_bits:
                     n_shared = n_prompt - 1 if options.shared else 0
                     workload = replace(asked, n_sequences=n_sequences, kv_bits=kv_bits or None, n_shared=n_shared)
+                    workload = workload if n_shared else replace(workload, context=context)
                     plan = plan_memory(shape, workload, backend=backend_name())
                     held = _held(None, _together, module, shape, workload, options.tokens)
                     yield _row({"samples": n_sequences, "kv_bits": kv_bits}, plan, held)
@@ -142,13 +145,32 @@ def _together(module: Any, shape: ModelShape, workload: Workload, n_tokens: int)
     ]
     if workload.n_shared:
         rows = _forks(module, rows, decoder, workload, n_tokens)
-    for row in rows if not workload.n_shared else ():
-        for _ in decoder.prefill(row, _prompt((workload.context or 0) - n_tokens), chunk=workload.prefill_step):
-            pass
-    for step in range(n_tokens):  # some end before the others, as samples do: on the CPU fewer rows attend otherwise
-        if 2 * step == n_tokens:
-            del rows[MIN_BLAS_ROWS - 1 :]
+        for _ in range(n_tokens // 2):
+            decoder.step(rows)
+    else:
+        _come_one_after_another(rows, decoder, shape, workload, n_tokens)
+    del rows[MIN_BLAS_ROWS - 1 :]
+    for _ in range(n_tokens - n_tokens // 2 if workload.n_shared else 1):
         decoder.step(rows)
+
+
+def _come_one_after_another(
+    rows: list[Row], decoder: Decoder, shape: ModelShape, workload: Workload, n_tokens: int
+) -> None:
+    """All rows but the last decode to the end of their context but one, the last begins there, as behind a cache that
+    was kept."""
+    context, step, (*others, newcomer) = workload.context or 0, workload.prefill_step, rows
+    for row in others:
+        for _ in decoder.prefill(row, _prompt(context - n_tokens), chunk=step):
+            pass
+    for _ in range(n_tokens - 2):
+        decoder.step(others)
+    n_cached = max(0, context - 2 - step)
+    fill(newcomer.cache, shape, n_cached, workload.compute_type)
+    newcomer.max_tokens = 2
+    for _ in decoder.prefill(newcomer, _prompt(context - 1), chunk=step, n_cached=n_cached):
+        pass
+    decoder.step(rows)
 
 
 def _forks(module: Any, rows: list[Row], decoder: Decoder, workload: Workload, n_tokens: int) -> list[Row]:

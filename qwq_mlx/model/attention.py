@@ -226,16 +226,24 @@ def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, 
             key, value = cache.update_and_fetch(key, value, writing)
             mixed.append(_over_batch(query, key, value, cache, scale, writing.mask))
         elif len(places) == 1:
-            mixed.append(_row(query, key, value, cache, scale))
+            mixed.append(_begun(_row(query, key, value, cache, scale), cache))
         else:
             query, key, value = (each.transpose(2, 1, 0, 3) for each in (query, key, value))  # (1, heads, n_fed, width)
             if rows.is_exact:
                 row = _one_by_one(query, key, value, cache, scale)
             else:
                 row = _row(query, key, value, cache, scale, "causal")
-            mixed.append(row.transpose(2, 1, 0, 3))
+            mixed.append(_begun(row.transpose(2, 1, 0, 3), cache))
     together = mixed[0] if len(mixed) == 1 else mx.concatenate(mixed)
     return together if rows.order is None else together[rows.order]
+
+
+def _begun(mixed: mx.array, cache: Any) -> mx.array:
+    """Attention of one row, on the CPU under way where the row shares its prefix: else MLX copies that for all rows at
+    once, and holds all of the copies."""
+    if isinstance(cache, SharesPrefix) and cache.prefix is not None and mx.default_device().type == mx.cpu:
+        mx.async_eval(mixed)  # type: ignore[no-untyped-call]
+    return mixed
 
 
 def _batch_of_several(
@@ -278,7 +286,7 @@ def _one_by_one(queries: mx.array, keys: mx.array, values: mx.array, cache: Any,
         query, n_seen = queries[:, :, place : place + 1], before + place + 1
         if isinstance(cache, quantized_cache_class()):
             mask = mx.arange(cache.room) < n_seen
-            mixed.append(_attend(query * scale, cache, mask[None]))
+            mixed.append(_begun(_attend(query * scale, cache, mask[None]), cache))
         else:
             keys, values = (each[..., :n_seen, :] for each in fetched)
             mixed.append(_over_floats(query, keys, values, cache, scale, None))

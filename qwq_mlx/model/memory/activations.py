@@ -11,8 +11,9 @@ keys, C the context:
                 which 7.5 are float32 whatever the compute type (rotary embedding), as are the angles of one head,
                 twice, and, where the compute type is another, S K
     float32     on the CPU linear layers multiply by BLAS one after another, so attention's share (scores, mask,
-                8.8 S H, 5.6 S K) and the MLP's (3 S I, 2 S H) are not alive together. MLX's worker frees a little
-                sooner or later from run to run: these are the largest that were seen, the smallest are 0.83 of them
+                8.8 S H, 5.6 S K, or 7.2 of a quantized cache) and the MLP's (3 S I, 2 S H) are not alive together.
+                MLX's worker frees a little sooner or later from run to run: these are the largest that were seen, the
+                smallest are 0.83 of them
     quantized   all the room of the cache is seen, whole blocks of positions. On Metal scores are counted 1.5 times,
                 which is a guess
     growth      before a pass, a layer's old keys, or values, beside the new ones: half a layer's cache
@@ -50,7 +51,7 @@ def logits_bytes(config: Qwen2Config) -> int:
 
 
 def sampler_bytes(config: Qwen2Config) -> int:
-    """What drawing one id holds beside its logits; every sampler setting fits into it."""
+    """What drawing one id holds beside its logits; top-p without top-k, which sorts all ids, holds four rows more."""
     return _SAMPLER_COPIES * config.vocab_size * 4
 
 
@@ -63,28 +64,33 @@ def pass_bytes(
     is_quantized: bool,
     layer_bytes: int,
     backend: Backend,
+    n_shared: int = 0,
 ) -> int:
     """Intermediates of n_ids that attend to at most context positions.
 
-    float_bytes: of the compute type. layer_bytes: one layer's keys and values of one position.
+    float_bytes: of the compute type. layer_bytes: one layer's keys and values of one position. n_shared: leading
+    positions that lie in arrays of their own, which never grow.
     """
     if backend == "cpu" or is_quantized:
         n_seen = n_positions(context) if is_quantized else context  # attention reads all the room of such a cache
-        held = _unfused_bytes(config, n_ids, n_seen, float_bytes, backend)
+        held = _unfused_bytes(config, n_ids, n_seen, float_bytes, backend, is_quantized=is_quantized)
     else:
         held = (3 * n_ids * config.intermediate_size + 9 * n_ids * config.hidden_size) * float_bytes
-    n_before_growth = n_positions(context) - CACHE_STEP
+    n_before_growth = max(0, n_positions(context) - CACHE_STEP - n_shared)
     return max(held, n_before_growth * layer_bytes // 2)  # keys grow, then values, before a pass
 
 
-def _unfused_bytes(config: Qwen2Config, n_ids: int, n_seen: int, float_bytes: int, backend: Backend) -> int:
+def _unfused_bytes(
+    config: Qwen2Config, n_ids: int, n_seen: int, float_bytes: int, backend: Backend, *, is_quantized: bool
+) -> int:
     scores = config.num_attention_heads * n_ids * n_seen * float_bytes
     if backend == "metal":
         scores = scores * 3 // 2
     width = config.num_key_value_heads * config.head_dim
     mask = n_ids * n_seen
     if backend == "cpu" and float_bytes == _ROTARY_BYTES and n_ids >= MIN_BLAS_ROWS:
-        attention = scores + mask + int(n_ids * (8.8 * config.hidden_size + 5.6 * width)) * float_bytes
+        keys = (7.2 if is_quantized else 5.6) * width
+        attention = scores + mask + int(n_ids * (8.8 * config.hidden_size + keys)) * float_bytes
         return max(attention, n_ids * (3 * config.intermediate_size + 2 * config.hidden_size) * float_bytes)
     hidden = int(n_ids * config.hidden_size * (5.5 * float_bytes + 7.5 * _ROTARY_BYTES))
     angles = 2 * n_ids * config.head_dim * _ROTARY_BYTES

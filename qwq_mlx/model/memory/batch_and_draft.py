@@ -4,9 +4,9 @@ Rows: each has its own cache, a newcomer is prefilled alone, and a decode step i
 logits of every row and what drawing makes of them. On a GPU rows attend in batches; when those change, one layer's keys
 of all rows are held twice, then its values. On the CPU `MIN_BLAS_ROWS` and more do so.
 
-Rows that begin alike (the samples of a vote) hold their beginning once, which is read before any of them begins. On the
-CPU, and with a quantized cache, a pass copies one layer of them for each row, for MLX is done with no row of a layer
-before it begins the last.
+Rows that begin alike (the samples of a vote) hold their beginning once, which is read before any of them begins. Where
+they do not attend in a batch, a pass copies one layer of it for each row. On the CPU a row is begun as soon as it is
+built, so only the copies of rows that are under way are held; on a GPU those of all rows are planned.
 
 A draft model is planned as mlx-lm uses one, read from its source and compared with its peaks
 (scripts/measure_batch_memory.py; docs/benchmarks.md has the numbers). It adds its weights and its cache. Both models
@@ -40,6 +40,8 @@ __all__ = ["MAX_DRAFTED", "batch_bytes", "drafted_bytes", "speculative_bytes"]
 MAX_DRAFTED = 15
 """Ids that this package drafts for a row at a time, at most."""
 
+_COPIES_UNDER_WAY = 5  # of what rows share, on the CPU: MLX lets ten operations wait, of which a row has two before it
+_QUANTIZED_COPIES_UNDER_WAY = 2  # attends, and a quantized one six
 _CHECKS_BEFORE = 1  # of a draft, whose log-probabilities are still held in a step
 
 
@@ -54,14 +56,13 @@ def batch_bytes(config: Qwen2Config, workload: Workload, context: int, backend: 
 
 def _side_by_side_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
     n_sequences, n_shared = workload.n_sequences, workload.n_shared
-    step = bytes_of_pass(config, workload, n_sequences, context, backend)
-    if workload.rank == 0:
-        step += n_sequences * (logits_bytes(config) + sampler_bytes(config))
+    step = bytes_of_pass(config, workload, n_sequences, context, backend, n_shared=n_shared)
+    drawing = n_sequences * (logits_bytes(config) + sampler_bytes(config)) if workload.rank == 0 else 0
     is_batched = _is_batched(workload, backend)
-    if n_shared and not is_batched:
-        layer_bytes = planned_kv_bytes_per_token(config, workload, backend) // cache_layers(config, workload)
-        step += n_sequences * context * layer_bytes
-    elif n_shared:  # scores, before the softmax and behind it
+    if n_shared and not is_batched:  # no layer attends any more when the logits are there
+        drawing = max(drawing, _copies_bytes(config, workload, context, backend))
+    step += drawing
+    if n_shared and is_batched:  # scores, before the softmax and behind it
         scores = config.num_attention_heads * n_sequences * context * bytes_of_float(workload, backend)
         step = max(step, 3 * scores)
     per_token = planned_kv_bytes_per_token(config, workload, backend)
@@ -75,6 +76,16 @@ def _side_by_side_bytes(config: Qwen2Config, workload: Workload, context: int, b
     return max(
         _cache_bytes(config, workload, n_shared, backend) + prefill, n_shared * per_token + own + max(step, regrouped)
     )
+
+
+def _copies_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
+    """Whole keys and values of a layer of rows that attend one by one behind what they share."""
+    layer_bytes = planned_kv_bytes_per_token(config, workload, backend) // cache_layers(config, workload)
+    is_quantized = workload.kv_bits is not None
+    n_copies = workload.n_sequences
+    if backend == "cpu":
+        n_copies = min(n_copies, _QUANTIZED_COPIES_UNDER_WAY if is_quantized else _COPIES_UNDER_WAY)
+    return n_copies * (n_positions(context) if is_quantized else context) * layer_bytes
 
 
 def _is_batched(workload: Workload, backend: Backend) -> bool:

@@ -68,7 +68,7 @@ class MemoryPlan:
     weights_bytes: in memory, in the compute type.
     kv_bytes: the KV cache at the whole context.
     kv_bytes_per_token: of the cache.
-    prefill_bytes: held beside weights and cache in a prefill pass.
+    prefill_bytes: held beside weights and the whole cache in a prefill pass.
     decode_bytes: held beside weights and cache in a decode step.
     logits_bytes: beside a decode step.
     sampler_bytes: beside a decode step.
@@ -249,14 +249,16 @@ def _plan(
     config, float_bytes = model.config, bytes_of_float(workload, backend)
     per_token = planned_kv_bytes_per_token(config, workload, backend)
     kv_bytes = n_positions(context) * per_token
-    prefill = bytes_of_pass(config, workload, min(workload.prefill_step, context), context, backend)
-    decode = bytes_of_pass(config, workload, 1, context, backend)
+    n_read = workload.n_shared or context  # what rows share is read by itself, when the cache is no longer than that
+    prefill = bytes_of_pass(config, workload, min(workload.prefill_step, n_read), n_read, backend)
+    prefill = max(0, prefill - (n_positions(context) - n_positions(n_read)) * per_token)
+    decode = bytes_of_pass(config, workload, 1, context, backend, n_shared=workload.n_shared)
     draws = workload.rank == 0
     logits, sampler = (logits_bytes(config), sampler_bytes(config)) if draws else (0, 0)
     alone = kv_bytes + max(prefill, decode + logits + sampler)
     batch = 0
-    if workload.n_sequences > 1:  # few rows that share a long prompt hold less than one is planned with
-        batch = max(0, batch_bytes(config, workload, context, backend) - alone)
+    if workload.n_sequences > 1:
+        batch = batch_bytes(config, workload, context, backend) - alone
     speculative = 0
     if workload.draft is not None and draws:
         speculative = speculative_bytes(config, workload.draft, workload, context, backend) - alone - batch

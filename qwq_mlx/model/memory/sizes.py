@@ -34,7 +34,9 @@ def bytes_of_float(workload: Workload, backend: Backend) -> int:
     return FLOAT_BYTES[workload.compute_type or ("float32" if backend == "cpu" else "bfloat16")]
 
 
-def bytes_of_pass(config: Qwen2Config, workload: Workload, n_ids: int, context: int, backend: Backend) -> int:
+def bytes_of_pass(
+    config: Qwen2Config, workload: Workload, n_ids: int, context: int, backend: Backend, *, n_shared: int = 0
+) -> int:
     """Intermediates of n_ids that attend to at most context positions; see `activations`."""
     float_bytes = bytes_of_float(workload, backend)
     return pass_bytes(
@@ -45,6 +47,7 @@ def bytes_of_pass(config: Qwen2Config, workload: Workload, n_ids: int, context: 
         is_quantized=workload.kv_bits is not None,
         layer_bytes=planned_kv_bytes_per_token(config, workload, backend) // cache_layers(config, workload),
         backend=backend,
+        n_shared=n_shared,
     )
 
 
