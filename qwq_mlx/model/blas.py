@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 
 from qwq_mlx.model.blas_threads import by_blocks
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
+from qwq_mlx.model.processor_streams import quantized_product
 
 __all__ = [
     "Blas",
@@ -188,15 +189,13 @@ class _RowsLinear(nn.Linear):  # type: ignore[misc]
 
 class _RowsQuantizedLinear(nn.QuantizedLinear):  # type: ignore[misc]
     def __call__(self, x: Any) -> Any:
-        if _n_rows(x) < MIN_BLAS_ROWS:
-            return super().__call__(x)
         y = _packed_product(self, x)
         return y + self["bias"] if "bias" in self else y
 
 
 class _RowsQuantizedEmbedding(nn.QuantizedEmbedding):  # type: ignore[misc]
     def as_linear(self, x: Any) -> Any:
-        return super().as_linear(x) if _n_rows(x) < MIN_BLAS_ROWS else _packed_product(self, x)
+        return _packed_product(self, x)
 
 
 class _RowsEmbedding(nn.Embedding):  # type: ignore[misc]
@@ -253,6 +252,5 @@ def _n_rows(x: Any) -> int:
 
 
 def _packed_product(layer: Any, x: Any) -> mx.array:
-    return blas_quantized_matmul(
-        x, layer.weight, layer.scales, layer.biases, group_size=layer.group_size, bits=layer.bits
-    )
+    multiply = quantized_product if _n_rows(x) < MIN_BLAS_ROWS else blas_quantized_matmul
+    return multiply(x, layer.weight, layer.scales, layer.biases, group_size=layer.group_size, bits=layer.bits)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["by_blocks", "one_blas_thread"]
+__all__ = ["by_blocks", "n_processors", "one_blas_thread"]
 
 _BLOCK_BYTES = 4 << 20  # of unpacked rows at a time: they stay in the processor's cache until they are multiplied
 _SMALL_BYTES = 1 << 20  # a matrix that is multiplied sooner than it is shared out to threads
@@ -30,7 +30,7 @@ def by_blocks(multiply: Callable[[slice], None], n_out: int, n_in: int, *, is_th
         with one_blas_thread():
             multiply(slice(0, n_out))
         return
-    n_block = max(1, min(_BLOCK_BYTES // (4 * n_in), -(-n_out // _n_processors())))
+    n_block = max(1, min(_BLOCK_BYTES // (4 * n_in), -(-n_out // n_processors())))
     blocks = [slice(first, min(first + n_block, n_out)) for first in range(0, n_out, n_block)]
     with one_blas_thread():
         for _ in _threads().map(multiply, blocks) if is_threaded else map(multiply, blocks):
@@ -83,7 +83,9 @@ def _set_threads(numbers: Sequence[int]) -> None:
 _limit = _Limit()
 
 
-def _n_processors() -> int:
+@functools.cache
+def n_processors() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
@@ -94,7 +96,7 @@ def _blas() -> ThreadpoolController:
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_n_processors(), thread_name_prefix="blas")
+    return ThreadPoolExecutor(n_processors(), thread_name_prefix="blas")
 
 
 os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads
