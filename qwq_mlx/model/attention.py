@@ -1,8 +1,7 @@
 """Attention over several rows, each with a cache of its own, and over a quantized KV cache.
 
-Rows share the projections; each attends to its own cache, or on a GPU in a batch of rows with equal room
-(`batched_cache`), so no row is padded to another's length and rows may enter and leave at any step. No matrix of codes
-is ever sliced or broadcast:
+Rows share the projections; each attends to its own cache, or on a GPU in a batch of rows of about its length
+(`batched_cache`), and rows may enter and leave at any step. No matrix of codes is ever sliced or broadcast:
 
 mlx_lm hands out the filled part of such a cache, a slice with gaps between the heads, and broadcasts it over the query
 heads that share a key head. With MLX 0.32.4 on CUDA the one has no quantized_matmul ("No implementation for problem
@@ -25,7 +24,14 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from qwq_mlx.model.batched_cache import BatchedLayer, Writing, batched, disband, row_cache_class
+from qwq_mlx.model.batched_cache import (
+    BatchedLayer,
+    Writing,
+    batched,
+    disband,
+    row_cache_class,
+    size_class,
+)
 from qwq_mlx.model.many_rows import attend_rows
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
 from qwq_mlx.model.shared_prefix import SharesPrefix, attend_behind
@@ -138,12 +144,13 @@ def _row_groups(
     """The groups of a pass, each by layer."""
     starts = itertools.accumulate(n_fed, initial=0)
     places = {place: range(start, start + n) for place, (start, n) in enumerate(zip(starts, n_fed, strict=False))}
-    rooms: dict[tuple[int, int], list[int]] = {}
+    alike: dict[tuple[tuple[int, int], int], list[int]] = {}
     for place, (row, n) in enumerate(zip(caches, n_fed, strict=True)):
         if may_batch and type(row[0]) is row_cache_class() and row[0].offset + n <= row[0].room:
-            rooms.setdefault((row[0].room, id(row[0].prefix)), []).append(place)
+            alike.setdefault((size_class(row[0]), id(row[0].prefix)), []).append(place)
     groups = []
-    for (room, _), candidates in rooms.items():
+    for candidates in alike.values():
+        room = max(caches[place][0].room for place in candidates)
         most = max(n_fed[place] for place in candidates)
         together = [place for place in candidates if caches[place][0].offset + most <= room]
         if len(together) > 1 or (together and _is_behind_prefix(caches[together[0]])):

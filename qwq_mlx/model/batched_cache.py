@@ -2,7 +2,9 @@
 
 On a GPU a pass is as slow as its launches, and rows that attend one by one need some nine in each layer. In a batch
 they need five together, which on an H200 halves a pass of 8 rows and takes it from 113 to 43 ms for 32. It is
-not measured on Metal. Only rows with room for equally many positions share a batch, so nothing is padded.
+not measured on Metal. Rows share a batch where they have room for about as many positions (`size_class`), and then all
+have the room of the longest; it grows for all of them when that one needs more, and is made anew when rows come or go.
+A row that leaves has the room again that it has alone.
 
 A row's own cache stays what everybody else sees: who reads its `keys` or `values` takes the row out of its batch.
 
@@ -25,10 +27,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from qwq_mlx.model.shared_prefix import SharesPrefix
+from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
+from qwq_mlx.model.shared_prefix import SharesPrefix, padded
 from qwq_mlx.model.upstream import import_mlx_lm
 
-__all__ = ["BatchedLayer", "Writing", "batched", "disband", "row_cache_class"]
+__all__ = ["BatchedLayer", "Writing", "batched", "disband", "row_cache_class", "size_class"]
 
 _NAMES = ("keys", "values")
 
@@ -75,6 +78,12 @@ class BatchedLayer:
         """A row's keys or values, (1, heads, room, width)."""
         return self.arrays[name][place : place + 1]
 
+    def make_room(self, own_room: int) -> None:
+        """Let every row hold so many positions behind what they share; half a layer is held twice meanwhile."""
+        for name in _NAMES:
+            self.arrays[name] = padded(self.arrays[name], own_room)
+            mx.eval(self.arrays[name])
+
     def writing(self, ends: mx.array, n_each: Sequence[int]) -> Writing:
         """Where a pass writes that feeds n_each ids of each row. ends: (rows,) positions that each holds before."""
         n, n_shared = max(n_each), 0 if self.prefix is None else self.prefix.n
@@ -119,6 +128,13 @@ def row_cache_class() -> type[Any]:
             """Positions that it has room for; 0 before its first use."""
             return super().room if self.batch is None else self.n_shared + self.batch.own_room
 
+        def make_room(self, n_ids: int) -> None:
+            """Let it, and all rows of its batch, hold as many positions as n_ids more need."""
+            if self.batch is None:
+                super().make_room(n_ids)
+            elif self.offset + n_ids > self.room:
+                self.batch.make_room(n_positions(self.offset + n_ids) - self.n_shared)
+
         def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
             """Append positions; returns keys and values to attend to."""
             if self.prefix is None:
@@ -146,10 +162,11 @@ def row_cache_class() -> type[Any]:
 
         def leave(self) -> None:
             """Take this row out of its batch: keys and values are its own again, as copies."""
-            batch, self.batch = self.batch, None
+            batch = self.batch
             if batch is not None:
-                self._keys, self._values = (mx.contiguous(batch.row(name, self.place)) for name in _NAMES)
+                self._keys, self._values = (_copied(batch, self, name) for name in _NAMES)
                 mx.eval(self._keys, self._values)  # a view would keep the whole batch
+                self.batch = None
 
         def trim(self, n: int) -> int:
             """Forget the last n positions; a row that goes back before what it shares leaves its batch."""
@@ -157,22 +174,22 @@ def row_cache_class() -> type[Any]:
                 self.leave()
             return super().trim(n)
 
-        def part(self, name: str) -> mx.array:
-            """Keys or values, wherever they are."""
-            return self.own(name)[0] if self.batch is None else self.batch.row(name, self.place)
-
-        def enter(self, batch: BatchedLayer, place: int) -> None:
-            """From now on the batch holds this row, whose own arrays are gone."""
-            self.batch, self.place = batch, place
-
     return RowCache
+
+
+def size_class(cache: Any) -> tuple[int, int]:
+    """Rows of one class may share a batch: behind what they share, their rooms differ by less than 1,024 positions, or
+    by less than a quarter of the smallest."""
+    n_blocks = (cache.room - cache.n_shared - 1) // CACHE_STEP
+    shift = max(2, n_blocks.bit_length() - 3)
+    return shift, n_blocks >> shift
 
 
 def batched(rows: Sequence[Sequence[Any]]) -> Sequence[BatchedLayer]:
     """The batch of some rows' caches, by layer: the one they are in, or a new one.
 
-    rows: the caches of each row by layer, all with the same room. A new batch is made one layer after another, keys and
-    then values, so that half a layer of the rows is held twice.
+    rows: the caches of each row by layer, all behind the same prefix. A new batch is made one layer after another, keys
+    and then values, so that half a layer of the rows is held twice.
     """
     batch = rows[0][0].batch
     first = [row[0] for row in rows]
@@ -191,13 +208,19 @@ def disband(rows: Sequence[Sequence[Any]]) -> None:
                 continue
             members = [each for each in batch.members if each is not None and each.batch is batch]
             for name in _NAMES:
-                copies = [mx.contiguous(batch.row(name, each.place)) for each in members]
+                copies = [_copied(batch, each, name) for each in members]
                 mx.eval(copies)
                 del batch.arrays[name]
                 for each, copied in zip(members, copies, strict=True):
                     setattr(each, f"_{name}", copied)
             for each in members:
                 each.batch = None
+
+
+def _copied(batch: BatchedLayer, cache: Any, name: str) -> mx.array:
+    """A row's keys or values with the room that it has alone."""
+    own_room = n_positions(max(cache.offset, cache.n_shared + 1)) - cache.n_shared
+    return mx.contiguous(batch.row(name, cache.place)[:, :, :own_room])
 
 
 def _new_batch(members: Sequence[Any]) -> BatchedLayer:
@@ -207,32 +230,45 @@ def _new_batch(members: Sequence[Any]) -> BatchedLayer:
             if each is not None and each.batch is old and each not in members:
                 each.leave()
     batch = BatchedLayer(members)
+    own_room = max(each.room - each.n_shared for each in members)
     for name in _NAMES:
-        batch.arrays[name] = _gathered(members, name)
+        batch.arrays[name] = _gathered(members, name, own_room)
         mx.eval(batch.arrays[name])
         for old in before.values():
             del old.arrays[name]
         for each in members:
             setattr(each, f"_{name}", None)
     for place, each in enumerate(members):
-        each.enter(batch, place)
+        each.batch, each.place = batch, place  # its own arrays are gone
     return batch
 
 
-def _gathered(members: Sequence[Any], name: str) -> mx.array:
-    """A copy of the members' keys or values, (rows, heads, room, width).
+def _part(cache: Any, name: str) -> mx.array:
+    """A row's keys or values, wherever they are."""
+    array: mx.array = cache.own(name)[0] if cache.batch is None else cache.batch.row(name, cache.place)
+    return array
+
+
+def _gathered(members: Sequence[Any], name: str, own_room: int) -> mx.array:
+    """A copy of the members' keys or values, (rows, heads, own_room, width).
 
     Of a batch that most of them are in already they are taken at once: on a GPU a copy of each row is a launch of its
-    own, and where rows come and go a batch is made anew every other pass.
+    own, and rows may come and go every other pass. Where rows need more room they are written one by one, for to pad
+    them all at once would hold them three times.
     """
     counted = collections.Counter(id(each.batch) for each in members if each.batch is not None)
-    if not counted:
-        return mx.concatenate([each.part(name) for each in members])
-    [(most, _)] = counted.most_common(1)
-    is_there = [id(each.batch) == most for each in members]
-    old = members[is_there.index(True)].batch.arrays[name]
-    array: mx.array = old[mx.array([each.place if is_in else 0 for each, is_in in zip(members, is_there, strict=True)])]
-    for place, (each, is_in) in enumerate(zip(members, is_there, strict=True)):
+    most = counted.most_common(1)[0][0] if counted else 0
+    old = next((each.batch for each in members if each.batch is not None and id(each.batch) == most), None)
+    if old is not None and old.arrays[name].shape[2] == own_room:
+        at_once = [each.batch is old for each in members]
+        places = [each.place if is_in else 0 for each, is_in in zip(members, at_once, strict=True)]
+        array: mx.array = old.arrays[name][mx.array(places)]
+    else:
+        at_once = [False] * len(members)
+        _, n_heads, _, width = _part(members[0], name).shape
+        array = mx.zeros((len(members), n_heads, own_room, width), _part(members[0], name).dtype)
+    for place, (each, is_in) in enumerate(zip(members, at_once, strict=True)):
         if not is_in:
-            array[place : place + 1] = each.part(name)
+            part = _part(each, name)
+            array[place : place + 1, :, : part.shape[2]] = part
     return array

@@ -57,7 +57,14 @@ def module() -> Any:
 @pytest.mark.tiny
 @pytest.mark.parametrize(
     ("n_sequences", "context", "step", "kv_bits"),
-    [(2, 250, 64, None), (5, 130, 8, None), (3, 540, 64, None), (9, 270, 128, None), (4, 540, 16, 4)],
+    [
+        (2, 250, 64, None),
+        (5, 130, 8, None),
+        (3, 540, 64, None),
+        (9, 270, 128, None),
+        (16, 774, 64, None),
+        (4, 540, 16, 4),
+    ],
 )
 def test_rows_side_by_side_hold_what_was_planned(
     n_sequences: int, context: int, step: int, kv_bits: int | None

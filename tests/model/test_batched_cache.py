@@ -14,6 +14,7 @@ from configs import SMALL
 from qwq_mlx.bench.models import random_module
 from qwq_mlx.engine.kv_cache import filled_cache, grow, layers_of, new_cache
 from qwq_mlx.model.attention import joined
+from qwq_mlx.model.batched_cache import size_class
 from qwq_mlx.model.memory.activations import CACHE_STEP
 
 CONFIG = replace(SMALL, hidden_size=64, intermediate_size=64, vocab_size=32, max_position_embeddings=1024)
@@ -104,13 +105,44 @@ def test_rows_leave_and_enter_a_batch_in_any_order(module: Any) -> None:
     step(module, pairs, [6, 7, 8, 9])
 
 
-def test_a_row_that_needs_more_room_goes_on_beside_those_that_do_not(module: Any) -> None:
-    pairs = [Pair(module, n_ids) for n_ids in (CACHE_STEP - 2, CACHE_STEP - 2, 7, 8)]
+def test_rows_of_about_one_length_have_the_room_of_the_longest(module: Any) -> None:
+    pairs = [Pair(module, n_ids) for n_ids in (CACHE_STEP - 2, CACHE_STEP - 2, 7, 3 * CACHE_STEP - 1)]
+    for token_id in range(4):  # the last one crosses a block, and then the first two do
+        step(module, pairs, [token_id, token_id + 1, token_id + 2, token_id + 3])
+    batch = pairs[0].caches[0][0].batch
+    assert batch is not None and all(pair.caches[0][0].batch is batch for pair in pairs)
+    assert all(pair.caches[0][0].room == 4 * CACHE_STEP for pair in pairs)
+    pairs[2].caches[0][0].leave()
+    assert pairs[2].caches[0][0].room == CACHE_STEP
+    step(module, pairs, [5, 6, 7, 8])
+    for pair in pairs:
+        assert mx.abs(pair.caches[0][1].keys[:, :, :7] - pair.caches[1][1].keys[:, :, :7]).max().item() < 1e-5
+
+
+def test_a_batch_grows_for_all_of_its_rows_and_stays_the_same_one(module: Any) -> None:
+    pairs = [Pair(module, n_ids) for n_ids in (4 * CACHE_STEP - 2, 4 * CACHE_STEP - 3, 7, 8)]
+    step(module, pairs, [0, 1, 2, 3])
+    batch = pairs[0].caches[0][0].batch
     for token_id in range(4):
         step(module, pairs, [token_id, token_id + 1, token_id + 2, token_id + 3])
-    first, third = pairs[0].caches[0][0], pairs[2].caches[0][0]
-    assert first.room == 2 * CACHE_STEP and third.room == CACHE_STEP
-    assert first.batch is not third.batch
+    assert batch is not None and all(pair.caches[0][0].batch is batch for pair in pairs)
+    assert all(pair.caches[0][0].room == 5 * CACHE_STEP for pair in pairs)
+    newcomer = Pair(module, 6)  # no row would choose such a batch now
+    step(module, [*pairs, newcomer], [5, 6, 7, 8, 9])
+    assert newcomer.caches[0][0].batch is None
+
+
+@pytest.mark.parametrize("n_shared", [0, 300])
+def test_rows_of_one_class_never_have_more_than_a_quarter_or_four_blocks_too_many(n_shared: int) -> None:
+    class Cache:
+        def __init__(self, room: int) -> None:
+            self.room, self.n_shared = room + n_shared, n_shared
+
+    rooms: dict[Any, list[int]] = {}
+    for n_blocks in range(1, 200):
+        rooms.setdefault(size_class(Cache(n_blocks * CACHE_STEP)), []).append(n_blocks)
+    assert len(rooms) < 25
+    assert all(max(each) - min(each) < max(4, min(each) / 4) for each in rooms.values())
 
 
 def test_a_row_that_was_cut_back_is_fed_other_ids_in_the_batch(module: Any) -> None:
