@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import os
@@ -82,7 +83,10 @@ def run(arguments: list[str], meanwhile: Callable[[Server], None], monkeypatch: 
         return self.address  # type: ignore[attr-defined, no-any-return]
 
     monkeypatch.setattr(Server, "start", noted)
-    code = command.main(arguments)
+    try:
+        code = command.main(arguments)
+    finally:
+        gc.unfreeze()
     threads[0].join()
     return code
 
@@ -110,6 +114,16 @@ def test_a_signal_lets_a_request_finish_and_ends_with_0(
     assert answers[0].endswith(b"data: [DONE]\n\n")
     notes = capfd.readouterr().err
     assert "http://127.0.0.1:" in notes and "POST '/v1/chat/completions' 200 " in notes and "secret" not in notes
+
+
+def test_python_looks_for_cycles_among_the_objects_of_requests_alone(
+    known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(server: Server) -> None:
+        until(lambda: gc.get_freeze_count() > len(gc.get_objects()))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert run(["--model", str(known_checkpoint), "--port", "0"], look, monkeypatch) == 0
 
 
 def test_a_second_signal_ends_at_once(known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
