@@ -1,11 +1,12 @@
 """Draw the figures of the README and of docs/benchmarks.md into docs/figures.
 
-    python scripts/draw_figures.py [real | recipes | trace]
+    python scripts/draw_figures.py [bench | real | recipes | trace] [--output FOLDER]
 
-real: bits per weight against KL on a real model, from what `measure_real.py` printed. recipes: bytes against equations
-solved, off the pocket's training grid. Both from the newest file of that name in benchmarks/; docs/benchmarks.md has
-them as tables. trace: one Game of 24 by the bundled pocket model, drawn by
-`qwq_mlx.plot_trace`. Needs the extra "plot".
+bench: decoding, passes of several rows, and samples beside mlx-lm, by the newest line in benchmarks/ that has all three
+of what `python -m qwq_mlx.bench --output benchmarks` wrote. real: bits per weight against KL on a real model, from what
+`measure_real.py` printed. recipes: bytes against equations solved, off the pocket's training grid. These two from the
+newest file of that name in benchmarks/. docs/benchmarks.md has all as tables. trace: one Game of 24 by the bundled
+pocket model, drawn by `qwq_mlx.plot_trace`. Needs the extra "plot".
 
 Does not: measure a recipe.
 """
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures"
+BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(ROOT))
 
 QUESTION = "Use the numbers 2, 5, 7, 9 with + - * / to get 24."
@@ -37,21 +39,32 @@ METHODS = {
     "--target-size --calibrate": ("size-of-4bit+qwq",),
 }
 """Of draw_real: method -> forms in the results."""
+BENCH_SCHEMA = 2
+PANELS = {
+    "decode": "one row: tokens a second",
+    "rows": "a pass of several rows: ms",
+    "samples": "samples of one prompt: tokens a second",
+}
+"""Of draw_bench: subject -> title."""
+CONTESTANTS = ("qwq_mlx", "mlx-lm, same arrays")
 CONNECTED = ("our recipes", "ours, --target-size")  # of the others there are only 2, 3 and 4 bits
 
 
 def main() -> int:
     """Draw what was asked for, all by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    draw = {"real": draw_real, "recipes": draw_recipes, "trace": draw_trace}
+    draw = {"bench": draw_bench, "real": draw_real, "recipes": draw_recipes, "trace": draw_trace}
     parser.add_argument("figure", nargs="?", choices=draw, help="the one to draw (default: all)")
-    chosen = parser.parse_args().figure
+    parser.add_argument(
+        "--output", type=Path, default=FIGURES, metavar="FOLDER", help="where to (default: docs/figures)"
+    )
+    options = parser.parse_args()
     # Text stays text, and date and ids are fixed: a figure is small and changes only with its numbers.
     os.environ["SOURCE_DATE_EPOCH"] = "0"
     matplotlib.rcParams["svg.fonttype"] = "none"
     matplotlib.rcParams["svg.hashsalt"] = "qwq_mlx"
-    for name in [chosen] if chosen else draw:
-        path = FIGURES / f"{name}.svg"
+    for name in [options.figure] if options.figure else draw:
+        path = options.output / f"{name}.svg"
         draw[name](path)
         print(f"{path}: {path.stat().st_size:,} bytes")
     return 0
@@ -59,8 +72,53 @@ def main() -> int:
 
 def newest(name: str) -> dict[str, Any]:
     """The results of that name with the latest date."""
-    results: dict[str, Any] = json.loads(max((ROOT / "benchmarks").glob(f"*-{name}.json")).read_text(encoding="utf-8"))
+    results: dict[str, Any] = json.loads(max(BENCHMARKS.glob(f"*-{name}.json")).read_text(encoding="utf-8"))
     return results
+
+
+def newest_bench() -> dict[str, Any]:
+    """The latest result of the benchmarks that has every panel's subject, so that one machine measured all of them."""
+    lines = (line for each in BENCHMARKS.glob("????-??-??.jsonl") for line in each.read_text("utf-8").splitlines())
+    results = [each for each in map(json.loads, lines) if each["schema"] == BENCH_SCHEMA]
+    whole = [each for each in results if PANELS.keys() <= {row["subject"] for row in each["rows"]}]
+    if not whole:
+        raise SystemExit(
+            f"No result in {BENCHMARKS} is of schema {BENCH_SCHEMA} and has {', '.join(PANELS)}. Measure them: "
+            f"python -m qwq_mlx.bench {' '.join(PANELS)} --output benchmarks"
+        )
+    return max(whole, key=lambda each: str(each["date"]))
+
+
+def draw_bench(path: Path) -> None:
+    """Medians of ours and mlx-lm's with the smallest and largest run, one panel a subject."""
+    result = newest_bench()
+    model = result["rows"][0]["model"]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for axes, (subject, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        rows = [row for row in result["rows"] if (row["subject"], row["model"]) == (subject, model)]
+        for place, (name, color) in enumerate(zip(CONTESTANTS, COLORS, strict=False)):
+            medians = [row["median"][name] for row in rows]
+            below = [median - min(row["runs"][name]) for median, row in zip(medians, rows, strict=True)]
+            above = [max(row["runs"][name]) - median for median, row in zip(medians, rows, strict=True)]
+            places = [at + 0.4 * (place - 0.5) for at in range(len(rows))]
+            axes.bar(places, medians, 0.4, yerr=(below, above), capsize=3, color=color, label=name)
+        limits = {f"{row['byte_limit']:,.0f} ({row['fraction_of_limit']:.0%})" for row in rows if row["byte_limit"]}
+        if limits:
+            axes.plot([], [], " ", label=f"byte limit {', '.join(sorted(limits))}")
+        axes.set_xticks(range(len(rows)), [_short(row["setting"]) for row in rows], fontsize=8)
+        axes.set_title(title, fontsize=9)
+        axes.margins(y=0.3)
+        axes.legend(loc="upper left", fontsize=7)
+    machine = result["machine"]
+    on = f"{machine['device']}, {machine['cores']} cores, {machine['backend']}"
+    figure.suptitle(f"{model} on {on}; {result['date'][:10]}, load before {result['load_before']:.1f}", fontsize=9)
+    figure.savefig(path)
+
+
+def _short(setting: str) -> str:
+    """What tells a setting from others of its subject."""
+    words = setting.removesuffix(", context 0").replace(", context", "").split()
+    return words[0] if words[0].isdigit() else "\n".join(words)
 
 
 def draw_real(path: Path) -> None:
