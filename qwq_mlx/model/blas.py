@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from qwq_mlx.model.blas_threads import by_blocks
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
-from qwq_mlx.model.processor_streams import quantized_product
+from qwq_mlx.model.threaded_matmul import threaded_quantized_matmul
 
 __all__ = [
     "Blas",
@@ -252,5 +252,5 @@ def _n_rows(x: Any) -> int:
 
 
 def _packed_product(layer: Any, x: Any) -> mx.array:
-    multiply = quantized_product if _n_rows(x) < MIN_BLAS_ROWS else blas_quantized_matmul
+    multiply = threaded_quantized_matmul if _n_rows(x) < MIN_BLAS_ROWS else blas_quantized_matmul
     return multiply(x, layer.weight, layer.scales, layer.biases, group_size=layer.group_size, bits=layer.bits)

@@ -26,7 +26,7 @@ import mlx.nn as nn
 from qwq_mlx.model.blas import multiplies_rows, uses_blas
 from qwq_mlx.model.many_rows import many_rows
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
-from qwq_mlx.model.processor_streams import quantized_product
+from qwq_mlx.model.threaded_matmul import threaded_quantized_matmul
 from qwq_mlx.model.upstream import import_mlx_lm
 
 __all__ = ["use_compiled_layers"]
@@ -149,7 +149,7 @@ def _product(x: mx.array, arrays: Sequence[mx.array], packing: _Packing) -> mx.a
         return mx.addmm(bias[0], x, weight.T) if bias else x @ weight.T
     group_size, bits = packing
     weight, scales, biases, *bias = arrays
-    y = quantized_product(x, weight, scales, biases, group_size=group_size, bits=bits)
+    y = threaded_quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits)
     return y + bias[0] if bias else y
 
 

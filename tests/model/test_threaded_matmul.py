@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwq_mlx.model import processor_streams
-from qwq_mlx.model.processor_streams import quantized_product
+from qwq_mlx.model import threaded_matmul
+from qwq_mlx.model.threaded_matmul import threaded_quantized_matmul
 
 N_IN = 1024
 N_OUT = 1030  # four blocks of unequal sizes
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="of t
 @pytest.fixture(autouse=True)
 def four_processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever machine this is."""
-    monkeypatch.setattr(processor_streams, "n_processors", lambda: 4)
-    processor_streams._streams.cache_clear()
+    monkeypatch.setattr(threaded_matmul, "n_processors", lambda: 4)
+    threaded_matmul._streams.cache_clear()
     yield
-    processor_streams._streams.cache_clear()
+    threaded_matmul._streams.cache_clear()
 
 
 def packed(bits: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -39,7 +39,7 @@ def test_few_rows_get_the_bits_of_the_whole_product(bits: int) -> None:
     parts = packed(bits)
     for n_rows in (1, 2, 7):
         x = mx.array(np.random.default_rng(n_rows).standard_normal((n_rows, 1, N_IN), np.float32))
-        shared = quantized_product(x, *parts, group_size=64, bits=bits)
+        shared = threaded_quantized_matmul(x, *parts, group_size=64, bits=bits)
         whole = mx.quantized_matmul(x, *parts, transpose=True, group_size=64, bits=bits)
         assert shared.shape == (n_rows, 1, N_OUT) and mx.array_equal(shared, whole)
 
@@ -47,7 +47,7 @@ def test_few_rows_get_the_bits_of_the_whole_product(bits: int) -> None:
 def test_each_thread_that_computes_has_streams_of_its_own_compiled_too() -> None:
     parts, x = packed(4), mx.ones((1, N_IN))
     mx.eval(x)
-    compiled = mx.compile(lambda x: quantized_product(x, *parts, group_size=64, bits=4) * 2)
+    compiled = mx.compile(lambda x: threaded_quantized_matmul(x, *parts, group_size=64, bits=4) * 2)
     found: list[np.ndarray] = []
 
     def compute() -> None:
@@ -69,8 +69,8 @@ def test_a_small_matrix_is_left_whole_and_a_large_one_has_a_block_for_each_proce
     monkeypatch: pytest.MonkeyPatch, n_processors: int, smallest: int, n_blocks: int
 ) -> None:
     parts, x = packed(4), mx.ones((1, N_IN))
-    monkeypatch.setattr(processor_streams, "n_processors", lambda: n_processors)
-    monkeypatch.setattr(processor_streams, "_MIN_BLOCK", smallest)
+    monkeypatch.setattr(threaded_matmul, "n_processors", lambda: n_processors)
+    monkeypatch.setattr(threaded_matmul, "_MIN_BLOCK", smallest)
     sizes: list[int] = []
 
     def counted(x: mx.array, weight: mx.array, *rest: mx.array, **options: object) -> mx.array:
@@ -78,5 +78,5 @@ def test_a_small_matrix_is_left_whole_and_a_large_one_has_a_block_for_each_proce
         return mx.zeros((1, len(weight)))
 
     monkeypatch.setattr(mx, "quantized_matmul", counted)
-    assert quantized_product(x, *parts, group_size=64, bits=4).shape == (1, N_OUT)
+    assert threaded_quantized_matmul(x, *parts, group_size=64, bits=4).shape == (1, N_OUT)
     assert len(sizes) == n_blocks and sum(sizes) == N_OUT and max(sizes) - min(sizes) <= 1

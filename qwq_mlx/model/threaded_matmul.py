@@ -16,13 +16,13 @@ import mlx.core as mx
 
 from qwq_mlx.model.blas_threads import n_processors
 
-__all__ = ["quantized_product"]
+__all__ = ["threaded_quantized_matmul"]
 
 _MIN_BLOCK = 1 << 18
 """Weights from which a block is worth a thread: about 0.2 ms, a hand-over to another thread and back some 0.02."""
 
 
-def quantized_product(
+def threaded_quantized_matmul(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, *, group_size: int, bits: int
 ) -> mx.array:
     """`mx.quantized_matmul(x, ..., transpose=True)` of affine codes, on the CPU.
