@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -83,10 +83,7 @@ def run(arguments: list[str], meanwhile: Callable[[Server], None], monkeypatch: 
         return self.address  # type: ignore[attr-defined, no-any-return]
 
     monkeypatch.setattr(Server, "start", noted)
-    try:
-        code = command.main(arguments)
-    finally:
-        gc.unfreeze()
+    code = command.main(arguments)
     threads[0].join()
     return code
 
@@ -116,6 +113,16 @@ def test_a_signal_lets_a_request_finish_and_ends_with_0(
     assert "http://127.0.0.1:" in notes and "POST '/v1/chat/completions' 200 " in notes and "secret" not in notes
 
 
+@pytest.fixture
+def nothing_is_frozen() -> Iterator[None]:
+    """What is imported is, by `conftest`; later tests find it so again."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("nothing_is_frozen")
 def test_python_looks_for_cycles_among_the_objects_of_requests_alone(
     known_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
