@@ -225,9 +225,10 @@ def _copied(batch: BatchedLayer, cache: Any, name: str) -> mx.array:
 
 def _new_batch(members: Sequence[Any]) -> BatchedLayer:
     before = {id(each.batch): each.batch for each in members if each.batch is not None}
+    staying = set(map(id, members))
     for old in before.values():
         for each in old.members:
-            if each is not None and each.batch is old and each not in members:
+            if each is not None and each.batch is old and id(each) not in staying:
                 each.leave()
     batch = BatchedLayer(members)
     own_room = max(each.room - each.n_shared for each in members)
