@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -12,18 +11,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts_as_modules import script_module
 
 matplotlib = pytest.importorskip("matplotlib")
 
 
 @pytest.fixture(scope="module")
-def script(repository: Path) -> ModuleType:
-    path = repository / "scripts" / "draw_figures.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> ModuleType:
+    return script_module("draw_figures")
 
 
 @pytest.mark.parametrize("name", ["bench", "real", "recipes"])

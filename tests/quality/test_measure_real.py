@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from scripts_as_modules import script_module
 
 from qwq_mlx.convert import convert_checkpoint
 from qwq_mlx.model.load import load_model
@@ -19,14 +18,8 @@ pytestmark = pytest.mark.tiny
 
 
 @pytest.fixture(scope="module")
-def script(repository: Path) -> ModuleType:
-    path = repository / "scripts" / "measure_real.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def script() -> ModuleType:
+    return script_module("measure_real")
 
 
 def log_softmax(folder: Path, ids: tuple[int, ...]) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,23 +10,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from scripts_as_modules import script_module
 
 from qwq_mlx.model.load import load_model
 from qwq_mlx.pocket import FOLDER
 from qwq_mlx.quant.recipe import load_recipe, recipe_names
 
 
-def module_of(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def script(repository: Path) -> ModuleType:
-    return module_of(repository / "scripts" / "measure_recipes.py")
+def script() -> ModuleType:
+    return script_module("measure_recipes")
 
 
 @pytest.mark.parametrize(
@@ -62,8 +54,8 @@ def test_the_pocket_off_the_grid_computes_what_the_pocket_does(script: ModuleTyp
 
 
 @pytest.mark.parametrize(("bits", "has_bias"), [(2, False), (3, True), (4, False)])
-def test_mlx_lms_packed_layers_multiply_and_learn_as_mlx_has_it(repository: Path, bits: int, has_bias: bool) -> None:
-    multiply = module_of(repository / "scripts" / "mlx_lm_methods.py")._multiply_unpacked
+def test_mlx_lms_packed_layers_multiply_and_learn_as_mlx_has_it(bits: int, has_bias: bool) -> None:
+    multiply = script_module("mlx_lm_methods")._multiply_unpacked
     mx.random.seed(bits)
     layer = nn.QuantizedLinear(128, 32, bias=has_bias, group_size=64, bits=bits)
     if has_bias:
