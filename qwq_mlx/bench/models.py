@@ -19,6 +19,7 @@ from qwq_mlx.model.compiled_layers import use_compiled_layers
 from qwq_mlx.model.kernels.layers import use_few_row_kernels
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.load import ComputeType, build_module
+from qwq_mlx.model.rotations import use_in_place_attention
 from qwq_mlx.model.upstream import import_mlx
 
 __all__ = ["PACKING", "in_compute_type", "qwq_shaped", "random_module"]
@@ -80,6 +81,7 @@ def random_module(config: Qwen2Config, packed: Mapping[str, Packing], compute_ty
     use_blas_for_rows(module)
     use_compiled_layers(module)
     use_few_row_kernels(module)
+    use_in_place_attention(module)
     return module
 
 

@@ -1,7 +1,8 @@
 """Our attention layer beside numpy in float32, on random small shapes: a plain cache, and one of 8 and of 4 bits.
 
-Each shape is fed as a run is: a chunk behind an empty cache, another behind that, then single ids. numpy works with the
-cache's content: where it is quantized, the codes are unpacked here, and must lie within a step of what was stored.
+Each shape is fed as a run is: a chunk behind an empty cache, another behind that, then single ids, which attend in
+place where this backend does so. numpy works with the cache's content: where it is quantized, the codes are unpacked
+here, and must lie within a step of what was stored.
 
 Does not: judge what quantizing costs in quality.
 """
@@ -20,6 +21,8 @@ from qwq_mlx.engine.kv_cache import new_cache
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.load import build_module, default_compute_type
 from qwq_mlx.model.memory.plan import KV_GROUP, can_quantize
+from qwq_mlx.model.rotations import use_in_place_attention
+from qwq_mlx.model.row_caches import joined
 from qwq_mlx.model.upstream import import_mlx
 from qwq_mlx.quant.packing import unpack_codes
 
@@ -106,13 +109,19 @@ def attention_error(shape: Shape, kv_bits: int | None, *, seed: int) -> Errors:
         linear.weight = mx.array(random.normal(size=(rows, columns)) / columns**0.5).astype(dtype)
         if name != "o":
             linear.bias = mx.array(random.normal(size=rows)).astype(dtype)
+    module.layers[0].input_layernorm.weight = mx.ones(
+        config.hidden_size, dtype
+    )  # it says in which type a model computes
+    use_in_place_attention(module)
     [cache] = new_cache(module, kv_bits)
     n_ids = sum(_CHUNKS)
     x = mx.array(random.normal(size=(1, n_ids, config.hidden_size))).astype(dtype)
     outputs, start = [], 0
     for n_chunk in _CHUNKS:
         mask = cache.make_mask(n_chunk) if kv_bits is not None else "causal" if n_chunk > 1 else None
-        outputs.append(attention(x[:, start : start + n_chunk], mask, cache))
+        [row] = [cache] if n_chunk > 1 else joined([[cache]], module=module)
+        outputs.append(attention(x[:, start : start + n_chunk], mask, row))
+        mx.eval(outputs[-1])
         start += n_chunk
     ours = _numpy(mx.concatenate(outputs, axis=1))[0]
     queries, keys, values = _projected(attention, _numpy(x)[0], shape, config.rope_theta)

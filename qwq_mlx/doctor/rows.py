@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from qwq_mlx.doctor.check import Result, Subject
 from qwq_mlx.engine.kv_cache import grow, new_cache
-from qwq_mlx.model.attention import joined
+from qwq_mlx.engine.model_runner import run_pass
 from qwq_mlx.model.upstream import import_mlx
 
 __all__ = ["check_rows"]
@@ -33,7 +33,7 @@ def check_rows(subject: Subject) -> Result:
             for cache, ids in zip(caches, fed, strict=True):
                 grow(cache, len(ids))
         flat = mx.array([[token_id] for ids in fed for token_id in ids])
-        found = model.module(flat, cache=joined(together, n_fed, may_batch=True))
+        found = run_pass(model.module, flat, together, n_fed, batches_from=1)
         for cache, ids in zip(alone, fed, strict=True):
             expected = model.module(mx.array([ids]), cache=cache)[0]
             own, found = found[: len(ids), 0], found[len(ids) :]

@@ -17,10 +17,11 @@ from qwq_mlx.engine.activation_taps import ActivationTaps
 from qwq_mlx.engine.kv_cache import grow
 from qwq_mlx.engine.ranks.activity import activity
 from qwq_mlx.engine.ranks.leader import leader_of, mirror_of
-from qwq_mlx.model.attention import joined
 from qwq_mlx.model.blas import uses_blas
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.ranks import ranks_of
+from qwq_mlx.model.rotations import rotations_in_place
+from qwq_mlx.model.row_caches import joined
 
 __all__ = ["ModelRunner", "batches_from", "feed_prompt", "run_pass"]
 
@@ -134,7 +135,10 @@ def run_pass(
         grow(cache, n)
     n_fed = None if ids.shape[1] > 1 else n_each
     may_batch = batches_from is not None and len(caches) >= batches_from
-    return module(ids, cache=joined(caches, n_fed, may_batch=may_batch))
+    logits = module(ids, cache=joined(caches, n_fed, may_batch=may_batch, module=module))
+    if rotations_in_place(module) is not None:  # what is done with the caches from now on must come behind the pass
+        mx.async_eval(logits)  # type: ignore[no-untyped-call]
+    return logits
 
 
 def _row(cache: Sequence[Any]) -> list[int]:

@@ -35,7 +35,7 @@ from qwq_mlx.model.architecture import tensor_shapes
 from qwq_mlx.model.blas import uses_blas
 from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.folder import ModelFolder, open_model_folder
-from qwq_mlx.model.kernels.layers import few_row_kernels_run
+from qwq_mlx.model.kernels.device import cuda_kernels_run
 from qwq_mlx.model.load import LoadedModel, load_model
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
@@ -52,7 +52,7 @@ DRAFT_VARIABLE = "QWQ_MLX_DRAFT"
 
 _SCHEMA = 2
 _BUFFER_SETTINGS = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")  # of MLX: work that is handed over at a time
-_KERNELS = Path(kernels.__file__).with_name("few_row_matmul.cu")
+_KERNELS = sorted(Path(kernels.__file__).parent.glob("*.cu"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +233,7 @@ def _key(model: LoadedModel, choice: DraftChoice, kv_bits: int | None) -> dict[s
         "device": str(mx.device_info().get("device_name", "")) or backend_name(),
         "versions": {name: package_version(name) for name in ("mlx", "mlx-lm")} | {"qwq-mlx": __version__},
         "buffers": {name: os.environ.get(name, "") for name in _BUFFER_SETTINGS},
-        "kernels": sha256_json(_KERNELS.read_text(encoding="utf-8")) if few_row_kernels_run() else "",
+        "kernels": sha256_json([each.read_text(encoding="utf-8") for each in _KERNELS]) if cuda_kernels_run() else "",
         "compute_type": model.compute_type,
         "kv_bits": kv_bits,
         **({} if ranks is None else {"split": [ranks.split.kind, *ranks.split.n_layers]}),

@@ -18,26 +18,20 @@ Does not: decide when to quantize (`memory.fit` does), or keep a cache on disk (
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
-from qwq_mlx.model.batched_cache import (
-    BatchedLayer,
-    Writing,
-    batched,
-    disband,
-    row_cache_class,
-    size_class,
-)
+from qwq_mlx.model.batched_cache import BatchedLayer, Writing
+from qwq_mlx.model.kernels.decode_attention import decode_attention
 from qwq_mlx.model.many_rows import attend_rows
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
+from qwq_mlx.model.row_caches import InPlaceRows, RowCaches, SeveralEach
 from qwq_mlx.model.shared_prefix import SharesPrefix, attend_behind
 from qwq_mlx.model.upstream import import_mlx_lm
 
-__all__ = ["RowCaches", "attention_class", "joined", "quantized_cache_class"]
+__all__ = ["attend_in_place", "attention_class", "quantized_cache_class"]
 
 
 @functools.cache
@@ -68,124 +62,6 @@ def quantized_cache_class() -> type[Any]:
     return WholeQuantizedCache
 
 
-class SeveralEach(NamedTuple):
-    """How the ids of a batch lie where a row feeds several of them.
-
-    n: ids of the row with the most. fed: (rows * n,) places in the pass, a row's last id again where it has fewer.
-    picked: which of these are no repetition, None for all.
-    """
-
-    n: int
-    fed: mx.array
-    picked: mx.array | None
-
-
-class RowGroup(NamedTuple):
-    """Rows of a pass that attend together: one with its cache, or a batch. All but the cache is the same in each layer.
-
-    places: of their ids in the pass. taken: the same as an index. writing: of a batch. several: of one in which a row
-    feeds several ids.
-    """
-
-    cache: Any
-    places: Sequence[int]
-    taken: slice | mx.array
-    writing: Writing | None = None
-    several: SeveralEach | None = None
-
-
-class RowCaches:
-    """One layer's caches of the rows of a pass, each with its own length.
-
-    groups: of all rows. The pass is (ids, 1), a row's ids one after another.
-    offset: (ids,) positions before each id, the same in every layer.
-    order: (ids,) where each id of the pass is in the groups, one after another; None where it is in order.
-    is_exact: an id attends alone, as in a pass of one id, whose bits it then gets; else a row's ids attend at once.
-    """
-
-    def __init__(self, groups: Sequence[RowGroup], offset: mx.array, order: mx.array | None, *, is_exact: bool) -> None:
-        self.groups = tuple(groups)
-        self.offset, self.order = offset, order
-        self.is_exact = is_exact
-
-    def make_mask(self, n_ids: int, return_array: bool = False, window_size: int | None = None) -> None:
-        """None: the last id of a row may look at all that its cache holds, and `Attention` masks for the others."""
-
-
-def joined(
-    caches: Sequence[Sequence[Any]], n_fed: Sequence[int] | None = None, *, may_batch: bool = False
-) -> Sequence[Any]:
-    """The KV caches of some rows as one for their pass, by layer; that of a single row and id as it is.
-
-    n_fed: ids that each row feeds; None is one each. may_batch: rows may attend in a batch, whose bits are not those of
-    a row alone.
-    """
-    n_fed = n_fed or [1] * len(caches)
-    if list(n_fed) == [1] and not (may_batch and _is_behind_prefix(caches[0])):
-        return caches[0]
-    if not may_batch:
-        disband(caches)
-    offset = mx.array([row[0].offset + place for row, n in zip(caches, n_fed, strict=True) for place in range(n)])
-    # On CUDA attention of several ids at once makes a plan for each new length of the cache, about 1 ms a layer.
-    is_exact = mx.default_device().type == mx.cpu or mx.cuda.is_available()
-    groups = _row_groups(caches, n_fed, offset, may_batch=may_batch)
-    order = _order([place for group in groups for place in group[0].places])
-    return [RowCaches(layer, offset, order, is_exact=is_exact) for layer in zip(*groups, strict=True)]
-
-
-def _order(places: Sequence[int]) -> mx.array | None:
-    order = sorted(range(len(places)), key=places.__getitem__)
-    return None if order == list(range(len(places))) else mx.array(order)
-
-
-def _row_groups(
-    caches: Sequence[Sequence[Any]], n_fed: Sequence[int], offset: mx.array, *, may_batch: bool
-) -> list[list[RowGroup]]:
-    """The groups of a pass, each by layer."""
-    starts = itertools.accumulate(n_fed, initial=0)
-    places = {place: range(start, start + n) for place, (start, n) in enumerate(zip(starts, n_fed, strict=False))}
-    alike: dict[tuple[tuple[int, int], int], list[int]] = {}
-    for place, (row, n) in enumerate(zip(caches, n_fed, strict=True)):
-        if may_batch and type(row[0]) is row_cache_class() and row[0].offset + n <= row[0].room:
-            alike.setdefault((size_class(row[0]), id(row[0].prefix)), []).append(place)
-    groups = []
-    for candidates in alike.values():
-        room = max(caches[place][0].room for place in candidates)
-        most = max(n_fed[place] for place in candidates)
-        together = [place for place in candidates if caches[place][0].offset + most <= room]
-        if len(together) > 1 or (together and _is_behind_prefix(caches[together[0]])):
-            layers = batched([caches[place] for place in together])
-            own = [places.pop(place) for place in together]
-            several = _several([list(each) for each in own]) if most > 1 else None
-            at = [place for each in own for place in each]
-            taken = _index(at)
-            ends = offset[taken] if several is None else offset[several.fed[:: several.n]]
-            writing = layers[0].writing(ends, [len(each) for each in own])
-            groups.append([RowGroup(layer, at, taken, writing, several) for layer in layers])
-    alone = ((caches[place], at, slice(at[0], at[0] + len(at))) for place, at in places.items())
-    return [*groups, *([RowGroup(layer, at, taken) for layer in row] for row, at, taken in alone)]
-
-
-def _index(places: Sequence[int]) -> slice | mx.array:
-    """Some places of a pass as an index."""
-    near = range(places[0], places[0] + len(places))
-    return slice(near.start, near.stop) if list(places) == list(near) else mx.array(list(places))
-
-
-def _is_behind_prefix(row: Sequence[Any]) -> bool:
-    """Whether a batch of this row alone is worth it: else what it shares is copied in each pass."""
-    return type(row[0]) is row_cache_class() and row[0].prefix is not None
-
-
-def _several(places: Sequence[list[int]]) -> SeveralEach:
-    """places: of each row's ids in the pass."""
-    n_each = [len(each) for each in places]
-    n = max(n_each)
-    fed = [place for each in places for place in [*each, *each[-1:] * (n - len(each))]]
-    picked = [row * n + place for row, n_own in enumerate(n_each) for place in range(n_own)]
-    return SeveralEach(n, mx.array(fed), None if min(n_each) == n else mx.array(picked))
-
-
 @functools.cache
 def attention_class() -> type[Any]:
     """mlx_lm's attention of a Qwen2 layer, also over a `quantized_cache_class()`, read whole, and over `RowCaches`."""
@@ -199,6 +75,9 @@ def attention_class() -> type[Any]:
         def attend(self, projected: Sequence[mx.array], mask: Any = None, cache: Any = None) -> mx.array:
             """What the output projection takes of `projections`: (rows, n_ids, heads * width)."""
             shape = projected[0].shape[:2]
+            if isinstance(cache, InPlaceRows):
+                mixed = attend_in_place([each.reshape(shape[0], -1) for each in projected], cache)
+                return mixed.reshape(*shape, -1)
             queries, keys, values = (
                 each.reshape(*shape, n_heads, -1).transpose(0, 2, 1, 3)
                 for each, n_heads in zip(projected, (self.n_heads, self.n_kv_heads, self.n_kv_heads), strict=True)
@@ -219,6 +98,17 @@ def attention_class() -> type[Any]:
             return self.o_proj(self.attend(self.projections(x), mask, cache))
 
     return Attention
+
+
+def attend_in_place(projected: Sequence[mx.array], rows: InPlaceRows) -> mx.array:
+    """The attention of all ids of a pass, (ids, heads * width); their keys and values are then in the caches.
+
+    projected: queries, keys and values, (ids, heads * width) each, not rotated.
+    """
+    mixed = [decode_attention(projected, rows.rotation, group.at, group.batch.whole()) for group in rows.groups]
+    rows.advance()
+    together = mixed[0] if len(mixed) == 1 else mx.concatenate(mixed)
+    return together if rows.order is None else together[rows.order]
 
 
 def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, scale: float) -> mx.array:

@@ -8,6 +8,9 @@ A row that leaves has the room again that it has alone.
 
 A row's own cache stays what everybody else sees: who reads its `keys` or `values` takes the row out of its batch.
 
+On CUDA rows attend in place (`kernels.decode_attention`), each by its place in the batch: some rows of it may make a
+pass of their own, and rows that come take the places of those that left.
+
 Rows that share their beginning (`shared_prefix`) have only what is behind it in the batch, and share a batch only with
 each other.
 
@@ -27,11 +30,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from qwq_mlx.model.kernels.decode_attention import CacheArrays
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
 from qwq_mlx.model.shared_prefix import SharesPrefix, padded
 from qwq_mlx.model.upstream import import_mlx_lm
 
-__all__ = ["BatchedLayer", "Writing", "batched", "disband", "row_cache_class", "size_class"]
+__all__ = ["BatchedLayer", "Writing", "batched", "disband", "joint_batch", "row_cache_class", "size_class"]
 
 _NAMES = ("keys", "values")
 
@@ -73,6 +77,30 @@ class BatchedLayer:
     def own_room(self) -> int:
         """Positions that each row has room for behind what they share."""
         return int(self.arrays["keys"].shape[2])
+
+    def whole(self) -> CacheArrays:
+        """All of its arrays, and what its rows share."""
+        shared = None if self.prefix is None else (self.prefix.arrays["keys"][0], self.prefix.arrays["values"][0])
+        return CacheArrays(self.arrays["keys"], self.arrays["values"], shared)
+
+    def holds(self, cache: Any) -> bool:
+        """Whether it is where a row's positions are: one that left is among its members still."""
+        return cache is not None and cache.batch is self
+
+    @property
+    def free_places(self) -> list[int]:
+        """Those whose row has left, or is gone."""
+        return [place for place, each in enumerate(self.members) if not self.holds(each)]
+
+    def take_in(self, cache: Any, place: int) -> None:
+        """Let a row have a free place, which has room for all that it holds."""
+        for name in _NAMES:
+            part, array = _part(cache, name), self.arrays.pop(name)  # nobody else may hold it, or it is copied
+            array[place : place + 1, :, : part.shape[2]] = part
+            self.arrays[name] = array
+            setattr(cache, f"_{name}", None)
+        self._members[place] = weakref.ref(cache)
+        cache.batch, cache.place = self, place
 
     def row(self, name: str, place: int) -> mx.array:
         """A row's keys or values, (1, heads, room, width)."""
@@ -196,6 +224,29 @@ def batched(rows: Sequence[Sequence[Any]]) -> Sequence[BatchedLayer]:
     # a row that left and attended alone is among the members still, but the batch does not hold it any more
     if batch is not None and batch.members == first and all(each.batch is batch for each in first):
         return [layer.batch for layer in rows[0]]
+    return [_new_batch(members) for members in zip(*rows, strict=True)]
+
+
+def joint_batch(rows: Sequence[Sequence[Any]]) -> Sequence[BatchedLayer]:
+    """A batch that holds all of these rows, by layer, and perhaps others: for who attends by places in it.
+
+    rows: see `batched`. Rows that come take the places of those that left; a new batch is made where there are too few,
+    and where less than half of the places are taken.
+    """
+    found = {id(row[0].batch): row[0].batch for row in rows if row[0].batch is not None}
+    for batch in found.values():
+        coming = [row for row in rows if not batch.holds(row[0])]
+        free = batch.free_places
+        n_free, n_places = len(free) - len(coming), len(batch.members)
+        has_room = all(row[0].room - row[0].n_shared <= batch.own_room for row in coming)
+        if n_free >= 0 and 2 * n_free <= n_places and has_room:
+            layers = [layer.batch for layer in next(row for row in rows if batch.holds(row[0]))]
+            for number, layer in enumerate(layers):
+                for row, place in zip(coming, free, strict=False):
+                    layer.take_in(row[number], place)
+                if coming:
+                    mx.eval(*layer.arrays.values())  # one after another, so that one layer's copies are held
+            return layers
     return [_new_batch(members) for members in zip(*rows, strict=True)]
 
 

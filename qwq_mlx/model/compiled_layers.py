@@ -15,17 +15,16 @@ Does not: change what a layer holds, or how rows attend (`attention` does).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from qwq_mlx.model.blas import multiplies_rows, uses_blas
 from qwq_mlx.model.many_rows import many_rows
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
+from qwq_mlx.model.rotations import Rotations, is_plain_rope
 from qwq_mlx.model.threaded_matmul import threaded_quantized_matmul
 from qwq_mlx.model.upstream import import_mlx_lm
 
@@ -49,36 +48,6 @@ def use_compiled_layers(module: Any) -> None:
             layer.graphs, layer.__class__ = graphs, _block_class()
 
 
-class Rotations:
-    """What `mx.fast.rope` multiplies by, worked out once for all layers of a pass.
-
-    width: of a head. base: rope_theta.
-    """
-
-    def __init__(self, width: int, base: float) -> None:
-        half = width // 2
-        rates = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * mx.array(math.log(base) / half, mx.float32))
-        signs = mx.concatenate([-mx.ones(half), mx.ones(half)])
-        mx.eval(rates, signs)
-        self._rates, self._signs = rates, signs
-        self._latest: tuple[Any, int, tuple[mx.array, mx.array]] | None = None
-
-    def at(self, offset: int | mx.array, n_ids: int) -> tuple[mx.array, mx.array]:
-        """Cosines and signed sines, (1 or rows, 1, n_ids, width). offset: of all rows, or (rows,) of each."""
-        if self._latest is not None:
-            known, n_known, both = self._latest
-            if n_known == n_ids and (known is offset or (type(known) is type(offset) is int and known == offset)):
-                return both
-        places = mx.array([offset]) if isinstance(offset, int) else offset
-        if n_ids > 1:
-            places = places[:, None] + mx.arange(n_ids)
-        angles = places.reshape(-1, 1, n_ids, 1).astype(mx.float32) * self._rates
-        cosines, sines = mx.cos(angles), mx.sin(angles)  # not compiled: two loops more to wait for, for two operations
-        both = mx.concatenate([cosines] * 2, axis=-1), mx.concatenate([sines] * 2, axis=-1) * self._signs
-        self._latest = (offset, n_ids, both)
-        return both
-
-
 @dataclass(frozen=True, slots=True)
 class _LayerGraphs:
     """What a layer computes before and after its attention, shared by layers alike.
@@ -100,8 +69,7 @@ def _graphs_of(layer: Any) -> _LayerGraphs | None:
     if not all(multiplies_rows(each) for each in (*before, *after)):
         return None
     width = attention.q_proj.weight.shape[0] // attention.n_heads
-    rope = attention.rope
-    if type(rope) is not nn.RoPE or rope.traditional or rope.scale != 1.0 or rope.dims != width:
+    if not is_plain_rope(attention.rope, width):
         return None
     return _graphs(
         layer.input_layernorm.eps,

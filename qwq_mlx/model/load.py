@@ -29,6 +29,7 @@ from qwq_mlx.model.generation_config import GenerationDefaults, read_generation_
 from qwq_mlx.model.kernels.layers import use_few_row_kernels
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.ranks import load_part
+from qwq_mlx.model.rotations import use_in_place_attention
 from qwq_mlx.model.split import Split, check_split, tensor_split
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
@@ -258,6 +259,7 @@ def _ready(module: Any) -> Any:
     use_blas_for_rows(module)
     use_compiled_layers(module)
     use_few_row_kernels(module)
+    use_in_place_attention(module)
     return module
 
 

@@ -281,7 +281,7 @@ def test_costs_are_measured_once_and_kept(folder: Path, tmp_path: Path, monkeypa
     assert reasoner.drafts.notes[0].startswith(f"{path}: cannot be read (costs[0].costs.by_rows")
     load(folder, draft="ngram", limits=Limits(kv_bits=8))
     assert len(list(tmp_path.rglob("*.json"))) == 2
-    monkeypatch.setattr(drafting, "few_row_kernels_run", lambda: True)
+    monkeypatch.setattr(drafting, "cuda_kernels_run", lambda: True)
     load(folder, draft="ngram")
     assert len(list(tmp_path.rglob("*.json"))) == 3
     monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "400")

@@ -10,8 +10,8 @@ import pytest
 from checkpoints import write_tiny_checkpoint
 
 from qwq_mlx.engine.kv_cache import grow, new_cache
-from qwq_mlx.model.attention import joined
 from qwq_mlx.model.load import load_model
+from qwq_mlx.model.row_caches import joined
 from qwq_mlx.model.upstream import import_mlx_lm
 
 

@@ -17,11 +17,11 @@ from qwq_mlx.engine.kv_cache import new_cache
 from qwq_mlx.engine.model_runner import feed_prompt
 from qwq_mlx.errors import OptionError
 from qwq_mlx.model import ranks
-from qwq_mlx.model.attention import joined
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import build_module, load_model
 from qwq_mlx.model.memory.plan import Workload, plan_memory
 from qwq_mlx.model.ranks import load_part
+from qwq_mlx.model.row_caches import joined
 from qwq_mlx.model.split import Split, tensor_split
 from qwq_mlx.model.tensor_bytes import array_of
 

@@ -14,7 +14,7 @@ from configs import SMALL
 from qwq_mlx.bench.models import random_module
 from qwq_mlx.engine.kv_cache import borrowed, filled_cache, grow, layers_of, new_cache
 from qwq_mlx.engine.row import Row
-from qwq_mlx.model.attention import joined
+from qwq_mlx.model.row_caches import joined
 from qwq_mlx.model.shared_prefix import SharedLayer
 
 CONFIG = replace(SMALL, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, vocab_size=32)

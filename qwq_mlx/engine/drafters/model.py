@@ -21,9 +21,9 @@ import mlx.core as mx
 from qwq_mlx.engine.drafters.suffix_automaton import Guess
 from qwq_mlx.engine.kv_cache import grow, new_cache
 from qwq_mlx.engine.logits_processors import Incremental
+from qwq_mlx.engine.model_runner import run_pass
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import draw_rows
-from qwq_mlx.model.attention import joined
 
 __all__ = ["ModelDrafter"]
 
@@ -53,7 +53,7 @@ class ModelDrafter:
     def __init__(self, module: Any, *, n_ids: int, chunk: int, context: int, kv_bits: int | None = None) -> None:
         self._module = module
         self._n_ids, self._chunk, self._context, self._kv_bits = n_ids, chunk, context, kv_bits
-        self._may_batch = mx.default_device().type != mx.cpu
+        self._batches_from = None if mx.default_device().type == mx.cpu else 1
         self._texts: WeakKeyDictionary[Row, _Text] = WeakKeyDictionary()
         self._trust: dict[int, tuple[float, float]] = {}  # kind -> right ones and all
         self._by_place: dict[int, tuple[float, float]] = {}  # place -> the same, before a draft is made
@@ -99,10 +99,8 @@ class ModelDrafter:
         fed = mx.array([[token_id] for each in missing for token_id in each])
         n_fed, drafting = [len(each) for each in missing], list(asked)
         for place in range(max(n for _, n in asked)):
-            for (row, _), n in zip(drafting, n_fed, strict=True):
-                grow(texts[row].cache, n)
             caches = [texts[row].cache for row, _ in drafting]
-            logits = self._module(fed, cache=joined(caches, n_fed, may_batch=self._may_batch))
+            logits = run_pass(self._module, fed, caches, n_fed, batches_from=self._batches_from)
             ends = mx.array([end - 1 for end in itertools.accumulate(n_fed)])
             drawn, probable = self._draw([row for row, _ in drafting], logits[ends, -1], ids)
             for n_row, (row, _) in enumerate(drafting):

@@ -19,6 +19,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from qwq_mlx.model.kernels.decode_attention import CacheArrays, Rotation, decode_attention
+from qwq_mlx.model.kernels.device import cuda_kernels_run
 from qwq_mlx.model.kernels.few_row_matmul import (
     MAX_ROWS,
     PackedMatrix,
@@ -28,23 +30,15 @@ from qwq_mlx.model.kernels.few_row_matmul import (
     linears,
     swiglu_linears,
 )
+from qwq_mlx.model.row_caches import InPlaceRows
 from qwq_mlx.model.upstream import import_mlx_lm
 
-__all__ = ["few_row_kernels_run", "use_few_row_kernels", "uses_few_row_kernels"]
-
-_MIN_CAPABILITY = 8  # cp.async, and products of bfloat16
-
-
-def few_row_kernels_run() -> bool:
-    """Whether this backend runs the kernels: an NVIDIA GPU of compute capability 8.0 or more."""
-    if mx.default_device().type == mx.cpu or not mx.cuda.is_available():
-        return False
-    return int(mx.device_info().get("compute_capability_major", 0)) >= _MIN_CAPABILITY
+__all__ = ["use_few_row_kernels", "uses_few_row_kernels"]
 
 
 def use_few_row_kernels(module: Any) -> None:
     """Let the layers of a model (mlx_lm's Qwen2) multiply up to `MAX_ROWS` rows by the kernels, where they run."""
-    if not few_row_kernels_run():
+    if not cuda_kernels_run():
         return
     for layer in module.layers:
         graphs = _graphs_of(layer)
@@ -68,10 +62,12 @@ class _LayerGraphs:
 
     before_attention: (x, norm, packed and biases of q, k, v) -> their products.
     after_attention: (mixed, x, norm, packed o, gate, up and down) -> what the layer gives.
+    whole: both with the attention of one batch in place: (x, rotation, at, its arrays, what both take) -> the same.
     """
 
     before_attention: Callable[..., list[mx.array]]
     after_attention: Callable[..., mx.array]
+    whole: Callable[..., mx.array]
 
 
 def _graphs_of(layer: Any) -> _LayerGraphs | None:
@@ -97,7 +93,19 @@ def _graphs(eps: float, three: Tiling, out: Tiling, pair: Tiling, down: Tiling) 
         gated = swiglu_linears(mx.fast.rms_norm(x, norm, eps), gate, up, pair)
         return linear(gated, last, down, residual=x)
 
-    return _LayerGraphs(mx.compile(before_attention), mx.compile(after_attention))
+    def whole(
+        x: mx.array,
+        rotation: Sequence[mx.array],
+        at: mx.array,
+        cache: Sequence[Any],
+        before: Sequence[mx.array],
+        after: Sequence[mx.array],
+    ) -> mx.array:
+        projected = [each.reshape(len(x), -1) for each in before_attention(x, *before)]
+        mixed = decode_attention(projected, Rotation(*rotation), at, CacheArrays(*cache))
+        return after_attention(mixed.reshape(*x.shape[:2], -1), x, *after)
+
+    return _LayerGraphs(mx.compile(before_attention), mx.compile(after_attention), mx.compile(whole))
 
 
 def _common_tiling(layers: Sequence[Any], *, has_bias: bool | None = False, is_pair: bool = False) -> Tiling | None:
@@ -146,12 +154,17 @@ def _block_class() -> type[Any]:
                 return super().__call__(x, mask, cache)
             attention, mlp = self.self_attn, self.mlp
             three = (attention.q_proj, attention.k_proj, attention.v_proj)
-            matrices = [array for each in three for array in (*_matrix(each), each["bias"])]
-            mixed = attention.attend(
-                self.graphs.before_attention(x, self.input_layernorm.weight, *matrices), mask, cache
-            )
+            before = [self.input_layernorm.weight]
+            before += [array for each in three for array in (*_matrix(each), each["bias"])]
             rest = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-            matrices = [array for each in rest for array in _matrix(each)]
-            return self.graphs.after_attention(mixed, x, self.post_attention_layernorm.weight, *matrices)
+            after = [self.post_attention_layernorm.weight, *(array for each in rest for array in _matrix(each))]
+            if isinstance(cache, InPlaceRows) and len(cache.groups) == 1:
+                [group] = cache.groups
+                arrays = [each for each in group.batch.whole() if each is not None]
+                result = self.graphs.whole(x, list(cache.rotation), group.at, arrays, before, after)
+                cache.advance()
+                return result
+            mixed = attention.attend(self.graphs.before_attention(x, *before), mask, cache)
+            return self.graphs.after_attention(mixed, x, *after)
 
     return FewRowBlock

@@ -9,16 +9,19 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from attention_in_place import attend
 from configs import SMALL
 
 from qwq_mlx.bench.models import in_compute_type, random_module
 from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.model_runner import run_pass
+from qwq_mlx.model import rotations
 from qwq_mlx.model.architecture import tensor_shapes
-from qwq_mlx.model.attention import joined
 from qwq_mlx.model.kernels import few_row_matmul, layers
 from qwq_mlx.model.kernels.few_row_matmul import PackedMatrix, Tiling, choose_tiling, shared_bytes
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.products import most_rows_alike
+from qwq_mlx.model.row_caches import joined
 
 CONFIG = replace(SMALL, hidden_size=256, intermediate_size=512, vocab_size=64)
 
@@ -39,7 +42,7 @@ def _pair(x: mx.array, gate: PackedMatrix, up: PackedMatrix, tiling: Tiling) -> 
 
 @pytest.fixture
 def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "few_row_kernels_run", lambda: True)
+    monkeypatch.setattr(layers, "cuda_kernels_run", lambda: True)
     monkeypatch.setattr(layers, "linear", _product)
     monkeypatch.setattr(layers, "linears", _three)
     monkeypatch.setattr(layers, "swiglu_linears", _pair)
@@ -77,6 +80,24 @@ def test_rows_of_a_pass_go_through_the_exchanged_layers_with_their_own_caches() 
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_a_layer_whose_rows_attend_in_place_is_one_graph_of_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotations, "cuda_kernels_run", lambda: True)
+    monkeypatch.setattr(layers, "decode_attention", attend)
+    mx.disable_compile()  # the twin writes, which cannot be traced
+    try:
+        ours, theirs = _module()
+        rows = [new_cache(ours), new_cache(ours)]
+        for row, ids in zip(rows, ([1, 2, 3], [4]), strict=True):
+            mx.eval(ours(mx.array([ids]), cache=row))
+        found = run_pass(ours, mx.array([[5], [7], [6]]), rows, [2, 1], batches_from=None)
+    finally:
+        mx.enable_compile()
+    for place, ids in enumerate(([1, 2, 3, 5], [1, 2, 3, 5, 7], [4, 6])):
+        expected = theirs(mx.array([ids]))[0, -1]
+        assert mx.abs(found[place, -1] - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
 def test_layers_of_other_packings_stay_mlx_lms() -> None:
     ours, _ = _module(Packing(bits=8, group_size=64))
     assert type(ours.layers[0]).__name__ == "TransformerBlock"
@@ -84,7 +105,7 @@ def test_layers_of_other_packings_stay_mlx_lms() -> None:
 
 
 def test_no_layer_is_exchanged_on_the_cpu() -> None:
-    assert not layers.few_row_kernels_run()
+    assert not layers.cuda_kernels_run()
     ours, _ = _module()
     assert type(ours.layers[0]).__name__ == "TransformerBlock"
 

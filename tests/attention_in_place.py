@@ -1,0 +1,39 @@
+"""A plain twin of the kernels that attend in place on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from qwq_mlx.model.kernels.decode_attention import CacheArrays, Rotation
+
+__all__ = ["attend"]
+
+
+def attend(projected: Sequence[mx.array], rotation: Rotation, at: mx.array, cache: CacheArrays) -> mx.array:
+    """What the kernels do, one id after another."""
+    mx.eval(*projected, *rotation, cache.keys, cache.values)
+    n_kv_heads, width = cache.keys.shape[1], cache.keys.shape[3]
+    n_shared = 0 if cache.shared is None else cache.shared[0].shape[2]
+    mixed = []
+    for row, place, first, before in at.tolist():
+        position = before + place - first
+        query, key, value = (each[place].reshape(1, -1, 1, width) for each in projected)
+        query, key = (_rotated(each, rotation, place) for each in (query, key))
+        for array, new in ((cache.keys, key), (cache.values, value)):
+            bits = np.asarray(array.view(mx.uint16))  # the same memory
+            bits[row, :, position - n_shared] = np.asarray(new.reshape(n_kv_heads, width).view(mx.uint16))
+        seen = [own[row : row + 1, :, : position + 1 - n_shared] for own in (cache.keys, cache.values)]
+        if cache.shared is not None:
+            seen = [mx.concatenate([*pair], axis=2) for pair in zip(cache.shared, seen, strict=True)]
+        mixed.append(mx.fast.scaled_dot_product_attention(query, *seen, scale=width**-0.5).reshape(1, -1))
+        mx.eval(mixed[-1])
+    return mx.concatenate(mixed)
+
+
+def _rotated(heads: mx.array, rotation: Rotation, place: int) -> mx.array:
+    half = heads.shape[-1] // 2
+    turned = mx.concatenate([heads[..., half:], heads[..., :half]], axis=-1)
+    return (heads * rotation.cosines[place] + turned * rotation.sines[place]).astype(mx.bfloat16)

@@ -1,0 +1,157 @@
+"""Rows of a pass that attend in place, as on an NVIDIA GPU, with a plain twin of the kernel, beside mlx_lm's layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from attention_in_place import attend
+from configs import SMALL
+
+from qwq_mlx.bench.models import random_module
+from qwq_mlx.engine.kv_cache import fork_cache, layers_of, new_cache, take_out_of_batch
+from qwq_mlx.engine.model_runner import run_pass
+from qwq_mlx.model import attention, rotations
+from qwq_mlx.model.rotations import rotations_in_place
+
+CONFIG = replace(SMALL, hidden_size=256, vocab_size=64, max_position_embeddings=2048)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(rotations, "cuda_kernels_run", lambda: True)
+    monkeypatch.setattr(attention, "decode_attention", attend)
+    made = random_module(CONFIG, {}, "bfloat16", seed=1)
+    assert rotations_in_place(made) is not None
+    return made
+
+
+class Text:
+    """A row, and its ids."""
+
+    def __init__(self, module: Any, n_ids: int, cache: Any = None) -> None:
+        self.module, self.cache = module, new_cache(module) if cache is None else cache
+        self.ids = [(3 * place + n_ids) % CONFIG.vocab_size for place in range(n_ids)]
+        if cache is None:
+            mx.eval(module(mx.array([self.ids]), cache=self.cache))
+
+    def logits(self) -> mx.array:
+        """Behind all ids, in one pass of mlx_lm's layers."""
+        return self.module(mx.array([self.ids]))[0]
+
+
+def step(texts: Sequence[Text], n_each: Sequence[int]) -> mx.array:
+    """A pass of new ids of each row; each id's logits are those of its row alone. (ids, vocab)"""
+    rows = list(zip(texts, n_each, strict=True))
+    fed = [[(7 * len(text.ids) + 5 * n) % CONFIG.vocab_size for n in range(n_own)] for text, n_own in rows]
+    flat = mx.array([[token_id] for ids in fed for token_id in ids])
+    found = run_pass(texts[0].module, flat, [text.cache for text in texts], n_each, batches_from=1)[:, -1]
+    for text, ids, end in zip(texts, fed, itertools.accumulate(n_each), strict=True):
+        text.ids += ids
+        assert text.cache[0].offset == text.cache[-1].offset == len(text.ids)
+        expected = text.logits()[-len(ids) :]
+        assert mx.abs(found[end - len(ids) : end] - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+    return found
+
+
+def test_rows_of_any_length_feed_any_number_of_ids_in_one_batch(module: Any) -> None:
+    texts = [Text(module, n) for n in (5, 5, 90)]
+    for n_each in ([1, 1, 1], [3, 1, 2], [1, 4, 1], [1, 1, 1]):
+        step(texts, n_each)
+    [batch] = {id(text.cache[0].batch) for text in texts}
+    assert batch != id(None)
+
+
+def test_a_row_has_the_bits_that_it_has_alone(module: Any) -> None:
+    alone, *texts = [Text(module, n) for n in (9, 9, 300, 20)]
+    for n in (1, 2, 1):
+        assert mx.array_equal(step(texts, [n, 1, 3])[:n], step([alone], [n]))
+
+
+def test_rows_whose_rooms_differ_much_attend_apart_in_one_pass(module: Any) -> None:
+    texts = [Text(module, n) for n in (1500, 5, 1500, 7)]
+    for n_each in ([1, 1, 1, 1], [2, 3, 1, 1]):
+        step(texts, n_each)
+    assert len({id(text.cache[0].batch) for text in texts}) == 2
+
+
+def test_some_rows_of_a_batch_make_passes_of_their_own_and_nothing_is_copied(module: Any) -> None:
+    texts = [Text(module, n) for n in (5, 8, 11)]
+    step(texts, [1, 1, 1])
+    batch = texts[0].cache[0].batch
+    for among in (texts[1:], texts[:1], texts[::-1]):
+        step(among, [1] * len(among))
+        assert all(text.cache[0].batch is batch for text in texts)
+
+
+def test_a_row_that_comes_takes_the_place_of_one_that_left(module: Any) -> None:
+    texts = [Text(module, n) for n in (5, 8, 11)]
+    step(texts, [1, 1, 1])
+    batch = texts[0].cache[0].batch
+    take_out_of_batch(texts[1].cache)
+    left = texts.pop(1)
+    texts.append(Text(module, 20))
+    step(texts, [1, 1, 1])
+    assert texts[-1].cache[0].batch is batch and texts[-1].cache[0].place == 1
+    step([left], [1])  # it has all of its own positions still
+    texts.append(Text(module, 30))
+    step(texts, [1] * 4)  # no place is left
+    assert all(text.cache[0].batch is not batch for text in texts)
+
+
+def test_a_batch_of_which_most_rows_left_is_made_anew(module: Any) -> None:
+    texts = [Text(module, n) for n in range(5, 10)]
+    step(texts, [1] * 5)
+    before = texts[0].cache[0].batch
+    del texts[2:]
+    step(texts, [1, 1])
+    assert texts[0].cache[0].batch is not before and len(texts[0].cache[0].batch.members) == 2
+
+
+def test_drafts_are_taken_back_and_written_anew(module: Any) -> None:
+    texts = [Text(module, n) for n in (5, 40)]
+    step(texts, [4, 2])
+    for text, n in zip(texts, (3, 1), strict=True):
+        for layer in text.cache:
+            layer.trim(n)
+        del text.ids[-n:]
+    step(texts, [1, 3])
+
+
+def test_the_cache_grows_for_all_rows_of_a_batch(module: Any) -> None:
+    texts = [Text(module, n) for n in (255, 40)]
+    for _ in range(3):
+        step(texts, [1, 1])
+    assert texts[0].cache[0].batch is texts[1].cache[0].batch and texts[0].cache[0].room == 512
+
+
+def test_forks_attend_to_what_they_share_and_the_one_that_they_come_from_goes_on(module: Any) -> None:
+    source = Text(module, 300)
+    step([source], [1])
+    forks = [Text(module, 301, fork_cache(module, source.cache, 301)) for _ in range(3)]
+    for fork in forks:
+        fork.ids = list(source.ids)
+    for n_each in ([1, 2, 1, 1], [1, 1, 1, 3]):
+        step([source, *forks], n_each)
+    assert forks[0].cache[0].n_shared == 301
+
+
+def test_what_a_saved_run_takes_of_a_cache_in_a_batch_is_what_it_has_alone(module: Any) -> None:
+    alone, *texts = [Text(module, n) for n in (9, 9, 60)]
+    step(texts, [2, 1])
+    step([alone], [2])
+    for ours, theirs in zip(layers_of(texts[0].cache, 11), layers_of(alone.cache, 11), strict=True):
+        assert ours.capacity == theirs.capacity
+        assert all(mx.array_equal(ours.arrays[name], theirs.arrays[name]) for name in ("keys", "values"))
+
+
+def test_models_that_are_not_made_for_it_do_not_attend_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rotations_in_place(random_module(CONFIG, {}, "bfloat16", seed=1)) is None, "this is a CPU"
+    monkeypatch.setattr(rotations, "cuda_kernels_run", lambda: True)
+    assert rotations_in_place(random_module(CONFIG, {}, "float32", seed=1)) is None
+    one_key_head = replace(CONFIG, num_key_value_heads=1)
+    assert rotations_in_place(random_module(one_key_head, {}, "bfloat16", seed=1)) is None
