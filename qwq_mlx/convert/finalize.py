@@ -48,7 +48,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     """What decides the bytes of a conversion: the journal's first line, so that two conversions are never mixed."""
     checkpoint = plan.checkpoint
     return {
-        "format": 2,
+        "format": 3,
         "repository": plan.origin.repository,
         "commit": plan.origin.commit,
         "shards": {shard.path.name: shard.size_bytes for shard in checkpoint.shards},

@@ -22,7 +22,7 @@ import numpy as np
 
 from qwq_mlx.quant.device_moments import DeviceMoments
 from qwq_mlx.quant.error_feedback import FLOOR, SWEEPS
-from qwq_mlx.quant.least_squares import MOVES
+from qwq_mlx.quant.least_squares import MOVES, STARTS
 from qwq_mlx.quant.packing import DTYPES, Packed, Packing, pack_groups
 from qwq_mlx.quant.tile import SMALLEST_STEP
 
@@ -234,10 +234,11 @@ def _closest(
     weight = importance.sum()
     mean_step = (steps * importance).sum(axis=0) / weight
     slope, offset, best = mx.ones_like(scale), mx.zeros_like(scale), mx.full(scale.shape, -1.0)
-    for longer, shift in MOVES:
+    for index, (longer, shift) in enumerate(STARTS + MOVES):
         factor = 1 + longer / ((1 << bits) - 1)
-        tried = slope * factor
-        start = offset + slope * (shift - 0.5 * (1 - factor))
+        moved, at = (1.0, 0.0) if index < len(STARTS) else (slope, offset)
+        tried = moved * factor
+        start = at + moved * (shift - 0.5 * (1 - factor))
         codes = mx.clip(mx.round((steps - start) / tried), -half, half - 1)
         weighted = codes * importance
         sum_code = weighted.sum(axis=0)

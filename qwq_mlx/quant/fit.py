@@ -31,7 +31,12 @@ from qwq_mlx.quant.tile import Floats, Line, Scratch, Tile, min_max, squares
 
 __all__ = ["TILE", "Scratch", "closest_stored_line", "fit_block"]
 
-TILE = 1 << 19  # weights at a time: long enough that threads seldom wait for each other, short enough for a cache
+TILE = 1 << 19
+"""Weights at a time. Sweeps of a fourth fit into a core's cache and take two thirds of the CPU time, but workers then
+wait for each other: the interpreter's lock changes hands around every sweep (docs/benchmarks.md)."""
+_ROUNDING = np.float32(2e-5)
+"""Of a group's sums in float32, at most (four of 64 terms): where the errors of two lines are this near, they are
+measured."""
 
 
 def fit_block(
@@ -64,34 +69,45 @@ def fit_block(
 
 
 @dataclass(frozen=True, slots=True)
+class _Stored:
+    """Scale and bias of each group as the file holds them, DTYPES (groups,), and what they mean."""
+
+    scale: NDArray[Any]
+    bias: NDArray[Any]
+    line: Line
+
+
+@dataclass(frozen=True, slots=True)
 class _Fitted:
-    """Scale and bias of each group as stored, DTYPES (groups,); its squared errors, and as they count, float32."""
+    """Scale and bias of each group as stored, DTYPES (groups,); its squared errors, as they count, float32."""
 
     scale: NDArray[Any]
     bias: NDArray[Any]
     errors: Floats
-    counted: Floats
 
 
 def _affine(
     raw: NDArray[Any], dtype: str, packing: Packing, scratch: Scratch, is_refined: bool, stored: str
 ) -> tuple[Packed, BlockError]:
-    rows, columns = raw.shape
-    shape = rows, columns // packing.group_size
-    codes = np.empty((rows, columns * packing.bits // 32), np.uint32)
-    scales, biases = np.empty(shape, DTYPES[stored]), np.empty(shape, DTYPES[stored])
+    group, bits = packing.group_size, packing.bits
+    groups = raw.reshape(-1, group)
+    codes = np.empty((len(groups), group * bits // 32), np.uint32)
+    scales, biases = np.empty(len(groups), DTYPES[stored]), np.empty(len(groups), DTYPES[stored])
     error2 = weight2 = 0.0
-    step = max(1, TILE // columns) | 1  # odd: with a power of two as stride a group falls on few lines of the cache
-    for first in range(0, rows, step):
+    step = TILE // group | 16  # whole lines of the cache, and no power of two: a group's weights would share few lines
+    for first in range(0, len(groups), step):
         at = slice(first, first + step)
-        tile = scratch.tile(raw[at], dtype, packing)
-        line = min_max(tile.weights, packing.bits)
-        fitted = (_refined if is_refined else _by_min_max)(tile, line, stored, packing.bits)
-        pack_groups(tile.codes, packing.bits, out=codes[at])
-        scales[at], biases[at] = fitted.scale.reshape(-1, shape[1]), fitted.bias.reshape(-1, shape[1])
+        tile = scratch.tile(groups[at], dtype)
+        weights2 = squares(tile.weights)
+        line = min_max(tile.weights, bits)
+        fitted = _refined(tile, line, stored, bits, weights2) if is_refined else _by_min_max(tile, line, stored, bits)
+        pack_groups(tile.codes, bits, out=codes[at])
+        scales[at], biases[at] = fitted.scale, fitted.bias
         error2 += float(fitted.errors.sum(dtype=np.float64))
-        weight2 += float(squares(tile.weights).sum(dtype=np.float64))
-    return Packed(codes, scales, biases), BlockError(error2, weight2)
+        weight2 += float(weights2.sum(dtype=np.float64))
+    rows = len(raw)
+    packed = Packed(codes.reshape(rows, -1), scales.reshape(rows, -1), biases.reshape(rows, -1))
+    return packed, BlockError(error2, weight2)
 
 
 def closest_stored_line(tile: Tile, bits: int, dtype: str, importance: Floats) -> Line:
@@ -100,30 +116,59 @@ def closest_stored_line(tile: Tile, bits: int, dtype: str, importance: Floats) -
     importance: (group size,), positive, of each input channel: how much its squared errors count.
     """
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # as in `fit_block`; 0 / 0 where all are alike
-        fitted = _refined(tile, min_max(tile.weights, bits), dtype, bits, importance)
+        weights2 = weighted_squares(tile.weights, importance, tile.products)
+        fitted = _refined(tile, min_max(tile.weights, bits), dtype, bits, weights2, importance)
     return Line(float_values(fitted.scale, dtype), float_values(fitted.bias, dtype))
 
 
-def _refined(tile: Tile, line: Line, dtype: str, bits: int, importance: Floats | None = None) -> _Fitted:
-    """Fills tile.codes. line: by min/max; a group that least squares do not improve keeps it."""
-    tile.divide(line, tile.steps)
+def _refined(
+    tile: Tile, line: Line, dtype: str, bits: int, weights2: Floats, importance: Floats | None = None
+) -> _Fitted:
+    """Fills tile.codes. line: by min/max; a group that least squares do not improve keeps it. weights2: sums of the
+    weights' squares, as errors count."""
+    min_max_stored = _stored(line, dtype)
+    closest, min_max_error = closest_line(tile, line, min_max_stored.line, bits, importance, weights2)
+    stored = _stored(closest, dtype)
+    np.subtract(tile.weights, stored.line.bias, out=tile.steps)
+    np.multiply(tile.steps, 1 / stored.line.scale, out=tile.steps)
     tile.round(tile.steps, bits)
     tile.keep_codes()
-    first = _measured(tile, line, dtype, importance, spare=tile.values)
-    line = _as_stored(closest_line(tile, line, bits, importance), dtype)
-    tile.divide(line, tile.steps)
-    tile.round(tile.steps, bits)
-    second = _measured(tile, line, dtype, importance, spare=tile.steps)
-    is_better = second.counted < first.counted
-    worse = np.flatnonzero(~is_better)
-    tile.values[:, worse] = tile.codes[:, worse]
-    tile.keep_codes()
-    return _Fitted(*(np.where(is_better, getattr(second, n), getattr(first, n)) for n in _Fitted.__slots__))
+    np.subtract(tile.steps, tile.values, out=tile.steps)
+    errors = squares(tile.steps) if importance is None else weighted_squares(tile.steps, importance, tile.products)
+    errors *= np.square(stored.line.scale)
+    doubtful = np.flatnonzero(~(errors + _ROUNDING * weights2 < min_max_error))
+    if len(doubtful):
+        _keep_min_max(tile, line, min_max_stored, bits, importance, doubtful, stored, errors)
+    return _Fitted(stored.scale, stored.bias, errors)
+
+
+def _keep_min_max(
+    tile: Tile,
+    line: Line,
+    min_max_stored: _Stored,
+    bits: int,
+    importance: Floats | None,
+    groups: NDArray[np.intp],
+    stored: _Stored,
+    errors: Floats,
+) -> None:
+    """Give those of the groups back to min/max's line where it is as good; stored, errors, tile.codes are changed."""
+    weights = np.take(tile.weights, groups, axis=1)
+    values, steps, products = (np.empty_like(weights) for _ in range(3))
+    part = Tile(weights, values, steps, products, np.empty(weights.shape, np.uint8))
+    part.divide(Line(line.scale[groups], line.bias[groups]), part.steps)
+    part.round(part.steps, bits)
+    differences = part.errors(Line(min_max_stored.line.scale[groups], min_max_stored.line.bias[groups]))
+    counted = squares(differences) if importance is None else weighted_squares(differences, importance, part.steps)
+    kept = np.flatnonzero(~(errors[groups] < counted))
+    at = groups[kept]
+    tile.codes[:, at] = np.take(part.values, kept, axis=1)
+    stored.scale[at], stored.bias[at], errors[at] = min_max_stored.scale[at], min_max_stored.bias[at], counted[kept]
 
 
 def _by_min_max(tile: Tile, line: Line, dtype: str, bits: int) -> _Fitted:
     """Fills tile.codes. The bias is a weight or zero, which the weights' own type stores as it is; errors are
-    counted from the stored one: a sweep and a fourth of the memory fewer than `_measured`."""
+    counted from the stored one, which saves a sweep."""
     bias = round_to(line.bias, dtype)
     np.subtract(tile.weights, float_values(bias, dtype), out=tile.steps)
     np.divide(tile.steps, line.scale, out=tile.values)
@@ -133,21 +178,12 @@ def _by_min_max(tile: Tile, line: Line, dtype: str, bits: int) -> _Fitted:
     np.multiply(tile.values, float_values(scale, dtype), out=tile.values)
     np.subtract(tile.values, tile.steps, out=tile.values)
     errors = squares(tile.values)
-    return _Fitted(scale, bias, errors, errors)
+    return _Fitted(scale, bias, errors)
 
 
-def _as_stored(line: Line, dtype: str) -> Line:
-    """As the file will hold it."""
-    return Line(float_values(round_to(line.scale, dtype), dtype), float_values(round_to(line.bias, dtype), dtype))
-
-
-def _measured(tile: Tile, line: Line, dtype: str, importance: Floats | None, *, spare: Floats) -> _Fitted:
-    """What tile.values, the codes, cost with the line as stored. spare: is written if errors have an importance."""
+def _stored(line: Line, dtype: str) -> _Stored:
     scale, bias = round_to(line.scale, dtype), round_to(line.bias, dtype)
-    differences = tile.errors(Line(float_values(scale, dtype), float_values(bias, dtype)))
-    errors = squares(differences)
-    counted = errors if importance is None else weighted_squares(differences, importance, spare)
-    return _Fitted(scale, bias, errors, counted)
+    return _Stored(scale, bias, Line(float_values(scale, dtype), float_values(bias, dtype)))
 
 
 def _by_mlx(raw: NDArray[Any], dtype: str, packing: Packing, stream: mx.Stream) -> Packed:

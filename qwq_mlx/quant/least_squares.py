@@ -2,10 +2,10 @@
 
 Min/max puts the outermost codes on the outermost weights, though rounding all the others a little finer is worth more
 than hitting those two. Here a line is moved, the weights are rounded to it, and the line that fits those codes best is
-known in closed form (a regression of weights on codes); that refit is kept if its sum of squares is the smallest so
-far, and the next move starts from it. Few local steps end in a poor minimum, so the moves are fixed and not small: six
-out of 70, each the one that lowered the errors of 2, 3 and 4 bits together most when it was found (normal and t(5)
-weights, groups of 64). Errors may count by the importance of their input channel (`error_feedback` says by which).
+known in closed form (a regression of weights on codes). The first moves all start from min/max's own line, the later
+ones from the best refit so far. Few local steps end in a poor minimum, so the moves are fixed and not small; they were
+searched for together (normal and t(5) weights, groups of 64, 2 to 5 bits, 4 counting most). Errors may count by the
+importance of their input channel (`error_feedback` says by which).
 
 Does not: round to what a file stores or compare with min/max (`fit` does both).
 """
@@ -14,44 +14,51 @@ from __future__ import annotations
 
 import numpy as np
 
-from qwq_mlx.quant.tile import Floats, Line, Tile, where
+from qwq_mlx.quant.tile import Floats, Line, Tile, replace_where
 
-__all__ = ["MOVES", "closest_line", "weighted_squares"]
+__all__ = ["MOVES", "STARTS", "closest_line", "weighted_squares"]
 
-MOVES = ((-0.8, 0.25), (-0.15, -0.4), (0.3, 0.12), (0.15, -0.12), (-0.15, 0.12), (0.0, 0.0))
-"""Each in codes: how much longer the range gets, and how far it shifts."""
+STARTS = ((0.0, 0.0), (-0.4, 0.4), (-1.2, -0.4), (-0.8, 0.0))
+"""Moves of min/max's line, the first of them none; each in codes: how much longer the range gets, how far it shifts."""
+MOVES = ((0.0, 0.12), (0.15, -0.12))
+"""Moves of the best line so far, one after the other."""
 
 
-def closest_line(tile: Tile, line: Line, bits: int, importance: Floats | None) -> Line:
-    """The line of least squared error that the moves reach.
+def closest_line(
+    tile: Tile, line: Line, stored: Line, bits: int, importance: Floats | None, weights2: Floats
+) -> tuple[Line, Floats]:
+    """The line of least squared error that the moves reach, and the error of min/max's codes with its stored line.
 
-    tile.steps: (weights - line.bias) / line.scale; used up, as values and products are. importance: as
-    `weighted_squares` takes it. A group whose weights are all alike keeps its line.
+    line, stored: by min/max, and as the file would hold it. tile.values, steps and products are used up. importance:
+    as `weighted_squares` takes it. weights2: (groups,), the weights' sums of squares. The error comes out of the sums,
+    with their rounding. Where all weights of a group are alike it is no number, and the line is of no use.
     """
-    half, steps = np.float32(1 << (bits - 1)), tile.steps
-    np.subtract(steps, half, out=steps)  # steps and codes around zero: their sums keep more digits
-    weight = np.float32(len(steps)) if importance is None else importance.sum()
-    mean_step = _sum(tile, steps, importance) / weight
-    # Steps are about slope * codes + offset. One number for all groups at first: that is cheaper to sweep with.
-    slope: Floats | np.float32 = np.float32(1)
-    offset: Floats | np.float32 = np.float32(0)
-    best: Floats | np.float32 = np.float32(-1)
-    for longer, shift in MOVES:
-        factor = np.float32(1 + longer / ((1 << bits) - 1))
-        tried = slope * factor
-        start = offset + slope * (np.float32(shift) - np.float32(0.5) * (1 - factor))  # codes' centre is at -1/2
-        np.multiply(steps, 1 / tried, out=tile.values)
-        np.subtract(tile.values, start / tried, out=tile.values)
+    half, top = np.float32(1 << (bits - 1)), (1 << bits) - 1
+    count = np.float32(len(tile.weights)) if importance is None else importance.sum()
+    mean = _sum(tile, tile.weights, importance) / count
+    inverse = 1 / line.scale
+    np.subtract(tile.weights, mean, out=tile.steps)  # about zero: sums keep more digits
+    np.multiply(tile.steps, inverse, out=tile.steps)
+    center = (mean - line.bias) * inverse - half  # codes are counted from their middle
+    best = np.full((3, len(mean)), -1, np.float32)  # of each group's best line, as `_refit` says
+    found = np.empty_like(best)
+    error = weights2
+    for index, (longer, shift) in enumerate(STARTS + MOVES):
+        per_step, mean_code = (np.float32(1), center) if index < len(STARTS) else best[1:]
+        shorter = np.float32(1 / (1 + longer / top))
+        np.multiply(tile.steps, per_step * shorter, out=tile.values)
+        np.add(tile.values, (mean_code - np.float32(shift + longer / top / 2)) * shorter, out=tile.values)
         np.rint(tile.values, out=tile.values)
         np.clip(tile.values, -half, half - 1, out=tile.values)
-        mean_code, variance, covariance = _moments(tile, weight, mean_step, importance)
-        explained = covariance * covariance / variance  # 0 / 0 where all codes are one: not better
-        is_better = explained > best
-        best = np.fmax(best, explained)
-        refit = covariance / variance
-        slope = where(is_better, refit, slope)
-        offset = where(is_better, mean_step - refit * mean_code, offset)
-    return Line(line.scale * slope, line.bias + line.scale * (offset + half * (1 - slope)))
+        _refit(tile, count, importance, out=found)
+        if index == 0:
+            explained, per_step, mean_code = found
+            error = weights2 - explained * np.square(line.scale)
+            error += explained * np.square(stored.scale * per_step - line.scale)
+            error += (np.square(stored.scale * (mean_code + half) + stored.bias - mean) - np.square(mean)) * count
+        replace_where(found[0] > best[0], found, best)
+    scale = line.scale / best[1]
+    return Line(scale, mean - scale * (best[2] + half)), error
 
 
 def weighted_squares(values: Floats, importance: Floats, spare: Floats) -> Floats:
@@ -71,18 +78,22 @@ def _sum(tile: Tile, values: Floats, importance: Floats | None) -> Floats:
     return sums
 
 
-def _moments(
-    tile: Tile, weight: np.float32, mean_step: Floats, importance: Floats | None
-) -> tuple[Floats, Floats, Floats]:
-    """Mean of the codes, and times the weight their variance and their covariance with the steps."""
-    codes = tile.values
-    weighted = codes
-    if importance is not None:
+def _refit(tile: Tile, count: np.float32, importance: Floats | None, *, out: Floats) -> None:
+    """The line that fits the codes in tile.values best, into `out` (3, groups).
+
+    Its rows: how much of the steps' sum of squares it explains, its codes for a step, and its code of the mean step, 0.
+    No number, or an infinity, where all codes of a group are alike.
+    """
+    codes = weighted = tile.values
+    explained, per_step, mean_code = out
+    if importance is None:  # sums of whole numbers are exact in any order; BLAS reads them twice as fast as numpy
+        sum_code: Floats = np.ones(len(codes), np.float32) @ codes
+    else:
         weighted = np.multiply(codes, importance[:, None], out=tile.products)
-    # Sums of whole numbers are exact in any order; BLAS reads them twice as fast as numpy adds rows.
-    is_whole = importance is None
-    sum_code: Floats = np.ones(len(codes), np.float32) @ codes if is_whole else np.add.reduce(weighted, axis=0)
-    mean_code: Floats = np.divide(sum_code, weight)
-    variance = np.einsum("ij,ij->j", weighted, codes) - mean_code * sum_code
-    covariance = np.einsum("ij,ij->j", weighted, tile.steps) - mean_step * sum_code
-    return mean_code, variance, covariance
+        sum_code = np.add.reduce(weighted, axis=0)
+    np.divide(sum_code, count, out=mean_code)
+    variance = np.einsum("ij,ij->j", weighted, codes)
+    variance -= mean_code * sum_code
+    covariance = np.einsum("ij,ij->j", weighted, tile.steps)
+    np.divide(variance, covariance, out=per_step)
+    np.divide(covariance, per_step, out=explained)

@@ -16,21 +16,26 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from qwq_mlx.quant.packing import Packing, float_values
+from qwq_mlx.quant.packing import float_values
 
-__all__ = ["SMALLEST_STEP", "Floats", "Line", "Scratch", "Tile", "min_max", "squares", "where"]
+__all__ = ["SMALLEST_STEP", "Floats", "Line", "Scratch", "Tile", "min_max", "replace_where", "squares"]
 
 Floats = NDArray[np.float32]
 
 SMALLEST_STEP = np.float32(1e-7)  # the smallest scale, as in MLX
 
 
+_ALIGNED = 64
+"""Bytes of a line of the cache."""
+_APART = 17 * _ALIGNED
+"""Bytes between a tile's arrays: at like places of a page one's loads would wait for the other's stores."""
+
+
 class Scratch:
     """Memory that one worker uses again and again; fresh arrays of this size would cost page faults every time."""
 
     def __init__(self) -> None:
-        self._floats = [np.empty(0, np.float32) for _ in range(4)]
-        self._codes = np.empty(0, np.uint8)
+        self._memory = np.empty(0, np.uint8)
         self._stream: mx.Stream | None = None
 
     @property
@@ -40,19 +45,23 @@ class Scratch:
             self._stream = mx.new_stream(mx.cpu)
         return self._stream
 
-    def tile(self, part: NDArray[Any], dtype: str, packing: Packing) -> Tile:
-        """Rows as a tile, until the next call. part: (rows, columns), DTYPES[dtype]."""
-        n, group = part.size, packing.group_size
-        if self._codes.size < n:
-            self._floats = [np.empty(n, np.float32) for _ in self._floats]
-            self._codes = np.empty(n, np.uint8)
-        shape = (group, n // group)
-        weights, values, steps, products = (each[:n].reshape(shape) for each in self._floats)
+    def tile(self, groups: NDArray[Any], dtype: str) -> Tile:
+        """Groups as a tile, until the next call. groups: (groups, group size), DTYPES[dtype]."""
+        n, shape = groups.size, groups.shape[::-1]
+        if len(self._memory) < 17 * n + 5 * _APART + _ALIGNED:
+            self._memory = np.empty(17 * n + 5 * _APART + _ALIGNED, np.uint8)
+        start = -self._memory.ctypes.data % _ALIGNED
+        arrays: list[NDArray[Any]] = []
+        for kind in (np.float32, np.float32, np.float32, np.float32, np.uint8):
+            n_bytes = n * np.dtype(kind).itemsize
+            arrays.append(self._memory[start : start + n_bytes].view(kind).reshape(shape))
+            start += -(-n_bytes // _ALIGNED) * _ALIGNED + _APART
+        weights, values, steps, products, codes = arrays
         if dtype == "BF16":
-            _across(part.reshape(-1, group), weights, steps, products)
+            _across(groups, weights, steps, products)
         else:
-            float_values(part.reshape(-1, group), dtype, weights.T)  # read along the rows, written across
-        return Tile(weights, values, steps, products, self._codes[:n].reshape(shape))
+            float_values(groups, dtype, weights.T)  # read along the groups, written across
+        return Tile(weights, values, steps, products, codes)
 
 
 _HIGH = np.uint32(0xFFFF0000)
@@ -122,16 +131,15 @@ def squares(values: Floats) -> Floats:
     return squares
 
 
-def where(mask: NDArray[np.bool_], new: Floats, old: Floats | np.float32) -> Floats:
-    """np.where(mask, new, old); by bits, since numpy's own way branches at every value and takes twice as long.
+def replace_where(mask: NDArray[np.bool_], new: Floats, old: Floats) -> None:
+    """Write `new` over `old` in the columns of the mask; by bits, since numpy selects at a branch for every value.
 
-    mask, new: (groups,). old: the same, or one number for all.
+    mask: (groups,). new, old: (any, groups).
     """
     old_bits = old.view(np.int32)
     bits = np.bitwise_xor(new.view(np.int32), old_bits)
     bits &= np.negative(mask.view(np.int8), dtype=np.int32)  # all bits, or none
-    bits ^= old_bits
-    return bits.view(np.float32)
+    old_bits ^= bits
 
 
 def min_max(weights: Floats, bits: int) -> Line:

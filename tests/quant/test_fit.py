@@ -70,7 +70,7 @@ def test_a_width_that_the_group_does_not_divide_is_refused() -> None:
 def test_tiles_of_one_scratch_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     raw, packing, scratch = round_to(awkward_rows(), "BF16"), Packing(bits=5, group_size=32), Scratch()
     whole, error = fit_block(raw, "BF16", packing, fit="min-max", scratch=scratch)
-    monkeypatch.setattr("qwq_mlx.quant.fit.TILE", 1024)  # four rows a tile
+    monkeypatch.setattr("qwq_mlx.quant.fit.TILE", 1024)  # 48 groups a tile, six rows
     tiled, other = fit_block(raw, "BF16", packing, fit="min-max", scratch=scratch)
     assert np.array_equal(tiled.codes, whole.codes) and np.array_equal(tiled.scales, whole.scales)
     assert (other.error2, other.weight2) == pytest.approx((error.error2, error.weight2), rel=1e-9)

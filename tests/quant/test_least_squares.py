@@ -16,7 +16,8 @@ from qwq_mlx.quant.packing import Packed, Packing, float_values, round_to
 from qwq_mlx.quant.rounding_error import unpack
 
 AFFINE = [packing for packing in PACKINGS if packing.is_affine]
-MOVES = ((-0.8, 0.25), (-0.15, -0.4), (0.3, 0.12), (0.15, -0.12), (-0.15, 0.12), (0.0, 0.0))
+STARTS = ((0.0, 0.0), (-0.4, 0.4), (-1.2, -0.4), (-0.8, 0.0))
+MOVES = ((0.0, 0.12), (0.15, -0.12))
 
 
 def name_of(packing: Packing) -> str:
@@ -92,9 +93,12 @@ def twin(weights: np.ndarray, importance: np.ndarray, bits: int) -> tuple[float,
     scale = (edges[1] - edges[0]) / top * -1
     scale = edges[1] / np.rint(edges[1] / scale)
     bias, best = edges[1], -1.0
-    for longer, shift in MOVES:
+    first = scale, bias
+    for move in STARTS + MOVES:
+        longer, shift = move
         factor = 1 + longer / top
-        tried, start = scale * factor, bias + scale * (top / 2 * (1 - factor) + shift)
+        size, zero = first if move in STARTS else (scale, bias)
+        tried, start = size * factor, zero + size * (top / 2 * (1 - factor) + shift)
         codes = np.clip(np.rint((weights - start) / tried), 0, top)
         total = importance.sum()
         mean_code, mean = (importance * codes).sum() / total, (importance * weights).sum() / total
@@ -148,7 +152,7 @@ def test_blocks_tiles_and_scratch_do_not_change_a_byte(monkeypatch: pytest.Monke
     raw, packing = round_to(awkward_rows(), "BF16"), Packing(bits=3)
     whole = fitted(raw, "BF16", packing, "calibrated")
     scratch = Scratch()
-    monkeypatch.setattr("qwq_mlx.quant.fit.TILE", 512)  # three rows a tile
+    monkeypatch.setattr("qwq_mlx.quant.fit.TILE", 512)  # 24 groups a tile, six rows
     for rows in (slice(0, 5), slice(5, 12)):
         part = fit_block(raw[rows], "BF16", packing, fit="calibrated", scratch=scratch)[0]
         assert whole.biases is not None
