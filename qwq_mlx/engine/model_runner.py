@@ -130,12 +130,16 @@ def feed_prompt(module: Any, cache: Sequence[Any], ids: Sequence[int]) -> None:
 def run_pass(
     module: Any, ids: mx.array, caches: Sequence[Sequence[Any]], n_each: Sequence[int], *, batches_from: int | None
 ) -> Any:
-    """One pass of a module over ids (rows, n) or (ids, 1); unread. batches_from: see the function of that name."""
+    """One pass of a module over ids, (ids, 1), or (1, n) of a single row; unread. batches_from: see the function of
+    that name."""
     for cache, n in zip(caches, n_each, strict=True):
         grow(cache, n)
-    n_fed = None if ids.shape[1] > 1 else n_each
-    may_batch = batches_from is not None and len(caches) >= batches_from
-    logits = module(ids, cache=joined(caches, n_fed, may_batch=may_batch, module=module))
+    if ids.shape[1] > 1:  # of one row, as a prompt is fed
+        [layers] = caches
+    else:
+        may_batch = batches_from is not None and len(caches) >= batches_from
+        layers = joined(caches, n_each, may_batch=may_batch, module=module)
+    logits = module(ids, cache=layers)
     if rotations_in_place(module) is not None:  # what is done with the caches from now on must come behind the pass
         mx.async_eval(logits)  # type: ignore[no-untyped-call]
     return logits

@@ -155,3 +155,14 @@ def test_models_that_are_not_made_for_it_do_not_attend_in_place(monkeypatch: pyt
     assert rotations_in_place(random_module(CONFIG, {}, "float32", seed=1)) is None
     one_key_head = replace(CONFIG, num_key_value_heads=1)
     assert rotations_in_place(random_module(one_key_head, {}, "bfloat16", seed=1)) is None
+
+
+def test_ids_of_one_row_that_are_fed_at_once_are_all_in_its_cache(module: Any) -> None:
+    """As ids are that are forced upon a row; also behind what it shares, and among rows of a batch."""
+    source, other = Text(module, 300), Text(module, 20)
+    forks = [Text(module, 300, fork_cache(module, source.cache, 300)) for _ in range(2)]
+    step([source, other, *forks], [1] * 4)
+    for text in (source, *forks):
+        run_pass(module, mx.array([[3, 1, 4]]), [text.cache], [3], batches_from=1)
+        text.ids += [3, 1, 4]
+    step([source, other, *forks], [1] * 4)
