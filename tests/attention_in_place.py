@@ -24,6 +24,8 @@ def attend(projected: Sequence[mx.array], rotation: Rotation, at: mx.array, cach
         query, key = (_rotated(each, rotation, place) for each in (query, key))
         for array, new in ((cache.keys, key), (cache.values, value)):
             bits = np.asarray(array.view(mx.uint16))  # the same memory
+            if not bits.flags.c_contiguous:
+                bits = bits.copy()  # as MLX gives it to a kernel: what is written there is lost
             bits[row, :, position - n_shared] = np.asarray(new.reshape(n_kv_heads, width).view(mx.uint16))
         seen = [own[row : row + 1, :, : position + 1 - n_shared] for own in (cache.keys, cache.values)]
         if cache.shared is not None:

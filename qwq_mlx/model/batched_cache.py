@@ -95,8 +95,9 @@ class BatchedLayer:
     def take_in(self, cache: Any, place: int) -> None:
         """Let a row have a free place, which has room for all that it holds."""
         for name in _NAMES:
-            part, array = _part(cache, name), self.arrays.pop(name)  # nobody else may hold it, or it is copied
-            array[place : place + 1, :, : part.shape[2]] = part
+            array = self.arrays.pop(name)  # nobody else may hold it, or it is copied
+            # all of its room: where rows are masked, what the one before left may not be NaN
+            array[place : place + 1] = padded(_part(cache, name), array.shape[2])
             self.arrays[name] = array
             setattr(cache, f"_{name}", None)
         self._members[place] = weakref.ref(cache)
@@ -315,6 +316,9 @@ def _gathered(members: Sequence[Any], name: str, own_room: int) -> mx.array:
         at_once = [each.batch is old for each in members]
         places = [each.place if is_in else 0 for each, is_in in zip(members, at_once, strict=True)]
         array: mx.array = old.arrays[name][mx.array(places)]
+    elif len(members) == 1:
+        # a slice that is all of an array is no copy when it is written, but what others hold, perhaps with gaps
+        return _part(members[0], name)[mx.array([0])]
     else:
         at_once = [False] * len(members)
         _, n_heads, _, width = _part(members[0], name).shape

@@ -166,3 +166,42 @@ def test_ids_of_one_row_that_are_fed_at_once_are_all_in_its_cache(module: Any) -
         run_pass(module, mx.array([[3, 1, 4]]), [text.cache], [3], batches_from=1)
         text.ids += [3, 1, 4]
     step([source, other, *forks], [1] * 4)
+
+
+def test_a_row_alone_has_arrays_of_its_own_in_its_batch(module: Any) -> None:
+    """Else what somebody has of them, as a save does, would change when the row goes back and on otherwise."""
+    text = Text(module, 9)
+    held = text.cache[0].keys[..., :9, :]
+    before = mx.array(held)
+    mx.eval(held, before)
+    step([text], [1])
+    for layer in text.cache:
+        layer.trim(5)
+    del text.ids[-5:]
+    step([text], [3])
+    assert mx.array_equal(held, before)
+
+
+def test_a_row_alone_loses_nothing_where_its_values_lie_as_its_prompt_left_them(module: Any) -> None:
+    """A prompt of whole blocks leaves values with gaps between the heads, of which a kernel would write into a copy."""
+    text = Text(module, 256)
+    for layer in text.cache:
+        layer.trim(6)
+    del text.ids[-6:]
+    for _ in range(2):
+        step([text], [1])
+
+
+def test_nothing_of_who_had_a_place_is_left_for_who_takes_it(module: Any) -> None:
+    """Rows beside which not all attend in place read all room, and not a number times nothing is none."""
+    texts = [Text(module, n) for n in (5, 300, 11)]
+    step(texts, [1, 1, 1])
+    for layer in texts[1].cache:
+        for name in ("keys", "values"):
+            layer.batch.arrays[name][layer.place] = mx.full(layer.batch.arrays[name].shape[1:], float("nan"))
+    take_out_of_batch(texts[1].cache)
+    texts[1] = Text(module, 20)
+    step(texts, [1, 1, 1])
+    assert texts[1].cache[0].place == 1
+    for layer in texts[1].cache:
+        assert mx.isfinite(layer.batch.arrays["values"]).all().item()
