@@ -67,7 +67,7 @@ class _LayerGraphs:
 
     before_attention: Callable[..., list[mx.array]]
     after_attention: Callable[..., mx.array]
-    whole: Callable[..., mx.array]
+    whole: BoundedGraph
 
 
 def _graphs_of(layer: Any) -> _LayerGraphs | None:
@@ -105,7 +105,34 @@ def _graphs(eps: float, three: Tiling, out: Tiling, pair: Tiling, down: Tiling) 
         mixed = decode_attention(projected, Rotation(*rotation), at, CacheArrays(*cache))
         return after_attention(mixed.reshape(*x.shape[:2], -1), x, *after)
 
-    return _LayerGraphs(mx.compile(before_attention), mx.compile(after_attention), mx.compile(whole))
+    return _LayerGraphs(mx.compile(before_attention), mx.compile(after_attention), BoundedGraph(whole))
+
+
+class BoundedGraph:
+    """A compiled function that forgets all shapes that it was traced for where there are `MAX_SHAPES`.
+
+    MLX keeps every one for as long as the function lives, 0.1 MB each, and looks through them at each call; caches come
+    in any number of shapes. function: its arguments are x, rotation, at, cache and others of ever the same shapes.
+    """
+
+    MAX_SHAPES = 64  # passes of 1 to `MAX_ROWS` ids, before and behind a growth of their cache
+
+    def __init__(self, function: Callable[..., mx.array]) -> None:
+        self._function = function
+        self._compiled = mx.compile(function)
+        self._latest: tuple[Any, ...] = ()
+        self._known: set[tuple[Any, ...]] = set()
+
+    def __call__(self, x: mx.array, rotation: Sequence[mx.array], at: mx.array, cache: Any, *others: Any) -> mx.array:
+        shapes = (x.shape, *(each.shape for each in cache[::2]))  # values have the shape of keys
+        if shapes != self._latest:
+            if shapes not in self._known and len(self._known) == self.MAX_SHAPES:
+                self._known.clear()
+                self._compiled = mx.compile(self._function)
+            self._known.add(shapes)
+            self._latest = shapes
+        result: mx.array = self._compiled(x, rotation, at, cache, *others)
+        return result
 
 
 def _common_tiling(layers: Sequence[Any], *, has_bias: bool | None = False, is_pair: bool = False) -> Tiling | None:

@@ -97,6 +97,29 @@ def test_a_layer_whose_rows_attend_in_place_is_one_graph_of_the_same(monkeypatch
         assert mx.abs(found[place, -1] - expected).max().item() < 0.05 * mx.abs(expected).max().item()
 
 
+def test_of_caches_of_ever_other_shapes_a_graph_holds_few_traces() -> None:
+    held, n_traces = 40_000, 0
+
+    def whole(x: mx.array, rotation: list[mx.array], at: mx.array, cache: list[mx.array]) -> mx.array:
+        nonlocal n_traces
+        n_traces += 1
+        return x * rotation[0] + at + cache[0].sum() + mx.array([0.0] * (held // 4)).sum()  # a constant of the trace
+
+    graph = layers.BoundedGraph(whole)
+
+    def run(n: int) -> None:
+        cache = [mx.ones((1, 1, n, 1))] * 2
+        assert graph(mx.ones(2), [mx.ones(2)], mx.ones(2), cache).tolist() == [2 + n] * 2
+
+    before = mx.get_active_memory()
+    for n in [*range(1, graph.MAX_SHAPES + 1)] * 2:
+        run(n)
+    assert n_traces == graph.MAX_SHAPES, "each shape is traced once while they are few"
+    for n in range(1, 3 * graph.MAX_SHAPES):
+        run(n)
+    assert mx.get_active_memory() - before < 1.2 * graph.MAX_SHAPES * held
+
+
 @pytest.mark.usefixtures("as_if_on_a_gpu")
 def test_layers_of_other_packings_stay_mlx_lms() -> None:
     ours, _ = _module(Packing(bits=8, group_size=64))
