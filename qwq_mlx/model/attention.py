@@ -27,11 +27,11 @@ from qwq_mlx.model.batched_cache import BatchedLayer, Writing
 from qwq_mlx.model.kernels.decode_attention import decode_attention
 from qwq_mlx.model.many_rows import attend_rows
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
-from qwq_mlx.model.row_caches import InPlaceRows, RowCaches, SeveralEach
+from qwq_mlx.model.row_caches import InPlaceRows, RowCaches, SeveralEach, in_order
 from qwq_mlx.model.shared_prefix import SharesPrefix, attend_behind
 from qwq_mlx.model.upstream import import_mlx_lm
 
-__all__ = ["attend_in_place", "attention_class", "quantized_cache_class"]
+__all__ = ["attention_class", "quantized_cache_class"]
 
 
 @functools.cache
@@ -76,8 +76,11 @@ def attention_class() -> type[Any]:
             """What the output projection takes of `projections`: (rows, n_ids, heads * width)."""
             shape = projected[0].shape[:2]
             if isinstance(cache, InPlaceRows):
-                mixed = attend_in_place([each.reshape(shape[0], -1) for each in projected], cache)
-                return mixed.reshape(*shape, -1)
+                mixed = _in_place([each.reshape(shape[0], -1) for each in projected], cache)
+                if cache.others is not None:
+                    others = self.attend([each[cache.others.taken] for each in projected], None, cache.others.cache)
+                    mixed.append(others[:, 0])
+                return in_order(mixed, cache.order).reshape(*shape, -1)
             queries, keys, values = (
                 each.reshape(*shape, n_heads, -1).transpose(0, 2, 1, 3)
                 for each, n_heads in zip(projected, (self.n_heads, self.n_kv_heads, self.n_kv_heads), strict=True)
@@ -100,15 +103,14 @@ def attention_class() -> type[Any]:
     return Attention
 
 
-def attend_in_place(projected: Sequence[mx.array], rows: InPlaceRows) -> mx.array:
-    """The attention of all ids of a pass, (ids, heads * width); their keys and values are then in the caches.
+def _in_place(projected: Sequence[mx.array], rows: InPlaceRows) -> list[mx.array]:
+    """The attention of each group's ids, (ids, heads * width); their keys and values are then in the caches.
 
-    projected: queries, keys and values, (ids, heads * width) each, not rotated.
+    projected: queries, keys and values of all ids, (ids, heads * width) each, not rotated.
     """
     mixed = [decode_attention(projected, rows.rotation, group.at, group.batch.whole()) for group in rows.groups]
     rows.advance()
-    together = mixed[0] if len(mixed) == 1 else mx.concatenate(mixed)
-    return together if rows.order is None else together[rows.order]
+    return mixed
 
 
 def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, scale: float) -> mx.array:
@@ -131,8 +133,7 @@ def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, 
             else:
                 row = _row(query, key, value, cache, scale, "causal")
             mixed.append(_begun(row.transpose(2, 1, 0, 3), cache))
-    together = mixed[0] if len(mixed) == 1 else mx.concatenate(mixed)
-    return together if rows.order is None else together[rows.order]
+    return in_order(mixed, rows.order)
 
 
 def _begun(mixed: mx.array, cache: Any) -> mx.array:

@@ -26,7 +26,7 @@ from qwq_mlx.model.batched_cache import (
 from qwq_mlx.model.kernels.decode_attention import Rotation
 from qwq_mlx.model.rotations import Rotations, rotations_in_place
 
-__all__ = ["InPlaceRows", "RowCaches", "RowGroup", "SeveralEach", "joined"]
+__all__ = ["InPlaceRows", "RowCaches", "RowGroup", "SeveralEach", "in_order", "joined"]
 
 
 class SeveralEach(NamedTuple):
@@ -82,14 +82,28 @@ class InPlaceGroup(NamedTuple):
     at: mx.array
 
 
+class OtherRows(NamedTuple):
+    """Rows of a pass beside those that attend in place. cache: theirs, as `joined` gives it. taken: their ids."""
+
+    cache: Any
+    taken: slice | mx.array
+
+
 class InPlaceRows:
     """One layer's caches of the rows of a pass that attend by `kernels.decode_attention`.
 
-    order: (ids,) where each id of the pass is in the groups, one after another; None where it is in order.
+    order: (ids,) where each id of the pass is in the groups and the others, one after another; None where it is in
+    order. others: rows that cannot, being empty or quantized; so who shares a pass with them has its own bits still.
     """
 
-    def __init__(self, groups: Sequence[InPlaceGroup], rotation: Rotation, order: mx.array | None) -> None:
-        self.groups, self.rotation, self.order = tuple(groups), rotation, order
+    def __init__(
+        self,
+        groups: Sequence[InPlaceGroup],
+        rotation: Rotation,
+        order: mx.array | None,
+        others: OtherRows | None,
+    ) -> None:
+        self.groups, self.rotation, self.order, self.others = tuple(groups), rotation, order, others
 
     def make_mask(self, n_ids: int, return_array: bool = False, window_size: int | None = None) -> None:
         """None: an id looks at what its row holds."""
@@ -115,8 +129,8 @@ def joined(
     """
     n_fed = n_fed or [1] * len(caches)
     rotations = rotations_in_place(module)
-    if rotations is not None and all(_has_room(row[0], n) for row, n in zip(caches, n_fed, strict=True)):
-        return _in_place(caches, n_fed, rotations)
+    if rotations is not None and any(_has_room(row[0], n) for row, n in zip(caches, n_fed, strict=True)):
+        return _in_place(caches, n_fed, rotations, may_batch=may_batch)
     if list(n_fed) == [1] and not (may_batch and _is_behind_prefix(caches[0])):
         return caches[0]
     if not may_batch:
@@ -133,11 +147,17 @@ def _has_room(cache: Any, n: int) -> bool:
     return type(cache) is row_cache_class() and cache.offset + n <= cache.room and cache.offset >= cache.n_shared
 
 
-def _in_place(caches: Sequence[Sequence[Any]], n_fed: Sequence[int], rotations: Rotations) -> Sequence[InPlaceRows]:
+def _in_place(
+    caches: Sequence[Sequence[Any]], n_fed: Sequence[int], rotations: Rotations, *, may_batch: bool
+) -> Sequence[InPlaceRows]:
     firsts = list(itertools.accumulate(n_fed, initial=0))
     alike: dict[tuple[tuple[int, int], int], list[int]] = {}
-    for place, row in enumerate(caches):
-        alike.setdefault((size_class(row[0]), id(row[0].prefix)), []).append(place)
+    rest = []
+    for place, (row, n_own) in enumerate(zip(caches, n_fed, strict=True)):
+        if _has_room(row[0], n_own):
+            alike.setdefault((size_class(row[0]), id(row[0].prefix)), []).append(place)
+        else:
+            rest.append(place)
     groups, places = [], []
     for members in alike.values():
         layers = joint_batch([caches[place] for place in members])
@@ -153,10 +173,22 @@ def _in_place(caches: Sequence[Sequence[Any]], n_fed: Sequence[int], rotations: 
                 for layer, batch in enumerate(layers)
             ]
         )
+    others: Sequence[OtherRows | None] = [None] * len(caches[0])
+    if rest:
+        own_places = [firsts[place] + n for place in rest for n in range(n_fed[place])]
+        beside = joined([caches[place] for place in rest], [n_fed[place] for place in rest], may_batch=may_batch)
+        others = [OtherRows(layer, mx.array(own_places)) for layer in beside]
+        places += own_places
     positions = [row[0].offset + n for row, n_own in zip(caches, n_fed, strict=True) for n in range(n_own)]
     rotation = Rotation(*(each.reshape(len(positions), -1) for each in rotations.at(mx.array(positions), 1)))
     order = _order(places)
-    return [InPlaceRows(layer, rotation, order) for layer in zip(*groups, strict=True)]
+    return [InPlaceRows(layer, rotation, order, beside) for *layer, beside in zip(*groups, others, strict=True)]
+
+
+def in_order(parts: list[mx.array], order: mx.array | None) -> mx.array:
+    """What the groups of a pass gave as one array, an id of the pass after another."""
+    together = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+    return together if order is None else together[order]
 
 
 def _order(places: Sequence[int]) -> mx.array | None:

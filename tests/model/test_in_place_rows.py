@@ -205,3 +205,27 @@ def test_nothing_of_who_had_a_place_is_left_for_who_takes_it(module: Any) -> Non
     assert texts[1].cache[0].place == 1
     for layer in texts[1].cache:
         assert mx.isfinite(layer.batch.arrays["values"]).all().item()
+
+
+@pytest.mark.parametrize("n_each", [(1, 1, 1), (2, 1, 3)])
+@pytest.mark.parametrize("n_shared", [0, 300])
+def test_rows_beside_an_empty_and_a_quantized_one_have_the_bits_that_they_have_alone(
+    module: Any, n_each: tuple[int, int, int], n_shared: int
+) -> None:
+    source = Text(module, max(n_shared, 9))
+    own = [Text(module, len(source.ids), fork_cache(module, source.cache, len(source.ids))) for _ in range(2)]
+    for text in own:
+        text.ids = list(source.ids)
+    alone, beside = own
+    others = [Text(module, 0, new_cache(module)), Text(module, 0, new_cache(module, 8))]
+    run_pass(module, mx.array([[5, 6, 7]]), [others[1].cache], [3], batches_from=1)
+    for _ in range(2):
+        n_before = len(beside.ids)
+        fed = [[(7 * n_before + 5 * n) % CONFIG.vocab_size for n in range(n_own)] for n_own in n_each]
+        flat = mx.array([[token_id] for ids in (fed[1], fed[0], fed[2]) for token_id in ids])
+        caches = [others[0].cache, beside.cache, others[1].cache]
+        n_in_order = [n_each[1], n_each[0], n_each[2]]
+        found = run_pass(module, flat, caches, n_in_order, batches_from=1)[n_each[1] : n_each[1] + n_each[0], -1]
+        assert mx.array_equal(found, step([alone], [n_each[0]]))
+        beside.ids += fed[0]
+        assert [cache[-1].offset for cache in caches] == [cache[0].offset for cache in caches]

@@ -185,7 +185,7 @@ def _block_class() -> type[Any]:
             before += [array for each in three for array in (*_matrix(each), each["bias"])]
             rest = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
             after = [self.post_attention_layernorm.weight, *(array for each in rest for array in _matrix(each))]
-            if isinstance(cache, InPlaceRows) and len(cache.groups) == 1:
+            if isinstance(cache, InPlaceRows) and len(cache.groups) == 1 and cache.others is None:
                 [group] = cache.groups
                 arrays = [each for each in group.batch.whole() if each is not None]
                 result = self.graphs.whole(x, list(cache.rotation), group.at, arrays, before, after)
