@@ -18,6 +18,7 @@ from qwq_mlx.engine.kv_cache import grow
 from qwq_mlx.engine.ranks.activity import activity
 from qwq_mlx.engine.ranks.leader import leader_of, mirror_of
 from qwq_mlx.model.blas import uses_blas
+from qwq_mlx.model.kernels.few_row_matmul import MAX_ROWS
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 from qwq_mlx.model.ranks import ranks_of
 from qwq_mlx.model.rotations import rotations_in_place
@@ -134,15 +135,16 @@ def run_pass(
     that name."""
     for cache, n in zip(caches, n_each, strict=True):
         grow(cache, n)
-    if ids.shape[1] > 1:  # of one row, as a prompt is fed
+    is_in_place, n = rotations_in_place(module) is not None, ids.shape[1]
+    if n > (MAX_ROWS if is_in_place else 1):  # of one row, as a prompt is fed
         [layers] = caches
-    else:
-        may_batch = batches_from is not None and len(caches) >= batches_from
-        layers = joined(caches, n_each, may_batch=may_batch, module=module)
-    logits = module(ids, cache=layers)
-    if rotations_in_place(module) is not None:  # what is done with the caches from now on must come behind the pass
+        return module(ids, cache=layers)
+    # several of one row, in place, have the bits that they have one after another
+    may_batch = batches_from is not None and len(caches) >= batches_from
+    logits = module(ids.reshape(-1, 1), cache=joined(caches, n_each, may_batch=may_batch, module=module))
+    if is_in_place:  # what is done with the caches from now on must come behind the pass
         mx.async_eval(logits)  # type: ignore[no-untyped-call]
-    return logits
+    return logits if n == 1 else logits.swapaxes(0, 1)
 
 
 def _row(cache: Sequence[Any]) -> list[int]:

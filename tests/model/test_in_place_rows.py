@@ -157,15 +157,27 @@ def test_models_that_are_not_made_for_it_do_not_attend_in_place(monkeypatch: pyt
     assert rotations_in_place(random_module(one_key_head, {}, "bfloat16", seed=1)) is None
 
 
-def test_ids_of_one_row_that_are_fed_at_once_are_all_in_its_cache(module: Any) -> None:
+@pytest.mark.parametrize("n", [3, 40])
+def test_ids_of_one_row_that_are_fed_at_once_are_all_in_its_cache(module: Any, n: int) -> None:
     """As ids are that are forced upon a row; also behind what it shares, and among rows of a batch."""
     source, other = Text(module, 300), Text(module, 20)
     forks = [Text(module, 300, fork_cache(module, source.cache, 300)) for _ in range(2)]
     step([source, other, *forks], [1] * 4)
+    ids = [3 * place % CONFIG.vocab_size for place in range(n)]
     for text in (source, *forks):
-        run_pass(module, mx.array([[3, 1, 4]]), [text.cache], [3], batches_from=1)
-        text.ids += [3, 1, 4]
+        found = run_pass(module, mx.array([ids]), [text.cache], [n], batches_from=1)
+        text.ids += ids
+        expected = text.logits()[-n:]
+        assert mx.abs(found[0] - expected).max().item() < 0.05 * mx.abs(expected).max().item()
     step([source, other, *forks], [1] * 4)
+
+
+def test_ids_that_are_fed_at_once_have_the_bits_that_they_have_one_by_one(module: Any) -> None:
+    first, second = Text(module, 30), Text(module, 30)
+    ids = [3, 1, 4, 1, 5]
+    at_once = run_pass(module, mx.array([ids]), [first.cache], [5], batches_from=None)[0]
+    one_by_one = [run_pass(module, mx.array([[each]]), [second.cache], [1], batches_from=None)[0, 0] for each in ids]
+    assert mx.array_equal(at_once, mx.stack(one_by_one))
 
 
 def test_a_row_alone_has_arrays_of_its_own_in_its_batch(module: Any) -> None:
