@@ -235,7 +235,8 @@ class Decoder:
         """Draw at all places of a pass. logits: (places, vocab)."""
         logits = logits[:, : self.n_ids].astype(mx.float32)
         are_alike = self._max_rows is None or self._uses_blas
-        drawn = draw_places(places, logits, taps=self._runner.taps, are_alike=are_alike)
+        are_computed = self._uses_blas and len(places) >= MIN_BLAS_ROWS  # BLAS gave them
+        drawn = draw_places(places, logits, taps=self._runner.taps, are_alike=are_alike, are_computed=are_computed)
         self._runner.taps.clear()
         return drawn
 

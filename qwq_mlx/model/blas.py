@@ -10,7 +10,6 @@ Does not: choose the compute type, or touch a layer on another backend.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, cast
 
 import mlx.core as mx
@@ -129,7 +128,7 @@ def blas_quantized_matmul(x: Any, weight: Any, scales: Any, biases: Any, *, grou
     """`mx.quantized_matmul(x, ..., transpose=True)` of affine codes in float32: a block of the matrix, then BLAS.
 
     x: (..., in); it is evaluated. weight: (out, in * bits / 32) uint32; scales, biases: (out, in / group_size).
-    Returns (..., out) float32. Takes 4 MiB of memory for each processor beside the result.
+    Returns (..., out) float32. Takes 5 MiB of memory for each processor beside the result.
     """
     rows: Floats = np.asarray(x).reshape(-1, x.shape[-1])
     y = _multiply_packed(rows, weight, scales, biases, group_size=group_size, bits=bits)
@@ -138,46 +137,53 @@ def blas_quantized_matmul(x: Any, weight: Any, scales: Any, biases: Any, *, grou
 
 def _multiply_packed(x: Floats, weight: Any, scales: Any, biases: Any, *, group_size: int, bits: int) -> Floats:
     """The same of numpy's rows, (rows, in) -> (rows, out)."""
-    columns = x.T
-    n_in, n_rows = columns.shape
+    n_rows, n_in = x.shape
     scale, bias = np.asarray(scales), np.asarray(biases)
+    columns = x.T.reshape(-1, group_size, n_rows)  # of each group: its products are multiplied by its scale
     # codes * scale + bias: what a group's bias adds is the same for all its codes, so x's sums over groups do
-    sums = columns.reshape(-1, group_size, n_rows).sum(1)
-    out = np.empty((len(scale), n_rows), np.float32)  # transposed: with few rows OpenBLAS is twice as quick so
+    sums = columns.sum(1)
+    out = np.empty((n_rows, len(scale)), np.float32)
 
     def multiply(block: slice) -> None:
         floats = np.empty((block.stop - block.start, n_in), np.float32)
         _unpack(weight, block, bits, floats)
         groups = floats.reshape(len(floats), -1, group_size)
-        np.multiply(groups, scale[block, :, None], out=groups)
-        np.matmul(floats, columns, out=out[block])
-        out[block] += bias[block] @ sums
+        if n_rows < group_size:  # fewer numbers to scale than the weights of the group are
+            products = groups.transpose(1, 0, 2) @ columns  # (groups, out, rows)
+            product = (scale[block, None] @ products.transpose(1, 0, 2))[:, 0]
+        else:
+            groups *= scale[block, :, None]
+            product = floats @ x.T  # transposed: with few rows OpenBLAS is twice as quick so
+        product += bias[block] @ sums
+        out[:, block] = product.T
 
     by_blocks(multiply, len(scale), n_in, is_threaded=bits in _NUMPY_BITS)
-    return np.ascontiguousarray(out.T)
+    return out
 
 
 def _unpack(weight: Any, block: slice, bits: int, floats: Floats) -> None:
     """The codes of some rows as floats, into `floats`: (rows, in)."""
-    if bits in (2, 4):  # a byte holds whole codes: a table of bytes is quicker than shifts
-        table = _byte_table(bits)
-        codes = np.asarray(weight)[block].view(np.uint8)
-        np.take(table, codes, out=floats.view(table.dtype), mode="clip")
-    elif bits == 8:
-        floats[...] = np.asarray(weight)[block].view(np.uint8)
+    packed = np.asarray(weight)[block]
+    if bits in _NUMPY_BITS:
+        codes = packed.view(np.uint8)
+        for n_bits in (4, 2):
+            if bits <= n_bits:
+                codes = _halves(codes, n_bits)
+        floats[...] = codes
     else:
         ones = mx.ones((floats.shape[0], floats.shape[1] // 32))
-        packed = mx.array(np.asarray(weight)[block])
-        floats[...] = np.asarray(mx.dequantize(packed, ones, mx.zeros_like(ones), group_size=32, bits=bits))
+        floats[...] = np.asarray(mx.dequantize(mx.array(packed), ones, mx.zeros_like(ones), group_size=32, bits=bits))
 
 
-@functools.cache
-def _byte_table(bits: int) -> npt.NDArray[Any]:
-    """What each byte holds, the lowest bits first, as one item of 256: 2 floats of 4 bits, or 4 of 2 bits."""
-    shifts = np.arange(0, 8, bits)
-    floats = ((np.arange(256)[:, None] >> shifts) & (2**bits - 1)).astype(np.float32)
-    table: npt.NDArray[Any] = floats.view(np.complex64 if bits == 4 else np.complex128).reshape(256)
-    return table
+def _halves(codes: npt.NDArray[np.uint8], n_bits: int) -> npt.NDArray[np.uint8]:
+    """Of each byte its lowest n_bits and the n_bits above them, a byte each: (rows, n) -> (rows, 2 n).
+
+    A few operations on whole arrays of small integers: a third of the time of a look-up in a table.
+    """
+    pairs = codes.astype("<u2")
+    pairs |= pairs << (8 - n_bits)
+    pairs &= (2**n_bits - 1) * 0x0101
+    return pairs.view(np.uint8)
 
 
 class _RowsLinear(nn.Linear):  # type: ignore[misc]

@@ -20,8 +20,10 @@ from threadpoolctl import ThreadpoolController
 
 __all__ = ["by_blocks", "n_processors", "one_blas_thread"]
 
-_BLOCK_BYTES = 4 << 20  # of unpacked rows at a time: they stay in the processor's cache until they are multiplied
-_SMALL_BYTES = 1 << 20  # a matrix that is multiplied sooner than it is shared out to threads
+_BLOCK_BYTES = 2 << 20
+"""Of unpacked rows at a time: they stay in the processor's cache until they are multiplied. With smaller ones threads
+wait more often for Python's lock, which each operation of numpy gives back and takes again."""
+_SMALL_BYTES = 1 << 20  # of a matrix that is multiplied sooner than it is shared out to threads
 
 
 def by_blocks(multiply: Callable[[slice], None], n_out: int, n_in: int, *, is_threaded: bool = True) -> None:
@@ -31,10 +33,17 @@ def by_blocks(multiply: Callable[[slice], None], n_out: int, n_in: int, *, is_th
             multiply(slice(0, n_out))
         return
     n_block = max(1, min(_BLOCK_BYTES // (4 * n_in), -(-n_out // n_processors())))
-    blocks = [slice(first, min(first + n_block, n_out)) for first in range(0, n_out, n_block)]
+    blocks = iter([slice(first, min(first + n_block, n_out)) for first in range(0, n_out, n_block)])
+
+    def work() -> None:
+        for block in blocks:  # each worker takes the next one that nobody has: next() of a list's iterator is atomic
+            multiply(block)
+
     with one_blas_thread():
-        for _ in _threads().map(multiply, blocks) if is_threaded else map(multiply, blocks):
-            pass
+        others = [_threads().submit(work) for _ in range(n_processors() - 1)] if is_threaded else []
+        work()
+        for other in others:
+            other.result()
 
 
 @contextmanager
@@ -96,7 +105,7 @@ def _blas() -> ThreadpoolController:
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(n_processors(), thread_name_prefix="blas")
+    return ThreadPoolExecutor(max(1, n_processors() - 1), thread_name_prefix="blas")
 
 
 os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads

@@ -17,11 +17,12 @@ from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_the_product_is_that_of_the_unpacked_matrix(bits: int, group_size: int) -> None:
+@pytest.mark.parametrize("n_rows", [9, 35])  # twice: fewer than the codes of a group, or more
+def test_the_product_is_that_of_the_unpacked_matrix(bits: int, group_size: int, n_rows: int) -> None:
     rng = np.random.default_rng(bits * group_size)
     weight = mx.array(rng.standard_normal((70, 256)).astype(np.float32))
     packed = mx.quantize(weight, group_size=group_size, bits=bits)
-    x = mx.array(rng.standard_normal((2, 9, 256)).astype(np.float32))
+    x = mx.array(rng.standard_normal((2, n_rows, 256)).astype(np.float32))
 
     y = blas_quantized_matmul(x, *packed, group_size=group_size, bits=bits)
 
