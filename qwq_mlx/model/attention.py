@@ -122,8 +122,8 @@ def _rows(queries: mx.array, keys: mx.array, values: mx.array, rows: RowCaches, 
             continue
         query, key, value = (each[taken] for each in (queries, keys, values))
         if writing is not None:
-            key, value = cache.update_and_fetch(key, value, writing)
-            mixed.append(_over_batch(query, key, value, cache, scale, writing.mask))
+            key, value = cache.append(key, value, writing)
+            mixed.append(_over_batch(query, key, value, cache, scale, writing))
         elif len(places) == 1:
             mixed.append(_begun(_row(query, key, value, cache, scale), cache))
         else:
@@ -159,8 +159,8 @@ def _batch_of_several(
         return array[several.fed].reshape(-1, several.n, array.shape[1], array.shape[3]).transpose(0, 2, 1, 3)
 
     query, key, value = (by_row(each) for each in (queries, keys, values))
-    key, value = batch.update_and_fetch(key, value, writing)
-    mixed = _over_batch(query, key, value, batch, scale, writing.mask)
+    key, value = batch.append(key, value, writing)
+    mixed = _over_batch(query, key, value, batch, scale, writing)
     mixed = mixed.transpose(0, 2, 1, 3).reshape(-1, mixed.shape[1], 1, mixed.shape[3])
     return mixed if several.picked is None else mixed[several.picked]
 
@@ -197,14 +197,15 @@ def _over_floats(queries: mx.array, keys: mx.array, values: mx.array, cache: Any
 
 
 def _over_batch(
-    queries: mx.array, keys: mx.array, values: mx.array, batch: BatchedLayer, scale: float, mask: Any
+    queries: mx.array, keys: mx.array, values: mx.array, batch: BatchedLayer, scale: float, writing: Writing
 ) -> mx.array:
-    """keys, values: of a batch, behind what its rows share."""
+    """keys, values: of a batch, behind what its rows share, with the room of all."""
     if batch.prefix is None and queries.dtype == mx.float32 and mx.default_device().type == mx.cpu:
-        return attend_rows(queries, keys, values, mask, scale)
+        return attend_rows(queries, keys, values, writing.mask, scale, n_seen=writing.n_seen)
+    keys, values = keys[:, :, : writing.n_seen], values[:, :, : writing.n_seen]
     if batch.prefix is None:
-        return _over_floats(queries, keys, values, None, scale, mask)
-    return attend_behind(batch.prefix, queries, keys, values, scale, mask)
+        return _over_floats(queries, keys, values, None, scale, writing.mask)
+    return attend_behind(batch.prefix, queries, keys, values, scale, writing.mask)
 
 
 @functools.cache

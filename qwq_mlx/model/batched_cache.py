@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from qwq_mlx.model.kernels.decode_attention import CacheArrays
 from qwq_mlx.model.memory.activations import CACHE_STEP, n_positions
@@ -44,13 +45,13 @@ class Writing(NamedTuple):
     """Where a pass writes into the layers of a batch: the same in each of them, so worked out once.
 
     n_each: ids of each row.
-    first: the position of every row's only id, behind what they share; None where rows differ.
+    n_seen: positions behind what they share that any row looks at; the last is every row's only id where they are even.
     at: (rows, n) positions behind what they share, where rows differ; n is that of the row with the most ids.
-    mask: (rows, 1, n, room), true where an id may look; None is everywhere.
+    mask: (rows, 1, n, n_seen), true where an id may look; None is everywhere.
     """
 
     n_each: Sequence[int]
-    first: int | None
+    n_seen: int
     at: mx.array | None
     mask: mx.array | None
 
@@ -117,31 +118,42 @@ class BatchedLayer:
         """Where a pass writes that feeds n_each ids of each row. ends: (rows,) positions that each holds before."""
         n, n_shared = max(n_each), 0 if self.prefix is None else self.prefix.n
         offsets = {member.offset - n_shared for member in self.members}
+        n_seen = max(offsets) + n
         if len(offsets) == 1 and n == 1:
-            return Writing(n_each, offsets.pop(), None, None)
+            return Writing(n_each, n_seen, None, None)
         at = ends[:, None] + mx.arange(-n_shared, n - n_shared)
-        return Writing(n_each, None, at, (mx.arange(self.own_room) <= at[..., None])[:, None])
+        return Writing(n_each, n_seen, at, (mx.arange(n_seen) <= at[..., None])[:, None])
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array, writing: Writing) -> tuple[mx.array, mx.array]:
-        """Append positions to each row; returns keys and values behind what they share.
+    def append(self, keys: mx.array, values: mx.array, writing: Writing) -> tuple[mx.array, mx.array]:
+        """Append positions to each row; returns all keys and values behind what they share, the room among them.
 
         keys, values: (rows, heads, n, width), of which the first of a row are its own; each has room for n.
         """
-        fetched = []
         for name, new in zip(_NAMES, (keys, values), strict=True):
             array = self.arrays.pop(name)  # nobody else may hold it, or it is copied
-            if writing.at is None:
-                assert writing.first is not None
-                array[:, :, writing.first : writing.first + 1] = new
-                fetched.append(array[:, :, : writing.first + 1])
+            if new.dtype == mx.float32 and mx.default_device().type == mx.cpu:
+                _write_at_once(array, new, writing)
+            elif writing.at is None:
+                array[:, :, writing.n_seen - 1 : writing.n_seen] = new
             else:
-                at = mx.broadcast_to(writing.at[:, None, :, None], new.shape)
-                array = mx.put_along_axis(array, at, new, axis=2)
-                fetched.append(array)
+                array = mx.put_along_axis(array, mx.broadcast_to(writing.at[:, None, :, None], new.shape), new, axis=2)
             self.arrays[name] = array
         for member, n_own in zip(self.members, writing.n_each, strict=True):
             member.offset += n_own
-        return fetched[0], fetched[1]
+        return self.arrays["keys"], self.arrays["values"]
+
+
+def _write_at_once(array: mx.array, new: mx.array, writing: Writing) -> None:
+    """Write positions where MLX holds them, by numpy; all is evaluated.
+
+    MLX 0.32.4 copies the room of all rows for it on the CPU where their places differ, and waits for its thread.
+    """
+    held, written = np.asarray(array), np.asarray(new)
+    if writing.at is None:
+        held[:, :, writing.n_seen - 1] = written[:, :, 0]
+    else:
+        at = np.asarray(writing.at)
+        held[np.arange(len(at))[:, None], :, at] = written.swapaxes(1, 2)
 
 
 @functools.cache

@@ -60,20 +60,23 @@ def _rotated(x: Floats, cosines: Floats, sines: Floats) -> Floats:
     return cast("Floats", turned)
 
 
-def attend_rows(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float) -> mx.array:
+def attend_rows(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float, *, n_seen: int
+) -> mx.array:
     """The attention of rows in a batch, (rows, heads, n_ids, width) float32; everything is evaluated.
 
-    queries: (rows, heads, n_ids, width). keys, values: (rows, key heads, positions, width). mask: (rows, 1, n_ids,
-    positions), true where an id may look; None is everywhere. MLX 0.32.4 takes ten times as long for 16 rows.
+    queries: (rows, heads, n_ids, width). keys, values: (rows, key heads, room, width), of which the first n_seen
+    positions are looked at. mask: (rows, 1, n_ids, n_seen), true where an id may look; None is everywhere.
+    MLX 0.32.4 takes ten times as long for 16 rows.
     """
     n_rows, n_heads, n_ids, width = queries.shape
     together = (n_rows, keys.shape[1], -1, width)  # the query heads of a key head
     scaled = np.asarray(queries).reshape(together) * np.float32(scale)
-    scores = (scaled @ np.asarray(keys).swapaxes(2, 3)).reshape(n_rows, n_heads, n_ids, -1)
+    scores = (scaled @ np.asarray(keys)[:, :, :n_seen].swapaxes(2, 3)).reshape(n_rows, n_heads, n_ids, -1)
     if mask is not None:
         scores[~np.broadcast_to(np.asarray(mask), scores.shape)] = -np.inf
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=-1, keepdims=True)
-    mixed = scores.reshape(*together[:3], scores.shape[-1]) @ np.asarray(values)
+    mixed = scores.reshape(*together[:3], scores.shape[-1]) @ np.asarray(values)[:, :, :n_seen]
     return mx.array(mixed.reshape(queries.shape))
