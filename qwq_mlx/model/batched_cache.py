@@ -244,7 +244,7 @@ def joint_batch(rows: Sequence[Sequence[Any]]) -> Sequence[BatchedLayer]:
     """A batch that holds all of these rows, by layer, and perhaps others: for who attends by places in it.
 
     rows: see `batched`. Rows that come take the places of those that left; a new batch is made where there are too few,
-    and where less than half of the places are taken.
+    and where more than a fourth of the places stay free.
     """
     found = {id(row[0].batch): row[0].batch for row in rows if row[0].batch is not None}
     for batch in found.values():
@@ -252,7 +252,7 @@ def joint_batch(rows: Sequence[Sequence[Any]]) -> Sequence[BatchedLayer]:
         free = batch.free_places
         n_free, n_places = len(free) - len(coming), len(batch.members)
         has_room = all(row[0].room - row[0].n_shared <= batch.own_room for row in coming)
-        if n_free >= 0 and 2 * n_free <= n_places and has_room:
+        if n_free >= 0 and 4 * n_free <= n_places and has_room:
             layers = [layer.batch for layer in next(row for row in rows if batch.holds(row[0]))]
             for number, layer in enumerate(layers):
                 for row, place in zip(coming, free, strict=False):

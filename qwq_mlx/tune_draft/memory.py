@@ -23,7 +23,7 @@ from qwq_mlx.tune_draft.tokens_a_pass import CHUNK
 
 __all__ = ["check_fits", "n_trained", "training_bytes"]
 
-_GATES, _HIDDENS = 12, 32  # of one layer, forward and backward, by its MLP's width and its hidden size
+_GATES, _HIDDENS = 12, 12  # of one layer, forward and backward, by its MLP's width and its hidden size
 _SCORES = 4  # of attention: scores, mask, weights, their gradient
 _LOGITS = 5
 

@@ -101,7 +101,7 @@ def named(module: Any, batch: Batch) -> Iterator[Named]:
 def hidden_states(module: Any, ids: Any, recomputed: Callable[[Any, Callable[..., Any]], Any] | None = None) -> Any:
     """What a Qwen2 gives its output matrix, (texts, n, hidden).
 
-    recomputed: nn.utils.checkpoint, where a gradient is taken and the memory of all layers is not to be held at once.
+    recomputed: `training.recomputed`, where a gradient is taken and the memory of all layers is not to be held at once.
     """
     hidden = module.model.embed_tokens(ids)
     for layer in module.model.layers:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -102,18 +102,40 @@ class Trainer:
 
     def _loss(self, trained: Any, ids: Any, places: Any, targets: Any) -> Any:
         self._module.update(tree_map(lambda array: array.astype(self._dtype), trained))
-        hidden = hidden_states(self._module, ids, nn.utils.checkpoint).reshape(-1, self._module.args.hidden_size)
+        hidden = hidden_states(self._module, ids, recomputed).reshape(-1, self._module.args.hidden_size)
         output = self._module.model.embed_tokens if self._module.args.tie_word_embeddings else self._module.lm_head
         total = mx.array(0.0)
         for first in range(0, places.size, CHUNK):
-            # bound to it, for a checkpoint asks for gradients of all that it is called with
             loss_of = functools.partial(self._summed_loss, targets=targets[first : first + CHUNK])
-            total = total + nn.utils.checkpoint(output, loss_of)(hidden[places[first : first + CHUNK]])
+            total = total + recomputed(output, loss_of)(hidden[places[first : first + CHUNK]])
         return total / places.size
 
     def _summed_loss(self, hidden: Any, targets: Any) -> Any:
         logits = head(self._module, hidden).astype(mx.float32)
         return nn.losses.cross_entropy(logits, targets, reduction="sum")
+
+
+def recomputed(module: nn.Module, run: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """`run`, which uses a module, holding nothing between the passes: it is computed again in the backward pass.
+
+    As nn.utils.checkpoint; but that leaves MLX the order, which takes all modules' gradients of what entered them
+    first, and holds what each of them computed until the gradients of its weights are asked for. Here those come first.
+    """
+    names = [name for name, _ in tree_flatten(module.trainable_parameters())]
+
+    def of_arrays(hidden: mx.array, *weights: mx.array) -> mx.array:
+        module.update(tree_unflatten(list(zip(names, weights, strict=True))))
+        return run(hidden)
+
+    function: Any = mx.custom_function(of_arrays)
+
+    def gradients(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
+        hidden, *weights = [primals] if isinstance(primals, mx.array) else primals  # one alone comes as it is
+        _, (of_hidden, *of_weights) = mx.vjp(of_arrays, [mx.depends(hidden, cotangent), *weights], [cotangent])
+        return (mx.depends(of_hidden, of_weights), *of_weights) if of_weights else of_hidden
+
+    function.vjp(gradients)
+    return lambda hidden: function(hidden, *(array for _, array in tree_flatten(module.trainable_parameters())))
 
 
 def _floats(model: LoadedModel) -> dict[str, Any]:
