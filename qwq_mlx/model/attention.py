@@ -1,7 +1,7 @@
 """Attention over several rows, each with a cache of its own, and over a quantized KV cache.
 
-Rows share the projections; each attends to its own cache, or on a GPU in a batch of rows of about its length
-(`batched_cache`), and rows may enter and leave at any step. No matrix of codes is ever sliced or broadcast:
+Rows share the projections; each attends to its own cache, in a batch of rows of about its length, or in place, as
+`row_caches` says, and rows may enter and leave at any step. No matrix of codes is ever sliced or broadcast:
 
 mlx_lm hands out the filled part of such a cache, a slice with gaps between the heads, and broadcasts it over the query
 heads that share a key head. With MLX 0.32.4 on CUDA the one has no quantized_matmul ("No implementation for problem

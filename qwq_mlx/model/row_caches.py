@@ -14,17 +14,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from qwq_mlx.model.batched_cache import (
-    BatchedLayer,
-    Writing,
-    batched,
-    disband,
-    joint_batch,
-    row_cache_class,
-    size_class,
-)
+from qwq_mlx.model.batched_cache import BatchedLayer, Writing, row_cache_class
 from qwq_mlx.model.kernels.decode_attention import Rotation
 from qwq_mlx.model.rotations import Rotations, rotations_in_place
+from qwq_mlx.model.row_batches import batched, disband, joint_batch, size_class
 
 __all__ = ["InPlaceRows", "RowCaches", "RowGroup", "SeveralEach", "in_order", "joined"]
 

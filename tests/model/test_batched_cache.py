@@ -13,8 +13,8 @@ from configs import SMALL
 
 from qwq_mlx.bench.models import random_module
 from qwq_mlx.engine.kv_cache import filled_cache, grow, layers_of, new_cache
-from qwq_mlx.model.batched_cache import size_class
 from qwq_mlx.model.memory.activations import CACHE_STEP
+from qwq_mlx.model.row_batches import size_class
 from qwq_mlx.model.row_caches import joined
 
 CONFIG = replace(SMALL, hidden_size=64, intermediate_size=64, vocab_size=32, max_position_embeddings=1024)
