@@ -35,8 +35,8 @@ TILE = 1 << 19
 """Weights at a time. Sweeps of a fourth fit into a core's cache and take two thirds of the CPU time, but workers then
 wait for each other: the interpreter's lock changes hands around every sweep (docs/benchmarks.md)."""
 _ROUNDING = np.float32(2e-5)
-"""Of a group's sums in float32, at most (four of 64 terms): where the errors of two lines are this near, they are
-measured."""
+"""Of a group's sums, above what rounding in float32 takes from them: where the errors of two lines are this near, they
+are measured."""
 
 
 def fit_block(
