@@ -41,8 +41,13 @@ def by_blocks(multiply: Callable[[slice], None], n_out: int, n_in: int, *, is_th
 
     with one_blas_thread():
         others = [_threads().submit(work) for _ in range(n_processors() - 1)] if is_threaded else []
-        work()
-        for other in others:
+        try:
+            work()
+        finally:
+            begun = [other for other in others if not other.cancel()]  # one that did not begin has nothing left to do
+            for other in begun:  # also when this thread failed: nobody is to multiply behind its caller's back
+                other.exception()
+        for other in begun:
             other.result()
 
 

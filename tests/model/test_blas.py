@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
+from qwq_mlx.model import blas_threads
 from qwq_mlx.model.blas import blas_quantized_matmul, use_blas_for_rows
-from qwq_mlx.model.blas_threads import _blas, one_blas_thread
+from qwq_mlx.model.blas_threads import _blas, by_blocks, one_blas_thread
 from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
 
 
@@ -39,6 +41,46 @@ def test_a_matrix_of_several_blocks_is_multiplied_whole(monkeypatch: pytest.Monk
     monkeypatch.setattr("qwq_mlx.model.blas_threads._SMALL_BYTES", 0)
 
     np.testing.assert_allclose(blas_quantized_matmul(x, *packed, group_size=64, bits=4), whole, atol=1e-5)
+
+
+def test_a_product_that_fails_leaves_nobody_behind_and_a_failure_in_another_thread_is_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blas_threads, "n_processors", lambda: 2)
+    caller, are_both_at_work, is_done = threading.get_ident(), threading.Barrier(2), threading.Event()
+
+    def fail_here(block: slice) -> None:
+        are_both_at_work.wait(10)
+        if threading.get_ident() == caller:
+            raise MemoryError("here")
+        is_done.wait(0.2)  # longer than the caller takes to give up
+        is_done.set()
+
+    with pytest.raises(MemoryError, match="here"):
+        by_blocks(fail_here, 2, 1 << 20)
+    assert is_done.is_set()
+
+    def fail_there(block: slice) -> None:
+        are_both_at_work.wait(10)
+        if threading.get_ident() != caller:
+            raise MemoryError("there")
+
+    with pytest.raises(MemoryError, match="there"):
+        by_blocks(fail_there, 2, 1 << 20)
+
+
+def test_a_product_does_not_wait_for_threads_that_others_keep_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas_threads, "n_processors", lambda: 2)
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as caller:
+        monkeypatch.setattr(blas_threads, "_threads", lambda: pool)
+        may_end = threading.Event()
+        pool.submit(may_end.wait)
+        blocks: list[slice] = []
+        try:
+            caller.submit(by_blocks, blocks.append, 4, 1 << 20).result(10)
+        finally:
+            may_end.set()
+    assert blocks == [slice(row, row + 1) for row in range(4)]
 
 
 def test_blocks_of_two_threads_that_overlap_put_the_number_of_threads_back() -> None:
