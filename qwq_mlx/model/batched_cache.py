@@ -129,10 +129,11 @@ class BatchedLayer:
         keys, values: (rows, heads, n, width), of which the first of a row are its own; each has room for n.
         """
         for name, new in zip(NAMES, (keys, values), strict=True):
-            array = self.arrays.pop(name)  # nobody else may hold it, or it is copied
             if new.dtype == mx.float32 and mx.default_device().type == mx.cpu:
-                _write_at_once(array, new, writing)
-            elif writing.at is None:
+                _write_at_once(self.arrays[name], new, writing)  # may fail, and then the rows have what they had
+                continue
+            array = self.arrays.pop(name)  # nobody else may hold it, or it is copied
+            if writing.at is None:
                 array[:, :, writing.n_seen - 1 : writing.n_seen] = new
             else:
                 array = mx.put_along_axis(array, mx.broadcast_to(writing.at[:, None, :, None], new.shape), new, axis=2)

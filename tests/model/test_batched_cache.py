@@ -58,6 +58,20 @@ def test_rows_of_one_length_and_of_several_attend_in_a_batch_as_alone(module: An
     assert all(each.caches[0][0].batch is batch for each in pairs), "they stay in one batch"
 
 
+def test_rows_have_what_they_had_where_a_pass_fails(module: Any) -> None:
+    """What a pass computes is computed as it is written on the CPU: that may fail, or be interrupted."""
+    pairs = [Pair(module, 5), Pair(module, 9)]
+    step(module, pairs, [1, 2])
+    for n_each in ([1, 1], [1, 2]):
+        rows = [pair.caches[0] for pair in pairs]
+        layer = joined(rows, n_each, may_batch=True)[0]
+        [group] = layer.groups
+        none = mx.zeros((2, 3, max(n_each), 5))  # no heads of this model
+        with pytest.raises(ValueError):
+            group.cache.append(none, none, group.writing)
+    step(module, pairs, [3, 4])
+
+
 def test_rows_that_feed_several_ids_attend_in_a_batch_as_alone(module: Any) -> None:
     """As many each, or not, beside rows that feed one, and again after drafts that were cut off."""
     pairs = [Pair(module, n_ids) for n_ids in (5, 5, 9, 3)]
