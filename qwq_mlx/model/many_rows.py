@@ -26,7 +26,8 @@ def many_rows(layer: Any, x: mx.array, cache: Any) -> mx.array:
     """What a layer gives for one id of each row. x: (rows, 1, hidden) float32; it is evaluated."""
     attention, mlp = layer.self_attn, layer.mlp
     n_rows = len(x)
-    with one_blas_thread():
+    # exp of a gate that is shut overflows, and it is shut; a NaN, or an infinity, shows in the logits
+    with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
         hidden: Floats = np.asarray(x).reshape(n_rows, -1)
         normed = _rms_norm(hidden, layer.input_layernorm)
         cosines, sines = (np.asarray(each) for each in layer.rotations.at(cache.offset, 1))

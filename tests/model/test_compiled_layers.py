@@ -84,3 +84,17 @@ def test_many_rows_are_those_alone_up_to_rounding(modules: tuple[Any, Any]) -> N
             assert mx.abs(logits[row] - expected).max().item() < 1e-4 * mx.abs(expected).max().item()
         assert all((layer.batch is not None) == (n_rows >= MIN_BLAS_ROWS) for row in together[:7] for layer in row)
     assert threads == [each.num_threads for each in _blas().lib_controllers]
+
+
+def test_gates_that_are_shut_are_no_warning() -> None:
+    """As with massive activations: exp(-x) of their inputs is beyond float32."""
+    ours = random_module(CONFIG, {}, "float32", seed=1)
+    for layer in ours.layers:
+        layer.mlp.gate_proj.weight = 1e4 * layer.mlp.gate_proj.weight
+    theirs = in_compute_type(ours, CONFIG, {}, "float32")
+    alone, together = ([new_cache(module) for _ in range(MIN_BLAS_ROWS)] for module in (theirs, ours))
+    ids = [[row] for row in range(MIN_BLAS_ROWS)]
+    logits = run_pass(ours, mx.array(ids), together, [1] * len(ids), batches_from=MIN_BLAS_ROWS)[:, -1]
+    for row, cache in enumerate(alone):
+        expected = run_pass(theirs, mx.array([ids[row]]), [cache], [1], batches_from=None)[0, -1]
+        assert mx.abs(logits[row] - expected).max().item() < 1e-4 * mx.abs(expected).max().item()
