@@ -95,8 +95,10 @@ def _affine(
     scales, biases = np.empty(len(groups), DTYPES[stored]), np.empty(len(groups), DTYPES[stored])
     error2 = weight2 = 0.0
     step = TILE // group | 16  # whole lines of the cache, and no power of two: a group's weights would share few lines
-    for first in range(0, len(groups), step):
-        at = slice(first, first + step)
+    # A last group alone goes with the tile before: numpy adds up a single column in another order.
+    firsts = range(0, len(groups) - (len(groups) > 1), step)
+    for first in firsts:
+        at = slice(first, len(groups) if first == firsts[-1] else first + step)
         tile = scratch.tile(groups[at], dtype)
         weights2 = squares(tile.weights)
         line = min_max(tile.weights, bits)

@@ -159,6 +159,20 @@ def test_blocks_tiles_and_scratch_do_not_change_a_byte(monkeypatch: pytest.Monke
         assert same(part, Packed(whole.codes[rows], whole.scales[rows], whole.biases[rows]))
 
 
+def test_a_group_that_a_tile_has_no_place_for_has_the_bytes_that_it_has_among_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """numpy adds along a single column in another order, which depends on the machine."""
+    monkeypatch.setattr("qwq_mlx.quant.fit.TILE", 1024)  # 16 groups a tile
+    rows = (0.02 * np.random.default_rng(7).standard_normal((17 * 20, 64))).astype(np.float32)
+    whole = fitted(rows, "F32", Packing(), "least-squares")
+    assert whole.biases is not None
+    for first in range(0, len(rows), 17):
+        at = slice(first, first + 17)
+        part = fitted(rows[at], "F32", Packing(), "least-squares")
+        assert same(part, Packed(whole.codes[at], whole.scales[at], whole.biases[at]))
+
+
 def test_equal_importance_is_none_and_a_heavy_channel_is_hit_closer() -> None:
     raw, packing = round_to(awkward_rows(), "F32"), Packing(bits=2)
     plain = fitted(raw, "F32", packing, "least-squares")
