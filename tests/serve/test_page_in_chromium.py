@@ -40,6 +40,11 @@ def page(browser: Any, pocket_server: Served) -> Iterator[Any]:
         yield page
 
 
+def until_samples_end(page: Any) -> None:
+    """Wait until no sample is under way; before the first is, there is no group either."""
+    wait(lambda: (shown := page.text_content("#groups")) and "under way" not in shown, "no end")
+
+
 def start(page: Any, question: str, *, temperature: str = "0", budget: str = "") -> None:
     page.fill("#question", question)
     page.fill("#temperature", temperature)
@@ -110,7 +115,7 @@ def test_samples_form_a_vote_and_two_are_compared(page: Any) -> None:
     page.click("#vote")
     wait(lambda: page.locator("#samples article").count() == 2, "no samples")
     wait(lambda: page.locator("#groups").text_content().count(" of 2") >= 1, "no votes")
-    wait(lambda: "under way" not in page.text_content("#groups"), "no end")
+    until_samples_end(page)
     until_shown(page, "#spent-text", " of 20")
     first, second = (each.text_content() for each in page.locator("#samples article .sample").all())
     assert first and second
@@ -264,7 +269,7 @@ def test_it_is_readable_at_400_pixels_in_both_themes(
         page.fill("#samples-count", "2")
         page.click("#vote")
         wait(lambda: page.locator("#samples article").count() == 2, "no samples")
-        wait(lambda: "under way" not in page.text_content("#groups"), "no end")
+        until_samples_end(page)
         page.click("#thinking span >> nth=1")
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
         contrasts = page.evaluate(CONTRASTS)
