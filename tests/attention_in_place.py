@@ -1,15 +1,33 @@
-"""A plain twin of the kernels that attend in place on an NVIDIA GPU."""
+"""A plain twin of the kernels that attend in place on an NVIDIA GPU, and a small model whose rows attend by it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
+from configs import SMALL
 
+from qwq_mlx.bench.models import random_module
+from qwq_mlx.model import attention, rotations
 from qwq_mlx.model.kernels.decode_attention import CacheArrays, Rotation
+from qwq_mlx.model.rotations import rotations_in_place
 
-__all__ = ["attend"]
+__all__ = ["CONFIG", "attend", "module_in_place"]
+
+CONFIG = replace(SMALL, hidden_size=256, vocab_size=64, max_position_embeddings=2048)
+
+
+def module_in_place(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Random weights of CONFIG in bfloat16; until the test ends its rows attend in place."""
+    monkeypatch.setattr(rotations, "cuda_kernels_run", lambda: True)
+    monkeypatch.setattr(attention, "decode_attention", attend)
+    made = random_module(CONFIG, {}, "bfloat16", seed=1)
+    assert rotations_in_place(made) is not None
+    return made
 
 
 def attend(projected: Sequence[mx.array], rotation: Rotation, at: mx.array, cache: CacheArrays) -> mx.array:

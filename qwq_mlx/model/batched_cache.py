@@ -92,16 +92,20 @@ class BatchedLayer:
         """Those whose row has left, or is gone."""
         return [place for place, each in enumerate(self.members) if not self.holds(each)]
 
-    def take_in(self, cache: Any, place: int) -> None:
-        """Let a row have a free place, which has room for all that it holds."""
+    def take_in(self, caches: Sequence[Any], places: Sequence[int]) -> None:
+        """Let rows have free places, which have room for all that they hold; half a layer is held twice at most."""
         for name in NAMES:
             array = self.arrays.pop(name)  # nobody else may hold it, or it is copied
-            # all of its room: where rows are masked, what the one before left may not be NaN
-            array[place : place + 1] = padded(part_of(cache, name), array.shape[2])
+            for cache, place in zip(caches, places, strict=True):
+                # all of its room: where rows are masked, what the one before left may not be NaN
+                array[place : place + 1] = padded(part_of(cache, name), array.shape[2])
             self.arrays[name] = array
-            setattr(cache, f"_{name}", None)
-        self._members[place] = weakref.ref(cache)
-        cache.batch, cache.place = self, place
+            mx.eval(array)
+            for cache in caches:
+                setattr(cache, f"_{name}", None)
+        for cache, place in zip(caches, places, strict=True):
+            self._members[place] = weakref.ref(cache)
+            cache.batch, cache.place = self, place
 
     def row(self, name: str, place: int) -> mx.array:
         """A row's keys or values, (1, heads, room, width)."""

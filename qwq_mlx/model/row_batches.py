@@ -53,11 +53,9 @@ def joint_batch(rows: Sequence[Sequence[Any]]) -> Sequence[BatchedLayer]:
         has_room = all(row[0].room - row[0].n_shared <= batch.own_room for row in coming)
         if n_free >= 0 and 4 * n_free <= n_places and has_room:
             layers = [layer.batch for layer in next(row for row in rows if batch.holds(row[0]))]
-            for number, layer in enumerate(layers):
-                for row, place in zip(coming, free, strict=False):
-                    layer.take_in(row[number], place)
-                if coming:
-                    mx.eval(*layer.arrays.values())  # one after another, so that one layer's copies are held
+            if coming:
+                for number, layer in enumerate(layers):
+                    layer.take_in([row[number] for row in coming], free[: len(coming)])
             return layers
     return [_new_batch(members) for members in zip(*rows, strict=True)]
 

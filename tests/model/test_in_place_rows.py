@@ -9,25 +9,18 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from attention_in_place import attend
-from configs import SMALL
+from attention_in_place import CONFIG, module_in_place
 
 from qwq_mlx.bench.models import random_module
 from qwq_mlx.engine.kv_cache import fork_cache, layers_of, new_cache, take_out_of_batch
 from qwq_mlx.engine.model_runner import run_pass
-from qwq_mlx.model import attention, rotations
+from qwq_mlx.model import rotations
 from qwq_mlx.model.rotations import rotations_in_place
-
-CONFIG = replace(SMALL, hidden_size=256, vocab_size=64, max_position_embeddings=2048)
 
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(rotations, "cuda_kernels_run", lambda: True)
-    monkeypatch.setattr(attention, "decode_attention", attend)
-    made = random_module(CONFIG, {}, "bfloat16", seed=1)
-    assert rotations_in_place(made) is not None
-    return made
+    return module_in_place(monkeypatch)
 
 
 class Text:

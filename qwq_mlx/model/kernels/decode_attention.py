@@ -14,11 +14,12 @@ Does not: read a prompt, or quantized caches.
 from __future__ import annotations
 
 import functools
-import importlib.resources
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+
+from qwq_mlx.model.kernels.device import cuda_kernel
 
 __all__ = ["CacheArrays", "Rotation", "attends_in_place", "decode_attention"]
 
@@ -124,11 +125,5 @@ _SOURCES = {
 
 @functools.cache
 def _kernel(kind: str) -> Any:
-    header = importlib.resources.files(__package__).joinpath("decode_attention.cu").read_text(encoding="utf-8")
-    return mx.fast.cuda_kernel(
-        name=f"decode_attention_{kind}",
-        input_names=list(_INPUTS[kind]),
-        output_names=list(_OUTPUTS[kind]),
-        source=_SOURCES[kind],
-        header=header,
-    )
+    name = f"decode_attention_{kind}"
+    return cuda_kernel("decode_attention.cu", name, _INPUTS[kind], _OUTPUTS[kind], _SOURCES[kind])

@@ -1,13 +1,17 @@
-"""Where the CUDA kernels of this package run.
+"""Where the CUDA kernels of this package run, and the making of one from a file of this folder.
 
 Does not: choose which layers use them (`layers` and `model.rotations` do).
 """
 
 from __future__ import annotations
 
+import importlib.resources
+from collections.abc import Sequence
+from typing import Any
+
 import mlx.core as mx
 
-__all__ = ["cuda_kernels_run"]
+__all__ = ["cuda_kernel", "cuda_kernels_run"]
 
 _MIN_CAPABILITY = 8  # cp.async, and products of bfloat16
 
@@ -17,3 +21,17 @@ def cuda_kernels_run() -> bool:
     if mx.default_device().type == mx.cpu or not mx.cuda.is_available():
         return False
     return int(mx.device_info().get("compute_capability_major", 0)) >= _MIN_CAPABILITY
+
+
+def cuda_kernel(
+    file: str, name: str, inputs: Sequence[str], outputs: Sequence[str], source: str, *, n_shared: int = 0
+) -> Any:
+    """`mx.fast.cuda_kernel` behind a file of this folder. source: its body. n_shared: bytes of shared memory."""
+    return mx.fast.cuda_kernel(
+        name=name,
+        input_names=list(inputs),
+        output_names=list(outputs),
+        source=source,
+        header=importlib.resources.files(__package__).joinpath(file).read_text(encoding="utf-8"),
+        shared_memory=n_shared,
+    )

@@ -11,12 +11,13 @@ Does not: choose which layers use them (`layers` does), or compute anything on a
 from __future__ import annotations
 
 import functools
-import importlib.resources
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+
+from qwq_mlx.model.kernels.device import cuda_kernel
 
 __all__ = ["MAX_ROWS", "PackedMatrix", "Tiling", "choose_tiling", "linear", "linears", "shared_bytes", "swiglu_linears"]
 
@@ -161,14 +162,8 @@ def _columns(n_rows: int) -> int:
 
 @functools.cache
 def _kernel(kind: str, n_shared: int) -> Any:
-    header = importlib.resources.files(__package__).joinpath("few_row_matmul.cu").read_text(encoding="utf-8")
-    return mx.fast.cuda_kernel(
-        name=f"few_row_{kind}",
-        input_names=list(_INPUTS[kind]),
-        output_names=list(_OUTPUTS[kind]),
-        source=_SOURCES[kind],
-        header=header,
-        shared_memory=n_shared,
+    return cuda_kernel(
+        "few_row_matmul.cu", f"few_row_{kind}", _INPUTS[kind], _OUTPUTS[kind], _SOURCES[kind], n_shared=n_shared
     )
 
 
