@@ -126,4 +126,4 @@ _SOURCES = {
 @functools.cache
 def _kernel(kind: str) -> Any:
     name = f"decode_attention_{kind}"
-    return cuda_kernel("decode_attention.cu", name, _INPUTS[kind], _OUTPUTS[kind], _SOURCES[kind])
+    return cuda_kernel(("decode_attention.cu",), name, _INPUTS[kind], _OUTPUTS[kind], _SOURCES[kind])

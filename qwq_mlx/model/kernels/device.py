@@ -24,14 +24,15 @@ def cuda_kernels_run() -> bool:
 
 
 def cuda_kernel(
-    file: str, name: str, inputs: Sequence[str], outputs: Sequence[str], source: str, *, n_shared: int = 0
+    files: Sequence[str], name: str, inputs: Sequence[str], outputs: Sequence[str], source: str, *, n_shared: int = 0
 ) -> Any:
-    """`mx.fast.cuda_kernel` behind a file of this folder. source: its body. n_shared: bytes of shared memory."""
+    """`mx.fast.cuda_kernel` behind files of this folder. source: its body. n_shared: bytes of shared memory."""
+    folder = importlib.resources.files(__package__)
     return mx.fast.cuda_kernel(
         name=name,
         input_names=list(inputs),
         output_names=list(outputs),
         source=source,
-        header=importlib.resources.files(__package__).joinpath(file).read_text(encoding="utf-8"),
+        header="\n".join(folder.joinpath(file).read_text(encoding="utf-8") for file in files),
         shared_memory=n_shared,
     )

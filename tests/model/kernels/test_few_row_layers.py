@@ -149,8 +149,7 @@ def test_the_warps_of_a_block_cover_every_run_within_the_limits_of_a_block(n_in:
         assert (n_in // group_size) % 2 == 1
         return
     n_runs = n_in // group_size // tiling.groups_a_run
-    n_turns = -(-n_runs // tiling.n_warps)
-    assert tiling.n_warps * n_turns >= n_runs > tiling.n_warps * (n_turns - 1)
+    assert tiling.n_warps * tiling.n_turns >= n_runs > (tiling.n_warps - 1) * tiling.n_turns
     # alignment of a copy of 16, 8 or 4 bytes of scales, and of 16 bytes of codes
     assert n_in // group_size % tiling.groups_a_run == 0 and tiling.groups_a_run * group_size % 64 == 0
     assert all(shared_bytes(tiling, n_rows) <= 99 << 10 for n_rows in (1, few_row_matmul.MAX_ROWS))

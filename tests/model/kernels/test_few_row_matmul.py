@@ -1,0 +1,204 @@
+"""The kernels of few rows, on a CPU by a C++ compiler, beside products with the unpacked matrix in float64.
+
+Bodies, grids and sizes of memory are those that `few_row_matmul` launches. On a GPU `python -m qwq_mlx.doctor` holds
+the kernels against numpy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import qwq_mlx.model.kernels
+from qwq_mlx.model.kernels import few_row_matmul
+from qwq_mlx.model.kernels.few_row_matmul import PackedMatrix, choose_tiling
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+FOLDER = Path(qwq_mlx.model.kernels.__file__).parent
+TYPES = {mx.bfloat16: "bf16", mx.float32: "float", mx.uint32: "uint32_t"}
+SHARED = "  extern __shared__ __align__(16) unsigned char shared[];\n"
+PATTERN = 0xA5  # of memory that nobody wrote
+
+
+class Emulated:
+    """`cuda_kernel` for a CPU: each set of template values is compiled when it is first called."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._compiled: dict[str, Any] = {}
+
+    def __call__(
+        self, files: Sequence[str], name: str, inputs: Sequence[str], outputs: Sequence[str], source: str, **given: int
+    ) -> Callable[..., list[mx.array]]:
+        n_shared = given.get("n_shared", 0)
+
+        def kernel(**call: Any) -> list[mx.array]:
+            arrays = [np.array(_bits(each)) for each in call["inputs"]]
+            results = [np.full(shape, PATTERN, np.uint8) for shape in _byte_shapes(call)]
+            kinds = [TYPES[each.dtype] for each in call["inputs"]] + [TYPES[each] for each in call["output_dtypes"]]
+            names = [*inputs, *outputs]
+            values = "".join(f"constexpr int {key} = {int(value)};\n" for key, value in call["template"])
+            n_threads = call["threadgroup"][0]
+            body = source.replace(SHARED, "  unsigned char* shared = dynamic;\n")
+            given = ", ".join(f"{kind}* {each}" for kind, each in zip(kinds, names, strict=True))
+            text = (
+                '#include "emulated_tensor_cores.h"\n'
+                + "".join(f'#include "{file}"\n' for file in files if file != "tensor_cores.cu")
+                + f"alignas(16) unsigned char dynamic[{n_shared + 16}];\n{values}"
+                + f'extern "C" int run(const int* x_shape, {given}) {{\n'
+                + f"memset(dynamic, {PATTERN}, sizeof dynamic);\n"
+                + f"launch({call['grid'][0] // n_threads}, 1, {n_threads}, [&] {{\n{body}}});\n"
+                + f"for (int i = 0; i < 16; ++i) if (dynamic[{n_shared} + i] != {PATTERN}) return 1;\nreturn 0; }}\n"
+            )
+            shape = (ctypes.c_int * 2)(*call["inputs"][0].shape[:2])
+            pointers = [each.ctypes.data_as(ctypes.c_void_p) for each in (*arrays, *results)]
+            assert self._run(text)(shape, *pointers) == 0, f"{name} writes behind its shared memory"
+            return [
+                mx.array(each).view(dtype).reshape(shape)
+                for each, dtype, shape in zip(results, call["output_dtypes"], call["output_shapes"], strict=True)
+            ]
+
+        return kernel
+
+    def _run(self, text: str) -> Any:
+        if text not in self._compiled:
+            at = self._folder / f"run{len(self._compiled)}"
+            at.with_suffix(".cpp").write_text(text)
+            flags = [
+                "-std=c++20",
+                "-O1",
+                "-pthread",
+                "-shared",
+                "-fPIC",
+                "-w",
+                f"-I{Path(__file__).parent}",
+                f"-I{FOLDER}",
+            ]
+            subprocess.run([COMPILER, *flags, "-o", at.with_suffix(".so"), at.with_suffix(".cpp")], check=True)
+            self._compiled[text] = ctypes.CDLL(str(at.with_suffix(".so"))).run
+        return self._compiled[text]
+
+
+def _bits(array: mx.array) -> mx.array:
+    return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+
+
+def _byte_shapes(call: dict[str, Any]) -> list[tuple[int, ...]]:
+    return [(*shape[:-1], shape[-1] * dtype.size) for shape, dtype in _outputs(call)]
+
+
+def _outputs(call: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], Any]]:
+    return zip(call["output_shapes"], call["output_dtypes"], strict=True)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler")
+    return Emulated(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(autouse=True)
+def small(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Matrices count as many rows from 256 on, and as long from 2,048."""
+    monkeypatch.setattr(few_row_matmul, "cuda_kernel", emulated)
+    monkeypatch.setattr(few_row_matmul, "_WIDE", 256)
+    monkeypatch.setattr(few_row_matmul, "_LONG", 2048)
+    caches = choose_tiling, few_row_matmul._kernel, few_row_matmul._join_kernel
+    for each in caches:
+        each.cache_clear()
+    yield
+    for each in caches:
+        each.cache_clear()
+
+
+def _matrix(n_out: int, n_in: int, group: int, seed: int) -> PackedMatrix:
+    weight = mx.random.normal((n_out, n_in), mx.bfloat16, scale=n_in**-0.5, key=mx.random.key(seed))
+    return PackedMatrix(*mx.quantize(weight, group_size=group, bits=4))
+
+
+def _exact(x: mx.array, matrix: PackedMatrix, group: int) -> Any:
+    """In float64, with weights that are rounded to bfloat16 once."""
+    floats = (each.astype(mx.float32) for each in matrix[1:])
+    unpacked = mx.dequantize(matrix.codes, *floats, group_size=group, bits=4).astype(mx.bfloat16).astype(mx.float32)
+    return np.array(x.astype(mx.float32)).astype(np.float64) @ np.array(unpacked).astype(np.float64).T
+
+
+def _check(found: mx.array, expected: Any) -> None:
+    off = np.array(found.astype(mx.float32)) - expected
+    assert np.linalg.norm(off) < 2.5e-3 * np.linalg.norm(expected)  # one rounding to bfloat16 is 1.7e-3
+
+
+def _random(*shape: int) -> mx.array:
+    return mx.random.normal(shape, mx.bfloat16, key=mx.random.key(sum(shape)))
+
+
+@pytest.mark.parametrize(
+    ("n_out", "n_in", "group", "wide_from", "numbers"),
+    [
+        pytest.param(32, 768, 64, None, (3, 17), id="narrow, of runs that are not shared out evenly"),
+        pytest.param(256, 1536, 64, 5, (5, 19), id="wide from 5 rows on, with a last part that is shorter"),
+        pytest.param(128, 3072, 64, 1, (9,), id="blocks share out the inner dimension"),
+        pytest.param(256, 1024, 128, 5, (12,), id="groups of 128"),
+    ],
+)
+def test_a_product_and_the_residual_and_each_row_as_alone(
+    n_out: int,
+    n_in: int,
+    group: int,
+    wide_from: int | None,
+    numbers: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(few_row_matmul, "_MAX_WARPS", {1: 10, 2: 2})  # a warp has turns
+    tiling, matrix = choose_tiling(n_out, n_in, group), _matrix(n_out, n_in, group, seed=1)
+    assert tiling is not None and tiling.wide_from == wide_from
+    x, residual = _random(numbers[-1], n_in), _random(numbers[-1], n_out)
+    expected = _exact(x, matrix, group)
+    alone = few_row_matmul.linear(x[-1:], matrix, tiling)
+    for n in numbers:
+        found = few_row_matmul.linear(x[-n:], matrix, tiling)
+        _check(found, expected[-n:])
+        assert mx.array_equal(found[-1:], alone)
+    found = few_row_matmul.linear(x, matrix, tiling, residual=residual)
+    _check(found, expected + np.array(residual.astype(mx.float32)))
+
+
+def test_three_products_of_one_input_with_their_biases() -> None:
+    tiling, sizes = choose_tiling(32, 512, 64), (64, 32, 32)
+    matrices = [(_matrix(size, 512, 64, seed), _random(size)) for seed, size in enumerate(sizes)]
+    assert tiling is not None
+    x = _random(18, 512)
+    found = {n: few_row_matmul.linears(x[-n:], matrices, tiling) for n in (1, 18)}
+    for place, (matrix, bias) in enumerate(matrices):
+        _check(found[18][place], _exact(x, matrix, 64) + np.array(bias.astype(mx.float32)))
+        assert mx.array_equal(found[18][place][-1:], found[1][place])
+
+
+@pytest.mark.parametrize("n_out", [64, 256], ids=["narrow", "wide from 5 rows on"])
+def test_a_gated_pair(n_out: int) -> None:
+    tiling = choose_tiling(n_out, 1024, 64, is_pair=True)
+    gate, up = (_matrix(n_out, 1024, 64, seed) for seed in (5, 6))
+    assert tiling is not None
+    x = _random(7, 1024)
+    exact = [_exact(x, each, 64) for each in (gate, up)]
+    found = few_row_matmul.swiglu_linears(x, gate, up, tiling)
+    _check(found, exact[0] / (1 + np.exp(-exact[0])) * exact[1])
+    assert mx.array_equal(few_row_matmul.swiglu_linears(x[-1:], gate, up, tiling), found[-1:])
+
+
+def test_a_block_that_is_given_too_little_memory_is_noticed() -> None:
+    """Of the emulator: what a kernel writes behind its memory would go unseen on a GPU."""
+    tiling = choose_tiling(32, 512, 64)
+    assert tiling is not None
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="behind its shared memory"):
+        patch.setattr(few_row_matmul, "shared_bytes", lambda *_, **__: 4000)
+        few_row_matmul.linear(_random(1, 512), _matrix(32, 512, 64, seed=1), tiling)
