@@ -18,8 +18,7 @@ from qwq_mlx.engine.kv_cache import grow
 from qwq_mlx.engine.ranks.activity import activity
 from qwq_mlx.engine.ranks.leader import leader_of, mirror_of
 from qwq_mlx.model.blas import uses_blas
-from qwq_mlx.model.kernels.few_row_matmul import MAX_ROWS
-from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
+from qwq_mlx.model.memory.activations import MAX_FEW_ROWS, MIN_BLAS_ROWS
 from qwq_mlx.model.ranks import ranks_of
 from qwq_mlx.model.rotations import rotations_in_place
 from qwq_mlx.model.row_caches import joined
@@ -136,7 +135,7 @@ def run_pass(
     for cache, n in zip(caches, n_each, strict=True):
         grow(cache, n)
     is_in_place, n = rotations_in_place(module) is not None, ids.shape[1]
-    if n > (MAX_ROWS if is_in_place else 1):  # of one row, as a prompt is fed
+    if n > (MAX_FEW_ROWS if is_in_place else 1):  # of one row, as a prompt is fed
         [layers] = caches
         return module(ids, cache=layers)
     # several of one row, in place, have the bits that they have one after another

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from qwq_mlx.model.blas import Blas, causal_attention, uses_blas
-from qwq_mlx.model.kernels.few_row_matmul import MAX_ROWS
 from qwq_mlx.model.kernels.layers import uses_few_row_kernels
 from qwq_mlx.model.load import ComputeType
-from qwq_mlx.model.memory.activations import MIN_BLAS_ROWS
+from qwq_mlx.model.memory.activations import MAX_FEW_ROWS, MIN_BLAS_ROWS
 from qwq_mlx.model.upstream import import_mlx
 
 __all__ = ["Rows", "attention", "linear_product", "most_rows_alike"]
@@ -73,4 +72,4 @@ def most_rows_alike(module: Any) -> int:
     """Rows that a pass of a model may have so that each gets the bits that it gets alone."""
     if uses_blas(module):
         return MIN_BLAS_ROWS - 1
-    return MAX_ROWS if uses_few_row_kernels(module) else 1
+    return MAX_FEW_ROWS if uses_few_row_kernels(module) else 1

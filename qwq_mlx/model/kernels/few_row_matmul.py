@@ -6,7 +6,7 @@ and a second launch adds what they found.
 With MLX 0.32.4's own kernels decoding read a quarter of what an H200's memory gives, and a pass of 4 rows took 3.6
 times one (docs/benchmarks.md). These read the same arrays, and unpack codes to bfloat16 as MLX's kernel of many rows.
 
-A row's bits do not depend on how many rows, from 1 to `MAX_ROWS`, are multiplied with it.
+A row's bits do not depend on how many rows, from 1 to `MAX_FEW_ROWS`, are multiplied with it.
 
 Does not: choose which layers use them (`layers` does), or compute anything on another backend.
 """
@@ -22,10 +22,8 @@ import mlx.core as mx
 
 from qwq_mlx.model.kernels.device import cuda_kernel
 
-__all__ = ["MAX_ROWS", "PackedMatrix", "Tiling", "choose_tiling", "linear", "linears", "shared_bytes", "swiglu_linears"]
+__all__ = ["PackedMatrix", "Tiling", "choose_tiling", "linear", "linears", "shared_bytes", "swiglu_linears"]
 
-MAX_ROWS = 32
-"""Rows of x that one launch multiplies."""
 _TILE = 16  # rows of a matrix in a product of the tensor cores
 _WIDE = 16_384  # rows from which a block takes more than one tile: there are enough blocks, and x is read less often
 _LONG = 16_384  # inner dimension from which blocks share it out, where the rows alone would be too few blocks
@@ -119,7 +117,7 @@ def _step_codes(tiling: Tiling, n_rows: int) -> int:
 def linear(x: mx.array, matrix: PackedMatrix, tiling: Tiling, *, residual: mx.array | None = None) -> mx.array:
     """x @ matrix.T, plus the residual where there is one: (..., out) bfloat16.
 
-    x: (..., in) bfloat16 of at most MAX_ROWS rows. residual: (..., out) bfloat16.
+    x: (..., in) bfloat16 of at most MAX_FEW_ROWS rows. residual: (..., out) bfloat16.
     """
     n_out = matrix.codes.shape[0]
     flat = x.reshape(-1, tiling.n_in)

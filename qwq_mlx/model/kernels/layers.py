@@ -1,8 +1,11 @@
 """The layers of a Qwen2 model that multiply few rows by the kernels of `few_row_matmul`, where those run.
 
 An NVIDIA GPU, 4 bits, affine, groups of 32, 64 or 128, floats in bfloat16. Queries, keys and values are one launch,
-gate and up are one, and the residual is added by the output and down projections. More rows than `MAX_ROWS`, and layers
-whose shape does not fit, go through MLX's own kernels as before. What a layer holds stays the same.
+gate and up are one, and the residual is added by the output and down projections. What a layer holds stays the same.
+
+More rows than `MAX_FEW_ROWS`, a prompt's, are multiplied with matrices that are unpacked for them, whatever their bits:
+MLX 0.32.4's product of packed ones takes three times as long, and 90 s to compile for each shape. Few rows of a layer
+whose shape or packing does not fit go through MLX's own kernels.
 
 Each process compiles a kernel when it is first used, once for each 8 rows: MLX keeps no cache of them.
 
@@ -22,7 +25,6 @@ import mlx.nn as nn
 from qwq_mlx.model.kernels.decode_attention import CacheArrays, Rotation, decode_attention
 from qwq_mlx.model.kernels.device import cuda_kernels_run
 from qwq_mlx.model.kernels.few_row_matmul import (
-    MAX_ROWS,
     PackedMatrix,
     Tiling,
     choose_tiling,
@@ -30,6 +32,7 @@ from qwq_mlx.model.kernels.few_row_matmul import (
     linears,
     swiglu_linears,
 )
+from qwq_mlx.model.memory.activations import MAX_FEW_ROWS
 from qwq_mlx.model.row_caches import InPlaceRows
 from qwq_mlx.model.upstream import import_mlx_lm
 
@@ -37,7 +40,7 @@ __all__ = ["use_few_row_kernels", "uses_few_row_kernels"]
 
 
 def use_few_row_kernels(module: Any) -> None:
-    """Let the layers of a model (mlx_lm's Qwen2) multiply up to `MAX_ROWS` rows by the kernels, where they run."""
+    """Let the layers of a model (mlx_lm's Qwen2) multiply up to `MAX_FEW_ROWS` rows by the kernels, where they run."""
     if not cuda_kernels_run():
         return
     for layer in module.layers:
@@ -45,15 +48,18 @@ def use_few_row_kernels(module: Any) -> None:
         if graphs is not None:
             layer.graphs, layer.__class__ = graphs, _block_class()
     for each in module.modules():
-        tiling = _common_tiling((each,), has_bias=None)
-        if tiling is not None:
-            each.tiling, each.__class__ = tiling, _FewRowLinear
+        if type(each) is nn.QuantizedLinear:
+            each.tiling, each.__class__ = _common_tiling((each,), has_bias=None), _CudaLinear
 
 
 def uses_few_row_kernels(module: Any) -> bool:
     """Whether the kernels multiply by every matrix of a model, its output matrix among them."""
     head = None if module.args.tie_word_embeddings else module.lm_head
-    return isinstance(head, _FewRowLinear) and all(type(layer) is _block_class() for layer in module.layers)
+    return (
+        isinstance(head, _CudaLinear)
+        and head.tiling is not None
+        and all(type(layer) is _block_class() for layer in module.layers)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,7 @@ class BoundedGraph:
     in any number of shapes. function: its arguments are x, rotation, at, cache and others of ever the same shapes.
     """
 
-    MAX_SHAPES = 64  # passes of 1 to `MAX_ROWS` ids, before and behind a growth of their cache
+    MAX_SHAPES = 64  # passes of 1 to `MAX_FEW_ROWS` ids, before and behind a growth of their cache
 
     def __init__(self, function: Callable[..., mx.array]) -> None:
         self._function = function
@@ -145,7 +151,7 @@ def _common_tiling(layers: Sequence[Any], *, has_bias: bool | None = False, is_p
 
 
 def _tiling(layer: Any, is_pair: bool) -> Tiling | None:
-    if type(layer) not in (nn.QuantizedLinear, _FewRowLinear) or (layer.bits, layer.mode) != (4, "affine"):
+    if type(layer) not in (nn.QuantizedLinear, _CudaLinear) or (layer.bits, layer.mode) != (4, "affine"):
         return None
     n_out, n_words = layer["weight"].shape
     return (
@@ -161,15 +167,26 @@ def _is_bfloat16(array: Any) -> bool:
     return bool(array.dtype == mx.bfloat16)
 
 
+def _n_rows(x: Any) -> int:
+    return int(x.size) // int(x.shape[-1])
+
+
 def _is_few(x: Any) -> bool:
-    return int(x.size) // int(x.shape[-1]) <= MAX_ROWS and _is_bfloat16(x)
+    return _n_rows(x) <= MAX_FEW_ROWS and _is_bfloat16(x)
 
 
-class _FewRowLinear(nn.QuantizedLinear):  # type: ignore[misc]
+class _CudaLinear(nn.QuantizedLinear):  # type: ignore[misc]
+    """tiling: None where the kernels do not fit the matrix."""
+
     def __call__(self, x: Any) -> Any:
-        if not _is_few(x):
+        if self.tiling is not None and _is_few(x):
+            y = linear(x, _matrix(self), self.tiling)
+        elif _n_rows(x) > MAX_FEW_ROWS:
+            packing = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+            weight = mx.dequantize(self["weight"], self["scales"], self.get("biases"), dtype=x.dtype, **packing)
+            y = x @ weight.T
+        else:
             return super().__call__(x)
-        y = linear(x, _matrix(self), self.tiling)
         return y + self["bias"] if "bias" in self else y
 
 

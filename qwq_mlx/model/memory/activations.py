@@ -5,7 +5,8 @@ H100 passes of 2,048 ids of the 32B held 10 GB (now 0.34). With H hidden, I inte
 keys, C the context:
 
     fused       3 S I + 9 S H, for attention never holds scores; on an H100 3 S I + 3 S H were measured, the rest is
-                room for Metal, which frees later (not measured on Metal)
+                room for Metal, which frees later (not measured on Metal). On CUDA a pass of more than `MAX_FEW_ROWS`
+                ids unpacks the matrices of its layer; a model that is not packed is planned so, too
     not fused   (CPU backend, or a quantized cache) the scores of every head, id and position once, for mask, softmax
                 and scores share one buffer; their mask, a byte each; 2 S I, for swiglu writes over its gate; 13 S H, of
                 which 7.5 are float32 whatever the compute type (rotary embedding), as are the angles of one head,
@@ -29,12 +30,14 @@ from __future__ import annotations
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.memory.workload import Backend
 
-__all__ = ["CACHE_STEP", "MIN_BLAS_ROWS", "logits_bytes", "n_positions", "pass_bytes", "sampler_bytes"]
+__all__ = ["CACHE_STEP", "MAX_FEW_ROWS", "MIN_BLAS_ROWS", "logits_bytes", "n_positions", "pass_bytes", "sampler_bytes"]
 
 CACHE_STEP = 256
 """A cache grows by so many positions, as mlx_lm's do."""
 MIN_BLAS_ROWS = 8
 """Rows from which linear layers of float32 on the CPU use BLAS: unpacking a matrix costs about one row of MLX's."""
+MAX_FEW_ROWS = 32
+"""Rows that the kernels for CUDA multiply at most; more are multiplied with matrices that are unpacked for them."""
 _LOGIT_COPIES = 2  # as the head gives them, and in float32
 _SAMPLER_COPIES = 6  # float32 rows: tempered, ordered with their ids, summed, kept, and those of the statistics
 _ROTARY_BYTES = 4  # the rotary embedding is worked out in float32
@@ -76,6 +79,9 @@ def pass_bytes(
         held = _unfused_bytes(config, n_ids, n_seen, float_bytes, backend, is_quantized=is_quantized)
     else:
         held = (3 * n_ids * config.intermediate_size + 9 * n_ids * config.hidden_size) * float_bytes
+    if backend == "cuda" and n_ids > MAX_FEW_ROWS:
+        width = config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+        held += config.hidden_size * (2 * width + 3 * config.intermediate_size) * float_bytes
     n_before_growth = max(0, n_positions(context) - CACHE_STEP - n_shared)
     return max(held, n_before_growth * layer_bytes // 2)  # keys grow, then values, before a pass
 

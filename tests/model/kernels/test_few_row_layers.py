@@ -17,9 +17,10 @@ from qwq_mlx.engine.kv_cache import new_cache
 from qwq_mlx.engine.model_runner import run_pass
 from qwq_mlx.model import rotations
 from qwq_mlx.model.architecture import tensor_shapes
-from qwq_mlx.model.kernels import few_row_matmul, layers
+from qwq_mlx.model.kernels import layers
 from qwq_mlx.model.kernels.few_row_matmul import PackedMatrix, Tiling, choose_tiling, shared_bytes
 from qwq_mlx.model.layout import Packing
+from qwq_mlx.model.memory.activations import MAX_FEW_ROWS
 from qwq_mlx.model.products import most_rows_alike
 from qwq_mlx.model.row_caches import joined
 
@@ -60,7 +61,7 @@ def _module(packing: Packing = Packing(bits=4, group_size=64)) -> tuple[object, 
 @pytest.mark.parametrize("n_ids", [1, 5, 33])
 def test_a_model_of_exchanged_layers_computes_what_mlx_lms_own_does(n_ids: int) -> None:
     ours, theirs = _module()
-    assert type(ours.layers[0]).__name__ == "FewRowBlock" and type(ours.lm_head) is layers._FewRowLinear
+    assert type(ours.layers[0]).__name__ == "FewRowBlock" and ours.lm_head.tiling is not None
     caches = [new_cache(ours), new_cache(theirs)]
     for ids in (mx.arange(n_ids)[None], mx.array([[7]])):
         found, expected = ours(ids, cache=caches[0]), theirs(ids, cache=caches[1])
@@ -121,10 +122,24 @@ def test_of_caches_of_ever_other_shapes_a_graph_holds_few_traces() -> None:
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
-def test_layers_of_other_packings_stay_mlx_lms() -> None:
-    ours, _ = _module(Packing(bits=8, group_size=64))
-    assert type(ours.layers[0]).__name__ == "TransformerBlock"
-    assert type(ours.lm_head).__name__ == "QuantizedLinear"
+@pytest.mark.parametrize("n_ids", [5, 33])
+def test_layers_of_other_packings_multiply_few_rows_by_mlx_and_many_with_the_unpacked_matrix(
+    n_ids: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = _module(Packing(bits=8, group_size=64))
+    assert type(ours.layers[0]).__name__ == "TransformerBlock" and ours.lm_head.tiling is None
+    expected, n_packed = theirs(mx.arange(n_ids)[None]), 0
+    product = mx.quantized_matmul
+
+    def counted(*arrays: mx.array, **packing: object) -> mx.array:
+        nonlocal n_packed
+        n_packed += 1
+        return product(*arrays, **packing)
+
+    monkeypatch.setattr(mx, "quantized_matmul", counted)
+    found = ours(mx.arange(n_ids)[None])
+    assert mx.abs(found - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+    assert (n_packed == 0) == (n_ids > MAX_FEW_ROWS)
 
 
 def test_no_layer_is_exchanged_on_the_cpu() -> None:
@@ -152,12 +167,12 @@ def test_the_warps_of_a_block_cover_every_run_within_the_limits_of_a_block(n_in:
     assert tiling.n_warps * tiling.n_turns >= n_runs > (tiling.n_warps - 1) * tiling.n_turns
     # alignment of a copy of 16, 8 or 4 bytes of scales, and of 16 bytes of codes
     assert n_in // group_size % tiling.groups_a_run == 0 and tiling.groups_a_run * group_size % 64 == 0
-    assert all(shared_bytes(tiling, n_rows) <= 99 << 10 for n_rows in (1, few_row_matmul.MAX_ROWS))
+    assert all(shared_bytes(tiling, n_rows) <= 99 << 10 for n_rows in (1, MAX_FEW_ROWS))
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
 def test_32_rows_of_exchanged_layers_are_computed_alike_and_of_others_one() -> None:
     ours, theirs = _module()
     assert (most_rows_alike(ours), most_rows_alike(theirs)) == (32, 1)
-    ours.lm_head.__class__ = type(theirs.lm_head)
+    ours.lm_head.tiling = None
     assert most_rows_alike(ours) == 1
