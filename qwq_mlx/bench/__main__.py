@@ -29,6 +29,7 @@ SUBJECTS = {
 """Name -> file and function of this folder; imported when it is measured."""
 
 _DEFAULT_SUBJECTS = ("decode",)
+_FOLDER_SUBJECTS = ("load", "first-token", "convert")
 _RESULTS = "benchmarks"
 
 
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         values = getattr(default, dest)
         shown = " ".join(str(value) for value in values)
         add(flag, type=int, nargs="+", metavar="N", dest=dest, default=values, help=f"{text} (default: {shown})")
+    add("--shaped-only", action="store_true", help="measure the QwQ-shaped model alone, without a model folder")
     add(
         "--output",
         nargs="?",
@@ -91,11 +93,14 @@ def _bench(command: Command) -> int:
         n_tokens=parsed.n_tokens,
         repeats=parsed.repeats,
         n_layers=parsed.n_layers,
+        is_shaped_only=parsed.shaped_only,
         contexts=tuple(parsed.contexts),
         n_prompt=parsed.n_prompt,
         rows=tuple(parsed.rows),
         chunks=tuple(parsed.chunks),
     )
+    if options.is_shaped_only and (left := [each for each in subjects if each in _FOLDER_SUBJECTS]):
+        raise OptionError(f"{left[0]} measures a model folder, which --shaped-only leaves out. Leave away one of them.")
     from qwq_mlx.model.upstream import import_mlx
 
     import_mlx()  # its error says what to install
@@ -105,7 +110,8 @@ def _bench(command: Command) -> int:
 
     output = None if parsed.output is None else results_file(Path(parsed.output))
     source = pocket_checkpoint() if parsed.source is None else Path(parsed.source)
-    bench = Bench(ready_model(parsed.model, command.note), options, command.note, source)
+    folder = source if options.is_shaped_only else ready_model(parsed.model, command.note)
+    bench = Bench(folder, options, command.note, source)
     rows, load_before = [], os.getloadavg()[0]
     for subject in subjects:
         module, _, function = SUBJECTS[subject].partition(":")

@@ -20,6 +20,7 @@ class BenchOptions:
     n_tokens: of a decode run.
     repeats: measured runs of each contestant.
     n_layers: of the QwQ-shaped random model; 0 leaves it out.
+    is_shaped_only: the model folder is left out.
     contexts: positions in the cache before a decode run.
     n_prompt: tokens of a prefill run.
     rows: numbers of rows in a pass.
@@ -29,6 +30,7 @@ class BenchOptions:
     n_tokens: int = 64
     repeats: int = 5
     n_layers: int = 2
+    is_shaped_only: bool = False
     contexts: tuple[int, ...] = (0,)
     n_prompt: int = 512
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -47,3 +49,5 @@ class BenchOptions:
             for value in values:
                 if type(value) is not int or not low <= value <= high:
                     raise OptionError(f"{name} is {value!r}, expected a whole number from {low} to {high:,}.")
+        if self.is_shaped_only and self.n_layers == 0:
+            raise OptionError("the model folder and the QwQ-shaped model are both left out. Give n_layers 1 to 64.")

@@ -120,8 +120,8 @@ class Bench:
 
     @cached_property
     def targets(self) -> list[Target]:
-        """The model folder's, and the QwQ-shaped one unless it is left out. Raises as `load_model` does."""
-        targets = [self._of_folder()]
+        """The model folder's, and the QwQ-shaped one, unless one is left out. Raises as `load_model` does."""
+        targets = [] if self.options.is_shaped_only else [self._of_folder()]
         if self.options.n_layers > 0:
             targets.append(self._qwq_shaped())
         return targets

@@ -255,8 +255,23 @@ def test_the_default_is_decode_alone_and_layers_zero_leaves_the_shaped_model_out
     monkeypatch.setattr(Bench, "_of_folder", lambda _: "folder")
     for n_layers in ("0", "3"):
         assert command.main(["--model", str(tiny_checkpoint), "--layers", n_layers, "--tokens", "5"]) == 0
-    assert [bench.targets for bench in asked] == [["folder"], ["folder", "shaped"]]
+    assert command.main(["--shaped-only", "--layers", "3"]) == 0
+    assert [bench.targets for bench in asked] == [["folder"], ["folder", "shaped"], ["shaped"]]
     assert asked[1].options == BenchOptions(n_tokens=5, n_layers=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["decode", "load", "--shaped-only"], "load measures a model folder, which --shaped-only leaves out"),
+        (["--shaped-only", "--layers", "0"], "are both left out"),
+    ],
+)
+def test_subjects_that_nothing_is_left_for_are_refused(
+    given: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(given) == 2
+    assert text in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
