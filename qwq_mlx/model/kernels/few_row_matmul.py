@@ -95,15 +95,11 @@ def choose_tiling(n_out: int, n_in: int, group_size: int, *, is_pair: bool = Fal
     return narrow if is_pair or n_in < _LONG or n_slices == 1 else replace(narrow, wide_from=1, n_slices=n_slices)
 
 
-def shared_bytes(tiling: Tiling, n_rows: int, *, n_tiles: int = 0) -> int:
-    """Shared memory of a block: a run of each warp, or two steps of all, and later the sums.
-
-    n_tiles: where they are not the tiling's own.
-    """
+def shared_bytes(tiling: Tiling, n_rows: int, *, is_wide: bool, n_tiles: int) -> int:
+    """Shared memory of a block: a run of each warp, n_tiles high, or two steps of a wide one, and later the sums."""
     columns = 8 * _columns(n_rows)
-    if not tiling.is_wide(n_rows):
-        n_warp_rows = _TILE * (n_tiles or tiling.n_tiles)
-        return tiling.n_warps * n_warp_rows * max(tiling.run_codes // 2 + 32, (columns + 1) * 4)
+    if not is_wide:
+        return tiling.n_warps * _TILE * n_tiles * max(tiling.run_codes // 2 + 32, (columns + 1) * 4)
     n_codes, n_block_rows = _step_codes(tiling, n_rows), 2 * _TILE * _WIDE_WARPS
     steps = 2 * (n_block_rows * (n_codes // 2 + 32) + columns * (2 * n_codes + 16))
     return max(steps, n_block_rows * (columns + 1) * 4, _MIN_WIDE_BYTES)
@@ -299,7 +295,7 @@ def _launch(
     n_block_rows = _TILE * (2 * n_warps if is_wide else n_tiles)
     n_blocks = sum(sizes) * (2 if kind.endswith("swiglu_linears") else 1) // n_block_rows * n_slices
     n_threads = 32 * n_warps
-    outputs: list[mx.array] = _kernel(kind, shared_bytes(tiling, n_rows, n_tiles=n_tiles))(
+    outputs: list[mx.array] = _kernel(kind, shared_bytes(tiling, n_rows, is_wide=is_wide, n_tiles=n_tiles))(
         inputs=[x, *arrays],
         template=values,
         grid=(n_blocks * n_threads, 1, 1),

@@ -167,7 +167,9 @@ def test_the_warps_of_a_block_cover_every_run_within_the_limits_of_a_block(n_in:
     assert tiling.n_warps * tiling.n_turns >= n_runs > (tiling.n_warps - 1) * tiling.n_turns
     # alignment of a copy of 16, 8 or 4 bytes of scales, and of 16 bytes of codes
     assert n_in // group_size % tiling.groups_a_run == 0 and tiling.groups_a_run * group_size % 64 == 0
-    assert all(shared_bytes(tiling, n_rows) <= 99 << 10 for n_rows in (1, MAX_FEW_ROWS))
+    for n_rows in (1, 8, 16, MAX_FEW_ROWS):
+        for is_wide in (False, True):
+            assert shared_bytes(tiling, n_rows, is_wide=is_wide, n_tiles=2 if n_rows > 16 else 1) <= 99 << 10
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")

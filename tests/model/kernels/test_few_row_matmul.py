@@ -34,6 +34,7 @@ class Emulated:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._compiled: dict[str, Any] = {}
+        self._shared: dict[tuple[Any, ...], int] = {}
 
     def __call__(
         self, files: Sequence[str], name: str, inputs: Sequence[str], outputs: Sequence[str], source: str, **given: int
@@ -41,6 +42,8 @@ class Emulated:
         n_shared = given.get("n_shared", 0)
 
         def kernel(**call: Any) -> list[mx.array]:
+            first = self._shared.setdefault((name, *call["template"]), n_shared)
+            assert n_shared == first, f"MLX gives {name} the {first} bytes that it was first launched with"
             arrays = [np.array(_bits(each)) for each in call["inputs"]]
             results = [np.full(shape, PATTERN, np.uint8) for shape in _byte_shapes(call)]
             kinds = [TYPES[each.dtype] for each in call["inputs"]] + [TYPES[each] for each in call["output_dtypes"]]
@@ -172,12 +175,14 @@ def test_a_product_and_the_residual_and_each_row_as_alone(
     _check(found, expected + np.array(residual.astype(mx.float32)))
 
 
-def test_three_products_of_one_input_with_their_biases() -> None:
-    tiling, sizes = choose_tiling(32, 512, 64), (64, 32, 32)
+@pytest.mark.parametrize("n_out", [32, 256])
+def test_three_products_of_one_input_with_their_biases(n_out: int) -> None:
+    """Of 256 rows one product would be wide from 5 rows of x on, three are not."""
+    tiling, sizes = choose_tiling(n_out, 512, 64), (64, 32, 32)
     matrices = [(_matrix(size, 512, 64, seed), _random(size)) for seed, size in enumerate(sizes)]
     assert tiling is not None
     x = _random(18, 512)
-    found = {n: few_row_matmul.linears(x[-n:], matrices, tiling) for n in (1, 18)}
+    found = {n: few_row_matmul.linears(x[-n:], matrices, tiling) for n in (1, 5, 18)}
     for place, (matrix, bias) in enumerate(matrices):
         _check(found[18][place], _exact(x, matrix, 64) + np.array(bias.astype(mx.float32)))
         assert mx.array_equal(found[18][place][-1:], found[1][place])
@@ -200,5 +205,5 @@ def test_a_block_that_is_given_too_little_memory_is_noticed() -> None:
     tiling = choose_tiling(32, 512, 64)
     assert tiling is not None
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="behind its shared memory"):
-        patch.setattr(few_row_matmul, "shared_bytes", lambda *_, **__: 4000)
+        patch.setattr(few_row_matmul, "shared_bytes", lambda *_, **__: 4000)  # of 4,608
         few_row_matmul.linear(_random(1, 512), _matrix(32, 512, 64, seed=1), tiling)
