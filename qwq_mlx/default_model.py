@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from qwq_mlx.errors import ConversionError, LoadError, SourceError, system_said
 from qwq_mlx.facts import MODELS
 from qwq_mlx.files.gguf.checkpoint import files_of_model
 from qwq_mlx.files.gguf.stores import GgufFile, find_gguf
+from qwq_mlx.files.user_folders import user_cache_folder
 from qwq_mlx.quant.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ __all__ = [
     "pocket_checkpoint",
     "pocket_model",
     "ready_model",
-    "user_cache_folder",
-    "user_data_folder",
 ]
 
 _RECIPE = "pocket-4bit"
@@ -181,23 +179,6 @@ def pocket_model(environment: Mapping[str, str] | None = None) -> Choice:
 def pocket_checkpoint() -> Path:
     """Where the bundled bfloat16 checkpoint lies."""
     return _PACKAGE / "pocket" / "checkpoint"
-
-
-def user_cache_folder(environment: Mapping[str, str]) -> Path:
-    """This user's cache folder for the package: $XDG_CACHE_HOME, ~/Library/Caches on macOS, ~/.cache elsewhere."""
-    base = environment.get("XDG_CACHE_HOME")
-    if base:
-        return Path(base) / "qwq-mlx"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "qwq-mlx"
-
-
-def user_data_folder(environment: Mapping[str, str]) -> Path:
-    """This user's data folder for the package: $XDG_DATA_HOME, ~/Library/Application Support on macOS, ~/.local/share
-    elsewhere."""
-    base = environment.get("XDG_DATA_HOME")
-    if base:
-        return Path(base) / "qwq-mlx"
-    return Path.home() / ("Library/Application Support" if sys.platform == "darwin" else ".local/share") / "qwq-mlx"
 
 
 def _conversions(places: Iterable[Path]) -> Iterable[Path]:

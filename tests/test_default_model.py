@@ -10,10 +10,11 @@ from gguf_files import write_gguf
 from huggingface_hub import constants
 
 from qwq_mlx import default_model
-from qwq_mlx.default_model import Choice, choose_model, ready_model, user_cache_folder
+from qwq_mlx.default_model import Choice, choose_model, ready_model
 from qwq_mlx.errors import ConversionError, LoadError, SourceError
 from qwq_mlx.facts import POCKET, QWQ_32B_PREVIEW, ModelFacts
 from qwq_mlx.files.manifest import read_manifest
+from qwq_mlx.files.user_folders import user_cache_folder
 
 
 @pytest.fixture
@@ -99,9 +100,9 @@ def test_else_the_pocket_with_a_line_that_says_so(
 
 def test_the_cache_folder_follows_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", lambda: Path("/home/u"))
-    monkeypatch.setattr(default_model.sys, "platform", "linux")
+    monkeypatch.setattr("sys.platform", "linux")
     assert user_cache_folder({}) == Path("/home/u/.cache/qwq-mlx")
-    monkeypatch.setattr(default_model.sys, "platform", "darwin")
+    monkeypatch.setattr("sys.platform", "darwin")
     assert user_cache_folder({}) == Path("/home/u/Library/Caches/qwq-mlx")
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import mlx.core as mx
 
 from qwq_mlx import __version__
-from qwq_mlx.default_model import user_cache_folder
 from qwq_mlx.engine.draft_length import Costs, CostsAt, costs_at
 from qwq_mlx.engine.drafters.model import ModelDrafter
 from qwq_mlx.engine.drafters.ngram import NgramDrafter
@@ -30,6 +29,7 @@ from qwq_mlx.errors import LoadError, OptionError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.digest import sha256_json
 from qwq_mlx.files.json_dataclass import FieldError, from_json_value
+from qwq_mlx.files.user_folders import user_cache_folder
 from qwq_mlx.model import kernels
 from qwq_mlx.model.architecture import tensor_shapes
 from qwq_mlx.model.blas import uses_blas

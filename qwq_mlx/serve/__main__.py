@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from qwq_mlx.cli.command import Command, load_reasoner, make_parser, run_command
 from qwq_mlx.cli.generate_flags import add_loading, bits
 from qwq_mlx.cli.on_hosts import or_on_hosts
-from qwq_mlx.default_model import user_data_folder
 from qwq_mlx.errors import BackendError, OptionError, QwqError
+from qwq_mlx.files.user_folders import user_data_folder
 from qwq_mlx.options import Limits, Thinking
 from qwq_mlx.progress import ProgressBar
 from qwq_mlx.serve.history import History

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from serving import QUESTION, Served, held_steps, started, until
 
-from qwq_mlx.default_model import pocket_checkpoint, user_data_folder
+from qwq_mlx.default_model import pocket_checkpoint
 from qwq_mlx.errors import OptionError, SourceError
+from qwq_mlx.files.user_folders import user_data_folder
 from qwq_mlx.generate.reasoner import Reasoner, load
 from qwq_mlx.options import Limits, Sampling
 from qwq_mlx.serve import history as module
