@@ -85,6 +85,7 @@ def test_heavy_libraries_stay_in_their_rooms() -> None:
     for path in FILES:
         without_mlx = {"errors", "facts", "files", "reasoning", "options", "trace", "pocket"}
         homes = {"mlx_lm": {"model", "engine", "bench"}, "transformers": {"model", "bench"}, "torch": set()}
+        homes |= {"numba": {"quant"}, "llvmlite": {"quant"}}
         for module in _imported(_tree(path)):
             top = module.split(".")[0]
             assert top not in homes or _room(path) in homes[top], f"{_name(path)} imports {module}"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qwq_mlx.progress import ProgressBar
 
 _PHASES = {
+    "compile": "compiling, once on a machine",
     "calibrate": "calibrating",
     "convert": "converting",
     "check": "reading back",

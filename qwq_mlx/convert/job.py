@@ -57,6 +57,7 @@ from qwq_mlx.files.output_file import check_name
 from qwq_mlx.model.device import small_cache
 from qwq_mlx.model.template import read_template_file
 from qwq_mlx.quant import DEFAULT_RECIPE
+from qwq_mlx.quant.compiled_fit import fit_kernel, is_compiled
 from qwq_mlx.quant.recipe import Recipe, load_recipe
 
 __all__ = ["Conversion", "convert_checkpoint"]
@@ -254,7 +255,12 @@ class _Job:
 
     def _pack(self, folder: Path, journal: Journal) -> None:
         plan, keep, calibration = self.plan, self.keep_source, calibration_path(self.output)
-        report = SharedProgress(self.progress, sum(each.source.end - each.source.start for each in plan.tensors))
+        n_bytes = sum(each.source.end - each.source.start for each in plan.tensors)
+        report = SharedProgress(self.progress, n_bytes)
+        if any(each.is_fitted for each in plan.tensors):
+            if self.progress is not None and not is_compiled():
+                self.progress(ConvertProgress(phase="compile", what="the fit", done_bytes=0, total_bytes=n_bytes))
+            fit_kernel()
         wanted = list(plan.checkpoint.shards)
         if plan.origin.is_remote:
             lacking = {each.shard for each in plan.tensors if each.source.name not in journal.finished}

@@ -1,6 +1,6 @@
 """One block of rows to the bytes that go to disk: the work that runs on every core at once.
 
-Each worker is a thread of one pool with memory of its own; numpy and MLX let go of the interpreter while they compute,
+Each worker is a thread of one pool; numpy and MLX let go of the interpreter while they compute,
 so threads are enough, and blocks are handed over without a copy.
 
 Does not: read or write files, or know about blocks before and after.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,7 +24,7 @@ from qwq_mlx.convert.calibration.fitted import FittedMatrices
 from qwq_mlx.convert.plan import PlannedTensor
 from qwq_mlx.convert.read import Block
 from qwq_mlx.errors import ConversionError
-from qwq_mlx.quant.fit import Scratch, fit_block
+from qwq_mlx.quant.fit import fit_block
 from qwq_mlx.quant.gguf_blocks import decode_block, repack
 from qwq_mlx.quant.packing import Packed, Packing, float_values, round_to
 from qwq_mlx.quant.rounding_error import BlockError, block_error, count_zero_pages, first_non_finite, sum_of_squares
@@ -50,15 +51,16 @@ _local = threading.local()
 
 @functools.cache
 def workers(n: int) -> ThreadPoolExecutor:
-    """The pool of n workers, one per process: workers keep their scratch, and MLX never ends a stream's thread."""
+    """The pool of n workers, one per process: workers keep their stream, and MLX never ends a stream's thread."""
     return ThreadPoolExecutor(n, thread_name_prefix="qwq-mlx-pack")
 
 
-def _scratch() -> Scratch:
-    if not hasattr(_local, "scratch"):
-        _local.scratch = Scratch()
-    scratch: Scratch = _local.scratch
-    return scratch
+def _stream() -> mx.Stream:
+    """A queue of MLX's CPU backend; it belongs to the thread that asks first."""
+    if not hasattr(_local, "stream"):
+        _local.stream = mx.new_stream(mx.cpu)
+    stream: mx.Stream = _local.stream
+    return stream
 
 
 def pack_block(block: Block, *, fit: str, shard: Path, fitted: FittedMatrices | None = None) -> PackedBlock:
@@ -116,7 +118,7 @@ def _fit(
 ) -> tuple[Packed, BlockError]:
     """A GGUF's own codes where the packing holds them, the pass's rows where it packed this matrix, else the recipe's
     fit."""
-    tensor, scratch = block.tensor, _scratch()
+    tensor, stream = block.tensor, _stream()
     path, stored = tensor.source.name.removesuffix(".weight"), tensor.stored_dtype
     if tensor.is_repacked or path in fitted:
         _check_finite(block, raw, dtype, sum_of_squares(float_values(raw, dtype)), shard)
@@ -124,8 +126,8 @@ def _fit(
             packed = repack(block.data.reshape(block.n_rows, -1), tensor.source.dtype, stored)
         else:
             packed = fitted.rows(path, block.first_row, raw, dtype, packing, stored=stored)
-        return packed, block_error(raw, dtype, packed, packing, stream=scratch.stream, stored=stored)
-    packed, error = fit_block(raw, dtype, packing, fit=fit, scratch=scratch, stored=stored)
+        return packed, block_error(raw, dtype, packed, packing, stream=stream, stored=stored)
+    packed, error = fit_block(raw, dtype, packing, fit=fit, stored=stored, stream=stream)
     _check_finite(block, raw, dtype, error.weight2, shard)
     return packed, error
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from qwq_mlx.convert.calibration.text import Calibration
 from qwq_mlx.convert.output_config import make_config, make_index
-from qwq_mlx.convert.plan_memory import model_peak_bytes, packing_peak_bytes
+from qwq_mlx.convert.plan_memory import kernel_bytes, model_peak_bytes, packing_peak_bytes
 from qwq_mlx.convert.source import Origin
 from qwq_mlx.files.checkpoint import Checkpoint
 from qwq_mlx.files.header import DTYPE_BYTES, TensorEntry, place_tensors
@@ -83,6 +83,11 @@ class PlannedTensor:
     def is_repacked(self) -> bool:
         """Whether it is a GGUF's matrix that is packed as it was, so that its codes stay what they are."""
         return self.packing is not None and self.packing == packing_that_holds(self.source.dtype)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether `quant.fit` chooses its codes by a kernel of its own, unless a calibration pass does."""
+        return self.packing is not None and self.packing.is_affine and not self.is_repacked
 
     @property
     def is_rounded(self) -> bool:
@@ -356,8 +361,16 @@ def _peak_memory(
     is_gguf = any(each.source.dtype not in DTYPE_BYTES for each in tensors)
     longer = [each.packed_block_bytes for each in tensors if each.packed_block_bytes > block_bytes]
     unplaced_bytes = max(longer, default=0)
-    packing = packing_peak_bytes(block_bytes, block_weights, n_workers, unplaced_bytes=unplaced_bytes, is_gguf=is_gguf)
-    if calibration is None:
-        return packing
-    calibrating = calibration.peak_memory_bytes(config, n_workers=n_workers)
-    return max(packing, model_peak_bytes(calibrating))
+    kernel = kernel_bytes() if any(each.is_fitted for each in tensors) else 0
+    others = (each for each in tensors if calibration is not None or not each.is_fitted)
+    packing = packing_peak_bytes(
+        block_bytes,
+        block_weights,
+        n_workers,
+        other_weights=max((each.largest_block[1] for each in others), default=0),
+        unplaced_bytes=unplaced_bytes,
+        is_gguf=is_gguf,
+    )
+    if calibration is not None:
+        packing = max(packing, model_peak_bytes(calibration.peak_memory_bytes(config, n_workers=n_workers)))
+    return packing + kernel

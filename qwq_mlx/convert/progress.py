@@ -16,10 +16,10 @@ __all__ = ["ConvertProgress", "SharedProgress"]
 class ConvertProgress:
     """Where a conversion stands.
 
-    phase: "calibrate", "convert", "quality" or "check".
+    phase: "compile" where the fit's kernel has to be, "calibrate", "convert", "quality" or "check".
     what: the tensor or file at work.
     done_bytes: of source read in phases "calibrate" (by layers, about) and "convert", of both models' weights in
-      "quality", of output read back in "check".
+      "quality", of output read back in "check"; 0 in "compile".
     total_bytes: of the same.
     resumed_bytes: of done_bytes, what an earlier run had done.
     fetched_bytes: of the source, what is on the disk or done; None where nothing is fetched.

@@ -94,7 +94,7 @@ def plan_quality(
         raise OptionError(problem)
     if problem:
         return QualityPlan(note=f"not measured: {problem}")
-    from qwq_mlx.convert.plan_memory import model_peak_bytes, workers_bytes
+    from qwq_mlx.convert.plan_memory import kernel_bytes, model_peak_bytes
     from qwq_mlx.model.tokenizer import load_tokenizer
     from qwq_mlx.quality.estimate import estimate_memory_bytes
     from qwq_mlx.quality.text import DEFAULT_POSITIONS, bundled_text, read_text
@@ -109,8 +109,8 @@ def plan_quality(
         return QualityPlan(note=f"not measured: {error}")
     bits = {each.packing.bits for each in plan.tensors if each.packing is not None}
     own_bytes = estimate_memory_bytes(plan.config, text, bits=bits)
-    block_weights = max(each.largest_block[1] for each in plan.tensors)
-    peak_bytes = model_peak_bytes(own_bytes + workers_bytes(block_weights, plan.n_workers))
+    kernel = kernel_bytes() if any(each.is_fitted for each in plan.tensors) else 0
+    peak_bytes = kernel + model_peak_bytes(own_bytes)
     note = _note(plan, text, own_bytes)
     return QualityPlan(note=note, peak_memory_bytes=peak_bytes, text=text, tokenizer=tokenizer)
 

@@ -22,9 +22,8 @@ import numpy as np
 
 from qwq_mlx.quant.device_moments import DeviceMoments
 from qwq_mlx.quant.error_feedback import FLOOR, SWEEPS
-from qwq_mlx.quant.least_squares import MOVES, STARTS
+from qwq_mlx.quant.least_squares import MOVES, SMALLEST_STEP, STARTS
 from qwq_mlx.quant.packing import DTYPES, Packed, Packing, pack_groups
-from qwq_mlx.quant.tile import SMALLEST_STEP
 
 __all__ = ["fit_rows_on_device"]
 
@@ -202,7 +201,7 @@ def _in_turn(
 
 
 def _line(columns: mx.array, importance: mx.array, bits: int, dtype: str) -> tuple[mx.array, mx.array]:
-    """Scale and bias of a group by least squares, as `fit.closest_stored_line` finds them. importance: (group, 1)."""
+    """Scale and bias of a group by least squares, as `fit.fit_groups` finds them. importance: (group, 1)."""
     scale, bias = _min_max(columns, bits)
     first = _as_stored(scale, bias, dtype)
     codes = _nearest((columns - bias) / scale, bits)  # rounded to the line before it is stored, as min-max does
@@ -214,11 +213,11 @@ def _line(columns: mx.array, importance: mx.array, bits: int, dtype: str) -> tup
 
 
 def _min_max(columns: mx.array, bits: int) -> tuple[mx.array, mx.array]:
-    """As `tile.min_max`."""
+    """As `fit_kernel._min_max`."""
     high, low = columns.max(axis=0), columns.min(axis=0)
     longer = mx.abs(high) - mx.abs(low)
     edge = mx.where(longer < 0, low, high)
-    size = mx.maximum((high - low) / ((1 << bits) - 1), float(SMALLEST_STEP))
+    size = mx.maximum((high - low) / ((1 << bits) - 1), SMALLEST_STEP)
     scale = mx.where(longer < 0, size, -size)
     steps = mx.round(edge / scale)
     is_zero = steps == 0
@@ -228,7 +227,7 @@ def _min_max(columns: mx.array, bits: int) -> tuple[mx.array, mx.array]:
 def _closest(
     columns: mx.array, scale: mx.array, bias: mx.array, importance: mx.array, bits: int
 ) -> tuple[mx.array, mx.array]:
-    """As `least_squares.closest_line`."""
+    """As `fit_kernel._closest_line`."""
     half = float(1 << (bits - 1))
     steps = (columns - bias) / scale - half
     weight = importance.sum()

@@ -27,11 +27,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qwq_mlx.quant.fit import closest_stored_line
+from qwq_mlx.quant.fit import fit_groups
 from qwq_mlx.quant.packing import Packed, Packing, float_values, pack_groups, round_to
-from qwq_mlx.quant.tile import Floats, Tile
 
 __all__ = ["DAMPING", "FLOOR", "MAX_CHANNELS", "SWEEPS", "InputMoments", "block_size", "factor_moments", "fit_rows"]
+
+Floats = NDArray[np.float32]
 
 MAX_CHANNELS = 5120
 """Input channels whose products are kept together; 5,120 take 0.1 GB in float32, and their factors 0.8 while made."""
@@ -149,26 +150,20 @@ def _feed_errors_back(fitted: _Fitted, block: _Block) -> None:
         columns, u = targets[at], upper[at, at]
         importance = 1 / np.square(u.diagonal())
         importance = importance / importance.mean() + FLOOR
-        line = closest_stored_line(_tile(columns), bits, fitted.dtype, importance)
+        line = fit_groups(columns.T, "F32", bits=bits, stored=fitted.dtype, importance=importance)
         place = block.first + start
-        fitted.scales[place // group], fitted.biases[place // group] = line.scale, line.bias
+        fitted.scales[place // group], fitted.biases[place // group] = line.scales, line.biases
         for j in range(group):
             code = fitted.codes[place + j]
-            np.subtract(columns[j], line.bias, out=code)
-            np.divide(code, line.scale, out=code)
+            np.subtract(columns[j], line.biases, out=code)
+            np.divide(code, line.scales, out=code)
             np.rint(code, out=code)
             np.clip(code, 0, highest, out=code)
-            np.subtract(columns[j], code * line.scale + line.bias, out=errors[j])
+            np.subtract(columns[j], code * line.scales + line.biases, out=errors[j])
             errors[j] /= u[j, j]
             later = np.multiply(u[j, j + 1 :, None], errors[j], out=change[j + 1 :])
             np.subtract(columns[j + 1 :], later, out=columns[j + 1 :])
         targets[start + group :] -= upper[at, start + group :].T @ errors
-
-
-def _tile(columns: Floats) -> Tile:
-    """A group of every row, with memory of its own."""
-    values, steps, products = (np.empty_like(columns) for _ in range(3))
-    return Tile(columns, values, steps, products, np.empty(columns.shape, np.uint8))
 
 
 def _descend(fitted: _Fitted, block: _Block) -> None:

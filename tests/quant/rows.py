@@ -6,9 +6,8 @@ import itertools
 
 import numpy as np
 
-from qwq_mlx.quant.fit import closest_stored_line
-from qwq_mlx.quant.packing import MODES, Packed, Packing, float_values, pack_groups, round_to
-from qwq_mlx.quant.tile import Tile
+from qwq_mlx.quant.fit import fit_groups
+from qwq_mlx.quant.packing import MODES, Packed, Packing, round_to
 
 PACKINGS = [
     Packing(mode=mode, bits=bits, group_size=group)
@@ -36,17 +35,12 @@ def awkward_rows(seed: int = 0) -> np.ndarray:
 
 
 def weighted_fit(raw: np.ndarray, dtype: str, packing: Packing, importance: np.ndarray) -> Packed:
-    """Rows packed by `closest_stored_line`, errors counted by the importance of their input channel, (columns,)."""
-    rows, group = len(raw), packing.group_size
-    codes, lines = [], []
-    for first in range(0, raw.shape[1], group):
-        at = slice(first, first + group)
-        weights = np.ascontiguousarray(float_values(np.ascontiguousarray(raw[:, at]), dtype).T)
-        tile = Tile(weights, *(np.empty_like(weights) for _ in range(3)), np.empty(weights.shape, np.uint8))
-        lines.append(closest_stored_line(tile, packing.bits, dtype, importance[at]))
-        codes.append(tile.codes)
-    packed = pack_groups(np.stack(codes, axis=2).reshape(group, -1), packing.bits)
+    """Rows packed by `fit_groups`, errors counted by the importance of their input channel, (columns,)."""
+    groups = [slice(first, first + packing.group_size) for first in range(0, raw.shape[1], packing.group_size)]
+    fitted = [
+        fit_groups(raw[:, at], dtype, bits=packing.bits, stored=dtype, importance=importance[at]) for at in groups
+    ]
     scales, biases = (
-        round_to(np.stack([getattr(line, name) for line in lines], axis=1), dtype) for name in ("scale", "bias")
+        round_to(np.stack([getattr(each, name) for each in fitted], axis=1), dtype) for name in ("scales", "biases")
     )
-    return Packed(packed.reshape(rows, -1), scales, biases)
+    return Packed(np.concatenate([each.codes for each in fitted], axis=1), scales, biases)

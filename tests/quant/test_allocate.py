@@ -24,7 +24,7 @@ from qwq_mlx.quant.allocate import (
     rate,
     recipe_of_packings,
 )
-from qwq_mlx.quant.fit import Scratch, fit_block
+from qwq_mlx.quant.fit import fit_block
 from qwq_mlx.quant.packing import Packing, round_to
 from qwq_mlx.quant.recipe import load_recipe, recipe_of_mapping, recipe_of_text
 
@@ -70,7 +70,7 @@ def loss(packings: dict[str, Packing]) -> float:
 def test_errors_are_those_of_normal_weights(bits: int, group: int) -> None:
     raw = round_to(np.random.default_rng(1).standard_normal((64, 4096)).astype(np.float32), "BF16")
     packing = Packing(bits=bits, group_size=group)
-    error = fit_block(raw, "BF16", packing, fit="least-squares", scratch=Scratch())[1]
+    error = fit_block(raw, "BF16", packing, fit="least-squares")[1]
     assert error.error2 / error.weight2 == pytest.approx(ERRORS[bits][group], rel=0.03)
 
 

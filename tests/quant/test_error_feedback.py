@@ -10,7 +10,7 @@ from rows import weighted_fit
 
 from qwq_mlx.quant import error_feedback
 from qwq_mlx.quant.error_feedback import InputMoments, block_size, factor_moments, fit_rows
-from qwq_mlx.quant.fit import Scratch, fit_block
+from qwq_mlx.quant.fit import fit_block
 from qwq_mlx.quant.packing import Packed, Packing, float_values, round_to, unpack_codes
 from qwq_mlx.quant.rounding_error import unpack
 
@@ -93,7 +93,7 @@ def test_outputs_lose_less_than_by_any_fit_of_the_weights(bits: int, share: floa
     ours = loss(
         fit_rows(float_values(raw, "BF16"), factor_moments([PRODUCTS.copy()]), packing, "BF16"), PRODUCTS, packing
     )
-    theirs = [fit_block(raw, "BF16", packing, fit=fit, scratch=Scratch())[0] for fit in ("min-max", "least-squares")]
+    theirs = [fit_block(raw, "BF16", packing, fit=fit)[0] for fit in ("min-max", "least-squares")]
     for packed in (*theirs, weighted_fit(raw, "BF16", packing, importance)):
         assert ours.sum() < share * loss(packed, PRODUCTS, packing).sum()
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rows import PACKINGS, awkward_rows
 
 from qwq_mlx.errors import OptionError
-from qwq_mlx.quant.fit import Scratch, fit_block
+from qwq_mlx.quant.fit import fit_block
 from qwq_mlx.quant.packing import Packed, Packing, round_to
 from qwq_mlx.quant.rounding_error import block_error
 
@@ -18,7 +18,7 @@ MX = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 
 def min_max(raw: np.ndarray, dtype: str, packing: Packing) -> Packed:
-    return fit_block(raw, dtype, packing, fit="min-max", scratch=Scratch())[0]
+    return fit_block(raw, dtype, packing, fit="min-max", stream=mx.new_stream(mx.cpu))[0]
 
 
 @pytest.mark.parametrize("dtype", MX)
@@ -67,19 +67,10 @@ def test_a_width_that_the_group_does_not_divide_is_refused() -> None:
         min_max(np.zeros((2, 96), np.uint16), "BF16", Packing())
 
 
-def test_tiles_of_one_scratch_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    raw, packing, scratch = round_to(awkward_rows(), "BF16"), Packing(bits=5, group_size=32), Scratch()
-    whole, error = fit_block(raw, "BF16", packing, fit="min-max", scratch=scratch)
-    monkeypatch.setattr("qwq_mlx.quant.fit.TILE", 1024)  # 48 groups a tile, six rows
-    tiled, other = fit_block(raw, "BF16", packing, fit="min-max", scratch=scratch)
-    assert np.array_equal(tiled.codes, whole.codes) and np.array_equal(tiled.scales, whole.scales)
-    assert (other.error2, other.weight2) == pytest.approx((error.error2, error.weight2), rel=1e-9)
-
-
 @pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: f"{p.mode}-{p.bits}-g{p.group_size}")
 def test_the_error_is_that_of_the_packed_block(packing: Packing) -> None:
     raw = round_to(awkward_rows(2), "BF16")
-    packed, error = fit_block(raw, "BF16", packing, fit="min-max", scratch=Scratch())
+    packed, error = fit_block(raw, "BF16", packing, fit="min-max", stream=mx.new_stream(mx.cpu))
     expected = block_error(raw, "BF16", packed, packing, stream=mx.new_stream(mx.cpu))
     assert (error.error2, error.weight2) == pytest.approx((expected.error2, expected.weight2), rel=1e-5)
 
@@ -100,13 +91,13 @@ def test_min_max_is_bit_equal_on_any_finite_bfloat16(seed: int, packing: Packing
 
 def test_an_unknown_fit_is_refused() -> None:
     with pytest.raises(OptionError, match="fit is 'magic', expected one of min-max"):
-        fit_block(np.zeros((2, 64), np.uint16), "BF16", Packing(), fit="magic", scratch=Scratch())
+        fit_block(np.zeros((2, 64), np.uint16), "BF16", Packing(), fit="magic")
 
 
 @pytest.mark.parametrize("packing", [p for p in PACKINGS if not p.is_affine], ids=lambda p: p.mode)
 def test_a_mode_beside_affine_knows_only_min_max(packing: Packing) -> None:
     with pytest.raises(OptionError, match=f"fit is 'least-squares', but mode '{packing.mode}' has only 'min-max'"):
-        fit_block(np.zeros((2, 64), np.uint16), "BF16", packing, fit="least-squares", scratch=Scratch())
+        fit_block(np.zeros((2, 64), np.uint16), "BF16", packing, fit="least-squares")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -119,4 +110,4 @@ def test_a_weight_that_is_no_number_shows_in_the_sum_of_squares(packing: Packing
     raw = round_to(rows, "F32" if dtype == "BF16" else dtype)
     raw = (raw.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else raw
     for fit in ("min-max", "least-squares") if packing.is_affine else ("min-max",):
-        assert not np.isfinite(fit_block(raw, dtype, packing, fit=fit, scratch=Scratch())[1].weight2)
+        assert not np.isfinite(fit_block(raw, dtype, packing, fit=fit, stream=mx.new_stream(mx.cpu))[1].weight2)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import PACKINGS, awkward_rows, weighted_fit
 
-from qwq_mlx.quant.fit import Scratch, fit_block
+from qwq_mlx.quant.fit import fit_block
 from qwq_mlx.quant.packing import Packed, Packing, float_values, round_to
 from qwq_mlx.quant.rounding_error import unpack
 
@@ -27,12 +27,12 @@ def name_of(packing: Packing) -> str:
 def fitted(raw: np.ndarray, dtype: str, packing: Packing, fit: str, importance: np.ndarray | None = None) -> Packed:
     if importance is not None:
         return weighted_fit(raw, dtype, packing, importance)
-    return fit_block(raw, dtype, packing, fit=fit, scratch=Scratch())[0]
+    return fit_block(raw, dtype, packing, fit=fit)[0]
 
 
 def errors(raw: np.ndarray, dtype: str, packed: Packed, packing: Packing, importance: Any = 1.0) -> np.ndarray:
     """Sum of (weighted) squared errors of each group, float64."""
-    difference = unpack(packed, packing, dtype, stream=Scratch().stream).astype(float) - float_values(raw, dtype)
+    difference = unpack(packed, packing, dtype, stream=None).astype(float) - float_values(raw, dtype)
     return (importance * difference**2).reshape(-1, packing.group_size).sum(axis=1)
 
 
@@ -148,29 +148,14 @@ def test_the_error_is_close_to_that_of_the_best_line_of_an_exhaustive_search() -
     assert least.sum() - best.sum() < 0.2 * (plain.sum() - best.sum())
 
 
-def test_blocks_tiles_and_scratch_do_not_change_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_do_not_change_a_byte() -> None:
+    """Groups that are fitted beside others have the bytes that they have alone."""
     raw, packing = round_to(awkward_rows(), "BF16"), Packing(bits=3)
     whole = fitted(raw, "BF16", packing, "calibrated")
-    scratch = Scratch()
-    monkeypatch.setattr("qwq_mlx.quant.fit.TILE", 512)  # 24 groups a tile, six rows
-    for rows in (slice(0, 5), slice(5, 12)):
-        part = fit_block(raw[rows], "BF16", packing, fit="calibrated", scratch=scratch)[0]
-        assert whole.biases is not None
-        assert same(part, Packed(whole.codes[rows], whole.scales[rows], whole.biases[rows]))
-
-
-def test_a_group_that_a_tile_has_no_place_for_has_the_bytes_that_it_has_among_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """numpy adds along a single column in another order, which depends on the machine."""
-    monkeypatch.setattr("qwq_mlx.quant.fit.TILE", 1024)  # 16 groups a tile
-    rows = (0.02 * np.random.default_rng(7).standard_normal((17 * 20, 64))).astype(np.float32)
-    whole = fitted(rows, "F32", Packing(), "least-squares")
     assert whole.biases is not None
-    for first in range(0, len(rows), 17):
-        at = slice(first, first + 17)
-        part = fitted(rows[at], "F32", Packing(), "least-squares")
-        assert same(part, Packed(whole.codes[at], whole.scales[at], whole.biases[at]))
+    for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
+        part = fitted(raw[rows], "BF16", packing, "calibrated")
+        assert same(part, Packed(whole.codes[rows], whole.scales[rows], whole.biases[rows]))
 
 
 def test_equal_importance_is_none_and_a_heavy_channel_is_hit_closer() -> None:
@@ -183,7 +168,7 @@ def test_equal_importance_is_none_and_a_heavy_channel_is_hit_closer() -> None:
     found = fitted(raw, "F32", packing, "calibrated", heavy)
 
     def distance(packed: Packed) -> float:
-        unpacked = unpack(packed, packing, "F32", stream=Scratch().stream)
+        unpacked = unpack(packed, packing, "F32", stream=None)
         return float(np.abs(unpacked[0, ::64] - raw[0, ::64]).max())
 
     assert distance(found) < 0.2 * distance(plain)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from rows import PACKINGS, awkward_rows
 
-from qwq_mlx.quant.fit import Scratch, fit_block
+from qwq_mlx.quant.fit import fit_block
 from qwq_mlx.quant.packing import DTYPES, Packed, Packing, float_values, round_to
 from qwq_mlx.quant.rounding_error import PAGE_BYTES, block_error, count_zero_pages, first_non_finite, unpack
 
 
 def min_max(raw: np.ndarray, dtype: str, packing: Packing) -> Packed:
-    return fit_block(raw, dtype, packing, fit="min-max", scratch=Scratch())[0]
+    return fit_block(raw, dtype, packing, fit="min-max", stream=mx.new_stream(mx.cpu))[0]
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: f"{p.mode}-{p.bits}-g{p.group_size}")

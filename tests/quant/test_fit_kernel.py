@@ -1,0 +1,105 @@
+"""The compiled fit gives the bytes of a plain one in numpy, wherever its weights lie, and is there on every disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_fit import plain_fit
+from rows import PACKINGS, awkward_rows
+
+from qwq_mlx.quant import compiled_fit
+from qwq_mlx.quant.fit import FittedGroups, fit_groups
+from qwq_mlx.quant.packing import DTYPES, Packing, round_to
+
+AFFINE = [packing for packing in PACKINGS if packing.is_affine]
+
+
+def assert_plain(
+    groups: np.ndarray, dtype: str, packing: Packing, stored: str, importance: np.ndarray | None = None
+) -> None:
+    found = fit_groups(groups, dtype, bits=packing.bits, stored=stored, importance=importance)
+    with np.errstate(all="ignore"):
+        expected = plain_fit(groups, dtype, packing.bits, stored, importance)
+    assert np.array_equal(found.codes, expected.codes)
+    for name in ("scales", "biases", "errors", "weights2"):
+        assert getattr(found, name).tobytes() == getattr(expected, name).tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packing", AFFINE, ids=lambda p: f"{p.bits}-g{p.group_size}")
+def test_every_byte_is_that_of_plain_numpy(packing: Packing, dtype: str) -> None:
+    rows = awkward_rows(packing.bits)
+    rows[9] *= np.float32(1e-2)  # float16 has no more than 65,504
+    more = np.random.default_rng(packing.group_size).standard_t(3, (64, 256)).astype(np.float32)
+    groups = round_to(np.concatenate([rows, more]), dtype).reshape(-1, packing.group_size)
+    importance = np.random.default_rng(1).uniform(0.05, 2, packing.group_size).astype(np.float32) ** 2
+    for stored in DTYPES:
+        assert_plain(groups, dtype, packing, stored)
+        assert_plain(groups, dtype, packing, stored, importance)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(AFFINE), st.sampled_from(list(DTYPES)))
+@settings(max_examples=100, deadline=None)
+def test_so_it_is_on_any_finite_bfloat16(seed: int, packing: Packing, stored: str) -> None:
+    raw = np.random.default_rng(seed).integers(0, 1 << 16, (6, 128), np.uint16)
+    raw[(raw & 0x7F80) > 0x4600] &= 0xBFFF  # up to 2**13, since float16's scales are to be numbers
+    assert_plain(raw.reshape(-1, packing.group_size), "BF16", packing, stored)
+
+
+def test_scales_and_biases_are_rounded_as_numpy_rounds_them() -> None:
+    """To float16, down to its smallest and beyond its largest; a group of equal weights has its bias stored exactly."""
+    sizes = np.concatenate([np.geomspace(1e-9, 6e4, 4000), [65519.9, 65520, 1e5, 0]]).astype(np.float32)
+    values = np.concatenate([sizes, -sizes])
+    groups = np.zeros((len(values), 32), np.float32)
+    groups[:, 0] = values  # the bias, and all steps of the scale
+    found = fit_groups(groups, "F32", bits=8, stored="F16", is_refined=False)
+    exact = fit_groups(groups, "F32", bits=8, stored="F32", is_refined=False)
+    with np.errstate(over="ignore"):
+        for ours, whole in ((found.scales, exact.scales), (found.biases, exact.biases)):
+            assert np.array_equal(ours, whole.astype(np.float16).astype(np.float32))
+
+
+def parts(fitted: FittedGroups) -> list[bytes]:
+    return [each.tobytes() for each in (fitted.codes, fitted.scales, fitted.biases, fitted.errors, fitted.weights2)]
+
+
+@pytest.mark.parametrize("n_groups", [0, 1, 63, 64, 65, 200])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_weights_lie_changes_nothing(dtype: str, n_groups: int) -> None:
+    random = np.random.default_rng(n_groups)
+    groups = round_to(random.standard_normal((n_groups, 64)).astype(np.float32), dtype)
+    expected = parts(fit_groups(groups, dtype, bits=3, stored=dtype))
+    n_bytes = groups.nbytes
+    shifted = np.zeros(n_bytes + 1, np.uint8)[1:]  # at an odd address
+    shifted[:] = np.ascontiguousarray(groups).view(np.uint8).reshape(-1)
+    places = [np.asfortranarray(groups), shifted.view(DTYPES[dtype]).reshape(groups.shape), groups.copy()]
+    places.append(np.repeat(groups, 2, axis=1)[:, ::2])
+    places.append(groups[::-1].copy()[::-1])
+    places[2].flags.writeable = False
+    for place in places:
+        assert parts(fit_groups(place, dtype, bits=3, stored=dtype)) == expected
+
+
+def test_code_is_kept_where_it_can_be_and_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    blocked, kept = tmp_path / "file" / "fit.o", tmp_path / "cache" / "fit.o"
+    monkeypatch.setattr(compiled_fit, "_paths", lambda: (blocked, kept))
+    assert not compiled_fit.is_compiled()
+    code = compiled_fit._compile()
+    assert compiled_fit.is_compiled() and compiled_fit._kept() == code
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert not compiled_fit.is_compiled()
+    monkeypatch.setattr(compiled_fit, "_paths", lambda: (blocked, tmp_path / "file"))
+    assert not compiled_fit.is_compiled()
+
+
+def test_a_change_of_source_version_or_processor_is_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_fit, "_paths", compiled_fit._paths.__wrapped__)
+    before = compiled_fit._paths()
+    assert before == compiled_fit._paths()
+    monkeypatch.setattr(compiled_fit, "version", lambda name: "another")
+    assert {path.name for path in before}.isdisjoint(path.name for path in compiled_fit._paths())
