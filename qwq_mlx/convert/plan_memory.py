@@ -26,7 +26,7 @@ _FITTED_BYTES_PER_WEIGHT = 2  # of a block: what it was packed into
 _BYTES_PER_WEIGHT = (
     6  # of a block that is not fitted: as float32, and a tile of what it was packed into, as float32 again
 )
-_LOADED_BYTES, _COMPILED_BYTES = 12_000_000, 160_000_000
+_LOADED_BYTES, _COMPILED_BYTES = 18_000_000, 160_000_000
 """The fit's machine code with what runs of LLVM; numba, where it has to be compiled first (Linux x86, numba 0.68)."""
 _DECODED_BYTES_PER_WEIGHT = 12  # of a GGUF's block: float32, and what decoding it takes
 
