@@ -109,7 +109,8 @@ def _kept() -> bytes | None:
 
 
 @functools.cache
-def _paths() -> tuple[Path, Path]:
+def _paths() -> tuple[Path, ...]:
+    """Where the code is kept, the best place first."""
     import llvmlite.binding as llvm
 
     parts = [path.read_bytes() for path in _SOURCES]
@@ -117,4 +118,6 @@ def _paths() -> tuple[Path, Path]:
     parts += [each.encode() for each in (version("numba"), version("llvmlite"), machine)]
     name = f"fit-{hashlib.sha256(b''.join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]}.o"
     beside = Path(importlib.util.cache_from_source(str(_SOURCES[0])))
-    return beside.with_name(name), user_cache_folder(os.environ) / name
+    with suppress(RuntimeError):  # a user without a home
+        return beside.with_name(name), user_cache_folder(os.environ) / name
+    return (beside.with_name(name),)

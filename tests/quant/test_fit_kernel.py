@@ -103,3 +103,13 @@ def test_a_change_of_source_version_or_processor_is_another_file(monkeypatch: py
     assert before == compiled_fit._paths()
     monkeypatch.setattr(compiled_fit, "version", lambda name: "another")
     assert {path.name for path in before}.isdisjoint(path.name for path in compiled_fit._paths())
+
+
+def test_a_user_without_a_home_has_one_place_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert len(compiled_fit._paths.__wrapped__()) == 1
