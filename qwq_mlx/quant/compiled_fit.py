@@ -26,7 +26,7 @@ from qwq_mlx.files.user_folders import user_cache_folder
 
 __all__ = ["fit_kernel", "is_compiled"]
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("fit_kernel.py", "least_squares.py")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("fit_kernel.py", "least_squares.py", "compiled_fit.py")]
 _NAME = "fit_groups"
 _lock = threading.Lock()
 
