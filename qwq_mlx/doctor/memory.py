@@ -14,7 +14,9 @@ from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.load import load_model
+from qwq_mlx.model.memory.activations import unpacked_bytes
 from qwq_mlx.model.memory.plan import Workload, can_quantize, plan_memory
+from qwq_mlx.model.memory.workload import FLOAT_BYTES
 from qwq_mlx.model.upstream import import_mlx
 from qwq_mlx.options import NEUTRAL, Sampling
 
@@ -31,18 +33,21 @@ _N_TOKENS = 4
 def check_memory_plan(subject: Subject) -> Result:
     """Planned over measured peak is within the bounds, for a plain cache and for quantized ones where there are any."""
     files = open_model_folder(subject.pocket_folder)
-    ratios = {}
+    # so small a layer is over before MLX has let go of the matrices that the one before was unpacked to
+    late = unpacked_bytes(files.config, FLOAT_BYTES["bfloat16"]) if subject.backend == "cuda" else 0
+    ratios, is_near = {}, True
     for kv_bits in (None, 8, 4):
         if kv_bits is not None and not can_quantize(files.config, subject.backend):
             continue
         workload = Workload(context=_CONTEXT, kv_bits=kv_bits, prefill_step=_STEP)
         plan = plan_memory(files, workload, backend=subject.backend)
-        ratios[f"cache of {kv_bits or 'all'} bits"] = plan.peak_bytes / measured_peak(subject, workload)
-    is_near = all(BOUNDS[0] <= ratio <= BOUNDS[1] for ratio in ratios.values())
+        measured = measured_peak(subject, workload)
+        ratios[f"cache of {kv_bits or 'all'} bits"] = plan.peak_bytes / measured
+        is_near &= BOUNDS[0] <= (plan.peak_bytes + late) / measured and plan.peak_bytes / measured <= BOUNDS[1]
     return Result(
         outcome="ok" if is_near else "failed",
         found="planned over measured peak: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()),
-        expected=f"from {BOUNDS[0]} to {BOUNDS[1]}",
+        expected=f"from {BOUNDS[0]} to {BOUNDS[1]}" + (f", or {late / 1e6:.1f} MB less" if late else ""),
         values={"planned/measured": {name: round(ratio, 4) for name, ratio in ratios.items()}},
     )
 

@@ -20,6 +20,9 @@ from qwq_mlx.doctor.claims import CLAIMS, judge_claims
 from qwq_mlx.errors import NotFiniteError
 from qwq_mlx.model import attention as model_attention
 from qwq_mlx.model import device
+from qwq_mlx.model.folder import open_model_folder
+from qwq_mlx.model.memory.activations import unpacked_bytes
+from qwq_mlx.model.memory.plan import Workload, plan_memory
 
 RECORDED = json.loads(recorded._FILE.read_text())
 
@@ -177,6 +180,21 @@ def test_a_plan_is_held_against_the_peak_and_one_that_is_off_fails(
     off = memory.check_memory_plan(tiny)
     assert off.outcome == "failed"
     assert off.values["planned/measured"]["cache of all bits"] > 1.8
+
+
+@pytest.mark.tiny
+def test_on_cuda_a_small_model_may_hold_the_unpacked_matrices_of_two_layers(
+    tiny: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = Subject("cuda", tiny.pocket_folder)
+    files = open_model_folder(tiny.pocket_folder)
+    plan = plan_memory(files, Workload(context=512, prefill_step=128), backend="cuda")
+    layer = unpacked_bytes(files.config, 2)
+    for held, outcome in ((plan.peak_bytes + layer, "ok"), (plan.peak_bytes + 3 * layer, "failed")):
+        monkeypatch.setattr(memory, "measured_peak", lambda *_, held=held: held)
+        assert memory.check_memory_plan(cuda).outcome == outcome
+    monkeypatch.setattr(memory, "measured_peak", lambda *_: plan.peak_bytes // 2)
+    assert memory.check_memory_plan(cuda).outcome == "failed", "too much is never planned"
 
 
 class FakeMetal:

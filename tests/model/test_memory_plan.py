@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.errors import LoadError, OptionError
 from qwq_mlx.facts import QWQ_32B_PREVIEW
+from qwq_mlx.model.architecture import tensor_shapes
 from qwq_mlx.model.load import load_model
 from qwq_mlx.model.memory.advice import lighter
 from qwq_mlx.model.memory.plan import (
@@ -235,6 +237,21 @@ def test_a_context_beyond_the_models_is_refused() -> None:
 def test_a_backend_that_does_not_exist_is_refused() -> None:
     with pytest.raises(OptionError, match="backend is 'rocm', expected one of metal, cuda, cpu"):
         plan_memory(QWQ, backend="rocm")  # type: ignore[arg-type]
+
+
+def test_on_cuda_a_pass_of_many_ids_unpacks_one_layer_and_one_of_few_does_not() -> None:
+    """A layer of the 32B has 487.6 M weights in matrices."""
+    many, few = (
+        plan_memory(QWQ, Workload(context=1024, prefill_step=step), backend="cuda").prefill_bytes
+        - plan_memory(QWQ, Workload(context=1024, prefill_step=step), backend="metal").prefill_bytes
+        for step in (33, 32)
+    )
+    in_layer = sum(
+        math.prod(shape)
+        for name, shape in tensor_shapes(QWQ.config).items()
+        if name.startswith("model.layers.0.") and len(shape) == 2
+    )
+    assert (many, few) == (2 * in_layer, 0)
 
 
 def test_a_cache_that_cannot_be_quantized_is_refused(tiny_checkpoint: Path) -> None:

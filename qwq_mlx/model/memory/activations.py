@@ -30,7 +30,16 @@ from __future__ import annotations
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.memory.workload import Backend
 
-__all__ = ["CACHE_STEP", "MAX_FEW_ROWS", "MIN_BLAS_ROWS", "logits_bytes", "n_positions", "pass_bytes", "sampler_bytes"]
+__all__ = [
+    "CACHE_STEP",
+    "MAX_FEW_ROWS",
+    "MIN_BLAS_ROWS",
+    "logits_bytes",
+    "n_positions",
+    "pass_bytes",
+    "sampler_bytes",
+    "unpacked_bytes",
+]
 
 CACHE_STEP = 256
 """A cache grows by so many positions, as mlx_lm's do."""
@@ -58,6 +67,12 @@ def sampler_bytes(config: Qwen2Config) -> int:
     return _SAMPLER_COPIES * config.vocab_size * 4
 
 
+def unpacked_bytes(config: Qwen2Config, float_bytes: int) -> int:
+    """The matrices of one layer, unpacked."""
+    width = config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    return config.hidden_size * (2 * width + 3 * config.intermediate_size) * float_bytes
+
+
 def pass_bytes(
     config: Qwen2Config,
     *,
@@ -80,8 +95,7 @@ def pass_bytes(
     else:
         held = (3 * n_ids * config.intermediate_size + 9 * n_ids * config.hidden_size) * float_bytes
     if backend == "cuda" and n_ids > MAX_FEW_ROWS:
-        width = config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
-        held += config.hidden_size * (2 * width + 3 * config.intermediate_size) * float_bytes
+        held += unpacked_bytes(config, float_bytes)
     n_before_growth = max(0, n_positions(context) - CACHE_STEP - n_shared)
     return max(held, n_before_growth * layer_bytes // 2)  # keys grow, then values, before a pass
 
