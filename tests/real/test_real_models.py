@@ -83,7 +83,9 @@ def test_what_a_conversion_lost_is_what_transformers_finds_on_its_unpacked_weigh
     for window, reference, packed_one, measured in zip(text.windows, before, after, ours.windows, strict=True):
         ids = torch.tensor(window.ids[window.first :])[:, None]
         kl = (reference.exp() * (reference - packed_one)).sum(-1).numpy()
-        np.testing.assert_allclose(measured.kl, kl, atol=2e-5, rtol=2e-3)
+        # both in float32: log-probabilities are equal to some 1e-4, and so is what they differ by
+        np.testing.assert_allclose(measured.kl, kl, atol=3e-4)
+        np.testing.assert_allclose(measured.kl.mean(), kl.mean(), rtol=2e-3)
         np.testing.assert_allclose(measured.logprob, packed_one.gather(1, ids)[:, 0].numpy(), atol=1e-3)
     assert np.concatenate([each.kl for each in ours.windows]).mean() > 0.005
 
