@@ -46,7 +46,7 @@ def use_few_row_kernels(module: Any) -> None:
     for layer in module.layers:
         graphs = _graphs_of(layer)
         if graphs is not None:
-            layer.graphs, layer.__class__ = graphs, _block_class()
+            layer.graphs, layer.arrays, layer.__class__ = graphs, _arrays_of(layer), _block_class()
     for each in module.modules():
         if type(each) is nn.QuantizedLinear:
             each.tiling, each.__class__ = _common_tiling((each,), has_bias=None), _CudaLinear
@@ -74,6 +74,24 @@ class _LayerGraphs:
     before_attention: Callable[..., list[mx.array]]
     after_attention: Callable[..., mx.array]
     whole: BoundedGraph
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerArrays:
+    """What a layer's graphs take of it, collected once: for each pass it would take as long as the graphs' calls."""
+
+    before: list[mx.array]
+    after: list[mx.array]
+
+
+def _arrays_of(layer: Any) -> _LayerArrays:
+    attention, mlp = layer.self_attn, layer.mlp
+    three = (attention.q_proj, attention.k_proj, attention.v_proj)
+    rest = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return _LayerArrays(
+        [layer.input_layernorm.weight, *(array for each in three for array in (*_matrix(each), each["bias"]))],
+        [layer.post_attention_layernorm.weight, *(array for each in rest for array in _matrix(each))],
+    )
 
 
 def _graphs_of(layer: Any) -> _LayerGraphs | None:
@@ -196,19 +214,14 @@ def _block_class() -> type[Any]:
         def __call__(self, x: Any, mask: Any = None, cache: Any = None) -> Any:
             if not _is_few(x):
                 return super().__call__(x, mask, cache)
-            attention, mlp = self.self_attn, self.mlp
-            three = (attention.q_proj, attention.k_proj, attention.v_proj)
-            before = [self.input_layernorm.weight]
-            before += [array for each in three for array in (*_matrix(each), each["bias"])]
-            rest = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-            after = [self.post_attention_layernorm.weight, *(array for each in rest for array in _matrix(each))]
+            before, after = self.arrays.before, self.arrays.after
             if isinstance(cache, InPlaceRows) and len(cache.groups) == 1 and cache.others is None:
                 [group] = cache.groups
                 arrays = [each for each in group.batch.whole() if each is not None]
                 result = self.graphs.whole(x, list(cache.rotation), group.at, arrays, before, after)
                 cache.advance()
                 return result
-            mixed = attention.attend(self.graphs.before_attention(x, *before), mask, cache)
+            mixed = self.self_attn.attend(self.graphs.before_attention(x, *before), mask, cache)
             return self.graphs.after_attention(mixed, x, *after)
 
     return FewRowBlock
