@@ -1,11 +1,12 @@
 """Forms that were measured by several runs of measure_real.py, in one table: of runs on the same traces.
 
-    python scripts/join_sums.py RUN.sums... [--first FORM] [--source NAME] [--calibration TEXT]
+    python scripts/join_sums.py RUN.sums... [--first FORM] [--without TEXT.jsonl] [--source NAME] [--calibration TEXT]
 
 RUN.sums: what --sums wrote; where RUN.json, what that run printed, lies beside it the forms' bytes come from there.
 All runs must have measured the same tokens of the same traces. Prints what one run with all forms would have printed:
 every form is paired with --first (the first form of the first file, where nobody says). A form that several runs
-measured is taken from the first of them, and said on stderr with how far the others are from it.
+measured is taken from the first of them, and said on stderr with how far the others are from it. --without leaves out
+the traces that are lines of a calibration text (by "id"): what calibrated a form must not judge it.
 
 Does not: measure anything.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.sums")
     parser.add_argument("--first", metavar="FORM", help="what the others are compared with")
+    parser.add_argument("--without", type=Path, metavar="TEXT.jsonl", help="leave out traces with these ids")
     parser.add_argument("--source", default="", help="said in the result")
     parser.add_argument("--calibration", default="", help="said in the result")
     options = parser.parse_args()
-    tallies = joined(options.runs)
+    tallies = joined(options.runs, without=ids_of(options.without) if options.without else frozenset())
     first = options.first or next(iter(tallies))
     if first not in tallies:
         parser.error(f"--first {first} was not measured; there are {', '.join(tallies)}")
@@ -49,12 +51,22 @@ def main() -> int:
     return 0
 
 
-def joined(runs: Sequence[Path]) -> dict[str, Sums]:
-    """Sums of every form over the traces, by its name."""
+def ids_of(text: Path) -> frozenset[str]:
+    """The ids of a text's lines."""
+    return frozenset(json.loads(line)["id"] for line in text.read_text(encoding="utf-8").splitlines())
+
+
+def joined(runs: Sequence[Path], *, without: Set[str] = frozenset()) -> dict[str, Sums]:
+    """Sums of every form over the traces, by its name. without: ids of traces that are left out."""
     tallies: dict[str, Sums] = {}
     traces: list[tuple[str, int]] = []
     for run in runs:
         lines = [json.loads(line) for line in run.read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lines if line["id"] not in without]
+        if not lines:
+            raise SystemExit(
+                f"{run}: no trace is left, expected one that --without does not name. Leave --without away."
+            )
         measured = [(line["id"], line["n_tokens"]) for line in lines]
         traces = traces or measured
         if measured != traces:

@@ -56,3 +56,19 @@ def test_runs_of_other_tokens_are_refused(script: ModuleType, tmp_path: Path) ->
         (tmp_path / name).write_text(json.dumps(line), encoding="utf-8")
     with pytest.raises(SystemExit, match=r"b: 1 traces with 8 tokens, expected the 1 with 7 of .*a\."):
         script.joined([tmp_path / "a", tmp_path / "b"])
+
+
+def test_traces_of_a_text_are_left_out(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, text = tmp_path / "a.sums", tmp_path / "text.jsonl"
+    sums = {"0": [1.0, 2.0, 3.0], "1": [5.0, 1.0, 9.0], "2": [3.0, 4.0, 5.0]}
+    lines = [json.dumps({"id": id_, "n_tokens": 4, "sums": {"2bit": each}}) for id_, each in sums.items()]
+    run.write_text("\n".join(lines), encoding="utf-8")
+    text.write_text(json.dumps({"id": "1", "messages": []}), encoding="utf-8")
+    result, _ = call(script, [str(run), "--without", str(text)], monkeypatch, capsys)
+    row = result["rows"][0]
+    assert (row["n_traces"], row["n_tokens"], row["kl"], row["loss"]) == (2, 8, (1 + 3) / 8, (3 + 5) / 8)
+    run.write_text(lines[1], encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"a\.sums: no trace is left"):
+        call(script, [str(run), "--without", str(text)], monkeypatch, capsys)
