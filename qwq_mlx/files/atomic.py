@@ -44,9 +44,10 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Write a whole file: after a crash at any moment path holds the old bytes, or all of the new ones.
 
+    mode: who may do what with it, less what the umask takes.
     Raises OSError (disk full, no permission); the temporary file is then removed. A path that is there and no regular
     file (/dev/stdout, a pipe) is refused: the rename would put a file in its place.
     """
@@ -54,7 +55,8 @@ def write_file(path: Path, data: bytes) -> None:
         raise OSError(errno.EINVAL, "it is there and no regular file", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, mode), "wb") as file:
             file.write(data)
             file.flush()
             fsync_file(file.fileno())

@@ -4,6 +4,9 @@ The code lies where Python keeps its own (`__pycache__`), else in the user's cac
 written it is compiled again each time. Loading it takes LLVM alone: numba itself would cost every conversion 0.5 s and
 110 MB more. A name holds the digest of all that the code follows from: sources, versions and the processor.
 
+A digest in the file tells of damage, not of malice: whoever can write there can write it, too. So code is loaded only
+from a file that this user, root or the owner of the sources has written, and that nobody else may write.
+
 Does not: say what the kernel computes.
 """
 
@@ -91,21 +94,41 @@ def _compile() -> bytes:
     if foreign:
         raise RuntimeError(f"the compiled fit calls {', '.join(foreign)}, expected nothing but itself.")
     code: bytes = target.emit_object(module)
+    _keep(code)
+    return code
+
+
+def _keep(code: bytes) -> None:
+    """Where it can be written so that it will be read: some file systems let everybody write every file."""
     for path in _paths():
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, hashlib.sha256(code).digest() + code)
-            break
-    return code
+            write_file(path, hashlib.sha256(code).digest() + code, mode=0o644)
+            if _read(path) is not None:
+                return
 
 
 def _kept() -> bytes | None:
     for path in _paths():
         with suppress(OSError):
-            data = path.read_bytes()
-            if hashlib.sha256(data[32:]).digest() == data[:32]:
-                return data[32:]
+            if (code := _read(path)) is not None:
+                return code
     return None
+
+
+def _read(path: Path) -> bytes | None:
+    """None where the file is damaged, or somebody else may have written it. Raises OSError."""
+    with path.open("rb") as file:
+        about = os.fstat(file.fileno())
+        if about.st_uid not in _trusted_owners() or about.st_mode & 0o022:
+            return None
+        data = file.read()
+    return data[32:] if hashlib.sha256(data[32:]).digest() == data[:32] else None
+
+
+def _trusted_owners() -> set[int]:
+    """Users who can make this process run what they like as it is."""
+    return {os.geteuid(), 0, _SOURCES[0].stat().st_uid}
 
 
 @functools.cache

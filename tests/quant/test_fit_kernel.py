@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,43 @@ def test_code_is_kept_where_it_can_be_and_damage_is_noticed(tmp_path: Path, monk
     assert not compiled_fit.is_compiled()
     monkeypatch.setattr(compiled_fit, "_paths", lambda: (blocked, tmp_path / "file"))
     assert not compiled_fit.is_compiled()
+
+
+def test_code_that_somebody_else_may_have_written_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its digest is right: who can write the code can write that, too."""
+    monkeypatch.setattr(compiled_fit, "_paths", lambda: (tmp_path / "fit.o",))
+    before = os.umask(0)  # whoever lets all others write, does not let them write this
+    try:
+        compiled_fit._keep(b"code")
+    finally:
+        os.umask(before)
+    assert compiled_fit._kept() == b"code"
+    for mode in (0o664, 0o646):
+        (tmp_path / "fit.o").chmod(mode)
+        assert compiled_fit._kept() is None
+    (tmp_path / "fit.o").chmod(0o644)
+    assert compiled_fit._kept() == b"code"
+    monkeypatch.setattr(compiled_fit, "_trusted_owners", lambda: {os.getuid() + 1})
+    assert compiled_fit._kept() is None
+
+
+def test_where_all_files_can_be_written_by_all_the_next_place_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exFAT, or a drive of Windows in WSL."""
+    first, second = tmp_path / "shared" / "fit.o", tmp_path / "own" / "fit.o"
+    monkeypatch.setattr(compiled_fit, "_paths", lambda: (first, second))
+    write = compiled_fit.write_file
+
+    def written(path: Path, data: bytes, **given: int) -> None:
+        write(path, data, **given)
+        path.chmod(0o777 if path == first else 0o644)
+
+    monkeypatch.setattr(compiled_fit, "write_file", written)
+    compiled_fit._keep(b"code")
+    assert second.exists() and compiled_fit._kept() == b"code"
 
 
 def test_a_change_of_source_version_or_processor_is_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
