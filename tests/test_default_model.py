@@ -14,7 +14,7 @@ from qwq_mlx.default_model import Choice, choose_model, ready_model
 from qwq_mlx.errors import ConversionError, LoadError, SourceError
 from qwq_mlx.facts import POCKET, QWQ_32B_PREVIEW, ModelFacts
 from qwq_mlx.files.manifest import read_manifest
-from qwq_mlx.files.user_folders import user_cache_folder
+from qwq_mlx.files.user_folders import user_cache_folder, user_data_folder
 
 
 @pytest.fixture
@@ -104,6 +104,15 @@ def test_the_cache_folder_follows_the_system(monkeypatch: pytest.MonkeyPatch) ->
     assert user_cache_folder({}) == Path("/home/u/.cache/qwq-mlx")
     monkeypatch.setattr("sys.platform", "darwin")
     assert user_cache_folder({}) == Path("/home/u/Library/Caches/qwq-mlx")
+
+
+@pytest.mark.parametrize("relative", ["", ".", "cache"])
+def test_no_folder_of_the_user_is_below_the_working_folder(relative: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/u"))
+    monkeypatch.setattr("sys.platform", "linux")
+    environment = {"XDG_CACHE_HOME": relative, "XDG_DATA_HOME": relative}
+    assert user_cache_folder(environment) == Path("/home/u/.cache/qwq-mlx")
+    assert user_data_folder(environment) == Path("/home/u/.local/share/qwq-mlx")
 
 
 def test_no_model_at_all_says_what_to_do(package: Path) -> None:
