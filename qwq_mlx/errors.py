@@ -15,7 +15,7 @@
     |  |- DamagedModelError   bytes of the loaded conversion are not its manifest's
     |  |- OutOfMemoryError    an allocation failed though the plan fitted; exit code 5
     |  `- SavingError         a run, trace, receipt or line cannot be written; exit code 3 where the disk is full
-    `- BackendError          MLX has no usable backend on this machine
+    `- BackendError          MLX has no usable backend on this machine, or numba cannot compile for it
 
 `convert` and `generate` exit with an error's `exit_code`, which is 1 where the tree names no other; the other commands
 know 1 and 2. Every message says where, what was found, what was expected, and what to do next.
@@ -311,7 +311,7 @@ class RankError(QwqError):
 
 
 class BackendError(QwqError):
-    """MLX is missing or has no usable backend on this machine.
+    """MLX is missing or has no usable backend on this machine, or numba cannot compile for it.
 
     >>> qwq_mlx.BackendError.exit_code
     1

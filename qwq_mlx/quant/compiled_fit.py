@@ -18,12 +18,13 @@ import hashlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from qwq_mlx.errors import BackendError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.user_folders import user_cache_folder
 
@@ -51,14 +52,48 @@ def _loaded() -> tuple[Callable[..., None], Any]:
 
 
 def fit_kernel() -> Callable[..., None]:
-    """`fit_kernel.fit_groups`, pointers as whole numbers. The first call loads it, and compiles it where it must."""
-    with _lock:
+    """`fit_kernel.fit_groups`, pointers as whole numbers. The first call loads it, and compiles it where it must.
+
+    Raises BackendError where numba or LLVM cannot.
+    """
+    with _lock, _explained():
         return _loaded()[0]
 
 
 def is_compiled() -> bool:
-    """Whether its code is kept from before, so that loading it takes milliseconds."""
-    return _kept() is not None
+    """Whether its code is kept from before, so that loading it takes milliseconds. Raises BackendError without LLVM."""
+    with _explained():
+        return _kept() is not None
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Errors of numba and LLVM as one that says what to do."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        raise BackendError(
+            f"The fit of packed weights cannot be compiled or loaded here ({type(error).__name__}: {error}). "
+            "It takes numba with its llvmlite, and a numpy that numba knows: pip install --upgrade numba numpy."
+        ) from error
+
+
+@contextmanager
+def _without_settings() -> Iterator[None]:
+    """numba without what the environment sets for other programs: to interpret, to check bounds, to compile slow code.
+
+    All but the number of threads, which may not change any more once they run, and of which there are none here.
+    """
+    from numba.core import config
+
+    names = [name for name in os.environ if name.startswith("NUMBA_") and name != "NUMBA_NUM_THREADS"]
+    given = {name: os.environ.pop(name) for name in names}
+    config.reload_config()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        os.environ.update(given)
+        config.reload_config()  # type: ignore[no-untyped-call]
 
 
 def _target() -> Any:
@@ -79,11 +114,17 @@ def _target() -> Any:
 def _compile() -> bytes:
     """Machine code by numba, kept where it can be."""
     import llvmlite.binding as llvm
+    from numba.core.errors import NumbaError
 
-    from qwq_mlx.quant.fit_kernel import compiled
+    target = _target()
+    with _without_settings():
+        from qwq_mlx.quant.fit_kernel import compiled
 
-    function, target = compiled(), _target()
-    module = llvm.parse_assembly(function.inspect_llvm())
+        try:
+            function = compiled()
+        except NumbaError as error:  # of a numba that is newer than this package, say
+            raise RuntimeError(f"numba {version('numba')}: {error}") from error
+        module = llvm.parse_assembly(function.inspect_llvm())
     for each in module.functions:
         if not each.is_declaration:
             each.linkage = "external" if each.name == function.native_name else "internal"

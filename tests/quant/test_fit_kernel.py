@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 from plain_fit import plain_fit
 from rows import PACKINGS, awkward_rows
 
+from qwq_mlx.errors import BackendError
 from qwq_mlx.quant import compiled_fit
 from qwq_mlx.quant.fit import FittedGroups, fit_groups
 from qwq_mlx.quant.packing import DTYPES, Packing, round_to
 
+SETTINGS = {"NUMBA_OPT": "0", "NUMBA_BOUNDSCHECK": "1"}
 AFFINE = [packing for packing in PACKINGS if packing.is_affine]
 
 
@@ -90,12 +93,39 @@ def test_code_is_kept_where_it_can_be_and_damage_is_noticed(tmp_path: Path, monk
     blocked, kept = tmp_path / "file" / "fit.o", tmp_path / "cache" / "fit.o"
     monkeypatch.setattr(compiled_fit, "_paths", lambda: (blocked, kept))
     assert not compiled_fit.is_compiled()
+    for name, value in SETTINGS.items():  # with each of these numba's code would call what is not there
+        monkeypatch.setenv(name, value)
     code = compiled_fit._compile()
     assert compiled_fit.is_compiled() and compiled_fit._kept() == code
     kept.write_bytes(kept.read_bytes()[:-1])
     assert not compiled_fit.is_compiled()
     monkeypatch.setattr(compiled_fit, "_paths", lambda: (blocked, tmp_path / "file"))
     assert not compiled_fit.is_compiled()
+
+
+def test_settings_for_other_programs_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.core import config
+
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    config.reload_config()
+    with compiled_fit._without_settings():
+        assert (config.DISABLE_JIT, config.BOUNDSCHECK, int(config.OPT)) == (0, None, 3)
+    assert (config.DISABLE_JIT, config.BOUNDSCHECK, int(config.OPT)) == (1, 1, 0)
+    monkeypatch.undo()
+    config.reload_config()
+    assert config.DISABLE_JIT == 0
+
+
+@pytest.mark.parametrize("missing", ["numba", "llvmlite"])
+def test_without_numba_the_error_says_what_to_do(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(compiled_fit, "_loaded", compiled_fit._loaded.__wrapped__)
+    monkeypatch.setattr(compiled_fit, "_paths", lambda: (tmp_path / "fit.o",))
+    with pytest.raises(BackendError, match=rf"ModuleNotFoundError: .*{missing}.*pip install --upgrade numba numpy"):
+        compiled_fit.fit_kernel()
 
 
 def test_code_that_somebody_else_may_have_written_is_not_loaded(
