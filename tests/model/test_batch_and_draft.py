@@ -199,3 +199,20 @@ def test_what_binds_and_the_arithmetic_name_the_batch_and_the_draft_model() -> N
     assert lines[6].startswith("speculative")
     assert lines[6].endswith("bytes  3 ids guessed by a draft model, as in mlx-lm")
     assert plan_memory(DRAFT, Workload(draft=QWQ)).binds == "speculative"
+
+
+def test_on_cuda_a_step_of_more_than_32_rows_holds_the_unpacked_output_matrix() -> None:
+    """Of more rows alone, or of drafts that are checked with them; a tied one stays packed, and a layer is unpacked."""
+    head, layer = 152_064 * 5120 * 2, 5120 * (2 * 128 * (40 + 8) + 3 * 27_648) * 2
+    tied = replace(QWQ, config=replace(QWQ.config, tie_word_embeddings=True))
+
+    def step(shape: ModelShape, n_sequences: int, **drafts: Any) -> int:
+        workload = Workload(context=256, prefill_step=1, n_sequences=n_sequences, **drafts)
+        plan = plan_memory(shape, workload, backend="cuda")
+        return plan.peak_bytes - plan.weights_bytes - n_sequences * plan.kv_bytes
+
+    drafts = {"drafts_from_texts": True, "n_draft": 15}
+    for shape, unpacked in ((QWQ, head), (tied, layer)):
+        assert step(shape, 33) - step(shape, 32) == step(shape, 32) - step(shape, 31) + unpacked
+        of_two, of_three = (step(shape, n, **drafts) - step(shape, n) for n in (2, 3))
+        assert of_three == of_two * 3 // 2 + unpacked

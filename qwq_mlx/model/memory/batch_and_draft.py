@@ -25,7 +25,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qwq_mlx.model.architecture import Qwen2Config
-from qwq_mlx.model.memory.activations import CACHE_STEP, MIN_BLAS_ROWS, logits_bytes, n_positions, sampler_bytes
+from qwq_mlx.model.memory.activations import (
+    CACHE_STEP,
+    MAX_FEW_ROWS,
+    MIN_BLAS_ROWS,
+    logits_bytes,
+    n_positions,
+    sampler_bytes,
+    unpacked_bytes,
+)
 from qwq_mlx.model.memory.sizes import (
     bytes_of_float,
     bytes_of_pass,
@@ -57,6 +65,7 @@ def batch_bytes(config: Qwen2Config, workload: Workload, context: int, backend: 
 def _side_by_side_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
     n_sequences, n_shared = workload.n_sequences, workload.n_shared
     step = bytes_of_pass(config, workload, n_sequences, context, backend, n_shared=n_shared)
+    step += _more_unpacked_bytes(config, workload, backend)
     drawing = n_sequences * (logits_bytes(config) + sampler_bytes(config)) if workload.rank == 0 else 0
     is_batched = _is_batched(workload, backend)
     if n_shared and not is_batched:  # no layer attends any more when the logits are there
@@ -76,6 +85,20 @@ def _side_by_side_bytes(config: Qwen2Config, workload: Workload, context: int, b
     return max(
         _cache_bytes(config, workload, n_shared, backend) + prefill, n_shared * per_token + own + max(step, regrouped)
     )
+
+
+def _more_unpacked_bytes(config: Qwen2Config, workload: Workload, backend: Backend) -> int:
+    """What a step on CUDA unpacks more than a pass of an id of each row: a layer for drafts that are checked with them,
+    or the output matrix, which is larger; an embedding that is one, too, is multiplied as it is packed."""
+    is_drafting = workload.draft is not None or workload.drafts_from_texts
+    n_rows = workload.n_sequences * (1 + (workload.n_draft if is_drafting else 0))
+    if backend != "cuda" or n_rows <= MAX_FEW_ROWS:
+        return 0
+    float_bytes = bytes_of_float(workload, backend)
+    layer, head = unpacked_bytes(config, float_bytes), config.hidden_size * config.vocab_size * float_bytes
+    has_head = workload.rank == 0 and not config.tie_word_embeddings
+    planned = layer if workload.n_sequences > MAX_FEW_ROWS else 0
+    return max(layer, head if has_head else 0) - planned
 
 
 def _copies_bytes(config: Qwen2Config, workload: Workload, context: int, backend: Backend) -> int:
