@@ -101,6 +101,8 @@ def _bench(command: Command) -> int:
     )
     if options.is_shaped_only and (left := [each for each in subjects if each in _FOLDER_SUBJECTS]):
         raise OptionError(f"{left[0]} measures a model folder, which --shaped-only leaves out. Leave away one of them.")
+    if options.is_shaped_only and parsed.model is not None:
+        raise OptionError(f"--model {parsed.model} is left out by --shaped-only. Leave away one of them.")
     from qwq_mlx.model.upstream import import_mlx
 
     import_mlx()  # its error says what to install

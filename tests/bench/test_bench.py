@@ -265,6 +265,7 @@ def test_the_default_is_decode_alone_and_layers_zero_leaves_the_shaped_model_out
     [
         (["decode", "load", "--shaped-only"], "load measures a model folder, which --shaped-only leaves out"),
         (["--shaped-only", "--layers", "0"], "are both left out"),
+        (["--shaped-only", "--model", "mine"], "--model mine is left out by --shaped-only"),
     ],
 )
 def test_subjects_that_nothing_is_left_for_are_refused(
