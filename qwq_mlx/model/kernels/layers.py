@@ -15,6 +15,7 @@ Does not: change a layer on Metal or the CPU.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,8 @@ def use_few_row_kernels(module: Any) -> None:
     for layer in module.layers:
         graphs = _graphs_of(layer)
         if graphs is not None:
-            layer.graphs, layer.arrays, layer.__class__ = graphs, _arrays_of(layer), _block_class()
+            layer.graphs, layer.__class__ = graphs, _block_class()
+            layer._collect()
     for each in module.modules():
         if type(each) is nn.QuantizedLinear:
             each.tiling, each.__class__ = _common_tiling((each,), has_bias=None), _CudaLinear
@@ -78,20 +80,39 @@ class _LayerGraphs:
 
 @dataclass(frozen=True, slots=True)
 class _LayerArrays:
-    """What a layer's graphs take of it, collected once: for each pass it would take as long as the graphs' calls."""
+    """What a layer's graphs take of it, collected once: for each pass it would take as long as the graphs' calls.
+
+    modules, names, values: where each array, and each linear layer, was found.
+    """
 
     before: list[mx.array]
     after: list[mx.array]
+    modules: tuple[Any, ...]
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+
+    def are_current(self) -> bool:
+        """Whether nobody has given the layer other weights, or other linear layers."""
+        return all(map(operator.is_, map(dict.get, self.modules, self.names), self.values))
 
 
 def _arrays_of(layer: Any) -> _LayerArrays:
-    attention, mlp = layer.self_attn, layer.mlp
-    three = (attention.q_proj, attention.k_proj, attention.v_proj)
-    rest = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    return _LayerArrays(
-        [layer.input_layernorm.weight, *(array for each in three for array in (*_matrix(each), each["bias"]))],
-        [layer.post_attention_layernorm.weight, *(array for each in rest for array in _matrix(each))],
-    )
+    attention, mlp, found = layer.self_attn, layer.mlp, list[tuple[Any, str, Any]]()
+
+    def take(module: Any, *names: str) -> list[mx.array]:
+        found.extend((module, name, module[name]) for name in names)
+        return [module[name] for name in names]
+
+    before, after = take(layer.input_layernorm, "weight"), take(layer.post_attention_layernorm, "weight")
+    for owner, name, arrays in (
+        *((attention, name, before) for name in ("q_proj", "k_proj", "v_proj")),
+        (attention, "o_proj", after),
+        *((mlp, name, after) for name in ("gate_proj", "up_proj", "down_proj")),
+    ):
+        found.append((owner, name, owner[name]))
+        arrays.extend(take(owner[name], "weight", "scales", "biases", *(["bias"] if arrays is before else [])))
+    modules, names, values = zip(*found, strict=True)
+    return _LayerArrays(before, after, modules, names, values)
 
 
 def _graphs_of(layer: Any) -> _LayerGraphs | None:
@@ -214,6 +235,8 @@ def _block_class() -> type[Any]:
         def __call__(self, x: Any, mask: Any = None, cache: Any = None) -> Any:
             if not _is_few(x):
                 return super().__call__(x, mask, cache)
+            if not self.arrays.are_current():
+                self._collect()
             before, after = self.arrays.before, self.arrays.after
             if isinstance(cache, InPlaceRows) and len(cache.groups) == 1 and cache.others is None:
                 [group] = cache.groups
@@ -223,5 +246,8 @@ def _block_class() -> type[Any]:
                 return result
             mixed = self.self_attn.attend(self.graphs.before_attention(x, *before), mask, cache)
             return self.graphs.after_attention(mixed, x, *after)
+
+        def _collect(self) -> None:
+            self.arrays: _LayerArrays = _arrays_of(self)
 
     return FewRowBlock

@@ -49,9 +49,13 @@ def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "swiglu_linears", _pair)
 
 
+def _packed(packing: Packing = Packing(bits=4, group_size=64)) -> dict[str, Packing]:  # noqa: B008 - it is frozen
+    return {name.removesuffix(".weight"): packing for name, shape in tensor_shapes(CONFIG).items() if len(shape) == 2}
+
+
 def _module(packing: Packing = Packing(bits=4, group_size=64)) -> tuple[object, object]:  # noqa: B008 - it is frozen
     """A random model whose layers were exchanged, and mlx_lm's own layers on the same arrays."""
-    packed = {name.removesuffix(".weight"): packing for name, shape in tensor_shapes(CONFIG).items() if len(shape) == 2}
+    packed = _packed(packing)
     layers._graphs.cache_clear()  # compiled graphs hold what they were traced with
     module = random_module(CONFIG, packed, "bfloat16", seed=3)
     return module, in_compute_type(module, CONFIG, packed, "bfloat16")
@@ -66,6 +70,16 @@ def test_a_model_of_exchanged_layers_computes_what_mlx_lms_own_does(n_ids: int) 
     for ids in (mx.arange(n_ids)[None], mx.array([[7]])):
         found, expected = ours(ids, cache=caches[0]), theirs(ids, cache=caches[1])
         assert mx.abs(found - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_weights_that_are_exchanged_later_are_multiplied_with() -> None:
+    ours, _ = _module()
+    ids = mx.arange(3)[None]
+    mx.eval(ours(ids))
+    other = random_module(CONFIG, _packed(), "bfloat16", seed=4)
+    ours.update(other.parameters())
+    assert mx.array_equal(ours(ids), other(ids))
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
