@@ -148,8 +148,9 @@ def test_a_draft_model_holds_what_was_planned(module: Any, n_draft: int, context
         )
         assert sum(1 for _ in steps) == N_TOKENS
 
-    # wider than for single runs: a step of mlx-lm checks fewer rows than BLAS takes, a prefill more
-    assert 0.95 < ratio(workload, run, module) < 1.1
+    # wider than for single runs: a step of mlx-lm checks fewer rows than BLAS takes, a prefill more; and beside other
+    # work MLX lets go of up to a fifth sooner
+    assert 0.95 < ratio(workload, run, module) < 1.2
 
 
 def test_what_is_added_is_beside_what_one_sequence_needs() -> None:
