@@ -36,17 +36,25 @@ N_TOKENS = 12
 
 
 def ratio(workload: Workload, run: Callable[[Any], None], module: Any, config: Qwen2Config = SMALL) -> float:
-    """Planned by measured, beside the weights (of both models): those are exact, and would hide what is not."""
+    """Planned by measured, beside the weights (of both models): those are exact, and would hide what is not.
+
+    The plan is for the most that a pass holds, and beside other work MLX lets go sooner: the larger of two runs counts.
+    """
+    measured = max(_measured(run, module) for _ in range(2))
+    plan = plan_memory(ModelShape(config=config, packed={}), workload, backend="cpu")
+    weights_bytes = plan.weights_bytes
+    if workload.draft is not None:
+        weights_bytes += plan_memory(workload.draft, backend="cpu").weights_bytes
+    return (plan.peak_bytes - weights_bytes) / measured
+
+
+def _measured(run: Callable[[Any], None], module: Any) -> int:
     gc.collect()  # what earlier tests left would be freed meanwhile
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     run(module)
-    plan = plan_memory(ModelShape(config=config, packed={}), workload, backend="cpu")
-    weights_bytes = plan.weights_bytes
-    if workload.draft is not None:
-        weights_bytes += plan_memory(workload.draft, backend="cpu").weights_bytes
-    return (plan.peak_bytes - weights_bytes) / (mx.get_peak_memory() - before)
+    return int(mx.get_peak_memory() - before)
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +156,8 @@ def test_a_draft_model_holds_what_was_planned(module: Any, n_draft: int, context
         )
         assert sum(1 for _ in steps) == N_TOKENS
 
-    # wider than for single runs: a step of mlx-lm checks fewer rows than BLAS takes, a prefill more; and beside other
-    # work MLX lets go of up to a fifth sooner
-    assert 0.95 < ratio(workload, run, module) < 1.2
+    # wider than for single runs: a step of mlx-lm checks fewer rows than BLAS takes, a prefill more
+    assert 0.95 < ratio(workload, run, module) < 1.1
 
 
 def test_what_is_added_is_beside_what_one_sequence_needs() -> None:
