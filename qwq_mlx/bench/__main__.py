@@ -29,7 +29,6 @@ SUBJECTS = {
 """Name -> file and function of this folder; imported when it is measured."""
 
 _DEFAULT_SUBJECTS = ("decode",)
-_FOLDER_SUBJECTS = ("load", "first-token", "convert")
 _RESULTS = "benchmarks"
 
 
@@ -99,7 +98,7 @@ def _bench(command: Command) -> int:
         rows=tuple(parsed.rows),
         chunks=tuple(parsed.chunks),
     )
-    if options.is_shaped_only and (left := [each for each in subjects if each in _FOLDER_SUBJECTS]):
+    if options.is_shaped_only and (left := [each for each in subjects if SUBJECTS[each].startswith("folders:")]):
         raise OptionError(f"{left[0]} measures a model folder, which --shaped-only leaves out. Leave away one of them.")
     if options.is_shaped_only and parsed.model is not None:
         raise OptionError(f"--model {parsed.model} is left out by --shaped-only. Leave away one of them.")

@@ -31,4 +31,3 @@ __device__ __forceinline__ uint32_t unpacked(uint32_t word, uint32_t scale, uint
   const __nv_bfloat162 value = __hfma2(__hsub2(as_pair(pair), as_pair(0x43004300u)), as_pair(scale), as_pair(bias));
   return *reinterpret_cast<const uint32_t*>(&value);
 }
-
