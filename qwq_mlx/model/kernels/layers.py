@@ -4,8 +4,8 @@ An NVIDIA GPU, 4 bits, affine, groups of 32, 64 or 128, floats in bfloat16. Quer
 gate and up are one, and the residual is added by the output and down projections. What a layer holds stays the same.
 
 More rows than `MAX_FEW_ROWS`, a prompt's, are multiplied with matrices that are unpacked for them, whatever their bits:
-MLX 0.32.4's product of packed ones takes three times as long, and 45 s to compile for each range of rows. Few rows of a layer
-whose shape or packing does not fit go through MLX's own kernels.
+MLX 0.32.4's product of packed ones takes three times as long, and 45 s to compile for each range of row numbers. Few
+rows of a layer whose shape or packing does not fit go through MLX's own kernels.
 
 Each process compiles a kernel when it is first used, once for each 8 rows: MLX keeps no cache of them.
 
