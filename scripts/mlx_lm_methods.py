@@ -9,7 +9,8 @@ its 512 steps of 4 rows, going over the rows again where they are fewer.
 
 Two things are not as mlx_lm.awq and the others run, because MLX's CPU backend would take hours: the arithmetic is
 float32 instead of bfloat16 (a BLAS multiplies only that), and a packed layer unpacks its weights before it multiplies,
-which gives the same numbers as the packed product and the same gradients. Scales and biases are stored in bfloat16.
+a tied output matrix too, which gives the same numbers as the packed product and the same gradients. Scales and biases
+are stored in bfloat16.
 
 Does not: measure the result, or change what a method decides.
 """
@@ -37,7 +38,7 @@ def main() -> int:
     from mlx_lm.utils import load, save
 
     mx.random.seed(0)
-    nn.QuantizedLinear.__call__ = _multiply_unpacked
+    nn.QuantizedLinear.__call__ = nn.QuantizedEmbedding.as_linear = _multiply_unpacked
     model, tokenizer, config = load(source, return_config=True)
     model.set_dtype(mx.float32)
     rows = json.loads(Path(ids).read_text(encoding="utf-8"))

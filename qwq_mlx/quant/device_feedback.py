@@ -6,7 +6,8 @@ a text loses by them does not (tests/quant/test_device_feedback.py).
 
 The columns of a group depend on each other and go one after the other, in parts of _PART: within a part each column
 changes the later ones at once, and a part changes the rest of its group by one product. A GPU gets few and long
-operations that way: some 200 for a group, whatever the number of rows.
+operations that way: some 600 for a group and its sweeps, whatever the number of rows. On CUDA a group is two kernels of
+`group_kernels` instead.
 
 Does not: factor the moments (`device_moments` does), or divide rows by memory (the caller does).
 """
@@ -22,6 +23,7 @@ import numpy as np
 
 from qwq_mlx.quant.device_moments import DeviceMoments
 from qwq_mlx.quant.error_feedback import FLOOR, SWEEPS
+from qwq_mlx.quant.group_kernels import descend_group, feed_back_group, group_kernels_run
 from qwq_mlx.quant.least_squares import MOVES, SMALLEST_STEP, STARTS
 from qwq_mlx.quant.packing import DTYPES, Packed, Packing, pack_groups
 
@@ -68,12 +70,15 @@ def _feed_errors_back(targets: mx.array, upper: mx.array, packing: Packing, dtyp
     fitted: _Groups = ([], [], [])
     importance = mx.unflatten(1 / mx.square(mx.diag(upper)), 0, (-1, group))
     importance = importance / importance.mean(axis=1, keepdims=True) + FLOOR.item()
+    has_kernels = group_kernels_run()
     line = _compiled_line(packing.bits, dtype)
     for start in range(0, len(upper), group):
         u = upper[start : start + group, start:]
-        columns = targets[:group]
-        scale, bias = line(columns, importance[start // group][:, None])
-        codes, errors = _codes_in_turn(columns, u[:, :group], scale, bias, packing.bits)
+        if has_kernels:
+            codes, scale, bias, errors = feed_back_group(targets, upper, importance.reshape(-1), start, packing, dtype)
+        else:
+            scale, bias = line(targets[:group], importance[start // group][:, None])
+            codes, errors = _codes_in_turn(targets[:group], u[:, :group], scale, bias, packing.bits)
         if start + group < len(upper):
             targets = mx.addmm(targets[group:], u[:, group:].T, errors, alpha=-1)
         _start(targets, codes, scale, bias)
@@ -88,10 +93,13 @@ def _descend(weights: mx.array, products: mx.array, fitted: _Groups, packing: Pa
     group, h = packing.group_size, products
     errors = weights - mx.concatenate([c * s + b for c, s, b in zip(codes, scales, biases, strict=True)])
     slopes = h @ errors
+    has_kernels = group_kernels_run()
     for index in SWEEPS * list(range(len(codes))):
-        at = slice(index * group, (index + 1) * group)
-        codes[index], scales[index], biases[index], change = _step(
-            h[at, at], slopes[at], codes[index], scales[index], biases[index], packing.bits, dtype
+        at, now = slice(index * group, (index + 1) * group), (codes[index], scales[index], biases[index])
+        codes[index], scales[index], biases[index], change = (
+            descend_group(h, slopes, now, at.start, packing, dtype)
+            if has_kernels
+            else _step(h[at, at], slopes[at], *now, packing.bits, dtype)
         )
         slopes = mx.addmm(slopes, h[:, at], change, alpha=-1)
         _start(slopes, codes[index], scales[index], biases[index])

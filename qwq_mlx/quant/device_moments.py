@@ -37,7 +37,7 @@ def factor_on_device(products: Sequence[mx.array]) -> DeviceMoments:
         size = float(np.array(mx.diag(h).mean()))
         damped = h + mx.eye(len(h)) * (DAMPING * size if size > 0 else 1.0)
         try:
-            upper = _inverse_of_lower(_cholesky(damped[::-1, ::-1]))[::-1, ::-1]
+            upper = mx.contiguous(_inverse_of_lower(_cholesky(damped[::-1, ::-1]))[::-1, ::-1])
         except np.linalg.LinAlgError:  # so close to singular that float32 cannot tell: float64 can
             upper = mx.array(factor_moments([np.array(h, dtype=np.float64)]).blocks[0].upper)
         mx.eval(damped, upper)
