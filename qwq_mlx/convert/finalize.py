@@ -40,6 +40,7 @@ from qwq_mlx.model.process_memory import peak_memory_bytes
 from qwq_mlx.model.upstream import package_version
 from qwq_mlx.quality.report import REPORT_NAME, ReportFacts, report_page
 from qwq_mlx.quality.result import Quality
+from qwq_mlx.quant.error_feedback import DAMPING
 
 __all__ = ["check_source_digest", "describe", "finish", "keep_small_files", "write_small_files"]
 
@@ -65,7 +66,7 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 def _calibration(text: Calibration) -> dict[str, Any]:
     """A GPU and the CPU round the text's activations otherwise, and fit by other sums."""
-    return {**text.as_mapping(), "backend": backend_name()}
+    return {**text.as_mapping(), "backend": backend_name(), "damping": DAMPING}
 
 
 def write_small_files(plan: Plan, folder: Path) -> None:

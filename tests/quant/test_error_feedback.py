@@ -33,7 +33,7 @@ WEIGHTS = (0.02 * RANDOM.standard_normal((ROWS, COLUMNS))).astype(np.float32)
 
 
 def damped(products: np.ndarray) -> np.ndarray:
-    return products + 0.01 * products.diagonal().mean() * np.eye(len(products))
+    return products + error_feedback.DAMPING * products.diagonal().mean() * np.eye(len(products))
 
 
 def loss(packed: Packed, products: np.ndarray, packing: Packing = PACKING, weights: np.ndarray = WEIGHTS) -> np.ndarray:
@@ -85,7 +85,7 @@ def test_after_many_sweeps_no_single_code_can_be_bettered(monkeypatch: pytest.Mo
         assert gain[is_allowed].max() < 1e-3 * loss(packed, products).mean()
 
 
-@pytest.mark.parametrize(("bits", "share"), [(4, 0.5), (3, 0.5), (2, 0.5)])
+@pytest.mark.parametrize(("bits", "share"), [(4, 0.6), (3, 0.6), (2, 0.6)])
 def test_outputs_lose_less_than_by_any_fit_of_the_weights(bits: int, share: float) -> None:
     packing = Packing(bits=bits, group_size=64)
     raw = round_to(WEIGHTS, "BF16")

@@ -37,7 +37,7 @@ from qwq_mlx.model.load import default_compute_type
 from qwq_mlx.model.upstream import import_mlx
 from qwq_mlx.quant.device_feedback import fit_rows_on_device
 from qwq_mlx.quant.device_moments import DeviceMoments, factor_on_device
-from qwq_mlx.quant.error_feedback import InputMoments, block_size, factor_moments, fit_rows
+from qwq_mlx.quant.error_feedback import DAMPING, InputMoments, block_size, factor_moments, fit_rows
 from qwq_mlx.quant.gguf_blocks import decode_block
 from qwq_mlx.quant.packing import Packed, float_values
 from qwq_mlx.quant.rounding_error import unpack
@@ -51,6 +51,7 @@ def run_mapping(plan: Plan) -> dict[str, Any]:
     assert plan.calibration is not None
     return {
         **plan.calibration.as_mapping(),
+        "damping": DAMPING,
         "recipe": plan.recipe.text,
         "type": default_compute_type(),
         "backend": backend_name(),
