@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -33,6 +34,14 @@ def cuda_kernel(
         input_names=list(inputs),
         output_names=list(outputs),
         source=source,
-        header="\n".join(folder.joinpath(file).read_text(encoding="utf-8") for file in files),
+        header="".join(_included(folder.joinpath(file)) + "\n" for file in files),
         shared_memory=n_shared,
     )
+
+
+def _included(file: Any) -> str:
+    """A line that includes a file, or its text: MLX 0.32.4 hashes a kernel's whole source at each launch."""
+    path = str(file)
+    if isinstance(file, Path) and path.isascii() and path.isprintable() and not {*'"\\'} & {*path}:
+        return f'#include "{file.absolute()}"'
+    return str(file.read_text(encoding="utf-8"))
