@@ -1,4 +1,4 @@
-"""A plain twin of the kernels that attend in place on an NVIDIA GPU, and a small model whose rows attend by it."""
+"""A plain twin of the kernel that attends in place on an NVIDIA GPU, and a small model whose rows attend by it."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ def module_in_place(monkeypatch: pytest.MonkeyPatch) -> Any:
     return made
 
 
-def attend(projected: Sequence[mx.array], rotation: Rotation, at: mx.array, cache: CacheArrays) -> mx.array:
-    """What the kernels do, one id after another."""
+def attend(
+    projected: Sequence[mx.array], rotation: Rotation, at: mx.array, cache: CacheArrays, zeros: mx.array | None = None
+) -> mx.array:
+    """What the kernel does, one id after another; it needs no zeros."""
     mx.eval(*projected, *rotation, cache.keys, cache.values)
     n_kv_heads, width = cache.keys.shape[1], cache.keys.shape[3]
     n_shared = 0 if cache.shared is None else cache.shared[0].shape[2]
     mixed = []
     for row, place, first, before in at.tolist():
         position = before + place - first
-        query, key, value = (each[place].reshape(1, -1, 1, width) for each in projected)
+        query, key, value = (each.reshape(-1, each.shape[-1])[place].reshape(1, -1, 1, width) for each in projected)
         query, key = (_rotated(each, rotation, place) for each in (query, key))
         for array, new in ((cache.keys, key), (cache.values, value)):
             bits = np.asarray(array.view(mx.uint16))  # the same memory
@@ -48,7 +50,7 @@ def attend(projected: Sequence[mx.array], rotation: Rotation, at: mx.array, cach
         seen = [own[row : row + 1, :, : position + 1 - n_shared] for own in (cache.keys, cache.values)]
         if cache.shared is not None:
             seen = [mx.concatenate([*pair], axis=2) for pair in zip(cache.shared, seen, strict=True)]
-        mixed.append(mx.fast.scaled_dot_product_attention(query, *seen, scale=width**-0.5).reshape(1, -1))
+        mixed.append(mx.fast.scaled_dot_product_attention(query, *seen, scale=width**-0.5).reshape(1, 1, -1))
         mx.eval(mixed[-1])
     return mx.concatenate(mixed)
 

@@ -72,14 +72,19 @@ def attention_class() -> type[Any]:
             """Queries, keys and values side by side: (rows, n_ids, heads * width) each."""
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-        def attend(self, projected: Sequence[mx.array], mask: Any = None, cache: Any = None) -> mx.array:
-            """What the output projection takes of `projections`: (rows, n_ids, heads * width)."""
+        def attend(
+            self, projected: Sequence[mx.array], mask: Any = None, cache: Any = None, zeros: mx.array | None = None
+        ) -> mx.array:
+            """What the output projection takes of `projections`: (rows, n_ids, heads * width).
+
+            zeros: as `decode_attention` takes them.
+            """
             shape = projected[0].shape[:2]
             if isinstance(cache, InPlaceRows):
-                mixed = _in_place([each.reshape(shape[0], -1) for each in projected], cache)
+                mixed = _in_place(projected, cache, zeros)
                 if cache.others is not None:
                     others = self.attend([each[cache.others.taken] for each in projected], None, cache.others.cache)
-                    mixed.append(others[:, 0])
+                    mixed.append(others)
                 return in_order(mixed, cache.order).reshape(*shape, -1)
             queries, keys, values = (
                 each.reshape(*shape, n_heads, -1).transpose(0, 2, 1, 3)
@@ -103,12 +108,12 @@ def attention_class() -> type[Any]:
     return Attention
 
 
-def _in_place(projected: Sequence[mx.array], rows: InPlaceRows) -> list[mx.array]:
-    """The attention of each group's ids, (ids, heads * width); their keys and values are then in the caches.
+def _in_place(projected: Sequence[mx.array], rows: InPlaceRows, zeros: mx.array | None) -> list[mx.array]:
+    """The attention of each group's ids, (ids, 1, heads * width); their keys and values are then in the caches.
 
-    projected: queries, keys and values of all ids, (ids, heads * width) each, not rotated.
+    projected: queries, keys and values of all ids, (ids, 1, heads * width) each, not rotated.
     """
-    mixed = [decode_attention(projected, rows.rotation, group.at, group.batch.whole()) for group in rows.groups]
+    mixed = [decode_attention(projected, rows.rotation, group.at, group.batch.whole(), zeros) for group in rows.groups]
     rows.advance()
     return mixed
 

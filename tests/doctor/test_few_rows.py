@@ -13,6 +13,7 @@ from qwq_mlx.doctor.few_rows import check_few_rows
 from qwq_mlx.doctor.rows import check_rows
 from qwq_mlx.model.batched_cache import BatchedLayer, Writing
 from qwq_mlx.model.kernels import device, few_row_matmul
+from qwq_mlx.model.kernels.few_row_matmul import ForNorm
 
 
 def test_a_machine_without_an_nvidia_gpu_is_told_that_the_kernels_do_not_run_there(tmp_path: Path) -> None:
@@ -23,18 +24,38 @@ def test_a_machine_without_an_nvidia_gpu_is_told_that_the_kernels_do_not_run_the
 
 def _product(x: mx.array, matrix: Any, tiling: Any, residual: mx.array | None = None) -> mx.array:
     """As the kernels: codes in bfloat16, sums in float32, one rounding at the end."""
-    unpacked = mx.dequantize(*matrix, group_size=tiling.group_size, bits=4).astype(mx.float32)
-    y = x.astype(mx.float32) @ unpacked.T
+    y = _sums(x, matrix, tiling)
     return (y if residual is None else y + residual.astype(mx.float32)).astype(mx.bfloat16)
 
 
-def _gated(x: mx.array, gate: Any, up: Any, tiling: Any) -> mx.array:
-    gated, other = (_product(x, each, tiling).astype(mx.float32) for each in (gate, up))
+def _sums(x: mx.array, matrix: Any, tiling: Any) -> mx.array:
+    return x.astype(mx.float32) @ mx.dequantize(*matrix, group_size=tiling.group_size, bits=4).astype(mx.float32).T
+
+
+def _for_norm(x: mx.array, norm: mx.array) -> ForNorm:
+    return ForNorm(x * norm, mx.square(x.astype(mx.float32)).reshape(len(x), -1, 16).sum(axis=-1))
+
+
+def _product_for_norm(
+    x: mx.array, matrix: Any, tiling: Any, residual: mx.array, norm: mx.array
+) -> tuple[mx.array, ForNorm]:
+    y = _product(x, matrix, tiling, residual)
+    return y, _for_norm(y, norm)
+
+
+def _behind_norm(x: ForNorm, matrix: Any, tiling: Any, eps: float) -> mx.array:
+    factor = mx.rsqrt(x.squares.sum(axis=-1, keepdims=True) / x.weighted.shape[-1] + eps)
+    return _sums(x.weighted, matrix, tiling) * factor
+
+
+def _gated(x: ForNorm, gate: Any, up: Any, tiling: Any, eps: float) -> mx.array:
+    gated, other = (_behind_norm(x, each, tiling, eps) for each in (gate, up))
     return (gated * mx.sigmoid(gated) * other).astype(mx.bfloat16)
 
 
-def _three(x: mx.array, matrices: Any, tiling: Any) -> list[mx.array]:
-    return [_product(x, matrix, tiling, mx.broadcast_to(bias, (len(x), len(bias)))) for matrix, bias in matrices]
+def _three(x: ForNorm, matrices: Any, tiling: Any, eps: float, n_zeros: int) -> tuple[list[mx.array], mx.array]:
+    products = [(_behind_norm(x, matrix, tiling, eps) + bias).astype(mx.bfloat16) for matrix, bias in matrices]
+    return products, mx.zeros(n_zeros, mx.uint32)
 
 
 def test_kernels_that_only_round_pass_and_those_that_are_off_do_not(
@@ -42,13 +63,30 @@ def test_kernels_that_only_round_pass_and_those_that_are_off_do_not(
 ) -> None:
     monkeypatch.setattr(device, "cuda_kernels_run", lambda: True)
     monkeypatch.setattr(few_rows, "_MATRICES", ((128, 512, 64), (96, 256, 32)))
-    for name, twin in (("linear", _product), ("linears", _three), ("swiglu_linears", _gated)):
+    twins = {
+        "for_norm": _for_norm,
+        "linear": _product,
+        "linear_for_norm": _product_for_norm,
+        "linears": _three,
+        "swiglu_linears": _gated,
+    }
+    for name, twin in twins.items():
         monkeypatch.setattr(few_row_matmul, name, twin)
     result = check_few_rows(Subject("cuda", tmp_path))
     assert result.outcome == "ok", result.found
-    monkeypatch.setattr(few_row_matmul, "swiglu_linears", lambda *given: _gated(*given) * 1.02)
-    result = check_few_rows(Subject("cuda", tmp_path))
-    assert result.outcome == "failed" and "gated pair" in result.found
+
+    def without_weight(x: mx.array, *given: Any, norm: mx.array, **named: Any) -> Any:
+        return _product_for_norm(x, *given, norm=mx.ones_like(norm), **named)
+
+    wrong = {
+        "swiglu_linears": (lambda *given, **named: _gated(*given, **named) * 1.02, "gated pair"),
+        "linear_for_norm": (without_weight, "left for a norm"),
+    }
+    for name, (twin, message) in wrong.items():
+        monkeypatch.setattr(few_row_matmul, name, twin)
+        result = check_few_rows(Subject("cuda", tmp_path))
+        assert result.outcome == "failed" and message in result.found
+        monkeypatch.setattr(few_row_matmul, name, twins[name])
 
 
 def test_rows_in_a_batch_are_compared_with_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 // Attention of single ids, each over the keys and values of its own row: rotates, writes into the cache, attends.
 //
-// A block attends for the query heads of one key head of one id over one chunk of positions; a second launch joins the
-// chunks. What an id gives depends on its row and its position alone, neither on other ids nor on the room of the cache:
+// A block attends for the query heads of one key head of one id over one chunk of positions; the last block of an id and
+// head joins the chunks. What an id gives depends on its row and its position alone, neither on other ids nor on the room of the cache:
 // the size of chunks follows from the positions that it sees, and each part of a warp takes the same ones in any pass.
 //
 // Ids of one pass may be of one row, one behind the other. Their keys and values are read from the projections, never
@@ -62,6 +62,18 @@ struct Projected {
   const float *cosines, *sines;  // (ids, WIDTH)
 };
 
+// Whether n blocks have come here with this one; then it sees what the others wrote. All threads of a block call it.
+// arrived: 0 before the launch.
+__device__ __forceinline__ bool is_last_block(const uint32_t* arrived, uint32_t n) {
+  __shared__ bool is_last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = atomicAdd(const_cast<uint32_t*>(arrived), 1u) == n - 1;
+  __syncthreads();
+  __threadfence();
+  return is_last;
+}
+
 // keys, values: (rows, KV_HEADS, room, WIDTH) behind n_shared positions, (KV_HEADS, n_shared, WIDTH), that all share.
 struct Cache {
   bf16 *keys, *values;
@@ -69,11 +81,36 @@ struct Cache {
   int room, n_shared;
 };
 
-// sums: (ids, HEADS, max_chunks, WIDTH), values weighted by exp2(score - highest). totals: (ids, HEADS, max_chunks, 2),
-// the highest score and the weights' sum.
+// What blocks of one launch leave each other. sums: (ids, HEADS, max_chunks, WIDTH), values weighted by
+// exp2(score - highest). totals: (ids, HEADS, max_chunks, 2), the highest score and the weights' sum. arrived: (ids of the
+// pass, KV_HEADS), 0 before the launch.
+struct Chunks {
+  float *sums, *totals;
+  const uint32_t* arrived;
+  int max_chunks;
+};
+
+// What a query head's chunks weigh, and one over their sum: by one warp. from: of its first one.
+__device__ __forceinline__ void weigh(const Chunks& chunks, size_t from, int n_chunks, float* weights, float* factor) {
+  const int lane = threadIdx.x & 31;
+  const bool is_own = lane < n_chunks;  // at most 32
+  const float own = is_own ? __ldcg(chunks.totals + 2 * (from + lane)) : NOTHING;
+  const float total = is_own ? __ldcg(chunks.totals + 2 * (from + lane) + 1) : 0.f;
+  float highest = own, sum;
+  #pragma unroll
+  for (int other = 16; other > 0; other /= 2) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, other));
+  const float weight = exp2f(own - highest);
+  sum = weight * total;
+  #pragma unroll
+  for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+  weights[lane] = weight;
+  if (lane == 0) *factor = 1.f / sum;
+}
+
+// mixed: (ids, HEADS * WIDTH).
 template <int WIDTH, int GROUP, int KV_HEADS, int WARPS, int UNROLL>
 __device__ void attend_chunk(
-    const Projected& projected, const int* at, const Cache& cache, int max_chunks, float* sums, float* totals) {
+    const Projected& projected, const int* at, const Cache& cache, const Chunks& chunks, bf16* mixed) {
   constexpr int LANES = WIDTH / 8;            // that share a position, 8 dimensions each
   constexpr int PARTS = WARPS * 32 / LANES;   // positions that a block reads at once
   constexpr int HEADS = KV_HEADS * GROUP;
@@ -81,8 +118,9 @@ __device__ void attend_chunk(
   __shared__ float part_totals[PARTS][GROUP][2];
 
   const int id = blockIdx.x / KV_HEADS, kv_head = blockIdx.x % KV_HEADS, chunk = blockIdx.y;
-  const Id own(at, id, max_chunks);
-  if (chunk >= own.n_chunks()) return;
+  const Id own(at, id, chunks.max_chunks);
+  const int n_chunks = own.n_chunks();
+  if (chunk >= n_chunks) return;
   const int begin = chunk * own.chunk, end = min(begin + own.chunk, own.n_seen);
   const int part = threadIdx.x / LANES, d = threadIdx.x % LANES * 8;
   const size_t row = ((size_t)own.row * KV_HEADS + kv_head) * cache.room * WIDTH;
@@ -188,33 +226,45 @@ __device__ void attend_chunk(
   __syncthreads();
   for (int place = threadIdx.x; place < GROUP * WIDTH; place += WARPS * 32) {
     const int g = place / WIDTH, i = place % WIDTH;
-    float now = NOTHING, mixed = 0.f, weights = 0.f;
+    float now = NOTHING, value = 0.f, weights = 0.f;
     for (int p = 0; p < PARTS; ++p) now = fmaxf(now, part_totals[p][g][0]);
     for (int p = 0; p < PARTS; ++p) {
       const float kept = exp2f(part_totals[p][g][0] - now);
-      mixed = fmaf(kept, part_sums[p][g][i], mixed);
+      value = fmaf(kept, part_sums[p][g][i], value);
       weights = fmaf(kept, part_totals[p][g][1], weights);
     }
-    const size_t to = ((size_t)id * HEADS + kv_head * GROUP + g) * max_chunks + chunk;
-    sums[to * WIDTH + i] = mixed;
+    const size_t head = (size_t)id * HEADS + kv_head * GROUP + g, to = head * chunks.max_chunks + chunk;
+    if (n_chunks == 1) {
+      mixed[head * WIDTH + i] = __float2bfloat16(value / weights);
+      continue;
+    }
+    chunks.sums[to * WIDTH + i] = value;
     if (i == 0) {
-      totals[2 * to] = now;
-      totals[2 * to + 1] = weights;
+      chunks.totals[2 * to] = now;
+      chunks.totals[2 * to + 1] = weights;
     }
   }
-}
-
-// mixed: (ids, HEADS * WIDTH). A block for each id and head, a thread for each dimension.
-template <int WIDTH, int HEADS>
-__device__ void join_chunks(const float* sums, const float* totals, const int* at, int max_chunks, bf16* mixed) {
-  const int n_chunks = Id(at, blockIdx.x / HEADS, max_chunks).n_chunks();
-  const size_t from = (size_t)blockIdx.x * max_chunks;
-  float highest = NOTHING, sum = 0.f, total = 0.f;
-  for (int chunk = 0; chunk < n_chunks; ++chunk) highest = fmaxf(highest, totals[2 * (from + chunk)]);
-  for (int chunk = 0; chunk < n_chunks; ++chunk) {
-    const float kept = exp2f(totals[2 * (from + chunk)] - highest);
-    sum = fmaf(kept, sums[(from + chunk) * WIDTH + threadIdx.x], sum);
-    total = fmaf(kept, totals[2 * (from + chunk) + 1], total);
+  if (n_chunks == 1 || !is_last_block(chunks.arrived + own.place * KV_HEADS + kv_head, n_chunks)) return;
+  __shared__ float weights[GROUP][32];
+  __shared__ float factors[GROUP];
+  const size_t first = ((size_t)id * HEADS + kv_head * GROUP) * chunks.max_chunks;
+  for (int g = threadIdx.x / 32; g < GROUP; g += WARPS)
+    weigh(chunks, first + (size_t)g * chunks.max_chunks, n_chunks, weights[g], factors + g);
+  __syncthreads();
+  constexpr int OWN = (GROUP * WIDTH + WARPS * 32 - 1) / (WARPS * 32);  // places of a thread, read at once
+  float values[OWN] = {};
+  #pragma unroll 2
+  for (int chunk = 0; chunk < n_chunks; ++chunk)
+    #pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+      const int place = threadIdx.x + i * WARPS * 32, g = min(place / WIDTH, GROUP - 1);
+      const size_t from = (first + (size_t)g * chunks.max_chunks + chunk) * WIDTH + place % WIDTH;
+      values[i] = fmaf(weights[g][chunk], __ldcg(chunks.sums + from), values[i]);
+    }
+  #pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+    const int place = threadIdx.x + i * WARPS * 32;
+    if (place < GROUP * WIDTH)
+      mixed[((size_t)id * HEADS + kv_head * GROUP) * WIDTH + place] = __float2bfloat16(values[i] * factors[place / WIDTH]);
   }
-  mixed[(size_t)blockIdx.x * WIDTH + threadIdx.x] = __float2bfloat16(sum / total);
 }

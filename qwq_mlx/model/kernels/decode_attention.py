@@ -1,6 +1,6 @@
 """Attention of a pass in which rows feed a few ids each, on CUDA: rotates, writes into the KV cache, attends.
 
-MLX 0.32.4 takes six launches and more a layer for that, and others for each row of a length of its own. Here it is two
+MLX 0.32.4 takes six launches and more a layer for that, and others for each row of a length of its own. Here it is one
 for all ids of a batch, whatever their rows' lengths. An id's bits depend on its row alone: not on the ids beside it,
 nor on how many ids of its row are fed at once, nor on the room of the cache.
 
@@ -55,20 +55,27 @@ def attends_in_place(n_heads: int, n_kv_heads: int, width: int) -> bool:
     return width in _WIDTHS and n_kv_heads > 1 and n_heads % n_kv_heads == 0 and n_heads // n_kv_heads <= _MAX_GROUP
 
 
-def decode_attention(projected: Sequence[mx.array], rotation: Rotation, at: mx.array, cache: CacheArrays) -> mx.array:
-    """What ids of a pass attend to, (n, heads * width) bfloat16; their keys and values are then in the cache.
+def decode_attention(
+    projected: Sequence[mx.array],
+    rotation: Rotation,
+    at: mx.array,
+    cache: CacheArrays,
+    arrived: mx.array | None = None,
+) -> mx.array:
+    """What ids of a pass attend to, (n, 1, heads * width) bfloat16; their keys and values are then in the cache.
 
-    projected: queries, keys and values of all ids of the pass, (ids, heads * width) bfloat16, not rotated.
+    projected: queries, keys and values of all ids of the pass, (..., heads * width) bfloat16, not rotated.
     at: (n, 4) int32: an id's row in the cache, its place in the pass, the place of its row's first id, and positions
     that the row holds before the pass, the shared ones too. A row's ids are one after another; it has room for them.
     """
     queries, keys, values = projected
     n_ids, n_kv_heads, width = len(at), cache.keys.shape[1], cache.keys.shape[3]
-    n_heads = queries.shape[1] // width
+    n_heads = queries.shape[-1] // width
     group = n_heads // n_kv_heads
     shared = cache.shared or (cache.keys, cache.values)  # not read where nothing is shared
-    sums, totals = _kernel("attend_chunk")(
-        inputs=[queries, keys, values, *rotation, at, cache.keys, cache.values, *shared],
+    counted = mx.zeros(keys.size // width, mx.uint32) if arrived is None else arrived
+    mixed, *_ = _kernel()(
+        inputs=[queries, keys, values, *rotation, at, cache.keys, cache.values, *shared, counted],
         template=[
             ("WIDTH", width),
             ("GROUP", group),
@@ -80,19 +87,15 @@ def decode_attention(projected: Sequence[mx.array], rotation: Rotation, at: mx.a
         ],
         grid=(n_ids * n_kv_heads * 32 * _WARPS, _MAX_CHUNKS, 1),
         threadgroup=(32 * _WARPS, 1, 1),
-        output_shapes=[(n_ids, n_heads, _MAX_CHUNKS, width), (n_ids, n_heads, _MAX_CHUNKS, 2)],
-        output_dtypes=[mx.float32, mx.float32],
+        output_shapes=[
+            (n_ids, n_heads * width),
+            (n_ids, n_heads, _MAX_CHUNKS, width),
+            (n_ids, n_heads, _MAX_CHUNKS, 2),
+        ],
+        output_dtypes=[mx.bfloat16, mx.float32, mx.float32],
     )
-    mixed: mx.array
-    [mixed] = _kernel("join_chunks")(
-        inputs=[sums, totals, at],
-        template=[("WIDTH", width), ("HEADS", n_heads), ("CHUNKS", _MAX_CHUNKS)],
-        grid=(n_ids * n_heads * width, 1, 1),
-        threadgroup=(width, 1, 1),
-        output_shapes=[(n_ids, n_heads * width)],
-        output_dtypes=[mx.bfloat16],
-    )
-    return mixed
+    attended: mx.array = mixed
+    return attended
 
 
 def _unroll(group: int) -> int:
@@ -100,30 +103,20 @@ def _unroll(group: int) -> int:
     return 4 if group <= 6 else 2
 
 
-_INPUTS = {
-    "attend_chunk": (
-        *("queries", "keys", "values", "cosines", "sines", "at"),
-        *("cached_keys", "cached_values", "shared_keys", "shared_values"),
-    ),
-    "join_chunks": ("sums", "totals", "at"),
-}
-_OUTPUTS = {"attend_chunk": ("sums", "totals"), "join_chunks": ("mixed",)}
-_SOURCES = {
-    # the cache is the one input that is written to: MLX knows no output that is an input
-    "attend_chunk": """
+_INPUTS = (
+    *("queries", "keys", "values", "cosines", "sines", "at"),
+    *("cached_keys", "cached_values", "shared_keys", "shared_values", "arrived"),
+)
+# the cache is written to as well as `arrived`: MLX knows no output that is an input
+_BODY = """
   const Cache cache = {
       const_cast<bf16*>(cached_keys), const_cast<bf16*>(cached_values), shared_keys, shared_values,
       cached_keys_shape[2], IS_SHARED ? shared_keys_shape[2] : 0};
   attend_chunk<WIDTH, GROUP, KV_HEADS, WARPS, UNROLL>(
-      {queries, keys, values, cosines, sines}, at, cache, CHUNKS, sums, totals);
-""",
-    "join_chunks": """
-  join_chunks<WIDTH, HEADS>(sums, totals, at, CHUNKS, mixed);
-""",
-}
+      {queries, keys, values, cosines, sines}, at, cache, {sums, totals, arrived, CHUNKS}, mixed);
+"""
 
 
 @functools.cache
-def _kernel(kind: str) -> Any:
-    name = f"decode_attention_{kind}"
-    return cuda_kernel(("decode_attention.cu",), name, _INPUTS[kind], _OUTPUTS[kind], _SOURCES[kind])
+def _kernel() -> Any:
+    return cuda_kernel(("decode_attention.cu",), "decode_attention", _INPUTS, ("mixed", "sums", "totals"), _BODY)

@@ -82,9 +82,11 @@ template <int RT, int WARPS, int NT> struct Sums {
   }
 };
 
-// x: (n_rows, K), at most 8 * NT. shared: what `shared_bytes` of few_row_matmul.py counts.
-template <int K, int GROUP, int R, int TURNS, int RT, int WARPS, int NT>
-__device__ Sums<RT, WARPS, NT> products(const bf16* x, int n_rows, const Tile (&tiles)[RT], unsigned char* shared) {
+// x: (n_rows, K), at most 8 * NT. shared: what `shared_bytes` of few_row_matmul.py counts. meanwhile: is called while the
+// first copies are under way.
+template <int K, int GROUP, int R, int TURNS, int RT, int WARPS, int NT, class Meanwhile>
+__device__ Sums<RT, WARPS, NT> products(
+    const bf16* x, int n_rows, const Tile (&tiles)[RT], unsigned char* shared, const Meanwhile& meanwhile) {
   constexpr int W = GROUP / 32;                        // words of a row and group that one lane multiplies
   constexpr int GROUPS = K / GROUP, RUNS = GROUPS / R;
   constexpr int ROW = R * GROUP / 2;                   // bytes of codes of a row in a run
@@ -112,6 +114,7 @@ __device__ Sums<RT, WARPS, NT> products(const bf16* x, int n_rows, const Tile (&
   float sums[RT][NT][4] = {};
   const int last = min(RUNS, (warp + 1) * TURNS);
   if (warp * TURNS < last) fetch(warp * TURNS);
+  meanwhile();
   #pragma unroll 1
   for (int run = warp * TURNS; run < last; ++run) {
     wait_for_copies<0>();
@@ -168,11 +171,11 @@ template <int K, int GROUP, int S, int WARPS, int NT> struct Wide {
 
 // The sums of a block over STEPS steps from `first` on: [row of its tiles][row of x] once the threads have met. The sums
 // of each PART steps are added by themselves. Of a PAIR, rows of `tile` and of `other` each follow one another.
-// shared: two steps, or the sums.
-template <int K, int GROUP, int S, int STEPS, int PART, int WARPS, int NT, bool PAIR>
+// shared: two steps, or the sums. meanwhile: as of `products`.
+template <int K, int GROUP, int S, int STEPS, int PART, int WARPS, int NT, bool PAIR, class Meanwhile>
 __device__ auto wide_products(
-    const bf16* x, int n_rows, const Tile& tile, const Tile& other, int first, unsigned char* shared)
-    -> float (*)[NT * 8 + 1] {
+    const bf16* x, int n_rows, const Tile& tile, const Tile& other, int first, unsigned char* shared,
+    const Meanwhile& meanwhile) -> float (*)[NT * 8 + 1] {
   using B = Wide<K, GROUP, S, WARPS, NT>;
   constexpr int R = B::R, W = B::W, HALF = PAIR ? B::ROWS / 2 : B::ROWS;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -215,6 +218,7 @@ __device__ auto wide_products(
 
   float sums[2][NT][4] = {}, parts[2][NT][4] = {};
   fetch(0);
+  meanwhile();
   #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
     wait_for_copies<0>();
@@ -266,3 +270,44 @@ __device__ auto wide_products(
 }
 
 __device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1.f + __expf(-gate)) * up; }
+
+// RMSNorm between two products: the first leaves y times the norm's weight and sums of squares, (n_rows, K / 16) over 16
+// values of a row each; the second multiplies its sums by what the norm divides a row by.
+struct ForNorm {
+  const bf16* weight;
+  bf16* weighted;
+  float* squares;
+};
+
+// All lanes of a warp call it, each 16 of them for values of y that follow one another. at: of a value in y.
+__device__ __forceinline__ void leave_for_norm(const ForNorm& norm, bool is_value, float value, int column, size_t at) {
+  float sum = is_value ? value * value : 0.f;
+  #pragma unroll
+  for (int lane = 8; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
+  if (is_value) norm.weighted[at] = __float2bfloat16(value * __bfloat162float(norm.weight[column]));
+  if (is_value && at % 16 == 0) norm.squares[at / 16] = sum;
+}
+
+// 1 / root mean square of each row; a row is added up by one warp, in an order that no kernel changes. MOST: rows, at most;
+// what a warp reads of several is on its way at once.
+template <int K, int WARPS, int MOST>
+__device__ __forceinline__ void norm_factors(const float* squares, int n_rows, float eps, float* factors) {
+  static_assert(K % 64 == 0);
+  constexpr int OWN = (MOST + WARPS - 1) / WARPS, QUADS = K / 64;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  float sums[OWN] = {};
+  #pragma unroll 2
+  for (int quad = lane; quad < QUADS; quad += 32)
+    #pragma unroll
+    for (int i = 0; i < OWN; ++i)
+      if (warp + i * WARPS < n_rows) {
+        const float4 four = reinterpret_cast<const float4*>(squares)[(warp + i * WARPS) * QUADS + quad];
+        sums[i] += (four.x + four.y) + (four.z + four.w);
+      }
+  #pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+    #pragma unroll
+    for (int other = 16; other > 0; other /= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], other);
+    if (lane == 0 && warp + i * WARPS < n_rows) factors[warp + i * WARPS] = rsqrtf(sums[i] / K + eps);
+  }
+}

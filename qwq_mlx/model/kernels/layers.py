@@ -1,7 +1,6 @@
 """The layers of a Qwen2 model that multiply few rows by the kernels of `few_row_matmul`, where those run.
 
-An NVIDIA GPU, 4 bits, affine, groups of 32, 64 or 128, floats in bfloat16. Queries, keys and values are one launch,
-gate and up are one, and the residual is added by the output and down projections. What a layer holds stays the same.
+An NVIDIA GPU, 4 bits, affine, groups of 32, 64 or 128, floats in bfloat16. What a layer holds stays the same.
 
 More rows than `MAX_FEW_ROWS`, a prompt's, are multiplied with matrices that are unpacked for them, whatever their bits:
 MLX 0.32.4's product of packed ones takes three times as long, and 45 s to compile for each range of row numbers. Few
@@ -16,23 +15,17 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from qwq_mlx.model.kernels.decode_attention import CacheArrays, Rotation, decode_attention
 from qwq_mlx.model.kernels.device import cuda_kernels_run
-from qwq_mlx.model.kernels.few_row_matmul import (
-    PackedMatrix,
-    Tiling,
-    choose_tiling,
-    linear,
-    linears,
-    swiglu_linears,
-)
+from qwq_mlx.model.kernels.few_row_matmul import ForNorm, PackedMatrix, for_norm, linear
+from qwq_mlx.model.kernels.layer_graphs import LayerPackings, layer_graphs
+from qwq_mlx.model.kernels.tiling import Tiling, choose_tiling
 from qwq_mlx.model.memory.activations import MAX_FEW_ROWS
 from qwq_mlx.model.row_caches import InPlaceRows
 from qwq_mlx.model.upstream import import_mlx_lm
@@ -44,11 +37,18 @@ def use_few_row_kernels(module: Any) -> None:
     """Let the layers of a model (mlx_lm's Qwen2) multiply up to `MAX_FEW_ROWS` rows by the kernels, where they run."""
     if not cuda_kernels_run():
         return
-    for layer in module.layers:
-        graphs = _graphs_of(layer)
-        if graphs is not None:
-            layer.graphs, layer.__class__ = graphs, _block_class()
-            layer._collect()
+    behind: Any = None  # the next layer, where it was exchanged too
+    for layer in reversed(module.layers):
+        packings = _packings_of(layer)
+        if packings is None:
+            behind = None
+            continue
+        layer.handed, layer.hands = None, None if behind is None else _Handover(behind.input_layernorm)
+        if behind is not None:
+            behind.handed = layer.hands
+        layer.graphs, layer.__class__ = layer_graphs(packings, hands_over=behind is not None), _block_class()
+        layer._collect()
+        behind = layer
     for each in module.modules():
         if type(each) is nn.QuantizedLinear:
             each.tiling, each.__class__ = _common_tiling((each,), has_bias=None), _CudaLinear
@@ -64,18 +64,25 @@ def uses_few_row_kernels(module: Any) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _LayerGraphs:
-    """What a layer computes before and after its attention, each one compiled graph, shared by layers alike.
+class _Handover:
+    """What a layer leaves for the one behind it, whose norm it has begun. norm: that norm."""
 
-    before_attention: (x, norm, packed and biases of q, k, v) -> their products.
-    after_attention: (mixed, x, norm, packed o, gate, up and down) -> what the layer gives.
-    whole: both with the attention of one batch in place: (x, rotation, at, its arrays, what both take) -> the same.
-    """
+    __slots__ = ("_left", "_x", "norm")
 
-    before_attention: Callable[..., list[mx.array]]
-    after_attention: Callable[..., mx.array]
-    whole: BoundedGraph
+    def __init__(self, norm: Any) -> None:
+        self.norm = norm
+        self._x: mx.array | None = None
+        self._left: ForNorm | None = None
+
+    def put(self, x: mx.array, left: ForNorm) -> None:
+        """x: what the layer gives. left: of it, for the norm."""
+        self._x, self._left = x, left
+
+    def take(self, x: mx.array, norm: Any) -> ForNorm | None:
+        """What was left; None where x is not what the layer gave, as behind a hook, or the norm is another by now."""
+        left = self._left if self._x is x and self.norm is norm else None
+        self._x = self._left = None
+        return left
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +105,13 @@ class _LayerArrays:
 
 def _arrays_of(layer: Any) -> _LayerArrays:
     attention, mlp, found = layer.self_attn, layer.mlp, list[tuple[Any, str, Any]]()
+    before: list[mx.array] = []
 
     def take(module: Any, *names: str) -> list[mx.array]:
         found.extend((module, name, module[name]) for name in names)
         return [module[name] for name in names]
 
-    before, after = take(layer.input_layernorm, "weight"), take(layer.post_attention_layernorm, "weight")
+    after = take(layer.post_attention_layernorm, "weight")
     for owner, name, arrays in (
         *((attention, name, before) for name in ("q_proj", "k_proj", "v_proj")),
         (attention, "o_proj", after),
@@ -111,11 +119,13 @@ def _arrays_of(layer: Any) -> _LayerArrays:
     ):
         found.append((owner, name, owner[name]))
         arrays.extend(take(owner[name], "weight", "scales", "biases", *(["bias"] if arrays is before else [])))
+    if layer.hands is not None:
+        after += take(layer.hands.norm, "weight")
     modules, names, values = zip(*found, strict=True)
     return _LayerArrays(before, after, modules, names, values)
 
 
-def _graphs_of(layer: Any) -> _LayerGraphs | None:
+def _packings_of(layer: Any) -> LayerPackings | None:
     """None where the kernels cannot multiply by all matrices of a layer."""
     attention, mlp = layer.self_attn, layer.mlp
     three = _common_tiling((attention.q_proj, attention.k_proj, attention.v_proj), has_bias=True)
@@ -123,61 +133,9 @@ def _graphs_of(layer: Any) -> _LayerGraphs | None:
     out, down = _common_tiling((attention.o_proj,)), _common_tiling((mlp.down_proj,))
     if three is None or pair is None or out is None or down is None:
         return None
-    return _graphs(layer.input_layernorm.eps, three, out, pair, down)
-
-
-@functools.cache
-def _graphs(eps: float, three: Tiling, out: Tiling, pair: Tiling, down: Tiling) -> _LayerGraphs:
-    def before_attention(x: mx.array, norm: mx.array, *packed: mx.array) -> list[mx.array]:
-        matrices = [(PackedMatrix(*packed[first : first + 3]), packed[first + 3]) for first in (0, 4, 8)]
-        return linears(mx.fast.rms_norm(x, norm, eps), matrices, three)
-
-    def after_attention(mixed: mx.array, x: mx.array, norm: mx.array, *packed: mx.array) -> mx.array:
-        o, gate, up, last = (PackedMatrix(*packed[first : first + 3]) for first in (0, 3, 6, 9))
-        x = linear(mixed, o, out, residual=x)
-        gated = swiglu_linears(mx.fast.rms_norm(x, norm, eps), gate, up, pair)
-        return linear(gated, last, down, residual=x)
-
-    def whole(
-        x: mx.array,
-        rotation: Sequence[mx.array],
-        at: mx.array,
-        cache: Sequence[Any],
-        before: Sequence[mx.array],
-        after: Sequence[mx.array],
-    ) -> mx.array:
-        projected = [each.reshape(len(x), -1) for each in before_attention(x, *before)]
-        mixed = decode_attention(projected, Rotation(*rotation), at, CacheArrays(*cache))
-        return after_attention(mixed.reshape(*x.shape[:2], -1), x, *after)
-
-    return _LayerGraphs(mx.compile(before_attention), mx.compile(after_attention), BoundedGraph(whole))
-
-
-class BoundedGraph:
-    """A compiled function that forgets all shapes that it was traced for where there are `MAX_SHAPES`.
-
-    MLX keeps every one for as long as the function lives, 0.1 MB each, and looks through them at each call; caches come
-    in any number of shapes. function: its arguments are x, rotation, at, cache and others of ever the same shapes.
-    """
-
-    MAX_SHAPES = 64  # passes of 1 to `MAX_FEW_ROWS` ids, before and behind a growth of their cache
-
-    def __init__(self, function: Callable[..., mx.array]) -> None:
-        self._function = function
-        self._compiled = mx.compile(function)
-        self._latest: tuple[Any, ...] = ()
-        self._known: set[tuple[Any, ...]] = set()
-
-    def __call__(self, x: mx.array, rotation: Sequence[mx.array], at: mx.array, cache: Any, *others: Any) -> mx.array:
-        shapes = (x.shape, *(each.shape for each in cache[::2]))  # values have the shape of keys
-        if shapes != self._latest:
-            if shapes not in self._known and len(self._known) == self.MAX_SHAPES:
-                self._known.clear()
-                self._compiled = mx.compile(self._function)
-            self._known.add(shapes)
-            self._latest = shapes
-        result: mx.array = self._compiled(x, rotation, at, cache, *others)
-        return result
+    if any(each.wide_from is not None and each.n_slices == 1 for each in (out, down)):
+        return None  # they leave nothing for a norm
+    return LayerPackings(layer.input_layernorm.eps, attention.n_kv_heads, three, out, pair, down)
 
 
 def _common_tiling(layers: Sequence[Any], *, has_bias: bool | None = False, is_pair: bool = False) -> Tiling | None:
@@ -237,15 +195,22 @@ def _block_class() -> type[Any]:
                 return super().__call__(x, mask, cache)
             if not self.arrays.are_current():
                 self._collect()
+            left = None if self.handed is None else self.handed.take(x, self.input_layernorm)
+            if left is None:
+                left = for_norm(x, self.input_layernorm.weight)
             before, after = self.arrays.before, self.arrays.after
             if isinstance(cache, InPlaceRows) and len(cache.groups) == 1 and cache.others is None:
                 [group] = cache.groups
                 arrays = [each for each in group.batch.whole() if each is not None]
-                result = self.graphs.whole(x, list(cache.rotation), group.at, arrays, before, after)
+                result = self.graphs.whole(x, list(cache.rotation), group.at, arrays, list(left), before, after)
                 cache.advance()
-                return result
-            mixed = self.self_attn.attend(self.graphs.before_attention(x, *before), mask, cache)
-            return self.graphs.after_attention(mixed, x, *after)
+            else:
+                *projected, zeros = self.graphs.before_attention(*left, *before)
+                mixed = self.self_attn.attend(projected, mask, cache, zeros)
+                result = self.graphs.after_attention(mixed, x, *after)
+            if self.hands is not None:
+                self.hands.put(result[0], ForNorm(*result[1:]))
+            return result[0]
 
         def _collect(self) -> None:
             self.arrays: _LayerArrays = _arrays_of(self)

@@ -18,9 +18,10 @@ using std::min;
 #define __shared__ static
 
 struct Dim3 { unsigned x, y, z; };
-inline thread_local Dim3 threadIdx, blockIdx;
+inline thread_local Dim3 threadIdx, blockIdx, blockDim;
 
 struct uint4 { uint32_t x, y, z, w; };
+struct float4 { float x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 struct __nv_bfloat16 { uint16_t bits; };
@@ -52,6 +53,13 @@ inline float __shfl_xor_sync(unsigned, float value, int lane) {
   return other;
 }
 
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline float __ldcg(const float* from) { return *from; }
+inline void __threadfence() {}
+inline uint32_t atomicAdd(uint32_t* to, uint32_t value) { return (*to += value) - value; }  // blocks do not overlap
+
+inline bool is_backwards = false;  // the order of blocks
+
 template <class Kernel> void launch(int grid_x, int grid_y, int n_threads, Kernel kernel) {
   Block own(n_threads);
   block = &own;
@@ -59,9 +67,10 @@ template <class Kernel> void launch(int grid_x, int grid_y, int n_threads, Kerne
   for (int thread = 0; thread < n_threads; ++thread)
     threads.emplace_back([&, thread] {
       threadIdx = {(unsigned)thread, 0, 0};
+      blockDim = {(unsigned)n_threads, 1, 1};
       for (int y = 0; y < grid_y; ++y)
         for (int x = 0; x < grid_x; ++x) {
-          blockIdx = {(unsigned)x, (unsigned)y, 0};
+          blockIdx = {(unsigned)(is_backwards ? grid_x - 1 - x : x), (unsigned)(is_backwards ? grid_y - 1 - y : y), 0};
           kernel();
           own.all.arrive_and_wait();
         }

@@ -31,15 +31,14 @@ SOURCE = """
 #include "decode_attention.cu"
 extern "C" void run(
     const bf16* queries, const bf16* keys, const bf16* values, const float* cosines, const float* sines, const int* at,
-    bf16* cached_keys, bf16* cached_values, const bf16* shared_keys, const bf16* shared_values, int room, int n_shared,
-    int n_ids, float* sums, float* totals, bf16* mixed) {
+    bf16* cached_keys, bf16* cached_values, const bf16* shared_keys, const bf16* shared_values, const uint32_t* arrived,
+    int room, int n_shared, int n_ids, int backwards, float* sums, float* totals, bf16* mixed) {
+  is_backwards = backwards;
   launch(n_ids * E_KV_HEADS, E_CHUNKS, 32 * E_WARPS, [&] {
     attend_chunk<E_WIDTH, E_GROUP, E_KV_HEADS, E_WARPS, E_UNROLL>(
         {queries, keys, values, cosines, sines}, at,
-        {cached_keys, cached_values, shared_keys, shared_values, room, n_shared}, E_CHUNKS, sums, totals);
-  });
-  launch(n_ids * E_KV_HEADS * E_GROUP, 1, E_WIDTH, [&] {
-    join_chunks<E_WIDTH, E_KV_HEADS * E_GROUP>(sums, totals, at, E_CHUNKS, mixed);
+        {cached_keys, cached_values, shared_keys, shared_values, room, n_shared}, {sums, totals, arrived, E_CHUNKS},
+        mixed);
   });
 }
 """
@@ -107,8 +106,11 @@ class Pass:
         _, at, first, before = self.at[place]
         return before + at - first
 
-    def run(self, run: Callable[..., None], places: Sequence[int] | None = None) -> Any:
-        """What the kernels make of some ids, each fed alone; None is all at once. (ids, heads, width) bits."""
+    def run(self, run: Callable[..., None], places: Sequence[int] | None = None, *, is_backwards: bool = False) -> Any:
+        """What the kernels make of some ids, each fed alone; None is all at once. (ids, heads, width) bits.
+
+        is_backwards: whether the last block runs first.
+        """
         group, n_kv_heads, width = self.shape
         at = self.at if places is None else [(self.at[n][0], n, n, self.position(n)) for n in places]
         n_ids = len(at)
@@ -116,9 +118,10 @@ class Pass:
         rotation = [np.array(each).reshape(-1, width) for each in Rotations(width, BASE).at(positions, 1)]
         sums = np.full((n_ids, group * n_kv_heads, MAX_CHUNKS, width + 2), np.nan, np.float32)
         totals, mixed = sums.copy(), np.empty((n_ids, group * n_kv_heads, width), np.uint16)
-        arrays = [*self.projected, *rotation, np.array(at, np.int32), *self.cached, *self.shared]
+        arrived = np.zeros((sum(self.n_each), n_kv_heads), np.uint32)
+        arrays = [*self.projected, *rotation, np.array(at, np.int32), *self.cached, *self.shared, arrived]
         pointers = [each.ctypes.data_as(ctypes.c_void_p) for each in (*arrays, sums, totals, mixed)]
-        run(*pointers[:-3], self.room, self.n_shared, n_ids, *pointers[-3:])
+        run(*pointers[:-3], self.room, self.n_shared, n_ids, int(is_backwards), *pointers[-3:])
         return mixed
 
     def expected(self, place: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -172,13 +175,13 @@ def test_each_id_attends_to_its_row_and_leaves_its_key_and_value_in_the_cache(
 
 
 @pytest.mark.parametrize("settings", PASSES.values(), ids=PASSES)
-def test_an_id_has_the_bits_that_it_has_alone_and_in_a_larger_room(
+def test_an_id_has_the_bits_that_it_has_alone_in_a_larger_room_and_with_blocks_in_another_order(
     shape: tuple[int, int, int], run: Callable[..., None], settings: dict[str, Any]
 ) -> None:
     together, alone = Pass(shape, **settings), Pass(shape, **settings)
     alone.cached = [np.pad(each, ((0, 0), (0, 0), (0, 256), (0, 0))) for each in alone.cached]
     alone.room += 256
-    one_by_one = [alone.run(run, [place])[0] for place in range(len(alone.at))]
+    one_by_one = [alone.run(run, [place], is_backwards=True)[0] for place in range(len(alone.at))]
     assert np.array_equal(together.run(run), one_by_one)
     for ours, theirs in zip(together.cached, alone.cached, strict=True):
         assert np.array_equal(ours, theirs[:, :, : together.room])

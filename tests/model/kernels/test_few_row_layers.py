@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from attention_in_place import attend
 from configs import SMALL
@@ -17,8 +18,9 @@ from qwq_mlx.engine.kv_cache import new_cache
 from qwq_mlx.engine.model_runner import run_pass
 from qwq_mlx.model import rotations
 from qwq_mlx.model.architecture import tensor_shapes
-from qwq_mlx.model.kernels import layers
-from qwq_mlx.model.kernels.few_row_matmul import PackedMatrix, Tiling, choose_tiling, shared_bytes
+from qwq_mlx.model.kernels import layer_graphs, layers
+from qwq_mlx.model.kernels.few_row_matmul import ForNorm, PackedMatrix
+from qwq_mlx.model.kernels.tiling import Tiling, choose_tiling, shared_bytes
 from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.memory.activations import MAX_FEW_ROWS
 from qwq_mlx.model.products import most_rows_alike
@@ -32,21 +34,47 @@ def _product(x: mx.array, matrix: PackedMatrix, tiling: Tiling, residual: mx.arr
     return y if residual is None else residual + y
 
 
-def _three(x: mx.array, matrices: list[tuple[PackedMatrix, mx.array]], tiling: Tiling) -> list[mx.array]:
-    return [_product(x, matrix, tiling) + bias for matrix, bias in matrices]
+def _for_norm(x: mx.array, norm: mx.array) -> ForNorm:
+    return ForNorm(x * norm, mx.square(x.astype(mx.float32)).reshape(-1, x.shape[-1] // 16, 16).sum(axis=-1))
 
 
-def _pair(x: mx.array, gate: PackedMatrix, up: PackedMatrix, tiling: Tiling) -> mx.array:
-    gated = _product(x, gate, tiling)
-    return gated * mx.sigmoid(gated) * _product(x, up, tiling)
+def _product_for_norm(
+    x: mx.array, matrix: PackedMatrix, tiling: Tiling, residual: mx.array, norm: mx.array
+) -> tuple[mx.array, ForNorm]:
+    y = _product(x, matrix, tiling, residual)
+    return y, _for_norm(y, norm)
+
+
+def _normed(left: ForNorm, eps: float) -> mx.array:
+    mean = left.squares.sum(axis=-1) / left.weighted.shape[-1]
+    return (left.weighted * mx.rsqrt(mean + eps).reshape(*left.weighted.shape[:-1], 1)).astype(mx.bfloat16)
+
+
+def _three(
+    x: ForNorm, matrices: list[tuple[PackedMatrix, mx.array]], tiling: Tiling, eps: float, n_zeros: int
+) -> tuple[list[mx.array], mx.array]:
+    products = [_product(_normed(x, eps), matrix, tiling) + bias for matrix, bias in matrices]
+    return products, mx.zeros(n_zeros, mx.uint32)
+
+
+def _pair(x: ForNorm, gate: PackedMatrix, up: PackedMatrix, tiling: Tiling, eps: float) -> mx.array:
+    gated, other = (_product(_normed(x, eps), each, tiling) for each in (gate, up))
+    return gated * mx.sigmoid(gated) * other
 
 
 @pytest.fixture
 def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "cuda_kernels_run", lambda: True)
-    monkeypatch.setattr(layers, "linear", _product)
-    monkeypatch.setattr(layers, "linears", _three)
-    monkeypatch.setattr(layers, "swiglu_linears", _pair)
+    twins = {
+        "for_norm": _for_norm,
+        "linear": _product,
+        "linear_for_norm": _product_for_norm,
+        "linears": _three,
+        "swiglu_linears": _pair,
+    }
+    for home in (layers, layer_graphs):
+        for name in twins.keys() & vars(home).keys():
+            monkeypatch.setattr(home, name, twins[name])
 
 
 def _packed(packing: Packing = Packing(bits=4, group_size=64)) -> dict[str, Packing]:  # noqa: B008 - it is frozen
@@ -56,7 +84,7 @@ def _packed(packing: Packing = Packing(bits=4, group_size=64)) -> dict[str, Pack
 def _module(packing: Packing = Packing(bits=4, group_size=64)) -> tuple[object, object]:  # noqa: B008 - it is frozen
     """A random model whose layers were exchanged, and mlx_lm's own layers on the same arrays."""
     packed = _packed(packing)
-    layers._graphs.cache_clear()  # compiled graphs hold what they were traced with
+    layer_graphs.layer_graphs.cache_clear()  # compiled graphs hold what they were traced with
     module = random_module(CONFIG, packed, "bfloat16", seed=3)
     return module, in_compute_type(module, CONFIG, packed, "bfloat16")
 
@@ -83,6 +111,32 @@ def test_weights_that_are_exchanged_later_are_multiplied_with() -> None:
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_what_a_layer_gives_may_be_changed_before_the_next_one_takes_it(is_changed: bool) -> None:
+    """A layer begins the norm of the next; who changes hidden states between them is not overlooked."""
+    ours, theirs = _module()
+    found = expected = ours.model.embed_tokens(mx.arange(3)[None])
+    for our, their in zip(ours.layers, theirs.layers, strict=True):
+        found, expected = our(found), their(expected)
+        if is_changed:
+            found, expected = found * 0.5 + 1, expected * 0.5 + 1
+        assert mx.abs(found - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+    assert len(ours.layers) > 1 and ours.layers[0].hands is not None and ours.layers[-1].hands is None
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_a_norm_that_was_exchanged_is_the_one_that_counts() -> None:
+    ours, theirs = _module()
+    ids = mx.arange(3)[None]
+    mx.eval(ours(ids))
+    for module in (ours, theirs):
+        module.layers[1].input_layernorm = nn.RMSNorm(CONFIG.hidden_size, CONFIG.rms_norm_eps)
+        module.layers[1].input_layernorm.weight = mx.full(CONFIG.hidden_size, 0.25, mx.bfloat16)
+    found, expected = ours(ids), theirs(ids)
+    assert mx.abs(found - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
 def test_rows_of_a_pass_go_through_the_exchanged_layers_with_their_own_caches() -> None:
     ours, theirs = _module()
     rows = [new_cache(ours), new_cache(ours)]
@@ -97,7 +151,7 @@ def test_rows_of_a_pass_go_through_the_exchanged_layers_with_their_own_caches() 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
 def test_a_layer_whose_rows_attend_in_place_is_one_graph_of_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rotations, "cuda_kernels_run", lambda: True)
-    monkeypatch.setattr(layers, "decode_attention", attend)
+    monkeypatch.setattr(layer_graphs, "decode_attention", attend)
     mx.disable_compile()  # the twin writes, which cannot be traced
     try:
         ours, theirs = _module()
@@ -120,7 +174,7 @@ def test_of_caches_of_ever_other_shapes_a_graph_holds_few_traces() -> None:
         n_traces += 1
         return x * rotation[0] + at + cache[0].sum() + mx.array([0.0] * (held // 4)).sum()  # a constant of the trace
 
-    graph = layers.BoundedGraph(whole)
+    graph = layer_graphs.BoundedGraph(whole)
 
     def run(n: int) -> None:
         cache = [mx.ones((1, 1, n, 1))] * 2
