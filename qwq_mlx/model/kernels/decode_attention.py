@@ -88,7 +88,7 @@ def decode_attention(
         grid=(n_ids * n_kv_heads * 32 * _WARPS, _MAX_CHUNKS, 1),
         threadgroup=(32 * _WARPS, 1, 1),
         output_shapes=[
-            (n_ids, n_heads * width),
+            (n_ids, 1, n_heads * width),
             (n_ids, n_heads, _MAX_CHUNKS, width),
             (n_ids, n_heads, _MAX_CHUNKS, 2),
         ],

@@ -6,123 +6,35 @@ the kernels against numpy.
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from emulated_kernels import EmulatedKernels
 
-import qwq_mlx.model.kernels
 from qwq_mlx.model.kernels import few_row_matmul, tiling
 from qwq_mlx.model.kernels.few_row_matmul import ForNorm, PackedMatrix
 from qwq_mlx.model.kernels.tiling import choose_tiling
 
-COMPILER = shutil.which("g++") or shutil.which("clang++")
-FOLDER = Path(qwq_mlx.model.kernels.__file__).parent
-TYPES = {mx.bfloat16: "bf16", mx.float32: "float", mx.uint32: "uint32_t"}
-SHARED = "  extern __shared__ __align__(16) unsigned char shared[];\n"
-PATTERN = 0xA5  # of memory that nobody wrote
 EPS = 1e-5
 
 
-class Emulated:
-    """`cuda_kernel` for a CPU: each set of template values is compiled when it is first called."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._compiled: dict[str, Any] = {}
-        self._shared: dict[tuple[Any, ...], int] = {}
-
-    def __call__(
-        self, files: Sequence[str], name: str, inputs: Sequence[str], outputs: Sequence[str], source: str, **given: int
-    ) -> Callable[..., list[mx.array]]:
-        n_shared = given.get("n_shared", 0)
-
-        def kernel(**call: Any) -> list[mx.array]:
-            first = self._shared.setdefault((name, *call["template"]), n_shared)
-            assert n_shared == first, f"MLX gives {name} the {first} bytes that it was first launched with"
-            arrays = [np.array(_bits(each)) for each in call["inputs"]]
-            results = [np.full(shape, PATTERN, np.uint8) for shape in _byte_shapes(call)]
-            kinds = [TYPES[each.dtype] for each in call["inputs"]] + [TYPES[each] for each in call["output_dtypes"]]
-            names = [*inputs, *outputs]
-            values = "".join(f"constexpr int {key} = {int(value)};\n" for key, value in call["template"])
-            n_threads = call["threadgroup"][0]
-            body = source.replace(SHARED, "  unsigned char* shared = dynamic;\n")
-            given = ", ".join(f"{kind}* {each}" for kind, each in zip(kinds, names, strict=True))
-            text = (
-                '#include "emulated_tensor_cores.h"\n'
-                + "".join(f'#include "{file}"\n' for file in files if file != "tensor_cores.cu")
-                + f"alignas(16) unsigned char dynamic[{n_shared + 16}];\n{values}"
-                + f'extern "C" int run(const int* {inputs[0]}_shape, {given}) {{\n'
-                + f"memset(dynamic, {PATTERN}, sizeof dynamic);\n"
-                + f"launch({call['grid'][0] // n_threads}, 1, {n_threads}, [&] {{\n{body}}});\n"
-                + f"for (int i = 0; i < 16; ++i) if (dynamic[{n_shared} + i] != {PATTERN}) return 1;\nreturn 0; }}\n"
-            )
-            shape = (ctypes.c_int * 3)(*call["inputs"][0].shape)
-            pointers = [each.ctypes.data_as(ctypes.c_void_p) for each in (*arrays, *results)]
-            assert self._run(text)(shape, *pointers) == 0, f"{name} writes behind its shared memory"
-            return [
-                mx.array(each).view(dtype).reshape(shape)
-                for each, dtype, shape in zip(results, call["output_dtypes"], call["output_shapes"], strict=True)
-            ]
-
-        return kernel
-
-    def _run(self, text: str) -> Any:
-        if text not in self._compiled:
-            at = self._folder / f"run{len(self._compiled)}"
-            at.with_suffix(".cpp").write_text(text)
-            flags = [
-                "-std=c++20",
-                "-O1",
-                "-pthread",
-                "-shared",
-                "-fPIC",
-                "-w",
-                f"-I{Path(__file__).parent}",
-                f"-I{FOLDER}",
-            ]
-            subprocess.run([COMPILER, *flags, "-o", at.with_suffix(".so"), at.with_suffix(".cpp")], check=True)
-            self._compiled[text] = ctypes.CDLL(str(at.with_suffix(".so"))).run
-        return self._compiled[text]
-
-
-def _bits(array: mx.array) -> mx.array:
-    return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-
-
-def _byte_shapes(call: dict[str, Any]) -> list[tuple[int, ...]]:
-    return [(*shape[:-1], shape[-1] * dtype.size) for shape, dtype in _outputs(call)]
-
-
-def _outputs(call: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], Any]]:
-    return zip(call["output_shapes"], call["output_dtypes"], strict=True)
-
-
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    if COMPILER is None:
-        pytest.skip("there is no C++ compiler")
-    return Emulated(tmp_path_factory.mktemp("emulated"))
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
+    return EmulatedKernels(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(autouse=True)
-def small(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(emulated: EmulatedKernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Matrices count as many rows from 256 on, and as long from 2,048."""
-    monkeypatch.setattr(few_row_matmul, "cuda_kernel", emulated)
     monkeypatch.setattr(tiling, "_WIDE", 256)
     monkeypatch.setattr(tiling, "_LONG", 2048)
-    caches = choose_tiling, few_row_matmul._kernel
-    for each in caches:
-        each.cache_clear()
+    emulated.put_in_place(monkeypatch)
     yield
-    for each in caches:
-        each.cache_clear()
+    choose_tiling.cache_clear()
+    few_row_matmul._kernel.cache_clear()
 
 
 def _matrix(n_out: int, n_in: int, group: int, seed: int) -> PackedMatrix:
