@@ -49,7 +49,8 @@ class LayerGraphs:
     before_attention: (x, packed and biases of q, k, v) -> their products, and zeros for `decode_attention`; x as the
     layer before left it. after_attention: (mixed, x, norm, packed o, gate, up and down, perhaps the norm of the next
     layer) -> what the layer gives, and perhaps leaves for the next.
-    whole: both with the attention of one batch in place: (x, rotation, at, its arrays, x as left, what both take).
+    whole: both with the attention of one batch in place: (x, rotation, at, its keys and values, and those that its rows
+    share, if any; x as left, what both take).
     """
 
     before_attention: Callable[..., list[mx.array]]
@@ -81,13 +82,15 @@ def layer_graphs(packings: LayerPackings, *, hands_over: bool) -> LayerGraphs:
         x: mx.array,
         rotation: Sequence[mx.array],
         at: mx.array,
-        cache: Sequence[Any],
+        cache: Sequence[mx.array],
         left: Sequence[mx.array],
         before: Sequence[mx.array],
         after: Sequence[mx.array],
     ) -> list[mx.array]:
         *projected, zeros = before_attention(*left, *before)
-        mixed = decode_attention(projected, Rotation(*rotation), at, CacheArrays(*cache), zeros)
+        keys, values, *shared = cache
+        arrays = CacheArrays(keys, values, (shared[0], shared[1]) if shared else None)
+        mixed = decode_attention(projected, Rotation(*rotation), at, arrays, zeros)
         return after_attention(mixed, x, *after)
 
     return LayerGraphs(mx.compile(before_attention), mx.compile(after_attention), BoundedGraph(whole))
@@ -108,8 +111,10 @@ class BoundedGraph:
         self._latest: tuple[Any, ...] = ()
         self._known: set[tuple[Any, ...]] = set()
 
-    def __call__(self, x: mx.array, rotation: Sequence[mx.array], at: mx.array, cache: Any, *others: Any) -> Any:
-        """What the function gives. cache: keys and values, perhaps of several caches, by turns."""
+    def __call__(
+        self, x: mx.array, rotation: Sequence[mx.array], at: mx.array, cache: Sequence[mx.array], *others: Any
+    ) -> Any:
+        """What the function gives. cache: keys and values, and perhaps those of a shared beginning."""
         shapes = (x.shape, *(each.shape for each in cache[::2]))  # values have the shape of keys
         if shapes != self._latest:
             if shapes not in self._known and len(self._known) == self.MAX_SHAPES:

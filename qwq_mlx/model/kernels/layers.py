@@ -201,7 +201,8 @@ def _block_class() -> type[Any]:
             before, after = self.arrays.before, self.arrays.after
             if isinstance(cache, InPlaceRows) and len(cache.groups) == 1 and cache.others is None:
                 [group] = cache.groups
-                arrays = [each for each in group.batch.whole() if each is not None]
+                keys, values, shared = group.batch.whole()
+                arrays = [keys, values, *(shared or ())]
                 result = self.graphs.whole(x, list(cache.rotation), group.at, arrays, list(left), before, after)
                 cache.advance()
             else:

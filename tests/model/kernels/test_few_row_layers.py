@@ -14,8 +14,8 @@ from attention_in_place import attend
 from configs import SMALL
 
 from qwq_mlx.bench.models import in_compute_type, random_module
-from qwq_mlx.engine.kv_cache import new_cache
-from qwq_mlx.engine.model_runner import run_pass
+from qwq_mlx.engine.kv_cache import forked_cache, new_cache
+from qwq_mlx.engine.model_runner import feed_prompt, run_pass
 from qwq_mlx.model import rotations
 from qwq_mlx.model.architecture import tensor_shapes
 from qwq_mlx.model.kernels import layer_graphs, layers
@@ -25,6 +25,7 @@ from qwq_mlx.model.layout import Packing
 from qwq_mlx.model.memory.activations import MAX_FEW_ROWS
 from qwq_mlx.model.products import most_rows_alike
 from qwq_mlx.model.row_caches import joined
+from qwq_mlx.model.shared_prefix import MIN_SHARED
 
 CONFIG = replace(SMALL, hidden_size=256, intermediate_size=512, vocab_size=64)
 
@@ -163,6 +164,28 @@ def test_a_layer_whose_rows_attend_in_place_is_one_graph_of_the_same(monkeypatch
         mx.enable_compile()
     for place, ids in enumerate(([1, 2, 3, 5], [1, 2, 3, 5, 7], [4, 6])):
         expected = theirs(mx.array([ids]))[0, -1]
+        assert mx.abs(found[place, -1] - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_rows_that_share_their_beginning_attend_in_one_graph_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotations, "cuda_kernels_run", lambda: True)
+    monkeypatch.setattr(layer_graphs, "decode_attention", attend)
+    mx.disable_compile()  # the twin writes, which cannot be traced
+    try:
+        ours, theirs = _module()
+        prompt, tails = [7 * place % 60 for place in range(MIN_SHARED)], [[1, 2], [3]]
+        whole = new_cache(ours)
+        feed_prompt(ours, whole, prompt)
+        rows = [forked_cache(ours, whole, MIN_SHARED) for _ in tails]
+        for row, tail in zip(rows, tails, strict=True):
+            feed_prompt(ours, row, tail)
+        found = run_pass(ours, mx.array([[5], [6]]), rows, [1, 1], batches_from=1)
+    finally:
+        mx.enable_compile()
+    assert all(row[0].n_shared == MIN_SHARED for row in rows)
+    for place, tail in enumerate(([1, 2, 5], [3, 6])):
+        expected = theirs(mx.array([[*prompt, *tail]]))[0, -1]
         assert mx.abs(found[place, -1] - expected).max().item() < 0.05 * mx.abs(expected).max().item()
 
 
