@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _checks() -> list[Check]:
-    from qwq_mlx.doctor import attention, environment, few_rows, memory, recorded, rows, speed
+    from qwq_mlx.doctor import attention, environment, few_rows, group_fit, memory, recorded, rows, speed
     from qwq_mlx.doctor.check import Check
 
     return [
@@ -59,6 +59,7 @@ def _checks() -> list[Check]:
         Check("attention", attention.check_attention),
         Check("rows together", rows.check_rows),
         Check("few-row kernels", few_rows.check_few_rows),
+        Check("fit kernels", group_fit.check_group_fit),
         Check("memory plan", memory.check_memory_plan),
         Check("bandwidth", speed.check_bandwidth),
         Check("products", speed.check_products),
