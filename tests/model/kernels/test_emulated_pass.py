@@ -12,7 +12,7 @@ from configs import SMALL
 from emulated_kernels import EmulatedKernels
 
 from qwq_mlx.bench.models import in_compute_type, random_module
-from qwq_mlx.engine.kv_cache import new_cache
+from qwq_mlx.engine.kv_cache import fork_cache, new_cache
 from qwq_mlx.engine.model_runner import feed_prompt, run_pass
 from qwq_mlx.model import rotations
 from qwq_mlx.model.architecture import tensor_shapes
@@ -71,3 +71,17 @@ def test_rows_of_a_pass_get_the_logits_of_float32_and_the_bits_that_each_has_alo
         assert mx.array_equal(together[place], alone[0])
         expected = theirs(mx.array([[*prompt, *behind, ids[place].item()]]))[0, -1]
         assert mx.abs(together[place, -1] - expected).max().item() < 0.01 * mx.abs(expected).max().item()
+
+
+@pytest.mark.usefixtures("by_the_kernels")
+def test_forks_attend_behind_what_they_share() -> None:
+    ours = random_module(CONFIG, PACKED, "bfloat16", seed=3)
+    theirs = in_compute_type(ours, CONFIG, PACKED, "float32")
+    prompt = [7 * place % 60 for place in range(300)]
+    [source] = _caches(ours, [prompt])
+    forks = [fork_cache(ours, source, 300) for _ in range(2)]
+    found = run_pass(ours, mx.array([[5], [6]]), forks, [1, 1], batches_from=1)
+    assert forks[0][0].n_shared == 300
+    for place, last in enumerate((5, 6)):
+        expected = theirs(mx.array([[*prompt, last]]))[0, -1]
+        assert mx.abs(found[place, -1] - expected).max().item() < 0.01 * mx.abs(expected).max().item()
