@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from qwq_mlx.model.kernels.layers import run_layers
 from qwq_mlx.model.split import Split
 from qwq_mlx.model.upstream import import_mlx_lm
 
@@ -42,8 +43,7 @@ def _stage_class() -> type[Any]:
             cache = cache or [None] * len(self.pipeline_layers)
             h = self._before(inputs, input_embeddings)
             mask = base.create_attention_mask(h, cache[0])
-            for layer, own in zip(self.pipeline_layers, cache, strict=True):
-                h = layer(h, mask, own)
+            h = run_layers(self.pipeline_layers, h, mask, cache)
             if self.pipeline_rank:
                 return mx.distributed.send(h, self.pipeline_rank - 1, group=self.group)
             result: mx.array = self.norm(h)

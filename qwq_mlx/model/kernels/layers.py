@@ -30,25 +30,25 @@ from qwq_mlx.model.memory.activations import MAX_FEW_ROWS
 from qwq_mlx.model.row_caches import InPlaceRows
 from qwq_mlx.model.upstream import import_mlx_lm
 
-__all__ = ["use_few_row_kernels", "uses_few_row_kernels"]
+__all__ = ["run_layers", "use_few_row_kernels", "uses_few_row_kernels"]
 
 
 def use_few_row_kernels(module: Any) -> None:
     """Let the layers of a model (mlx_lm's Qwen2) multiply up to `MAX_FEW_ROWS` rows by the kernels, where they run."""
     if not cuda_kernels_run():
         return
-    behind: Any = None  # the next layer, where it was exchanged too
+    next_norm: Any = None  # of the next layer, where it was exchanged too
     for layer in reversed(module.layers):
         packings = _packings_of(layer)
         if packings is None:
-            behind = None
+            next_norm = None
             continue
-        layer.handed, layer.hands = None, None if behind is None else _Handover(behind.input_layernorm)
-        if behind is not None:
-            behind.handed = layer.hands
-        layer.graphs, layer.__class__ = layer_graphs(packings, hands_over=behind is not None), _block_class()
+        object.__setattr__(layer, "next_norm", next_norm)  # not a part of this layer
+        layer.graphs, layer.__class__ = layer_graphs(packings, hands_over=next_norm is not None), _block_class()
         layer._collect()
-        behind = layer
+        next_norm = layer.input_layernorm
+    if type(module.model) is import_mlx_lm("mlx_lm.models.qwen2").Qwen2Model:
+        module.model.__class__ = _model_class()
     for each in module.modules():
         if type(each) is nn.QuantizedLinear:
             each.tiling, each.__class__ = _common_tiling((each,), has_bias=None), _CudaLinear
@@ -64,25 +64,23 @@ def uses_few_row_kernels(module: Any) -> bool:
     )
 
 
-class _Handover:
+def run_layers(layers: Sequence[Any], x: Any, mask: Any, cache: Sequence[Any]) -> Any:
+    """x behind these layers, each of which may leave to the next what it has begun of the next one's norm.
+
+    Nobody changes x between two exchanged layers here; what stands in a layer's place gets and gives x alone.
+    """
+    exchanged, left = _block_class(), None
+    for layer, own in zip(layers, cache, strict=True):
+        x, left = layer.run(x, mask, own, left) if type(layer) is exchanged else (layer(x, mask, own), None)
+    return x
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
     """What a layer leaves for the one behind it, whose norm it has begun. norm: that norm."""
 
-    __slots__ = ("_left", "_x", "norm")
-
-    def __init__(self, norm: Any) -> None:
-        self.norm = norm
-        self._x: mx.array | None = None
-        self._left: ForNorm | None = None
-
-    def put(self, x: mx.array, left: ForNorm) -> None:
-        """x: what the layer gives. left: of it, for the norm."""
-        self._x, self._left = x, left
-
-    def take(self, x: mx.array, norm: Any) -> ForNorm | None:
-        """What was left; None where x is not what the layer gave, as behind a hook, or the norm is another by now."""
-        left = self._left if self._x is x and self.norm is norm else None
-        self._x = self._left = None
-        return left
+    norm: Any
+    begun: ForNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +117,8 @@ def _arrays_of(layer: Any) -> _LayerArrays:
     ):
         found.append((owner, name, owner[name]))
         arrays.extend(take(owner[name], "weight", "scales", "biases", *(["bias"] if arrays is before else [])))
-    if layer.hands is not None:
-        after += take(layer.hands.norm, "weight")
+    if layer.next_norm is not None:
+        after += take(layer.next_norm, "weight")
     modules, names, values = zip(*found, strict=True)
     return _LayerArrays(before, after, modules, names, values)
 
@@ -191,29 +189,43 @@ class _CudaLinear(nn.QuantizedLinear):  # type: ignore[misc]
 def _block_class() -> type[Any]:
     class FewRowBlock(import_mlx_lm("mlx_lm.models.qwen2").TransformerBlock):  # type: ignore[misc]
         def __call__(self, x: Any, mask: Any = None, cache: Any = None) -> Any:
+            return self.run(x, mask, cache, None)[0]
+
+        def run(self, x: Any, mask: Any, cache: Any, left: _Left | None) -> tuple[Any, _Left | None]:
+            """What the layer gives, and leaves for the next. left: by the layer before, of x as it is."""
             if not _is_few(x):
-                return super().__call__(x, mask, cache)
+                return super().__call__(x, mask, cache), None
             if not self.arrays.are_current():
                 self._collect()
-            left = None if self.handed is None else self.handed.take(x, self.input_layernorm)
-            if left is None:
-                left = for_norm(x, self.input_layernorm.weight)
+            norm = self.input_layernorm
+            begun = left.begun if left is not None and left.norm is norm else for_norm(x, norm.weight)
             before, after = self.arrays.before, self.arrays.after
             if isinstance(cache, InPlaceRows) and len(cache.groups) == 1 and cache.others is None:
                 [group] = cache.groups
                 keys, values, shared = group.batch.whole()
                 arrays = [keys, values, *(shared or ())]
-                result = self.graphs.whole(x, list(cache.rotation), group.at, arrays, list(left), before, after)
+                result = self.graphs.whole(x, list(cache.rotation), group.at, arrays, list(begun), before, after)
                 cache.advance()
             else:
-                *projected, zeros = self.graphs.before_attention(*left, *before)
+                *projected, zeros = self.graphs.before_attention(*begun, *before)
                 mixed = self.self_attn.attend(projected, mask, cache, zeros)
                 result = self.graphs.after_attention(mixed, x, *after)
-            if self.hands is not None:
-                self.hands.put(result[0], ForNorm(*result[1:]))
-            return result[0]
+            return result[0], None if self.next_norm is None else _Left(self.next_norm, ForNorm(*result[1:]))
 
         def _collect(self) -> None:
             self.arrays: _LayerArrays = _arrays_of(self)
 
     return FewRowBlock
+
+
+@functools.cache
+def _model_class() -> type[Any]:
+    home, base = import_mlx_lm("mlx_lm.models.qwen2"), import_mlx_lm("mlx_lm.models.base")
+
+    class FewRowModel(home.Qwen2Model):  # type: ignore[misc, name-defined]
+        def __call__(self, inputs: Any, cache: Any = None, input_embeddings: Any = None) -> Any:
+            x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+            cache = [None] * len(self.layers) if cache is None else cache
+            return self.norm(run_layers(self.layers, x, base.create_attention_mask(x, cache[0]), cache))
+
+    return FewRowModel

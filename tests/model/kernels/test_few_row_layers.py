@@ -6,6 +6,7 @@ What the kernels themselves compute is checked by `python -m qwq_mlx.doctor` whe
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -82,7 +83,7 @@ def _packed(packing: Packing = Packing(bits=4, group_size=64)) -> dict[str, Pack
     return {name.removesuffix(".weight"): packing for name, shape in tensor_shapes(CONFIG).items() if len(shape) == 2}
 
 
-def _module(packing: Packing = Packing(bits=4, group_size=64)) -> tuple[object, object]:  # noqa: B008 - it is frozen
+def _module(packing: Packing = Packing(bits=4, group_size=64)) -> tuple[Any, Any]:  # noqa: B008 - it is frozen
     """A random model whose layers were exchanged, and mlx_lm's own layers on the same arrays."""
     packed = _packed(packing)
     layer_graphs.layer_graphs.cache_clear()  # compiled graphs hold what they were traced with
@@ -111,18 +112,51 @@ def test_weights_that_are_exchanged_later_are_multiplied_with() -> None:
     assert mx.array_equal(ours(ids), other(ids))
 
 
+class _Hook:
+    """In a layer's place: what the layer gives, changed in a new array or in place."""
+
+    def __init__(self, layer: Any, *, is_in_place: bool) -> None:
+        self._layer, self._is_in_place = layer, is_in_place
+
+    def __call__(self, *given: Any) -> mx.array:
+        x: mx.array = self._layer(*given)
+        other = 20 * mx.random.normal(x.shape[-1:], x.dtype, key=mx.random.key(1))
+        if not self._is_in_place:
+            return x + other
+        x += other
+        return x
+
+
 @pytest.mark.usefixtures("as_if_on_a_gpu")
-@pytest.mark.parametrize("is_changed", [False, True])
-def test_what_a_layer_gives_may_be_changed_before_the_next_one_takes_it(is_changed: bool) -> None:
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_what_a_layer_gives_may_be_changed_before_the_next_one_takes_it(is_in_place: bool) -> None:
     """A layer begins the norm of the next; who changes hidden states between them is not overlooked."""
     ours, theirs = _module()
-    found = expected = ours.model.embed_tokens(mx.arange(3)[None])
-    for our, their in zip(ours.layers, theirs.layers, strict=True):
-        found, expected = our(found), their(expected)
-        if is_changed:
-            found, expected = found * 0.5 + 1, expected * 0.5 + 1
-        assert mx.abs(found - expected).max().item() < 0.05 * mx.abs(expected).max().item()
-    assert len(ours.layers) > 1 and ours.layers[0].hands is not None and ours.layers[-1].hands is None
+    ids = mx.arange(3)[None]
+    unchanged = ours(ids)
+    for module in (ours, theirs):
+        first, *rest = module.layers
+        module.model.layers = [_Hook(first, is_in_place=is_in_place), *rest]
+    found, expected = ours(ids), theirs(ids)
+    off = mx.abs(found - expected).max().item()
+    assert rest and off < 0.05 * mx.abs(expected).max().item() and off < 0.3 * mx.abs(unchanged - expected).max().item()
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_a_layer_begins_the_norm_of_the_next_and_the_first_one_alone_begins_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun = []
+
+    def counted(x: mx.array, norm: mx.array) -> ForNorm:
+        begun.append(norm)
+        return _for_norm(x, norm)
+
+    monkeypatch.setattr(layers, "for_norm", counted)
+    ours, theirs = _module()
+    found, expected = ours(mx.arange(3)[None]), theirs(mx.arange(3)[None])
+    assert len(ours.layers) > 1 and len(begun) == 1 and begun[0] is ours.layers[0].input_layernorm.weight
+    assert mx.abs(found - expected).max().item() < 0.05 * mx.abs(expected).max().item()
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
