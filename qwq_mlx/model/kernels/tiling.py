@@ -1,7 +1,7 @@
 """How blocks of threads cover a 4-bit matrix in the kernels of few_row_matmul.cu.
 
 Matrices of many rows, and long ones, are covered by wide blocks; of a long one blocks share out the inner dimension,
-and the last of them adds what all found.
+and another launch adds what they found.
 
 Does not: launch anything (`few_row_matmul` does).
 """
