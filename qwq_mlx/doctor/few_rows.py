@@ -19,7 +19,7 @@ __all__ = ["check_few_rows"]
 
 _N_ROWS = (1, 2, 5, 8, 25, 32)
 # rows, columns, group size: few, for each kernel of each takes about a second to compile
-_MATRICES = ((128, 16_384, 64), (896, 4864, 128), (16_384, 512, 32))
+_MATRICES = ((128, 16_384, 64), (896, 4864, 128), (16_384, 512, 64), (128, 512, 32))
 _EPS = 1e-6
 _MAX_LEFT = 1e-5  # only the order of sums differs
 _MAX_SHARE = 1.1  # of that error

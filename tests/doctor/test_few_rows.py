@@ -13,6 +13,7 @@ from qwq_mlx.doctor.few_rows import check_few_rows
 from qwq_mlx.doctor.rows import check_rows
 from qwq_mlx.model.batched_cache import BatchedLayer, Writing
 from qwq_mlx.model.kernels import device, few_row_matmul
+from qwq_mlx.model.kernels.few_row_bodies import BODIES
 from qwq_mlx.model.kernels.few_row_matmul import ForNorm
 
 
@@ -87,6 +88,23 @@ def test_kernels_that_only_round_pass_and_those_that_are_off_do_not(
         result = check_few_rows(Subject("cuda", tmp_path))
         assert result.outcome == "failed" and message in result.found
         monkeypatch.setattr(few_row_matmul, name, twins[name])
+
+
+def test_every_kernel_is_launched_for_groups_of_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched, groups = set(), set()
+
+    def zeros(kind: str, n_shared: int) -> Any:
+        def kernel(template: Any, output_shapes: Any, output_dtypes: Any, **_: Any) -> list[mx.array]:
+            launched.add(kind)
+            groups.add(dict(template).get("GROUP"))
+            return [mx.zeros(*each) for each in zip(output_shapes, output_dtypes, strict=True)]
+
+        return kernel
+
+    monkeypatch.setattr(device, "cuda_kernels_run", lambda: True)
+    monkeypatch.setattr(few_row_matmul, "_kernel", zeros)
+    assert check_few_rows(Subject("cuda", tmp_path)).outcome == "failed"
+    assert launched == set(BODIES) and groups == {32, 64, 128, None}
 
 
 def test_rows_in_a_batch_are_compared_with_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
