@@ -61,12 +61,14 @@ def random_module(config: Qwen2Config, packed: Mapping[str, Packing], compute_ty
             if len(shape) == 2:
                 weights.append((name, mx.random.normal(shape, dtype, scale=shape[1] ** -0.5, key=next(keys))))
             else:
-                weights.append((name, (mx.ones if name.endswith("norm.weight") else mx.zeros)(shape, dtype)))
+                mean = 1.0 if name.endswith("norm.weight") else 0.0
+                weights.append((name, mx.random.normal(shape, dtype, loc=mean, scale=0.25, key=next(keys))))
             continue
         rows, columns = shape
         packing = packed[path]
         n_words = columns * packing.bits // 32
-        codes = mx.random.randint(-(2**31), 2**31 - 1, (rows, n_words), mx.int32, key=next(keys)).view(mx.uint32)
+        # MLX draws integers from 24 bits: the last ones of 32 would be zeros
+        codes = mx.random.randint(0, 2**16, (rows, 2 * n_words), mx.uint16, key=next(keys)).view(mx.uint32)
         # codes are uniform on 0 ... n - 1, of deviation (n^2 - 1)/12 to the root; columns^-0.5 keeps activations near 1
         n_codes = 2**packing.bits
         scale = (12 / (n_codes**2 - 1) / columns) ** 0.5

@@ -134,6 +134,17 @@ def test_a_random_module_has_finite_logits_of_a_sane_size_and_its_twin_the_same_
     assert np.abs(close - logits).max() < 0.1 * np.abs(logits).max()
 
 
+def test_each_code_of_a_random_word_takes_every_value_and_norms_and_biases_are_no_constants() -> None:
+    module = random_module(SMALL, {"lm_head": Packing(bits=4, group_size=64)}, "float32", seed=3)
+    words = np.array(module.lm_head.weight).ravel()
+    for place in range(8):
+        counts = np.bincount(words >> 4 * place & 15, minlength=16)
+        assert counts.min() > 0.7 * words.size / 16
+    layer = module.layers[1]
+    for each in (layer.input_layernorm.weight, layer.self_attn.q_proj.bias, module.model.norm.weight):
+        assert np.array(each).std() > 0.1
+
+
 def test_a_random_module_may_be_left_unpacked() -> None:
     logits = np.array(random_module(SMALL, {}, "float32", seed=3)(mx.array([[1, 2, 3, 300]])))
     assert logits.shape == (1, 4, 320)

@@ -1,4 +1,4 @@
-"""The layers of few rows, wired as on an NVIDIA GPU, with MLX's own products in place of the kernels.
+"""The layers of few rows, wired as on an NVIDIA GPU, with products in float32 in place of the kernels.
 
 What the kernels themselves compute is checked by `python -m qwq_mlx.doctor` where they run.
 """
@@ -32,8 +32,13 @@ CONFIG = replace(SMALL, hidden_size=256, intermediate_size=512, vocab_size=64)
 
 
 def _product(x: mx.array, matrix: PackedMatrix, tiling: Tiling, residual: mx.array | None = None) -> mx.array:
-    y = mx.quantized_matmul(x, *matrix, transpose=True, group_size=tiling.group_size, bits=4)
-    return y if residual is None else residual + y
+    y = _sums(x, matrix, tiling)
+    return (y if residual is None else residual + y).astype(mx.bfloat16)
+
+
+def _sums(x: mx.array, matrix: PackedMatrix, tiling: Tiling) -> mx.array:
+    codes, scales, biases = matrix[0], *(each.astype(mx.float32) for each in matrix[1:])
+    return x.astype(mx.float32) @ mx.dequantize(codes, scales, biases, group_size=tiling.group_size, bits=4).T
 
 
 def _for_norm(x: mx.array, norm: mx.array) -> ForNorm:
@@ -49,19 +54,19 @@ def _product_for_norm(
 
 def _normed(left: ForNorm, eps: float) -> mx.array:
     mean = left.squares.sum(axis=-1) / left.weighted.shape[-1]
-    return (left.weighted * mx.rsqrt(mean + eps).reshape(*left.weighted.shape[:-1], 1)).astype(mx.bfloat16)
+    return left.weighted * mx.rsqrt(mean + eps).reshape(*left.weighted.shape[:-1], 1)
 
 
 def _three(
     x: ForNorm, matrices: list[tuple[PackedMatrix, mx.array]], tiling: Tiling, eps: float, n_zeros: int
 ) -> tuple[list[mx.array], mx.array]:
-    products = [_product(_normed(x, eps), matrix, tiling) + bias for matrix, bias in matrices]
+    products = [(_sums(_normed(x, eps), matrix, tiling) + bias).astype(mx.bfloat16) for matrix, bias in matrices]
     return products, mx.zeros(n_zeros, mx.uint32)
 
 
 def _pair(x: ForNorm, gate: PackedMatrix, up: PackedMatrix, tiling: Tiling, eps: float) -> mx.array:
-    gated, other = (_product(_normed(x, eps), each, tiling) for each in (gate, up))
-    return gated * mx.sigmoid(gated) * other
+    gated, other = (_sums(_normed(x, eps), each, tiling) for each in (gate, up))
+    return (gated * mx.sigmoid(gated) * other).astype(mx.bfloat16)
 
 
 @pytest.fixture
@@ -84,11 +89,11 @@ def _packed(packing: Packing = Packing(bits=4, group_size=64)) -> dict[str, Pack
 
 
 def _module(packing: Packing = Packing(bits=4, group_size=64)) -> tuple[Any, Any]:  # noqa: B008 - it is frozen
-    """A random model whose layers were exchanged, and mlx_lm's own layers on the same arrays."""
+    """A random model whose layers were exchanged, and mlx_lm's own layers on the same arrays in float32."""
     packed = _packed(packing)
     layer_graphs.layer_graphs.cache_clear()  # compiled graphs hold what they were traced with
     module = random_module(CONFIG, packed, "bfloat16", seed=3)
-    return module, in_compute_type(module, CONFIG, packed, "bfloat16")
+    return module, in_compute_type(module, CONFIG, packed, "float32")
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
@@ -99,7 +104,7 @@ def test_a_model_of_exchanged_layers_computes_what_mlx_lms_own_does(n_ids: int) 
     caches = [new_cache(ours), new_cache(theirs)]
     for ids in (mx.arange(n_ids)[None], mx.array([[7]])):
         found, expected = ours(ids, cache=caches[0]), theirs(ids, cache=caches[1])
-        assert mx.abs(found - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+        assert mx.abs(found - expected).max().item() < 0.02 * mx.abs(expected).max().item()
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
@@ -139,7 +144,7 @@ def test_what_a_layer_gives_may_be_changed_before_the_next_one_takes_it(is_in_pl
         module.model.layers = [_Hook(first, is_in_place=is_in_place), *rest]
     found, expected = ours(ids), theirs(ids)
     off = mx.abs(found - expected).max().item()
-    assert rest and off < 0.05 * mx.abs(expected).max().item() and off < 0.3 * mx.abs(unchanged - expected).max().item()
+    assert rest and off < 0.02 * mx.abs(expected).max().item() and off < 0.3 * mx.abs(unchanged - expected).max().item()
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
@@ -156,7 +161,7 @@ def test_a_layer_begins_the_norm_of_the_next_and_the_first_one_alone_begins_its_
     ours, theirs = _module()
     found, expected = ours(mx.arange(3)[None]), theirs(mx.arange(3)[None])
     assert len(ours.layers) > 1 and len(begun) == 1 and begun[0] is ours.layers[0].input_layernorm.weight
-    assert mx.abs(found - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+    assert mx.abs(found - expected).max().item() < 0.02 * mx.abs(expected).max().item()
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
@@ -168,7 +173,7 @@ def test_a_norm_that_was_exchanged_is_the_one_that_counts() -> None:
         module.layers[1].input_layernorm = nn.RMSNorm(CONFIG.hidden_size, CONFIG.rms_norm_eps)
         module.layers[1].input_layernorm.weight = mx.full(CONFIG.hidden_size, 0.25, mx.bfloat16)
     found, expected = ours(ids), theirs(ids)
-    assert mx.abs(found - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+    assert mx.abs(found - expected).max().item() < 0.02 * mx.abs(expected).max().item()
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
@@ -180,7 +185,7 @@ def test_rows_of_a_pass_go_through_the_exchanged_layers_with_their_own_caches() 
     found = ours(mx.array([[5], [6]]), cache=joined(rows))
     for place, ids in enumerate(([1, 2, 3, 5], [4, 6])):
         expected = theirs(mx.array([ids]))[0, -1]
-        assert mx.abs(found[place, -1] - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+        assert mx.abs(found[place, -1] - expected).max().item() < 0.02 * mx.abs(expected).max().item()
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
@@ -198,7 +203,7 @@ def test_a_layer_whose_rows_attend_in_place_is_one_graph_of_the_same(monkeypatch
         mx.enable_compile()
     for place, ids in enumerate(([1, 2, 3, 5], [1, 2, 3, 5, 7], [4, 6])):
         expected = theirs(mx.array([ids]))[0, -1]
-        assert mx.abs(found[place, -1] - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+        assert mx.abs(found[place, -1] - expected).max().item() < 0.02 * mx.abs(expected).max().item()
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
@@ -220,7 +225,7 @@ def test_rows_that_share_their_beginning_attend_in_one_graph_too(monkeypatch: py
     assert all(row[0].n_shared == MIN_SHARED for row in rows)
     for place, tail in enumerate(([1, 2, 5], [3, 6])):
         expected = theirs(mx.array([[*prompt, *tail]]))[0, -1]
-        assert mx.abs(found[place, -1] - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+        assert mx.abs(found[place, -1] - expected).max().item() < 0.02 * mx.abs(expected).max().item()
 
 
 def test_of_caches_of_ever_other_shapes_a_graph_holds_few_traces() -> None:
@@ -251,7 +256,10 @@ def test_of_caches_of_ever_other_shapes_a_graph_holds_few_traces() -> None:
 def test_layers_of_other_packings_multiply_few_rows_by_mlx_and_many_with_the_unpacked_matrix(
     n_ids: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, theirs = _module(Packing(bits=8, group_size=64))
+    packing = Packing(bits=8, group_size=64)
+    ours, theirs = _module(packing)
+    if n_ids <= MAX_FEW_ROWS:  # MLX's product of packed bfloat16 on a CPU is off by several percent
+        theirs = in_compute_type(ours, CONFIG, _packed(packing), "bfloat16")
     assert type(ours.layers[0]).__name__ == "TransformerBlock" and ours.lm_head.tiling is None
     expected, n_packed = theirs(mx.arange(n_ids)[None]), 0
     product = mx.quantized_matmul
