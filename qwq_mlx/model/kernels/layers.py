@@ -87,7 +87,7 @@ class _Left:
 class _LayerArrays:
     """What a layer's graphs take of it, collected once: for each pass it would take as long as the graphs' calls.
 
-    modules, names, values: where each array, and each linear layer, was found.
+    modules, names, values: where each array, and each part of the layer, was found.
     """
 
     before: list[mx.array]
@@ -97,7 +97,7 @@ class _LayerArrays:
     values: tuple[Any, ...]
 
     def are_current(self) -> bool:
-        """Whether nobody has given the layer other weights, or other linear layers."""
+        """Whether nobody has given the layer other weights, or other parts."""
         return all(map(operator.is_, map(dict.get, self.modules, self.names), self.values))
 
 
@@ -105,10 +105,11 @@ def _arrays_of(layer: Any) -> _LayerArrays:
     attention, mlp, found = layer.self_attn, layer.mlp, list[tuple[Any, str, Any]]()
     before: list[mx.array] = []
 
-    def take(module: Any, *names: str) -> list[mx.array]:
+    def take(module: Any, *names: str) -> list[Any]:
         found.extend((module, name, module[name]) for name in names)
         return [module[name] for name in names]
 
+    take(layer, "self_attn", "mlp", "post_attention_layernorm")
     after = take(layer.post_attention_layernorm, "weight")
     for owner, name, arrays in (
         *((attention, name, before) for name in ("q_proj", "k_proj", "v_proj")),

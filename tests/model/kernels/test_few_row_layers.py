@@ -165,13 +165,27 @@ def test_a_layer_begins_the_norm_of_the_next_and_the_first_one_alone_begins_its_
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
-def test_a_norm_that_was_exchanged_is_the_one_that_counts() -> None:
+@pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm"])
+def test_a_norm_that_was_exchanged_is_the_one_that_counts(name: str) -> None:
     ours, theirs = _module()
     ids = mx.arange(3)[None]
     mx.eval(ours(ids))
     for module in (ours, theirs):
-        module.layers[1].input_layernorm = nn.RMSNorm(CONFIG.hidden_size, CONFIG.rms_norm_eps)
-        module.layers[1].input_layernorm.weight = mx.full(CONFIG.hidden_size, 0.25, mx.bfloat16)
+        norm = nn.RMSNorm(CONFIG.hidden_size, CONFIG.rms_norm_eps)
+        norm.weight = mx.full(CONFIG.hidden_size, 0.25, mx.bfloat16)
+        setattr(module.layers[1], name, norm)
+    found, expected = ours(ids), theirs(ids)
+    assert mx.abs(found - expected).max().item() < 0.02 * mx.abs(expected).max().item()
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+@pytest.mark.parametrize("name", ["self_attn", "mlp"])
+def test_a_part_of_a_layer_that_was_exchanged_is_the_one_that_counts(name: str) -> None:
+    ours, theirs = _module()
+    ids = mx.arange(3)[None]
+    mx.eval(ours(ids))
+    for module in (ours, theirs):
+        setattr(module.layers[0], name, getattr(module.layers[1], name))
     found, expected = ours(ids), theirs(ids)
     assert mx.abs(found - expected).max().item() < 0.02 * mx.abs(expected).max().item()
 
