@@ -39,14 +39,12 @@ def use_few_row_kernels(module: Any) -> None:
         return
     next_norm: Any = None  # of the next layer, where it was exchanged too
     for layer in reversed(module.layers):
-        packings = _packings_of(layer)
-        if packings is None:
+        if _packings_of(layer) is None:
             next_norm = None
             continue
         object.__setattr__(layer, "next_norm", next_norm)  # not a part of this layer
-        layer.graphs, layer.__class__ = layer_graphs(packings, hands_over=next_norm is not None), _block_class()
-        layer._collect()
-        next_norm = layer.input_layernorm
+        _make_graphs(layer)
+        layer.__class__, next_norm = _block_class(), layer.input_layernorm
     if type(module.model) is import_mlx_lm("mlx_lm.models.qwen2").Qwen2Model:
         module.model.__class__ = _model_class()
     for each in module.modules():
@@ -101,7 +99,18 @@ class _LayerArrays:
         return all(map(operator.is_, map(dict.get, self.modules, self.names), self.values))
 
 
-def _arrays_of(layer: Any) -> _LayerArrays:
+def _make_graphs(layer: Any) -> bool:
+    """Give a layer the graphs of what it is made of now; False where the kernels cannot compute that."""
+    packings = _packings_of(layer)
+    if packings is None:
+        return False
+    hands_over = layer.next_norm is not None and _is_bfloat16(layer.next_norm.weight)
+    layer.graphs = layer_graphs(packings, hands_over=hands_over)
+    layer.arrays = _arrays_of(layer, hands_over=hands_over)
+    return True
+
+
+def _arrays_of(layer: Any, *, hands_over: bool) -> _LayerArrays:
     attention, mlp, found = layer.self_attn, layer.mlp, list[tuple[Any, str, Any]]()
     before: list[mx.array] = []
 
@@ -109,7 +118,7 @@ def _arrays_of(layer: Any) -> _LayerArrays:
         found.extend((module, name, module[name]) for name in names)
         return [module[name] for name in names]
 
-    take(layer, "self_attn", "mlp", "post_attention_layernorm")
+    take(layer, "self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
     after = take(layer.post_attention_layernorm, "weight")
     for owner, name, arrays in (
         *((attention, name, before) for name in ("q_proj", "k_proj", "v_proj")),
@@ -118,15 +127,20 @@ def _arrays_of(layer: Any) -> _LayerArrays:
     ):
         found.append((owner, name, owner[name]))
         arrays.extend(take(owner[name], "weight", "scales", "biases", *(["bias"] if arrays is before else [])))
-    if layer.next_norm is not None:
-        after += take(layer.next_norm, "weight")
+    next_weight = [] if layer.next_norm is None else take(layer.next_norm, "weight")
+    after += next_weight if hands_over else []
     modules, names, values = zip(*found, strict=True)
     return _LayerArrays(before, after, modules, names, values)
 
 
 def _packings_of(layer: Any) -> LayerPackings | None:
-    """None where the kernels cannot multiply by all matrices of a layer."""
+    """None where the kernels cannot compute all of a layer, as where a part was exchanged for one of another kind."""
     attention, mlp = layer.self_attn, layer.mlp
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    if any(type(norm) is not nn.RMSNorm or not _is_bfloat16(norm.weight) for norm in norms):
+        return None
+    if norms[0].eps != norms[1].eps or type(mlp) is not import_mlx_lm("mlx_lm.models.qwen2").MLP:
+        return None
     three = _common_tiling((attention.q_proj, attention.k_proj, attention.v_proj), has_bias=True)
     pair = _common_tiling((mlp.gate_proj, mlp.up_proj), is_pair=True)
     out, down = _common_tiling((attention.o_proj,)), _common_tiling((mlp.down_proj,))
@@ -134,7 +148,7 @@ def _packings_of(layer: Any) -> LayerPackings | None:
         return None
     if any(each.wide_from is not None and each.n_slices == 1 for each in (out, down)):
         return None  # they leave nothing for a norm
-    return LayerPackings(layer.input_layernorm.eps, attention.n_kv_heads, three, out, pair, down)
+    return LayerPackings(norms[0].eps, attention.n_kv_heads, three, out, pair, down)
 
 
 def _common_tiling(layers: Sequence[Any], *, has_bias: bool | None = False, is_pair: bool = False) -> Tiling | None:
@@ -194,10 +208,8 @@ def _block_class() -> type[Any]:
 
         def run(self, x: Any, mask: Any, cache: Any, left: _Left | None) -> tuple[Any, _Left | None]:
             """What the layer gives, and leaves for the next. left: by the layer before, of x as it is."""
-            if not _is_few(x):
+            if not _is_few(x) or not (self.arrays.are_current() or _make_graphs(self)):
                 return super().__call__(x, mask, cache), None
-            if not self.arrays.are_current():
-                self._collect()
             norm = self.input_layernorm
             begun = left.begun if left is not None and left.norm is norm else for_norm(x, norm.weight)
             before, after = self.arrays.before, self.arrays.after
@@ -211,10 +223,7 @@ def _block_class() -> type[Any]:
                 *projected, zeros = self.graphs.before_attention(*begun, *before)
                 mixed = self.self_attn.attend(projected, mask, cache, zeros)
                 result = self.graphs.after_attention(mixed, x, *after)
-            return result[0], None if self.next_norm is None else _Left(self.next_norm, ForNorm(*result[1:]))
-
-        def _collect(self) -> None:
-            self.arrays: _LayerArrays = _arrays_of(self)
+            return result[0], _Left(self.next_norm, ForNorm(*result[1:])) if result[1:] else None
 
     return FewRowBlock
 

@@ -5,6 +5,7 @@ What the kernels themselves compute is checked by `python -m qwq_mlx.doctor` whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -188,6 +189,46 @@ def test_a_part_of_a_layer_that_was_exchanged_is_the_one_that_counts(name: str) 
         setattr(module.layers[0], name, getattr(module.layers[1], name))
     found, expected = ours(ids), theirs(ids)
     assert mx.abs(found - expected).max().item() < 0.02 * mx.abs(expected).max().item()
+
+
+def _other_norm(layer: Any) -> None:
+    """Its weight is in float32, as mlx.nn makes it."""
+    layer.input_layernorm = nn.RMSNorm(CONFIG.hidden_size, CONFIG.rms_norm_eps)
+
+
+def _other_eps(layer: Any) -> None:
+    norm, layer.post_attention_layernorm = layer.post_attention_layernorm, nn.RMSNorm(CONFIG.hidden_size, eps=300.0)
+    layer.post_attention_layernorm.weight = norm.weight
+
+
+def _other_linear(layer: Any) -> None:
+    layer.mlp.down_proj = nn.Linear(CONFIG.intermediate_size, CONFIG.hidden_size, bias=False)
+    layer.mlp.down_proj.weight = mx.random.normal(layer.mlp.down_proj.weight.shape, mx.bfloat16, key=mx.random.key(1))
+
+
+class _NoMlp(nn.Module):  # type: ignore[misc]
+    def __call__(self, x: mx.array) -> mx.array:
+        return -x
+
+
+def _other_mlp(layer: Any) -> None:
+    layer.mlp = _NoMlp()
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+@pytest.mark.parametrize("exchange", [_other_norm, _other_eps, _other_linear, _other_mlp])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_layer_with_a_part_that_the_kernels_do_not_know_is_mlx_lms_own_again(
+    exchange: Callable[[Any], None], place: int
+) -> None:
+    ours, theirs = _module()
+    ids = mx.arange(3)[None]
+    unchanged = ours(ids)
+    for module in (ours, theirs):
+        exchange(module.layers[place])
+    found, expected = ours(ids), theirs(ids)
+    assert mx.abs(found - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+    assert mx.abs(unchanged - expected).max().item() > 0.05 * mx.abs(expected).max().item()
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
