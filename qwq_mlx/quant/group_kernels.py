@@ -1,7 +1,8 @@
 """A group of columns packed by one CUDA kernel and moved down by another, for the steps that `device_feedback` takes.
 
 The kernels (`group_fit.cu`) have its formulas and add in another order, and in float32 where products of MLX may be
-TF32. A group is three launches in place of some 600; compiling what MLX fuses of those 600 takes two seconds a piece.
+TF32. A group is three launches and three products in place of some 600 launches; compiling what MLX fuses of those 600
+takes two seconds a piece.
 
 Does not: anything on Metal, where the steps are MLX's own and the kernels were never run.
 """
