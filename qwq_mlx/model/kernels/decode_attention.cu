@@ -10,15 +10,14 @@
 
 using bf16 = __nv_bfloat16;
 
-constexpr int MIN_CHUNK = 128;    // positions
 constexpr float NOTHING = -1e30f; // the score of a position that does not count; finite, so that differences are
 
 // Where an id is: `at` holds for each its row in the cache, its place in the pass and that of the first id of its row, and
 // the positions that the row holds before the pass.
 struct Id {
   int row, place, first, n_before, n_seen, chunk;
-  __device__ __forceinline__ Id(const int* at, int id, int max_chunks)
-      : row(at[4 * id]), place(at[4 * id + 1]), first(at[4 * id + 2]), n_before(at[4 * id + 3]), chunk(MIN_CHUNK) {
+  __device__ __forceinline__ Id(const int* at, int id, int min_chunk, int max_chunks)
+      : row(at[4 * id]), place(at[4 * id + 1]), first(at[4 * id + 2]), n_before(at[4 * id + 3]), chunk(min_chunk) {
     n_seen = n_before + place - first + 1;
     while (chunk * max_chunks < n_seen) chunk *= 2;
   }
@@ -81,13 +80,14 @@ struct Cache {
   int room, n_shared;
 };
 
-// What blocks of one launch leave each other. sums: (ids, HEADS, max_chunks, WIDTH), values weighted by
-// exp2(score - highest). totals: (ids, HEADS, max_chunks, 2), the highest score and the weights' sum. arrived: (ids of the
+// What blocks of one launch leave each other. An id has max_chunks at most, of min_chunk positions or more, and n_chunks
+// at most where no row has more room. sums: (ids, HEADS, n_chunks, WIDTH), values weighted by
+// exp2(score - highest). totals: (ids, HEADS, n_chunks, 2), the highest score and the weights' sum. arrived: (ids of the
 // pass, KV_HEADS), 0 before the launch.
 struct Chunks {
   float *sums, *totals;
   const uint32_t* arrived;
-  int max_chunks;
+  int min_chunk, max_chunks, n_chunks;
 };
 
 // What a query head's chunks weigh, and one over their sum: by one warp. from: of its first one.
@@ -118,7 +118,7 @@ __device__ void attend_chunk(
   __shared__ float part_totals[PARTS][GROUP][2];
 
   const int id = blockIdx.x / KV_HEADS, kv_head = blockIdx.x % KV_HEADS, chunk = blockIdx.y;
-  const Id own(at, id, chunks.max_chunks);
+  const Id own(at, id, chunks.min_chunk, chunks.max_chunks);
   const int n_chunks = own.n_chunks();
   if (chunk >= n_chunks) return;
   const int begin = chunk * own.chunk, end = min(begin + own.chunk, own.n_seen);
@@ -233,7 +233,7 @@ __device__ void attend_chunk(
       value = fmaf(kept, part_sums[p][g][i], value);
       weights = fmaf(kept, part_totals[p][g][1], weights);
     }
-    const size_t head = (size_t)id * HEADS + kv_head * GROUP + g, to = head * chunks.max_chunks + chunk;
+    const size_t head = (size_t)id * HEADS + kv_head * GROUP + g, to = head * chunks.n_chunks + chunk;
     if (n_chunks == 1) {
       mixed[head * WIDTH + i] = __float2bfloat16(value / weights);
       continue;
@@ -247,9 +247,9 @@ __device__ void attend_chunk(
   if (n_chunks == 1 || !is_last_block(chunks.arrived + own.place * KV_HEADS + kv_head, n_chunks)) return;
   __shared__ float weights[GROUP][32];
   __shared__ float factors[GROUP];
-  const size_t first = ((size_t)id * HEADS + kv_head * GROUP) * chunks.max_chunks;
+  const size_t first = ((size_t)id * HEADS + kv_head * GROUP) * chunks.n_chunks;
   for (int g = threadIdx.x / 32; g < GROUP; g += WARPS)
-    weigh(chunks, first + (size_t)g * chunks.max_chunks, n_chunks, weights[g], factors + g);
+    weigh(chunks, first + (size_t)g * chunks.n_chunks, n_chunks, weights[g], factors + g);
   __syncthreads();
   constexpr int OWN = (GROUP * WIDTH + WARPS * 32 - 1) / (WARPS * 32);  // places of a thread, read at once
   float values[OWN] = {};
@@ -258,7 +258,7 @@ __device__ void attend_chunk(
     #pragma unroll
     for (int i = 0; i < OWN; ++i) {
       const int place = threadIdx.x + i * WARPS * 32, g = min(place / WIDTH, GROUP - 1);
-      const size_t from = (first + (size_t)g * chunks.max_chunks + chunk) * WIDTH + place % WIDTH;
+      const size_t from = (first + (size_t)g * chunks.n_chunks + chunk) * WIDTH + place % WIDTH;
       values[i] = fmaf(weights[g][chunk], __ldcg(chunks.sums + from), values[i]);
     }
   #pragma unroll

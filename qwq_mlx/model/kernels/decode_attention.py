@@ -26,7 +26,8 @@ __all__ = ["CacheArrays", "Rotation", "attends_in_place", "decode_attention"]
 _WIDTHS = (64, 128)
 _MAX_GROUP = 8  # query heads of a key head: what a thread's registers hold
 _WARPS = 4
-_MAX_CHUNKS = 32  # of an id, 0.5 kB a head: 21 MB for 32 ids of 40 heads
+_MIN_CHUNK = 128  # positions
+_MAX_CHUNKS = 32  # of an id, 0.5 kB a head: 21 MB for 32 ids of 40 heads and 4,096 positions
 
 
 class CacheArrays(NamedTuple):
@@ -73,6 +74,8 @@ def decode_attention(
     n_heads = queries.shape[-1] // width
     group = n_heads // n_kv_heads
     shared = cache.shared or (cache.keys, cache.values)  # not read where nothing is shared
+    n_positions = cache.keys.shape[2] + (0 if cache.shared is None else cache.shared[0].shape[2])
+    n_chunks = min(_MAX_CHUNKS, -(-n_positions // _MIN_CHUNK))
     counted = mx.zeros(keys.size // width, mx.uint32) if arrived is None else arrived
     mixed, *_ = _kernel()(
         inputs=[queries, keys, values, *rotation, at, cache.keys, cache.values, *shared, counted],
@@ -82,15 +85,16 @@ def decode_attention(
             ("KV_HEADS", n_kv_heads),
             ("WARPS", _WARPS),
             ("UNROLL", _unroll(group)),
-            ("CHUNKS", _MAX_CHUNKS),
+            ("MIN_CHUNK", _MIN_CHUNK),
+            ("MAX_CHUNKS", _MAX_CHUNKS),
             ("IS_SHARED", cache.shared is not None),
         ],
-        grid=(n_ids * n_kv_heads * 32 * _WARPS, _MAX_CHUNKS, 1),
+        grid=(n_ids * n_kv_heads * 32 * _WARPS, n_chunks, 1),
         threadgroup=(32 * _WARPS, 1, 1),
         output_shapes=[
             (n_ids, 1, n_heads * width),
-            (n_ids, n_heads, _MAX_CHUNKS, width),
-            (n_ids, n_heads, _MAX_CHUNKS, 2),
+            (n_ids, n_heads, n_chunks, width),
+            (n_ids, n_heads, n_chunks, 2),
         ],
         output_dtypes=[mx.bfloat16, mx.float32, mx.float32],
     )
@@ -113,7 +117,8 @@ _BODY = """
       const_cast<bf16*>(cached_keys), const_cast<bf16*>(cached_values), shared_keys, shared_values,
       cached_keys_shape[2], IS_SHARED ? shared_keys_shape[2] : 0};
   attend_chunk<WIDTH, GROUP, KV_HEADS, WARPS, UNROLL>(
-      {queries, keys, values, cosines, sines}, at, cache, {sums, totals, arrived, CHUNKS}, mixed);
+      {queries, keys, values, cosines, sines}, at, cache,
+      {sums, totals, arrived, MIN_CHUNK, MAX_CHUNKS, (int)gridDim.y}, mixed);
 """
 
 

@@ -18,7 +18,7 @@ using std::min;
 #define __shared__ static
 
 struct Dim3 { unsigned x, y, z; };
-inline thread_local Dim3 threadIdx, blockIdx, blockDim;
+inline thread_local Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 struct uint4 { uint32_t x, y, z, w; };
 struct float4 { float x, y, z, w; };
@@ -68,6 +68,7 @@ template <class Kernel> void launch(int grid_x, int grid_y, int n_threads, Kerne
     threads.emplace_back([&, thread] {
       threadIdx = {(unsigned)thread, 0, 0};
       blockDim = {(unsigned)n_threads, 1, 1};
+      gridDim = {(unsigned)grid_x, (unsigned)grid_y, 1};
       for (int y = 0; y < grid_y; ++y)
         for (int x = 0; x < grid_x; ++x) {
           blockIdx = {(unsigned)(is_backwards ? grid_x - 1 - x : x), (unsigned)(is_backwards ? grid_y - 1 - y : y), 0};

@@ -37,8 +37,8 @@ extern "C" void run(
   launch(n_ids * E_KV_HEADS, E_CHUNKS, 32 * E_WARPS, [&] {
     attend_chunk<E_WIDTH, E_GROUP, E_KV_HEADS, E_WARPS, E_UNROLL>(
         {queries, keys, values, cosines, sines}, at,
-        {cached_keys, cached_values, shared_keys, shared_values, room, n_shared}, {sums, totals, arrived, E_CHUNKS},
-        mixed);
+        {cached_keys, cached_values, shared_keys, shared_values, room, n_shared},
+        {sums, totals, arrived, 128, E_CHUNKS, E_CHUNKS}, mixed);
   });
 }
 """

@@ -34,7 +34,6 @@ def by_the_kernels(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
     """Gate and up count as many rows, and the down projection as long."""
     monkeypatch.setattr(tiling, "_WIDE", CONFIG.intermediate_size)
     monkeypatch.setattr(tiling, "_LONG", CONFIG.intermediate_size)
-    monkeypatch.setattr(decode_attention, "_MAX_CHUNKS", 4)  # of an id; each block takes its time here
     for module in (layers, rotations):
         monkeypatch.setattr(module, "cuda_kernels_run", lambda: True)
     EmulatedKernels(tmp_path_factory.mktemp("emulated")).put_in_place(monkeypatch)
