@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
+import gc
 import http.client
 import json
 import socket
@@ -130,7 +132,10 @@ def started(load: Callable[[], Reasoner], settings: Settings, *, history: Histor
         server.stop()
         if not server.wait(settings.drain_s + 30):  # a request whose client forgot its socket takes all of the drain
             faulthandler.dump_traceback(all_threads=True)
-            raise AssertionError("the server did not end; what its threads do is on stderr")
+            for loop in (each for each in gc.get_objects() if isinstance(each, asyncio.AbstractEventLoop)):
+                for task in asyncio.all_tasks(loop):
+                    task.print_stack()
+            raise AssertionError("the server did not end; what its threads and tasks do is on stderr")
 
 
 def user(text: str = QUESTION, **fields: Any) -> dict[str, Any]:
