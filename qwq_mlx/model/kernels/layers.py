@@ -39,12 +39,10 @@ def use_few_row_kernels(module: Any) -> None:
         return
     next_norm: Any = None  # of the next layer, where it was exchanged too
     for layer in reversed(module.layers):
-        if _packings_of(layer) is None:
+        if _make_graphs(layer, next_norm):
+            layer.__class__, next_norm = _block_class(), layer.input_layernorm
+        else:
             next_norm = None
-            continue
-        object.__setattr__(layer, "next_norm", next_norm)  # not a part of this layer
-        _make_graphs(layer)
-        layer.__class__, next_norm = _block_class(), layer.input_layernorm
     if type(module.model) is import_mlx_lm("mlx_lm.models.qwen2").Qwen2Model:
         module.model.__class__ = _model_class()
     for each in module.modules():
@@ -99,12 +97,16 @@ class _LayerArrays:
         return all(map(operator.is_, map(dict.get, self.modules, self.names), self.values))
 
 
-def _make_graphs(layer: Any) -> bool:
-    """Give a layer the graphs of what it is made of now; False where the kernels cannot compute that."""
+def _make_graphs(layer: Any, next_norm: Any) -> bool:
+    """Give a layer the graphs of what it is made of now; False where the kernels cannot compute that.
+
+    next_norm: of the next layer, None where that is not exchanged.
+    """
     packings = _packings_of(layer)
     if packings is None:
         return False
-    hands_over = layer.next_norm is not None and _is_bfloat16(layer.next_norm.weight)
+    hands_over = next_norm is not None and _is_bfloat16(next_norm.weight)
+    object.__setattr__(layer, "next_norm", next_norm)  # not a part of this layer
     layer.graphs = layer_graphs(packings, hands_over=hands_over)
     layer.arrays = _arrays_of(layer, hands_over=hands_over)
     return True
@@ -208,7 +210,7 @@ def _block_class() -> type[Any]:
 
         def run(self, x: Any, mask: Any, cache: Any, left: _Left | None) -> tuple[Any, _Left | None]:
             """What the layer gives, and leaves for the next. left: by the layer before, of x as it is."""
-            if not _is_few(x) or not (self.arrays.are_current() or _make_graphs(self)):
+            if not _is_few(x) or not (self.arrays.are_current() or _make_graphs(self, self.next_norm)):
                 return super().__call__(x, mask, cache), None
             norm = self.input_layernorm
             begun = left.begun if left is not None and left.norm is norm else for_norm(x, norm.weight)
