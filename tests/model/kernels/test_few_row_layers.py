@@ -165,28 +165,34 @@ def test_a_layer_begins_the_norm_of_the_next_and_the_first_one_alone_begins_its_
     assert mx.abs(found - expected).max().item() < 0.02 * mx.abs(expected).max().item()
 
 
+def _put_norm(module: Any, name: str) -> None:
+    norm = nn.RMSNorm(CONFIG.hidden_size, CONFIG.rms_norm_eps)
+    norm.weight = mx.full(CONFIG.hidden_size, 0.25, mx.bfloat16)
+    setattr(module.layers[1], name, norm)
+
+
+def _put_next_layers(module: Any, name: str) -> None:
+    setattr(module.layers[0], name, getattr(module.layers[1], name))
+
+
 @pytest.mark.usefixtures("as_if_on_a_gpu")
-@pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm"])
-def test_a_norm_that_was_exchanged_is_the_one_that_counts(name: str) -> None:
+@pytest.mark.parametrize(
+    ("exchange", "name"),
+    [
+        (_put_norm, "input_layernorm"),
+        (_put_norm, "post_attention_layernorm"),
+        (_put_next_layers, "self_attn"),
+        (_put_next_layers, "mlp"),
+    ],
+)
+def test_a_part_of_a_layer_that_was_exchanged_is_the_one_that_counts(
+    exchange: Callable[[Any, str], None], name: str
+) -> None:
     ours, theirs = _module()
     ids = mx.arange(3)[None]
     mx.eval(ours(ids))
     for module in (ours, theirs):
-        norm = nn.RMSNorm(CONFIG.hidden_size, CONFIG.rms_norm_eps)
-        norm.weight = mx.full(CONFIG.hidden_size, 0.25, mx.bfloat16)
-        setattr(module.layers[1], name, norm)
-    found, expected = ours(ids), theirs(ids)
-    assert mx.abs(found - expected).max().item() < 0.02 * mx.abs(expected).max().item()
-
-
-@pytest.mark.usefixtures("as_if_on_a_gpu")
-@pytest.mark.parametrize("name", ["self_attn", "mlp"])
-def test_a_part_of_a_layer_that_was_exchanged_is_the_one_that_counts(name: str) -> None:
-    ours, theirs = _module()
-    ids = mx.arange(3)[None]
-    mx.eval(ours(ids))
-    for module in (ours, theirs):
-        setattr(module.layers[0], name, getattr(module.layers[1], name))
+        exchange(module, name)
     found, expected = ours(ids), theirs(ids)
     assert mx.abs(found - expected).max().item() < 0.02 * mx.abs(expected).max().item()
 
