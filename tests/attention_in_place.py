@@ -31,9 +31,9 @@ def module_in_place(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def attend(
-    projected: Sequence[mx.array], rotation: Rotation, at: mx.array, cache: CacheArrays, zeros: mx.array | None = None
+    projected: Sequence[mx.array], rotation: Rotation, at: mx.array, cache: CacheArrays, arrived: mx.array | None = None
 ) -> mx.array:
-    """What the kernel does, one id after another; it needs no zeros."""
+    """What the kernel does, one id after another; it counts no blocks."""
     mx.eval(*projected, *rotation, cache.keys, cache.values)
     n_kv_heads, width = cache.keys.shape[1], cache.keys.shape[3]
     n_shared = 0 if cache.shared is None else cache.shared[0].shape[2]

@@ -73,15 +73,15 @@ def attention_class() -> type[Any]:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
         def attend(
-            self, projected: Sequence[mx.array], mask: Any = None, cache: Any = None, zeros: mx.array | None = None
+            self, projected: Sequence[mx.array], mask: Any = None, cache: Any = None, arrived: mx.array | None = None
         ) -> mx.array:
             """What the output projection takes of `projections`: (rows, n_ids, heads * width).
 
-            zeros: as `decode_attention` takes them.
+            arrived: as `decode_attention` takes it.
             """
             shape = projected[0].shape[:2]
             if isinstance(cache, InPlaceRows):
-                mixed = _in_place(projected, cache, zeros)
+                mixed = _in_place(projected, cache, arrived)
                 if cache.others is not None:
                     others = self.attend([each[cache.others.taken] for each in projected], None, cache.others.cache)
                     mixed.append(others)
@@ -108,12 +108,14 @@ def attention_class() -> type[Any]:
     return Attention
 
 
-def _in_place(projected: Sequence[mx.array], rows: InPlaceRows, zeros: mx.array | None) -> list[mx.array]:
+def _in_place(projected: Sequence[mx.array], rows: InPlaceRows, arrived: mx.array | None) -> list[mx.array]:
     """The attention of each group's ids, (ids, 1, heads * width); their keys and values are then in the caches.
 
     projected: queries, keys and values of all ids, (ids, 1, heads * width) each, not rotated.
     """
-    mixed = [decode_attention(projected, rows.rotation, group.at, group.batch.whole(), zeros) for group in rows.groups]
+    mixed = [
+        decode_attention(projected, rows.rotation, group.at, group.batch.whole(), arrived) for group in rows.groups
+    ]
     rows.advance()
     return mixed
 

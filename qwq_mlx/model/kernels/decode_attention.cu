@@ -1,8 +1,9 @@
 // Attention of single ids, each over the keys and values of its own row: rotates, writes into the cache, attends.
 //
 // A block attends for the query heads of one key head of one id over one chunk of positions; the last block of an id and
-// head joins the chunks. What an id gives depends on its row and its position alone, neither on other ids nor on the room of the cache:
-// the size of chunks follows from the positions that it sees, and each part of a warp takes the same ones in any pass.
+// head joins the chunks. What an id gives depends on its row and its position alone, neither on other ids nor on the room
+// of the cache: the size of chunks follows from the positions that it sees, and each part of a warp takes the same ones in
+// any pass.
 //
 // Ids of one pass may be of one row, one behind the other. Their keys and values are read from the projections, never
 // from the cache, so that a block may write its id's own ones there while others attend.

@@ -82,8 +82,8 @@ template <int RT, int WARPS, int NT> struct Sums {
   }
 };
 
-// x: (n_rows, K), at most 8 * NT. shared: what `shared_bytes` of few_row_matmul.py counts. meanwhile: is called while the
-// first copies are under way.
+// x: (n_rows, K), at most 8 * NT. shared: what `shared_bytes` of tiling.py counts. meanwhile: is called while the first
+// copies are under way.
 template <int K, int GROUP, int R, int TURNS, int RT, int WARPS, int NT, class Meanwhile>
 __device__ Sums<RT, WARPS, NT> products(
     const bf16* x, int n_rows, const Tile (&tiles)[RT], unsigned char* shared, const Meanwhile& meanwhile) {
