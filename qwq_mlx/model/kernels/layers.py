@@ -32,6 +32,8 @@ from qwq_mlx.model.upstream import import_mlx_lm
 
 __all__ = ["run_layers", "use_few_row_kernels", "uses_few_row_kernels"]
 
+_LAYERS_AT_ONCE = 8  # that are handed over to the GPU: describing all 64 takes 6 ms, in which it would wait
+
 
 def use_few_row_kernels(module: Any) -> None:
     """Let the layers of a model (mlx_lm's Qwen2) multiply up to `MAX_FEW_ROWS` rows by the kernels, where they run."""
@@ -64,10 +66,13 @@ def run_layers(layers: Sequence[Any], x: Any, mask: Any, cache: Sequence[Any]) -
     """x behind these layers, each of which may leave to the next what it has begun of the next one's norm.
 
     Nobody changes x between two exchanged layers here; what stands in a layer's place gets and gives x alone.
+    Where rows attend in place the GPU begins with the first layers while the later ones are described.
     """
     exchanged, left = _block_class(), None
-    for layer, own in zip(layers, cache, strict=True):
+    for index, (layer, own) in enumerate(zip(layers, cache, strict=True), 1):
         x, left = layer.run(x, mask, own, left) if type(layer) is exchanged else (layer(x, mask, own), None)
+        if isinstance(own, InPlaceRows) and index % _LAYERS_AT_ONCE == 0:
+            mx.async_eval(x)  # type: ignore[no-untyped-call]
     return x
 
 

@@ -253,15 +253,20 @@ def test_rows_of_a_pass_go_through_the_exchanged_layers_with_their_own_caches() 
 def test_a_layer_whose_rows_attend_in_place_is_one_graph_of_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rotations, "cuda_kernels_run", lambda: True)
     monkeypatch.setattr(layer_graphs, "decode_attention", attend)
+    monkeypatch.setattr(layers, "_LAYERS_AT_ONCE", 1)
+    handed_over, async_eval = [], mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: (handed_over.append(arrays[0].shape), async_eval(*arrays)))
     mx.disable_compile()  # the twin writes, which cannot be traced
     try:
         ours, theirs = _module()
         rows = [new_cache(ours), new_cache(ours)]
         for row, ids in zip(rows, ([1, 2, 3], [4]), strict=True):
             mx.eval(ours(mx.array([ids]), cache=row))
+        assert handed_over == []  # a prompt is not
         found = run_pass(ours, mx.array([[5], [7], [6]]), rows, [2, 1], batches_from=None)
     finally:
         mx.enable_compile()
+    assert handed_over == [*[(3, 1, 256)] * len(ours.layers), (3, 1, 64)]  # each layer as it is described, and logits
     for place, ids in enumerate(([1, 2, 3, 5], [1, 2, 3, 5, 7], [4, 6])):
         expected = theirs(mx.array([ids]))[0, -1]
         assert mx.abs(found[place, -1] - expected).max().item() < 0.02 * mx.abs(expected).max().item()
