@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ import pytest
 from configs import SMALL
 
 from qwq_mlx.bench import __main__ as command
-from qwq_mlx.bench import folders, loops, machine, subject
+from qwq_mlx.bench import decode, folders, loops, machine, subject
 from qwq_mlx.bench.decode import byte_limit
 from qwq_mlx.bench.loops import our_ids, their_ids
 from qwq_mlx.bench.models import in_compute_type, qwq_shaped, random_module
@@ -165,6 +166,26 @@ def test_both_loops_give_the_asked_number_of_ids_and_greedily_the_same(
     theirs = [int(token) for token, _ in their_ids(model.module, prompt, 9, n_filled=n_filled)]
     assert len(ours) == 9
     assert ours == theirs
+
+
+def test_behind_the_last_timed_token_the_next_pass_is_under_way_as_behind_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left: list[list[int]] = []
+
+    def ids(*arguments: Any, n_filled: int) -> Iterator[int]:
+        """A loop of as many tokens as it is asked for. left: those that nobody took."""
+        left.append(list(range(arguments[-1])))
+        while left[-1]:
+            yield left[-1].pop()
+
+    for name in ("our_ids", "their_ids"):
+        monkeypatch.setattr(decode, name, ids)
+    monkeypatch.setattr(decode, "byte_limit", lambda *_: None)
+    bench = SimpleNamespace(turns=lambda all, what: {name: [run()] for name, run in all.items()}, bandwidth=1.0)
+    target = SimpleNamespace(module=None, theirs=None, twin=0, n_ids=9, name="a model")
+    assert len(decode._ids_row(bench, target, 0, 2).runs) == 3  # type: ignore[arg-type]
+    assert left == [[0]] * 3
 
 
 @pytest.mark.tiny
