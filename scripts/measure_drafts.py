@@ -34,15 +34,16 @@ from qwq_mlx.bench.models import in_compute_type, qwq_shaped, random_module
 from qwq_mlx.engine import drawing
 from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.draft_length import costs_at
-from qwq_mlx.engine.drafters.model import ModelDrafter
+from qwq_mlx.engine.drafters.model import RAGGED, ModelDrafter
 from qwq_mlx.engine.drafters.ngram import NgramDrafter
 from qwq_mlx.engine.drafters.speculator import Speculator
 from qwq_mlx.engine.drafters.suffix_automaton import Guess
 from qwq_mlx.engine.kv_cache import new_cache
-from qwq_mlx.engine.pass_costs import measure_costs
+from qwq_mlx.engine.pass_costs import compile_kernels, measure_costs
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler, draw_rows
 from qwq_mlx.model.load import default_compute_type
+from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
 from qwq_mlx.options import NEUTRAL
 
 _SMALL = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
@@ -114,11 +115,16 @@ def main() -> None:
     theirs = in_compute_type(module, config, packed, default_compute_type())
     small = replace(config, num_hidden_layers=24 if options.layers == 64 else 1, **_SMALL)
     small_packed = {path: each for path, each in packed.items() if _layer(path) < small.num_hidden_layers}
-    drafter = Modelled(
-        random_module(small, small_packed, default_compute_type(), seed=1), n_ids=config.vocab_size, named=options.named
-    )
+    small_module = random_module(small, small_packed, default_compute_type(), seed=1)
+    compile_kernels(module, 1 + MAX_DRAFTED)
+    compile_kernels(small_module, RAGGED)
+    drafter = Modelled(small_module, n_ids=config.vocab_size, named=options.named)
     measured = measure_costs(
-        module, n_ids=config.vocab_size, drafter=drafter, most_rows=16, most_context=config.max_position_embeddings
+        module,
+        n_ids=config.vocab_size,
+        drafter=drafter,
+        most_rows=1 + MAX_DRAFTED,
+        most_context=config.max_position_embeddings,
     )
     costs = costs_at(measured)
     show(

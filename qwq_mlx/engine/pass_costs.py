@@ -21,14 +21,16 @@ from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.draft_length import CostsAt, PassCosts
 from qwq_mlx.engine.drafters.model import ModelDrafter
 from qwq_mlx.engine.kv_cache import Layer, filled_cache, layers_of, new_cache
+from qwq_mlx.engine.model_runner import run_pass
 from qwq_mlx.engine.ranks.leader import leader_of
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.engine.speculative import Draft
 from qwq_mlx.model.memory.activations import n_positions
+from qwq_mlx.model.rotations import rotations_in_place
 from qwq_mlx.options import NEUTRAL, Sampling
 
-__all__ = ["LONG_CONTEXT", "measure_costs"]
+__all__ = ["LONG_CONTEXT", "compile_kernels", "measure_costs"]
 
 LONG_CONTEXT = 4_100
 """Ids in the cache in the second measurement, where a row may have more."""
@@ -36,9 +38,22 @@ LONG_CONTEXT = 4_100
 _CONTEXT = 300  # ids in the cache meanwhile; it does not grow while the passes are timed
 _ROWS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 _ROWS_OF_LONG = (2, 4, 8, 16, 32)
-_N_PASSES = 5  # of which the median counts
+_N_PASSES = 8  # of which the middle half counts
 _LINEAR = 0.9  # of M times one row: too costly to ever pay
 _N_DRAFTED = 4
+
+
+def compile_kernels(module: Any, most_rows: int) -> None:
+    """Run passes of one row and of several, most_rows at most, where the rows of a model attend in place.
+
+    On CUDA each process compiles the kernels anew, for each 8 rows, which takes seconds that a run would wait in its
+    midst. Nothing elsewhere, and nothing of a model that other processes have a part of.
+    """
+    if rotations_in_place(module) is None or leader_of(module) is not None:
+        return
+    cache = new_cache(module)
+    for n_rows in sorted({1, *range(8, most_rows + 1, 8), most_rows}):
+        mx.eval(run_pass(module, mx.zeros((1, n_rows), mx.uint32), [cache], [n_rows], batches_from=1))
 
 
 class _WrongDrafts:
@@ -68,7 +83,7 @@ def measure_costs(
     most_context: int = LONG_CONTEXT,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[CostsAt]:
-    """Measure them; takes some 150 passes, on a CPU about 30.
+    """Measure them; takes some 250 passes, on a CPU about 50.
 
     module: mlx_lm's Qwen2. drafter: of a draft model. most_rows: that a pass may have. most_context: positions that a
     row may have. clock: seconds.
@@ -82,7 +97,7 @@ def measure_costs(
             started = clock()
             drafter.guess([timer.row], [_N_DRAFTED])
             taken.append((clock() - started) / _N_DRAFTED)
-        draft_s = statistics.median(taken[1:])
+        draft_s = _typical(taken[1:])
     measured = [CostsAt(context=_CONTEXT, costs=PassCosts(by_rows=_filled(known), sync_s=sync_s, draft_s=draft_s))]
     may_pay = any(seconds <= _LINEAR * n_rows * known[1] for n_rows, seconds in known.items() if n_rows > 1)
     if may_pay and most_context > LONG_CONTEXT:
@@ -147,7 +162,13 @@ class _Timer:
             taken.append(self._clock() - started)
             if length is not None:
                 self.row.rewind(self.row.n_output)  # also from drafts that happened to be right
-        return statistics.median(taken[2:])
+        return _typical(taken[2:])
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """The mean of the middle half: pipelined passes take short and long ones by turns, of which a median is either."""
+    quarter = len(seconds) // 4
+    return statistics.fmean(sorted(seconds)[quarter : len(seconds) - quarter])
 
 
 def _repeated(array: mx.array, n: int) -> mx.array:

@@ -21,10 +21,10 @@ import mlx.core as mx
 
 from qwq_mlx import __version__
 from qwq_mlx.engine.draft_length import Costs, CostsAt, costs_at
-from qwq_mlx.engine.drafters.model import ModelDrafter
+from qwq_mlx.engine.drafters.model import RAGGED, ModelDrafter
 from qwq_mlx.engine.drafters.ngram import NgramDrafter
 from qwq_mlx.engine.drafters.speculator import Speculator
-from qwq_mlx.engine.pass_costs import LONG_CONTEXT, measure_costs
+from qwq_mlx.engine.pass_costs import LONG_CONTEXT, compile_kernels, measure_costs
 from qwq_mlx.errors import LoadError, OptionError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.digest import sha256_json
@@ -165,7 +165,7 @@ def make_speculator(
     if not choice.uses_texts:
         return None
     kv_bits = limits.kv_bits if isinstance(limits.kv_bits, int) else None
-    drafter = None
+    draft = drafter = None
     if choice.files is not None:
         draft = load_model(choice.files.path, compute_type=model.compute_type)
         drafter = ModelDrafter(
@@ -180,6 +180,9 @@ def make_speculator(
     if choice.length is None:
         folder = cache_folder or user_cache_folder(os.environ) / "pass-costs"
         costs = costs_at(_costs(model, choice, drafter, limits, folder, notes.append))
+    compile_kernels(model.module, 1 + (choice.length or MAX_DRAFTED))
+    if draft is not None:
+        compile_kernels(draft.module, RAGGED)
     return Speculator(ngram=NgramDrafter(), model=drafter, costs=costs, length=choice.length, notes=notes)
 
 

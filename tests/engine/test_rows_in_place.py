@@ -13,9 +13,14 @@ import mlx.core as mx
 import pytest
 from attention_in_place import CONFIG, module_in_place
 
+from qwq_mlx.bench.models import random_module
+from qwq_mlx.engine import pass_costs
 from qwq_mlx.engine.decoder import Decoder
+from qwq_mlx.engine.drafters import model as drafter_module
 from qwq_mlx.engine.drafters.model import ModelDrafter
 from qwq_mlx.engine.kv_cache import borrowed, filled_cache, fork_cache, new_cache, take_out_of_batch
+from qwq_mlx.engine.model_runner import run_pass
+from qwq_mlx.engine.pass_costs import compile_kernels
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.engine.speculative import Draft
@@ -168,3 +173,37 @@ def test_whatever_happens_a_row_draws_what_it_draws_alone(module: Any, seed: int
             assert found.ids == expected.ids and found.asked == expected.asked
             assert len(found.ids) == len(found.prompt) + N_OUTPUT
     assert guesses.n_right and guesses.n_wrong
+
+
+def test_a_draft_model_needs_no_kernels_of_more_rows_to_catch_up(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA compiles kernels for each 8 rows, seconds for each, and a run would wait for them."""
+    passes = recorded_passes(monkeypatch, drafter_module)
+    drafter = ModelDrafter(module, n_ids=CONFIG.vocab_size, chunk=128, context=2048)
+    row = Row(Sampler(Sampling(temperature=0.0).resolve(NEUTRAL), seed=0), cache=new_cache(module))
+    row.start([3 * place % 60 for place in range(30)])
+    [[guess, _]] = drafter.guess([row], [2])
+    assert passes == [8, 8, 8, 6, 1]
+    assert guess.id == mx.argmax(module(mx.array([row.ids]))[0, -1]).item()
+
+
+def test_kernels_of_one_row_and_of_each_8_are_compiled_where_rows_attend_in_place(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = recorded_passes(monkeypatch, pass_costs)
+    compile_kernels(module, 20)
+    assert passes == [1, 8, 16, 20]
+    passes.clear()
+    compile_kernels(random_module(CONFIG, {}, "float32", seed=1), 20)
+    assert passes == []
+
+
+def recorded_passes(monkeypatch: pytest.MonkeyPatch, home: Any) -> list[int]:
+    """The ids of each pass of a module of ours, of all rows together, as they come."""
+    passes = []
+
+    def run(module: Any, ids: Any, *arguments: Any, **options: Any) -> Any:
+        passes.append(ids.size)
+        return run_pass(module, ids, *arguments, **options)
+
+    monkeypatch.setattr(home, "run_pass", run)
+    return passes

@@ -24,13 +24,16 @@ from qwq_mlx.engine.logits_processors import Incremental
 from qwq_mlx.engine.model_runner import run_pass
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import draw_rows
+from qwq_mlx.model.memory.activations import MAX_FEW_ROWS
+from qwq_mlx.model.rotations import rotations_in_place
 
-__all__ = ["ModelDrafter"]
+__all__ = ["RAGGED", "ModelDrafter"]
 
 _N_KINDS = 10  # steps of the draft model's own probability in which its drafts are trusted alike
 _PRIOR = 0.7  # right of 1, before anything was learnt
 _KEEP = 0.99  # of what was counted, at each further draft
-_RAGGED = 8  # ids of a row that its first pass may feed together with the other rows
+RAGGED = 8
+"""Ids of a row that the first pass of a draft may feed together with the other rows."""
 
 
 @dataclass(slots=True)
@@ -159,11 +162,19 @@ class ModelDrafter:
         for layer in text.cache:
             layer.trim(layer.offset - n_same)
         del text.ids[n_same:]
-        while len(row.ids) - len(text.ids) > _RAGGED:
-            now = row.ids[len(text.ids) : len(row.ids) - 1][: self._chunk]
+        while len(row.ids) - len(text.ids) > RAGGED:
+            self._feed(text, row.ids[len(text.ids) : len(row.ids) - 1])
+        return text
+
+    def _feed(self, text: _Text, missing: list[int]) -> None:
+        """Feed the next of a row's ids; in place as many as a pass drafts with, for CUDA compiles kernels for more."""
+        if rotations_in_place(self._module) is not None and len(missing) <= MAX_FEW_ROWS:
+            now = missing[:RAGGED]
+            run_pass(self._module, mx.array([now]), [text.cache], [len(now)], batches_from=self._batches_from)
+        else:
+            now = missing[: self._chunk]
             grow(text.cache, len(now))
             self._module.model(mx.array([now]), cache=text.cache)
             for layer in text.cache:
                 mx.eval(layer.state)
-            text.ids += now
-        return text
+        text.ids += now
