@@ -57,6 +57,10 @@ class LayerGraphs:
     after_attention: Callable[..., list[mx.array]]
     whole: BoundedGraph
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerGraphs:
+        """Itself: it holds no weights, so a copy of a model may share it."""
+        return self
+
 
 @functools.cache
 def layer_graphs(packings: LayerPackings, *, hands_over: bool) -> LayerGraphs:

@@ -5,6 +5,7 @@ What the kernels themselves compute is checked by `python -m qwq_mlx.doctor` whe
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -106,6 +107,18 @@ def test_a_model_of_exchanged_layers_computes_what_mlx_lms_own_does(n_ids: int) 
     for ids in (mx.arange(n_ids)[None], mx.array([[7]])):
         found, expected = ours(ids, cache=caches[0]), theirs(ids, cache=caches[1])
         assert mx.abs(found - expected).max().item() < 0.02 * mx.abs(expected).max().item()
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_a_deep_copy_of_a_model_computes_by_weights_of_its_own() -> None:
+    ours, _ = _module()
+    before = ours(mx.array([[1, 2]]))
+    twin = copy.deepcopy(ours)
+    assert mx.array_equal(twin(mx.array([[1, 2]])), before)
+    for layer in ours.layers:
+        layer.mlp.gate_proj.scales = layer.mlp.gate_proj.scales * 2
+    assert not mx.array_equal(ours(mx.array([[1, 2]])), before)
+    assert mx.array_equal(twin(mx.array([[1, 2]])), before)
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
