@@ -14,6 +14,7 @@ import errno
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from qwq_mlx.errors import ConversionError
@@ -44,9 +45,10 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+def write_file(path: Path, data: bytes | Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
     """Write a whole file: after a crash at any moment path holds the old bytes, or all of the new ones.
 
+    data: all bytes, or in parts, each of which is asked for when the one before is written.
     mode: who may do what with it, less what the umask takes.
     Raises OSError (disk full, no permission); the temporary file is then removed. A path that is there and no regular
     file (/dev/stdout, a pipe) is refused: the rename would put a file in its place.
@@ -57,7 +59,7 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         with os.fdopen(os.open(temporary, flags, mode), "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             fsync_file(file.fileno())
         temporary.replace(path)

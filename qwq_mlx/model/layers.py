@@ -6,14 +6,14 @@ compute type: 4,096 positions of the 32B are 84 MB in float32) and the scratch o
 read by position; the output matrix comes in blocks of rows. The layers are mlx_lm's own and read the same bytes, so the
 logits are those of `load_model`.
 
-What a linear layer is fed with can be watched, for calibration: see `Observe`.
+What the matrices of a layer are fed with can be asked for, for calibration: see `Layer.fed`.
 
 Does not: generate (there is no cache), hold a tokenizer, or read the next layer ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,15 +35,7 @@ from qwq_mlx.model.products import Rows
 from qwq_mlx.model.tensor_bytes import array_of
 from qwq_mlx.model.upstream import import_mlx, import_mlx_lm
 
-__all__ = ["HEAD_BLOCK_BYTES", "Head", "HeadBlock", "Layer", "LayerStream", "Observe"]
-
-Observe = Callable[[tuple[str, ...], Any], None]
-"""Called as observe(paths, x) whenever matrices are about to multiply x.
-
-paths: every matrix that takes this very input, as in the checkpoint without ".weight": (q, k, v), (o,), (gate, up) and
-(down,) of a layer. x: (positions, in), of one text, in the compute type, not yet evaluated; evaluate what is kept of
-it, or the whole text's graph is kept.
-"""
+__all__ = ["HEAD_BLOCK_BYTES", "Head", "HeadBlock", "Layer", "LayerStream"]
 
 HEAD_BLOCK_BYTES = 64 << 20  # of output rows in float32 at a time: 3,276 of the 32B's
 _TAPS = (
@@ -90,10 +82,19 @@ class LayerStream:
     def layer(self, index: int) -> Layer:
         """Read one layer. It is in memory until the last reference to it is gone. Raises SourceError."""
         prefix = f"model.layers.{index}."
+        return self._made(prefix, list(self._tensors(prefix)))
+
+    def twins(self, index: int) -> tuple[Layer, Layer]:
+        """The same layer twice, read once: in memory are one layer and what is replaced in either. Raises as above."""
+        prefix = f"model.layers.{index}."
+        tensors = list(self._tensors(prefix))
+        return self._made(prefix, tensors), self._made(prefix, tensors)
+
+    def _made(self, prefix: str, tensors: Sequence[tuple[str, Any]]) -> Layer:
         block = import_mlx_lm("mlx_lm.models.qwen2").TransformerBlock(model_arguments(self.config))
         if not self.unpack:
             pack_module(block, self.files.packed, prefix)
-        block.load_weights([(name.removeprefix(prefix), array) for name, array in self._tensors(prefix)], strict=True)
+        block.load_weights([(name.removeprefix(prefix), array) for name, array in tensors], strict=True)
         block.eval()
         if self._is_blas:
             use_blas(block)
@@ -147,39 +148,51 @@ class LayerStream:
         return Rows(whole, is_blas=self._is_blas)
 
 
+class _Reached(Exception):  # noqa: N818 - nothing is wrong
+    """Ends a layer's work where the input that was asked for is known. x: that input, (1, positions, in)."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+
 @dataclass(slots=True)
 class _Watch:
-    """Who watches a layer now. Apart from the layer, or it would be in a cycle and outlive its last reference."""
+    """Whose input is asked for now. Apart from the layer, or it would be in a cycle and outlive its last reference."""
 
-    observe: Observe | None = None
+    paths: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
 class _Tap:
-    """A linear layer that tells of its input first; the other matrices of `paths` get the same input."""
+    """The first of the linear layers `paths`, which all take the same input; it is told of instead of multiplied by,
+    when it is asked for."""
 
     paths: tuple[str, ...]
     linear: Any
     watch: _Watch
 
     def __call__(self, x: Any) -> Any:
-        if self.watch.observe is not None:
-            self.watch.observe(self.paths, x[0])
+        if self.watch.paths == self.paths:
+            raise _Reached(x)
         return self.linear(x)
 
 
 class Layer:
-    """One layer in memory. prefix: of its tensors' names."""
+    """One layer in memory. prefix: of its tensors' names.
+
+    parts: the matrices that take the same input, in the order in which they multiply, as in the checkpoint without
+    ".weight": (q, k, v), (o,), (gate, up) and (down,).
+    """
 
     def __init__(self, block: Any, prefix: str) -> None:
         self.prefix = prefix
+        self.parts = tuple(tuple(f"{prefix}{module}.{name}" for name in names) for module, names in _TAPS)
         self._block = block
         self._watch = _Watch()
         self._mx = import_mlx()
         self._create_attention_mask = import_mlx_lm("mlx_lm.models.base").create_attention_mask
-        for part, names in _TAPS:
-            module = getattr(block, part)
-            paths = tuple(f"{prefix}{part}.{name}" for name in names)
+        for (name, names), paths in zip(_TAPS, self.parts, strict=True):
+            module = getattr(block, name)
             setattr(module, names[0], _Tap(paths, getattr(module, names[0]), self._watch))
 
     def replace(self, path: str, weight: NDArray[np.float32]) -> None:
@@ -198,16 +211,35 @@ class Layer:
             inner.weight = self._mx.array(weight).astype(inner.weight.dtype)
             self._mx.eval(inner.weight)
 
-    def __call__(self, hidden: Any, observe: Observe | None = None) -> Any:
+    def __call__(self, hidden: Any) -> Any:
         """The hidden states of one text after this layer, (positions, hidden), evaluated."""
         x = hidden[None]  # (1, T, D)
-        self._watch.observe = observe
-        try:
-            out = self._block(x, self._create_attention_mask(x, None), None)[0]
-        finally:
-            self._watch.observe = None
+        out = self._block(x, self._create_attention_mask(x, None), None)[0]
         self._mx.eval(out)
         return out
+
+    def fed(self, hidden: Any, part: tuple[str, ...]) -> tuple[Any, Any]:
+        """What a part is fed with as hidden states pass the layer, and nothing is computed behind it.
+
+        part: of `parts`. Returns its input, (positions, in), and the residual stream, (positions, hidden), to which
+        attention or MLP, whichever the part is of, will add its output. Neither is evaluated yet; evaluate what is
+        made of them, or the whole text's graph is kept.
+        """
+        x, block, is_attention = hidden[None], self._block, part in self.parts[:2]
+        mask = self._create_attention_mask(x, None)
+        if not is_attention:
+            x = x + block.self_attn(block.input_layernorm(x), mask, None)
+        self._watch.paths = part
+        try:
+            if is_attention:
+                block.self_attn(block.input_layernorm(x), mask, None)
+            else:
+                block.mlp(block.post_attention_layernorm(x))
+        except _Reached as reached:
+            return reached.x[0], x[0]
+        finally:
+            self._watch.paths = ()
+        raise AssertionError(f"{part} is no part of {self.prefix}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from qwq_mlx.quant.error_feedback import DAMPING, factor_moments
 
-__all__ = ["DeviceMoments", "factor_on_device"]
+__all__ = ["DeviceMoments", "exact_product", "factor_on_device"]
 
 _FACTORED = 256
 
@@ -28,6 +28,11 @@ class DeviceMoments:
     (channels, channels) float32."""
 
     blocks: tuple[tuple[mx.array, mx.array], ...]
+
+    @property
+    def uppers(self) -> tuple[mx.array, ...]:
+        """Of each block, the factor."""
+        return tuple(upper for _, upper in self.blocks)
 
 
 def factor_on_device(products: Sequence[mx.array]) -> DeviceMoments:
@@ -61,8 +66,8 @@ def _cholesky(matrix: mx.array) -> list[_Panel]:
         inverse = mx.array(np.linalg.inv(corner).astype(np.float32))
         below = matrix[_FACTORED:, :_FACTORED]
         if len(below):
-            below = _product(below, inverse.T)
-            matrix = matrix[_FACTORED:, _FACTORED:] - _product(below, below.T)
+            below = exact_product(below, inverse.T)
+            matrix = matrix[_FACTORED:, _FACTORED:] - exact_product(below, below.T)
         panels.append(_Panel(inverse, below))
         if not len(below):
             break
@@ -80,12 +85,12 @@ def _inverse_of_lower(panels: Sequence[_Panel]) -> mx.array:
     between = mx.concatenate(
         [panel.below[skip : skip + n_second] for panel, skip in zip(panels[:half], skipped, strict=True)], axis=1
     )
-    corner = -_product(second, _product(between, first))
+    corner = -exact_product(second, exact_product(between, first))
     upper = mx.concatenate([first, mx.zeros((n_first, n_second))], axis=1)
     return mx.concatenate([upper, mx.concatenate([corner, second], axis=1)])
 
 
-def _product(a: mx.array, b: mx.array) -> mx.array:
+def exact_product(a: mx.array, b: mx.array) -> mx.array:
     """a @ b in float32, also where MLX multiplies in TF32."""
     if not mx.cuda.is_available():
         return a @ b

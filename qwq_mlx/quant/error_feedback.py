@@ -21,7 +21,7 @@ Does not: run a model, or read or write files. BLAS adds in another order on ano
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +57,11 @@ class InputMoments:
 
     blocks: tuple[_Block, ...]
 
+    @property
+    def uppers(self) -> tuple[Floats, ...]:
+        """Of each block, the upper factor U of the inverse of H: it is U^T U."""
+        return tuple(block.upper for block in self.blocks)
+
 
 def block_size(columns: int) -> int:
     """Channels of each block of a matrix with so many: equal parts in whole groups of 128, MAX_CHANNELS at most."""
@@ -64,7 +69,7 @@ def block_size(columns: int) -> int:
     return columns if parts == 1 else math.ceil(columns / parts / 128) * 128
 
 
-def factor_moments(products: Sequence[NDArray[np.float64]]) -> InputMoments:
+def factor_moments(products: Iterable[NDArray[np.float64]]) -> InputMoments:
     """Damp and factor mean(x x^T) of each block of `block_size` channels, in their order; float64, symmetric, finite.
 
     A block that no input ever reached is as good as the identity. What is given is overwritten.

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import write_tiny_checkpoint
@@ -26,6 +27,7 @@ def some() -> PassState:
     return PassState(
         n_layers=2,
         hidden=[random.standard_normal((n, 8)).astype(np.float32) for n in (3, 1, 12)],
+        float_hidden=[mx.array(random.standard_normal((n, 8))).astype(mx.bfloat16) for n in (3, 1, 12)],
     )
 
 
@@ -37,6 +39,8 @@ def test_what_is_kept_comes_back_bit_for_bit_and_only_for_its_own_run(tmp_path: 
     assert found is not None and found.n_layers == 2
     for ours, theirs in zip(found.hidden, given.hidden, strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and np.array_equal(ours, theirs)
+    for ours, theirs in zip(found.float_hidden, given.float_hidden, strict=True):
+        assert ours.dtype == np.float32 and np.array_equal(ours, np.array(theirs.astype(mx.float32)))
     assert read_pass_state(path, {**RUN, "type": "bfloat16"}) is None
     path.write_bytes(path.read_bytes()[:-1])
     assert read_pass_state(path, RUN) is None
@@ -70,13 +74,13 @@ def source(tmp_path: Path) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The layers that passes read, as they are read; every layer is kept, without waiting a minute."""
     found: list[int] = []
-    layer = LayerStream.layer
+    twins = LayerStream.twins
 
     def seen(self: LayerStream, index: int) -> Any:
         found.append(index)
-        return layer(self, index)
+        return twins(self, index)
 
-    monkeypatch.setattr(LayerStream, "layer", seen)
+    monkeypatch.setattr(LayerStream, "twins", seen)
     monkeypatch.setattr(pass_state, "_EVERY_S", 0.0)
     return found
 
@@ -113,8 +117,6 @@ def test_a_stopped_pass_goes_on_behind_the_layer_that_was_kept(
 def test_a_pass_of_another_text_or_version_begins_anew(
     source: Path, text: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mlx.core as mx
-
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(source, tmp_path / "out", calibrate=text, quality=False, progress=stop_at(3, read))
     monkeypatch.setattr(mx, "__version__", "0.0.1")

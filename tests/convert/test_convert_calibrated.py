@@ -20,6 +20,7 @@ from qwq_mlx.convert import plan as planning
 from qwq_mlx.convert.__main__ import main
 from qwq_mlx.convert.calibration import fit_layers
 from qwq_mlx.convert.calibration import text as module
+from qwq_mlx.convert.calibration.input_products import InputProducts
 from qwq_mlx.convert.calibration.text import read_calibration
 from qwq_mlx.convert.preflight import check_fit
 from qwq_mlx.errors import ConversionError, OptionError, SourceError
@@ -30,7 +31,7 @@ from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.layers import LayerStream
 from qwq_mlx.model.load import load_model
 from qwq_mlx.quant.error_feedback import factor_moments, fit_rows
-from qwq_mlx.quant.packing import float_values
+from qwq_mlx.quant.float_targets import float_targets
 from qwq_mlx.quant.recipe import load_recipe
 from qwq_mlx.verify.check import verify_conversion
 
@@ -96,19 +97,20 @@ def test_matrices_are_fitted_to_what_the_layers_before_as_packed_feed_them_with(
     calibration = calibrated(tiny_checkpoint, text)
     assert calibration.n_ids >= 512 and max(map(len, calibration.texts)) == 512
     packing = load_recipe("4bit").packing
-    fed = inputs_of(tiny_checkpoint, calibration)["layers.0.q"]
-    x = fed.T @ fed / len(fed)
-    for name in ("q_proj", "k_proj", "v_proj"):
-        path = f"model.layers.0.self_attn.{name}"
-        packed = fit_rows(source_weight(tiny_checkpoint, path), factor_moments([x.copy()]), packing, "BF16")
-        ours = weights(converted)[f"{path}.weight"]
-        assert (ours != packed.codes.view(np.uint8)).mean() < 0.02  # sums in another order: a code now and then
-    # The source's embedding is what the text began with, so the converted model is the pass's but for that.
-    fed = inputs_of(converted, calibration)["lm_head"]
-    x = fed.T @ fed / len(fed)
-    packed = fit_rows(source_weight(tiny_checkpoint, "lm_head"), factor_moments([x]), packing, "BF16")
-    scales = float_values(weights(converted)["lm_head.scales"].view(np.uint16), "BF16")
-    np.testing.assert_allclose(np.abs(scales), np.abs(float_values(packed.scales, "BF16")), rtol=0.3)
+    by_packed, by_float = inputs_of(converted, calibration), inputs_of(tiny_checkpoint, calibration)
+    for fed_as, names in (
+        ("layers.0.q", [f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]),
+        ("lm_head", ["lm_head"]),
+    ):
+        x, float_x = by_packed[fed_as], by_float[fed_as]
+        moments = factor_moments([x.T @ x / len(x)])
+        drift = (((float_x - x).T @ x) / len(x)).astype(np.float32)
+        assert np.abs(drift).max() > 1e-4  # the packed embedding's, in the first layer
+        for path in names:
+            targets = float_targets(source_weight(tiny_checkpoint, path), moments.uppers, [drift])
+            packed = fit_rows(targets, moments, packing, "BF16")
+            ours = weights(converted)[f"{path}.weight"]
+            assert (ours != packed.codes.view(np.uint8)).mean() < 0.04  # sums in another order: a code now and then
 
 
 def test_outputs_lose_less_than_by_the_fit_of_the_weights_and_the_manifest_says_how(
@@ -434,15 +436,23 @@ def test_products_of_inputs_are_added_up_alike_by_numpy_and_by_mlx(
     monkeypatch.setattr("qwq_mlx.quant.error_feedback.MAX_CHANNELS", 128)
     if not is_cpu:  # what a GPU would do
         monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    random, products = np.random.default_rng(2), fit_layers._Products()
+    random, products = np.random.default_rng(2), InputProducts("some.path")
     texts = [random.standard_normal((n, 256)).astype(np.float32) for n in (40, 7, 300)]
-    for each in texts:
-        products.add(mx.array(each))
-    whole = np.concatenate(texts).astype(float)
-    first, second = products.means("some.path")
-    for found, part in ((first, whole[:, :128]), (second, whole[:, 128:])):
-        assert found.dtype == np.float64
-        np.testing.assert_allclose(found, part.T @ part / len(whole), rtol=1e-3, atol=1e-5)
+    floats = [each + 0.1 * random.standard_normal(each.shape).astype(np.float32) for each in texts]
+    residuals = [random.standard_normal((len(each), 32)).astype(np.float32) for each in texts]
+    for each in zip(texts, floats, residuals, strict=True):
+        products.add(*map(mx.array, each))
+    whole, drift, residual = (np.concatenate(each).astype(float) for each in (texts, floats, residuals))
+    drift -= whole
+    moments, drifts = list(products.moments()), products.drifts()
+    assert len(moments) == len(drifts) == 2
+    for place, part in enumerate((whole[:, :128], whole[:, 128:])):
+        assert moments[place].dtype == np.float64
+        np.testing.assert_allclose(moments[place], part.T @ part / len(whole), rtol=1e-3, atol=1e-5)
+        own = drift[:, 128 * place : 128 * (place + 1)]
+        np.testing.assert_allclose(np.array(drifts[place]), own.T @ part / len(whole), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(np.array(products.residual()), residual.T @ whole / len(whole), rtol=1e-3, atol=1e-5)
+    assert list(products.moments()) == []  # let go as they are asked for
 
 
 def test_the_text_that_comes_with_the_package_is_free_and_calibrates(
@@ -475,8 +485,15 @@ def test_a_gpu_fits_all_matrices_in_the_pass(tmp_path: Path, text: Path, monkeyp
     assert "lm_head.weight" in packed
     for name in packed:
         assert by_device[name].shape == by_numpy[name].shape
-        # two codes of 4 bits a byte, and behind one that differs the next are fitted to other sums
-        assert (by_device[name] == by_numpy[name]).mean() > 0.7, name
+        # two codes of 4 bits a byte, and behind one that differs the next have other targets, fitted to other sums
+        is_first = ".0.self_attn." in name and "o_proj" not in name
+        assert (by_device[name] == by_numpy[name]).mean() > (0.9 if is_first else 0.4), name
+    calibration = calibrated(source, text)
+    wanted, *found = (
+        inputs_of(folder, calibration)["lm_head"] for folder in (source, tmp_path / "numpy", tmp_path / "device")
+    )
+    by_numpy_loss, by_device_loss = (float(((each - wanted) ** 2).mean()) for each in found)
+    assert by_device_loss == pytest.approx(by_numpy_loss, rel=0.1)
     verify_conversion(tmp_path / "device", source=source, full=True, n_tensors=99)
     numpy_errors, device_errors = (errors(tmp_path / form) for form in ("numpy", "device"))
     assert device_errors.keys() == numpy_errors.keys() and device_errors == pytest.approx(numpy_errors, rel=0.02)

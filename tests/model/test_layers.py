@@ -27,12 +27,12 @@ def whole_logits(folder: Path, texts: list[list[int]], compute_type: Any = None)
     return [np.array(module(mx.array([text])).astype(mx.float32))[0] for text in texts]
 
 
-def run(stream: LayerStream, texts: list[list[int]], observe: Any = None) -> list[Any]:
+def run(stream: LayerStream, texts: list[list[int]]) -> list[Any]:
     """All texts through all layers; their normed hidden states."""
     hidden = [stream.embed(text) for text in texts]
     for index in range(stream.config.num_hidden_layers):
         layer = stream.layer(index)
-        hidden = [layer(each, observe) for each in hidden]
+        hidden = [layer(each) for each in hidden]
         del layer  # before the next is read
     head = stream.head()
     return [head.norm(each) for each in hidden]
@@ -107,58 +107,69 @@ def test_the_pocket_streams_with_the_whole_models_logits() -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_every_matrix_is_announced_with_its_input(tiny_checkpoint: Path) -> None:
-    seen: dict[str, list[np.ndarray]] = {}
-
-    def observe(paths: tuple[str, ...], x: Any) -> None:
-        for path in paths:
-            seen.setdefault(path, []).append(np.array(x))
-
+def test_what_every_part_is_fed_with_is_what_the_whole_models_parts_give(tiny_checkpoint: Path) -> None:
     stream = LayerStream(open_model_folder(tiny_checkpoint), compute_type="float32")
-    run(stream, TEXTS, observe)
+    layer, hidden = stream.layer(0), stream.embed(TEXTS[0])
+    fed = {path: layer.fed(hidden, part) for part in layer.parts for path in part}
     matrices = {name.removesuffix(".weight") for name, (_, entry) in stream.files.checkpoint.tensors.items()
-                if len(entry.shape) == 2}  # fmt: skip
-    assert set(seen) == matrices - {"model.embed_tokens", "lm_head"}
-    for path, inputs in seen.items():
-        width = stream.files.checkpoint.tensors[f"{path}.weight"][1].shape[1]
-        assert [x.shape for x in inputs] == [(len(text), width) for text in TEXTS]
-    # the first layer's inputs, from the whole model's own parts
+                if len(entry.shape) == 2 and ".layers.0." in name}  # fmt: skip
+    assert set(fed) == matrices
     block = load_model(tiny_checkpoint, compute_type="float32").module
     embedded = block.model.embed_tokens(mx.array([TEXTS[0]]))
     first = block.model.layers[0]
-    np.testing.assert_allclose(
-        seen["model.layers.0.self_attn.k_proj"][0], np.array(first.input_layernorm(embedded))[0], rtol=1e-5, atol=1e-6
-    )
-    attended = embedded + first.self_attn(first.input_layernorm(embedded), "causal", None)
+    normed = first.input_layernorm(embedded)
+    attended = embedded + first.self_attn(normed, "causal", None)
     x = first.post_attention_layernorm(attended)
-    np.testing.assert_allclose(seen["model.layers.0.mlp.up_proj"][0], np.array(x)[0], rtol=1e-5, atol=1e-5)
-    gated = np.array(mx.sigmoid(first.mlp.gate_proj(x)) * first.mlp.gate_proj(x) * first.mlp.up_proj(x))[0]
-    np.testing.assert_allclose(seen["model.layers.0.mlp.down_proj"][0], gated, rtol=1e-4, atol=1e-5)
+    gated = mx.sigmoid(first.mlp.gate_proj(x)) * first.mlp.gate_proj(x) * first.mlp.up_proj(x)
+    for name, inputs, residual in (
+        ("self_attn.k_proj", normed, embedded),
+        ("mlp.up_proj", x, attended),
+        ("mlp.down_proj", gated, attended),
+    ):
+        ours, theirs = fed[f"model.layers.0.{name}"]
+        np.testing.assert_allclose(ours, np.array(inputs)[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(theirs, np.array(residual)[0], rtol=1e-4, atol=1e-5)
+    # what is fed to the output of attention, by what that makes of it
+    ours, theirs = (np.array(each) for each in fed["model.layers.0.self_attn.o_proj"])
+    added = ours @ np.array(first.self_attn.o_proj.weight).T
+    np.testing.assert_allclose(theirs + added, np.array(attended)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_nobody_is_called_where_nobody_watches(tiny_checkpoint: Path) -> None:
-    calls: list[tuple[str, ...]] = []
-    stream = LayerStream(open_model_folder(tiny_checkpoint))
+@pytest.mark.parametrize("compute_type", ["float32", "bfloat16"])
+def test_nothing_behind_a_part_is_computed_and_a_layer_that_was_asked_goes_on_as_before(
+    tiny_checkpoint: Path, compute_type: Any
+) -> None:
+    stream = LayerStream(open_model_folder(tiny_checkpoint), compute_type=compute_type)
     layer, hidden = stream.layer(0), stream.embed(TEXTS[0])
-    watched = layer(hidden, lambda paths, _: calls.append(paths))
-    assert len(calls) == 4
-    np.testing.assert_array_equal(np.array(watched), np.array(layer(hidden)))
-    assert len(calls) == 4
+    before, fed = np.array(layer(hidden).astype(mx.float32)), {}
+    for part in layer.parts:
+        fed[part] = np.array(layer.fed(hidden, part)[0].astype(mx.float32))
+    assert np.array_equal(np.array(layer(hidden).astype(mx.float32)), before)
+    for part in layer.parts:  # NaN in a part is seen in what the later ones are fed with, and in nothing before
+        for path in part:
+            shape = stream.files.checkpoint.tensors[f"{path}.weight"][1].shape
+            layer.replace(path, np.full(shape, np.nan, np.float32))
+        for each in layer.parts:
+            now = np.array(layer.fed(hidden, each)[0].astype(mx.float32))
+            is_behind = layer.parts.index(each) > layer.parts.index(part)
+            assert np.isnan(now).any() == is_behind or (not is_behind and np.isnan(fed[each]).any())
+            fed[each] = now
 
 
 @pytest.mark.parametrize("compute_type", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"])
-def test_a_layer_computes_with_the_weights_that_replaced_its_own(
+def test_a_layer_computes_with_the_weights_that_replaced_its_own_and_its_twin_with_its_own(
     tiny_checkpoint: Path, compute_type: Any, name: str
 ) -> None:
     stream = LayerStream(open_model_folder(tiny_checkpoint), compute_type=compute_type)
-    layer, path = stream.layer(0), f"model.layers.0.{name}"
-    hidden, inputs = stream.embed(TEXTS[0]), []
+    (layer, twin), path = stream.twins(0), f"model.layers.0.{name}"
+    hidden = stream.embed(TEXTS[0])
     shape = stream.files.checkpoint.tensors[f"{path}.weight"][1].shape
     before = np.array(layer(hidden).astype(mx.float32))
     layer.replace(path, np.zeros(shape, np.float32))
-    zeros = np.array(layer(hidden, lambda paths, _: inputs.append(paths)).astype(mx.float32))
-    assert len(inputs) == 4 and np.abs(zeros - before).max() > 1e-3  # what is watched is watched still
+    zeros = np.array(layer(hidden).astype(mx.float32))
+    assert np.abs(zeros - before).max() > 1e-3
+    assert np.array_equal(np.array(twin(hidden).astype(mx.float32)), before)
     whole = load_model(tiny_checkpoint, compute_type=compute_type).module
     block = whole.model.layers[0]
     module = getattr(getattr(block, name.split(".")[0]), name.split(".")[1])
@@ -187,6 +198,17 @@ def test_peak_memory_is_one_layers_however_many_there_are(tmp_path: Path) -> Non
     layer_bytes = 4 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512)
     assert layer_bytes < one < 1.5 * layer_bytes
     assert eight < one + 0.1 * layer_bytes
+
+
+def test_twins_share_memory(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, n_layers=1, hidden_size=256, intermediate_size=512, n_shards=1)
+    stream = LayerStream(open_model_folder(folder), compute_type="float32")
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    twins = stream.twins(0)
+    layer_bytes = 4 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512)
+    assert layer_bytes < mx.get_active_memory() - before < 1.1 * layer_bytes
+    del twins
 
 
 def test_only_the_rows_of_the_texts_are_read_of_the_embedding(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """A calibration text run through the source, layer by layer, and every layer packed as its turn comes.
 
-The text passes the layers that are packed already, so that each is fitted to what it will really be fed with
-(sequential fitting): a layer is read, the hidden states of all texts go through it while the products of its inputs are
-added up (`quant.error_feedback` says what for), its matrices are fitted and written, and the hidden states go through
-it again with the weights as they are packed. In memory are one layer and the hidden states, whatever the model's depth.
+The text passes the layers that are packed already, so that each matrix is fitted to what it will really be fed with
+(sequential fitting), and beside them those of the float model, so that it gives what that would give
+(`quant.float_targets`). A layer is read, and for each of its parts in turn the hidden states of all texts go up to it,
+as packed so far and in float; the products of its inputs are added up (`input_products`), its matrices are fitted, and
+the layer goes on with them as they are packed. In memory are one layer as it was and as it is packed, and two streams
+of hidden states, whatever the model's depth.
 
 A resumed pass goes on behind the last layer that was kept. The embedding is not calibrated, since its input is an id,
 unless it is tied to the output matrix; that one is fitted as it is converted, for only its rows' input has to be known.
+What passes the packed layers begins with the embedding as it is packed, unless it is tied.
 Figures are those of the device, version of MLX and BLAS that ran them: others differ in last digits and so in codes.
 
 Does not: fetch (`collect` does), or write a conversion.
@@ -15,19 +18,19 @@ Does not: fetch (`collect` does), or write a conversion.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwq_mlx.convert.calibration.fitted import FittedMatrices, layer_header, open_fitted, write_layer, write_output
+from qwq_mlx.convert.calibration.input_products import InputProducts
 from qwq_mlx.convert.calibration.pass_state import PassState, PassStateWriter, pass_state_path, read_pass_state
 from qwq_mlx.convert.calibration.text import DEVICE_WEIGHTS, FIT_ROWS
 from qwq_mlx.convert.pack import workers
 from qwq_mlx.convert.plan import Plan, PlannedTensor
-from qwq_mlx.errors import ConversionError
 from qwq_mlx.files.rows import read_rows
 from qwq_mlx.model.blas_threads import one_blas_thread
 from qwq_mlx.model.device import backend_name, small_cache
@@ -36,13 +39,18 @@ from qwq_mlx.model.layers import Layer, LayerStream
 from qwq_mlx.model.load import default_compute_type
 from qwq_mlx.model.upstream import import_mlx
 from qwq_mlx.quant.device_feedback import fit_rows_on_device
-from qwq_mlx.quant.device_moments import DeviceMoments, factor_on_device
-from qwq_mlx.quant.error_feedback import DAMPING, InputMoments, block_size, factor_moments, fit_rows
+from qwq_mlx.quant.device_moments import DeviceMoments, exact_product, factor_on_device
+from qwq_mlx.quant.error_feedback import DAMPING, InputMoments, factor_moments, fit_rows
+from qwq_mlx.quant.fit import fit_block
+from qwq_mlx.quant.float_targets import SHARE, float_targets
 from qwq_mlx.quant.gguf_blocks import decode_block
 from qwq_mlx.quant.packing import Packed, float_values
 from qwq_mlx.quant.rounding_error import unpack
 
 __all__ = ["fit_layers", "run_mapping", "saved_pass"]
+
+_ADDED = ("o_proj", "down_proj")  # whose outputs are added to the residual stream
+_Moments = TypeVar("_Moments", InputMoments, DeviceMoments)
 
 
 def run_mapping(plan: Plan) -> dict[str, Any]:
@@ -52,6 +60,7 @@ def run_mapping(plan: Plan) -> dict[str, Any]:
     return {
         **plan.calibration.as_mapping(),
         "damping": DAMPING,
+        "toward_float": SHARE,
         "recipe": plan.recipe.text,
         "type": default_compute_type(),
         "backend": backend_name(),
@@ -113,64 +122,97 @@ class _Pass:
         mx, stream = import_mlx(), self._stream
         if state is None:
             before("model.embed_tokens.")
-            n_done, hidden = 0, [stream.embed(text) for text in self._texts]
+            n_done, float_hidden = 0, [stream.embed(text) for text in self._texts]
+            hidden = self._embed_packed() or list(float_hidden)
         else:
-            compute_type = getattr(mx, stream.compute_type)
-            n_done, hidden = state.n_layers, [mx.array(each).astype(compute_type) for each in state.hidden]
+            n_done, compute_type = state.n_layers, getattr(mx, stream.compute_type)
+            hidden, float_hidden = state.hidden, state.float_hidden
+            for kept in (hidden, float_hidden):
+                kept[:] = [mx.array(kept.pop(0)).astype(compute_type) for _ in self._texts]
         for index in range(n_done, self._plan.config.num_hidden_layers):
             before(f"model.layers.{index}.")
-            self._fit_layer(index, hidden)
+            self._fit_layer(index, hidden, float_hidden)
             if self._keeper.is_due():
-                floats = [np.array(each.astype(mx.float32)) for each in hidden]
-                self._keeper.keep(PassState(n_layers=index + 1, hidden=floats))
+                self._keeper.keep(PassState(n_layers=index + 1, hidden=hidden, float_hidden=float_hidden))
         before("model.norm.")
-        head, products = stream.head(), _Products()
-        for each in hidden:
-            products.add(head.norm(each))
+        head = stream.head()
+        products = InputProducts(head.path)
+        for each, float_each in zip(hidden, float_hidden, strict=True):
+            products.add(head.norm(each), head.norm(float_each))
         matrix = self._matrices.get(head.path)
+        moments = list(products.moments())
+        drifts = products.drifts()
         if backend_name() != "cpu" and matrix is not None and is_there(self._shard_name(matrix)):
-            packed = self._fit_on_device(matrix, factor_on_device(products.on_device(head.path)), lambda rows: None)
+            on_device = factor_on_device([mx.array(each.astype(np.float32)) for each in moments])
+            fed = _Fed(on_device, [mx.array(each) for each in drifts])
+            packed = self._fit_on_device(matrix, fed, lambda rows: None)
             write_layer(self._folder, self._plan.config.num_hidden_layers, self._run, {head.path: packed})
-        write_output(self._folder, head.path, self._run, products.means(head.path))
+        write_output(self._folder, head.path, self._run, moments, [np.array(each) for each in drifts])
+
+    def _embed_packed(self) -> list[Any]:
+        """The hidden states of all texts by the embedding as it will be packed; [] where it is not, or is fitted by
+        what the text comes to at its end."""
+        matrix = self._matrices.get("model.embed_tokens")
+        if matrix is None or self._plan.config.tie_word_embeddings:
+            return []
+        mx, packing, stored = import_mlx(), matrix.packing, matrix.stored_dtype
+        assert packing is not None  # only such are in `_matrices`
+        shard, entry = self._plan.checkpoint.tensors[matrix.source.name]
+        ids, places = np.unique(np.concatenate([np.array(text) for text in self._texts]), return_inverse=True)
+        data = read_rows(shard, entry, ids.tolist())
+        packed, _ = fit_block(*decode_block(data, len(ids), entry.dtype), packing, fit=self._plan.fit, stored=stored)
+        rows = mx.array(unpack(packed, packing, stored, stream=None)).astype(getattr(mx, self._stream.compute_type))
+        starts = np.cumsum([len(text) for text in self._texts])[:-1]
+        hidden = [rows[mx.array(each)] for each in np.split(places.reshape(-1), starts)]
+        mx.eval(hidden)
+        return hidden
 
     def _shard_name(self, matrix: PlannedTensor) -> str:
         return self._plan.checkpoint.tensors[matrix.source.name][0].path.name
 
-    def _fit_layer(self, index: int, hidden: list[Any]) -> None:
-        """Fit and write a layer's matrices, and move the hidden states past it as it is packed."""
-        layer = self._stream.layer(index)
+    def _fit_layer(self, index: int, hidden: list[Any], float_hidden: list[Any]) -> None:
+        """Fit and write a layer's matrices, and move the hidden states past it: as it is packed, and as it was."""
+        layer, float_layer = self._stream.twins(index)
         self._progress(f"{layer.prefix}self_attn.q_proj")
-        inputs: dict[tuple[str, ...], _Products] = {}
-        for each in hidden:
-            layer(each, lambda paths, x: inputs.setdefault(paths, _Products()).add(x))
         packed: dict[str, tuple[Packed, str]] = {}
-        for paths, products in inputs.items():
-            matrices = {path: self._matrices[path] for path in paths if path in self._matrices}
+        for part in layer.parts:
+            matrices = {path: self._matrices[path] for path in part if path in self._matrices}
+            if not matrices:
+                continue
+            products = InputProducts(next(iter(matrices)))
+            for each, float_each in zip(hidden, float_hidden, strict=True):
+                (x, stream), (float_x, float_stream) = layer.fed(each, part), float_layer.fed(float_each, part)
+                products.add(x, float_x, float_stream - stream if part[0].endswith(_ADDED) else None)
             packed |= (self._fit_on_cpu if backend_name() == "cpu" else self._fit_on_gpu)(matrices, products, layer)
         write_layer(self._folder, index, self._run, packed)
-        for place, each in enumerate(hidden):
-            hidden[place] = layer(each)
+        for place, (each, float_each) in enumerate(zip(hidden, float_hidden, strict=True)):
+            hidden[place], float_hidden[place] = layer(each), float_layer(float_each)
 
     def _fit_on_cpu(
-        self, matrices: Mapping[str, PlannedTensor], products: _Products, layer: Layer
+        self, matrices: Mapping[str, PlannedTensor], products: InputProducts, layer: Layer
     ) -> dict[str, tuple[Packed, str]]:
         """Fit matrices of one input on every core, and put them into the layer as they will be unpacked."""
-        moments = factor_moments(products.means(next(iter(matrices), layer.prefix)))
-        return {path: self._fit_matrix(matrix, moments, layer) for path, matrix in matrices.items()}
+        fed = _Fed(factor_moments(products.moments()), products.drifts(), products.residual())
+        return {path: self._fit_matrix(matrix, fed, layer) for path, matrix in matrices.items()}
 
     def _fit_on_gpu(
-        self, matrices: Mapping[str, PlannedTensor], products: _Products, layer: Layer
+        self, matrices: Mapping[str, PlannedTensor], products: InputProducts, layer: Layer
     ) -> dict[str, tuple[Packed, str]]:
         """The same on the GPU."""
-        moments = factor_on_device(products.on_device(next(iter(matrices), layer.prefix)))
+        mx, residual = import_mlx(), products.residual()
+        fed = _Fed(
+            factor_on_device(products.moments_on_device()),
+            [mx.array(each) for each in products.drifts()],
+            None if residual is None else mx.array(residual),
+        )
         packed = {}
         for path, matrix in matrices.items():
             unpacked: list[Any] = []
-            packed[path] = self._fit_on_device(matrix, moments, unpacked.append)
-            layer.replace(path, import_mlx().concatenate(unpacked))
+            packed[path] = self._fit_on_device(matrix, fed, unpacked.append)
+            layer.replace(path, mx.concatenate(unpacked))
         return packed
 
-    def _fit_matrix(self, matrix: PlannedTensor, moments: InputMoments, layer: Layer) -> tuple[Packed, str]:
+    def _fit_matrix(self, matrix: PlannedTensor, fed: _Fed[InputMoments], layer: Layer) -> tuple[Packed, str]:
         """Fit a matrix on every core."""
         path = matrix.source.name.removesuffix(".weight")
         shard, entry = self._plan.checkpoint.tensors[matrix.source.name]
@@ -179,7 +221,8 @@ class _Pass:
 
         def fit(first: int) -> tuple[Packed, NDArray[np.float32]]:
             data = read_rows(shard, entry, range(first, min(first + FIT_ROWS, n_rows)))
-            rows = fit_rows(float_values(*decode_block(data, len(data), entry.dtype)), moments, packing, stored)
+            weights = float_values(*decode_block(data, len(data), entry.dtype))
+            rows = fit_rows(fed.targets(weights, first), fed.moments, packing, stored)
             return rows, unpack(rows, packing, stored, stream=None)
 
         with one_blas_thread():
@@ -188,7 +231,7 @@ class _Pass:
         return _joined([rows for rows, _ in parts]), stored
 
     def _fit_on_device(
-        self, matrix: PlannedTensor, moments: DeviceMoments, unpacked: Callable[[Any], None]
+        self, matrix: PlannedTensor, fed: _Fed[DeviceMoments], unpacked: Callable[[Any], None]
     ) -> tuple[Packed, str]:
         """Fit a matrix on the GPU, DEVICE_WEIGHTS at a time. unpacked: is called with the rows as they unpack."""
         mx = import_mlx()
@@ -201,68 +244,29 @@ class _Pass:
             data = read_rows(shard, entry, range(first, min(first + step, n_rows)))
             weights = mx.array(float_values(*decode_block(data, len(data), entry.dtype)))
             with small_cache(4 * 4 * DEVICE_WEIGHTS):  # CUDA's allocations wait for all that is under way
-                packed, values = fit_rows_on_device(weights, moments, packing, stored)
+                packed, values = fit_rows_on_device(fed.targets(weights, first), fed.moments, packing, stored)
             unpacked(values)
             parts.append(packed)
         return _joined(parts), stored
+
+
+@dataclass(frozen=True, slots=True)
+class _Fed(Generic[_Moments]):
+    """What a part of a layer is fed with, as a fit takes it. drifts, residual: as `InputProducts` has them."""
+
+    moments: _Moments
+    drifts: Sequence[Any]
+    residual: Any = None
+
+    def targets(self, weights: Any, first: int) -> Any:
+        """Rows of a matrix as they should be; first: of them."""
+        residual = None if self.residual is None else self.residual[first : first + len(weights)]
+        if isinstance(self.moments, DeviceMoments):
+            return float_targets(weights, self.moments.uppers, self.drifts, residual, product=exact_product)
+        return float_targets(weights, self.moments.uppers, self.drifts, residual)
 
 
 def _joined(parts: Sequence[Packed]) -> Packed:
     """Rows one after the other."""
     arrays = ([getattr(rows, name) for rows in parts] for name in ("codes", "scales", "biases"))
     return Packed(*map(np.concatenate, arrays))
-
-
-@dataclass(slots=True)
-class _Products:
-    """Sums of x x^T over all positions, of blocks of channels; float32, on the device, or of numpy on the CPU."""
-
-    n_positions: int = 0
-    sums: list[Any] = field(default_factory=list)
-    spare: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
-
-    def add(self, x: Any) -> None:
-        """x: (positions, in), of one text."""
-        mx = import_mlx()
-        x = x.astype(mx.float32)
-        if mx.default_device().type == mx.cpu:
-            x = np.asarray(x)  # numpy's BLAS: see `model.products`
-        step = block_size(x.shape[1])
-        for place, first in enumerate(range(0, x.shape[1], step)):
-            part = x[:, first : first + step]
-            with np.errstate(over="ignore", invalid="ignore"):  # `means` refuses what is not finite
-                self._add(place, part)
-        self.n_positions += x.shape[0]
-
-    def _add(self, place: int, part: Any) -> None:
-        if not isinstance(part, np.ndarray):
-            product = part.T @ part
-            self.sums[place : place + 1] = [self.sums[place] + product if place < len(self.sums) else product]
-            import_mlx().eval(self.sums[place])  # or the whole text's graph is kept
-        elif place == len(self.sums):
-            self.sums.append(part.T @ part)
-        else:
-            if self.spare.shape != self.sums[place].shape:
-                self.spare = np.empty_like(self.sums[place])
-            np.matmul(part.T, part, out=self.spare)  # fresh memory for each would cost as much as the product
-            self.sums[place] += self.spare
-
-    def means(self, path: str) -> list[NDArray[np.float64]]:
-        """Sums over positions. path: that is fed with x. Raises ConversionError where x was not finite."""
-        means = [np.array(each, dtype=np.float64) / self.n_positions for each in self.sums]
-        self._check(all(np.isfinite(each).all() for each in means), path)
-        return means
-
-    def on_device(self, path: str) -> list[Any]:
-        """The same as arrays of MLX, float32."""
-        mx = import_mlx()
-        means = [mx.array(each) / self.n_positions for each in self.sums]
-        self._check(all(mx.isfinite(each).all().item() for each in means), path)
-        return means
-
-    def _check(self, is_finite: bool, path: str) -> None:
-        if not is_finite:
-            raise ConversionError(
-                f"The calibration text made activations that are NaN or infinite before {path}. The checkpoint is "
-                "damaged, or the text is not of its kind; convert without it."
-            )

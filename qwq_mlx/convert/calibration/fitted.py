@@ -1,7 +1,8 @@
 """What the calibration pass fitted, on the disk until the conversion has it: packed layers, and the output's moments.
 
     layer-00000.safetensors   codes, scales and biases of a layer's matrices, named as in the conversion
-    output.safetensors        sums of products of what the output matrix is fed with, float64; it comes last
+    output.safetensors        means of products of what the output matrix is fed with: x x^T in float64, and how far x
+                              has drifted (`input_products`) in float32; it comes last
 
 Where a GPU fits and the shard is there, the output matrix is packed by the pass, too, as if it were the layer after the
 last.
@@ -27,25 +28,34 @@ from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.header import Header, place_tensors
 from qwq_mlx.files.rows import read_rows
 from qwq_mlx.quant.error_feedback import InputMoments, factor_moments, fit_rows
+from qwq_mlx.quant.float_targets import float_targets
 from qwq_mlx.quant.packing import DTYPES, Packed, Packing, float_values
 
 __all__ = ["FittedMatrices", "layer_header", "open_fitted", "write_layer", "write_output"]
 
 
 @dataclass(frozen=True, slots=True)
+class OutputMatrix:
+    """path; moments of its input, and how far that has drifted from the float model's, as `float_targets` takes it."""
+
+    path: str
+    moments: InputMoments
+    drifts: Sequence[NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
 class FittedMatrices:
     """Rows of matrices as the pass packed them.
 
-    headers: path of a matrix -> its file. output: path of the output matrix and the moments of its input, where its
-    rows are fitted as they are converted.
+    headers: path of a matrix -> its file. output: the output matrix, where its rows are fitted as they are converted.
     """
 
     headers: Mapping[str, Header] = field(default_factory=dict)
-    output: tuple[str, InputMoments] | None = None
+    output: OutputMatrix | None = None
 
     def __contains__(self, path: str) -> bool:
         """Whether a text has a say in how the matrix is packed. path: without ".weight"."""
-        return path in self.headers or (self.output is not None and path == self.output[0])
+        return path in self.headers or (self.output is not None and path == self.output.path)
 
     def rows(self, path: str, first: int, raw: NDArray[Any], dtype: str, packing: Packing, *, stored: str) -> Packed:
         """Some rows of a matrix that is in here, packed.
@@ -54,8 +64,10 @@ class FittedMatrices:
         output matrix, whose rows are fitted now. stored: the type of scales and biases.
         Raises SourceError where a file cannot be read any more.
         """
-        if self.output is not None and path == self.output[0]:
-            return fit_rows(float_values(raw, dtype), self.output[1], packing, stored)
+        if self.output is not None and path == self.output.path:
+            moments = self.output.moments
+            targets = float_targets(float_values(raw, dtype), moments.uppers, self.output.drifts)
+            return fit_rows(targets, moments, packing, stored)
         header = self.headers[path]
         wanted = range(first, first + len(raw))
         parts = [read_rows(header, header.tensors[f"{path}.{kind}"], wanted) for kind in ("weight", "scales", "biases")]
@@ -84,11 +96,19 @@ def layer_header(folder: Path, index: int, run: Mapping[str, Any]) -> Header | N
     return header_of(_layer_path(folder, index), "run", run)
 
 
-def write_output(folder: Path, path: str, run: Mapping[str, Any], products: Sequence[NDArray[np.float64]]) -> None:
-    """Write the moments of the output matrix's input, by which the pass is complete. Raises OSError."""
-    layout = [(str(place), "F64", each.shape) for place, each in enumerate(products)]
+def write_output(
+    folder: Path,
+    path: str,
+    run: Mapping[str, Any],
+    products: Sequence[NDArray[np.float64]],
+    drifts: Sequence[NDArray[np.float32]],
+) -> None:
+    """Write the moments of the output matrix's input and its drift, by which the pass is complete. Raises OSError."""
+    layout = [(f"moments.{place}", "F64", each.shape) for place, each in enumerate(products)]
+    layout += [(f"drift.{place}", "F32", each.shape) for place, each in enumerate(drifts)]
     head, _ = place_tensors(layout, {"run": text_of(run), "path": path})
-    write_file(folder / _OUTPUT, b"".join([head, *(each.astype("<f8").tobytes() for each in products)]))
+    data = [each.astype("<f8").tobytes() for each in products] + [each.astype("<f4").tobytes() for each in drifts]
+    write_file(folder / _OUTPUT, [head, *data])
 
 
 def open_fitted(folder: Path, n_layers: int, run: Mapping[str, Any]) -> FittedMatrices | None:
@@ -98,10 +118,13 @@ def open_fitted(folder: Path, n_layers: int, run: Mapping[str, Any]) -> FittedMa
     if output is None or None in layers:
         return None
     fitted_output = layer_header(folder, n_layers, run)
-    moments = None
+    matrix = None
     if fitted_output is None:
         arrays = arrays_of(output)
-        moments = factor_moments([arrays[str(place)] for place in range(len(arrays))])
+        moments, drifts = (
+            [arrays[f"{kind}.{place}"] for place in range(len(arrays) // 2)] for kind in ("moments", "drift")
+        )
+        matrix = OutputMatrix(output.metadata["path"], factor_moments(moments), drifts)
     headers = {
         name.removesuffix(".scales"): header
         for header in (*layers, fitted_output)
@@ -109,7 +132,7 @@ def open_fitted(folder: Path, n_layers: int, run: Mapping[str, Any]) -> FittedMa
         for name in header.tensors
         if name.endswith(".scales")
     }
-    return FittedMatrices(headers, None if moments is None else (output.metadata["path"], moments))
+    return FittedMatrices(headers, matrix)
 
 
 _OUTPUT = "output.safetensors"

@@ -1,7 +1,7 @@
 """How far a calibration text has come, on the disk: after a kill the pass goes on behind the last layer that was kept.
 
 Kept are the hidden states of all texts in float32, which holds them exactly whatever the compute type: a pass that goes
-on ends with the very bits of one that nothing stopped. The file (0.34 GB for 16,384 ids of the 32B) is written whole
+on ends with the very bits of one that nothing stopped. The file (0.67 GB for 16,384 ids of the 32B) is written whole
 and durable after a layer, once a minute at most, so that no more than a minute's work or one layer's, and what was
 fetched for it, is done twice. It is of one text, recipe, compute type, device and version of MLX; for any other the
 pass begins anew.
@@ -11,10 +11,11 @@ Does not: run the text, or remove the file (`fit_layers` does both).
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,26 @@ from qwq_mlx.errors import SourceError
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.header import Header, place_tensors, read_header
 from qwq_mlx.files.rows import read_rows
+from qwq_mlx.model.upstream import import_mlx
 
 __all__ = ["PassState", "PassStateWriter", "arrays_of", "header_of", "pass_state_path", "read_pass_state", "text_of"]
 
 _EVERY_S = 60.0
+_KINDS = ("packed", "float")
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassState:
-    """A pass under way. n_layers: done. hidden: (positions, hidden) float32 of each text behind them."""
+    """A pass under way. n_layers: done.
+
+    hidden, float_hidden: (positions, hidden) of each text behind them as they are packed, and in the float model; as
+    they are kept of MLX or numpy, as they are read float32 of numpy.
+    """
 
     n_layers: int
-    hidden: Sequence[NDArray[np.float32]]
+    hidden: list[Any]
+    float_hidden: list[Any]
 
 
 def pass_state_path(folder: Path) -> Path:
@@ -55,8 +63,10 @@ def read_pass_state(path: Path, run: Mapping[str, Any]) -> PassState | None:
     if header is None:
         return None
     arrays = arrays_of(header)
-    hidden = [arrays[str(place)] for place in range(len(arrays))]
-    return PassState(n_layers=int(header.metadata["n_layers"]), hidden=hidden)
+    hidden, float_hidden = (
+        [arrays[f"{kind}.{place}"] for place in range(len(arrays) // len(_KINDS))] for kind in _KINDS
+    )
+    return PassState(n_layers=int(header.metadata["n_layers"]), hidden=hidden, float_hidden=float_hidden)
 
 
 def header_of(path: Path, key: str, value: Mapping[str, Any]) -> Header | None:
@@ -99,8 +109,18 @@ class PassStateWriter:
 
     def keep(self, state: PassState) -> None:
         """Write the file in place of the last. Raises OSError."""
-        arrays = {str(place): each.astype("<f4", copy=False) for place, each in enumerate(state.hidden)}
+        arrays = {
+            f"{kind}.{place}": each
+            for kind, texts in zip(_KINDS, (state.hidden, state.float_hidden), strict=True)
+            for place, each in enumerate(texts)
+        }
         layout = [(name, "F32", each.shape) for name, each in arrays.items()]
         head, _ = place_tensors(layout, {"run": text_of(self._run), "n_layers": str(state.n_layers)})
-        write_file(self._path, b"".join([head, *(each.tobytes() for each in arrays.values())]))
+        write_file(self._path, itertools.chain([head], map(_bytes_of, arrays.values())))
         self._kept_at = time.monotonic()
+
+
+def _bytes_of(hidden: Any) -> bytes:
+    """In float32."""
+    floats = hidden if isinstance(hidden, np.ndarray) else np.asarray(hidden.astype(import_mlx().float32))
+    return floats.astype("<f4", copy=False).tobytes()

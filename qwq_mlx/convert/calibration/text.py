@@ -28,7 +28,7 @@ FIT_ROWS = 1024
 """Rows of a matrix that are fitted at a time. Part of a result, as far as BLAS adds by it."""
 
 DEVICE_WEIGHTS = 1 << 26
-"""Weights that a GPU fits at a time, in whole rows: about eight times their 0.27 GB are in memory."""
+"""Weights that a GPU fits at a time, in whole rows: about nine times their 0.27 GB are in memory."""
 
 MIN_IDS = 512
 """The fewest ids that a text must have: below, chance decides what looks important."""
@@ -58,20 +58,21 @@ class Calibration:
         return {"file": self.name, "sha256": self.sha256, "n_texts": len(self.texts), "n_ids": self.n_ids}
 
     def peak_memory_bytes(self, config: Qwen2Config, *, n_workers: int) -> int:
-        """One layer in float32 and its widest matrix as it is read, the hidden states twice, what one text needs on its
-        way, and either the products of a layer's inputs or, while it is fitted, one block's factors and the rows at
-        work; an estimate.
+        """One layer in float32, as it was and as it is packed, and its widest matrix as it is read, both streams of
+        hidden states, the products of one part's inputs, and either what one text needs on its way or, while matrices
+        are fitted, one block's factors and the rows at work; an estimate.
         """
         width, inner = config.hidden_size, config.intermediate_size
         layer = 2 * width * (width + config.num_key_value_heads * config.head_dim) + 3 * width * inner
-        text = _CHUNK * (3 * inner + 9 * width + 2 * config.num_attention_heads * _CHUNK)
-        products = 2 * (3 * width * block_size(width) + inner * block_size(inner))  # float64
-        at_work = 6 * n_workers * FIT_ROWS * inner
+        text = _CHUNK * (6 * inner + 12 * width + 2 * config.num_attention_heads * _CHUNK)
+        # Moments and drifts as they are added up, or with factors in their place; of the residual stream's, two.
+        products = 3 * max(width * block_size(width), inner * block_size(inner)) + 2 * width * inner
+        at_work = 7 * n_workers * FIT_ROWS * inner
         if backend_name() != "cpu":
             fitted_at_once = min(DEVICE_WEIGHTS, config.vocab_size * width)
-            at_work = 8 * fitted_at_once + config.vocab_size * width // 4  # and the output matrix, packed, twice
+            at_work = 9 * fitted_at_once + config.vocab_size * width // 4  # and the output matrix, packed, twice
         factors = 12 * min(max(width, inner), MAX_CHANNELS) ** 2 + at_work
-        return 4 * (layer + width * inner + 2 * self.n_ids * width + products + max(text, factors))
+        return 4 * (2 * layer + width * inner + 2 * self.n_ids * width + products + max(text, factors))
 
 
 def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Config) -> Calibration:
@@ -99,8 +100,8 @@ def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Conf
             break
     if n_ids < MIN_IDS:
         raise OptionError(
-            f"{path}: has {n_ids:,} tokens, expected at least {MIN_IDS:,} to calibrate with (16,384 are used at most). "
-            "Give more text of the kind that the model will write."
+            f"{path}: has {n_ids:,} tokens, expected at least {MIN_IDS:,} to calibrate with ({_MAX_IDS:,} are used at "
+            "most). Give more text of the kind that the model will write."
         )
     return Calibration(name=path.name, sha256=hashlib.sha256(data).hexdigest(), texts=tuple(texts))
 
