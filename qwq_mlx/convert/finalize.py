@@ -41,7 +41,6 @@ from qwq_mlx.model.upstream import package_version
 from qwq_mlx.quality.report import REPORT_NAME, ReportFacts, report_page
 from qwq_mlx.quality.result import Quality
 from qwq_mlx.quant.error_feedback import DAMPING
-from qwq_mlx.quant.float_targets import SHARE
 
 __all__ = ["check_source_digest", "describe", "finish", "keep_small_files", "write_small_files"]
 
@@ -67,7 +66,7 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 def _calibration(text: Calibration) -> dict[str, Any]:
     """A GPU and the CPU round the text's activations otherwise, and fit by other sums."""
-    return {**text.as_mapping(), "backend": backend_name(), "damping": DAMPING, "toward_float": SHARE}
+    return {**text.as_mapping(), "backend": backend_name(), "damping": DAMPING, "is_toward_float": text.is_toward_float}
 
 
 def write_small_files(plan: Plan, folder: Path) -> None:

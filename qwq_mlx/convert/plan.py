@@ -287,8 +287,8 @@ def _stored_dtype(entry: TensorEntry, packing: Packing | None, scale_dtype: str 
 
 
 def _calibration_bytes(tensors: Sequence[PlannedTensor], config: Qwen2Config, calibration: Calibration) -> int:
-    """Packed layers and, by a GPU, the packed output matrix; both streams of hidden states, and the moments and the
-    drift of the output's input."""
+    """Packed layers and, by a GPU, the packed output matrix; one or two streams of hidden states, and the moments and
+    the drift of the output's input."""
     output = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     names = {each.source.name for each in tensors if layer_of(each.source.name) is not None}
     if backend_name() != "cpu":
@@ -296,7 +296,8 @@ def _calibration_bytes(tensors: Sequence[PlannedTensor], config: Qwen2Config, ca
     matrices = (each for each in tensors if each.packing is not None and each.source.name in names)
     packed = sum(made.entry.end - made.entry.start for each in matrices for made in each.outputs)
     width = config.hidden_size
-    return packed + 2 * 4 * calibration.n_ids * width + (8 + 4) * width * block_size(width)
+    n_streams = 1 + calibration.is_toward_float
+    return packed + n_streams * 4 * calibration.n_ids * width + (4 + 4 * n_streams) * width * block_size(width)
 
 
 def _copied(checkpoint: Checkpoint, chat_template: str | None) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ Behind packed layers a matrix W is fed with x, where the float model feeds it wi
 stay W x would leave d for good. What is wanted is W (x + d): by least squares with H = mean(x x^T), damped, that is
 W' x with W' = W + W mean(d x^T) H^-1 (GPTAQ, Li et al. 2025, arXiv 2504.02692; QEP, Arai & Ichikawa 2025, arXiv
 2504.09629). Where the product is added to a residual stream that has drifted by r, it can give W (x + d) + r, and W'
-is W + (W mean(d x^T) + mean(r x^T)) H^-1. Of that change a share is taken: a text shows a part of what will be asked.
+is W + (W mean(d x^T) + mean(r x^T)) H^-1. That fits what the text shows, so it takes much of it: see `SHORTEST_IDS`.
 
 In a wide matrix H is kept in blocks of channels (`error_feedback`), and so is mean(d x^T): each block makes up for its
 own d, and for an equal part of r.
@@ -20,9 +20,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SHARE", "float_targets"]
+__all__ = ["SHORTEST_IDS", "float_targets"]
 
-SHARE = 0.5  # of the change that is best on the text
+SHORTEST_IDS = 60_000
+"""Ids of a text from which on the change is made. On a real 1.5B at 3 bits it brought the KL of other outputs from
+0.039 to 0.028 by 65,536 ids; half of it by 16,384 and 32,768 ids of riddles, from 0.066 to 0.126 and 0.078. Nothing
+between them was measured."""
 
 
 def float_targets(
@@ -36,9 +39,11 @@ def float_targets(
     """Rows of a matrix as they should be, (rows, columns) float32; of numpy or MLX, as all that is given.
 
     weights: (rows, columns) float32. uppers: of each block of channels, the upper factor U with H^-1 = U^T U.
-    drifts: of each, mean(d x^T), (channels, channels). residual: mean(r x^T), (rows, columns); None: no stream is
-    corrected. product: multiplies.
+    drifts: of each, mean(d x^T), (channels, channels); none: the rows stay as they are. residual: mean(r x^T), (rows,
+    columns); None: no stream is corrected. product: multiplies.
     """
+    if not drifts:
+        return weights
     parts, first = [], 0
     for upper, drift in zip(uppers, drifts, strict=True):
         at = slice(first, first + len(upper))
@@ -46,7 +51,7 @@ def float_targets(
         missing = product(weights[:, at], drift)
         if residual is not None:
             missing = missing + residual[:, at] / len(uppers)
-        parts.append(weights[:, at] + SHARE * product(product(missing, upper.T), upper))
+        parts.append(weights[:, at] + product(product(missing, upper.T), upper))
     if isinstance(weights, np.ndarray):
         return np.concatenate(parts, axis=1)
     import mlx.core as mx

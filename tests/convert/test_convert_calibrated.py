@@ -91,9 +91,20 @@ def converted(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder / "out"
 
 
+@pytest.mark.parametrize("is_toward_float", [False, True])
 def test_matrices_are_fitted_to_what_the_layers_before_as_packed_feed_them_with(
-    tiny_checkpoint: Path, converted: Path, text: Path
+    tiny_checkpoint: Path,
+    converted: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_toward_float: bool,
 ) -> None:
+    """And, by a text that is long enough, so that they give what the float model gives there."""
+    if is_toward_float:
+        monkeypatch.setattr(module, "SHORTEST_IDS", 512)
+        converted = tmp_path / "out"
+        convert_checkpoint(tiny_checkpoint, converted, calibrate=text, quality=False)
     calibration = calibrated(tiny_checkpoint, text)
     assert calibration.n_ids >= 512 and max(map(len, calibration.texts)) == 512
     packing = load_recipe("4bit").packing
@@ -107,7 +118,8 @@ def test_matrices_are_fitted_to_what_the_layers_before_as_packed_feed_them_with(
         drift = (((float_x - x).T @ x) / len(x)).astype(np.float32)
         assert np.abs(drift).max() > 1e-4  # the packed embedding's, in the first layer
         for path in names:
-            targets = float_targets(source_weight(tiny_checkpoint, path), moments.uppers, [drift])
+            source = source_weight(tiny_checkpoint, path)
+            targets = float_targets(source, moments.uppers, [drift]) if is_toward_float else source
             packed = fit_rows(targets, moments, packing, "BF16")
             ours = weights(converted)[f"{path}.weight"]
             assert (ours != packed.codes.view(np.uint8)).mean() < 0.04  # sums in another order: a code now and then

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from qwq_mlx.quant import device_moments
-from qwq_mlx.quant import float_targets as module
 from qwq_mlx.quant.device_moments import exact_product, factor_on_device
 from qwq_mlx.quant.error_feedback import DAMPING, factor_moments
 from qwq_mlx.quant.float_targets import float_targets
@@ -45,7 +44,6 @@ def test_outputs_behind_packed_layers_are_those_of_the_float_model(
     has_residual: bool, is_device: bool, is_cuda: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device_moments.mx.cuda, "is_available", lambda: is_cuda)  # products in three parts
-    monkeypatch.setattr(module, "SHARE", 1.0)
     wanted = (X + D) @ WEIGHTS.T.astype(float) + (R if has_residual else 0)
     expected = least_squares(X, wanted, WEIGHTS)
     found = targets([slice(0, COLUMNS)], has_residual, is_device)
@@ -53,10 +51,7 @@ def test_outputs_behind_packed_layers_are_those_of_the_float_model(
     assert np.abs(expected - WEIGHTS).max() > 0.05 * np.abs(expected).max()
 
 
-def test_each_block_makes_up_for_its_own_drift_and_an_equal_part_of_the_residual(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "SHARE", 1.0)
+def test_each_block_makes_up_for_its_own_drift_and_an_equal_part_of_the_residual() -> None:
     blocks = [slice(0, 64), slice(64, COLUMNS)]
     found = targets(blocks, True, False)
     for at in blocks:
@@ -65,12 +60,8 @@ def test_each_block_makes_up_for_its_own_drift_and_an_equal_part_of_the_residual
         np.testing.assert_allclose(found[:, at], expected, atol=2e-3 * np.abs(expected).max())
 
 
-def test_a_share_of_the_change_is_taken_and_none_where_nothing_drifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = [slice(0, COLUMNS)]
-    monkeypatch.setattr(module, "SHARE", 1.0)
-    full = targets(whole, True, False)
-    monkeypatch.setattr(module, "SHARE", 0.25)
-    np.testing.assert_allclose(targets(whole, True, False), WEIGHTS + 0.25 * (full - WEIGHTS), atol=1e-5)
+def test_rows_stay_where_nothing_drifted_and_where_nobody_knows() -> None:
     upper = factor_moments([X.T @ X / len(X)]).uppers
     same = float_targets(WEIGHTS, upper, [np.zeros((COLUMNS, COLUMNS), np.float32)])
     assert np.array_equal(same, WEIGHTS)
+    assert float_targets(WEIGHTS, upper, []) is WEIGHTS

@@ -1,9 +1,10 @@
 """How long a calibration pass takes on this machine, before it starts: a product and a small fit are timed.
 
-A pass is four times every id through every layer, the products of the layers' inputs, and the fit, whose time a weight
-has a part of its own and one that grows with the columns of its matrix, on the GPU where there is one. There columns go
-one after the other, however few rows they have, and a core factors a part of each input's products: both are timed
-apart. Within a factor of two where it was measured (an x86 CPU); not measured on Metal, or beside a GPU's seconds.
+A pass is two times every id through every layer, four times where the float model is run too, the products of the
+layers' inputs, and the fit, whose time a weight has a part of its own and one that grows with the columns of its
+matrix, on the GPU where there is one. There columns go one after the other, however few rows they have, and a core
+factors a part of each input's products: both are timed apart. Within a factor of two where it was measured (an x86
+CPU); not measured on Metal, or beside a GPU's seconds.
 
 Does not: know the disk, or how busy the machine will be.
 """
@@ -29,10 +30,13 @@ from qwq_mlx.quant.recipe import layer_of
 
 __all__ = ["estimate_calibration_s"]
 
-_PRODUCTS_PER_WEIGHT = 14
-"""Operations of the fit for each weight and column of a block: its target, feedback, and two sweeps."""
+_PRODUCTS_PER_WEIGHT = (8, 14)
+"""Operations of the fit for each weight and column of a block: feedback and two sweeps, and with the float model's
+stream its target."""
 
-_PRODUCTS_PER_CHANNEL = 3  # of a position and each of a channel's products: moments, which are symmetric, and drift
+_PRODUCTS_PER_CHANNEL = (1, 3)
+"""Of a position and each of a channel's products: moments, which are symmetric, and with that stream the drift."""
+
 _SIDE = 256
 _DEVICE_ROWS = (256, 8192)  # of a short and a long matrix
 
@@ -57,8 +61,9 @@ def estimate_calibration_s(plan: Plan) -> float:
     calibration, config = plan.calibration, plan.config
     assert calibration is not None
     costs = _costs(plan.n_workers)
-    n_passes = 2  # of two each: as packed and in float, up to each part of a layer and through all of it
-    passes = n_passes * estimate_s(config, [len(text) for text in calibration.texts], weights_bytes=plan.source_bytes)
+    n_streams = 1 + calibration.is_toward_float
+    # up to each part of a layer and, as it is packed then, through all of it
+    passes = n_streams * estimate_s(config, [len(text) for text in calibration.texts], weights_bytes=plan.source_bytes)
     fits = products = in_layers = 0.0
     for each in plan.tensors:
         if each.packing is None or (each.source.name.startswith("model.embed") and not config.tie_word_embeddings):
@@ -67,12 +72,13 @@ def estimate_calibration_s(plan: Plan) -> float:
         block, is_in_layer = block_size(columns), layer_of(each.source.name) is not None
         in_layers += rows * columns if is_in_layer else 0
         n_parts = math.ceil(rows / max(1, DEVICE_WEIGHTS // columns))
-        fits += rows * columns * (costs.weight_s + _PRODUCTS_PER_WEIGHT * block * costs.operation_s)
+        fits += rows * columns * (costs.weight_s + _PRODUCTS_PER_WEIGHT[n_streams - 1] * block * costs.operation_s)
         fits += n_parts * columns * costs.column_s
         own_input = ("q_proj.weight", "o_proj.weight", "up_proj.weight", "down_proj.weight")
         if not is_in_layer or each.source.name.endswith(own_input):
-            products += _PRODUCTS_PER_CHANNEL * calibration.n_ids * columns * block * costs.operation_s
-            if is_in_layer and each.source.name.endswith(("o_proj.weight", "down_proj.weight")):
+            n_products = _PRODUCTS_PER_CHANNEL[n_streams - 1]
+            products += n_products * calibration.n_ids * columns * block * costs.operation_s
+            if n_streams > 1 and is_in_layer and each.source.name.endswith(("o_proj.weight", "down_proj.weight")):
                 products += 2 * calibration.n_ids * columns * rows * costs.operation_s  # with the residual stream
             products += 2 * columns * block**2 * costs.factor_s + columns * costs.channel_s
     return passes * in_layers / plan.n_weights + fits + products

@@ -1,11 +1,11 @@
 """A calibration text run through the source, layer by layer, and every layer packed as its turn comes.
 
 The text passes the layers that are packed already, so that each matrix is fitted to what it will really be fed with
-(sequential fitting), and beside them those of the float model, so that it gives what that would give
-(`quant.float_targets`). A layer is read, and for each of its parts in turn the hidden states of all texts go up to it,
-as packed so far and in float; the products of its inputs are added up (`input_products`), its matrices are fitted, and
-the layer goes on with them as they are packed. In memory are one layer as it was and as it is packed, and two streams
-of hidden states, whatever the model's depth.
+(sequential fitting), and, where it is long enough, beside them those of the float model, so that it gives what that
+would give (`quant.float_targets`). A layer is read, and for each of its parts in turn the hidden states of all texts go
+up to it, as packed so far and in float; the products of its inputs are added up (`input_products`), its matrices are
+fitted, and the layer goes on with them as they are packed. In memory are one layer as it was and as it is packed, and
+one or two streams of hidden states, whatever the model's depth.
 
 A resumed pass goes on behind the last layer that was kept. The embedding is not calibrated, since its input is an id,
 unless it is tied to the output matrix; that one is fitted as it is converted, for only its rows' input has to be known.
@@ -17,6 +17,7 @@ Does not: fetch (`collect` does), or write a conversion.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ from qwq_mlx.quant.device_feedback import fit_rows_on_device
 from qwq_mlx.quant.device_moments import DeviceMoments, exact_product, factor_on_device
 from qwq_mlx.quant.error_feedback import DAMPING, InputMoments, factor_moments, fit_rows
 from qwq_mlx.quant.fit import fit_block
-from qwq_mlx.quant.float_targets import SHARE, float_targets
+from qwq_mlx.quant.float_targets import float_targets
 from qwq_mlx.quant.gguf_blocks import decode_block
 from qwq_mlx.quant.packing import Packed, float_values
 from qwq_mlx.quant.rounding_error import unpack
@@ -60,7 +61,7 @@ def run_mapping(plan: Plan) -> dict[str, Any]:
     return {
         **plan.calibration.as_mapping(),
         "damping": DAMPING,
-        "toward_float": SHARE,
+        "is_toward_float": plan.calibration.is_toward_float,
         "recipe": plan.recipe.text,
         "type": default_compute_type(),
         "backend": backend_name(),
@@ -108,7 +109,7 @@ class _Pass:
         assert plan.calibration is not None
         checkpoint = plan.checkpoint
         self._plan, self._folder, self._run, self._progress = plan, folder, run, progress
-        self._texts = plan.calibration.texts
+        self._texts, self._is_toward_float = plan.calibration.texts, plan.calibration.is_toward_float
         self._matrices = {
             each.source.name.removesuffix(".weight"): each
             for each in plan.tensors
@@ -122,13 +123,15 @@ class _Pass:
         mx, stream = import_mlx(), self._stream
         if state is None:
             before("model.embed_tokens.")
-            n_done, float_hidden = 0, [stream.embed(text) for text in self._texts]
-            hidden = self._embed_packed() or list(float_hidden)
+            embedded = [stream.embed(text) for text in self._texts]
+            n_done, hidden = 0, self._embed_packed() or list(embedded)
+            float_hidden = embedded if self._is_toward_float else []
+            del embedded
         else:
             n_done, compute_type = state.n_layers, getattr(mx, stream.compute_type)
             hidden, float_hidden = state.hidden, state.float_hidden
             for kept in (hidden, float_hidden):
-                kept[:] = [mx.array(kept.pop(0)).astype(compute_type) for _ in self._texts]
+                kept[:] = [mx.array(kept.pop(0)).astype(compute_type) for _ in range(len(kept))]
         for index in range(n_done, self._plan.config.num_hidden_layers):
             before(f"model.layers.{index}.")
             self._fit_layer(index, hidden, float_hidden)
@@ -137,8 +140,8 @@ class _Pass:
         before("model.norm.")
         head = stream.head()
         products = InputProducts(head.path)
-        for each, float_each in zip(hidden, float_hidden, strict=True):
-            products.add(head.norm(each), head.norm(float_each))
+        for each, float_each in itertools.zip_longest(hidden, float_hidden):
+            products.add(head.norm(each), None if float_each is None else head.norm(float_each))
         matrix = self._matrices.get(head.path)
         moments = list(products.moments())
         drifts = products.drifts()
@@ -180,13 +183,18 @@ class _Pass:
             if not matrices:
                 continue
             products = InputProducts(next(iter(matrices)))
-            for each, float_each in zip(hidden, float_hidden, strict=True):
-                (x, stream), (float_x, float_stream) = layer.fed(each, part), float_layer.fed(float_each, part)
+            for each, float_each in itertools.zip_longest(hidden, float_hidden):
+                x, stream = layer.fed(each, part)
+                if float_each is None:
+                    products.add(x)
+                    continue
+                float_x, float_stream = float_layer.fed(float_each, part)
                 products.add(x, float_x, float_stream - stream if part[0].endswith(_ADDED) else None)
             packed |= (self._fit_on_cpu if backend_name() == "cpu" else self._fit_on_gpu)(matrices, products, layer)
         write_layer(self._folder, index, self._run, packed)
-        for place, (each, float_each) in enumerate(zip(hidden, float_hidden, strict=True)):
-            hidden[place], float_hidden[place] = layer(each), float_layer(float_each)
+        for states, passed in ((hidden, layer), (float_hidden, float_layer)):
+            for place, each in enumerate(states):
+                states[place] = passed(each)
 
     def _fit_on_cpu(
         self, matrices: Mapping[str, PlannedTensor], products: InputProducts, layer: Layer

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwq_mlx.convert.calibration.pass_state import arrays_of, header_of, text_of
+from qwq_mlx.convert.calibration.pass_state import arrays_of, header_of, numbered, text_of
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.header import Header, place_tensors
 from qwq_mlx.files.rows import read_rows
@@ -121,9 +121,7 @@ def open_fitted(folder: Path, n_layers: int, run: Mapping[str, Any]) -> FittedMa
     matrix = None
     if fitted_output is None:
         arrays = arrays_of(output)
-        moments, drifts = (
-            [arrays[f"{kind}.{place}"] for place in range(len(arrays) // 2)] for kind in ("moments", "drift")
-        )
+        moments, drifts = (numbered(arrays, kind) for kind in ("moments", "drift"))
         matrix = OutputMatrix(output.metadata["path"], factor_moments(moments), drifts)
     headers = {
         name.removesuffix(".scales"): header

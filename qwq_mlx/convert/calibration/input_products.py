@@ -34,21 +34,22 @@ class InputProducts:
     _residuals: list[Any] = field(default_factory=list)  # one at most
     _spare: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
-    def add(self, x: Any, float_x: Any, residual: Any = None) -> None:
+    def add(self, x: Any, float_x: Any = None, residual: Any = None) -> None:
         """A text's inputs, (positions, in): x behind packed layers, float_x in the float model. residual: how much more
-        the float model's residual stream has, (positions, hidden); always given or never."""
+        the float model's residual stream has, (positions, hidden). Either is always given or never."""
         mx = import_mlx()
         x = x.astype(mx.float32)
-        drift = float_x.astype(mx.float32) - x
+        drift = None if float_x is None else float_x.astype(mx.float32) - x
         if mx.default_device().type == mx.cpu:
-            x, drift = np.asarray(x), np.asarray(drift)  # numpy's BLAS: see `model.products`
+            x, drift = np.asarray(x), None if drift is None else np.asarray(drift)  # numpy's BLAS: see `model.products`
             residual = None if residual is None else np.asarray(residual.astype(mx.float32))
         step = block_size(x.shape[1])
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
             for place, first in enumerate(range(0, x.shape[1], step)):
                 part = x[:, first : first + step]
                 self._add(self._moments, place, part, part)
-                self._add(self._drifts, place, drift[:, first : first + step], part)
+                if drift is not None:
+                    self._add(self._drifts, place, drift[:, first : first + step], part)
             if residual is not None:
                 self._add(self._residuals, 0, residual, x)
         if not isinstance(x, np.ndarray):
@@ -84,7 +85,7 @@ class InputProducts:
         return [self._checked(import_mlx().array(each) / self.n_positions) for each in sums]
 
     def drifts(self) -> list[Any]:
-        """mean(d x^T) of each block, float32, where they were added up."""
+        """mean(d x^T) of each block, float32, where they were added up; none without a float model."""
         return [self._checked(each / self.n_positions) for each in self._drifts]
 
     def residual(self) -> Any:

@@ -21,6 +21,7 @@ from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.prompt import encode_text, prompt_ids
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
 from qwq_mlx.quant.error_feedback import MAX_CHANNELS, block_size
+from qwq_mlx.quant.float_targets import SHORTEST_IDS
 
 __all__ = ["DEVICE_WEIGHTS", "FIT_ROWS", "MIN_IDS", "Calibration", "read_calibration"]
 
@@ -33,7 +34,8 @@ DEVICE_WEIGHTS = 1 << 26
 MIN_IDS = 512
 """The fewest ids that a text must have: below, chance decides what looks important."""
 
-_MAX_IDS = 16_384  # of a longer text the first ones are used: their hidden states stay in memory, 0.34 GB for the 32B
+_MAX_IDS = 65_536  # of a longer text the first ones are used: their hidden states stay in memory, 1.3 GB for the 32B
+_MAX_IDS_OF_CPU = 16_384  # which takes hours for more
 _CHUNK = 512  # ids that attend to each other
 _MAX_BYTES = 64 << 20
 _BUNDLED_FILE = Path(__file__).with_name("qwq.jsonl")
@@ -53,26 +55,33 @@ class Calibration:
         """Ids of all texts."""
         return sum(map(len, self.texts))
 
+    @property
+    def is_toward_float(self) -> bool:
+        """Whether the text is run through the float model too, and says what packed layers should give."""
+        return self.n_ids >= SHORTEST_IDS
+
     def as_mapping(self) -> dict[str, Any]:
         """What the journal and the manifest keep."""
         return {"file": self.name, "sha256": self.sha256, "n_texts": len(self.texts), "n_ids": self.n_ids}
 
     def peak_memory_bytes(self, config: Qwen2Config, *, n_workers: int) -> int:
-        """One layer in float32, as it was and as it is packed, and its widest matrix as it is read, both streams of
-        hidden states, the products of one part's inputs, and either what one text needs on its way or, while matrices
-        are fitted, one block's factors and the rows at work; an estimate.
+        """One layer in float32, as it was and as it is packed, and its widest matrix as it is read, the hidden states,
+        the products of one part's inputs, and either what one text needs on its way or, while matrices are fitted, one
+        block's factors and the rows at work; an estimate.
         """
         width, inner = config.hidden_size, config.intermediate_size
         layer = 2 * width * (width + config.num_key_value_heads * config.head_dim) + 3 * width * inner
         text = _CHUNK * (6 * inner + 12 * width + 2 * config.num_attention_heads * _CHUNK)
         # Moments and drifts as they are added up, or with factors in their place; of the residual stream's, two.
-        products = 3 * max(width * block_size(width), inner * block_size(inner)) + 2 * width * inner
+        products = (2 + self.is_toward_float) * max(width * block_size(width), inner * block_size(inner))
+        hidden = (1 + self.is_toward_float) * self.n_ids * width
+        products += self.is_toward_float * 2 * width * inner
         at_work = 7 * n_workers * FIT_ROWS * inner
         if backend_name() != "cpu":
             fitted_at_once = min(DEVICE_WEIGHTS, config.vocab_size * width)
             at_work = 9 * fitted_at_once + config.vocab_size * width // 4  # and the output matrix, packed, twice
         factors = 12 * min(max(width, inner), MAX_CHANNELS) ** 2 + at_work
-        return 4 * (2 * layer + width * inner + 2 * self.n_ids * width + products + max(text, factors))
+        return 4 * (2 * layer + width * inner + hidden + products + max(text, factors))
 
 
 def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Config) -> Calibration:
@@ -89,18 +98,18 @@ def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Conf
         raise OptionError(f"{path}: is not UTF-8 (byte {error.start:,}). {_HOW}") from error
     tokenizer = load_tokenizer(checkpoint.folder, vocab_size=config.vocab_size)
     texts: list[tuple[int, ...]] = []
-    n_ids = 0
+    n_ids, most = 0, _MAX_IDS_OF_CPU if backend_name() == "cpu" else _MAX_IDS
     for ids in _texts(path, text, tokenizer):
         for start in range(0, len(ids), _CHUNK):
-            texts.append(tuple(ids[start : start + min(_CHUNK, _MAX_IDS - n_ids)]))
+            texts.append(tuple(ids[start : start + min(_CHUNK, most - n_ids)]))
             n_ids += len(texts[-1])
-            if n_ids == _MAX_IDS:
+            if n_ids == most:
                 break
-        if n_ids == _MAX_IDS:
+        if n_ids == most:
             break
     if n_ids < MIN_IDS:
         raise OptionError(
-            f"{path}: has {n_ids:,} tokens, expected at least {MIN_IDS:,} to calibrate with ({_MAX_IDS:,} are used at "
+            f"{path}: has {n_ids:,} tokens, expected at least {MIN_IDS:,} to calibrate with ({most:,} are used at "
             "most). Give more text of the kind that the model will write."
         )
     return Calibration(name=path.name, sha256=hashlib.sha256(data).hexdigest(), texts=tuple(texts))
