@@ -21,12 +21,12 @@ from qwq_mlx.engine.decoder import Decoder
 from qwq_mlx.engine.draft_length import CostsAt, PassCosts
 from qwq_mlx.engine.drafters.model import ModelDrafter
 from qwq_mlx.engine.kv_cache import Layer, filled_cache, layers_of, new_cache
-from qwq_mlx.engine.model_runner import run_pass
+from qwq_mlx.engine.model_runner import feed_prompt, run_pass
 from qwq_mlx.engine.ranks.leader import leader_of
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import Sampler
 from qwq_mlx.engine.speculative import Draft
-from qwq_mlx.model.memory.activations import n_positions
+from qwq_mlx.model.memory.activations import MAX_FEW_ROWS, n_positions
 from qwq_mlx.model.rotations import rotations_in_place
 from qwq_mlx.options import NEUTRAL, Sampling
 
@@ -44,7 +44,7 @@ _N_DRAFTED = 4
 
 
 def compile_kernels(module: Any, most_rows: int) -> None:
-    """Run passes of one row and of several, most_rows at most, where the rows of a model attend in place.
+    """Feed a prompt, and run passes of one row and of several, most_rows at most, where a model's rows attend in place.
 
     On CUDA each process compiles the kernels anew, for each 8 rows, which takes seconds that a run would wait in its
     midst. Nothing elsewhere, and nothing of a model that other processes have a part of.
@@ -52,6 +52,7 @@ def compile_kernels(module: Any, most_rows: int) -> None:
     if rotations_in_place(module) is None or leader_of(module) is not None:
         return
     cache = new_cache(module)
+    feed_prompt(module, cache, [0] * (2 * MAX_FEW_ROWS))
     for n_rows in sorted({1, *range(8, most_rows + 1, 8), most_rows}):
         mx.eval(run_pass(module, mx.zeros((1, n_rows), mx.uint32), [cache], [n_rows], batches_from=1))
 

@@ -99,17 +99,38 @@ class SureModel(ModelDrafter):
         ]
 
 
-def texts() -> dict[int, list[int]]:
+def texts(number: int = 0) -> dict[int, list[int]]:
     """A mixed set: over and over the same, random, and words of a few; each begins with its name."""
-    random = Random(4)
+    random = Random(4 + number)
     words = [[random.randrange(50) for _ in range(random.randrange(2, 7))] for _ in range(30)]
     written = [token_id for _ in range(120) for token_id in random.choice(words)]
-    return {
-        1000: [1000, *([1, 2, 3, 4, 5, 6] * 60)],
-        1001: [1001, *(random.randrange(10_000) for _ in range(300))],
-        1002: [1002, *written],
-        1003: [1003, *(random.randrange(4) for _ in range(200))],
-    }
+    set_of = [
+        [1, 2, 3, 4, 5, 6] * 60,
+        [random.randrange(10_000) for _ in range(300)],
+        written,
+        [random.randrange(4) for _ in range(200)],
+    ]
+    return {name: [name, *text] for name, text in enumerate(set_of, start=1000 + 4 * number)}
+
+
+class LaggingModel(SureModel):
+    """Reads what it has not seen before it drafts, 0.1 s an id. clock: seconds, which that and drafts move."""
+
+    def __init__(self, texts: dict[int, list[int]], costs: PassCosts, *, is_right: bool) -> None:
+        super().__init__(texts, is_right=is_right)
+        self._costs, self._n_seen, self.clock, self.caught_up_s = costs, dict[int, int](), 0.0, 0.0
+
+    def lags(self, row: Any) -> bool:
+        return len(row.ids) - self._n_seen.get(row.ids[0], 0) > 8
+
+    def guess(self, rows: Any, n_each: Any) -> list[list[Guess]]:
+        for row, n in zip(rows, n_each, strict=True):
+            if n:
+                read_s = 0.1 * max(0, len(row.ids) - self._n_seen.get(row.ids[0], 0) - 8)
+                self._n_seen[row.ids[0]] = len(row.ids)
+                self.caught_up_s += read_s
+                self.clock += read_s + n * self._costs.draft_s
+        return super().guess(rows, n_each)
 
 
 def decoded_s(speculator: Speculator, text: list[int], costs: PassCosts) -> float:
@@ -150,6 +171,22 @@ def test_no_text_takes_longer_than_1_02_of_plain_decoding(name: str, drafter: st
         assert speeds[1000] > 1.5
     elif drafter == "right model":
         assert min(speeds.values()) > 1.3
+
+
+@pytest.mark.parametrize("is_right", [False, True])
+def test_a_draft_model_that_has_to_catch_up_does_so_as_often_as_that_pays(is_right: bool) -> None:
+    """Of a right one the time is that of one reading, of a wrong one below 2 % of all texts' and one reading."""
+    costs = TABLES["flat"]
+    known = {each: text for number in range(5) for each, text in texts(number).items()}
+    model = LaggingModel(known, costs, is_right=is_right)
+    speculator = Speculator(model=model, costs=costs, clock=lambda: model.clock)
+    plain_s = costs.of(1) * sum(len(text) - 1 for text in known.values())
+    seconds = sum(decoded_s(speculator, text, costs) for text in known.values()) + model.caught_up_s
+    if is_right:
+        assert seconds < plain_s / 1.3
+    else:
+        assert model.caught_up_s > 0
+        assert seconds < plain_s / 0.98 + 0.1 * max(map(len, known.values()))
 
 
 def test_what_is_no_speculator_is_refused() -> None:

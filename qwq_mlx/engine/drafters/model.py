@@ -24,7 +24,6 @@ from qwq_mlx.engine.logits_processors import Incremental
 from qwq_mlx.engine.model_runner import run_pass
 from qwq_mlx.engine.row import Row
 from qwq_mlx.engine.sampler import draw_rows
-from qwq_mlx.model.memory.activations import MAX_FEW_ROWS
 from qwq_mlx.model.rotations import rotations_in_place
 
 __all__ = ["RAGGED", "ModelDrafter"]
@@ -34,6 +33,8 @@ _PRIOR = 0.7  # right of 1, before anything was learnt
 _KEEP = 0.99  # of what was counted, at each further draft
 RAGGED = 8
 """Ids of a row that the first pass of a draft may feed together with the other rows."""
+
+_FED_BY_FEW = 8 * RAGGED  # ids: eight such passes take less than one by unpacked matrices, by estimate
 
 
 @dataclass(slots=True)
@@ -80,6 +81,11 @@ class ModelDrafter:
             for counted, key, prior in ((self._trust, guess.kind, guess.probability), (self._by_place, place, _PRIOR)):
                 right, total = counted.get(key, (prior, 1.0))
                 counted[key] = right * _KEEP + is_right, total * _KEEP + 1.0
+
+    def lags(self, row: Row) -> bool:
+        """Whether a row has more ids that were not read than its first pass may feed."""
+        text = self._texts.get(row)
+        return len(row.ids) - (0 if text is None else len(text.ids)) > RAGGED
 
     def guess(self, rows: Sequence[Row], n_each: Sequence[int]) -> list[list[Guess]]:
         """How each row goes on, n_each ids, with one pass over the draft model's weights for each place."""
@@ -167,8 +173,9 @@ class ModelDrafter:
         return text
 
     def _feed(self, text: _Text, missing: list[int]) -> None:
-        """Feed the next of a row's ids; in place as many as a pass drafts with, for CUDA compiles kernels for more."""
-        if rotations_in_place(self._module) is not None and len(missing) <= MAX_FEW_ROWS:
+        """Feed the next of a row's ids; in place as many as a pass drafts with, for CUDA compiles kernels for more, and
+        of few more the matrices would be unpacked."""
+        if rotations_in_place(self._module) is not None and len(missing) <= _FED_BY_FEW:
             now = missing[:RAGGED]
             run_pass(self._module, mx.array([now]), [text.cache], [len(now)], batches_from=self._batches_from)
         else:

@@ -8,12 +8,16 @@ Plain decoding is never left for long where it is faster. Each pass is entered i
 its tokens cost without drafts, by the measured costs. Plain passes pay 1 % into it; a pass is only drafted for where
 the account covers that none of its drafts is right. So a drafter that is always wrong costs 1 % of the time.
 
+A draft model first reads what it has not seen of a row, its prompt or what was decoded without it. That is timed, and
+done again only when as much was earned by its drafts, or paid off by 0.5 % of plain passes.
+
 Does not: check drafts (`decoder` does), or measure (`pass_costs` does).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from qwq_mlx.engine.draft_length import Costs, Lengths, PassCosts, best_lengths, expected_right
@@ -28,6 +32,7 @@ from qwq_mlx.model.memory.batch_and_draft import MAX_DRAFTED
 __all__ = ["DraftCounts", "Speculator"]
 
 _PAID_IN = 0.01  # of each plain pass
+_PAID_OFF = 0.005  # of each plain pass, for what a draft model took to catch up
 _LARGEST_ACCOUNT = 3.0  # plain passes: what one prompt won is not all lost again on the next
 
 
@@ -51,7 +56,7 @@ class Speculator:
 
     ngram, model: the drafters, at least one.
     costs: of passes here. length: ids drafted whatever they cost. One of the two must be there.
-    notes: for people, about the costs.
+    notes: for people, about the costs. clock: seconds, by which catching up is timed.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class Speculator:
         costs: Costs | None = None,
         length: int | None = None,
         notes: Sequence[str] = (),
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if ngram is None and model is None:
             raise OptionError("There is no drafter. Give `ngram`, `model` or both.")
@@ -73,6 +79,7 @@ class Speculator:
         self._ngram, self._model, self._all_costs, self._length = ngram, model, costs, length
         self._costs = None if costs is None else costs.at(0)  # as long as the rows of the pass are
         self._account_s = 0.0
+        self._clock, self._debt_s = clock, 0.0  # of catching up
         self._is_due = False  # ids were read before the pass that is to come
         self._token_s = 0.0  # what a token costs without drafts, in the pass under way
         self._under_way: dict[Row, list[Guess]] = {}
@@ -98,11 +105,13 @@ class Speculator:
         # the automaton has to be right with the id under way too, which nobody has read
         behind = [_behind(self._ngram_guess(row, MAX_DRAFTED + 1))[: row.most_drafts] for row in rows]
         by_ngram = best_lengths(behind, costs, most_loss_s=self._account_s)
-        if any(by_ngram.by_row) or any(self._by_model([row.most_drafts for row in rows], costs, None).by_row):
+        rooms = self._model_rooms(rows, [row.most_drafts for row in rows])
+        if any(by_ngram.by_row) or any(self._by_model(rooms, costs, None).by_row):
             self._is_due = True
             return True
         plain_s = costs.of(len(rows))
         self._pay_in(_PAID_IN * plain_s, plain_s)
+        self._pay_off(_PAID_OFF * plain_s)
         if self._model is not None and self._account_s >= _LARGEST_ACCOUNT * plain_s:
             self._model.forget()  # it may be right again by now
         return False
@@ -115,9 +124,13 @@ class Speculator:
         sources = ["ngram"] * len(rows)
         drafting_s = 0.0
         if self._model is not None:
-            lengths = self._model_lengths(guesses, rooms, most)
+            lengths = self._model_lengths(guesses, self._model_rooms(rows, rooms), most)
             drafting_s = max(lengths) * (0.0 if self._costs is None else self._costs.draft_s)
-            for place, drafted in enumerate(self._model.guess(rows, lengths)):
+            started = self._clock()
+            by_model = self._model.guess(rows, lengths)
+            if any(lengths) and self._costs is not None:
+                self._debt_s += max(0.0, self._clock() - started - drafting_s)
+            for place, drafted in enumerate(by_model):
                 if drafted:
                     guesses[place], sources[place] = drafted, self._model.name
         if self._costs is not None:
@@ -135,6 +148,8 @@ class Speculator:
         assert drafter is not None, "it made the draft"
         drafter.learn(guesses, n_accepted)
         self.counts.add(draft.source, len(draft.ids), n_accepted)
+        if drafter is self._model:
+            self._pay_off(n_accepted * self._token_s)
         self._pay_in(n_accepted * self._token_s, self._token_s)
 
     def _look_up(self, rows: Sequence[Row]) -> PassCosts | None:
@@ -149,6 +164,12 @@ class Speculator:
         if most is not None and self._length is not None:
             longest = min(longest, most // len(rows))  # there is no price by which they could share
         return [min(row.most_drafts, longest) for row in rows]
+
+    def _model_rooms(self, rows: Sequence[Row], rooms: Sequence[int]) -> list[int]:
+        """The same for the model: none where it would have to catch up while that was not earned back."""
+        if self._model is None or self._debt_s == 0:
+            return list(rooms)
+        return [0 if self._model.lags(row) else room for row, room in zip(rows, rooms, strict=True)]
 
     def _ngram_guess(self, row: Row, n_most: int) -> list[Guess]:
         return [] if self._ngram is None or not row.most_drafts else self._ngram.guess(row, n_most)
@@ -187,6 +208,9 @@ class Speculator:
         self._is_due = False
         self._token_s = plain_s / len(guesses)
         return [guess[:n] for guess, n in zip(guesses, best.by_row, strict=True)]
+
+    def _pay_off(self, seconds: float) -> None:
+        self._debt_s = max(0.0, self._debt_s - seconds)
 
     def _pay_in(self, seconds: float, plain_s: float) -> None:
         self._account_s = min(self._account_s + seconds, _LARGEST_ACCOUNT * max(plain_s, seconds))
