@@ -11,13 +11,14 @@ which all Qwen2 tokenizers use.
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from qwq_mlx.errors import LoadError
 from qwq_mlx.model.tokenizer import LoadedTokenizer
 
-__all__ = ["Pieces", "Released", "StopScanner", "TextStream", "decode"]
+__all__ = ["Pieces", "Released", "StopScanner", "TextStream", "decode", "first_other"]
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -87,6 +88,18 @@ class TextStream:
 def decode(pieces: Pieces, ids: Iterable[int]) -> str:
     """The text of these ids at once."""
     return b"".join(pieces[token_id] for token_id in ids).decode("utf-8", errors="replace")
+
+
+def first_other(pieces: Pieces, ids: Sequence[int], texts: Sequence[str]) -> int | None:
+    """The place of the first id that another tokenizer gave its text; None where there is none.
+
+    texts: what each id let out when it was written; the last ones end before a stop id or text.
+    """
+    text, expected = decode(pieces, ids), "".join(texts).rstrip("\ufffd")
+    if text.startswith(expected):
+        return None
+    end = next(place for place in range(len(expected)) if text[place : place + 1] != expected[place])
+    return next(place for place, n_written in enumerate(itertools.accumulate(map(len, texts))) if n_written > end)
 
 
 class Released(NamedTuple):

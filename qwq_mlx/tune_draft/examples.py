@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import sqlite3
 import zlib
@@ -26,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwq_mlx.engine.detokenizer import Pieces, decode
+from qwq_mlx.engine.detokenizer import Pieces, first_other
 from qwq_mlx.errors import OptionError, SourceError
 from qwq_mlx.files.json_object import parse_json_object
 from qwq_mlx.files.reading import read_regular_file
@@ -224,12 +223,9 @@ def _of_recorded(row: dict[str, Any], tokenizer: LoadedTokenizer, where: str) ->
 def _check_ids(written: _Written, pieces: Pieces, where: str, folder: Path) -> None:
     """Refuse a drafter to which the ids of a trace are another text. The text ends before a stop id or text."""
     if max((*written.prompt_ids, *written.ids), default=0) < pieces.n_ids:
-        text, expected = decode(pieces, written.ids), "".join(written.texts).rstrip("\ufffd")
-        if text.startswith(expected):
+        at = first_other(pieces, written.ids, written.texts)
+        if at is None:
             return
-        end = next(place for place in range(len(expected)) if text[place : place + 1] != expected[place])
-        ends = itertools.accumulate(map(len, written.texts))
-        at = next(place for place, n_written in enumerate(ends) if n_written > end)
         token_id, wrote = written.ids[at], written.texts[at]
         found = f"id {token_id:,} wrote {wrote!r}, in the drafter it is {pieces[token_id].decode(errors='replace')!r}"
     else:

@@ -26,6 +26,7 @@ from qwq_mlx.convert.preflight import check_fit
 from qwq_mlx.errors import ConversionError, OptionError, SourceError
 from qwq_mlx.files.checkpoint import open_checkpoint
 from qwq_mlx.files.manifest import read_manifest, write_manifest
+from qwq_mlx.generate.__main__ import main as generate
 from qwq_mlx.model.architecture import Qwen2Config
 from qwq_mlx.model.folder import open_model_folder
 from qwq_mlx.model.layers import LayerStream
@@ -363,6 +364,42 @@ def test_jsonl_holds_texts_and_conversations(tiny_checkpoint: Path, tmp_path: Pa
     assert sum(len(ids) < 512 for ids in calibration.texts) >= 2
     assert calibration.texts[-2][: len(calibration.texts[-1])] == calibration.texts[-1]
     assert len(calibration.texts[-2]) > len(calibration.texts[-1])
+
+
+def test_results_of_many_questions_calibrate_by_their_ids(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    asked, results = tmp_path / "questions.jsonl", tmp_path / "results.jsonl"
+    asked.write_text("".join(json.dumps({"question": f"{n} + {n}?"}) + "\n" for n in range(3)), encoding="utf-8")
+    options = ["--model", str(tiny_checkpoint), "--input", str(asked), "--output", str(results)]
+    assert generate([*options, "--max-tokens", "250", "--on-loop", "off"]) == 0
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    expected = [[*line["trace"]["prompt_ids"], *line["trace"]["ids"]] for line in lines]
+    failed = {"index": 3, "run": lines[0]["run"], "error": "no memory"}
+    results.write_text("\n".join(map(json.dumps, [*lines, failed])), encoding="utf-8")
+    calibration = calibrated(tiny_checkpoint, results)
+    assert list(calibration.texts) == [tuple(ids[at : at + 512]) for ids in expected for at in range(0, len(ids), 512)]
+
+    lines[1]["trace"]["ids"][5] += 1  # as if another tokenizer had written it
+    results.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    with pytest.raises(OptionError, match=r"results\.jsonl, line 2: was written with another vocabulary"):
+        calibrated(tiny_checkpoint, results)
+    for fields, message in (
+        ({"trace": lines[0]["trace"] | {"ids": [1 << 20] * 5}}, "line 1: "),
+        ({"trace": 3}, "line 1: schema_version is "),
+        ({"measured": []}, "line 1: schema_version is "),
+    ):
+        results.write_text(json.dumps(lines[0] | fields), encoding="utf-8")
+        with pytest.raises(OptionError, match=f"results.jsonl, {message}"):
+            calibrated(tiny_checkpoint, results)
+
+
+def test_recorded_prompts_and_responses_are_conversations(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    recorded, messages = tmp_path / "recorded.jsonl", tmp_path / "messages.jsonl"
+    words = {"system": "Be brief.", "prompt": "how many r?", "response": "three. " * 200}
+    recorded.write_text(json.dumps(words | {"id": "a"}), encoding="utf-8")
+    roles = zip(("system", "user", "assistant"), words.values(), strict=True)
+    written = {"messages": [{"role": role, "content": content} for role, content in roles]}
+    messages.write_text(json.dumps(written), encoding="utf-8")
+    assert calibrated(tiny_checkpoint, recorded).texts == calibrated(tiny_checkpoint, messages).texts
 
 
 def test_of_a_long_text_the_first_16384_tokens_are_used(tiny_checkpoint: Path, tmp_path: Path) -> None:

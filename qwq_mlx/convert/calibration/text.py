@@ -39,7 +39,10 @@ _MAX_IDS_OF_CPU = 16_384  # which takes hours for more
 _CHUNK = 512  # ids that attend to each other
 _MAX_BYTES = 64 << 20
 _BUNDLED_FILE = Path(__file__).with_name("qwq.jsonl")
-_HOW = 'Give a UTF-8 text, or a .jsonl file with {"text": ...} or {"messages": [...]} on every line.'
+_HOW = (
+    'Give a UTF-8 text, or a .jsonl file: what `generate --input` wrote, or {"text": ...}, {"messages": [...]} or '
+    '{"prompt": ..., "response": ...} on every line.'
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +90,9 @@ class Calibration:
 def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Config) -> Calibration:
     """Read a text and encode it with the checkpoint's own tokenizer.
 
-    path: plain text, or where the name ends in .jsonl an object a line: {"text": ...}, or {"messages": [...]}, which
-    the checkpoint's template renders; or BUNDLED. Raises OptionError: not readable, not UTF-8, a wrong line, too short.
+    path: plain text, or where the name ends in .jsonl an object a line: {"text": ...}; {"messages": [...]}, or "prompt"
+    and "response" and perhaps "system", which the checkpoint's template renders; or results of `generate --input`, by
+    their ids. Or BUNDLED. Raises OptionError: not readable, not UTF-8, a wrong line, another vocabulary, too short.
     """
     path = _BUNDLED_FILE if path == BUNDLED else Path(path)
     data = _read(path)
@@ -133,15 +137,50 @@ def _texts(path: Path, text: str, tokenizer: LoadedTokenizer) -> Iterator[list[i
             value = parse_json_object(line.encode(), what=f"{path}, line {number}:", advice=_HOW)
         except SourceError as error:
             raise OptionError(str(error)) from error
-        if isinstance(value.get("text"), str):
-            yield encode_text(tokenizer, value["text"])
-        elif isinstance(value.get("messages"), list):
-            try:
-                yield _conversation(tokenizer, value["messages"])
-            except PromptError as error:
-                raise OptionError(f"{path}, line {number}: {error}") from error
-        else:
+        try:
+            ids = _line_ids(value, tokenizer, f"{path}, line {number}")
+        except PromptError as error:
+            raise OptionError(f"{path}, line {number}: {error}") from error
+        except SourceError as error:  # it says where
+            raise OptionError(str(error)) from error
+        if ids is None:
             raise OptionError(f"{path}, line {number}: is {line[:40]!r}, which has no text and no messages. {_HOW}")
+        yield ids
+
+
+def _line_ids(value: dict[str, Any], tokenizer: LoadedTokenizer, where: str) -> list[int] | None:
+    """None for a line of no kind that there is."""
+    if isinstance(value.get("text"), str):
+        return encode_text(tokenizer, value["text"])
+    if isinstance(value.get("messages"), list):
+        return _conversation(tokenizer, value["messages"])
+    if "index" in value and "run" in value:
+        return _trace_ids(value, tokenizer, where) if "trace" in value else []  # a question that failed
+    prompt, response, system = value.get("prompt"), value.get("response"), value.get("system")
+    if not isinstance(prompt, str) or not isinstance(response, str) or not isinstance(system, str | None):
+        return None
+    asked = [{"role": "system", "content": system}] if system else []
+    return _conversation(
+        tokenizer, [*asked, {"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    )
+
+
+def _trace_ids(value: dict[str, Any], tokenizer: LoadedTokenizer, where: str) -> list[int]:
+    """Of a result: its prompt and what was written. Raises OptionError where they are another text to the tokenizer."""
+    from qwq_mlx.engine.detokenizer import Pieces, first_other
+    from qwq_mlx.trace.trace import Trace
+
+    fields, measured = value["trace"], value.get("measured", {})
+    are_objects = isinstance(fields, dict) and isinstance(measured, dict)
+    trace, pieces = Trace.from_json({**fields, **measured} if are_objects else None, where=where), Pieces(tokenizer)
+    ids = [*trace.prompt_ids, *trace.ids]
+    are_known = all(0 <= each < pieces.n_ids for each in ids)
+    if not are_known or first_other(pieces, trace.ids, trace.texts) is not None:
+        raise OptionError(
+            f"{where}: was written with another vocabulary than the checkpoint's. Calibrate by what a model of the "
+            "same tokenizer wrote."
+        )
+    return ids
 
 
 def _conversation(tokenizer: LoadedTokenizer, messages: list[Any]) -> list[int]:
