@@ -5,7 +5,7 @@
 bench: decoding, passes of several rows, and samples beside mlx-lm, by the newest line in benchmarks/ that has all three
 of what `python -m qwq_mlx.bench --output benchmarks` wrote. real: bits per weight against KL on a real model, from what
 `measure_real.py` printed. recipes: bytes against equations solved, off the pocket's training grid. These two from the
-newest file of that name in benchmarks/. docs/benchmarks.md has all as tables. trace: one Game of 24 by the bundled
+newest files of their names in benchmarks/. docs/benchmarks.md has all as tables. trace: one Game of 24 by the bundled
 pocket model, drawn by `qwq_mlx.plot_trace`. Needs the extra "plot".
 
 Does not: measure a recipe.
@@ -33,12 +33,17 @@ COLORS = ("#1f4e79", "#c0392b", "#2e8b57", "#888888", "#b07d2b", "#8e44ad", "#44
 MARKERS = "osDxv^+"
 METHODS = {
     "min-max (mlx_lm.convert)": ("3mm.toml", "4bit-min-max", "5mm.toml"),
-    "least squares (default)": ("3bit", "4bit", "5bit"),
+    "least squares (default)": ("3bit", "4bit"),
     "--target-size": ("size-of-3bit", "size-of-4bit"),
-    "--calibrate": ("3bit+calibrate", "4bit+qwq"),
-    "--target-size --calibrate": ("size-of-4bit+qwq",),
+    "--calibrate": ("3bit+calibrate", "4bit+calibrate"),
+    "--target-size --calibrate": ("size-of-3bit+calibrate", "size-of-4bit+calibrate"),
 }
 """Of draw_real: method -> forms in the results."""
+KINDS = {
+    "real-calibrated-0.5b": "of puzzles and riddles, as the calibration text has",
+    "real-calibrated-other-0.5b": "of code and mathematics, as it does not have",
+}
+"""Of draw_real: results -> what was judged, a panel each; of the second only some forms were measured."""
 BENCH_SCHEMA = 2
 PANELS = {
     "decode": "one row: tokens a second",
@@ -122,23 +127,24 @@ def _short(setting: str) -> str:
 
 
 def draw_real(path: Path) -> None:
-    """Bits per weight against KL, one line a method."""
-    rows = newest("real-forms-0.5b")["rows"]
-    by_form = {Path(row["form"]).name: row for row in rows}
-    weights = by_form["4bit-min-max"]["bytes"] / 4.5  # of a bit each, with scales and biases of groups of 64
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for (method, forms), color, marker in zip(METHODS.items(), COLORS, MARKERS, strict=False):
-        points = sorted((by_form[form]["bytes"] / weights, by_form[form]["kl"]) for form in forms)
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=method)
-    axes.set_yscale("log")
-    axes.set_xlabel("bits per weight")
-    axes.set_ylabel("KL to bfloat16, nats a token")
-    axes.set_title(
-        f"Qwen2.5-Coder-0.5B-Instruct, {rows[0]['n_tokens']:,} tokens that QwQ-32B-Preview wrote", fontsize=9
-    )
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(loc="upper right", fontsize=9)
+    """Bits per weight against KL, one line a method, a panel for each kind of judged text."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, len(KINDS), sharex=True, sharey=True)
+    for axes, (name, kind) in zip(panels, KINDS.items(), strict=True):
+        by_form = {row["form"]: row for row in newest(name)["rows"]}
+        weights = by_form["4bit-min-max"]["bytes"] / 4.5  # of a bit each, with scales and biases of groups of 64
+        for (method, forms), color, marker in zip(METHODS.items(), COLORS, MARKERS, strict=False):
+            measured = [by_form[form] for form in forms if form in by_form]
+            points = sorted((row["bytes"] / weights, row["kl"]) for row in measured)
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=method)
+        axes.set_title(f"{by_form['4bit-min-max']['n_tokens']:,} tokens {kind}", fontsize=9)
+        axes.set_xlabel("bits per weight")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set_yscale("log")
+    panels[0].set_ylabel("KL to bfloat16, nats a token")
+    panels[0].legend(loc="upper right", fontsize=8)
+    figure.suptitle("Qwen2.5-Coder-0.5B-Instruct on what QwQ-32B-Preview wrote", fontsize=9)
     figure.savefig(path)
 
 
