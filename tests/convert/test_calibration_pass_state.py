@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,23 @@ import numpy as np
 import pytest
 from checkpoints import write_tiny_checkpoint
 from hub_server import HubServer, Repository
+from safetensors.numpy import load_file, save_file
 
 from qwq_mlx.convert import ConvertProgress, convert_checkpoint
 from qwq_mlx.convert.calibration import pass_state
-from qwq_mlx.convert.calibration.pass_state import PassState, PassStateWriter, pass_state_path, read_pass_state
+from qwq_mlx.convert.calibration.pass_state import (
+    PassShape,
+    PassState,
+    PassStateWriter,
+    pass_state_path,
+    read_pass_state,
+)
+from qwq_mlx.files.header import place_tensors, read_header
 from qwq_mlx.model.layers import LayerStream
 
 pytestmark = pytest.mark.tiny
 RUN = {"file": "text.txt", "type": "float32"}
+SHAPE = PassShape(n_layers=6, lengths=(3, 1, 12), width=8, is_toward_float=True)
 N_LAYERS = 6
 
 
@@ -26,24 +36,24 @@ def some() -> PassState:
     random = np.random.default_rng(3)
     return PassState(
         n_layers=2,
-        hidden=[random.standard_normal((n, 8)).astype(np.float32) for n in (3, 1, 12)],
-        float_hidden=[mx.array(random.standard_normal((n, 8))).astype(mx.bfloat16) for n in (3, 1, 12)],
+        hidden=[random.standard_normal((n, SHAPE.width)).astype(np.float32) for n in SHAPE.lengths],
+        float_hidden=[mx.array(random.standard_normal((n, SHAPE.width))).astype(mx.bfloat16) for n in SHAPE.lengths],
     )
 
 
 def test_what_is_kept_comes_back_bit_for_bit_and_only_for_its_own_run(tmp_path: Path) -> None:
     path, given = pass_state_path(tmp_path), some()
-    assert read_pass_state(path, RUN) is None
+    assert read_pass_state(path, RUN, SHAPE) is None
     PassStateWriter(path, RUN).keep(given)
-    found = read_pass_state(path, RUN)
+    found = read_pass_state(path, RUN, SHAPE)
     assert found is not None and found.n_layers == 2
     for ours, theirs in zip(found.hidden, given.hidden, strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and np.array_equal(ours, theirs)
     for ours, theirs in zip(found.float_hidden, given.float_hidden, strict=True):
         assert ours.dtype == np.float32 and np.array_equal(ours, np.array(theirs.astype(mx.float32)))
-    assert read_pass_state(path, {**RUN, "type": "bfloat16"}) is None
+    assert read_pass_state(path, {**RUN, "type": "bfloat16"}, SHAPE) is None
     path.write_bytes(path.read_bytes()[:-1])
-    assert read_pass_state(path, RUN) is None
+    assert read_pass_state(path, RUN, SHAPE) is None
 
 
 def test_a_pass_is_kept_once_a_minute_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,3 +158,57 @@ def test_from_the_hub_only_the_shards_of_the_layers_to_come_are_fetched_again(
     assert 0 < max(fetched) < 0.7 * sum(path.stat().st_size for path in source.glob("*.safetensors"))
     convert_checkpoint(source, tmp_path / "local", calibrate=text, quality=False)
     assert same_files(tmp_path / "out", tmp_path / "local")
+
+
+Arrays = dict[str, np.ndarray]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda held, metadata: held.pop("packed.1"),
+        lambda held, metadata: [held.pop(name) for name in list(held) if name.startswith("float.")],
+        lambda held, metadata: held.update({"packed.3": held["packed.0"]}),
+        lambda held, metadata: held.update({"packed.0": held["packed.0"][:, :-1].copy()}),
+        lambda held, metadata: held.update({"float.2": held["float.2"][:-1].copy()}),
+        lambda held, metadata: held.update({"float.0": held["float.0"].astype(np.float16)}),
+        lambda held, metadata: metadata.pop("n_layers"),
+        lambda held, metadata: metadata.update(n_layers="-1"),
+        lambda held, metadata: metadata.update(n_layers="7"),
+        lambda held, metadata: metadata.update(n_layers="four"),
+    ],
+)
+def test_a_file_that_does_not_hold_what_the_pass_keeps_is_as_good_as_none(
+    tmp_path: Path, change: Callable[[Arrays, dict[str, str]], Any]
+) -> None:
+    path = pass_state_path(tmp_path)
+    PassStateWriter(path, RUN).keep(some())
+    held, metadata = load_file(path), dict(read_header(path).metadata)
+    change(held, metadata)
+    save_file(held, path, metadata)
+    assert read_pass_state(path, RUN, SHAPE) is None
+
+
+@pytest.mark.parametrize("name", ["layer-00001", "output"])
+def test_a_pass_whose_results_are_not_all_there_begins_anew(
+    text: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("qwq_mlx.convert.calibration.text.SHORTEST_IDS", 512)
+    source, whole, output = write_tiny_checkpoint(tmp_path / "source"), tmp_path / "whole", tmp_path / "out"
+    convert_checkpoint(source, whole, calibrate=text, quality=False)
+
+    def stop(progress: ConvertProgress) -> None:
+        if progress.phase == "convert":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, output, calibrate=text, quality=False, progress=stop)
+    path = tmp_path / "out.partial" / "calibration" / f"{name}.safetensors"
+    header, data = read_header(path), path.read_bytes()
+    left = [each for each in header.tensors.values() if "q_proj" not in each.name and "drift" not in each.name]
+    assert len(left) < len(header.tensors)
+    head, _ = place_tensors([(each.name, each.dtype, each.shape) for each in left], header.metadata)
+    path.write_bytes(head + b"".join(data[each.start : each.end] for each in left))
+    read.clear()
+    convert_checkpoint(source, output, calibrate=text, quality=False)
+    assert read == [0, 1] and same_files(output, whole)

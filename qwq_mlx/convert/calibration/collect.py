@@ -78,7 +78,7 @@ def _make_folder(folder: Path) -> None:
 
 def _known(plan: Plan, folder: Path) -> FittedMatrices | None:
     """What a complete pass of the plan's text left, so that it need not be run."""
-    return open_fitted(folder, plan.config.num_hidden_layers, run_mapping(plan))
+    return open_fitted(folder, plan, run_mapping(plan))
 
 
 def _show(plan: Plan, report: SharedProgress) -> Callable[[str], None]:

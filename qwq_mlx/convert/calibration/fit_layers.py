@@ -28,7 +28,13 @@ from numpy.typing import NDArray
 
 from qwq_mlx.convert.calibration.fitted import FittedMatrices, layer_header, open_fitted, write_layer, write_output
 from qwq_mlx.convert.calibration.input_products import InputProducts
-from qwq_mlx.convert.calibration.pass_state import PassState, PassStateWriter, pass_state_path, read_pass_state
+from qwq_mlx.convert.calibration.pass_state import (
+    PassShape,
+    PassState,
+    PassStateWriter,
+    pass_state_path,
+    read_pass_state,
+)
 from qwq_mlx.convert.calibration.text import DEVICE_WEIGHTS, FIT_ROWS
 from qwq_mlx.convert.pack import workers
 from qwq_mlx.convert.plan import Plan, PlannedTensor
@@ -72,9 +78,16 @@ def run_mapping(plan: Plan) -> dict[str, Any]:
 
 def saved_pass(plan: Plan, folder: Path) -> PassState | None:
     """How far an earlier run of `fit_layers` came; None where nothing is kept."""
-    run = run_mapping(plan)
-    state = read_pass_state(pass_state_path(folder), run)
-    is_whole = state is not None and all(layer_header(folder, index, run) for index in range(state.n_layers))
+    run, calibration = run_mapping(plan), plan.calibration
+    assert calibration is not None
+    shape = PassShape(
+        n_layers=plan.config.num_hidden_layers,
+        lengths=[len(text) for text in calibration.texts],
+        width=plan.config.hidden_size,
+        is_toward_float=calibration.is_toward_float,
+    )
+    state = read_pass_state(pass_state_path(folder), run, shape)
+    is_whole = state is not None and all(layer_header(folder, index, plan, run) for index in range(state.n_layers))
     return state if is_whole else None
 
 
@@ -96,7 +109,7 @@ def fit_layers(
     """
     run = run_mapping(plan)
     _Pass(plan, folder, run, progress).run(before, is_there, state)
-    fitted = open_fitted(folder, plan.config.num_hidden_layers, run)
+    fitted = open_fitted(folder, plan, run)
     assert fitted is not None  # it was just written
     pass_state_path(folder).unlink(missing_ok=True)
     return fitted
@@ -150,7 +163,7 @@ class _Pass:
             fed = _Fed(on_device, [mx.array(each) for each in drifts])
             packed = self._fit_on_device(matrix, fed, lambda rows: None)
             write_layer(self._folder, self._plan.config.num_hidden_layers, self._run, {head.path: packed})
-        write_output(self._folder, head.path, self._run, moments, [np.array(each) for each in drifts])
+        write_output(self._folder, self._run, moments, [np.array(each) for each in drifts])
 
     def _embed_packed(self) -> list[Any]:
         """The hidden states of all texts by the embedding as it will be packed; [] where it is not, or is fitted by

@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwq_mlx.convert.calibration.pass_state import arrays_of, header_of, numbered, text_of
+from qwq_mlx.convert.calibration.pass_state import Layout, arrays_of, header_of, numbered, text_of
+from qwq_mlx.convert.plan import Plan
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.header import Header, place_tensors
 from qwq_mlx.files.rows import read_rows
-from qwq_mlx.quant.error_feedback import InputMoments, factor_moments, fit_rows
+from qwq_mlx.quant.error_feedback import InputMoments, block_size, factor_moments, fit_rows
 from qwq_mlx.quant.float_targets import float_targets
 from qwq_mlx.quant.packing import DTYPES, Packed, Packing, float_values
+from qwq_mlx.quant.recipe import layer_of
 
 __all__ = ["FittedMatrices", "layer_header", "open_fitted", "write_layer", "write_output"]
 
@@ -91,14 +93,24 @@ def write_layer(folder: Path, index: int, run: Mapping[str, Any], packed: Mappin
     write_file(_layer_path(folder, index), b"".join([head, *data]))
 
 
-def layer_header(folder: Path, index: int, run: Mapping[str, Any]) -> Header | None:
-    """The header of a layer's file; None where there is none of this run, or it is not whole."""
-    return header_of(_layer_path(folder, index), "run", run)
+def layer_header(folder: Path, index: int, plan: Plan, run: Mapping[str, Any]) -> Header | None:
+    """The header of a layer's file; None where there is none of this run, or it has not the plan's matrices.
+
+    index: of the layer; the number of layers for the output matrix.
+    """
+    is_output = index == plan.config.num_hidden_layers
+    layout = {
+        made.entry.name: (made.entry.dtype, made.entry.shape)
+        for each in plan.tensors
+        if each.packing is not None and not each.is_repacked
+        for made in each.outputs
+        if (each.source.name == f"{_output_path(plan)}.weight" if is_output else layer_of(each.source.name) == index)
+    }
+    return header_of(_layer_path(folder, index), run, layout)
 
 
 def write_output(
     folder: Path,
-    path: str,
     run: Mapping[str, Any],
     products: Sequence[NDArray[np.float64]],
     drifts: Sequence[NDArray[np.float32]],
@@ -106,23 +118,25 @@ def write_output(
     """Write the moments of the output matrix's input and its drift, by which the pass is complete. Raises OSError."""
     layout = [(f"moments.{place}", "F64", each.shape) for place, each in enumerate(products)]
     layout += [(f"drift.{place}", "F32", each.shape) for place, each in enumerate(drifts)]
-    head, _ = place_tensors(layout, {"run": text_of(run), "path": path})
+    head, _ = place_tensors(layout, {"run": text_of(run)})
     data = [each.astype("<f8").tobytes() for each in products] + [each.astype("<f4").tobytes() for each in drifts]
     write_file(folder / _OUTPUT, [head, *data])
 
 
-def open_fitted(folder: Path, n_layers: int, run: Mapping[str, Any]) -> FittedMatrices | None:
+def open_fitted(folder: Path, plan: Plan, run: Mapping[str, Any]) -> FittedMatrices | None:
     """All that a pass found; None where it is not complete, or of another run."""
-    output = header_of(folder / _OUTPUT, "run", run)
-    layers = [layer_header(folder, index, run) for index in range(n_layers)]
+    output = header_of(folder / _OUTPUT, run, _output_layout(plan))
+    layers = [layer_header(folder, index, plan, run) for index in range(plan.config.num_hidden_layers)]
     if output is None or None in layers:
         return None
-    fitted_output = layer_header(folder, n_layers, run)
+    fitted_output = layer_header(folder, len(layers), plan, run)
     matrix = None
     if fitted_output is None:
         arrays = arrays_of(output)
+        if not all(np.isfinite(each).all() for each in arrays.values()):
+            return None
         moments, drifts = (numbered(arrays, kind) for kind in ("moments", "drift"))
-        matrix = OutputMatrix(output.metadata["path"], factor_moments(moments), drifts)
+        matrix = OutputMatrix(_output_path(plan), factor_moments(moments), drifts)
     headers = {
         name.removesuffix(".scales"): header
         for header in (*layers, fitted_output)
@@ -134,6 +148,19 @@ def open_fitted(folder: Path, n_layers: int, run: Mapping[str, Any]) -> FittedMa
 
 
 _OUTPUT = "output.safetensors"
+
+
+def _output_path(plan: Plan) -> str:
+    return "model.embed_tokens" if plan.config.tie_word_embeddings else "lm_head"
+
+
+def _output_layout(plan: Plan) -> Layout:
+    assert plan.calibration is not None
+    width = plan.config.hidden_size
+    step = block_size(width)
+    sizes = [min(step, width - first) for first in range(0, width, step)]
+    kinds = {"moments": "F64"} | ({"drift": "F32"} if plan.calibration.is_toward_float else {})
+    return {f"{kind}.{place}": (dtype, (n, n)) for kind, dtype in kinds.items() for place, n in enumerate(sizes)}
 
 
 def _layer_path(folder: Path, index: int) -> Path:

@@ -3,8 +3,8 @@
 Kept are the hidden states of all texts in float32, which holds them exactly whatever the compute type: a pass that goes
 on ends with the very bits of one that nothing stopped. The file (for the 32B 0.34 GB with 16,384 ids, 2.7 with 65,536)
 is written whole and durable after a layer, once a minute at most, so that no more than a minute's work or one layer's,
-and what was fetched for it, is done twice. It is of one text, recipe, compute type, device and version of MLX; for any
-other the pass begins anew.
+and what was fetched for it, is done twice. It is of one source, text, recipe, compute type, device and version of MLX;
+for any other, or where it does not hold what such a pass keeps, the pass begins anew.
 
 Does not: run the text, or remove the file (`fit_layers` does both).
 """
@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from qwq_mlx.files.rows import read_rows
 from qwq_mlx.model.upstream import import_mlx
 
 __all__ = [
+    "Layout",
+    "PassShape",
     "PassState",
     "PassStateWriter",
     "arrays_of",
@@ -39,6 +41,9 @@ __all__ = [
     "read_pass_state",
     "text_of",
 ]
+
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+"""What a file has to hold: name of an array -> its dtype and shape."""
 
 _EVERY_S = 60.0
 _KINDS = ("packed", "float")
@@ -58,6 +63,26 @@ class PassState:
     float_hidden: list[Any]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassShape:
+    """What a pass has to keep. n_layers: of the model. lengths: positions of each text. width: of a hidden state."""
+
+    n_layers: int
+    lengths: Sequence[int]
+    width: int
+    is_toward_float: bool
+
+    @property
+    def layout(self) -> Layout:
+        """Of its file."""
+        kinds = _KINDS if self.is_toward_float else _KINDS[:1]
+        return {
+            f"{kind}.{place}": ("F32", (length, self.width))
+            for kind in kinds
+            for place, length in enumerate(self.lengths)
+        }
+
+
 def numbered(arrays: Mapping[str, NDArray[Any]], kind: str) -> list[NDArray[Any]]:
     """Those that are named KIND.0, KIND.1 and so on, in their order.
 
@@ -73,23 +98,27 @@ def pass_state_path(folder: Path) -> Path:
     return folder / "begun.safetensors"
 
 
-def read_pass_state(path: Path, run: Mapping[str, Any]) -> PassState | None:
-    """What a file holds; None where there is none, or it is not whole, or of another run.
+def read_pass_state(path: Path, run: Mapping[str, Any], shape: PassShape) -> PassState | None:
+    """What a file holds; None where there is none, or it is not whole, or of another run or shape.
 
-    run: all that the bits follow from, beside the checkpoint; as it was given to `PassStateWriter`.
+    run: all that the bits follow from; as it was given to `PassStateWriter`.
     """
-    header = header_of(path, "run", run)
+    header = header_of(path, run, shape.layout)
     if header is None:
+        return None
+    n_layers = {str(n): n for n in range(1, shape.n_layers + 1)}.get(header.metadata.get("n_layers", ""))
+    if n_layers is None:
         return None
     arrays = arrays_of(header)
     hidden, float_hidden = (numbered(arrays, kind) for kind in _KINDS)
-    return PassState(n_layers=int(header.metadata["n_layers"]), hidden=hidden, float_hidden=float_hidden)
+    return PassState(n_layers=n_layers, hidden=hidden, float_hidden=float_hidden)
 
 
-def header_of(path: Path, key: str, value: Mapping[str, Any]) -> Header | None:
-    """The header of a file that was kept, whose metadata say `text_of(value)` under this key.
+def header_of(path: Path, run: Mapping[str, Any], layout: Layout) -> Header | None:
+    """The header of a file that a pass kept.
 
-    None where there is none, or it is not whole (a run was stopped), or says something else.
+    None where there is none, or it is not whole (a run was stopped), or of another run, or holds anything but these
+    arrays.
     """
     if not os.path.lexists(path):
         return None
@@ -97,7 +126,8 @@ def header_of(path: Path, key: str, value: Mapping[str, Any]) -> Header | None:
         header = read_header(path)
     except SourceError:
         return None
-    return header if header.metadata.get(key) == text_of(value) else None
+    held = {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
+    return header if header.metadata.get("run") == text_of(run) and held == layout else None
 
 
 def arrays_of(header: Header) -> dict[str, NDArray[Any]]:
