@@ -135,6 +135,20 @@ def test_a_pass_of_another_text_or_version_begins_anew(
     assert read == list(range(N_LAYERS)) and not seen
 
 
+def test_a_pass_of_a_source_that_was_trained_on_since_begins_anew(text: Path, tmp_path: Path, read: list[int]) -> None:
+    source, other = (write_tiny_checkpoint(tmp_path / name, seed=seed) for name, seed in (("source", 0), ("other", 1)))
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, tmp_path / "out", calibrate=text, quality=False, progress=stop_at(1, read))
+    for path in other.glob("*.safetensors"):  # of the same names and sizes
+        (source / path.name).write_bytes(path.read_bytes())
+    read.clear()
+    convert_checkpoint(source, tmp_path / "out", calibrate=text, quality=False)
+    assert read == [0, 1]
+    convert_checkpoint(other, tmp_path / "whole", calibrate=text, quality=False)
+    assert same_files(tmp_path / "out", tmp_path / "whole")
+
+
 def test_from_the_hub_only_the_shards_of_the_layers_to_come_are_fetched_again(
     source: Path, text: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

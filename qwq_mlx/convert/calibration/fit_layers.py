@@ -61,10 +61,17 @@ _Moments = TypeVar("_Moments", InputMoments, DeviceMoments)
 
 
 def run_mapping(plan: Plan) -> dict[str, Any]:
-    """What the bits of a pass follow from, beside the checkpoint."""
-    mx = import_mlx()
+    """What the bits of a pass follow from. Raises OSError where a local source's shard is not there any more.
+
+    Of a local source, which may be trained on under the same name, when its shards were last changed, by the clock that
+    utime and cp -p cannot set back; one from the Hub stays what its commit is.
+    """
+    mx, origin = import_mlx(), plan.origin
     assert plan.calibration is not None
+    shards = () if origin.is_remote else plan.checkpoint.shards
     return {
+        "source": origin.commit,
+        "changed": {shard.path.name: shard.path.stat().st_ctime_ns for shard in shards},
         **plan.calibration.as_mapping(),
         "damping": DAMPING,
         "is_toward_float": plan.calibration.is_toward_float,
