@@ -105,12 +105,19 @@ def check_fit(recipe: Recipe, calibrate: str | Path | None) -> None:
 
 def check_calibration_fits_some(plan: Plan) -> None:
     """Refuse a calibration that would read its text for nothing. Raises OptionError."""
-    matrices = [each for each in plan.tensors if each.packing is not None]
-    if plan.calibration is not None and matrices and all(each.is_repacked for each in matrices):
-        raise OptionError(
-            f"calibrate is {plan.calibration.name!r}, but every matrix of {plan.checkpoint.where} keeps its codes, so "
-            "that nothing is fitted. Leave `calibrate` out, or choose a `recipe` of other bits."
-        )
+    inputs = () if plan.config.tie_word_embeddings else ("model.embed_tokens.weight",)  # whose input is an id
+    if plan.calibration is None or any(each.is_fitted and each.source.name not in inputs for each in plan.tensors):
+        return
+    where = plan.checkpoint.where
+    packed = [each for each in plan.tensors if each.packing is not None]
+    if packed and all(each.is_repacked for each in packed):
+        why = f"every matrix of {where} keeps its codes"
+    else:
+        why = f"{plan.recipe.name} packs no matrix of {where} anew that the text is fed to"
+    raise OptionError(
+        f"calibrate is {plan.calibration.name!r}, but {why}, so that nothing is fitted. Leave `calibrate` out, or "
+        "choose a `recipe` of other bits."
+    )
 
 
 def check_scale_dtype(name: str | None, checkpoint: Checkpoint) -> str | None:

@@ -172,6 +172,16 @@ def test_a_recipe_with_matrices_kept_and_a_tied_head_is_calibrated_too(text: Pat
     load_model(done.output)
 
 
+@pytest.mark.parametrize("kept", [["*"], ["model.layers.*", "lm_head"]])
+def test_a_recipe_that_packs_nothing_that_the_text_is_fed_to_is_refused(
+    tiny_checkpoint: Path, text: Path, tmp_path: Path, kept: list[str]
+) -> None:
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(f"[weights]\nbits = 4\n[[override]]\nmatch = {json.dumps(kept)}\nkeep = true\n")
+    with pytest.raises(OptionError, match=r"calibrate is 'text.txt', but own packs no matrix of .* anew that .* Leave"):
+        convert_checkpoint(tiny_checkpoint, tmp_path / "out", recipe=recipe, calibrate=text, dry_run=True)
+
+
 def test_a_resumed_run_reads_what_the_first_one_collected_and_another_text_is_refused(
     tiny_checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
