@@ -56,6 +56,16 @@ def test_what_is_kept_comes_back_bit_for_bit_and_only_for_its_own_run(tmp_path: 
     assert read_pass_state(path, RUN, SHAPE) is None
 
 
+def test_a_text_of_more_lines_than_a_file_may_have_arrays_is_kept_too(tmp_path: Path) -> None:
+    path, lengths = pass_state_path(tmp_path), [1, 2] * 20_001
+    rows = np.arange(3 * 20_001 * 2, dtype=np.float32).reshape(-1, 2)
+    hidden = np.split(rows, np.cumsum(lengths)[:-1])
+    PassStateWriter(path, RUN).keep(PassState(n_layers=1, hidden=hidden, float_hidden=[]))
+    found = read_pass_state(path, RUN, PassShape(n_layers=2, lengths=lengths, width=2, is_toward_float=False))
+    assert found is not None and found.float_hidden == []
+    assert all(np.array_equal(*each) for each in zip(found.hidden, hidden, strict=True))
+
+
 def test_a_pass_is_kept_once_a_minute_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(pass_state.time, "monotonic", lambda: now[0])
@@ -180,12 +190,12 @@ Arrays = dict[str, np.ndarray]
 @pytest.mark.parametrize(
     "change",
     [
-        lambda held, metadata: held.pop("packed.1"),
-        lambda held, metadata: [held.pop(name) for name in list(held) if name.startswith("float.")],
-        lambda held, metadata: held.update({"packed.3": held["packed.0"]}),
-        lambda held, metadata: held.update({"packed.0": held["packed.0"][:, :-1].copy()}),
-        lambda held, metadata: held.update({"float.2": held["float.2"][:-1].copy()}),
-        lambda held, metadata: held.update({"float.0": held["float.0"].astype(np.float16)}),
+        lambda held, metadata: held.pop("packed"),
+        lambda held, metadata: held.pop("float"),
+        lambda held, metadata: held.update({"other": held["packed"]}),
+        lambda held, metadata: held.update({"packed": held["packed"][:, :-1].copy()}),
+        lambda held, metadata: held.update({"float": held["float"][:-1].copy()}),
+        lambda held, metadata: held.update({"float": held["float"].astype(np.float16)}),
         lambda held, metadata: metadata.pop("n_layers"),
         lambda held, metadata: metadata.update(n_layers="-1"),
         lambda held, metadata: metadata.update(n_layers="7"),

@@ -74,13 +74,9 @@ class PassShape:
 
     @property
     def layout(self) -> Layout:
-        """Of its file."""
+        """Of its file: the texts one after another, since a file may not have as many arrays as there may be texts."""
         kinds = _KINDS if self.is_toward_float else _KINDS[:1]
-        return {
-            f"{kind}.{place}": ("F32", (length, self.width))
-            for kind in kinds
-            for place, length in enumerate(self.lengths)
-        }
+        return dict.fromkeys(kinds, ("F32", (sum(self.lengths), self.width)))
 
 
 def numbered(arrays: Mapping[str, NDArray[Any]], kind: str) -> list[NDArray[Any]]:
@@ -109,9 +105,17 @@ def read_pass_state(path: Path, run: Mapping[str, Any], shape: PassShape) -> Pas
     n_layers = {str(n): n for n in range(1, shape.n_layers + 1)}.get(header.metadata.get("n_layers", ""))
     if n_layers is None:
         return None
-    arrays = arrays_of(header)
-    hidden, float_hidden = (numbered(arrays, kind) for kind in _KINDS)
+    hidden, float_hidden = (_texts(header, kind, shape.lengths) for kind in _KINDS)
     return PassState(n_layers=n_layers, hidden=hidden, float_hidden=float_hidden)
+
+
+def _texts(header: Header, kind: str, lengths: Sequence[int]) -> list[NDArray[np.float32]]:
+    """The hidden states of a kind, those of each text by themselves."""
+    if (entry := header.tensors.get(kind)) is None:
+        return []
+    starts = itertools.accumulate(lengths, initial=0)
+    rows = (range(start, start + length) for start, length in zip(starts, lengths, strict=False))
+    return [read_rows(header, entry, each).view("<f4") for each in rows]
 
 
 def header_of(path: Path, run: Mapping[str, Any], layout: Layout) -> Header | None:
@@ -156,14 +160,10 @@ class PassStateWriter:
 
     def keep(self, state: PassState) -> None:
         """Write the file in place of the last. Raises OSError."""
-        arrays = {
-            f"{kind}.{place}": each
-            for kind, texts in zip(_KINDS, (state.hidden, state.float_hidden), strict=True)
-            for place, each in enumerate(texts)
-        }
-        layout = [(name, "F32", each.shape) for name, each in arrays.items()]
+        kinds = zip(_KINDS, (state.hidden, state.float_hidden), strict=True)
+        layout = [(kind, "F32", (sum(map(len, texts)), texts[0].shape[1])) for kind, texts in kinds if texts]
         head, _ = place_tensors(layout, {"run": text_of(self._run), "n_layers": str(state.n_layers)})
-        write_file(self._path, itertools.chain([head], map(_bytes_of, arrays.values())))
+        write_file(self._path, itertools.chain([head], map(_bytes_of, [*state.hidden, *state.float_hidden])))
         self._kept_at = time.monotonic()
 
 
