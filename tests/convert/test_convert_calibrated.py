@@ -516,7 +516,8 @@ def test_products_of_inputs_are_added_up_alike_by_numpy_and_by_mlx(
         own = drift[:, 128 * place : 128 * (place + 1)]
         np.testing.assert_allclose(np.array(drifts[place]), own.T @ part / len(whole), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(np.array(products.residual()), residual.T @ whole / len(whole), rtol=1e-3, atol=1e-5)
-    assert list(products.moments()) == []  # let go as they are asked for
+    assert list(products.moments()) == products.drifts() == []  # let go as they are asked for
+    assert products.residual() is None and products._spare.size == 0
 
 
 def test_the_text_that_comes_with_the_package_is_free_and_calibrates(

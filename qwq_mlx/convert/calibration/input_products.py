@@ -75,6 +75,7 @@ class InputProducts:
 
         This and what follows raise ConversionError where inputs were not finite.
         """
+        self._spare = np.empty(0, np.float32)
         while self._moments:
             mean = np.array(self._moments.pop(0), dtype=np.float64) / self.n_positions
             yield self._checked(mean)
@@ -85,12 +86,14 @@ class InputProducts:
         return [self._checked(import_mlx().array(each) / self.n_positions) for each in sums]
 
     def drifts(self) -> list[Any]:
-        """mean(d x^T) of each block, float32, where they were added up; none without a float model."""
-        return [self._checked(each / self.n_positions) for each in self._drifts]
+        """mean(d x^T) of each block, float32; none without a float model. Lets the sums go."""
+        sums, self._drifts = self._drifts, []
+        return [self._checked(each / self.n_positions) for each in sums]
 
     def residual(self) -> Any:
-        """mean(r x^T), (hidden, in), float32; None where no residual stream was given."""
-        return self._checked(self._residuals[0] / self.n_positions) if self._residuals else None
+        """mean(r x^T), (hidden, in), float32; None where no residual stream was given. Lets the sum go."""
+        sums, self._residuals = self._residuals, []
+        return self._checked(sums[0] / self.n_positions) if sums else None
 
     def _checked(self, mean: Any) -> Any:
         if not (np if isinstance(mean, np.ndarray) else import_mlx()).isfinite(mean).all().item():
