@@ -4,8 +4,8 @@ The text passes the layers that are packed already, so that each matrix is fitte
 (sequential fitting), and, where it is long enough, beside them those of the float model, so that it gives what that
 would give (`quant.float_targets`). A layer is read, and for each of its parts in turn the hidden states of all texts go
 up to it, as packed so far and in float; the products of its inputs are added up (`input_products`), its matrices are
-fitted, and the layer goes on with them as they are packed. In memory are one layer as it was and as it is packed, and
-one or two streams of hidden states, whatever the model's depth.
+fitted, and the layer goes on with them as they are packed. In memory are one layer, with the float model as it was
+and as it is packed, and one or two streams of hidden states, whatever the model's depth.
 
 A resumed pass goes on behind the last layer that was kept. The embedding is not calibrated, since its input is an id,
 unless it is tied to the output matrix; that one is fitted as it is converted, for only its rows' input has to be known.
@@ -195,7 +195,7 @@ class _Pass:
 
     def _fit_layer(self, index: int, hidden: list[Any], float_hidden: list[Any]) -> None:
         """Fit and write a layer's matrices, and move the hidden states past it: as it is packed, and as it was."""
-        layer, float_layer = self._stream.twins(index)
+        layer, *twins = self._stream.twins(index) if float_hidden else (self._stream.layer(index),)
         self._progress(f"{layer.prefix}self_attn.q_proj")
         packed: dict[str, tuple[Packed, str]] = {}
         for part in layer.parts:
@@ -208,11 +208,11 @@ class _Pass:
                 if float_each is None:
                     products.add(x)
                     continue
-                float_x, float_stream = float_layer.fed(float_each, part)
+                float_x, float_stream = twins[0].fed(float_each, part)
                 products.add(x, float_x, float_stream - stream if part[0].endswith(_ADDED) else None)
             packed |= (self._fit_on_cpu if backend_name() == "cpu" else self._fit_on_gpu)(matrices, products, layer)
         write_layer(self._folder, index, self._run, packed)
-        for states, passed in ((hidden, layer), (float_hidden, float_layer)):
+        for states, passed in zip((hidden, float_hidden), (layer, *twins), strict=False):
             for place, each in enumerate(states):
                 states[place] = passed(each)
 

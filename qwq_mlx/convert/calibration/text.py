@@ -68,23 +68,23 @@ class Calibration:
         return {"file": self.name, "sha256": self.sha256, "n_texts": len(self.texts), "n_ids": self.n_ids}
 
     def peak_memory_bytes(self, config: Qwen2Config, *, n_workers: int) -> int:
-        """One layer in float32, as it was and as it is packed, and its widest matrix as it is read, the hidden states,
-        the products of one part's inputs, and either what one text needs on its way or, while matrices are fitted, one
-        block's factors and the rows at work; an estimate.
+        """One layer in float32, with the float model as it was and as it is packed, its widest matrix as it is read,
+        the hidden states, the products of one part's inputs, and either what one text needs on its way or, while
+        matrices are fitted, one block's factors and the rows at work; an estimate.
         """
         width, inner = config.hidden_size, config.intermediate_size
         layer = 2 * width * (width + config.num_key_value_heads * config.head_dim) + 3 * width * inner
         text = _CHUNK * (6 * inner + 12 * width + 2 * config.num_attention_heads * _CHUNK)
         # Moments and drifts as they are added up, or with factors in their place; of the residual stream's, two.
         products = (2 + self.is_toward_float) * max(width * block_size(width), inner * block_size(inner))
-        hidden = (1 + self.is_toward_float) * self.n_ids * width
+        streams = (1 + self.is_toward_float) * (layer + self.n_ids * width)
         products += self.is_toward_float * 2 * width * inner
         at_work = 7 * n_workers * FIT_ROWS * inner
         if backend_name() != "cpu":
             fitted_at_once = min(DEVICE_WEIGHTS, config.vocab_size * width)
             at_work = 9 * fitted_at_once + config.vocab_size * width // 4  # and the output matrix, packed, twice
         factors = 12 * min(max(width, inner), MAX_CHANNELS) ** 2 + at_work
-        return 4 * (2 * layer + width * inner + hidden + products + max(text, factors))
+        return 4 * (streams + width * inner + products + max(text, factors))
 
 
 def read_calibration(path: str | Path, checkpoint: Checkpoint, config: Qwen2Config) -> Calibration:

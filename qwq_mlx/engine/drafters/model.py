@@ -175,7 +175,8 @@ class ModelDrafter:
     def _feed(self, text: _Text, missing: list[int]) -> None:
         """Feed the next of a row's ids; in place as many as a pass drafts with, for CUDA compiles kernels for more, and
         of few more the matrices would be unpacked."""
-        if rotations_in_place(self._module) is not None and len(missing) <= _FED_BY_FEW:
+        is_in_place = self._kv_bits is None and rotations_in_place(self._module) is not None
+        if is_in_place and len(missing) <= _FED_BY_FEW:
             now = missing[:RAGGED]
             run_pass(self._module, mx.array([now]), [text.cache], [len(now)], batches_from=self._batches_from)
         else:

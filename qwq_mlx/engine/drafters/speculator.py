@@ -126,9 +126,10 @@ class Speculator:
         if self._model is not None:
             lengths = self._model_lengths(guesses, self._model_rooms(rows, rooms), most)
             drafting_s = max(lengths) * (0.0 if self._costs is None else self._costs.draft_s)
+            catches_up = any(n and self._model.lags(row) for row, n in zip(rows, lengths, strict=True))
             started = self._clock()
             by_model = self._model.guess(rows, lengths)
-            if any(lengths) and self._costs is not None:
+            if catches_up and self._costs is not None:
                 self._debt_s += max(0.0, self._clock() - started - drafting_s)
             for place, drafted in enumerate(by_model):
                 if drafted:
