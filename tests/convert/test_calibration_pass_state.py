@@ -94,13 +94,16 @@ def source(tmp_path: Path) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The layers that passes read, as they are read; every layer is kept, without waiting a minute."""
     found: list[int] = []
-    twins = LayerStream.twins
 
-    def seen(self: LayerStream, index: int) -> Any:
-        found.append(index)
-        return twins(self, index)
+    def seen(read: Callable[[LayerStream, int], Any]) -> Callable[[LayerStream, int], Any]:
+        def read_it(self: LayerStream, index: int) -> Any:
+            found.append(index)
+            return read(self, index)
 
-    monkeypatch.setattr(LayerStream, "twins", seen)
+        return read_it
+
+    for name in ("layer", "twins"):
+        monkeypatch.setattr(LayerStream, name, seen(getattr(LayerStream, name)))
     monkeypatch.setattr(pass_state, "_EVERY_S", 0.0)
     return found
 
