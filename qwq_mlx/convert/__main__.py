@@ -109,9 +109,9 @@ def _add_packing(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=BUNDLED,
         help="a text, or .jsonl of {text}, {messages} or {prompt, response}, or of what generate --input wrote: the "
-        "layers are run on it as they are packed, one in memory, and each is fitted so that it gives what it gave"
-        " (at least 512 tokens, 65,536 are used, without a GPU 16,384; from the Hub every shard is fetched twice,"
-        " or once with --keep-source; takes minutes, of which --quiet shows nothing; without TEXT what "
+        "layers are run on it as they are packed, one in memory, and each is fitted so that it gives what it gave "
+        "(at least 512 tokens, 65,536 are used, without a GPU 16,384; from the Hub every shard is fetched twice, "
+        "or once with --keep-source; takes minutes, of which --quiet shows nothing; without TEXT what "
         "QwQ-32B-Preview wrote on riddles and family puzzles, which comes with the package; default: no text, "
         "each weight is kept as it can be)",
     )

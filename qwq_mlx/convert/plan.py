@@ -289,7 +289,7 @@ def _stored_dtype(entry: TensorEntry, packing: Packing | None, scale_dtype: str 
 def _calibration_bytes(tensors: Sequence[PlannedTensor], config: Qwen2Config, calibration: Calibration) -> int:
     """Packed layers and, by a GPU, the packed output matrix; one or two streams of hidden states, and the moments and
     the drift of the output's input."""
-    output = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    output = f"{config.output_matrix}.weight"
     names = {each.source.name for each in tensors if layer_of(each.source.name) is not None}
     if backend_name() != "cpu":
         names.add(output)

@@ -49,7 +49,7 @@ def recipe_for_size(
             "Leave one of the two out."
         )
     name = f"{recipe.name}-{_size(target_bytes)}"
-    head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+    head = config.output_matrix
     group_size = recipe.packing.group_size
     columns = {entry.shape[1] for _, (_, entry) in tensors if len(entry.shape) == 2}
     larger = [g for g in MODES["affine"][1] if g > group_size and not any(n % g for n in columns)]

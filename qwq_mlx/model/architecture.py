@@ -59,6 +59,11 @@ class Qwen2Config:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def output_matrix(self) -> str:
+        """Name of the matrix that makes logits, without ".weight"."""
+        return "model.embed_tokens" if self.tie_word_embeddings else "lm_head"
+
     @classmethod
     def from_json(cls, config: Mapping[str, Any], *, where: str) -> Qwen2Config:
         """Check a parsed config.json and keep what matters.

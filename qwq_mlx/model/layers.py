@@ -263,7 +263,7 @@ class Head:
         self._stream = stream
         self._mx = import_mlx()
         self._weight = stream._read("model.norm.weight")
-        self.path = "model.embed_tokens" if stream.config.tie_word_embeddings else "lm_head"
+        self.path = stream.config.output_matrix
 
     def norm(self, hidden: Any) -> Any:
         """The final norm, (positions, hidden), evaluated."""

@@ -220,7 +220,7 @@ def test_a_file_that_does_not_hold_what_the_pass_keeps_is_as_good_as_none(
 def test_a_pass_whose_results_are_not_all_there_begins_anew(
     text: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("qwq_mlx.convert.calibration.text.SHORTEST_IDS", 512)
+    monkeypatch.setattr("qwq_mlx.convert.calibration.text.MIN_IDS_TOWARD_FLOAT", 512)
     source, whole, output = write_tiny_checkpoint(tmp_path / "source"), tmp_path / "whole", tmp_path / "out"
     convert_checkpoint(source, whole, calibrate=text, quality=False)
 

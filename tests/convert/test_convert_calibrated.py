@@ -104,7 +104,7 @@ def test_matrices_are_fitted_to_what_the_layers_before_as_packed_feed_them_with(
 ) -> None:
     """And, by a text that is long enough, so that they give what the float model gives there."""
     if is_toward_float:
-        monkeypatch.setattr(module, "SHORTEST_IDS", 512)
+        monkeypatch.setattr(module, "MIN_IDS_TOWARD_FLOAT", 512)
         converted = tmp_path / "out"
         convert_checkpoint(tiny_checkpoint, converted, calibrate=text, quality=False)
     calibration = calibrated(tiny_checkpoint, text)

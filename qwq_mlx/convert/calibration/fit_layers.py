@@ -143,10 +143,8 @@ class _Pass:
         mx, stream = import_mlx(), self._stream
         if state is None:
             before("model.embed_tokens.")
-            embedded = [stream.embed(text) for text in self._texts]
-            n_done, hidden = 0, self._embed_packed() or list(embedded)
-            float_hidden = embedded if self._is_toward_float else []
-            del embedded
+            n_done, float_hidden = 0, [stream.embed(text) for text in self._texts] if self._is_toward_float else []
+            hidden = self._embed_packed() or list(float_hidden) or [stream.embed(text) for text in self._texts]
         else:
             n_done, compute_type = state.n_layers, getattr(mx, stream.compute_type)
             hidden, float_hidden = state.hidden, state.float_hidden

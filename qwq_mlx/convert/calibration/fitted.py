@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwq_mlx.convert.calibration.pass_state import Layout, arrays_of, header_of, numbered, text_of
+from qwq_mlx.convert.calibration.pass_state import Layout, arrays_of, header_of, text_of
 from qwq_mlx.convert.plan import Plan
 from qwq_mlx.files.atomic import write_file
 from qwq_mlx.files.header import Header, place_tensors
@@ -104,7 +104,11 @@ def layer_header(folder: Path, index: int, plan: Plan, run: Mapping[str, Any]) -
         for each in plan.tensors
         if each.packing is not None and not each.is_repacked
         for made in each.outputs
-        if (each.source.name == f"{_output_path(plan)}.weight" if is_output else layer_of(each.source.name) == index)
+        if (
+            each.source.name == f"{plan.config.output_matrix}.weight"
+            if is_output
+            else layer_of(each.source.name) == index
+        )
     }
     return header_of(_layer_path(folder, index), run, layout)
 
@@ -135,8 +139,10 @@ def open_fitted(folder: Path, plan: Plan, run: Mapping[str, Any]) -> FittedMatri
         arrays = arrays_of(output)
         if not all(np.isfinite(each).all() for each in arrays.values()):
             return None
-        moments, drifts = (numbered(arrays, kind) for kind in ("moments", "drift"))
-        matrix = OutputMatrix(_output_path(plan), factor_moments(moments), drifts)
+        moments, drifts = (
+            [each for name, each in arrays.items() if name.startswith(f"{kind}.")] for kind in ("moments", "drift")
+        )
+        matrix = OutputMatrix(plan.config.output_matrix, factor_moments(moments), drifts)
     headers = {
         name.removesuffix(".scales"): header
         for header in (*layers, fitted_output)
@@ -148,10 +154,6 @@ def open_fitted(folder: Path, plan: Plan, run: Mapping[str, Any]) -> FittedMatri
 
 
 _OUTPUT = "output.safetensors"
-
-
-def _output_path(plan: Plan) -> str:
-    return "model.embed_tokens" if plan.config.tie_word_embeddings else "lm_head"
 
 
 def _output_layout(plan: Plan) -> Layout:

@@ -36,7 +36,6 @@ __all__ = [
     "PassStateWriter",
     "arrays_of",
     "header_of",
-    "numbered",
     "pass_state_path",
     "read_pass_state",
     "text_of",
@@ -77,16 +76,6 @@ class PassShape:
         """Of its file: the texts one after another, since a file may not have as many arrays as there may be texts."""
         kinds = _KINDS if self.is_toward_float else _KINDS[:1]
         return dict.fromkeys(kinds, ("F32", (sum(self.lengths), self.width)))
-
-
-def numbered(arrays: Mapping[str, NDArray[Any]], kind: str) -> list[NDArray[Any]]:
-    """Those that are named KIND.0, KIND.1 and so on, in their order.
-
-    >>> numbered({"b.0": np.zeros(1), "a.0": np.zeros(2), "a.1": np.zeros(3)}, "a")[1].size
-    3
-    """
-    names = (f"{kind}.{place}" for place in itertools.count())
-    return [arrays[name] for name in itertools.takewhile(arrays.__contains__, names)]
 
 
 def pass_state_path(folder: Path) -> Path:

@@ -21,7 +21,7 @@ from qwq_mlx.model.device import backend_name
 from qwq_mlx.model.prompt import encode_text, prompt_ids
 from qwq_mlx.model.tokenizer import LoadedTokenizer, load_tokenizer
 from qwq_mlx.quant.error_feedback import MAX_CHANNELS, block_size
-from qwq_mlx.quant.float_targets import SHORTEST_IDS
+from qwq_mlx.quant.float_targets import MIN_IDS_TOWARD_FLOAT
 
 __all__ = ["DEVICE_WEIGHTS", "FIT_ROWS", "MIN_IDS", "Calibration", "read_calibration"]
 
@@ -61,7 +61,7 @@ class Calibration:
     @property
     def is_toward_float(self) -> bool:
         """Whether the text is run through the float model too, and says what packed layers should give."""
-        return self.n_ids >= SHORTEST_IDS
+        return self.n_ids >= MIN_IDS_TOWARD_FLOAT
 
     def as_mapping(self) -> dict[str, Any]:
         """What the journal and the manifest keep."""
@@ -159,10 +159,7 @@ def _line_ids(value: dict[str, Any], tokenizer: LoadedTokenizer, where: str) -> 
     prompt, response, system = value.get("prompt"), value.get("response"), value.get("system")
     if not isinstance(prompt, str) or not isinstance(response, str) or not isinstance(system, str | None):
         return None
-    asked = [{"role": "system", "content": system}] if system else []
-    return _conversation(
-        tokenizer, [*asked, {"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    )
+    return prompt_ids(tokenizer, prompt, system_prompt=system, context=1 << 31) + encode_text(tokenizer, response)
 
 
 def _trace_ids(value: dict[str, Any], tokenizer: LoadedTokenizer, where: str) -> list[int]:
